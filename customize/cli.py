@@ -29,6 +29,7 @@ from backbone.io.options import Option, command, settled_command
 from backbone.io.run_folder import hold_new_folder, run_name
 from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
+from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
 from customize.training import control_commands, transfer_cli
@@ -375,6 +376,7 @@ def _templates(asked: EvaluateOptions) -> Sequence[str]:
 
 control_commands.register(app)  # map, train-control
 transfer_cli.register(app)
+clips_cli.register(app)  # clip
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 

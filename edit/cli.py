@@ -19,6 +19,7 @@ from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
 from edit.settings import (
     PANELS,
+    ClipOptions,
     ComposeOptions,
     FlowEditOptions,
     InstructOptions,
@@ -184,6 +185,25 @@ def keep_background(asked: KeepBackgroundOptions) -> None:
     for line in lines:
         notify(line)
     notify(f"{folder}/kept.png is the edit on its old background; {folder}/sheet.png shows both.")
+
+
+@settled_command(app, ClipOptions, panels=PANELS)
+def clip(asked: ClipOptions) -> None:
+    """Change what a clip's words say: one inversion of all frames; what moves, and the background, stay."""
+    targets = in_words(asked.targets, "target prompt")
+    source = None if asked.source is None else one_prompt(asked.source, "--source")
+    if source is not None:
+        checks.prompt(source, "source prompt")
+    elif len(targets) > 1:
+        raise UserError("Without --source one clip is drawn anew. Give one --target, or say what it shows.")
+    wishes = with_concepts(asked, [source or "", *targets, asked.negative])
+    from backbone.media.clips import read_film
+
+    film = read_film(asked.clip)
+    from edit.run.clip import perform_clip
+
+    folder = perform_clip(film, source, targets, asked, concepts=wishes["concepts"])
+    notify(f"{folder}/report.html plays it; {folder}/sheet.png shows its frames.")
 
 
 @settled_command(app, ReplayOptions)

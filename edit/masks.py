@@ -33,6 +33,8 @@ def difference_maps(
 ) -> tuple[Tensor, int]:
     """How differently the prompts of each pair are predicted [N, H, W], 1 at most, and the NFE: five for each prompt.
 
+    Of a clip [N, F, H, W], 1 at most in any of its frames.
+
     After Couairon et al. 2023 (DiffEdit, section 3.2), with the states of the trajectory from step `first` on in place
     of fresh noise, at five steps. `sides` says under whose control maps each prompt of a pair is asked.
     """
@@ -49,17 +51,22 @@ def difference_maps(
     levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
     text = encode_prompts_cached(model, [prompt for prompt, _ in prompts])
     text = inversion.layout.under(text, inversion.schedule, [side for _, side in prompts]).repeat(len(chosen))
-    noise = model.predictor(text)(states, levels).noise.unflatten(0, (len(chosen), len(prompts)))
+    at_once = len(prompts) if states.ndim > 4 else len(states)  # a clip is many pictures
+    portions = [slice(start, start + at_once) for start in range(0, len(states), at_once)]
+    noise = torch.cat([model.predictor(text[some])(states[some], levels[some]).noise for some in portions])
+    noise = noise.unflatten(0, (len(chosen), len(prompts)))
     maps = []
     for one, other in asked:
         # |ε̂ − ε̂'|, mean over channels, at each step above what a tenth of the places stays below, and 1 at most
         apart = (noise[:, prompts.index(other)] - noise[:, prompts.index(one)]).abs().mean(1)
-        floor = apart.flatten(1).quantile(FLOOR, dim=1)[:, None, None]
+        floor = apart.flatten(1).quantile(FLOOR, dim=1).view(-1, *[1] * (apart.ndim - 1))
         apart = (apart - floor).clamp(min=0)
-        apart = apart / apart.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        apart = apart / apart.amax(tuple(range(1, apart.ndim)), keepdim=True).clamp(min=1e-12)
         # Added up over the steps, smoothed over 3 × 3 places
-        smooth = F.avg_pool2d(F.pad(apart.sum(0)[None, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        maps.append(smooth[0, 0] / smooth.amax().clamp(min=1e-12))
+        whole = apart.sum(0)
+        pictures = whole.view(-1, 1, *whole.shape[-2:])
+        smooth = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        maps.append(smooth.view_as(whole) / smooth.amax().clamp(min=1e-12))
     return torch.stack(maps), len(states)
 
 

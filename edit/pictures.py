@@ -11,6 +11,7 @@ from PIL import Image
 
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
+from backbone.media.clips import Film
 from backbone.media.decode import mask_from_image, open_mask, open_rgb
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
@@ -74,10 +75,10 @@ def read_mask(mask: ImageLike) -> SourceImage:
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image as a model sees it.
+    """An image, or a clip of F frames, as a model sees it.
 
-    pixels  [3, 8H, 8W] in −1…1
-    latent  [1, C, H, W], the posterior's mean
+    pixels  [3, 8H, 8W], of a clip [F, 3, 8H, 8W], in −1…1
+    latent  [1, C, H, W], of a clip [1, C, F, H, W], the posterior's mean
     facts   where it came from: name, size (width, height), content hash
     """
 
@@ -100,6 +101,22 @@ def show_image(model: Backbone, source: SourceImage) -> Image.Image:
     """An image as a model is shown it: cropped to the nearest shape that it works in, at about its own size."""
     size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
     return crop_and_resize(source.image, size)
+
+
+def encode_film(model: Backbone, film: Film) -> EncodedImage:
+    """A clip at about the model's own number of pixels, in its own shape up to 2 : 1, and its latents."""
+    import torch
+
+    size = working_size(film.size, area=model.resolution**2, unit=2 * model.factor)
+    pixels = torch.stack([to_tensor(crop_and_resize(frame, size)) for frame in film.frames])
+    facts = {
+        "name": film.name,
+        "size": list(film.size),
+        "frames": len(film.frames),
+        "fps": film.fps,
+        "content": film.content,
+    }
+    return EncodedImage(pixels, model.encode_clip(pixels)[None], facts)
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

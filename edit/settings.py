@@ -20,8 +20,10 @@ INVERSION = "Inversion"
 PANELS = (WORDS, WHERE, HOW, CONTROL, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
+ClipMethod = Literal["direct", "ddim", "edit-friendly", "renoise", "reversible"]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
 OF_NULL_TEXT = {"method": ("null-text",)}
+OF_INVERSION: dict[str, tuple[Any, ...]] = {"source": ()}
 MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
 SOURCE_HELP = "What the image shows, in words or in a file."
 STRENGTH_HELP = "Share of the way that is walked again."
@@ -526,3 +528,93 @@ class ReplayOptions(RunFolder):
         Path,
         Option("The run.json of an edit, or its folder.", WORDS, argument=True, metavar="RUN"),
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
+    """What `edit clip` is told; None stands for what comes with the model, or with the words."""
+
+    clip: Annotated[
+        str,
+        Option(
+            "The clip: an animated WebP or GIF, a folder of frames, or a film where PyAV is installed.",
+            WORDS,
+            argument=True,
+            metavar="CLIP",
+        ),
+    ]
+    source: Annotated[
+        str | None,
+        Option(
+            "What the clip shows; without it the clip is noised and denoised (SDEdit).",
+            WORDS,
+            aliases=("source-prompt",),
+            metavar="PROMPT",
+            default_text="none",
+        ),
+    ] = None
+    threshold: Annotated[
+        float,
+        Option(
+            "Share of the greatest difference that lets a place change; 0: everywhere.",
+            WHERE,
+            min=0,
+            max=1,
+            needs=OF_INVERSION,
+        ),
+    ] = 0.25
+    cross: Annotated[
+        float | None,
+        Option(
+            "Share of the steps with the source's cross-attention.",
+            HOW,
+            default_text="0.8; 0 where the motion's words change",
+            min=0,
+            max=1,
+            needs=OF_INVERSION,
+        ),
+    ] = None
+    self_attention: Annotated[
+        float | None,
+        Option(
+            "Share of the steps with its self-attention.",
+            HOW,
+            flag="self",
+            default_text="0.4; 0 where the motion's words change",
+            min=0,
+            max=1,
+            needs=OF_INVERSION,
+        ),
+    ] = None
+    temporal: Annotated[
+        float | None,
+        Option(
+            "Share of the steps in which frames are linked as the source's are.",
+            HOW,
+            default_text="as --self",
+            min=0,
+            max=1,
+            needs={**OF_INVERSION, "motion": ()},
+        ),
+    ] = None
+    strength: Annotated[
+        float | None,
+        Option(STRENGTH_HELP, HOW, default_text="1, without --source 0.6", min=0, max=1),
+    ] = None
+    motion: Annotated[
+        str,
+        Option(
+            "A motion adapter: a folder, an original AnimateDiff .safetensors, or a hub id.",
+            HOW,
+            aliases=("motion-adapter",),
+            metavar="ADAPTER",
+            default_text="none: frames look at the first and the one before",
+        ),
+    ] = ""
+    method: Annotated[
+        ClipMethod,
+        Option("How all frames are inverted.", INVERSION, choices=get_args(ClipMethod), needs=OF_INVERSION),
+    ] = "direct"
+    decode_chunk_size: Annotated[
+        int, Option("Frames decoded together; 0: as many as fit.", SAMPLING, min=0)
+    ] = 0

@@ -34,6 +34,7 @@ ROOMS = {
         ("data", "formats"),
         ("objectives", "evaluation"),
         ("training",),
+        ("clips",),
         ("api", "cli"),
     ),
     "edit": (

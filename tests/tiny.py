@@ -24,6 +24,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    MotionAdapter,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImage21Transformer2DModel,
@@ -617,6 +618,19 @@ def tiny_unet(**settings: Any) -> Any:
         "norm_num_groups": 8,
     }
     return UNet2DConditionModel(**usual | settings)
+
+
+def tiny_motion_adapter(**settings: Any) -> Any:
+    """Of the tiny UNet: what its layers add is not zero."""
+    torch.manual_seed(2)
+    usual: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "motion_layers_per_block": 1,
+        "motion_num_attention_heads": 2,
+        "motion_norm_num_groups": 8,
+        "motion_max_seq_length": 8,
+    }
+    return MotionAdapter(**usual | settings)
 
 
 def tiny_autoencoder(**settings: Any) -> Any:

@@ -83,6 +83,10 @@ def carry_over(concept: Concept, base: Backbone, few: Backbone) -> Concept:
 
 def check_concept_fits(concept: Concept, model: Backbone) -> None:
     """Raise `UserError` if a concept was trained on other weights, or would change weights that are sharded."""
+    if concept.kind == "motion":
+        raise UserError(
+            f"{concept.folder} is a motion, which a picture cannot have. Draw clips with it: customize clip."
+        )
     if concept.changed:
         require_whole_model(f"{concept.folder} changes the base's own weights, which")
     for name in filter(None, (concept.weights, concept.words, concept.changed)):

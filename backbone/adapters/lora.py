@@ -193,6 +193,20 @@ def load_lora(
             raise UserError(
                 f"{path} lacks all tensors of the {component} that its header names. Copy it again."
             )
+    load_factors(path, model, name, tensors, configs, scale=scale, text_encoders=text_encoders)
+
+
+def load_factors(
+    path: Path,
+    model: nn.Module,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    configs: Mapping[str, AdapterConfig],
+    *,
+    scale: float = 1.0,
+    text_encoders: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Load an adapter that has been read: tensors by their names in the file `path`, settings by component."""
     parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     foreign = next((key for key in tensors if not key.startswith(tuple(parts))), None)
     if foreign is not None:

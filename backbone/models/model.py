@@ -34,6 +34,7 @@ from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
 from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
 from backbone.models.locate import ADAPTER, OWN, locate
+from backbone.models.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder")
@@ -358,6 +359,16 @@ class Backbone:
         portions = latents.split(max(1, DECODED_AT_ONCE // pixels))
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
+    def encode_clip(self, clip: Tensor) -> Tensor:
+        """A clip [F, 3, 8H, 8W] in −1…1 to the means of its frames' latents [C, F, H, W], a few frames at a time."""
+        portions = clip.split(max(1, DECODED_AT_ONCE // clip[0, 0].numel()))
+        return torch.cat([self.encode(some).mean for some in portions]).transpose(0, 1)
+
+    def decode_clip(self, latents: Tensor, chunk: int = 0) -> Tensor:
+        """Latents [C, F, H, W] of a clip to frames [F, 3, 8H, 8W], at most `chunk` of them at a time (0: as fits)."""
+        rows = latents.transpose(0, 1)
+        return torch.cat([self.decode(some) for some in rows.split(chunk or len(rows))])
+
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
         """Decode with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
@@ -394,10 +405,20 @@ class Backbone:
         return predict
 
     def _predict_at(self, noisy: Tensor, time: Tensor, conditions: Conditions, denoiser: nn.Module) -> Tensor:
-        """Every call of a denoiser in training and sampling: at times [] or [B], in the working precision."""
-        network = self.family.network(denoiser, conditions.at(time))
-        with self.autocast():
-            return network(noisy, send(time, noisy.device)).float()
+        """Every call of a denoiser in training and sampling: at times [] or [B], in the working precision.
+
+        Of a network of pictures the frames of a clip [B, C, F, H, W] are rows, each with its clip's conditions.
+        """
+        conditions = conditions.at(time)
+        time = send(time, noisy.device)
+        frames = noisy.shape[2] if noisy.ndim > len(self.latent_shape) + 1 else 0
+        if frames:
+            noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
+            conditions = conditions[torch.arange(len(conditions)).repeat_interleave(frames)]
+        network = self.family.network(denoiser, conditions)
+        with self.autocast(), clip_of(denoiser, frames):
+            prediction = network(noisy, time).float()
+        return rows_as_frames(prediction, frames) if frames else prediction
 
     def guided_predictor(self, conditions: Conditions, empty: Conditions, guidance: float) -> Predict:
         """Bind the conditions with guidance.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from backbone.io.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.motion import in_windows
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,26 @@ class Request:
     prompt: str
     key: tuple[int, int]
     negative: str = ""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a clip.
+
+    count    so many of them
+    window   so many go through the network together, 0: all
+    stride   between the beginnings of two windows
+    shared   the share of the starting noise's variance that the frames have in common
+    """
+
+    count: int
+    window: int = 0
+    stride: int = 4
+    shared: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.window:
+            object.__setattr__(self, "window", self.count)
 
 
 @torch.no_grad()
@@ -83,9 +105,10 @@ def sample_latents(
     clean: Tensor | None = None,
     share: float = 1.0,
     controls: Sequence[Control] = (),
+    frames: Frames | None = None,
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Tensor]:
-    """Sample latents, a batch [B, C, H, W] at a time.
+    """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
 
     With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
@@ -100,7 +123,9 @@ def sample_latents(
         text = encode_prompts_cached(model, [request.prompt for request in some])
         text = replace(text, controls=repeat_controls(controls, len(some)))
         empty = encode_prompts_cached(model, [request.negative for request in some])
-        noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some])
+        noise = torch.stack(
+            [initial_noise(model, seed, *request.key, places, frames=frames) for request in some]
+        )
         noise = send(noise, model.device)
         if clean is None:
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
@@ -109,6 +134,8 @@ def sample_latents(
         predict = model.guided_predictor(text, empty, guidance)
         if guided != ALL_STEPS:
             predict = limit_guidance(guided, predict, model.predictor(text), schedule)
+        if frames is not None and frames.window < frames.count:
+            predict = in_windows(predict, frames.window, frames.stride)
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(seed, *request.key, "steps") for request in some]
@@ -177,11 +204,32 @@ def get_sampler(
 
 
 def initial_noise(
-    model: Backbone, seed: int, i: int, j: int, places: tuple[int, int] | None = None
+    model: Backbone,
+    seed: int,
+    i: int,
+    j: int,
+    places: tuple[int, int] | None = None,
+    *,
+    frames: Frames | None = None,
 ) -> Tensor:
-    """ε [C, …] of image (i, j), with the latents' size (H, W) where it is not the model's own."""
+    """ε [C, …] of image (i, j), with the latents' size (H, W) where it is not the model's own.
+
+    Of a clip with `frames` it is [C, F, H, W]: what is frame 0's own is the image's noise, and frame f's depends on the
+    key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023, PYoCo,
+    section 4.2, mixed noise).
+    """
     *channels, height, width = model.latent_shape
-    return torch.randn((*channels, *(places or (height, width))), generator=generator(seed, i, j))
+    shape = (*channels, *(places or (height, width)))
+
+    def draw(*key: int | str) -> Tensor:
+        return torch.randn(shape, generator=generator(seed, i, j, *key))
+
+    if frames is None:
+        return draw()
+    own = torch.stack([draw(), *(draw("frame", frame) for frame in range(1, frames.count))], dim=-3)
+    if not frames.shared:
+        return own
+    return math.sqrt(frames.shared) * draw("shared").unsqueeze(-3) + math.sqrt(1 - frames.shared) * own
 
 
 def is_guidance_distilled(model: Backbone) -> bool:

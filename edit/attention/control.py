@@ -27,6 +27,7 @@ MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where w
 
 UNET = AttentionLayout()
 CPU = torch.device("cpu")
+OVER_TIME = ".motion_modules."  # in the names of layers in which a place attends over a clip's frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,9 @@ class Control:
     maps                 where attention maps are gathered, or None
     hidden               places [H, W] of the latent, 1 where no query of a row finds keys and values in self-attention;
                          in the processor's memory
+    clips                how many clips the rows of the call are, where they are clips' frames; 0: pictures
+    temporal             whether the targets' layers over time have the source's queries and keys
+    across_frames        whether a frame finds keys and values in its clip's first frame and the one before it alone
     """
 
     targets: int
@@ -73,6 +77,9 @@ class Control:
     features: Literal["own", "source"] = "own"
     maps: Maps | None = None
     hidden: Tensor | None = None
+    clips: int = 0
+    temporal: bool = False
+    across_frames: bool = False
     _visible: dict[tuple[int, torch.device], Tensor | None] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -94,8 +101,14 @@ class Control:
 
     def reaches(self, name: str, tokens: int) -> bool:
         """Whether a layer of this name and so many queries has another self-attention than its own."""
+        if OVER_TIME in name:
+            return self.temporal
         coarse = self.self_tokens is None or tokens <= self.self_tokens
         return self.self_attention != "own" and coarse and name.startswith(self.layers)
+
+    def rows_each(self, rows: int) -> int:
+        """Of so many rows that a layer has, how many belong to one sample: a clip's frames, over time its places."""
+        return rows // self.clips if self.clips else 1
 
     def source_index_map(
         self, rows: int, controlled_targets: Sequence[bool] | None = None

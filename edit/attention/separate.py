@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.attention.control import Control, Cross, Maps, read_columns
+from edit.attention.control import OVER_TIME, Control, Cross, Maps, read_columns
 
 
 class Processor:
@@ -31,19 +31,32 @@ class Processor:
     ) -> Tensor:
         control = self.control
         layer = _Layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        each = control.rows_each(len(hidden_states))
         if encoder_hidden_states is None:
+            if control.across_frames and OVER_TIME not in self.name:
+                layer.frames = each
             if control.reaches(self.name, layer.tokens):
-                attend = _source_layout if control.self_attention == "layout" else _source_contents
-                index_map = control.source_index_map(len(hidden_states), control.controlled_targets)
-                return layer.project(attend(layer, *index_map))
+                contents = control.self_attention == "contents" and OVER_TIME not in self.name
+                attend = _source_contents if contents else _source_layout
+                samples = len(hidden_states) // each
+                index_map = control.source_index_map(samples, control.controlled_targets)
+                return layer.project(attend(layer, *(in_rows(index, each) for index in index_map)))
             visible = control.visible_keys(layer.tokens, hidden_states.device)
             if visible is not None:
                 return layer.project(_without_hidden(layer, visible))
+            if layer.frames:
+                x = layer.hidden
+                return layer.project(layer.sdpa(layer.query(x), layer.key(x), layer.value(x), layer.mask))
         else:
             maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
             if control.cross is not None or maps is not None:
-                return layer.project(_cross(layer, control.targets, control.cross, maps))
+                return layer.project(_cross(layer, control.targets, control.cross, maps, each))
         return cast(Tensor, self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+
+
+def in_rows(samples: list[int], each: int) -> list[int]:
+    """The rows of samples, so many of each."""
+    return [sample * each + row for sample in samples for row in range(each)] if each > 1 else samples
 
 
 def _source_layout(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
@@ -87,67 +100,76 @@ def gather_features(control: Control, module: nn.Module, inputs: Any, output: Te
     """A forward hook: the features [B, C, h, w], the targets' being the source's; None leaves them as they are."""
     if control.features == "own":
         return None
-    needed, gather = control.source_index_map(len(output))
+    each = control.rows_each(len(output))
+    needed, gather = (in_rows(index, each) for index in control.source_index_map(len(output) // each))
     return output[needed][gather]
 
 
-def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None) -> Tensor:
+def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None, each: int = 1) -> Tensor:
     """The targets' cross-attention from the source's map and their own [B, heads, queries, D], and maps read from it.
 
         SDPA(q_s, k_s, (M·diag c)·V_t) + SDPA(q_t, k_t, diag(d)·V_t)
 
     The first term is computed for all rows, the source and the unconditional rows having their own queries, keys and
-    values in it; the second is left out where d = 0, and with it the targets' queries and keys.
+    values in it; the second is left out where d = 0, and with it the targets' queries and keys. A sample has `each`
+    rows.
     """
     text, value = layer.text, layer.value(layer.text)
-    of_targets, read = slice(1, 1 + targets), slice(1 + targets)
+    first, last = each, (1 + targets) * each
+    of_targets, read = slice(first, last), slice(last)
     if cross is not None and cross.own is None and maps is None:
         # The targets' own queries and keys are not needed, so they are not made
         mask = layer.mask
-        query_source = layer.query(_without_targets(layer.hidden, targets))
-        key_source = layer.key(_without_targets(text, targets))
+        query_source = layer.query(_without(layer.hidden, of_targets))
+        key_source = layer.key(_without(text, of_targets))
     else:
         query, key, mask = layer.query(layer.hidden), layer.key(text), layer.mask
         if maps is not None:
             read_mask = None if mask is None else mask[read]
             attend = partial(layer.sdpa, query[read], key[read], mask=read_mask)
-            maps.add(read_columns(attend, query, maps.columns))
+            maps.add(read_columns(attend, query, maps.columns.repeat_interleave(each, 0)))
         if cross is None:
             return layer.sdpa(query, key, value, mask)
-        query_source, key_source = _without_targets(query, targets), _without_targets(key, targets)
+        query_source, key_source = _without(query, of_targets), _without(key, of_targets)
     # (M·diag c)·V_t for the targets, V for the others
-    mixed = cross.from_source.to(value.dtype)[:, None] @ value[of_targets]
-    values = torch.cat([value[:1], mixed, value[1 + targets :]])
-    mask_source = None if mask is None else _repeat_source(_without_targets(mask, targets), targets)
-    query_source, key_source = _repeat_source(query_source, targets), _repeat_source(key_source, targets)
+    from_source = cross.from_source.to(value.dtype).repeat_interleave(each, 0)
+    values = torch.cat([value[:first], from_source[:, None] @ value[of_targets], value[last:]])
+    mask_source = None if mask is None else _repeat_source(_without(mask, of_targets), targets, each)
+    query_source, key_source = (_repeat_source(x, targets, each) for x in (query_source, key_source))
     attended = layer.sdpa(query_source, key_source, values, mask_source)
     if cross.own is None:
         return attended
     # diag(d)·V_t
-    kept = cross.own.to(value.dtype)[:, None, :, None] * value[of_targets]
+    own_share = cross.own.to(value.dtype).repeat_interleave(each, 0)
+    kept = own_share[:, None, :, None] * value[of_targets]
     own = layer.sdpa(query[of_targets], key[of_targets], kept, None if mask is None else mask[of_targets])
-    return torch.cat([attended[:1], attended[of_targets] + own, attended[1 + targets :]])
+    return torch.cat([attended[:first], attended[of_targets] + own, attended[last:]])
 
 
-def _without_targets(x: Tensor, targets: int) -> Tensor:
-    """The rows of the source and those behind the targets."""
-    return torch.cat([x[:1], x[1 + targets :]])
+def _without(x: Tensor, rows: slice) -> Tensor:
+    """All rows but these."""
+    return torch.cat([x[: rows.start], x[rows.stop :]])
 
 
-def _repeat_source(x: Tensor, targets: int) -> Tensor:
+def _repeat_source(x: Tensor, targets: int, each: int) -> Tensor:
     """Rows without the targets' → all rows, the targets' being the source's."""
-    return torch.cat([x[:1].expand(1 + targets, *x.shape[1:]), x[1:]])
+    return torch.cat([x[:each].repeat(1 + targets, *[1] * (x.ndim - 1)), x[each:]])
 
 
 @dataclass
 class _Layer:
-    """One call of a diffusers `Attention`: what surrounds the product of queries, keys and values."""
+    """One call of a diffusers `Attention`: what surrounds the product of queries, keys and values.
+
+    With `frames` rows are clips of so many, and keys and values those of the first frame and the one before (Wu et al.
+    2023, Tune-A-Video, section 4.2).
+    """
 
     attn: Any
     states: Tensor
     encoder_states: Tensor | None
     attention_mask: Tensor | None
     temb: Tensor | None
+    frames: int = 0
     shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -202,6 +224,8 @@ class _Layer:
         return self._heads(self.attn.to_v(x))
 
     def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if self.frames:
+            key, value = self._from_other_frames(key), self._from_other_frames(value)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.attn.scale)
 
     def project(self, attended: Tensor) -> Tensor:
@@ -216,3 +240,10 @@ class _Layer:
 
     def _heads(self, x: Tensor) -> Tensor:
         return cast(Tensor, x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2))
+
+    def _from_other_frames(self, x: Tensor) -> Tensor:
+        """Keys or values [B·F, heads, T, D] → [B·F, heads, 2·T, D], of the first frame and the one before."""
+        clips = x.unflatten(0, (-1, self.frames))
+        first = clips[:, :1].expand_as(clips)
+        before = torch.cat([clips[:, :1], clips[:, :-1]], 1)
+        return torch.cat([first, before], -2).flatten(0, 1)

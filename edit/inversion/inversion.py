@@ -68,8 +68,8 @@ class Inversion:
 
     prompt      what the image shows, in the model's words
     schedule    the noise levels [S + 1], noisiest first
-    states      [S + 1, C, H, W], noisiest first; float64 for `reversible`, else float32
-    image       [3, 8H, 8W] in −1…1, as the autoencoder was shown it
+    states      [S + 1, C, H, W], of a clip [S + 1, C, F, H, W], noisiest first; float64 for `reversible`, else float32
+    image       [3, 8H, 8W] in −1…1, of a clip [F, 3, 8H, 8W], as the autoencoder was shown it
     identity    of the model with the concepts that it had loaded (`identify`)
     nfe         what it took: samples that the denoiser evaluated
     noise       what each ancestral step lacks [S, C, H, W] (`edit-friendly`), else None
@@ -187,7 +187,7 @@ WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 
 def invert(
     model: Backbone,
-    image: ImageLike,
+    image: ImageLike | EncodedImage,
     prompt: str,
     *,
     method: Method = "direct",
@@ -199,7 +199,7 @@ def invert(
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Inversion:
-    """Inverts an image that shows what the prompt says (in the model's words).
+    """Inverts an image, or an encoded clip, that shows what the prompt says (in the model's words).
 
     `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone. `identity` is
     that of the model with the concepts that were loaded into it (`identify`); without any it is the model's own. The
@@ -223,7 +223,7 @@ def invert(
             f"{model.location.name} is guidance-distilled and has no prediction without a prompt, which "
             "null-text would optimise. Choose --method direct."
         )
-    encoded = encode_image(model, image)
+    encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)

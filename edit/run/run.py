@@ -89,6 +89,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
     """
     path = record / RECORD if record.is_dir() else record
     name = read_json(path).get("command")
+    if isinstance(name, str) and name.startswith("edit clip "):
+        raise UserError(f"{path} is the record of a clip. Repeat it with: {name}")
     if not isinstance(name, str) or name not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
     recorded = read_json(path, EditRecord)

@@ -1,0 +1,166 @@
+"""Motion LoRAs: adapters of motion layers alone, from a run of `customize train-motion` or from elsewhere.
+
+Read are files of diffusers and peft, and those of AnimateDiff's own trainer: their names of layers and factors differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept
+from backbone.adapters.config import AdapterConfig, check_tensors, read_adapter_configs
+from backbone.adapters.lora import (
+    LORA_WEIGHTS,
+    activate_adapters,
+    has_text_encoder_weights,
+    load_factors,
+    load_lora,
+)
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors
+from backbone.models.model import Backbone
+from backbone.models.motion import Motion, attach_motion, motion_of, read_motion_adapter, rename_original
+
+FACTORS = (  # of a layer's name, its ends as they are written, and ours
+    (re.compile(r"\.processor\.(to_[qkv])_lora\.(down|up)\.weight$"), r".\1.lora_\2"),
+    (re.compile(r"\.processor\.to_out_lora\.(down|up)\.weight$"), r".to_out.0.lora_\1"),
+    (re.compile(r"\.lora\.(down|up)\.weight$"), r".lora_\1"),
+    (re.compile(r"\.lora_(A|B)(?:\.\w+)?\.weight$"), r".lora_\1"),
+    (re.compile(r"\.lora_linear_layer\.(down|up)\.weight$"), r".lora_\1"),
+)
+OURS = {"lora_down": "lora_A", "lora_up": "lora_B"}
+
+
+MOTION = "motion"  # the kind of a concept that is one
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What sets a model in motion.
+
+    adapter  a motion adapter: a folder, a file or a hub id; "" where frames are to know nothing of one another
+    loras    motion LoRAs: files, or run folders of `customize train-motion`
+    scale    strength of these
+    """
+
+    adapter: str
+    loras: tuple[Path, ...] = ()
+    scale: float = 1.0
+
+
+def set_in_motion(
+    model: Backbone, moves: Moves, concepts: Sequence[Concept] = (), *, scale: float = 1.0
+) -> Motion | None:
+    """Load concepts and a motion adapter with its LoRAs into a model; all of them work beside one another.
+
+    An adapter's folder may hold a LoRA of the picture model too (`pytorch_lora_weights.safetensors`), by which that
+    learned the words of motion. Raises `UserError` for what does not fit the model, before weights of it are loaded
+    where that can be known.
+    """
+    adapter = read_motion_adapter(moves.adapter) if moves.adapter else None
+    words = Path(moves.adapter).expanduser() / LORA_WEIGHTS
+    names = load_concepts(model, [one for one in concepts if one.kind != MOTION], scale=scale)
+    if adapter is not None and words.is_file():
+        text = {slot.name: slot.model for slot in model.text_encoder.slots}
+        with_text = has_text_encoder_weights(words)
+        load_lora(words, model.denoiser, "motion_words", text_encoders=text if with_text else None)
+        model.text_learned |= with_text
+        names.append("motion_words")
+    motion = None if adapter is None else attach_motion(model.denoiser, adapter, moves.adapter)
+    runs = [one.weights_path for one in concepts if one.kind == MOTION]
+    names += load_motion_loras(model.denoiser, [*runs, *moves.loras], scale=moves.scale)
+    if names:
+        activate_adapters(model.denoiser, names)
+        for slot in model.text_encoder.slots if model.text_learned else ():
+            activate_adapters(slot.model, names)
+    return motion
+
+
+def load_motion_loras(denoiser: nn.Module, sources: Sequence[Path], *, scale: float = 1.0) -> list[str]:
+    """Load motion LoRAs into a UNet that a motion adapter is attached to; returns their names, beside one another.
+
+    Raises `UserError` for a LoRA of pictures, and for one of another adapter.
+    """
+    if sources and motion_of(denoiser) is None:
+        raise UserError(
+            f"{sources[0]} is a motion LoRA, and there is no motion adapter. Name one with --motion."
+        )
+    names = []
+    for number, source in enumerate(sources):
+        path = source / LORA_WEIGHTS if source.is_dir() else source
+        tensors, config = read_motion_lora(path)
+        name = f"motion_{number}"
+        load_factors(path, denoiser, name, tensors, {"unet": config}, scale=scale)
+        names.append(name)
+    return names
+
+
+def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """The factors under diffusers' names (`unet.….lora_A.weight`) and their settings.
+
+    Raises `UserError` for a file that is none, for a pickle, and for a LoRA that changes other layers too.
+    """
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(
+            f"{path} is a pickle, which is never read. Take the motion LoRA's .safetensors version."
+        )
+    if not path.is_file():
+        raise UserError(
+            f"There is no motion LoRA {path}. Name a .safetensors file, or a run of train-motion."
+        )
+    tensors, header = read_tensors(path)
+    check_tensors(path, tensors)
+    found: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for name, value in tensors.items():
+        plain = rename_original(name.removeprefix("unet."))
+        if plain.endswith(".alpha"):
+            alphas[plain.removesuffix(".alpha")] = float(value)
+            continue
+        key = _factor(plain)
+        if key is None:
+            raise UserError(f"{path} is no motion LoRA: it holds {name}. Name one, or use it with --motion.")
+        if ".motion_modules." not in key:
+            raise UserError(
+                f"{path} is a LoRA of pictures: it changes {key.rpartition('.')[0]}. Make a run of it with customize "
+                "import, and give that with --concept."
+            )
+        found[f"unet.{key}.weight"] = value
+    own = read_adapter_configs(path, header).get("unet")
+    return found, own or _settings(path, found, alphas)
+
+
+def _factor(name: str) -> str | None:
+    """`layer.lora_A` or `layer.lora_B` of a tensor's name; None for another tensor."""
+    for expression, ours in FACTORS:
+        if expression.search(name):
+            layer, _, factor = expression.sub(ours, name).rpartition(".")
+            return f"{layer}.{OURS.get(factor, factor)}"
+    return None
+
+
+def _settings(path: Path, tensors: dict[str, Tensor], alphas: dict[str, float]) -> AdapterConfig:
+    """Rank and α of a file whose header does not say them; without an α the update is not scaled."""
+    layers = {
+        key.removeprefix("unet.").removesuffix(".lora_A.weight"): value
+        for key, value in tensors.items()
+        if ".lora_A." in key
+    }
+    if not layers:
+        raise UserError(f"{path} holds no factors of a LoRA. Download it again.")
+    ranks = {layer: int(value.shape[0]) for layer, value in layers.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    return AdapterConfig(
+        rank=common,
+        alpha=float(common),
+        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items() if rank != common},
+        alpha_pattern={re.escape(layer): alphas.get(layer, float(rank)) for layer, rank in ranks.items()},
+        target_modules=tuple(layers),
+    )

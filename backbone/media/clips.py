@@ -1,0 +1,213 @@
+"""Clips as files: animated WebP, GIF or PNG, a folder of frames, a film (.mp4 where PyAV is installed); and as strips.
+
+A clip is read whole, in order, and no frame is dropped in silence. Frames are RGB pictures of one size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from backbone.io.console import UserError, notify
+from backbone.io.files import content_hash, write_bytes
+from backbone.media.pictures import list_images
+from backbone.media.sheet import save_png
+
+ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
+FILMS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+USUAL_FPS = 8.0
+STRIP = 8  # frames of a strip, at most
+MOST_FRAMES = 10_000
+INSTALL = "pip install av"
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """Frames in their order, how fast they follow one another, and where they came from."""
+
+    frames: tuple[Image.Image, ...]
+    fps: float
+    name: str = ""
+    content: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.frames[0].size
+
+
+# Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_film(source: str | Path) -> Film:
+    """A clip from an animated file, a folder of frames in natural order, or a film.
+
+    Raises `UserError` for what is none, has one frame only, or frames of unlike size.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        frames = [record.open() for record in list_images(str(path))]
+        found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
+    elif path.suffix.lower() in FILMS:
+        found = _read_video(path)
+    else:
+        found = _read_animation(path)
+    if len(found.frames) < 2:
+        raise UserError(
+            f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."
+        )
+    sizes = {frame.size for frame in found.frames}
+    if len(sizes) > 1:
+        number = next(i for i, frame in enumerate(found.frames) if frame.size != found.size)
+        one, other = (f"{width} × {height}" for width, height in (found.size, found.frames[number].size))
+        raise UserError(
+            f"The frames of {source} are of unlike size: frame 0 has {one} pixels and frame {number} {other}. Make "
+            "them alike."
+        )
+    return found
+
+
+def _read_animation(path: Path) -> Film:
+    if not path.is_file():
+        raise UserError(f"There is no clip {path}. Check the spelling, and the folder that it is named from.")
+    try:
+        with Image.open(path) as opened:
+            if getattr(opened, "n_frames", 1) > MOST_FRAMES:
+                raise UserError(
+                    f"{path} has {getattr(opened, 'n_frames', 1)} frames; {MOST_FRAMES} are the most. Cut it."
+                )
+            frames, lasting, clear = [], [], False
+            for frame in ImageSequence.Iterator(opened):
+                clear |= frame.has_transparency_data
+                frames.append(_on_white(frame))
+                lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
+    except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
+        kind = "a film of an unknown kind" if path.suffix.lower() not in ANIMATED else "damaged"
+        raise UserError(
+            f"{path} cannot be read as a clip ({kind}: {str(error)[:80]}). Take an animated WebP or GIF, or a folder "
+            "of frames."
+        ) from error
+    if clear:
+        notify(f"{path}: its transparent parts are white.")
+    return Film(*_even(tuple(frames), lasting, path), str(path), content_hash(path))
+
+
+def _on_white(frame: Image.Image) -> Image.Image:
+    if not frame.has_transparency_data:
+        return frame.convert("RGB")
+    layered = frame.convert("RGBA")
+    ground = Image.new("RGB", frame.size, "white")
+    ground.paste(layered, mask=layered.getchannel("A"))
+    return ground
+
+
+def _even(
+    frames: tuple[Image.Image, ...], lasting: Sequence[float], path: Path
+) -> tuple[tuple[Image.Image, ...], float]:
+    """Frames that last equally long: those of unlike durations are repeated, which is said."""
+    shortest = min(lasting)
+    repeats = [max(1, round(one / shortest)) for one in lasting]
+    if max(repeats) > 1:
+        total = sum(repeats)
+        if total > MOST_FRAMES:
+            raise UserError(
+                f"{path} has frames that last {shortest:g} and {max(lasting):g} ms. Make them last alike."
+            )
+        notify(
+            f"{path}: its {len(frames)} frames last unlike long, so it is taken as {total} of {shortest:g} ms each."
+        )
+        frames = tuple(frame for frame, count in zip(frames, repeats, strict=True) for _ in range(count))
+    return frames, round(1000 / shortest, 3)
+
+
+def _read_video(path: Path) -> Film:
+    if not path.is_file():
+        raise UserError(f"There is no film {path}. Check the spelling, and the folder that it is named from.")
+    av = import_av(f"{path} is a film, which")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or USUAL_FPS)
+            frames = []
+            for frame in container.decode(stream):
+                if len(frames) == MOST_FRAMES:
+                    raise UserError(f"{path} has more than {MOST_FRAMES} frames, which are the most. Cut it.")
+                frames.append(frame.to_image().convert("RGB"))
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a film ({str(error)[:80]}). Convert it to .mp4 or frames."
+        ) from error
+    if not frames:
+        raise UserError(f"{path} holds no frames. Copy it again.")
+    return Film(tuple(frames), fps, str(path), content_hash(path))
+
+
+def import_av(what: str) -> Any:
+    """PyAV; `UserError` where it is not installed."""
+    if find_spec("av") is None:
+        raise UserError(f"{what} needs the package av, which is not installed. Run: {INSTALL}")
+    import av
+
+    return av
+
+
+def _hash_frames(frames: Sequence[Image.Image]) -> str:
+    return content_hash("".join(content_hash(frame.tobytes()) for frame in frames).encode())
+
+
+# Writing -----------------------------------------------------------------------------------------------------
+
+
+def encode_webp(frames: Sequence[Image.Image], fps: float) -> bytes:
+    """An animated WebP, lossless, that plays for ever."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"lossless": True, "quality": 60, "method": 2, "minimize_size": False}
+    frames[0].save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=list(frames[1:]),
+        duration=max(1, round(1000 / fps)),
+        loop=0,
+        **options,
+    )
+    return buffer.getvalue()
+
+
+def write_film(place: Path, frames: Sequence[Image.Image], fps: float, *, mp4: bool = False) -> None:
+    """`place`.webp, its frames as `place`/0000.png …, and `place`.mp4 where that is asked for."""
+    write_bytes(place.with_suffix(".webp"), encode_webp(frames, fps))
+    for number, frame in enumerate(frames):
+        save_png(place / f"{number:04d}.png", frame)
+    if mp4:
+        write_bytes(place.with_suffix(".mp4"), encode_mp4(frames, fps))
+
+
+def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
+    """H.264 in MP4; `UserError` where PyAV is not installed."""
+    from fractions import Fraction
+
+    av, buffer = import_av("An .mp4"), io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height = (side // 2 * 2 for side in frames[0].size)
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_image(frame)):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+def choose_strip(frames: Sequence[Image.Image], most: int = STRIP) -> dict[int, Image.Image]:
+    """At most so many of the frames by their numbers, evenly spread, the first and the last among them."""
+    count = min(most, len(frames))
+    numbers = sorted({round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)})
+    return {number: frames[number] for number in numbers}

@@ -1,0 +1,359 @@
+"""Clips of the world: values that determine every frame, and the truth of every frame with it.
+
+A clip is a scene, what its things do and what the camera does. Rendered, it comes with the track of every thing, their
+masks, the camera's path and the flow of every pixel, none of them estimated. Zooming and rolling turn the whole picture
+as a lens does, and have no parallax; a pan slides the camera sideways, and what is near passes faster: each row of the
+ground by its distance, a thing by that of its foot. Beyond its edges a place goes on mirrored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from backbone.world.motions import CAMERAS, MOTIONS, SPEEDS, opposite, say_camera, say_motion
+from backbone.world.render import (
+    FLOATING,
+    SIZE,
+    SUPERSAMPLING,
+    Figure,
+    draw_figure,
+    draw_place,
+    draw_sprite,
+    place_figures,
+    render,
+)
+from backbone.world.scene import Scene, sample_scene
+from backbone.world.styles import STYLES
+from backbone.world.words import Vocabulary
+
+SLIDE, PAN = 46.0, 40.0  # pixels from the first frame to the last
+GROWTH, ZOOM = 1.7, 1.35  # times
+TURN, ROLL = 150.0, 20.0  # degrees
+FAR = 0.45  # of a pan, what lies at the horizon moves so much
+STILL = 0.15  # share of the training clips in which nothing moves
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene in motion.
+
+    move    what the first thing does (of a pair both do), of `MOTIONS`; "" nothing
+    camera  what the camera does, of `CAMERAS`; "" nothing
+    speed   of both, of `SPEEDS`
+    frames  how many
+    """
+
+    scene: Scene
+    move: str = ""
+    camera: str = ""
+    speed: str = ""
+    frames: int = 16
+
+    def __post_init__(self) -> None:
+        assert self.move in ("", *MOTIONS) and self.camera in ("", *CAMERAS) and self.speed in SPEEDS
+        assert self.frames > 0
+
+    def caption(self, *, name: str | None = None) -> str:
+        """The scene's caption, then what moves: `a dog in a park, moving left, camera zooming in`."""
+        return self._add(self.scene.caption(name=name), None)
+
+    def caption_for_training(self) -> str:
+        """A caption of the scene's own and one of the ways to say each motion."""
+        return self._add(self.scene.caption_for_training(), self.scene.random("motion words"))
+
+    def _add(self, text: str, random: Random | None) -> str:
+        noun = self.scene.things[0].noun if len(self.scene.things) > 1 else ""
+        parts = [text]
+        if self.move:
+            parts.append(say_motion(self.move, speed=self.speed, noun=noun, random=random))
+        if self.camera:
+            parts.append(say_camera(self.camera, speed="" if self.move else self.speed, random=random))
+        return ", ".join(parts)
+
+    def backwards(self) -> Clip:
+        """What this clip is when its frames are shown in the reverse order, in words."""
+        return replace(self, move=opposite(self.move), camera=opposite(self.camera))
+
+
+@dataclass(frozen=True, eq=False)
+class ClipRendering:
+    """A rendered clip and its truth; coordinates are pixels of the picture's 128, x to the right and y down.
+
+    frames  RGB
+    masks   [F][N] of every thing (L), what covers it not taken away
+    tracks  [F, N, 4]: a thing's middle (x, y), its size over its size in the scene, its turn in degrees, clockwise
+    camera  [F, 4]: how far a pan has gone (x, y), its zoom, its roll in degrees, clockwise for the picture
+    flow    [F − 1, H, W, 2]: where a pixel of a frame is in the next one, less where it is in this one
+    """
+
+    frames: tuple[Image.Image, ...]
+    masks: tuple[tuple[Image.Image, ...], ...]
+    tracks: Floats
+    camera: Floats
+    flow: Floats
+
+
+def sample_clip(seed: int, *, words: Vocabulary | None = None, frames: int = 16) -> Clip:
+    """Sample the clip of a seed: 15 % stand still, 55 % have a thing that moves, 20 % the camera, 10 % both."""
+    scene = sample_scene(seed, words=words)
+    random = Random(f"{seed}/clip")
+    kind = random.random()
+    move = random.choice(tuple(MOTIONS)) if STILL <= kind < 0.7 or kind >= 0.9 else ""
+    camera = random.choice(tuple(CAMERAS)) if kind >= 0.7 else ""
+    speed = random.choice(("", "", "slowly", "fast")) if move or camera else ""
+    return Clip(scene, move, camera, speed, frames)
+
+
+def render_clip(clip: Clip) -> ClipRendering:
+    """Render a clip; one in which nothing moves repeats the scene's own picture, bit for bit.
+
+    Raises `UserError` if the emoji font is missing.
+    """
+    place, horizon = draw_place(clip.scene)
+    figures = place_figures(clip.scene, horizon)
+    ground = np.asarray(place.convert("RGB"), dtype=np.float32)
+    camera = trace_camera(clip)
+    moving = [*range(len(figures))] if clip.scene.pair else [0]
+    tracks = np.stack([trace_thing(clip, f, i in moving) for i, f in enumerate(figures)], axis=1)
+    seen = np.stack([_through(camera[t], tracks[t], figures, clip, horizon) for t in range(clip.frames)])
+    if not clip.move and not clip.camera:
+        still = render(clip.scene)
+        flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
+        return ClipRendering((still.image,) * clip.frames, (still.masks,) * clip.frames, seen, camera, flow)
+    sprites = [_Sprite.of(figure) for figure in figures]
+    frames, masks = [], []
+    for t in range(clip.frames):
+        canvas = _warp_place(ground, camera[t], horizon, clip).convert("RGBA")
+        drawn = []
+        for i, figure in enumerate(figures):
+            stands = not clip.camera and i not in moving
+            paint = draw_figure(canvas, figure) if stands else sprites[i].draw(canvas, seen[t, i])
+            canvas, mask = paint
+            drawn.append(mask)
+        picture = canvas.convert("RGB")
+        frames.append(STYLES[clip.scene.style](picture) if clip.scene.style else picture)
+        masks.append(tuple(drawn))
+    return ClipRendering(tuple(frames), tuple(masks), seen, camera, _flow(clip, camera, seen, masks, horizon))
+
+
+# Paths -------------------------------------------------------------------------------------------------------
+
+
+def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
+    """[F, 4] of one thing before the camera: x, y of its middle, size over its own, turn in degrees."""
+    u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
+    pace = SPEEDS[clip.speed] if moves else 0.0
+    x, y, size, turn = np.zeros_like(u), np.zeros_like(u), np.ones_like(u), np.zeros_like(u)
+    wave, way = np.sin(2 * np.pi * u * max(1.0, pace)), pace * (u - 0.5)
+    match clip.move if moves else "":
+        case "left" | "right":
+            x = (1 if clip.move == "right" else -1) * SLIDE * way
+        case "up" | "down":
+            y = (1 if clip.move == "down" else -1) * SLIDE * 0.8 * way
+        case "grow" | "shrink":
+            size = GROWTH ** ((1 if clip.move == "grow" else -1) * way)
+        case "clockwise" | "counterclockwise":
+            turn = (1 if clip.move == "clockwise" else -1) * TURN * way
+        case "bounce":
+            y = -18 * pace * np.abs(np.sin(2 * np.pi * u))
+        case "swing":
+            turn = 24 * pace * wave
+        case "circle":
+            x, y = 15 * np.cos(2 * np.pi * u * pace), 12 * np.sin(2 * np.pi * u * pace)
+        case "shake":
+            x = 4 * pace * np.sin(2 * np.pi * 4 * u)
+        case "pulse":
+            size = 1.25 ** (pace * wave)
+        case "zigzag":
+            x, y = SLIDE * way, 10 * np.abs((4 * u) % 2 - 1) - 5
+    half = figure.size * size / 2
+    middle_x, middle_y = figure.x + x, figure.foot - figure.size / 2 + y
+    middle_x += _shift_inside(middle_x, half)
+    middle_y += _shift_inside(middle_y, half)
+    return np.stack([middle_x, middle_y, size, turn], axis=-1).astype(np.float32)
+
+
+def _shift_inside(middle: NDArray[Any], half: NDArray[Any]) -> float:
+    """How far a whole path is shifted so that the thing stays in the picture, where it can."""
+    low, high = float((middle - half).min()), float((middle + half).max())
+    if high - low > SIZE:
+        return SIZE / 2 - (low + high) / 2
+    return max(0.0, -low) - max(0.0, high - SIZE)
+
+
+def trace_camera(clip: Clip) -> Floats:
+    """[F, 4]: how far a pan has gone (x, y), zoom, and the picture's turn in degrees."""
+    u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
+    way = SPEEDS[clip.speed] * u
+    path = np.tile(np.float32([0, 0, 1, 0]), (clip.frames, 1))
+    match clip.camera:
+        case "pan-left" | "pan-right":
+            path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * way
+        case "pan-up" | "pan-down":
+            path[:, 1] = (1 if clip.camera == "pan-down" else -1) * PAN * 0.6 * way
+        case "zoom-in" | "zoom-out":
+            path[:, 2] = ZOOM ** ((1 if clip.camera == "zoom-in" else -1) * way)
+        case "roll-left" | "roll-right":
+            path[:, 3] = (1 if clip.camera == "roll-left" else -1) * ROLL * way
+    return path
+
+
+def pan_rate(y: Any, horizon: float, clip: Clip) -> Any:
+    """The share of a sideways pan by which what stands at the height y moves: FAR at the horizon, 1 at the bottom."""
+    if clip.scene.place in FLOATING or clip.scene.place == "on a white background":
+        return np.full_like(np.asarray(y, dtype=np.float64), FAR)
+    return FAR + (1 - FAR) * np.clip((np.asarray(y) - horizon) / (SIZE - horizon), 0, 1)
+
+
+def _through(camera: Floats, things: Floats, figures: list[Figure], clip: Clip, horizon: float) -> Floats:
+    """Where things are seen, [N, 4], through the camera of one frame."""
+    pan_x, pan_y, zoom, roll = (float(value) for value in camera)
+    found = things.copy()
+    for i, figure in enumerate(figures):
+        floats = clip.scene.place in FLOATING
+        rate = 1.0 if floats else float(pan_rate(figure.foot, horizon, clip))
+        found[i, 0] -= pan_x * rate
+        found[i, 1] -= pan_y
+    turn = math.radians(roll)
+    x, y = found[:, 0] - SIZE / 2, found[:, 1] - SIZE / 2
+    found[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
+    found[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
+    found[:, 2] *= zoom
+    found[:, 3] += roll
+    return found
+
+
+# Drawing -----------------------------------------------------------------------------------------------------
+
+
+def _pixels() -> tuple[NDArray[Any], NDArray[Any]]:
+    """(x, y) of the middles of all pixels, [H, W] each."""
+    y, x = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
+    return x, y
+
+
+def _to_place(
+    x: NDArray[Any], y: NDArray[Any], camera: Floats, horizon: float, clip: Clip
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The points of the place that are seen at points of a frame."""
+    pan_x, pan_y, zoom, roll = (float(value) for value in camera)
+    turn = math.radians(roll)
+    dx, dy = (x - SIZE / 2) / zoom, (y - SIZE / 2) / zoom
+    x = SIZE / 2 + math.cos(turn) * dx + math.sin(turn) * dy
+    y = SIZE / 2 - math.sin(turn) * dx + math.cos(turn) * dy
+    y = y + pan_y
+    return x + pan_x * pan_rate(y, horizon, clip), y
+
+
+def _from_place(
+    x: NDArray[Any], y: NDArray[Any], camera: Floats, horizon: float, clip: Clip
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The reverse of `_to_place`."""
+    pan_x, pan_y, zoom, roll = (float(value) for value in camera)
+    turn = math.radians(roll)
+    x = x - pan_x * pan_rate(y, horizon, clip) - SIZE / 2
+    y = y - pan_y - SIZE / 2
+    return (
+        SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y),
+        SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y),
+    )
+
+
+def _warp_place(ground: Floats, camera: Floats, horizon: float, clip: Clip) -> Image.Image:
+    x, y = _to_place(*_pixels(), camera, horizon, clip)
+    return Image.fromarray(sample_bilinear(ground, x - 0.5, y - 0.5).round().clip(0, 255).astype(np.uint8))
+
+
+def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats:
+    """A picture [H, W, C] at points of its grid, between which it is linear and beyond which it goes on mirrored."""
+    height, width = picture.shape[:2]
+    x, y = _mirrored(x, width), _mirrored(y, height)
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    across, down = (x - left)[..., None], (y - top)[..., None]
+    above = picture[top, left] * (1 - across) + picture[top, right] * across
+    below = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
+    return (above * (1 - down) + below * down).astype(np.float32)
+
+
+def _mirrored(at: NDArray[Any], count: int) -> NDArray[Any]:
+    last = count - 1
+    return last - np.abs(last - np.mod(at, 2 * last))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sprite:
+    """A thing drawn large once, from which all frames are taken: between pixels too, so that it moves evenly."""
+
+    figure: Figure
+    pixels: Image.Image  # premultiplied
+    middle: tuple[float, float]  # of the body, in its own pixels
+
+    @staticmethod
+    def of(figure: Figure) -> _Sprite:
+        large = replace(figure, size=figure.size * SUPERSAMPLING)
+        sprite, _, _ = draw_sprite(large)
+        return _Sprite(figure, sprite.convert("RGBa"), (sprite.width / 2, sprite.height - large.size / 2))
+
+    def draw(self, canvas: Image.Image, pose: Floats) -> tuple[Image.Image, Image.Image]:
+        """The canvas with the thing and its shadow, and the thing's mask."""
+        x, y, size, turn = (float(value) for value in pose)
+        if self.figure.shadow:
+            canvas = canvas.copy()
+            canvas.paste((12, 12, 24), mask=self._shade(x, y, size))
+        # For a pixel of the picture, SUPERSAMPLING times as large, where in the sprite it is
+        angle, (mx, my) = math.radians(turn), self.middle
+        a, b = math.cos(angle) / size, math.sin(angle) / size
+        cx, cy = x * SUPERSAMPLING, y * SUPERSAMPLING
+        back = (a, b, mx - a * cx - b * cy, -b, a, my + b * cx - a * cy)
+        side = SIZE * SUPERSAMPLING
+        layer = self.pixels.transform(
+            (side, side), Image.Transform.AFFINE, back, resample=Image.Resampling.BILINEAR
+        )
+        layer = layer.reduce(SUPERSAMPLING).convert("RGBA")
+        drawn = canvas.copy()
+        drawn.alpha_composite(layer)
+        return drawn, layer.getchannel("A")
+
+    def _shade(self, x: float, y: float, size: float) -> Image.Image:
+        width, foot = self.figure.size * size * 0.8, y + self.figure.size * size / 2
+        dark = Image.new("L", (SIZE * SUPERSAMPLING,) * 2, 0)
+        box = (x - width / 2, foot - width * 0.11, x + width / 2, foot + width * 0.07)
+        ImageDraw.Draw(dark).ellipse(
+            tuple(SUPERSAMPLING * edge for edge in box), fill=round(255 * self.figure.shadow)
+        )
+        return dark.filter(ImageFilter.GaussianBlur(2 * SUPERSAMPLING)).reduce(SUPERSAMPLING)
+
+
+# Truth -------------------------------------------------------------------------------------------------------
+
+
+def _flow(
+    clip: Clip, camera: Floats, seen: Floats, masks: list[tuple[Image.Image, ...]], horizon: float
+) -> Floats:
+    """[F − 1, H, W, 2]: the place's flow, over it that of each thing where it is drawn."""
+    x, y = _pixels()
+    flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
+    for t in range(clip.frames - 1):
+        there = _from_place(*_to_place(x, y, camera[t], horizon, clip), camera[t + 1], horizon, clip)
+        flow[t] = np.stack([there[0] - x, there[1] - y], axis=-1)
+        for i, mask in enumerate(masks[t]):
+            inside = np.asarray(mask) > 127
+            flow[t][inside] = _thing_flow(x, y, seen[t, i], seen[t + 1, i])[inside]
+    return flow
+
+
+def _thing_flow(x: NDArray[Any], y: NDArray[Any], here: Floats, there: Floats) -> Floats:
+    scale, turn = float(there[2] / here[2]), math.radians(float(there[3] - here[3]))
+    dx, dy = x - here[0], y - here[1]
+    new_x = there[0] + scale * (math.cos(turn) * dx - math.sin(turn) * dy)
+    new_y = there[1] + scale * (math.sin(turn) * dx + math.cos(turn) * dy)
+    return np.stack([new_x - x, new_y - y], axis=-1).astype(np.float32)

@@ -1,0 +1,168 @@
+"""`customize clip`: sample clips of prompts with a motion adapter, with concepts applied, into a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from backbone.adapters.concept import (
+    Concept,
+    resolve_placeholder_tokens,
+    summarize_concepts,
+    trained_resolution,
+)
+from backbone.adapters.motion import Moves, set_in_motion
+from backbone.distributed import processes
+from backbone.io.console import UserError, progress
+from backbone.io.files import refuse_filled, write_json
+from backbone.io.options import as_command
+from backbone.io.report import command, heading, image_figure, table, write_report
+from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.media.clips import choose_strip, import_av, write_film
+from backbone.media.parameters import describe_concepts
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import to_image
+from backbone.models.model import Backbone
+from backbone.models.motion import Motion
+from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
+from customize.clips.settings import ClipOptions
+
+RECORD = "run.json"
+REPORT = "report.html"
+CLIPS = Path("clips")
+
+
+def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence[Concept] = ()) -> Path:
+    """Write `p00-s00.webp` and `p00-s00/0000.png` … (prompt, sample; frame), sheet, report and record; the folder.
+
+    Clip (i, j) depends on the seed, i and j alone. Raises `UserError`, before the model's weights load, for an adapter
+    of another model, more frames than it has positions for, a size that the model cannot draw, a folder that is taken.
+    """
+    if processes.world_size() > 1:
+        raise UserError("customize clip draws in one process. Start it without a launcher.")
+    if asked.mp4:
+        import_av("--mp4")
+    name = asked.model or (concepts[0].model if concepts else "moji")
+    expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    negative = resolve_placeholder_tokens(asked.negative, concepts)
+    model = Backbone.open(name, device=asked.device, precision=asked.precision)
+    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
+    latent_size(model, asked.size)
+    if asked.out is not None:
+        refuse_filled(asked.out)
+    refuse_negative(model, asked.negative, asked.guidance)
+    began = time.perf_counter()
+    moves = Moves(asked.motion, asked.lora, asked.motion_scale)
+    motion = set_in_motion(model, moves, concepts, scale=asked.scale)
+    frames = choose_frames(asked, motion)
+    requests = [
+        Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
+    ]
+    with hold_new_folder(asked.out, CLIPS) as folder:
+        films = []
+        for request, film in zip(requests, sample_films(model, requests, asked, frames), strict=True):
+            write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
+            films.append(film)
+        kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
+        record = {
+            "command": as_command("customize clip", kept),
+            "model": name,
+            "fingerprint": model.fingerprint,
+            "concepts": summarize_concepts(concepts),
+            **describe_motion(asked),
+            **asked.facts(),
+            "guided": list(asked.guided),
+            "scale": asked.scale,
+            "seconds": round(time.perf_counter() - began, 2),
+            "versions": package_versions(),
+        }
+        publish(folder, requests, prompts, films, record, asked.fps)
+    return folder
+
+
+def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
+    """The frames of a clip; `UserError` for more at once than the adapter has positions for."""
+    at_once = asked.context_length or asked.frames
+    if motion is not None and min(at_once, asked.frames) > motion.longest:
+        raise UserError(
+            f"{asked.motion} has positions for {motion.longest} frames, and {min(at_once, asked.frames)} are asked for "
+            f"at once. Add --context-length {motion.longest} (or less), or ask for fewer --frames."
+        )
+    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.shared_noise)
+
+
+def sample_films(
+    model: Backbone, requests: Sequence[Request], asked: ClipOptions, frames: Frames
+) -> Iterator[list[Image.Image]]:
+    """The requested clips, in order, as their frames."""
+    with progress(len(requests) * frames.count, "drawing frames") as bar:
+        for latents in sample_latents(
+            model,
+            requests,
+            **asked.for_sampler(),
+            frames=frames,
+            advance=lambda clips: bar.advance_images(clips * frames.count),
+        ):
+            for clip in latents:
+                yield [to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()]
+
+
+def film_name(request: Request) -> str:
+    """File name of a request's clip, without a suffix: `p00-s00`."""
+    i, j = request.key
+    return f"p{i:02d}-s{j:02d}"
+
+
+def describe_motion(asked: ClipOptions) -> dict[str, Any]:
+    """What a clip depends on beside what a picture depends on."""
+    facts: dict[str, Any] = {"motion": asked.motion, "frames": asked.frames, "fps": asked.fps}
+    if asked.lora:
+        facts |= {"lora": [str(path) for path in asked.lora], "motion_scale": asked.motion_scale}
+    if asked.context_length:
+        facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
+    return facts | ({"shared_noise": asked.shared_noise} if asked.shared_noise else {})
+
+
+def publish(
+    folder: Path,
+    requests: Sequence[Request],
+    prompts: Sequence[str],
+    films: Sequence[Sequence[Image.Image]],
+    record: Mapping[str, Any],
+    fps: float,
+) -> None:
+    """Write the record, a sheet with a strip of each clip, and a report that plays them."""
+    names = [film_name(request) for request in requests]
+    said = [prompts[request.key[0]] for request in requests]
+    entries = [
+        {"file": f"{name}.webp", "prompt": prompt, "model_reads": request.prompt, "sample": request.key[1]}
+        for name, prompt, request in zip(names, said, requests, strict=True)
+    ]
+    write_json(folder / RECORD, {**record, "clips": entries})
+    rows = [
+        [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()] for film in films
+    ]
+    titles = [
+        f"{prompt}, sample {request.key[1]}" if request.key[1] else prompt
+        for prompt, request in zip(said, requests, strict=True)
+    ]
+    runs = describe_concepts([one["folder"] for one in record["concepts"]], 1.0).get("concepts", [])
+    note = (
+        f"{' with '.join([str(record['model']), str(record['motion']), *runs])}, {record['frames']} frames at "
+        f"{fps:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
+    )
+    page = draw_sheet(rows, note=note, row_titles=titles, cell=128)
+    save_png(folder / "sheet.png", page)
+    facts = {
+        key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""
+    }
+    del facts["command"]
+    parts = [image_figure(folder / f"{name}.webp", title) for name, title in zip(names, titles, strict=True)]
+    parts += [heading("Frames"), image_figure(page, "strips"), heading("The run")]
+    parts += [table(("", ""), list(facts.items())), heading("Again"), command(record["command"])]
+    write_report(folder / REPORT, f"Clips: {said[0]}", parts)

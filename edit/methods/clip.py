@@ -1,0 +1,303 @@
+"""Editing a clip by its words with one inversion of all its frames.
+
+    inversion = invert(model, encode_film(model, read_film("dog.webp")), "a dog in a park")
+    result = edit_clip(inversion, ["a cat in a park"], ClipEdit())
+
+A clip is one sample, so it is inverted and edited as a picture is: the source's row is its trajectory, and a target
+takes the source's attention while its windows last, in each frame as prompt-to-prompt does (Hertz et al. 2022), and
+over time, which is what keeps the motion. Without a motion adapter a frame finds its keys and values in the first frame
+and the one before (Wu et al. 2023, Tune-A-Video). Outside the place where the prompts differ a frame stays the
+source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from backbone.io.console import UserError
+from backbone.media.clips import Film
+from backbone.media.transforms import to_image
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
+from backbone.models.motion import motion_of
+from backbone.models.sample import Frames, Request, refuse_negative, sample_latents
+from backbone.world.motions import find_moves
+from edit import checks
+from edit.attention.alignment import Alignment
+from edit.attention.control import Control
+from edit.attention.install import control_attention
+from edit.inversion.inversion import Inversion, Method, invert
+from edit.masks import composite, difference_maps
+from edit.methods.prompt_to_prompt.plan import plan_control
+from edit.methods.prompt_to_prompt.regions import prompts_to_compare
+from edit.methods.prompt_to_prompt.replace import align_prompts
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.pictures import EncodedImage, encode_film
+from edit.sampling import SourceAndTargets, guidance_of, select
+
+OF_CLIPS: tuple[Method, ...] = ("direct", "ddim", "edit-friendly", "renoise", "reversible")
+
+
+@dataclass(frozen=True)
+class ClipEdit:
+    """How a clip is edited; shares are of the steps, from the noisy end.
+
+    cross, self_attention  until when the targets take the source's, in each frame; None: what works with the model
+    temporal               until when the layers over time look where the source's look; None: as self-attention
+    threshold              how much of the greatest difference of the predictions makes a place differ; 0: all does
+    guidance               of the targets; the model's usual one if None
+    negative               what the targets stay away from
+    strength               the share of the steps that is sampled
+    """
+
+    cross: float | None = None
+    self_attention: float | None = None
+    temporal: float | None = None
+    threshold: float = 0.25
+    guidance: float | None = None
+    negative: str = ""
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("cross", "self_attention", "temporal", "threshold", "strength"):
+            value = getattr(self, name)
+            checks.share(name, 0.0 if value is None else value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClipResult:
+    """N edits of a clip.
+
+    latents  [N, C, F, H, W]
+    masks    [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
+    nfe      clips that the denoiser evaluated, the inversion's counted
+    """
+
+    model: Backbone
+    prompts: tuple[str, ...]
+    encoded: EncodedImage
+    latents: Tensor
+    nfe: int
+    masks: Tensor | None = None
+    alignments: tuple[Alignment, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    chunk: int = 0
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """[N, F, 3, 8H, 8W] in −1…1; outside its place a frame is the source's own, pixel by pixel."""
+        edits = [self.model.decode_clip(one, self.chunk).cpu() for one in self.latents]
+        if self.masks is None:
+            return torch.stack(edits)
+        around = self.encoded.pixels.cpu()
+        return torch.stack(
+            [composite(one, around, mask.cpu()) for one, mask in zip(edits, self.masks, strict=True)]
+        )
+
+    @property
+    def films(self) -> list[list[Image.Image]]:
+        """The frames of each edit."""
+        return [[to_image(frame) for frame in clip] for clip in self.pixels]
+
+
+@contextmanager
+def linked_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
+    """Inside the `with` a UNet without a motion adapter links a clip's frames by attention; None where it has one."""
+    refuse_joint_attention(model)
+    if motion_of(model.denoiser) is not None:
+        yield None
+        return
+    control = Control(0, clips=clips, across_frames=True)
+    with control_attention(model.denoiser, control):
+        yield control
+
+
+def refuse_joint_attention(model: Backbone) -> None:
+    """`UserError` for a transformer over text and picture jointly, in which frames are not linked."""
+    if not hasattr(model.denoiser, "down_blocks"):
+        raise UserError(
+            f"The frames of a clip are linked in a UNet's attention, and {model.location.name} is a transformer. Give "
+            "a --model that has a UNet (moji, sd15, sdxl)."
+        )
+
+
+def invert_film(
+    model: Backbone,
+    film: Film,
+    prompt: str,
+    *,
+    method: Method = "direct",
+    steps: int = 50,
+    seed: int = 0,
+    progress: Callable[[], Any] = lambda: None,
+) -> Inversion:
+    """One inversion of all frames of a clip that shows what the prompt says (in the model's words).
+
+    Raises `UserError` as `invert`, and for more frames than the motion adapter has positions for.
+    """
+    if method not in OF_CLIPS:
+        raise UserError(
+            f"A clip is not inverted by {method}. Choose --method {', '.join(OF_CLIPS[:-1])} or {OF_CLIPS[-1]}."
+        )
+    motion = motion_of(model.denoiser)
+    if motion is not None and len(film.frames) > motion.longest:
+        raise UserError(
+            f"{film.name} has {len(film.frames)} frames and the motion adapter positions for {motion.longest}. Cut the "
+            "clip, or leave --motion out."
+        )
+    with linked_frames(model, 1):
+        return invert(
+            model,
+            encode_film(model, film),
+            prompt,
+            method=method,
+            steps=steps,
+            seed=seed,
+            progress=progress,
+        )
+
+
+@torch.no_grad()
+def edit_clip(
+    inversion: Inversion,
+    targets: Sequence[str],
+    settings: ClipEdit,
+    *,
+    progress: Callable[[], Any] = lambda: None,
+) -> ClipResult:
+    """Edits a clip's inversion towards target prompts (in the model's words), all in one batch.
+
+    Where the words of motion themselves differ nothing of the source's attention is taken unless it is asked for, and
+    the place is what differs in any frame. `progress` is called after every step. Raises `UserError` as `replace`.
+    """
+    model, steps, count = inversion.model, inversion.steps, len(targets)
+    settings = _by_motion(settings, inversion.prompt, targets)
+    asked = ReplaceSettings(
+        cross=settings.cross, self_attention=settings.self_attention, guidance=settings.guidance
+    ).resolve(model)
+    alignments = align_prompts(model, inversion.prompt, tuple(targets), asked)
+    plan = plan_control(alignments, asked, steps, model.device)
+    temporal = asked.self_attention if settings.temporal is None else settings.temporal
+    assert temporal is not None
+    guidance = guidance_of(model, settings.guidance)
+    text = encode_prompts_cached(model, [inversion.prompt, *targets])
+    refuse_negative(model, settings.negative, guidance)
+    empty = encode_prompts_cached(model, [settings.negative])
+    own = guidance if not inversion.overwrites else 1.0
+    predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
+    first = inversion.start(checks.strength(settings.strength, steps))
+    with linked_frames(model, 1):
+        masks, nfe = find_places(inversion, alignments, settings, first)
+    guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
+    control = Control(
+        count, clips=1 + count + guided, across_frames=motion_of(model.denoiser) is None, reach=asked.reach
+    )
+    now = inversion.states[first][None].repeat_interleave(1 + count, 0)
+    with control_attention(model.denoiser, control):
+        for step in range(first, steps):
+            plan.apply(control, step)
+            control.temporal = step < round(temporal * steps)
+            estimate = predict(now, inversion.schedule[step], empty)
+            if inversion.overwrites:
+                there = inversion.step_targets(step, now[1:], select(estimate, slice(-count, None)))
+                now = torch.cat([inversion.states[step + 1][None].to(there), there])
+            else:
+                now = inversion.step_targets(step, now, estimate)
+            if masks is not None:
+                now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
+            progress()
+    return ClipResult(
+        model=model,
+        prompts=tuple(targets),
+        encoded=inversion.encoded,
+        latents=now[1:].float(),
+        nfe=inversion.nfe + nfe + predict.nfe,
+        masks=masks,
+        alignments=tuple(alignments),
+        facts={"inversion_method": inversion.method, "guidance": guidance, "temporal": temporal},
+    )
+
+
+def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipEdit:
+    """With nothing of the source's attention where a target says another motion, unless it was asked for."""
+    if not any(find_moves(target) != find_moves(source) for target in targets):
+        return settings
+    asked = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
+    none = {name: 0.0 for name, value in asked.items() if value is None}
+    return replace(settings, **none)
+
+
+@torch.no_grad()
+def find_places(
+    inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, first: int
+) -> tuple[Tensor | None, int]:
+    """Where each target's frames may differ [N, F, H, W], 0 or 1, closed over time, and the NFE; None: everywhere.
+
+    A place counts in the frame before and the one after too; where words of motion differ, in all frames.
+    """
+    pairs = [prompts_to_compare(alignment, {}) for alignment in alignments]
+    if not settings.threshold or first == inversion.steps or all(pair is None for pair in pairs):
+        return None, 0
+    maps, nfe = difference_maps(inversion, [pair for pair in pairs if pair is not None], first=first)
+    found, masks = iter(maps), []
+    for pair in pairs:
+        if pair is None:
+            masks.append(torch.ones_like(maps[0]))
+            continue
+        place = (next(found) > settings.threshold).float()
+        masks.append(close_over_time(place, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
+    return torch.stack(masks), nfe
+
+
+def close_over_time(place: Tensor, *, everywhere: bool = False) -> Tensor:
+    """A place [F, H, W] that counts in the frames around each too, or in all of them."""
+    if everywhere:
+        return place.amax(0, keepdim=True).expand_as(place)
+    return F.max_pool3d(place[None, None], (3, 1, 1), stride=1, padding=(1, 0, 0))[0, 0]
+
+
+def redraw_film(
+    model: Backbone,
+    film: Film,
+    prompt: str,
+    *,
+    strength: float = 0.6,
+    steps: int = 50,
+    guidance: float | None = None,
+    negative: str = "",
+    seed: int = 0,
+    progress: Callable[[float], Any] | None = None,
+) -> ClipResult:
+    """A clip noised and sampled towards a prompt (SDEdit, Meng et al. 2022, algorithm 1), all frames together.
+
+    Frames have noise of their own, as in diffusers' video-to-video pipeline. `progress` is told of the share that is
+    done with each step. Raises `UserError` as `sdedit`.
+    """
+    checks.prompt(prompt, "prompt")
+    guidance = guidance_of(model, guidance)
+    refuse_negative(model, negative, guidance)
+    encoded = encode_film(model, film)
+    with linked_frames(model, 1 + (guidance != 1)):
+        (latents,) = sample_latents(
+            model,
+            [Request(prompt, (0, 0), negative)],
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            clean=encoded.latent,
+            share=strength,
+            size=(encoded.pixels.shape[-1], encoded.pixels.shape[-2]),
+            frames=Frames(len(film.frames)),
+            advance=progress,
+        )
+    taken = round(strength * steps) * (1 + (guidance != 1))
+    return ClipResult(model, (prompt,), encoded, latents.float(), taken, facts={"guidance": guidance})

@@ -1,0 +1,181 @@
+"""`edit clip` from what was asked to a folder: clips that play, strips of their frames, a report and the record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from backbone.adapters.concept import read_concept
+from backbone.evaluation import image_metrics
+from backbone.io.console import notify, progress
+from backbone.io.files import fill_folder, write_json
+from backbone.io.options import as_command
+from backbone.io.report import command, heading, image_figure, table, write_report
+from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.media.clips import Film, choose_strip, write_film
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import to_image
+from edit.masks import mask_to_image
+from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, redraw_film
+from edit.run.open import ModelWithConcepts, load_model
+from edit.run.report import RECORD, REPORT
+from edit.settings import ClipOptions
+
+REDRAWN = 0.6  # the usual strength without a source prompt
+
+
+def perform_clip(
+    film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions, *, concepts: Sequence[str]
+) -> Path:
+    """Edits a clip that has been read, and gives the folder that was written: `--out`, or runs/edit-NAME.
+
+    Raises `UserError` for every mistake of the wishes, before the folder is taken.
+    """
+    began = time.perf_counter()
+    loaded = load_in_motion(asked, concepts)
+    usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
+    with hold_new_folder(asked.out, usual) as folder:
+        result = run_clip(loaded, film, source, targets, asked)
+        films = result.films
+        kept = replace(asked, out=None, source=source, targets=tuple(targets))
+        record = {
+            "command": as_command("edit clip", kept),
+            "clip": dict(result.encoded.facts),
+            **loaded.facts(),
+            "motion": asked.motion,
+            "steps": asked.steps,
+            "seed": asked.seed,
+            **result.facts,
+            "nfe": result.nfe,
+            "seconds": round(time.perf_counter() - began, 2),
+            "versions": package_versions(),
+        }
+        with fill_folder(folder) as unfinished:
+            publish_clip(unfinished, result, films, film.fps, source or "", record)
+    return folder
+
+
+def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConcepts:
+    """The model with its concepts and, where one is named, a motion adapter."""
+    if not asked.motion:
+        return load_model(
+            model=asked.model,
+            concepts=concepts,
+            scale=asked.scale,
+            precision=asked.precision,
+            device=asked.device,
+        )
+    from backbone.adapters.motion import Moves, set_in_motion
+    from backbone.models.model import Backbone
+
+    read = tuple(read_concept(folder) for folder in concepts)
+    name = asked.model or (read[0].model if read else "moji")
+    model = Backbone.open(name, device=asked.device, precision=asked.precision)
+    set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
+    return ModelWithConcepts(model, read, asked.scale)
+
+
+def run_clip(
+    loaded: ModelWithConcepts, film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions
+) -> ClipResult:
+    """The edit itself: by an inversion where the source is described, else by noise."""
+    resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
+    if source is None:
+        strength = REDRAWN if asked.strength is None else asked.strength
+        with progress(len(film.frames), "drawing frames") as bar:
+            result = redraw_film(
+                loaded.model, film, resolved[0], strength=strength, steps=asked.steps, guidance=asked.guidance,
+                negative=negative, seed=asked.seed, progress=lambda share: bar.advance_images(share * len(film.frames)),
+            )  # fmt: skip
+        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    settings = ClipEdit(
+        cross=asked.cross,
+        self_attention=asked.self_attention,
+        temporal=asked.temporal,
+        threshold=asked.threshold,
+        guidance=asked.guidance,
+        negative=negative,
+        strength=1.0 if asked.strength is None else asked.strength,
+    )
+    with progress(asked.steps, "inverting", brief=True) as bar:
+        inversion = invert_film(
+            loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
+            progress=bar.advance,
+        )  # fmt: skip
+    with progress(inversion.steps - inversion.start(settings.strength), "editing") as bar:
+        result = edit_clip(inversion, resolved, settings, progress=bar.advance)
+    for target, alignment in zip(targets, result.alignments, strict=True):
+        became = alignment.describe(loaded.spoken)
+        notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
+    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+
+
+def publish_clip(
+    folder: Path,
+    result: ClipResult,
+    films: Sequence[Sequence[Image.Image]],
+    fps: float,
+    source: str,
+    record: dict[str, Any],
+) -> None:
+    """Writes source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
+    original = [to_image(frame) for frame in result.encoded.pixels]
+    write_film(folder / "source", original, fps)
+    entries, rows, titles = [], [], [source or "source"]
+    rows.append([Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()])
+    for number, (film, prompt) in enumerate(zip(films, result.prompts, strict=True)):
+        write_film(folder / f"edit_{number}", film, fps)
+        figures = measure_film(result, number)
+        entries.append({"file": f"edit_{number}.webp", "prompt": prompt, **figures})
+        rows.append([Cell(frame) for frame in choose_strip(film).values()])
+        titles.append(prompt)
+        if result.masks is not None:
+            places = [mask_to_image(mask, original[0].size) for mask in result.masks[number]]
+            rows.append([Cell(place) for place in choose_strip(places).values()])
+            titles.append("where it was allowed to change")
+    page = draw_sheet(rows, row_titles=titles, cell=128)
+    save_png(folder / "sheet.png", page)
+    write_json(folder / RECORD, {**record, "edits": entries})
+    clips = [
+        ("source", source or "source"),
+        *((f"edit_{i}", prompt) for i, prompt in enumerate(result.prompts)),
+    ]
+    parts = [image_figure(folder / f"{name}.webp", caption) for name, caption in clips]
+    parts += [heading("Frames"), image_figure(page, "strips of the frames"), heading("Figures")]
+    names = {
+        key: key.replace("_", " ") for entry in entries for key in entry if key not in ("file", "prompt")
+    }
+    lines = [
+        (entry["prompt"], *("–" if entry[key] is None else entry[key] for key in names)) for entry in entries
+    ]
+    parts += [table(("edit", *names.values()), lines), heading("The run")]
+    parts += [
+        table(
+            ("", ""),
+            [(key, record[key]) for key in ("model", "motion", "steps", "seed", "nfe", "seconds")],
+        )
+    ]
+    write_report(
+        folder / REPORT,
+        f"Clip: {', '.join(result.prompts)}",
+        [*parts, heading("Again"), command(record["command"])],
+    )
+
+
+def measure_film(result: ClipResult, number: int) -> dict[str, float | None]:
+    """How much of an edit changed, how near its background is to the source, and its flicker beside the source's.
+
+    flicker  mean absolute difference of a frame and the one before it, in 255ths
+    """
+    source, edit = result.encoded.pixels.cpu(), result.pixels[number]
+    place = None if result.masks is None else result.masks[number].cpu()
+    figures: dict[str, float | None] = {"changed_share": None if place is None else float(place.mean())}
+    figures["psnr_db"] = image_metrics.psnr(source, edit)
+    for name, clip in (("flicker", edit), ("source_flicker", source)):
+        figures[name] = float((clip[1:] - clip[:-1]).abs().mean()) * 127.5
+    return {key: None if value is None else round(value, 4) for key, value in figures.items()}

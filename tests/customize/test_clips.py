@@ -1,0 +1,156 @@
+"""`customize clip`: clips of a model with a motion adapter in a folder that can be looked at and repeated."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from typer.testing import CliRunner
+
+import backbone.media.clips
+from backbone.adapters.concept import Concept
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.adapters.motion import read_motion_lora
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_tensors
+from backbone.media.clips import read_film
+from backbone.models.model import Backbone
+from customize.cli import app
+from tests.tiny import tiny_motion_adapter
+
+LAYER = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("motion") / "adapter"
+    tiny_motion_adapter().save_pretrained(folder)
+    return folder
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, ["clip", *map(str, words)])
+
+
+def draw(model: Path, adapter: Path, out: Path, *words: str | Path) -> dict[str, Any]:
+    usual = ("--model", model, "--motion", adapter, "--device", "cpu", "--precision", "fp32", "--out", out)
+    answer = call(*words, *usual, "--frames", "3", "--steps", "2")
+    assert answer.exit_code == 0, answer.exception
+    return read_json(out / "run.json")
+
+
+def test_clips_play_and_stand_in_a_folder_with_the_command_that_repeats_them(
+    tiny_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    record = draw(tiny_folder, adapter, tmp_path / "one", "a dog", "a cat", "--count", "2", "--batch", "3")
+    film = read_film(tmp_path / "one" / "p01-s00.webp")
+    assert len(film.frames) == 3 and film.size == (64, 64) and film.fps == 8
+    with Image.open(tmp_path / "one" / "p01-s00" / "0002.png") as last:
+        assert ImageChops.difference(last, film.frames[2]).getbbox() is None
+    assert [clip["prompt"] for clip in record["clips"]] == ["a dog", "a dog", "a cat", "a cat"]
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert page.count("data:image/webp;base64,") == 4 and "a cat, sample 1" in page
+    program, _, *again = shlex.split(record["command"])
+    assert program == "customize"
+    again[again.index("--batch") + 1] = "1"
+    assert call(*again, "--out", tmp_path / "two").exit_code == 0
+    both = [read_film(tmp_path / name / "p01-s01.webp").frames[2] for name in ("one", "two")]
+    assert max(high for _, high in ImageChops.difference(*both).getextrema()) <= 1
+
+
+def test_a_subject_and_a_motion_work_in_one_clip(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    write_run(tmp_path / "dog", model, [layer], "lora", {"[V]": "red"})
+    bounce = write_lora(tmp_path / "bounce.safetensors")
+    plain = draw(tiny_folder, adapter, tmp_path / "plain", "a red dog")
+    with_both = draw(
+        tiny_folder, adapter, tmp_path / "both", "a [V] dog", "--concept", tmp_path / "dog", "--lora", bounce
+    )
+    draw(tiny_folder, adapter, tmp_path / "moved", "a red dog", "--lora", bounce)
+    draw(tiny_folder, adapter, tmp_path / "none", "a red dog", "--lora", bounce, "--motion-scale", "0")
+    assert with_both["clips"][0]["model_reads"] == "a red dog" and plain["concepts"] == []
+    frames = {
+        name: read_film(tmp_path / name / "p00-s00.webp").frames[1].tobytes()
+        for name in ("plain", "both", "moved", "none")
+    }
+    assert frames["none"] == frames["plain"]
+    assert len(set(frames.values())) == 3
+
+
+def write_run(folder: Path, model: Backbone, layers: list[str], kind: str, tokens: dict[str, str]) -> None:
+    values = add_lora(model.denoiser, "it", rank=2, alpha=2.0, targets=layers)
+    for value in values.values():
+        torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(0))
+    folder.mkdir()
+    save_lora(folder / LORA_WEIGHTS, model.denoiser, "it")
+    Concept(kind, model.location.name, model.fingerprint, tokens, "dog", weights=LORA_WEIGHTS).write(folder)
+
+
+def write_lora(
+    path: Path, style: str = "unet.{layer}.lora.{end}.weight", ends: tuple[str, str] = ("down", "up")
+) -> Path:
+    block = LAYER.removesuffix(".to_q")
+    old = block.replace(".transformer_blocks", ".temporal_transformer.transformer_blocks").replace(
+        "attn1", "attention_blocks.0"
+    )
+    names = [style.format(layer=LAYER, block=block, old=old, end=end) for end in ends]
+    write_tensors(path, dict(zip(names, (torch.ones(2, 16), torch.ones(16, 2)), strict=True)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("style", "ends"),
+    [
+        ("unet.{layer}.lora.{end}.weight", ("down", "up")),
+        ("unet.{layer}.lora_{end}.weight", ("A", "B")),
+        ("{layer}.lora_{end}.default.weight", ("A", "B")),
+        ("unet.{block}.processor.to_q_lora.{end}.weight", ("down", "up")),
+        ("{old}.processor.to_q_lora.{end}.weight", ("down", "up")),
+    ],
+)
+def test_motion_loras_are_read_whatever_wrote_them(style: str, ends: tuple[str, str], tmp_path: Path) -> None:
+    tensors, config = read_motion_lora(write_lora(tmp_path / "it.safetensors", style, ends))
+    assert set(tensors) == {f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"}
+    assert (config.rank, config.layer_alpha(LAYER, rank=2)) == (2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--frames", "1"), "must lie between 2"),
+        (("--frames", "9"), "positions for 8 frames, and 9"),
+        (("--frames", "20", "--context-length", "12"), "positions for 8 frames, and 12"),
+        (("--context-length", "4", "--context-stride", "4"), "do not overlap"),
+        (("--context-stride", "2"), "--context-stride has no effect without --context-length"),
+        (("--motion-scale", "0.5"), "--motion-scale has no effect without --lora"),
+        (("--lora", "{picture}"), "is a LoRA of pictures"),
+        (("--lora", "pan.ckpt"), "is a pickle"),
+        (("--motion", "{lora}"), "is a LoRA"),
+        (("--motion", "nowhere"), "no motion adapter nowhere"),
+        (("--mp4",), "needs the package av"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_a_sentence_and_nothing_is_written(
+    words: tuple[str, ...],
+    said: str,
+    tiny_folder: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backbone.media.clips, "find_spec", lambda name: None)
+    tensors = {f"unet.mid_block.attentions.0.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    write_tensors(tmp_path / "picture.safetensors", tensors)
+    places = {"picture": tmp_path / "picture.safetensors", "lora": write_lora(tmp_path / "lora.safetensors")}
+    given = [word.format(**places) for word in words]
+    named = () if "--motion" in words else ("--motion", adapter)
+    out = tmp_path / "out"
+    answer = call("a dog", "--model", tiny_folder, *named, *given, "--device", "cpu", "--out", out)
+    assert answer.exit_code != 0 and not out.exists()
+    message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
+    assert said in message

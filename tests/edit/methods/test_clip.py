@@ -1,0 +1,220 @@
+"""Clips edited by words: one inversion of all frames, the source's attention over frames and time."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AnimateDiffVideoToVideoPipeline
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from backbone.diffusion.noise import add_noise
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.media.clips import Film, encode_webp, read_film
+from backbone.models.model import Backbone
+from backbone.models.motion import attach_motion, frames_as_rows
+from backbone.models.sample import Frames, initial_noise
+from edit.attention.control import Control
+from edit.attention.install import control_attention
+from edit.cli import app
+from edit.inversion.inversion import reconstruct
+from edit.methods.clip import ClipEdit, close_over_time, edit_clip, invert_film, redraw_film
+from edit.run.run import replay
+from tests.tiny import tiny_motion_adapter
+
+SOURCE = "a dog in the snow"
+
+
+@pytest.fixture(scope="module")
+def film() -> Film:
+    """Four frames in which a square walks over noise."""
+    noise = torch.randint(0, 255, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    frames = []
+    for number in range(4):
+        pixels = noise.clone()
+        pixels[20:40, 10 * number : 10 * number + 20] = torch.tensor([200, 40, 40], dtype=torch.uint8)
+        frames.append(Image.fromarray(pixels.numpy()))
+    return Film(tuple(frames), 8.0, "walk.webp", "0")
+
+
+@pytest.fixture
+def moving(tiny: Backbone) -> Backbone:
+    attach_motion(tiny.denoiser, tiny_motion_adapter())
+    return tiny
+
+
+@pytest.mark.slow
+def test_video_to_video_is_diffusers_own(moving: Backbone, tiny_folder: Path, film: Film) -> None:
+    pipeline = AnimateDiffVideoToVideoPipeline.from_pretrained(
+        tiny_folder, motion_adapter=tiny_motion_adapter()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    ours = redraw_film(moving, film, "a cat in the snow", strength=0.5, steps=6, guidance=3.0)
+    noise = initial_noise(moving, 0, 0, 0, frames=Frames(4))[None]
+    noisy = add_noise(ours.encoded.latent, noise, moving.schedule(6)[3])
+    theirs = pipeline(
+        prompt="a cat in the snow", latents=noisy, strength=0.5, num_inference_steps=6,
+        guidance_scale=3.0, output_type="latent",
+    ).frames  # fmt: skip
+    torch.testing.assert_close(ours.latents, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("linked", ["by an adapter", "by attention"])
+def test_an_inversion_of_all_frames_leads_back_and_an_edit_to_the_same_words_changes_nothing(
+    linked: str, tiny: Backbone, film: Film
+) -> None:
+    if linked == "by an adapter":
+        attach_motion(tiny.denoiser, tiny_motion_adapter())
+    inversion = invert_film(tiny, film, SOURCE, method="edit-friendly", steps=4)
+    assert inversion.states.shape == (5, 4, 4, 8, 8)
+    if linked == "by an adapter":
+        torch.testing.assert_close(reconstruct(inversion), inversion.clean, atol=1e-3, rtol=0)
+    kept = edit_clip(inversion, [SOURCE], ClipEdit(guidance=1.0, cross=1.0, self_attention=1.0, threshold=0))
+    torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
+
+
+def test_outside_the_place_frames_are_the_sources_own_pixels(moving: Backbone, film: Film) -> None:
+    inversion = invert_film(moving, film, SOURCE, steps=3)
+    result = edit_clip(inversion, ["a cat in the snow", "a red dog in the snow"], ClipEdit(threshold=0.6))
+    assert result.masks is not None and result.masks.shape == (2, 4, 8, 8)
+    assert 0 < result.masks.mean() < 1 and len(result.films) == 2 and len(result.films[0]) == 4
+    large = torch.nn.functional.interpolate(result.masks, (64, 64), mode="bilinear", align_corners=False)
+    outside = (large == 0)[:, :, None].expand(-1, -1, 3, -1, -1)
+    source = result.encoded.pixels[None].expand_as(result.pixels)
+    assert outside.any() and torch.equal(result.pixels[outside], source[outside])
+    assert (result.pixels != source).any()
+
+
+def predictions(model: Backbone, control: Control | None, clips: Tensor) -> Tensor:
+    text = model.encode_prompts([SOURCE, "a cat in the snow"])
+    predict, level = model.predictor(text), model.schedule(4)[1]
+    if control is None:
+        return predict(clips, level).noise
+    with control_attention(model.denoiser, control):
+        return predict(clips, level).noise
+
+
+def test_the_sources_attention_is_taken_frame_by_frame(tiny: Backbone) -> None:
+    """Without anything over time a clip's frames are pictures, so controlling both is the same."""
+    clips = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    control = Control(1, clips=2, self_attention="layout")
+    together = predictions(tiny, control, clips)
+    for frame in range(3):
+        alone = predictions(tiny, Control(1, self_attention="layout"), clips[:, :, frame])
+        torch.testing.assert_close(together[:, :, frame], alone, atol=1e-5, rtol=0)
+    assert (together - predictions(tiny, None, clips)).abs().max() > 1e-4
+
+
+def test_over_time_a_target_looks_where_the_source_looks(moving: Backbone) -> None:
+    clips = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain = predictions(moving, None, clips)
+    controlled = predictions(moving, Control(1, clips=2, temporal=True), clips)
+    torch.testing.assert_close(controlled[0], plain[0], atol=1e-5, rtol=0)
+    assert (controlled[1] - plain[1]).abs().max() > 1e-5
+    same = torch.cat([clips[:1], clips[:1]])
+    text = moving.encode_prompts([SOURCE] * 2)
+    with control_attention(moving.denoiser, Control(1, clips=2, temporal=True)):
+        rows = moving.predictor(text)(same, moving.schedule(4)[1]).noise
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=0)
+
+
+def test_frames_linked_by_attention_see_the_first_and_the_one_before(tiny: Backbone) -> None:
+    clips = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    other = clips.clone()
+    other[:, :, 2] = 0
+    one, two = (predictions(tiny, Control(0, clips=2, across_frames=True), x) for x in (clips, other))
+    changed = (one - two).abs().amax((0, 1, 3, 4)) > 1e-6
+    assert changed.tolist() == [False, False, True, True]
+    assert frames_as_rows(clips).shape[0] == 8
+
+
+def test_a_place_counts_in_the_frames_around_it() -> None:
+    place = torch.zeros(5, 2, 2)
+    place[2, 0, 0] = 1
+    assert close_over_time(place)[:, 0, 0].tolist() == [0, 1, 1, 1, 0]
+    assert close_over_time(place, everywhere=True)[:, 0, 0].tolist() == [1] * 5
+    assert close_over_time(place).sum() == 3
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, ["clip", *map(str, words)])
+
+
+def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
+    tiny_folder: Path, film: Film, tmp_path: Path
+) -> None:
+    (tmp_path / "walk.webp").write_bytes(encode_webp(film.frames, film.fps))
+    usual = ("--model", tiny_folder, "--device", "cpu", "--precision", "fp32", "--steps", "2")
+    out = tmp_path / "out"
+    answer = call(
+        tmp_path / "walk.webp", "--source", SOURCE, "--target", "a cat in the snow", *usual, "--out", out
+    )
+    assert answer.exit_code == 0, answer.exception
+    record = read_json(out / "run.json")
+    assert (out / "report.html").read_text().count("data:image/webp;base64,") == 2
+    assert len(read_film(out / "edit_0.webp").frames) == 4 and (out / "edit_0" / "0003.png").is_file()
+    program, _, *again = shlex.split(record["command"])
+    assert program == "edit" and "--source" in again
+    with pytest.raises(UserError, match="Repeat it with: edit clip"):
+        replay(out / "run.json", out=None)
+    assert call(*again, "--out", tmp_path / "again").exit_code == 0
+    assert (out / "edit_0" / "0002.png").read_bytes() == (tmp_path / "again/edit_0/0002.png").read_bytes()
+    assert (
+        call(tmp_path / "walk.webp", "--target", "a cat", *usual, "--out", tmp_path / "drawn").exit_code == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nowhere.webp", "--target", "a cat"), "There is no clip nowhere.webp"),
+        (("{still}", "--target", "a cat"), "has one frame"),
+        (("{unlike}", "--target", "a cat"), "of unlike size: frame 0 has 64 × 64 pixels and frame 1 32 × 64"),
+        (("{text}", "--target", "a cat"), "cannot be read as a clip"),
+        (("film.mp4", "--target", "a cat"), "no film film.mp4"),
+        (("{clip}", "--target", "a cat", "--cross", "0.5"), "--cross has no effect without --source"),
+        (("{clip}", "--target", "a cat", "--source", "a dog", "--temporal", "0.5"), "without --motion"),
+        (("{clip}", "--target", "a cat", "--target", "a dog"), "Without --source one clip"),
+        (("{clip}", "--target", "a cat", "--motion", "nowhere"), "no motion adapter nowhere"),
+    ],
+)
+def test_what_is_no_clip_or_has_no_effect_is_said(
+    words: tuple[str, ...], said: str, tiny_folder: Path, film: Film, tmp_path: Path
+) -> None:
+    (tmp_path / "clip.webp").write_bytes(encode_webp(film.frames, film.fps))
+    (tmp_path / "text.gif").write_text("no clip")
+    film.frames[0].save(tmp_path / "still.png")
+    (tmp_path / "unlike").mkdir()
+    for number, frame in enumerate((film.frames[0], film.frames[1].resize((32, 64)))):
+        frame.save(tmp_path / "unlike" / f"{number}.png")
+    names = {"clip": "clip.webp", "still": "still.png", "unlike": "unlike", "text": "text.gif"}
+    places = {name: tmp_path / place for name, place in names.items()}
+    out = tmp_path / "out"
+    answer = call(*(word.format(**places) for word in words), "--model", tiny_folder, "--out", out)
+    message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
+    assert answer.exit_code != 0 and said in message and not out.exists()
+
+
+def test_a_gif_of_unlike_durations_is_made_even_and_its_transparency_white(
+    film: Film, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clear = [frame.convert("RGBA") for frame in film.frames]
+    for frame in clear:
+        frame.putpixel((0, 0), (0, 0, 0, 0))
+    clear[0].save(
+        tmp_path / "odd.webp",
+        save_all=True,
+        append_images=clear[1:],
+        duration=[50, 100, 50, 50],
+        lossless=True,
+    )
+    read = read_film(tmp_path / "odd.webp")
+    assert len(read.frames) == 5 and read.fps == 20 and read.frames[0].getpixel((0, 0)) == (255, 255, 255)
+    said = capsys.readouterr().err
+    assert "its 4 frames last unlike long" in said and "transparent parts are white" in said
