@@ -32,7 +32,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, Schedule, generator
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
@@ -204,44 +204,19 @@ def invert(
     `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone. `identity` is
     that of the model with the concepts that were loaded into it (`identify`); without any it is the model's own. The
     image keeps its shape, up to 2 : 1, at about the model's own number of pixels. `layout` holds the control maps under
-    which it is inverted and edited. `progress` is called as often as
-    `count_rounds` says: for each prediction along the way up, and each step of null-text's way down.
+    which it is inverted and edited. `progress` is called as often as `count_rounds` says: for each prediction along the
+    way up, and each step of null-text's way down.
 
     Raises `UserError` for an image that cannot be read, an empty prompt, or a method or number of steps that is not.
     """
-    if method not in METHODS:
-        raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
-    checks.prompt(prompt, "source prompt")
-    least = 3 if method == "reversible" else 2  # its rule takes two steps to begin with
-    if 0 < steps < least:
-        raise UserError(
-            f"{steps} {'step is' if steps == 1 else 'steps are'} too few to invert an image by {method}. Take at least "
-            f"{least}, better 20."
-        )
-    if method == "null-text" and is_guidance_distilled(model):
-        raise UserError(
-            f"{model.location.name} is guidance-distilled and has no prediction without a prompt, which "
-            "null-text would optimise. Choose --method direct."
-        )
+    _check_method(model, method, prompt, steps)
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
-    noise = empties = None
     with torch.no_grad():
-        match method:
-            case "edit-friendly":
-                states = noise_independently(
-                    encoded.latent, schedule, generator=generator(seed, "edit-friendly")
-                )
-                noise = corrections(states, predict, schedule)[:, 0]
-            case "renoise":
-                states = invert_implicit(encoded.latent, predict, schedule)
-            case "reversible":
-                states = invert_two_step(encoded.latent.double(), predict, schedule)
-            case _:
-                states = invert_ddim(encoded.latent, predict, schedule)
-    nfe, made_for = predict.nfe, None
+        states, noise = _walk_up(method, encoded.latent, predict, schedule, seed)
+    nfe, made_for, empties = predict.nfe, None, None
     if method == "null-text":
         made_for = guidance_of(model, guidance)
         empty = layout.under(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
@@ -271,6 +246,40 @@ def invert(
         facts=encoded.facts,
         layout=layout,
     )
+
+
+def _check_method(model: Backbone, method: Method, prompt: str, steps: int) -> None:
+    """`UserError` for a method or number of steps that is not, or that the model cannot do."""
+    if method not in METHODS:
+        raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
+    checks.prompt(prompt, "source prompt")
+    least = 3 if method == "reversible" else 2  # its rule takes two steps to begin with
+    if 0 < steps < least:
+        raise UserError(
+            f"{steps} {'step is' if steps == 1 else 'steps are'} too few to invert an image by {method}. Take at least "
+            f"{least}, better 20."
+        )
+    if method == "null-text" and is_guidance_distilled(model):
+        raise UserError(
+            f"{model.location.name} is guidance-distilled and has no prediction without a prompt, which "
+            "null-text would optimise. Choose --method direct."
+        )
+
+
+def _walk_up(
+    method: Method, clean: Tensor, predict: Predict, schedule: Schedule, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """The trajectory [S + 1, 1, ...] from a clean latent, and with edit-friendly inversion its noise [S, ...]."""
+    match method:
+        case "edit-friendly":
+            states = noise_independently(clean, schedule, generator=generator(seed, "edit-friendly"))
+            return states, corrections(states, predict, schedule)[:, 0]
+        case "renoise":
+            return invert_implicit(clean, predict, schedule), None
+        case "reversible":
+            return invert_two_step(clean.double(), predict, schedule), None
+        case _:
+            return invert_ddim(clean, predict, schedule), None
 
 
 def count_rounds(method: Method, steps: int) -> int | None:

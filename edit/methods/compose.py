@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from backbone.diffusion.noise import Estimate, broadcast_like
 from backbone.diffusion.samplers import deterministic_step
@@ -56,12 +57,7 @@ def compose(
         answer = predict(rows, here)
         nfe += len(rows)
         on_trajectory, source = select(answer, slice(0, 1)), select(answer, slice(1, 2))
-        led = Estimate(
-            *(
-                half[1:2] + (broadcast_like(weights, half[3:]) * (half[3:] - half[2:3])).sum(0, keepdim=True)
-                for half in answer
-            )
-        )
+        led = Estimate(*(_lead(half, weights) for half in answer))
         offset = states[step + 1] - deterministic_step(rows[:1], on_trajectory, here, there)
         chosen = (
             led if bool(weights.any()) else source
@@ -84,3 +80,9 @@ def compose(
         inversions=(inversion,),
         layout=inversion.layout,
     )
+
+
+def _lead(rows: Tensor, weights: Tensor) -> Tensor:
+    """ε(source) + Σ wᵢ·(ε(promptᵢ) − ε(“”)) of predictions at one state: rows 1, 2 and the others."""
+    source, empty, prompts = rows[1:2], rows[2:3], rows[3:]
+    return source + (broadcast_like(weights, prompts) * (prompts - empty)).sum(0, keepdim=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.models.cache import encode_prompts_cached
@@ -58,27 +59,16 @@ def flow_edit(
     whole = schedule_of(model, steps, clean)
     schedule = truncate_schedule(whole, checks.strength(strength, steps))
     mask_latent = load_latent_mask(mask, encoded)
-    predict = SourceAndTargets(
-        model,
-        layout.under(
-            encode_prompts_cached(model, [source, *targets]), whole, [SOURCE, *[TARGET] * len(targets)]
-        ),
-        source_guidance=source_guidance,
-        guidance=guidance,
-    )
+    sides = [SOURCE, *[TARGET] * len(targets)]
+    text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
+    predict = SourceAndTargets(model, text, source_guidance=source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
     edited, kept = clean.repeat_interleave(len(targets), 0), Frames(0, len(schedule) - 1, frames)
     for step, (here, there) in enumerate(pairwise(schedule)):
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
         for draw in range(draws):
-            random = generator(seed, step, draw, "flow edit")
-            noise = randn_like(clean, random)
-            tau = broadcast_like(_tau(here), clean)
-            noised = (1 - tau) * clean + tau * noise
-            # The source noised, and each edit displaced from it by what it is displaced from the image
-            both = torch.cat([noised, noised + (edited - clean)])
-            own = _velocity(predict(broadcast_like(here.a + here.b, both) * both, here, empty))
-            velocity += (own[1:] - own[:1]) / draws
+            noise = randn_like(clean, generator(seed, step, draw, "flow edit"))
+            velocity += _difference(predict, clean, edited, noise, here, empty) / draws
         edited = edited + broadcast_like(_tau(there) - _tau(here), edited) * velocity
         if mask_latent is not None:
             edited = torch.where(mask_latent > 0, edited, clean)
@@ -95,6 +85,18 @@ def flow_edit(
         facts={"guidance": guidance, "source_guidance": source_guidance, **layout.facts()},
         layout=layout,
     )
+
+
+def _difference(
+    predict: SourceAndTargets, clean: Tensor, edited: Tensor, noise: Tensor, level: Level, empty: Conditions
+) -> Tensor:
+    """The targets' velocities minus the source's, under one noise."""
+    tau = broadcast_like(_tau(level), clean)
+    noised = (1 - tau) * clean + tau * noise
+    # The source noised, and each edit displaced from it by what it is displaced from the image
+    both = torch.cat([noised, noised + (edited - clean)])
+    own = _velocity(predict(broadcast_like(level.a + level.b, both) * both, level, empty))
+    return own[1:] - own[:1]
 
 
 def _velocity(estimate: Estimate) -> Tensor:

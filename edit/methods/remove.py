@@ -74,12 +74,7 @@ def remove(
     guidance = guidance_of(model, guidance)
     refuse_negative(model, negative, guidance)
     first = inversion.start(checks.strength(strength, inversion.steps))
-    drawn, nfe = load_pixel_mask(mask, inversion.encoded), 0
-    if drawn is not None:
-        pixels = drawn.cpu()
-    else:
-        checks.prompt(word, "word to remove")
-        pixels, nfe = locate_word(inversion, word, threshold=threshold)
+    pixels, nfe = _find_place(inversion, word, mask, threshold)
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
     seen = _prompt_without(inversion.prompt, word) if prompt is None else prompt
@@ -89,11 +84,7 @@ def remove(
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     random = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
     noise = send(torch.stack(random).to(states.dtype), states.device)
-    if strength == 1:
-        filling = as_strong_as_state(noise, schedule[first])
-    else:
-        filling = fill_smoothly(inversion.clean, hidden).expand_as(noise)
-        filling = add_noise(filling, noise, schedule[first]) if strength > 0 else filling
+    filling = _fill(inversion, hidden, noise, first=first, strength=strength)
     now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, frames)
     control = Control(targets=0, hidden=hidden)
     with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
@@ -116,6 +107,26 @@ def remove(
         layout=layout,
         inversions=(inversion,),
     )
+
+
+def _find_place(
+    inversion: Inversion, word: str, mask: ImageLike | None, threshold: float
+) -> tuple[Tensor, int]:
+    """Where something is removed [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's place; the NFE."""
+    drawn = load_pixel_mask(mask, inversion.encoded)
+    if drawn is not None:
+        return drawn.cpu(), 0
+    checks.prompt(word, "word to remove")
+    return locate_word(inversion, word, threshold=threshold)
+
+
+def _fill(inversion: Inversion, hidden: Tensor, noise: Tensor, *, first: int, strength: float) -> Tensor:
+    """What the hidden places begin as at step `first`: their surroundings, noised; at strength 1 noise alone."""
+    level = inversion.schedule[first]
+    if strength == 1:
+        return as_strong_as_state(noise, level)
+    smooth = fill_smoothly(inversion.clean, hidden).expand_as(noise)
+    return add_noise(smooth, noise, level) if strength > 0 else smooth
 
 
 @torch.no_grad()

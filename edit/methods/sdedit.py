@@ -66,15 +66,13 @@ def sdedit(
     whole = schedule_of(model, steps, clean)
     schedule = truncate_schedule(whole, checks.strength(strength, steps))
     mask_latent = load_latent_mask(mask, encoded)
-    noise = torch.stack(
-        [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
-    )
+    random = [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
     text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, negative))
     text = layout.under(text, whole, [TARGET] * count)
     kept = Frames(0, len(schedule) - 1, frames)
     latents = sample_masked(
         clean,
-        send(noise.to(clean.dtype), clean.device),
+        send(torch.stack(random).to(clean.dtype), clean.device),
         model.guided_predictor(text, empty, guidance),
         schedule,
         mask=mask_latent,
