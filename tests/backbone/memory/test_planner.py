@@ -245,7 +245,7 @@ def test_full_weights_are_in_fp32_with_gradients_and_two_moments(whole: MemoryEs
 # Choosing ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2.5, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("size", [pytest.param(2.5, marks=pytest.mark.slow), 3, 4, 5, 6, 8])
 def test_what_is_chosen_fits_and_nothing_of_it_can_be_left_out(account: MemoryEstimator, size: float) -> None:
     usable, start = account.usable_bytes(size), MemorySettings("bf16")
     choice = find_cheapest(account, usable, start, applicable_savings(account.work, start, library=True))
