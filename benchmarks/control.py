@@ -14,6 +14,7 @@ on white. Each is drawn from its caption under its true map, a kind at a time, b
     order     which of two things is in front where they overlap: the drawn pixels are nearer to the scene as it was
               asked for than to the scene with the two depths exchanged
     pose      the true glyph registered over place, size, angle and mirroring: medians of the errors
+    labels    share of the pixels whose label the reader (`recipes.moji.reader`) reads as asked for; – without a reader
     noun, place   by the classifier of `benchmarks.moji`
 
 Shares have Wilson's 95 % interval, means the bootstrap's. The drawings lie in `control_drawings.json` as strokes: thin,
@@ -62,6 +63,8 @@ from benchmarks.classifier import (
     prepare_images,
 )
 from benchmarks.fidelity import Template, decode_renderings, make_template, register
+from benchmarks.reader import FOLDER as READER
+from benchmarks.reader import Reader, load_reader
 from customize.evaluation.obedience import agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
@@ -91,6 +94,7 @@ class ControlSettings:
     guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
     batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
     classifier: Annotated[Path, Option("The classifier's folder.", WHAT)] = FOLDER
+    reader: Annotated[Path, Option("The reader's folder.", WHAT)] = READER
     device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
     out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/control")
 
@@ -99,7 +103,9 @@ class ControlSettings:
 def main(settings: ControlSettings) -> None:
     """Draws, measures, and writes the tables and the sheets."""
     find_font()
-    judge = load_classifier(settings.classifier, device=settings.device)
+    judges = Judges(
+        load_classifier(settings.classifier, device=settings.device), load_reader(settings.reader)
+    )
     model = Backbone.open(settings.model, device=settings.device)
     gallery = Gallery(settings, model)
     cases = [make_case(scene) for scene in select_scenes(MANY if settings.scenes == "all" else FEW)]
@@ -112,7 +118,7 @@ def main(settings: ControlSettings) -> None:
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
     rows[BOUND] = [as_image(one) for one in trips]
-    table = {name: measure(cases, images, judge, name) for name, images in rows.items()}
+    table = {name: measure(cases, images, judges, name) for name, images in rows.items()}
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
@@ -222,11 +228,18 @@ class Gallery:
 # --- measures -------------------------------------------------------------------------------------------------
 
 
+class Judges(NamedTuple):
+    """What reads the drawn pictures; the reader may be missing."""
+
+    classifier: Classifier
+    reader: Reader | None
+
+
 def measure(
-    cases: Sequence[Case], images: Sequence[Image.Image], judge: Classifier, name: str
+    cases: Sequence[Case], images: Sequence[Image.Image], judges: Judges, name: str
 ) -> dict[str, Any]:
     """The row of a column of pictures: each measure as (value, low, high, n)."""
-    seen = judge.classify(list(images))
+    seen = judges.classifier.classify(list(images))
     ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
     on_white = [
         pair for pair in zip(cases, images, strict=True) if pair[0].scene.place == "on a white background"
@@ -238,6 +251,7 @@ def measure(
         "edges": of_mean([edge_f1(case.picture, image) for case, image in zip(cases, images, strict=True)]),
         "things": of_mean([thing_iou(case.picture, image) for case, image in on_white]),
         "order": of_share(ordered),
+        "labels": of_mean(label_accuracies(cases, images, judges.reader)),
         "noun": of_share(nouns),
         "place": of_share(places),
     }
@@ -276,6 +290,18 @@ def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 def not_white(image: Image.Image) -> NDArray[np.bool_]:
     """Where a picture is darker than white in any channel [H, W]."""
     return np.asarray(image.convert("RGB")).min(2) < WHITE
+
+
+def label_accuracies(
+    cases: Sequence[Case], images: Sequence[Image.Image], reader: Reader | None
+) -> list[float]:
+    """The share of each picture's pixels whose label is read as the true one; none without a reader."""
+    if reader is None:
+        return []
+    read = reader.read(list(images)).labels.numpy()
+    return [
+        float((np.asarray(case.maps["labels"]) == one).mean()) for case, one in zip(cases, read, strict=True)
+    ]
 
 
 def order_of(case: Case, drawn: Image.Image) -> Iterator[bool]:
@@ -482,7 +508,9 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
 COLUMNS: dict[str, Callable[[Sequence[float]], str]] = {
     "edges": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
     "things": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
-    **dict.fromkeys(("order", "noun", "place"), lambda one: f"{one[0]:.1%} ({one[1]:.0%}–{one[2]:.0%})"),
+    **dict.fromkeys(
+        ("order", "labels", "noun", "place"), lambda one: f"{one[0]:.1%} ({one[1]:.0%}–{one[2]:.0%})"
+    ),
 }
 
 
@@ -490,7 +518,14 @@ def format_markdown(
     facts: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]]
 ) -> str:
     """The tables."""
-    heads = {"edges": "edges F1", "things": "things IoU", "order": "order", "noun": "noun", "place": "place"}
+    heads = {
+        "edges": "edges F1",
+        "things": "things IoU",
+        "order": "order",
+        "labels": "labels",
+        "noun": "noun",
+        "place": "place",
+    }
     counts = [f"{head}, n = {table[FLOOR][name][3]:.0f}" for name, head in heads.items()]
     lines = [
         f"`{facts['model']}`, control network {facts['network']}: {facts['scenes']} posed scenes, {facts['steps']} "
