@@ -56,7 +56,7 @@ class MapOptions(JsonOptions):
     ] = None
     posed: Annotated[
         bool,
-        Option("That seed's scene with things anywhere, turned, overlapping.", DATA, needs={"scene": ()}),
+        Option("That seed's scene with things anywhere, turned, overlapping.", DATA, needs={"prompt": ("",)}),
     ] = False
     prompt: Annotated[
         str,
@@ -99,6 +99,8 @@ def map(asked: MapOptions) -> None:
     kinds, pictures = split_words(asked.words)
     if asked.all and kinds:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
+    if asked.posed and asked.scene is None:
+        raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
     scene = scene_of(asked)
     if (scene is None) == (not pictures) or len(pictures) > 1:
         raise UserError(
