@@ -26,7 +26,7 @@ from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import Condition, describe_conditions, open_conditions
+from backbone.models.control import Condition, describe_conditions, open_conditions, together
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
@@ -127,7 +127,7 @@ def _write_images(
     drawing: Drawing,
 ) -> None:
     """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
-    settings, controls = drawing.settings, [condition.control for condition in drawing.conditions]
+    settings, controls = drawing.settings, together(drawing.conditions)
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
         images = sample(model, share, **settings.for_sampler(), controls=controls, advance=bar.advance_images)

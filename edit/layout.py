@@ -24,7 +24,14 @@ from backbone.io.conditions import LINE_KINDS, AskedControl, ControlOptions, par
 from backbone.io.console import UserError
 from backbone.media.control_maps import as_hints
 from backbone.media.transforms import to_image
-from backbone.models.control import Condition, OpenedControl, open_conditions, open_control, with_map
+from backbone.models.control import (
+    Condition,
+    OpenedControl,
+    open_conditions,
+    open_control,
+    together,
+    with_map,
+)
 from backbone.models.model import Backbone
 from edit.pictures import ImageLike, read_image, show_image
 
@@ -79,9 +86,13 @@ class Layout:
         """Of two rows: the source's and the targets'."""
         return tuple(
             replace(both, scale=both.scale * torch.tensor(sides))
-            for sides, condition in zip(self.sides, self.conditions, strict=True)
-            for both in [condition.control.each(lambda value: value.expand(2, *value.shape[1:]))]
+            for sides in dict.fromkeys(self.sides)
+            for control in together(self._on(sides))
+            for both in [control.each(lambda value: value.expand(2, *value.shape[1:]))]
         )
+
+    def _on(self, sides: tuple[bool, bool]) -> list[Condition]:
+        return [one for one, own in zip(self.conditions, self.sides, strict=True) if own == sides]
 
     def under(
         self, text: Conditions, schedule: Schedule, sides: Sequence[int], *, unprompted: Sequence[int] = ()
@@ -225,7 +236,7 @@ def read_layout(
         drawn = tensors.get(f"map_{number}")
         if drawn is None or drawn.dtype != torch.uint8 or drawn.ndim != 3 or len(drawn) != 3:
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
-        network = open_control(model, str(facts["network"])).network
+        network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
         image = to_image(drawn.float().div(127.5).sub(1))
         how = {name: facts[name] for name in ("scale", "start", "stop", "guess")}
         control = Control.of(network, as_hints(image).to(model.device), **how)

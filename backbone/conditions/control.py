@@ -38,6 +38,10 @@ class ControlNetwork(Protocol):
     prompted_only: bool
     takes_guess: bool
 
+    def for_kind(self, kind: str) -> ControlNetwork:
+        """The same asked for a kind of map, where it reads several; `UserError` for one that it does not."""
+        ...
+
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
         """Maps [B, 3, H, W] in 0…1 to hints [B, …]: what depends on the map alone. Differentiable."""
         ...

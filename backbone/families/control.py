@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork, Residuals
 from backbone.diffusion.transfer import send
+from backbone.io.console import UserError
+from backbone.io.files import Header
 
 OF_NO_ROW = ("txt_ids", "img_ids")  # arguments of a denoiser that all rows share
 
@@ -25,14 +27,32 @@ class ControlledFamily(Protocol):
     control_classes: ClassVar[tuple[Any, ...]]  # diffusers' classes of its control networks
 
     def control_network(
-        self, module: nn.Module, denoiser: nn.Module, encode: Callable[[Tensor], Tensor]
+        self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:
         """A loaded module of one of those classes as this denoiser is controlled by it.
 
-        `encode` makes latents [B, C, H, W] of pictures [B, 3, 8H, 8W] in −1…1. Raises `UserError` for a module that was
-        made for another denoiser.
+        `encode(pictures, shifted=…)` makes latents [B, C, H, W] of pictures [B, 3, 8H, 8W] in −1…1, with the
+        autoencoder's shift or without. Raises `UserError` for a module that was made for another denoiser.
         """
         ...
+
+
+@runtime_checkable
+class FilesFamily(Protocol):
+    """A controlled family whose networks are also read from one file."""
+
+    def load_control_file(self, header: Header, denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The network in a file, for this denoiser; `UserError` for one that was made for another."""
+        ...
+
+
+def made_for_another_model(words: str, found: Any, needed: Any) -> UserError:
+    """The error for a control network of another denoiser; whoever opens it adds its name and a remedy."""
+    own, wanted = (
+        ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for value in (found, needed)
+    )
+    return UserError(f"was made for another model: its {words} is {own}, and this model has {wanted}")
 
 
 def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype) -> Residuals:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
@@ -16,6 +16,8 @@ from backbone.families import loading
 from backbone.families.base import AttentionLayout, NoisePath
 from backbone.families.location import Location
 from backbone.families.unet_control import unet_control_network
+from backbone.families.unet_control_files import load_control_file
+from backbone.io.files import Header
 
 
 class UNetFamily:
@@ -29,12 +31,15 @@ class UNetFamily:
         ),
     }
 
-    control_classes: ClassVar[tuple[Any, ...]] = (ControlNetModel, T2IAdapter)
+    control_classes: ClassVar[tuple[Any, ...]] = (ControlNetModel, ControlNetUnionModel, T2IAdapter)
 
     def control_network(
-        self, module: nn.Module, denoiser: nn.Module, encode: Callable[[Tensor], Tensor]
+        self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:
         return unet_control_network(module, denoiser)
+
+    def load_control_file(self, header: Header, denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return load_control_file(header, denoiser, dtype)
 
     def latent_shape(self, location: Location) -> tuple[int, ...]:
         side = int(location.config("unet")["sample_size"])

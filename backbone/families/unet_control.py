@@ -8,14 +8,15 @@ inside the encoder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetUnionModel, T2IAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork, Residuals
-from backbone.families.control import residuals_of
+from backbone.families.control import made_for_another_model, residuals_of
 from backbone.io.console import UserError
 
 SKIPS, MIDDLE, INNER = (
@@ -23,6 +24,16 @@ SKIPS, MIDDLE, INNER = (
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
 )
+UNION_TYPES = {  # of the published SDXL nets
+    "pose": 0,
+    "depth": 1,
+    "sketch": 2,
+    "edges": 3,
+    "lines": 3,
+    "normal": 4,
+    "labels": 5,
+    "tile": 6,
+}
 GREY = (0.299, 0.587, 0.114)  # Rec. 601 luma, as Pillow's mode L
 
 
@@ -31,23 +42,88 @@ class UNetControlNet:
 
     takes_guess = True
 
-    def __init__(self, module: ControlNetModel) -> None:
-        self.module: nn.Module = module
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.prompted_only = bool(cast(Any, module).config.global_pool_conditions)
+
+    def for_kind(self, kind: str) -> UNetControlNet:
+        return self
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
         return (maps,)
 
+    def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of the network that the denoiser has not."""
+        return {"controlnet_cond": hints[0].to(dtype)}
+
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network = cast(Any, self.module)
-        skips, middle = network(
-            **as_dtype(inputs, network.dtype), controlnet_cond=hints[0].to(network.dtype), return_dict=False
-        )
+        given = as_dtype(inputs, network.dtype)
+        given["sample"] = given["sample"][
+            :, : network.config.in_channels
+        ]  # without an image beside the latents
+        skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
         if guess and not self.prompted_only:
             *ramp, last = torch.logspace(-1, 0, len(skips) + 1).tolist()
             skips = [skip * share for skip, share in zip(skips, ramp, strict=True)]
             middle = middle * last
         return {SKIPS: list(skips), MIDDLE: [middle]}
+
+
+class UNetUnion(UNetControlNet):
+    """A union ControlNet, asked for one kind of map or for several in one call.
+
+    types   the numbers of the kinds
+    scales  of each kind, where there are several: their hints are fused before they are copied
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        types: tuple[int, ...] = (),
+        scales: tuple[float, ...] = (1.0,),
+        made: dict[Any, UNetUnion] | None = None,
+    ) -> None:
+        super().__init__(module)
+        self.types, self.scales = types, scales
+        self.made = {} if made is None else made  # rows of equal kinds are under one object
+
+    def asked_for(self, types: tuple[int, ...], scales: tuple[float, ...]) -> UNetUnion:
+        """The same module asked for these kinds."""
+        key = (types, scales)
+        if key not in self.made:
+            self.made[key] = UNetUnion(self.module, types, scales, self.made)
+        return self.made[key]
+
+    def for_kind(self, kind: str) -> UNetUnion:
+        """The same asked for a kind; `UserError` for a kind that it does not read."""
+        count = cast(Any, self.module).config.num_control_type
+        if UNION_TYPES.get(kind, count) >= count:
+            raise UserError(
+                f"A union ControlNet of {count} kinds reads no {kind}. It reads "
+                f"{', '.join(name for name, number in UNION_TYPES.items() if number < count)}; say which, as in "
+                "--condition edges=map.png."
+            )
+        return self.asked_for((UNION_TYPES[kind],), (1.0,))
+
+    def together(self, controls: Sequence[Control]) -> Control:
+        """Controls of several kinds, one row each, under the same module, as one whose call hears all of them."""
+        types = tuple(number for control in controls for number in cast(UNetUnion, control.network).types)
+        scales = tuple(float(control.scale[0]) for control in controls)
+        hints = tuple(hint for control in controls for hint in control.hints)
+        joined = self.asked_for(types, scales)
+        return replace(controls[0], network=joined, hints=hints, scale=torch.ones_like(controls[0].scale))
+
+    def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        network = cast(Any, self.module)
+        chosen = torch.zeros(len(hints[0]), network.config.num_control_type, device=hints[0].device)
+        chosen[:, list(self.types)] = 1
+        return {
+            "controlnet_cond": [hint.to(dtype) for hint in hints],
+            "control_type": chosen,
+            "control_type_idx": list(self.types),
+            "conditioning_scale": list(self.scales),
+        }
 
 
 class UNetAdapter:
@@ -57,6 +133,9 @@ class UNetAdapter:
 
     def __init__(self, module: T2IAdapter) -> None:
         self.module: nn.Module = module
+
+    def for_kind(self, kind: str) -> UNetAdapter:
+        return self
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
         network = cast(Any, self.module)
@@ -93,28 +172,19 @@ def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwo
     if isinstance(module, T2IAdapter):
         widths, needed = list(own.channels), list(unet.block_out_channels)
         if widths[: len(needed)] != needed:  # SDXL's has more, for the middle
-            raise wrong_base(f"it adds to layers of {_listed(widths)} channels", f"has {_listed(needed)}")
+            raise made_for_another_model("width of the blocks", widths, needed)
         return UNetAdapter(module)
     for name, words in MUST_AGREE.items():
         if own.get(name) != unet.get(name):
-            raise wrong_base(f"its {words} is {_listed(own.get(name))}", f"has {_listed(unet.get(name))}")
-    assert isinstance(module, ControlNetModel)
-    return UNetControlNet(module)
+            raise made_for_another_model(words, own.get(name), unet.get(name))
+    if own.in_channels not in (unet.in_channels, unet.in_channels // 2):  # the latter beside an image to edit
+        raise made_for_another_model("number of latent channels", own.in_channels, unet.in_channels)
+    return UNetUnion(module) if isinstance(module, ControlNetUnionModel) else UNetControlNet(module)
 
 
 MUST_AGREE = {  # of a ControlNet's config and its UNet's
     "cross_attention_dim": "width of the text",
-    "in_channels": "number of latent channels",
     "block_out_channels": "width of the blocks",
     "layers_per_block": "number of layers in a block",
     "addition_embed_type": "condition on the image size",
 }
-
-
-def wrong_base(found: str, needed: str) -> UserError:
-    """The error for a control network that was made for another denoiser; whoever opens it adds its name."""
-    return UserError(f"was made for another model: {found}, and this model's denoiser {needed}")
-
-
-def _listed(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

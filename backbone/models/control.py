@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork
-from backbone.families.control import ControlledFamily
+from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.loading import WEIGHTS, load_network
 from backbone.families.location import Location, find_hub_file
 from backbone.io.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
@@ -91,10 +91,12 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
     """
     family = controlled_family(model)
     found = find_control(name)
-    module = _load(model, family.control_classes, found)
     try:
+        module = _load(model, family, found)
         network = family.control_network(module, model.denoiser, _encode(model))
     except UserError as error:
+        if not str(error).startswith(("was ", "is ")):
+            raise
         raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
     record = found.record
     if record.base and record.base != model.fingerprint:
@@ -165,13 +167,32 @@ def _condition(model: Backbone, asked: AskedControl, opened: OpenedControl, imag
     }
     if asked.guess and not opened.network.takes_guess:
         raise UserError(
-            f"{opened.name} does not hear the prompt, so it cannot act without one: guess mode has no effect. Leave "
-            "--guess-mode out."
+            f"{opened.name} is no ControlNet of a UNet, so guess mode has no effect on it. Leave --guess-mode out."
         )
     hints = as_hints(image).to(model.device)
-    control = Control.of(opened.network, hints, guess=asked.guess, **how)
+    control = Control.of(opened.network.for_kind(asked.map.kind), hints, guess=asked.guess, **how)
     facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
     return Condition(control, image, facts)
+
+
+def together(conditions: Sequence[Condition]) -> tuple[Control, ...]:
+    """The controls of conditions; those of one union ControlNet at the same steps are heard in one call."""
+    found: list[list[Control]] = []
+    for control in (condition.control for condition in conditions):
+        joins = hasattr(control.network, "together") and float(control.scale[0]) > 0
+        group = next((some for some in found if joins and _in_one_call(some[0], control)), None)
+        if group is None:
+            found.append([control])
+        else:
+            group.append(control)
+    return tuple(
+        cast(Any, group[0].network).together(group) if len(group) > 1 else group[0] for group in found
+    )
+
+
+def _in_one_call(one: Control, other: Control) -> bool:
+    same = one.network.module is other.network.module and float(one.scale[0]) > 0
+    return same and (one.start, one.stop, one.guess) == (other.start, other.stop, other.guess)
 
 
 def with_map(condition: Condition, image: Image.Image) -> Condition:
@@ -240,23 +261,30 @@ def controlled_family(model: Backbone) -> ControlledFamily:
 
 
 def _encode(model: Backbone) -> Any:
-    """Pictures in −1…1 to latents, for networks that read a map as latents."""
-    return lambda pictures: model.encode(pictures).mean
+    """Pictures in −1…1 to latents, for networks that read a map as latents; some had them without the shift."""
+
+    def encode(pictures: Tensor, *, shifted: bool) -> Tensor:
+        latents, space = model.encode(pictures).mean, model.latent_space
+        return latents if shifted else latents + space.shift * space.scale
+
+    return encode
 
 
 class FoundControl(NamedTuple):
-    """Where a control network lies: the folder with its config.json, and what its condition.json says."""
+    """Where a control network lies: the folder with its config.json or one file, and what its condition.json says."""
 
     name: str
-    folder: Path
+    place: Path
     record: ControlRecord
 
 
 def find_control(name: str) -> FoundControl:
     """Look a control network up, without its weights; `UserError` for what is none."""
     path = Path(name).expanduser()
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        read_header(path)  # says why it is not read
+    if path.suffix.lower() in PICKLE_SUFFIXES or path.is_file():
+        return FoundControl(
+            name, read_header(path).path, ControlRecord()
+        )  # which says why a pickle is not read
     if path.is_dir():
         record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
         for part in ("", *PARTS):
@@ -268,7 +296,9 @@ def find_control(name: str) -> FoundControl:
         )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
         return FoundControl(name, _fetch(name), ControlRecord())
-    raise UserError(f"There is no control network {name}. Name a run, a diffusers folder, or a hub id.")
+    raise UserError(
+        f"There is no control network {name}. Name a run, a diffusers folder, a file, or a hub id."
+    )
 
 
 def _fetch(repository: str) -> Path:
@@ -283,10 +313,24 @@ def _fetch(repository: str) -> Path:
     raise UserError(f"{repository} has no safetensors weights on the hub. Name another control network.")
 
 
-def _load(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
-    """The network in a folder, if it is of one of these classes."""
-    location = Location(found.name, str(found.folder.parent), {})
-    part = found.folder.name
+def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.Module:
+    """The network in a folder, if it is of one of the family's classes, or in a file, if its UNet's files are read."""
+    with progress(None, f"loading {found.name}", brief=True):
+        if found.place.is_dir():
+            network = _load_folder(model, family.control_classes, found)
+        elif isinstance(family, FilesFamily):
+            network = family.load_control_file(read_header(found.place), model.denoiser, model.dtype)
+        else:
+            raise UserError(
+                f"{found.name} is one file, and control networks of {model.family.name} are read from diffusers "
+                "folders. Name the folder or hub id."
+            )
+    return network.eval().requires_grad_(False).to(model.device)
+
+
+def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
+    location = Location(found.name, str(found.place.parent), {})
+    part = found.place.name
     said = location.config(part).get("_class_name", "")
     kind = next((one for one in classes if one.__name__ == said), None)
     if kind is None:
@@ -294,6 +338,4 @@ def _load(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Mo
             f"{found.name} is a {said or 'network of unknown kind'}, and {model.location.name} is controlled by "
             f"{' or '.join(one.__name__ for one in classes)}. Name one of these."
         )
-    with progress(None, f"loading {found.name}", brief=True):
-        network = load_network(kind, location, part, model.dtype)
-    return network.eval().requires_grad_(False).to(model.device)
+    return load_network(kind, location, part, model.dtype)

@@ -86,6 +86,9 @@ def nets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
+few_or_all = pytest.mark.parametrize("steps", [5, pytest.param(STEPS, marks=pytest.mark.slow)])
+
+
 def drawn(model: Backbone, controls: Sequence[Control], *, steps: int = STEPS) -> Tensor:
     asked = [Request(PROMPT, (0, 0), NEGATIVE)]
     return next(sample_latents(model, asked, steps=steps, guidance=GUIDANCE, seed=3, controls=controls))
@@ -95,7 +98,7 @@ def maps(count: int) -> Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(9))
 
 
-def by_diffusers(nets: Nets, kind: str, modules: Sequence[Any], **said: Any) -> Tensor:
+def by_diffusers(nets: Nets, kind: str, modules: Sequence[Any], steps: int, **said: Any) -> Tensor:
     """So many guided steps of diffusers' own pipeline from the same noise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,7 +113,7 @@ def by_diffusers(nets: Nets, kind: str, modules: Sequence[Any], **said: Any) -> 
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
             latents=initial_noise(nets.model, 3, 0, 0)[None],
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             height=64,
             width=64,
@@ -153,21 +156,21 @@ def controls_of(
     return [Control.of(net, hint, **row) for net, hint, row in zip(nets, hints, rows, strict=True)], hints
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("scale", "share"))) for name in CASES]
-)
-def test_twenty_guided_steps_under_controlnets_are_diffusers_own(nets: Nets, case: str) -> None:
+@few_or_all
+@pytest.mark.parametrize("case", CASES)
+def test_guided_steps_under_controlnets_are_diffusers_own(nets: Nets, case: str, steps: int) -> None:
     count, how, said = CASES[case]
     controls, hints = controls_of(nets.model, nets.controlnets, count, how)
     modules = [control.network.module for control in controls]
-    theirs = by_diffusers(nets, "controlnet", modules, image=hints if count > 1 else hints[0], **said)
-    ours = drawn(nets.model, controls)
+    theirs = by_diffusers(nets, "controlnet", modules, steps, image=hints if count > 1 else hints[0], **said)
+    ours = drawn(nets.model, controls, steps=steps)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert float((ours - drawn(nets.model, [])).abs().max()) > 0.01
+    assert float((ours - drawn(nets.model, [], steps=steps)).abs().max()) > 0.01
 
 
+@few_or_all
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_twenty_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, count: int) -> None:
+def test_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, count: int, steps: int) -> None:
     how: dict[str, list[Any]] = {"scale": [0.7, 1.1], "stop": [0.6] * 2}
     controls, hints = controls_of(nets.model, nets.adapters, count, how)
     modules = [control.network.module for control in controls]
@@ -176,10 +179,10 @@ def test_twenty_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, co
         said["adapter_conditioning_factor"] = 0.6
     else:
         controls = [replace(control, stop=1.0) for control in controls]
-    theirs = by_diffusers(nets, "adapter", modules, image=hints if count > 1 else hints[0], **said)
-    ours = drawn(nets.model, controls)
+    theirs = by_diffusers(nets, "adapter", modules, steps, image=hints if count > 1 else hints[0], **said)
+    ours = drawn(nets.model, controls, steps=steps)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert float((ours - drawn(nets.model, [])).abs().max()) > 0.01
+    assert float((ours - drawn(nets.model, [], steps=steps)).abs().max()) > 0.01
 
 
 def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:

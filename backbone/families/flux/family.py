@@ -7,20 +7,21 @@ an input (Meng et al. 2023), schnell has a fixed one. Latents are [B, 16, H, W] 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxControlNetModel, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
+from backbone.conditions.control import ControlNetwork
 from backbone.diffusion.transfer import send
 from backbone.families import loading, text_encoders
 from backbone.families.base import (
@@ -35,7 +36,8 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
-from backbone.families.flux import checkpoint
+from backbone.families.control import residuals_of
+from backbone.families.flux import checkpoint, control
 from backbone.families.location import Location
 from backbone.io.files import Header
 
@@ -61,6 +63,8 @@ class Flux:
             *(f"single_transformer_blocks.{n}.proj_out" for n in range(38)),  # but not the final `proj_out`
         ),
     }
+
+    control_classes: ClassVar[tuple[Any, ...]] = (FluxControlNetModel,)
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
@@ -129,18 +133,29 @@ class Flux:
             guidance = conditions.guidance
             if guidance is None:
                 guidance = noisy.new_full((count,), TRAINING_GUIDANCE)
-            output = network(
-                hidden_states=pack_latents(noisy).to(dtype),
-                timestep=time.expand(count) / 1000,
-                guidance=guidance.to(noisy.device) if takes_guidance else None,
-                encoder_hidden_states=conditions.text["hidden"].to(dtype),
-                pooled_projections=conditions.text["pooled"].to(dtype),
-                txt_ids=torch.zeros(conditions.text["hidden"].shape[1], 3, dtype=dtype, device=noisy.device),
-                img_ids=send(latent_image_ids(height // 2, width // 2).to(dtype), noisy.device),
-            )
-            return unpack_latents(output.sample, height, width)
+            tokens = conditions.text["hidden"].shape[1]
+            inputs = {
+                "hidden_states": pack_latents(noisy).to(dtype),
+                "timestep": time.expand(count) / 1000,
+                "guidance": guidance.to(noisy.device),
+                "encoder_hidden_states": conditions.text["hidden"].to(dtype),
+                "pooled_projections": conditions.text["pooled"].to(dtype),
+                "txt_ids": torch.zeros(tokens, 3, dtype=dtype, device=noisy.device),
+                "img_ids": send(latent_image_ids(height // 2, width // 2).to(dtype), noisy.device),
+            }
+            added = residuals_of(conditions.controls, inputs, dtype)
+            if not takes_guidance:
+                inputs["guidance"] = None
+            return unpack_latents(network(**inputs, **added).sample, height, width)
 
         return predict
+
+    def control_network(
+        self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
+    ) -> ControlNetwork:
+        return control.control_network(
+            module, denoiser, lambda pictures, **how: pack_latents(encode(pictures, **how))
+        )
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
         read = partial(joint_attention_inputs, text_tokens=conditions.text["hidden"].shape[1])

@@ -9,19 +9,20 @@ the same function in a third of the time on a small model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3ControlNetModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
+from backbone.conditions.control import ControlNetwork
 from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
@@ -35,8 +36,9 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.control import residuals_of
 from backbone.families.location import Location
-from backbone.families.sd3 import checkpoint
+from backbone.families.sd3 import checkpoint, control
 from backbone.io.files import Header
 
 T5_TOKENS = 256
@@ -54,6 +56,8 @@ class StableDiffusion3:
         "attention": JOINT,
         "all": (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     }
+
+    control_classes: ClassVar[tuple[Any, ...]] = (SD3ControlNetModel,)
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
@@ -127,15 +131,24 @@ class StableDiffusion3:
         dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            output = denoiser(
-                hidden_states=noisy.to(dtype),
-                timestep=time.expand(len(noisy)),
-                encoder_hidden_states=conditions.text["hidden"].to(dtype),
-                pooled_projections=conditions.text["pooled"].to(dtype),
-            )
-            return cast(Tensor, output.sample)
+            inputs = {
+                "hidden_states": noisy.to(dtype),
+                "timestep": time.expand(len(noisy)),
+                "encoder_hidden_states": conditions.text["hidden"].to(dtype),
+                "pooled_projections": conditions.text["pooled"].to(dtype),
+            }
+            added = residuals_of(conditions.controls, inputs, dtype)
+            return cast(Tensor, denoiser(**inputs, **added).sample)
 
         return predict
+
+    def control_network(
+        self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
+    ) -> ControlNetwork:
+        processors = cast(Any, denoiser).attn_processors.values()
+        if any(isinstance(one, RepeatedZeroTokenProcessor) for one in processors):
+            use_repeated_zero_token(cast(Any, module))  # it hears the same text
+        return control.control_network(module, denoiser, encode)
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
         late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
