@@ -35,14 +35,22 @@ def make_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
     Raises `UserError` for a model whose control networks are not trained here, and for one to begin from that is of
     another kind.
     """
-    if settings.begin_from:
-        return begin_network(model, settings)
+    return begin_network(model, settings) if settings.begin_from else fresh_network(model, settings)
+
+
+def fresh_network(
+    model: Backbone, settings: ControlSettings, denoiser: nn.Module | None = None
+) -> ControlNetwork:
+    """A new network; for another `denoiser` of the same kind than the model's own where one is given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.kind == ADAPTER:
             size = {"adapter_type": "light_adapter"} if settings.adapter_size == "light" else {}
-            return new_control(model, ADAPTER, **size)
-        network = new_control(model, CONTROLNET, conditioning_embedding_out_channels=hint_widths(model))
+            return new_control(model, ADAPTER, denoiser=denoiser, **size)
+        widths = hint_widths(model)
+        network = new_control(
+            model, CONTROLNET, denoiser=denoiser, conditioning_embedding_out_channels=widths
+        )
     if settings.kind == CONTROL_LORA:
         module = network.module.requires_grad_(False)
         layers = model.family.lora_targets["all"]

@@ -158,14 +158,12 @@ def scene_of(asked: MapOptions) -> Scene | None:
 
 def train_control(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
-    if run.vram is not None:
-        raise UserError("--vram plans for customize train and align train, not for this. Leave it out.")
     usual = Path("runs") / run_name(asked["images"]) if "images" in asked else None
     resumed = None if run.resume is None else find_resumed(run, PROGRAM, usual)
     if resumed is None:
         from customize.training.control_start import start
 
-        finished = start(asked, out=run.out)
+        finished = start(asked, out=run.out, vram=run.vram)
     else:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
         from customize.training.control_start import as_kept

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.memory.planner import MemoryEstimator
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from customize.cli import app
@@ -26,6 +27,7 @@ from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.training.control import OBEDIENCE, Obedience
+from customize.training.control_memory import work_of
 
 SIDE, PAIRS = 32, 12
 HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
@@ -202,6 +204,17 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
     assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
 
 
+@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet", "control-lora"])
+def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
+    settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
+    counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
+    network = make_network(tiny, settings)
+    trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)
+    assert counted.model_sizes("fp32").trained_parameters == trained
+    frozen = counted.step_bytes("fp32", False)
+    assert frozen.saved > 0 and frozen.peak >= frozen.saved
+
+
 # --- pairs as people lay them out -----------------------------------------------------------------------------
 
 
@@ -319,7 +332,10 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
             "--adapter-size has no effect",
         ),
         (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
-        (("--condition", "sketch", "--vram", 8), "--vram"),
+        (
+            ("--condition", "sketch", "--kind", "controlnet", "--cpu-offload", 0.5),
+            "--cpu-offload has no effect",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(flags: tuple[object, ...], sentence: str, pairs: Path) -> None:
