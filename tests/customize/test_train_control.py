@@ -21,11 +21,13 @@ from backbone.io.files import read_json, read_jsonl, read_tensors
 from backbone.memory.planner import MemoryEstimator
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
+from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
-from customize.control_settings import read_settings, resolved
+from customize.control_settings import PROGRAM, read_settings, resolved
 from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
+from customize.settings import Settings
 from customize.training.control import OBEDIENCE, Obedience
 from customize.training.control_memory import work_of
 
@@ -213,6 +215,19 @@ def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: B
     assert counted.model_sizes("fp32").trained_parameters == trained
     frozen = counted.step_bytes("fp32", False)
     assert frozen.saved > 0 and frozen.peak >= frozen.saved
+
+
+def test_the_newest_run_is_of_the_same_command(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.run, tmp_path / "runs" / "control")
+    monkeypatch.chdir(tmp_path)
+    said = RunOptions(resume=Path("latest"))
+    assert find_resumed(said, PROGRAM, None) == Path("runs/control")
+    with pytest.raises(UserError, match="holds none"):
+        find_resumed(said, "customize train", None)
+    with pytest.raises(UserError, match="is a run of `customize train-control`, not of `customize train`"):
+        read_run_settings(Settings, tmp_path / "runs" / "control", "customize train")
 
 
 # --- pairs as people lay them out -----------------------------------------------------------------------------
