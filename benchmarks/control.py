@@ -73,7 +73,8 @@ MANY, FEW = 300, 24  # scenes
 FLOOR, BOUND = "no condition", "true, round trip"
 WHITE = 238  # of 255: what is darker in any channel is a thing's
 LEAST_OVERLAP = 60  # pixels, from which an order can be told
-ANGLES, SIZES = range(-180, 180, 30), (28, 36, 46, 58, 72, 86)  # of the coarse registration
+ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coarse registration
+KEPT = 6  # of its poses, around which it is finer
 DRAWINGS = Path(__file__).with_name("control_drawings.json")
 SHEET = 12  # scenes
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
@@ -374,11 +375,21 @@ def measure_poses(cases: Sequence[Case], images: Sequence[Image.Image], name: st
 
 
 def find_pose(picture: Tensor, thing: Thing, style: str | None) -> Pose:
-    """The pose in which the thing's own glyph explains a picture [3, 128, 128] in 0…1 best: coarse, then around it."""
+    """The pose in which the thing's own glyph explains a picture [3, 128, 128] in 0…1 best.
+
+    All sizes and angles coarsely, then finer around the best of these.
+    """
     choices = [(size, angle, mirrored) for size in SIZES for angle in ANGLES for mirrored in (False, True)]
     find = partial(fit_pose, picture, thing, style)
-    error, best = min(map(find, choices), key=lambda found: found[0])
-    for by_size, by_angle in ((0.12, 15), (0.06, 8), (0.03, 4)):
+    coarse = sorted(map(find, choices), key=lambda found: found[0])[:KEPT]
+    return min((refine(find, *one) for one in coarse), key=lambda found: found[0])[1]
+
+
+def refine(
+    find: Callable[[tuple[float, float, bool]], tuple[float, Pose]], error: float, best: Pose
+) -> tuple[float, Pose]:
+    """A pose and its error, made better in smaller and smaller steps of size and angle."""
+    for by_size, by_angle in ((0.09, 10), (0.05, 5), (0.025, 3)):
         around = [
             (best.size * (1 + i * by_size), best.angle + j * by_angle, best.mirrored)
             for i in (-1, 0, 1)
@@ -386,7 +397,7 @@ def find_pose(picture: Tensor, thing: Thing, style: str | None) -> Pose:
             if i or j
         ]
         error, best = min([(error, best), *map(find, around)], key=lambda found: found[0])
-    return best
+    return error, best
 
 
 def fit_pose(
@@ -456,7 +467,7 @@ def load_drawings() -> list[Drawing]:
             one["width"],
             tuple(tuple((x, y) for x, y in stroke) for stroke in one["strokes"]),
         )
-        for one in read_json(DRAWINGS)
+        for one in read_json(DRAWINGS)["drawings"]
     ]
 
 

@@ -85,7 +85,7 @@ def new_control(
         module = T2IAdapter(**usual | config)
     else:
         assert kind == "controlnet"
-        module = ControlNetModel.from_unet(denoiser, **config)
+        module = ControlNetModel.from_unet(denoiser, load_weights_from_unet=device.type != "meta", **config)
     return family.control_network(module.float().to(device).train(), denoiser, _encode(model))
 
 
