@@ -14,6 +14,7 @@ on white. Each is drawn from its caption under its true map, a kind at a time, b
     order     which of two things is in front where they overlap: the drawn pixels are nearer to the scene as it was
               asked for than to the scene with the two depths exchanged
     pose      the true glyph registered over place, size, angle and mirroring: medians of the errors
+    labels    share of the pixels whose label the reader (`recipes.moji.reader`) reads as asked for; – without a reader
     noun, place   by the classifier of `benchmarks.moji`
 
 Shares have Wilson's 95 % interval, means the bootstrap's. The drawings lie in `control_drawings.json` as strokes: thin,
@@ -62,6 +63,8 @@ from benchmarks.classifier import (
     prepare_images,
 )
 from benchmarks.fidelity import Template, decode_renderings, make_template, register
+from benchmarks.reader import FOLDER as READER
+from benchmarks.reader import Reader, load_reader
 from customize.evaluation.obedience import agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
@@ -70,7 +73,8 @@ MANY, FEW = 300, 24  # scenes
 FLOOR, BOUND = "no condition", "true, round trip"
 WHITE = 238  # of 255: what is darker in any channel is a thing's
 LEAST_OVERLAP = 60  # pixels, from which an order can be told
-ANGLES, SIZES = range(-180, 180, 30), (28, 36, 46, 58, 72, 86)  # of the coarse registration
+ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coarse registration
+KEPT = 6  # of its poses, around which it is finer
 DRAWINGS = Path(__file__).with_name("control_drawings.json")
 SHEET = 12  # scenes
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
@@ -91,6 +95,7 @@ class ControlSettings:
     guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
     batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
     classifier: Annotated[Path, Option("The classifier's folder.", WHAT)] = FOLDER
+    reader: Annotated[Path, Option("The reader's folder.", WHAT)] = READER
     device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
     out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/control")
 
@@ -99,7 +104,9 @@ class ControlSettings:
 def main(settings: ControlSettings) -> None:
     """Draws, measures, and writes the tables and the sheets."""
     find_font()
-    judge = load_classifier(settings.classifier, device=settings.device)
+    judges = Judges(
+        load_classifier(settings.classifier, device=settings.device), load_reader(settings.reader)
+    )
     model = Backbone.open(settings.model, device=settings.device)
     gallery = Gallery(settings, model)
     cases = [make_case(scene) for scene in select_scenes(MANY if settings.scenes == "all" else FEW)]
@@ -112,7 +119,7 @@ def main(settings: ControlSettings) -> None:
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
     rows[BOUND] = [as_image(one) for one in trips]
-    table = {name: measure(cases, images, judge, name) for name, images in rows.items()}
+    table = {name: measure(cases, images, judges, name) for name, images in rows.items()}
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
@@ -222,11 +229,18 @@ class Gallery:
 # --- measures -------------------------------------------------------------------------------------------------
 
 
+class Judges(NamedTuple):
+    """What reads the drawn pictures; the reader may be missing."""
+
+    classifier: Classifier
+    reader: Reader | None
+
+
 def measure(
-    cases: Sequence[Case], images: Sequence[Image.Image], judge: Classifier, name: str
+    cases: Sequence[Case], images: Sequence[Image.Image], judges: Judges, name: str
 ) -> dict[str, Any]:
     """The row of a column of pictures: each measure as (value, low, high, n)."""
-    seen = judge.classify(list(images))
+    seen = judges.classifier.classify(list(images))
     ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
     on_white = [
         pair for pair in zip(cases, images, strict=True) if pair[0].scene.place == "on a white background"
@@ -238,6 +252,7 @@ def measure(
         "edges": of_mean([edge_f1(case.picture, image) for case, image in zip(cases, images, strict=True)]),
         "things": of_mean([thing_iou(case.picture, image) for case, image in on_white]),
         "order": of_share(ordered),
+        "labels": of_mean(label_accuracies(cases, images, judges.reader)),
         "noun": of_share(nouns),
         "place": of_share(places),
     }
@@ -276,6 +291,18 @@ def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 def not_white(image: Image.Image) -> NDArray[np.bool_]:
     """Where a picture is darker than white in any channel [H, W]."""
     return np.asarray(image.convert("RGB")).min(2) < WHITE
+
+
+def label_accuracies(
+    cases: Sequence[Case], images: Sequence[Image.Image], reader: Reader | None
+) -> list[float]:
+    """The share of each picture's pixels whose label is read as the true one; none without a reader."""
+    if reader is None:
+        return []
+    read = reader.read(list(images)).labels.numpy()
+    return [
+        float((np.asarray(case.maps["labels"]) == one).mean()) for case, one in zip(cases, read, strict=True)
+    ]
 
 
 def order_of(case: Case, drawn: Image.Image) -> Iterator[bool]:
@@ -348,11 +375,21 @@ def measure_poses(cases: Sequence[Case], images: Sequence[Image.Image], name: st
 
 
 def find_pose(picture: Tensor, thing: Thing, style: str | None) -> Pose:
-    """The pose in which the thing's own glyph explains a picture [3, 128, 128] in 0…1 best: coarse, then around it."""
+    """The pose in which the thing's own glyph explains a picture [3, 128, 128] in 0…1 best.
+
+    All sizes and angles coarsely, then finer around the best of these.
+    """
     choices = [(size, angle, mirrored) for size in SIZES for angle in ANGLES for mirrored in (False, True)]
     find = partial(fit_pose, picture, thing, style)
-    error, best = min(map(find, choices), key=lambda found: found[0])
-    for by_size, by_angle in ((0.12, 15), (0.06, 8), (0.03, 4)):
+    coarse = sorted(map(find, choices), key=lambda found: found[0])[:KEPT]
+    return min((refine(find, *one) for one in coarse), key=lambda found: found[0])[1]
+
+
+def refine(
+    find: Callable[[tuple[float, float, bool]], tuple[float, Pose]], error: float, best: Pose
+) -> tuple[float, Pose]:
+    """A pose and its error, made better in smaller and smaller steps of size and angle."""
+    for by_size, by_angle in ((0.09, 10), (0.05, 5), (0.025, 3)):
         around = [
             (best.size * (1 + i * by_size), best.angle + j * by_angle, best.mirrored)
             for i in (-1, 0, 1)
@@ -360,7 +397,7 @@ def find_pose(picture: Tensor, thing: Thing, style: str | None) -> Pose:
             if i or j
         ]
         error, best = min([(error, best), *map(find, around)], key=lambda found: found[0])
-    return best
+    return error, best
 
 
 def fit_pose(
@@ -430,7 +467,7 @@ def load_drawings() -> list[Drawing]:
             one["width"],
             tuple(tuple((x, y) for x, y in stroke) for stroke in one["strokes"]),
         )
-        for one in read_json(DRAWINGS)
+        for one in read_json(DRAWINGS)["drawings"]
     ]
 
 
@@ -482,7 +519,9 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
 COLUMNS: dict[str, Callable[[Sequence[float]], str]] = {
     "edges": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
     "things": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
-    **dict.fromkeys(("order", "noun", "place"), lambda one: f"{one[0]:.1%} ({one[1]:.0%}–{one[2]:.0%})"),
+    **dict.fromkeys(
+        ("order", "labels", "noun", "place"), lambda one: f"{one[0]:.1%} ({one[1]:.0%}–{one[2]:.0%})"
+    ),
 }
 
 
@@ -490,7 +529,14 @@ def format_markdown(
     facts: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]]
 ) -> str:
     """The tables."""
-    heads = {"edges": "edges F1", "things": "things IoU", "order": "order", "noun": "noun", "place": "place"}
+    heads = {
+        "edges": "edges F1",
+        "things": "things IoU",
+        "order": "order",
+        "labels": "labels",
+        "noun": "noun",
+        "place": "place",
+    }
     counts = [f"{head}, n = {table[FLOOR][name][3]:.0f}" for name, head in heads.items()]
     lines = [
         f"`{facts['model']}`, control network {facts['network']}: {facts['scenes']} posed scenes, {facts['steps']} "

@@ -25,6 +25,9 @@ class ControlSettings(TrainingSettings):
 
     NEEDS: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("rank", "lora_alpha"), WITH_LORA),
+        **dict.fromkeys(
+            ("quantize", "cpu_offload"), WITH_ADAPTER
+        ),  # a ControlNet copies the weights as they are
         "lora_layers": {"kind": ("none",)},  # its layers are those of the copied encoder, all of them
     }
 

@@ -25,7 +25,7 @@ from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.files import write_json
-from backbone.models.control import PARTS, RECORD, ControlRecord
+from backbone.models.control import RECORD, ControlRecord
 from backbone.models.encode import Posteriors, Prompts, View, encode_texts, encode_views
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
@@ -35,8 +35,9 @@ from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 from backbone.world.record import load_labels
-from customize.control_settings import ADAPTER, ControlSettings
+from customize.control_settings import ControlSettings
 from customize.data.control_pairs import ControlPair
+from customize.objectives.control_networks import save_network
 from customize.objectives.dreambooth import level_weight, weight_map
 
 REMEMBERED = 1 << 29  # bytes of maps that stay in memory
@@ -230,9 +231,8 @@ class ControlTraining(Objective):
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Writes the network as diffusers saves it, and `condition.json` beside it."""
-        part = PARTS[0 if self.settings.kind == ADAPTER else 1]
         with self.averaged():
-            cast(Any, self.network.module).save_pretrained(run / part)
+            save_network(self.network.module, self.settings.kind, run)
         write_json(run / RECORD, self.record())
         return {}
 

@@ -45,6 +45,7 @@ from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, m
 from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
+from customize.training.control_memory import budgeted
 
 OBEDIENCE = "obedience.jsonl"
 PREVIEWS = "previews"
@@ -61,8 +62,8 @@ class Obedience:
     loss_without_map: float
 
 
-def train_control(asked: Mapping[str, Any], *, out: Path | None) -> Path:
-    """Trains a control network and gives its run folder. `asked` holds what the user set.
+def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | None = None) -> Path:
+    """Trains a control network and gives its run folder. `asked` holds what the user set; `vram` is in GiB.
 
     Raises `UserError` for pairs that cannot be used, all of them listed, and for a run folder that is taken.
     """
@@ -74,6 +75,9 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None) -> Path:
     settings = resolved(asked, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)
+    if vram is not None:
+        processes.require_whole_model("--vram counts for a process alone; it")
+        model, settings = budgeted(model, settings, vram)
     network = make_network(model, settings)
     processes.barrier()  # now every process has seen that the folder is free
     with processes.hold_folder(run):

@@ -56,7 +56,7 @@ class MapOptions(JsonOptions):
     ] = None
     posed: Annotated[
         bool,
-        Option("That seed's scene with things anywhere, turned, overlapping.", DATA, needs={"scene": ()}),
+        Option("That seed's scene with things anywhere, turned, overlapping.", DATA, needs={"prompt": ("",)}),
     ] = False
     prompt: Annotated[
         str,
@@ -99,6 +99,8 @@ def map(asked: MapOptions) -> None:
     kinds, pictures = split_words(asked.words)
     if asked.all and kinds:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
+    if asked.posed and asked.scene is None:
+        raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
     scene = scene_of(asked)
     if (scene is None) == (not pictures) or len(pictures) > 1:
         raise UserError(
@@ -156,14 +158,12 @@ def scene_of(asked: MapOptions) -> Scene | None:
 
 def train_control(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
-    if run.vram is not None:
-        raise UserError("--vram plans for customize train and align train, not for this. Leave it out.")
     usual = Path("runs") / run_name(asked["images"]) if "images" in asked else None
     resumed = None if run.resume is None else find_resumed(run, PROGRAM, usual)
     if resumed is None:
         from customize.training.control_start import start
 
-        finished = start(asked, out=run.out)
+        finished = start(asked, out=run.out, vram=run.vram)
     else:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
         from customize.training.control_start import as_kept

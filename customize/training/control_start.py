@@ -12,8 +12,11 @@ from backbone.io.run_folder import absolute, run_name
 from customize.control_settings import resolved
 
 
-def start(asked: Mapping[str, Any], *, out: Path | None = None) -> Path:
-    """Train from settings as they were asked for, by field of `ControlSettings`; gives the run folder."""
+def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+    """Train from settings as they were asked for, by field of `ControlSettings`; gives the run folder.
+
+    `vram` is the device's memory in GiB to plan for.
+    """
     for name, example in (("images", "--images FOLDER"), ("condition", "--condition sketch")):
         if not asked.get(name):
             raise UserError(f"Say {example}: images with their maps, and of which kind these are.")
@@ -29,7 +32,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None) -> Path:
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.control import train_control
 
-    return train_control(kept, out=out)
+    return train_control(kept, out=out, vram=vram)
 
 
 def as_kept(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -332,7 +332,7 @@ def held_out(model: Backbone, data: WorldData) -> HeldOut:
 def shown_of(data: WorldData) -> list[Shown]:
     """What previews draw by: some held-out scenes of every kind."""
     return [
-        Shown(data.said[row], kind, data.map(row, kind))
+        Shown(data.said[row % len(data)], kind, data.map(row % len(data), kind))
         for number, kind in enumerate(data.kinds)
         for row in range(number * SHOWN, (number + 1) * SHOWN)
     ]

@@ -18,13 +18,18 @@ from typer.testing import CliRunner
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.memory.planner import MemoryEstimator
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
+from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
-from customize.control_settings import read_settings
+from customize.control_settings import PROGRAM, read_settings, resolved
 from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
+from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
+from customize.settings import Settings
 from customize.training.control import OBEDIENCE, Obedience
+from customize.training.control_memory import work_of
 
 SIDE, PAIRS = 32, 12
 HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
@@ -77,7 +82,13 @@ class Trained:
     said: str
 
 
-@pytest.fixture(scope="module", params=["t2i-adapter", pytest.param("controlnet", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "t2i-adapter",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")),
+    ],
+)
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, pairs: Path
 ) -> Trained:
@@ -165,6 +176,58 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
     assert (again / OBEDIENCE).read_text() == (trained.run / OBEDIENCE).read_text()
     assert "--steps 4" in read_json(again / "settings.json")["command"]
     assert read_settings(again).condition == "sketch"
+
+
+def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, tmp_path: Path) -> None:
+    asked = {"images": "x", "condition": "sketch", "kind": "control-lora", "rank": 2, "lora_alpha": 4.0}
+    network = make_network(tiny, resolved(asked, {}))
+    module, random = network.module, torch.Generator().manual_seed(0)
+    learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    assert all(".lora_" in name or name.startswith(OWN_LAYERS) for name in learned)
+    for value in learned.values():
+        value.data = 0.1 * torch.randn(value.shape, generator=random)
+    save_network(module, "control-lora", tmp_path)
+    side = tiny.resolution
+    inputs = {
+        "sample": torch.randn(1, *tiny.latent_shape, generator=random),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": next(iter(tiny.encode_prompts(["a disc"]).text.values())),
+        "controlnet_cond": torch.rand(1, 3, side, side, generator=random),
+    }
+    whole = ControlNetModel.from_pretrained(tmp_path / "controlnet")
+    with torch.no_grad():
+        ours, theirs = (net(**inputs, return_dict=False) for net in (module, whole))
+    for mine, other in zip([*ours[0], ours[1]], [*theirs[0], theirs[1]], strict=True):
+        assert torch.allclose(mine, other, atol=1e-5) and mine.abs().max() > 1e-3
+    tensors, _ = read_tensors(tmp_path / LORA_FILE)
+    changed = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
+    assert changed and all(f"{name}.down" in tensors for name in changed)
+    assert "input_blocks.1.0.in_layers.2" in changed and "lora_controlnet" in tensors
+    assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
+
+
+@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet", "control-lora"])
+def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
+    settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
+    counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
+    network = make_network(tiny, settings)
+    trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)
+    assert counted.model_sizes("fp32").trained_parameters == trained
+    frozen = counted.step_bytes("fp32", False)
+    assert frozen.saved > 0 and frozen.peak >= frozen.saved
+
+
+def test_the_newest_run_is_of_the_same_command(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.run, tmp_path / "runs" / "control")
+    monkeypatch.chdir(tmp_path)
+    said = RunOptions(resume=Path("latest"))
+    assert find_resumed(said, PROGRAM, None) == Path("runs/control")
+    with pytest.raises(UserError, match="holds none"):
+        find_resumed(said, "customize train", None)
+    with pytest.raises(UserError, match="is a run of `customize train-control`, not of `customize train`"):
+        read_run_settings(Settings, tmp_path / "runs" / "control", "customize train")
 
 
 # --- pairs as people lay them out -----------------------------------------------------------------------------
@@ -284,7 +347,10 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
             "--adapter-size has no effect",
         ),
         (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
-        (("--condition", "sketch", "--vram", 8), "--vram"),
+        (
+            ("--condition", "sketch", "--kind", "controlnet", "--cpu-offload", 0.5),
+            "--cpu-offload has no effect",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(flags: tuple[object, ...], sentence: str, pairs: Path) -> None:

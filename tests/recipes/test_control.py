@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.io.files import read_tensors
+from backbone.io.files import read_json, read_tensors
 from backbone.models.control import embedded_controls, open_control
 from backbone.models.model import Backbone
+from benchmarks.reader import load_reader
 from recipes.moji import control
+from recipes.moji.reader import ReaderSettings, train_reader
 from tests.tiny import tiny_moji
 
 
@@ -51,4 +53,11 @@ def test_a_run_goes_on_bit_for_bit_and_its_network_is_found_beside_the_model(
     assert set(embedded_controls(opened)) == set(control.KINDS)
     network = open_control(opened, str(embedded_controls(opened)["pose"]))
     assert network.record.base == opened.fingerprint and "dog" in network.record.palette
-    shutil.rmtree(tmp_path / "work")
+
+    train_reader(ReaderSettings(**work, steps=2, batch=2))
+    reader = load_reader(tmp_path / "work" / "reader")
+    assert reader is not None
+    read = reader.read([Image.new("RGB", (128, 128))] * 3)
+    assert read.labels.shape == read.depth.shape == (3, 128, 128)
+    facts = read_json(tmp_path / "work" / "reader" / "reader.json")
+    assert facts["step"] == 2 and 0 <= facts["accuracy"] <= 1
