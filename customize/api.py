@@ -74,13 +74,15 @@ def sample(
     resolution: int | None = None,
     batch: int = 8,
     out: str | Path | None = None,
+    on: str = "",
     device: str = "auto",
     precision: str = "auto",
 ) -> Images:
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
     `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
-    the seed, i and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    the seed, i and j. `on` is a few-step model that draws in the place of the one that the concepts were trained on
+    (`own`: the one that goes with it). Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
     """
     from customize.sampling import RECORD, sample_to_folder
 
@@ -105,7 +107,7 @@ def sample(
     concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(asked, settings, folder, concepts=concepts)
+        sheet = sample_to_folder(asked, settings, folder, concepts=concepts, on=on)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 

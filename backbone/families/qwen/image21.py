@@ -129,7 +129,7 @@ class QwenImage21:
                 encoder_hidden_states=hidden.to(dtype),
                 encoder_hidden_states_mask=mask,
                 img_shapes=[[(1, height, width)]] * count,
-                img_mask=slots.to(noisy.device),
+                img_mask=slots if noisy.is_meta else slots.to(noisy.device),
             )
             image = output.sample[:, -height * width :]
             return cast(Tensor, image.transpose(1, 2).unflatten(2, (height, width)))
