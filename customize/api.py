@@ -82,7 +82,8 @@ def sample(
 
     `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
     the seed, i and j. `on` is a few-step model that draws in the place of the one that the concepts were trained on
-    (`own`: the one that goes with it). Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    (`own`: the one that goes with it). Raises `UserError` for a token that no concept owns, or a size that the model
+    cannot draw.
     """
     from customize.sampling import RECORD, sample_to_folder
 
