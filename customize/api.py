@@ -81,6 +81,7 @@ def sample(
     condition_stop: float | Sequence[float] = (),
     guess_mode: bool = False,
     out: str | Path | None = None,
+    on: str = "",
     device: str = "auto",
     precision: str = "auto",
 ) -> Images:
@@ -88,8 +89,9 @@ def sample(
 
     `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
     the seed, i and j. `condition` is `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all
-    or one for each. Raises `UserError` for a token that no concept owns, a size that the model cannot draw, or a map
-    that is none.
+    or one for each. `on` is a few-step model that draws in the place of the one that the concepts were trained on
+    (`own`: the one that goes with it). Raises `UserError` for a token that no concept owns, a size that the model
+    cannot draw, or a map that is none.
     """
     from customize.sampling import RECORD, sample_to_folder
 
@@ -123,7 +125,7 @@ def sample(
     concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(asked, settings, folder, concepts=concepts, controls=controls)
+        sheet = sample_to_folder(asked, settings, folder, concepts=concepts, controls=controls, on=on)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 

@@ -229,8 +229,8 @@ def tiny_chroma(folder: Path) -> Path:
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=2,
+        num_single_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,

@@ -14,7 +14,7 @@ import torch
 
 from backbone.io.console import UserError
 from backbone.io.sampling import Sampler
-from backbone.models.locate import FEW_STEP_MODELS
+from backbone.models.locate import FEW_STEP_MODELS, OWN
 from backbone.models.model import Backbone
 
 
@@ -40,6 +40,11 @@ def name_few_step(model: str) -> str:
         raise UserError(
             f"No few-step model is known that goes with {model}. Name one with --on: a model, or the folder of a "
             "few-step adapter."
+        )
+    if found == "moji-turbo" and found not in OWN:
+        raise UserError(
+            "moji-turbo does not come with this version yet. Distil it with recipes.moji.turbo, and name its folder "
+            "with --on."
         )
     return found
 

@@ -124,6 +124,53 @@ def krea2(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor
     return cast(Tensor, Qwen._unpack_latents(said, 8 * side, 8 * side, 8)[:, :, 0])
 
 
+def flux2_dev(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    from diffusers import Flux2Pipeline as Dev
+
+    said = net(
+        hidden_states=Dev._pack_latents(noisy),
+        timestep=t / 1000,
+        guidance=torch.ones(len(noisy)),
+        encoder_hidden_states=text["hidden"],
+        txt_ids=Dev._prepare_text_ids(text["hidden"]),
+        img_ids=Dev._prepare_latent_ids(noisy),
+    ).sample
+    return cast(Tensor, said.transpose(1, 2).reshape(noisy.shape))
+
+
+def chroma(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    from diffusers import ChromaPipeline as Pipeline
+
+    count, channels, height, width = noisy.shape
+    longest = int(text["mask"].sum(1).max())
+    mask = torch.cat([text["mask"][:, :longest], torch.ones(count, height * width // 4)], dim=1).bool()
+    said = net(
+        hidden_states=Pipeline._pack_latents(noisy, count, channels, height, width),
+        timestep=t / 1000,
+        encoder_hidden_states=text["hidden"][:, :longest],
+        txt_ids=torch.zeros(longest, 3),
+        img_ids=Pipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype),
+        attention_mask=mask,
+    ).sample
+    patches = said.view(count, height // 2, width // 2, channels, 2, 2)
+    return cast(Tensor, patches.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape))
+
+
+def qwen_image21(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    count, _, height, width = noisy.shape
+    longest = int(text["mask"].sum(1).max())
+    slots = torch.cat([torch.zeros(count, longest), torch.ones(count, height * width // 4)], dim=1).bool()
+    said = net(
+        hidden_states=noisy.flatten(2).transpose(1, 2),
+        timestep=t / 1000,
+        encoder_hidden_states=text["hidden"][:, :longest],
+        encoder_hidden_states_mask=text["mask"][:, :longest].bool(),
+        img_shapes=[[(1, height, width)]] * count,
+        img_mask=slots,
+    ).sample
+    return cast(Tensor, said[:, -height * width :].transpose(1, 2).reshape(noisy.shape))
+
+
 FAMILIES: dict[str, tuple[Callable[[Path], Path], Native]] = {
     "sd": (tiny.tiny_pipeline, sd),
     "sdxl": (tiny.tiny_stable_diffusion_xl, sdxl),
@@ -134,6 +181,9 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], Native]] = {
     "flux2": (tiny.tiny_flux2_klein, flux2),
     "qwen-image": (tiny.tiny_qwen_image, qwen_image),
     "krea2": (tiny.tiny_krea2, krea2),
+    "flux2-dev": (tiny.tiny_flux2_dev, flux2_dev),
+    "chroma": (tiny.tiny_chroma, chroma),
+    "qwen-image-2.1": (tiny.tiny_qwen_image21, qwen_image21),
 }
 
 
@@ -144,7 +194,8 @@ def switch_adapters(denoiser: nn.Module, *, on: bool) -> None:
             layer.enable_adapters(on)
 
 
-LONG = ("flux2", "qwen-image", "krea2")
+UNREAD = ("qwen-image", "qwen-image-2.1")  # in which nobody reads what the last block says of the words
+LONG = ("flux2", "qwen-image", "krea2", "flux2-dev", "chroma", "qwen-image-2.1")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +213,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
         for value in run.parameters.values():
             value += 0.1 * torch.randn(value.shape, generator=random)
     (ours,) = run.losses(1)
-    # What the last block says of the words is read by nobody in Qwen-Image: no gradient there
-    gradients = torch.autograd.grad(ours, list(run.parameters.values()), allow_unused=name == "qwen-image")
+    gradients = torch.autograd.grad(ours, list(run.parameters.values()), allow_unused=name in UNREAD)
 
     chosen = run.batch_rows(1)
     items = [run.data.train[row] for row, _ in chosen]
@@ -194,7 +244,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     model_w, model_l = errors().chunk(2)
     inside = -0.5 * asked.beta * ((model_w - model_l) - (reference_w - reference_l))
     literal = -F.logsigmoid(inside).mean()
-    theirs = torch.autograd.grad(literal, list(run.parameters.values()), allow_unused=name == "qwen-image")
+    theirs = torch.autograd.grad(literal, list(run.parameters.values()), allow_unused=name in UNREAD)
 
     assert float(inside.detach().abs().max()) > 1e-3, "the adapter changes something"
     assert float(ours) == pytest.approx(float(literal), rel=1e-4)

@@ -354,7 +354,7 @@ CASES.append(
         tiny.tiny_flux2_dev,
         Flux2Pipeline,
         said_by_flux2,
-        given=lambda pipeline, tokens: tokens.transpose(1, 2).unflatten(2, (4, 4)),
+        given=lambda pipeline, tokens: tokens.transpose(1, 2).unflatten(2, (8, 8)),
         words=("hidden",),
         steps=FEW,
     )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+from diffusers.models.transformers import transformer_qwenimage21
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
@@ -40,6 +41,17 @@ SLOT = 4  # latents that stand in one place of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 MARKS = ("txt_in.text_norm.weight", "modulation.1.weight")
+
+
+choose_rows = transformer_qwenimage21._select_modulation_rows
+
+
+def choose_rows_anywhere(params: Tensor, image: Tensor | None) -> Tensor:
+    """The same with a mask that may lie on another device, as it does while memory is counted on `meta`."""
+    return cast(Tensor, choose_rows(params, None if image is None else image.to(params.device)))
+
+
+transformer_qwenimage21._select_modulation_rows = choose_rows_anywhere
 
 
 class QwenImage21:
@@ -129,7 +141,7 @@ class QwenImage21:
                 encoder_hidden_states=hidden.to(dtype),
                 encoder_hidden_states_mask=mask,
                 img_shapes=[[(1, height, width)]] * count,
-                img_mask=slots.to(noisy.device),
+                img_mask=slots if noisy.is_meta else slots.to(noisy.device),
             )
             image = output.sample[:, -height * width :]
             return cast(Tensor, image.transpose(1, 2).unflatten(2, (height, width)))

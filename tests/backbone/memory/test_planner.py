@@ -45,10 +45,13 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "flux2": tiny.tiny_flux2_klein,
     "qwen-image": tiny.tiny_qwen_image,
     "krea2": tiny.tiny_krea2,
+    "flux2-dev": tiny.tiny_flux2_dev,
+    "chroma": tiny.tiny_chroma,
+    "qwen-image-2.1": tiny.tiny_qwen_image21,
 }
 
 
-NEWER = ("z-image", "flux2", "qwen-image", "krea2")
+NEWER = ("z-image", "flux2", "qwen-image", "krea2", "flux2-dev", "chroma", "qwen-image-2.1")
 every = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in NEWER)) for name in WRITERS]
 )
