@@ -67,6 +67,7 @@ def sample(
     guidance: float | None = None,
     negative: str = "",
     scale: float = 1.0,
+    references: Sequence[str | Path] = (),
     sampler: Sampler = "ddim",
     seed: int = 0,
     width: int | None = None,
@@ -80,7 +81,8 @@ def sample(
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
     `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
-    the seed, i and j. Raises `UserError` for a token that no concept owns, or a size that the model cannot draw.
+    the seed, i and j. `references` are files of images beside every prompt, for a model that reads some. Raises
+    `UserError` for a token that no concept owns, or a size that the model cannot draw.
     """
     from customize.sampling import RECORD, sample_to_folder
 
@@ -105,7 +107,8 @@ def sample(
     concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(asked, settings, folder, concepts=concepts)
+        files = [str(one) for one in references]
+        sheet = sample_to_folder(asked, settings, folder, concepts=concepts, references=files)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 
@@ -120,16 +123,25 @@ def read_samples(folder: Path, record: dict[str, Any]) -> Images:
 
 
 def evaluate(
-    run: str | Path | Run, *, count: int = 4, seed: int = 0, out: str | Path | None = None
+    run: str | Path | Run,
+    *,
+    count: int = 4,
+    seed: int = 0,
+    against_references: bool = False,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a run by the DreamBench protocol on prompts of its own, as `customize evaluate` does.
 
     Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench`
-    (`dreambench-2` … where that exists) or in `out`, which is new or empty.
+    (`dreambench-2` … where that exists) or in `out`, which is new or empty. `against_references` measures the base with
+    the subject's own images as references beside it.
     """
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
     place, prompts = Path(str(run)), moji_prompts()
     with hold_new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
-        evaluate_run(place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder)
+        evaluate_run(
+            place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder,
+            against_references=against_references,
+        )  # fmt: skip
         return read_json(folder / TABLE)

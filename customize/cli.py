@@ -213,6 +213,16 @@ class SampleOptions(DrawingOptions, JsonOptions):
             metavar="PROMPTS",
         ),
     ] = ()
+    references: Annotated[
+        tuple[str, ...],
+        Option(
+            "An image beside the prompts, for a model that reads some; repeatable.",
+            DRAWING,
+            flag="reference",
+            aliases=("ref-image",),
+            metavar="IMAGE",
+        ),
+    ] = ()
     out: Annotated[
         Path | None,
         Option(
@@ -241,7 +251,7 @@ def sample(asked: SampleOptions) -> None:
         refuse_filled(asked.out)
     from customize.sampling import RECORD, sample_to_folder
 
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts)
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, references=asked.references)
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():
@@ -286,6 +296,14 @@ class EvaluateOptions(JsonOptions, CountOption):
         Path | None,
         Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
     ] = None
+    against_references: Annotated[
+        bool,
+        Option(
+            "Beside the run: the base with the subject's own images as references, untrained.",
+            DRAWING,
+            needs={"images": (None,)},
+        ),
+    ] = False
     out: Annotated[
         Path | None,
         Option(
@@ -309,7 +327,13 @@ def evaluate(asked: EvaluateOptions) -> None:
     with hold_new_folder(asked.out, run / DREAMBENCH) as folder:
         if asked.images is None:
             found = evaluate_run(
-                run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+                run,
+                prompts=prompts,
+                per_prompt=count,
+                scorer=scorer,
+                seed=asked.seed,
+                out=folder,
+                against_references=asked.against_references,
             )
         else:
             found = evaluate_images(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import (
@@ -22,8 +24,10 @@ from backbone.io.console import progress
 from backbone.io.files import refuse_filled, write_json
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
+from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.models.by_instruction import encode_references, refuse_too_many
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
@@ -37,14 +41,17 @@ def sample_to_folder(
     out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
+    references: Sequence[str] = (),
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
-    that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    Image (i, j) depends on the seed, i and j alone, and several processes share the work. Raises
-    `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size that
-    the model cannot sample, or a folder that holds something.
+    that `asked` names, read already; `references` are files of images beside every prompt. Images are as large as the
+    concepts' training images, where no size is asked for. Image (i, j) depends on the seed, i and j alone, and several
+    processes share the work.
+
+    Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
+    that the model cannot sample, more references than it reads, or a folder that holds something.
     """
     name = asked.model or (concepts[0].model if concepts else "moji")
     processes.init_process(asked.device)
@@ -53,6 +60,8 @@ def sample_to_folder(
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     latent_size(backbone, asked.size)
+    refuse_too_many(backbone, len(references))
+    shown = [open_rgb(path) for path in references]
     if out is not None:
         refuse_filled(out)
     load_concepts(backbone, concepts, scale=asked.scale)
@@ -67,7 +76,8 @@ def sample_to_folder(
         **describe_concepts([concept.folder for concept in concepts], asked.scale),
     }
     with _hold_folder(out) as folder:
-        _write_images(backbone, requests, prompts, folder, asked, facts)
+        images = Drawing(prompts, facts, encode_references(backbone, shown))
+        _write_images(backbone, requests, images, folder, asked)
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
@@ -76,6 +86,7 @@ def sample_to_folder(
                 **asked.facts(),
                 "guided": list(asked.guided),
                 "scale": asked.scale,
+                **({"references": list(references)} if references else {}),
                 "seconds": round(time.perf_counter() - began, 2),
                 "versions": package_versions(),
             }
@@ -100,21 +111,31 @@ def _hold_folder(out: Path | None) -> Iterator[Path]:
         yield out
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What images are drawn of: the prompts as they were typed, what their files say, and references beside them."""
+
+    prompts: Sequence[str]
+    facts: Mapping[str, Any]
+    references: Sequence[Tensor]
+
+
 def _write_images(
     model: Backbone,
     requests: Sequence[Request],
-    prompts: Sequence[str],
+    of: Drawing,
     out: Path,
     settings: SamplingSettings,
-    facts: Mapping[str, Any],
 ) -> None:
     """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
-        images = sample(model, share, **settings.for_sampler(), advance=bar.advance_images)
+        images = sample(
+            model, share, **settings.for_sampler(), references=of.references, advance=bar.advance_images
+        )
         for request, image in zip(share, images, strict=True):
             i, j = request.key
-            text = describe_drawing(prompts[i], image.size, {**facts, "prompt_number": i, "sample": j})
+            text = describe_drawing(of.prompts[i], image.size, {**of.facts, "prompt_number": i, "sample": j})
             save_png(out / image_name(request), image, text=text)
 
 

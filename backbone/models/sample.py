@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import ancestral, ddim, heun
 from backbone.diffusion.transfer import send
@@ -41,6 +42,7 @@ def sample(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
+    references: Sequence[Tensor] = (),
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image]:
     """Sample the requested images, in order, with `size` (width, height) in pixels.
@@ -59,6 +61,7 @@ def sample(
         batch=batch,
         guided=guided,
         size=size,
+        references=references,
         advance=advance,
     ):
         for picture in model.decode(latents).cpu():
@@ -77,11 +80,14 @@ def sample_latents(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
+    references: Sequence[Tensor] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time.
+
+    `references` are latents [1, C, h, w] of images beside every prompt, as the denoiser reads them.
 
     With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
@@ -92,8 +98,10 @@ def sample_latents(
     rest = schedule if clean is None else schedule[count_skipped_steps(share, steps) :]
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
-        text = encode_prompts_cached(model, [request.prompt for request in some])
-        empty = encode_prompts_cached(model, [request.negative for request in some])
+        text, empty = (
+            beside(encode_prompts_cached(model, prompts), references)
+            for prompts in ([one.prompt for one in some], [one.negative for one in some])
+        )
         noise = torch.stack([initial_noise(model, seed, *request.key, places) for request in some])
         noise = send(noise, model.device)
         if clean is None:
@@ -107,6 +115,12 @@ def sample_latents(
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(seed, *request.key, "steps") for request in some]
         yield get_sampler(sampler, randoms)(start, predict, rest)
+
+
+def beside(text: Conditions, references: Sequence[Tensor]) -> Conditions:
+    """The same conditions with images beside each of them, latents [1, C, h, w]."""
+    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in references)
+    return replace(text, references=shown)
 
 
 def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:

@@ -25,6 +25,7 @@ from backbone.models.by_instruction import (
 )
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.masks import load_pixel_mask
 from edit.methods.keep_background import KeptBackground, keep_background
@@ -67,6 +68,12 @@ def instruct(
     guidance = guidance_of(model, guidance)
     checks.not_negative("image guidance", image_guidance)
     refuse_too_many(model, 1 + len(references))
+    refuse_negative(model, negative, guidance)
+    if not model.reads_as_channels and image_guidance != IMAGE_GUIDANCE:
+        raise UserError(
+            f"{model.location.name} reads the image as a part of the sequence and is not guided by it. Leave "
+            "--image-guidance out."
+        )
     encoded = encode_image(model, image)
     more = [model.as_reference(encode_image(model, reference).latent) for reference in references]
     changed = load_pixel_mask(mask, encoded)
@@ -111,7 +118,7 @@ def instruct(
         estimates=kept_frames.stack(),
         facts={
             "guidance": guidance,
-            "image_guidance": image_guidance,
+            **({"image_guidance": image_guidance} if model.reads_as_channels else {}),
             "drift": [one.figures for one in backgrounds],
         },
     )

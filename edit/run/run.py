@@ -37,7 +37,7 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
         ("scale", "strength", "guidance", "image_guidance", "source_guidance", "threshold"), float | None
     ),
     **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
-    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then"), list[str]),
+    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then", "references"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
     "blend": list[str] | None,
     "swaps": list[tuple[str, str]],
@@ -124,18 +124,24 @@ def _run(
     command = COMMANDS[name]
     # Every image is read once, here or by the caller; the record holds its path and what was in it
     given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
-    images = {
+    images: dict[str, Any] = {
         file: read_mask(value) if file == "mask" else read_image(value)
         for file, value in given.items()
         if file != "inversion"
     }
+    more = [read_image(one) for one in wishes.get("references", ())]
     settings = {**wishes, **{file: image.name for file, image in images.items()}}
+    if "references" in wishes:
+        settings["references"] = [one.name for one in more]
     if wishes.get("inversion") is not None:
         settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
     files = {
         str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
         for file in given
     }
+    files |= {one.name: one.content for one in more}
+    if "references" in wishes:
+        images["references"] = more
     with _claim(out):
         loaded = load()
         own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING)}
