@@ -87,6 +87,15 @@ def refuse_too_many(model: Backbone, images: int) -> None:
         )
 
 
+def refuse_image_guidance(model: Backbone) -> None:
+    """`UserError` for a guidance by the image where the model reads it as a part of the sequence."""
+    if not model.reads_as_channels:
+        raise UserError(
+            f"{model.location.name} reads the image as a part of the sequence and is not guided by it. Leave "
+            "--image-guidance out."
+        )
+
+
 def encode_references(model: Backbone, images: Sequence[Image]) -> list[Tensor]:
     """Images as the denoiser reads them beside a prompt, latents [1, C, h, w], each in its own shape.
 

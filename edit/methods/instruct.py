@@ -21,6 +21,7 @@ from backbone.models.by_instruction import (
     Guidances,
     draw_edit,
     evaluations_of,
+    refuse_image_guidance,
     refuse_too_many,
 )
 from backbone.models.cache import encode_prompts_cached
@@ -69,11 +70,8 @@ def instruct(
     checks.not_negative("image guidance", image_guidance)
     refuse_too_many(model, 1 + len(references))
     refuse_negative(model, negative, guidance)
-    if not model.reads_as_channels and image_guidance != IMAGE_GUIDANCE:
-        raise UserError(
-            f"{model.location.name} reads the image as a part of the sequence and is not guided by it. Leave "
-            "--image-guidance out."
-        )
+    if image_guidance != IMAGE_GUIDANCE:
+        refuse_image_guidance(model)
     encoded = encode_image(model, image)
     more = [model.as_reference(encode_image(model, reference).latent) for reference in references]
     changed = load_pixel_mask(mask, encoded)
