@@ -19,7 +19,7 @@ from customize.training.start import start
 
 
 def train(
-    images: str | Path,
+    images: str | Path | None = None,
     *,
     token: str | None = None,
     class_noun: str = "",
@@ -37,11 +37,12 @@ def train(
     """Teach a model one subject from a folder of images or a data set, as `customize train` does.
 
     What is None comes from the model, the token is [V], and an empty class noun is guessed. `settings` are further
-    fields of `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … `vram` is in GiB. Raises
+    fields of `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … With `pairs="edits/"` in place
+    of the images what an instruction does is learned. `vram` is in GiB. Raises
     `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
     """
     asked = {
-        "images": str(images),
+        "images": None if images is None else str(images),
         "token": token,
         "class_noun": class_noun,
         "model": str(model),
