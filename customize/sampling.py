@@ -61,7 +61,6 @@ def sample_to_folder(
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(references))
-    shown = [open_rgb(path) for path in references]
     if out is not None:
         refuse_filled(out)
     load_concepts(backbone, concepts, scale=asked.scale)
@@ -76,7 +75,8 @@ def sample_to_folder(
         **describe_concepts([concept.folder for concept in concepts], asked.scale),
     }
     with _hold_folder(out) as folder:
-        images = Drawing(prompts, facts, encode_references(backbone, shown))
+        shown = encode_references(backbone, [open_rgb(path) for path in references])
+        images = Drawing(prompts, facts, shown)
         _write_images(backbone, requests, images, folder, asked)
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():

@@ -122,26 +122,7 @@ def _run(
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]
-    # Every image is read once, here or by the caller; the record holds its path and what was in it
-    given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
-    images: dict[str, Any] = {
-        file: read_mask(value) if file == "mask" else read_image(value)
-        for file, value in given.items()
-        if file != "inversion"
-    }
-    more = [read_image(one) for one in wishes.get("references", ())]
-    settings = {**wishes, **{file: image.name for file, image in images.items()}}
-    if "references" in wishes:
-        settings["references"] = [one.name for one in more]
-    if wishes.get("inversion") is not None:
-        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
-    files = {
-        str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
-        for file in given
-    }
-    files |= {one.name: one.content for one in more}
-    if "references" in wishes:
-        images["references"] = more
+    images, settings, files = _read_images(wishes)
     with _claim(out):
         loaded = load()
         own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING)}
@@ -176,6 +157,31 @@ def _run(
                 },
             )
     return folder
+
+
+def _read_images(wishes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(the images among the wishes, the wishes with their paths, the hash of each file).
+
+    Every image is read once, here or by the caller.
+    """
+    given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
+    images: dict[str, Any] = {
+        file: read_mask(value) if file == "mask" else read_image(value)
+        for file, value in given.items()
+        if file != "inversion"
+    }
+    settings = {**wishes, **{file: image.name for file, image in images.items()}}
+    if wishes.get("inversion") is not None:
+        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
+    files = {
+        str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
+        for file in given
+    }
+    if "references" in wishes:
+        images["references"] = [read_image(one) for one in wishes["references"]]
+        settings["references"] = [one.name for one in images["references"]]
+        files |= {one.name: one.content for one in images["references"]}
+    return images, settings, files
 
 
 @contextmanager
