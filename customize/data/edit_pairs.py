@@ -272,11 +272,11 @@ def _look(pair: EditPair, *, drift: bool) -> Found:
 
 
 def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], list[EditPair]]:
-    """(pairs to learn from, `count` that are held out, evenly spaced); −1: a tenth, at most HELD_OUT.
+    """(pairs to learn from, `count` that are held out, evenly spaced); −1: a tenth, of five or more at least one.
 
     Raises `UserError` where none is left to learn from.
     """
-    count = min(HELD_OUT, len(pairs) // 10) if count < 0 else count
+    count = min(HELD_OUT, max(len(pairs) // 10, int(len(pairs) >= 5))) if count < 0 else count
     if count >= len(pairs):
         raise UserError(
             f"{len(pairs)} pairs are there and --held-out {count} takes all of them. Hold out fewer, or add pairs."
