@@ -141,18 +141,21 @@ def _record(listed: Path, name: str, where: str) -> ImageRecord:
 
 
 def _from_run(run: Path) -> list[EditPair]:
-    """What `edit` made of an image: the source and every edit, with the instruction or the words that were changed."""
+    """What `edit` made of an image: the source and every edit, with the instruction or the words that were changed.
+
+    Of instructions that followed one another each pair begins with what the one before it made.
+    """
     record = read_json(run / RECORD)
     edits = read_as(list[dict[str, Any]], record.get("edits") or [], run / RECORD, "edits")
     settings = read_as(dict[str, Any], record.get("settings") or {}, run / RECORD, "settings")
-    before = settings.get("source")
-    pairs = []
+    before, told = settings.get("source"), record.get("command") == "instruct"
+    pairs, source = [], run / "source.png"
     for edit in edits:
         target = inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
         prompt = read_as(str, edit.get("prompt") or "", run / RECORD, "prompt")
-        told = record.get("command") == "instruct"
         instruction = prompt if told or not before else f"turn {before} into {prompt}"
-        pairs.append(EditPair(ImageRecord(run / "source.png"), ImageRecord(target), instruction))
+        pairs.append(EditPair(ImageRecord(source), ImageRecord(target), instruction))
+        source = target if told else source
     return pairs
 
 
