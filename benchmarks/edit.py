@@ -81,7 +81,7 @@ STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
 DEFAULT = "the default"
 BY_INSTRUCTION = "by instruction"
 INSTRUCTED_STEPS = 20  # of three evaluations each
-RIVALS = (BY_INSTRUCTION, "DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
+RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
 PUBLISHED = ReplaceSettings(cross=0.8, self_attention=0.4, threshold=0.3, blend_from=0.2)
 CONTROLS = ("no edit", "resample")
 IDENTITY: Mapping[str, tuple[Method, ReplaceSettings]] = {
@@ -134,7 +134,9 @@ def main(
     present = [name for name in known if work.has(name, cases)]
     rows = measure_all(work, cases, present, classifier_model, find_scorer(backbone))
     summary = summarize(rows, present)
-    compared = [c for rival in RIVALS if (c := compare_paired(rows, DEFAULT, rival)) is not None]
+    compared = [
+        c for rival in (BY_INSTRUCTION, *RIVALS) if (c := compare_paired(rows, DEFAULT, rival)) is not None
+    ]
     facts = {
         "model": model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": steps,
         "guidance": backbone.defaults["guidance"] if guidance is None else guidance,

@@ -20,7 +20,7 @@ from customize.training.start import start
 
 
 def train(
-    images: str | Path,
+    images: str | Path | None = None,
     *,
     token: str | None = None,
     class_noun: str = "",
@@ -38,11 +38,12 @@ def train(
     """Teach a model one subject from a folder of images or a data set, as `customize train` does.
 
     What is None comes from the model, the token is [V], and an empty class noun is guessed. `settings` are further
-    fields of `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … `vram` is in GiB. Raises
+    fields of `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … With `pairs="edits/"` in place
+    of the images what an instruction does is learned. `vram` is in GiB. Raises
     `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
     """
     asked = {
-        "images": str(images),
+        "images": None if images is None else str(images),
         "token": token,
         "class_noun": class_noun,
         "model": str(model),
@@ -68,6 +69,7 @@ def sample(
     guidance: float | None = None,
     negative: str = "",
     scale: float = 1.0,
+    references: Sequence[str | Path] = (),
     sampler: Sampler | None = None,
     seed: int = 0,
     width: int | None = None,
@@ -88,10 +90,13 @@ def sample(
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
     `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
-    the seed, i and j. `condition` is `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all
-    or one for each. `on` is a few-step model that draws in the place of the one that the concepts were trained on
-    (`own`: the one that goes with it). Raises `UserError` for a token that no concept owns, a size that the model
-    cannot draw, or a map that is none.
+    the seed, i and j.
+
+    `references` are files of images beside every prompt, for a model that reads some. `condition` is
+    `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all or one for each. `on` is a few-step
+    model that draws in place of the one that the concepts were trained on (`own`: the one that goes with it).
+
+    Raises `UserError` for a token that no concept owns, a size that the model cannot draw, or a map that is none.
     """
     from customize.sampling import RECORD, sample_to_folder
 
@@ -125,7 +130,10 @@ def sample(
     concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        sheet = sample_to_folder(asked, settings, folder, concepts=concepts, controls=controls, on=on)
+        files = [str(one) for one in references]
+        sheet = sample_to_folder(
+            asked, settings, folder, concepts=concepts, references=files, controls=controls, on=on
+        )
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 
@@ -145,16 +153,25 @@ def read_samples(folder: Path, record: dict[str, Any]) -> Images:
 
 
 def evaluate(
-    run: str | Path | Run, *, count: int = 4, seed: int = 0, out: str | Path | None = None
+    run: str | Path | Run,
+    *,
+    count: int = 4,
+    seed: int = 0,
+    against_references: bool = False,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a run by the DreamBench protocol on prompts of its own, as `customize evaluate` does.
 
     Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench`
-    (`dreambench-2` … where that exists) or in `out`, which is new or empty.
+    (`dreambench-2` … where that exists) or in `out`, which is new or empty. `against_references` measures the base with
+    the subject's own images as references beside it.
     """
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
     place, prompts = Path(str(run)), moji_prompts()
     with hold_new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
-        evaluate_run(place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder)
+        evaluate_run(
+            place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder,
+            against_references=against_references,
+        )  # fmt: skip
         return read_json(folder / TABLE)

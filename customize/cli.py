@@ -227,6 +227,16 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
             default_text="the model itself",
         ),
     ] = ""
+    references: Annotated[
+        tuple[str, ...],
+        Option(
+            "An image beside the prompts, for a model that reads some; repeatable.",
+            DRAWING,
+            flag="reference",
+            aliases=("ref-image",),
+            metavar="IMAGE",
+        ),
+    ] = ()
     out: Annotated[
         Path | None,
         Option(
@@ -264,8 +274,10 @@ def sample(asked: SampleOptions) -> None:
         refuse_filled(asked.out)
     from customize.sampling import OWN, RECORD, sample_to_folder
 
-    on = OWN if asked.fast else asked.on
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, controls=controls, on=on)
+    on, beside = OWN if asked.fast else asked.on, asked.references
+    sheet = sample_to_folder(
+        prompts, asked, asked.out, concepts=concepts, references=beside, controls=controls, on=on
+    )
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():
@@ -323,6 +335,14 @@ class EvaluateOptions(JsonOptions, CountOption):
         Path | None,
         Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
     ] = None
+    against_references: Annotated[
+        bool,
+        Option(
+            "Beside the run: the base with the subject's own images as references, untrained.",
+            DRAWING,
+            needs={"images": (None,)},
+        ),
+    ] = False
     out: Annotated[
         Path | None,
         Option(
@@ -352,7 +372,13 @@ def evaluate(asked: EvaluateOptions) -> None:
             )
         elif asked.images is None:
             found = evaluate_run(
-                run, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+                run,
+                prompts=prompts,
+                per_prompt=count,
+                scorer=scorer,
+                seed=asked.seed,
+                out=folder,
+                against_references=asked.against_references,
             )
         else:
             found = evaluate_images(

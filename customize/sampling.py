@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import (
@@ -24,8 +25,10 @@ from backbone.io.console import progress
 from backbone.io.files import refuse_filled, write_json
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.io.sampling import DrawingOptions, SamplingSettings
+from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.models.by_instruction import encode_references, refuse_too_many
 from backbone.models.control import Condition, describe_conditions, open_conditions, together
 from backbone.models.few_step import name_few_step, open_few_step
 from backbone.models.model import Backbone
@@ -38,11 +41,19 @@ OWN = "own"  # the few-step model that goes with the model
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """How images are drawn: settings, what is written into each image, and conditions on the layout."""
+    """What images are drawn of, and how.
 
+    prompts     as they were typed
+    facts       what is written into each image
+    conditions  on the layout
+    references  latents of images beside every prompt
+    """
+
+    prompts: Sequence[str]
     settings: SamplingSettings
     facts: Mapping[str, Any]
     conditions: Sequence[Condition]
+    references: Sequence[Tensor]
 
 
 def sample_to_folder(
@@ -51,20 +62,21 @@ def sample_to_folder(
     out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
+    references: Sequence[str] = (),
     controls: Sequence[AskedControl] = (),
     on: str = "",
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
-    that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
-    one that is known to go with it. The maps of `controls`, conditions on the layout, are written as
-    `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends on the seed, i and j
-    alone, and several processes share the work.
+    that `asked` names, read already; `references` are files of images beside every prompt. Images are as large as the
+    concepts' training images, where no size is asked for. `on` is a few-step model, made from the one that the concepts
+    were trained on, that draws in its place; "own" is the one that is known to go with it. The maps of `controls`,
+    conditions on the layout, are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image
+    (i, j) depends on the seed, i and j alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
-    that the model cannot sample, a map that is none, or a folder that holds something.
+    that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
     """
     name = asked.model or (concepts[0].model if concepts else "moji")
     processes.init_process(asked.device)
@@ -76,6 +88,7 @@ def sample_to_folder(
         concepts, name = [carry_over(one, base, backbone) for one in concepts], backbone.location.name
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
+    refuse_too_many(backbone, len(references))
     if out is not None:
         refuse_filled(out)
     conditions = open_conditions(backbone, controls, (columns * backbone.factor, rows * backbone.factor))
@@ -92,7 +105,8 @@ def sample_to_folder(
         **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
     }
     with _hold_folder(out) as folder:
-        _write_images(backbone, requests, prompts, folder, Drawing(asked, facts, conditions))
+        shown = encode_references(backbone, [open_rgb(path) for path in references])
+        _write_images(backbone, requests, folder, Drawing(prompts, asked, facts, conditions, shown))
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
@@ -102,6 +116,7 @@ def sample_to_folder(
                 "guided": list(asked.guided),
                 "scale": asked.scale,
                 **describe_conditions(conditions),
+                **({"references": list(references)} if references else {}),
                 "seconds": round(time.perf_counter() - began, 2),
                 "versions": package_versions(),
             }
@@ -127,23 +142,23 @@ def _hold_folder(out: Path | None) -> Iterator[Path]:
         yield out
 
 
-def _write_images(
-    model: Backbone,
-    requests: Sequence[Request],
-    prompts: Sequence[str],
-    out: Path,
-    drawing: Drawing,
-) -> None:
+def _write_images(model: Backbone, requests: Sequence[Request], out: Path, drawing: Drawing) -> None:
     """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
     settings, controls = drawing.settings, together(drawing.conditions)
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
-        images = sample(model, share, **settings.for_sampler(), controls=controls, advance=bar.advance_images)
+        images = sample(
+            model,
+            share,
+            **settings.for_sampler(),
+            references=drawing.references,
+            controls=controls,
+            advance=bar.advance_images,
+        )
         for request, image in zip(share, images, strict=True):
             i, j = request.key
-            text = describe_drawing(
-                prompts[i], image.size, {**drawing.facts, "prompt_number": i, "sample": j}
-            )
+            facts = {**drawing.facts, "prompt_number": i, "sample": j}
+            text = describe_drawing(drawing.prompts[i], image.size, facts)
             save_png(out / image_name(request), image, text=text)
 
 

@@ -154,7 +154,7 @@ class Settings(TrainingSettings):
             "Pairs that are not learned from and say how good it is; 0: none.",
             "Data",
             aliases=("num-validation-images",),
-            default_text="a tenth of them, at most 8",
+            default_text="a tenth of them, 1 to 8",
             needs=OF_PAIRS,
             min=0,
         ),

@@ -132,6 +132,7 @@ def instruct(asked: InstructOptions) -> None:
     instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
     then = [checks.prompt(one, "instruction") for one in asked.then]
     wishes = with_concepts(asked, [instruction, *then, asked.negative])
+    wishes |= {"references": [readable(one) for one in asked.references]}
     finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
 
 

@@ -380,6 +380,16 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
         tuple[str, ...],
         Option("What to do after that; repeatable.", WORDS, metavar="INSTRUCTION"),
     ] = ()
+    references: Annotated[
+        tuple[str, ...],
+        Option(
+            "A further image for the instruction, where the model reads several; repeatable.",
+            WORDS,
+            flag="reference",
+            aliases=("ref-image",),
+            metavar="IMAGE",
+        ),
+    ] = ()
     background: Annotated[
         str,
         Option(

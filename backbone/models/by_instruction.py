@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
@@ -22,6 +23,7 @@ from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError, count_of
+from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 
@@ -86,6 +88,28 @@ def refuse_too_many(model: Backbone, images: int) -> None:
             f"{name} reads {count_of(most, 'image')} beside the prompt, and {images} are given. Leave out "
             f"{images - most} of them."
         )
+
+
+def refuse_image_guidance(model: Backbone) -> None:
+    """`UserError` for a guidance by the image where the model reads it as a part of the sequence."""
+    if not model.reads_as_channels:
+        raise UserError(
+            f"{model.location.name} reads the image as a part of the sequence and is not guided by it. Leave "
+            "--image-guidance out."
+        )
+
+
+def encode_references(model: Backbone, images: Sequence[Image]) -> list[Tensor]:
+    """Images as the denoiser reads them beside a prompt, latents [1, C, h, w], each in its own shape.
+
+    Every one is brought to about the model's own number of pixels. Raises `UserError` for more than the model reads.
+    """
+    refuse_too_many(model, len(images))
+    found = []
+    for image in images:
+        size = working_size(image.size, area=model.resolution**2, unit=2 * model.factor)
+        found.append(model.encode_reference(to_tensor(crop_and_resize(image, size))[None]))
+    return found
 
 
 def evaluations_of(model: Backbone, text: Conditions, guidance: float) -> int:

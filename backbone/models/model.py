@@ -298,7 +298,8 @@ class Backbone:
         if by_instruction and not self.edits_by_instruction:
             raise UserError(
                 f"{name} reads no image beside the prompt, so it follows no instruction. Name a model that does "
-                "(--model timbrooks/instruct-pix2pix), or describe both images with edit invert-and-replace."
+                "(--model timbrooks/instruct-pix2pix), or a run of customize train --pairs (--concept RUN), or "
+                "describe both images with edit invert-and-replace."
             )
         part = "transformer" if "transformer" in self.location.index else "unet"
         if part not in self.location.index:

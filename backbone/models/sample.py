@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import ancestral, consistency, ddim, heun
@@ -64,6 +65,7 @@ def sample(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
+    references: Sequence[Tensor] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image]:
@@ -83,6 +85,7 @@ def sample(
         batch=batch,
         guided=guided,
         size=size,
+        references=references,
         controls=controls,
         advance=advance,
     ):
@@ -102,6 +105,7 @@ def sample_latents(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
+    references: Sequence[Tensor] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
     controls: Sequence[Control] = (),
@@ -109,6 +113,8 @@ def sample_latents(
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
+
+    `references` are latents [1, C, h, w] of images beside every prompt, as the denoiser reads them.
 
     With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
@@ -120,9 +126,11 @@ def sample_latents(
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
-        text = encode_prompts_cached(model, [request.prompt for request in some])
+        text, empty = (
+            beside(encode_prompts_cached(model, prompts), references)
+            for prompts in ([one.prompt for one in some], [one.negative for one in some])
+        )
         text = replace(text, controls=repeat_controls(controls, len(some)))
-        empty = encode_prompts_cached(model, [request.negative for request in some])
         noise = torch.stack(
             [initial_noise(model, seed, *request.key, places, frames=frames) for request in some]
         )
@@ -140,6 +148,12 @@ def sample_latents(
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(seed, *request.key, "steps") for request in some]
         yield get_sampler(sampler, randoms)(start, predict, rest)
+
+
+def beside(text: Conditions, references: Sequence[Tensor]) -> Conditions:
+    """The same conditions with images beside each of them, latents [1, C, h, w]."""
+    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in references)
+    return replace(text, references=shown)
 
 
 def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:

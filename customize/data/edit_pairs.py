@@ -141,18 +141,21 @@ def _record(listed: Path, name: str, where: str) -> ImageRecord:
 
 
 def _from_run(run: Path) -> list[EditPair]:
-    """What `edit` made of an image: the source and every edit, with the instruction or the words that were changed."""
+    """What `edit` made of an image: the source and every edit, with the instruction or the words that were changed.
+
+    Of instructions that followed one another each pair begins with what the one before it made.
+    """
     record = read_json(run / RECORD)
     edits = read_as(list[dict[str, Any]], record.get("edits") or [], run / RECORD, "edits")
     settings = read_as(dict[str, Any], record.get("settings") or {}, run / RECORD, "settings")
-    before = settings.get("source")
-    pairs = []
+    before, told = settings.get("source"), record.get("command") == "instruct"
+    pairs, source = [], run / "source.png"
     for edit in edits:
         target = inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
         prompt = read_as(str, edit.get("prompt") or "", run / RECORD, "prompt")
-        told = record.get("command") == "instruct"
         instruction = prompt if told or not before else f"turn {before} into {prompt}"
-        pairs.append(EditPair(ImageRecord(run / "source.png"), ImageRecord(target), instruction))
+        pairs.append(EditPair(ImageRecord(source), ImageRecord(target), instruction))
+        source = target if told else source
     return pairs
 
 
@@ -272,11 +275,11 @@ def _look(pair: EditPair, *, drift: bool) -> Found:
 
 
 def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], list[EditPair]]:
-    """(pairs to learn from, `count` that are held out, evenly spaced); −1: a tenth, at most HELD_OUT.
+    """(pairs to learn from, `count` that are held out, evenly spaced); −1: a tenth, of five or more at least one.
 
     Raises `UserError` where none is left to learn from.
     """
-    count = min(HELD_OUT, len(pairs) // 10) if count < 0 else count
+    count = min(HELD_OUT, max(len(pairs) // 10, int(len(pairs) >= 5))) if count < 0 else count
     if count >= len(pairs):
         raise UserError(
             f"{len(pairs)} pairs are there and --held-out {count} takes all of them. Hold out fewer, or add pairs."

@@ -26,6 +26,7 @@ from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
+from backbone.models.by_instruction import encode_references, refuse_too_many
 from backbone.models.few_step import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -35,6 +36,7 @@ from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.settings import Settings, read_settings
 
 TABLE = "table.json"
+REFERENCES = 5  # images of a subject beside a prompt, where the model reads so many
 DREAMBENCH = "dreambench"  # in a run folder
 PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
 PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
@@ -105,11 +107,20 @@ def moji_prompts() -> tuple[str, ...]:
 
 
 def evaluate_run(
-    run: Path, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, seed: int, out: Path
+    run: Path,
+    *,
+    prompts: Sequence[str],
+    per_prompt: int,
+    scorer: Path | None,
+    seed: int,
+    out: Path,
+    against_references: bool = False,
 ) -> dict[str, Any]:
     """Sample a run's images, measure them, and write `table.md`, `table.json` and `sheet.png`.
 
-    Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject.
+    Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
+    `against_references` the base draws the same prompts from the subject's own images, without training; they are on
+    `references.png`. Raises `UserError` where it reads none.
     """
     settings, concept = read_settings(run), read_concept(run)
     model = Backbone.open(
@@ -118,6 +129,8 @@ def evaluate_run(
         precision=settings.precision,
         resolution=settings.resolution,
     )
+    if against_references:
+        refuse_too_many(model, 1)
     scorers = load_scorers(scorer, model)
     subject_requests = [
         Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
@@ -128,6 +141,13 @@ def evaluate_run(
     class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
     base_class_images = sample_images(model, class_requests, settings, seed, "drawing the base's class")
+    untrained: dict[str, Any] = {}
+    if against_references:
+        drawn = draw_from_references(model, settings, prompts, per_prompt, seed)
+        rows = score_images(scorers, settings, drawn, prompts, per_prompt)
+        untrained = {f"{name}, from references": row for name, row in rows.items() if "real" not in name}
+        out.mkdir(parents=True, exist_ok=True)
+        save_png(out / "references.png", draw_sheet(split_rows(drawn, 10), title="From references", cell=112))
     load_concepts(model, [concept])
     images = sample_images(model, subject_requests, settings, seed, "drawing the subject")
     class_images = sample_images(model, class_requests, settings, seed, "drawing the class")
@@ -136,7 +156,22 @@ def evaluate_run(
     for name, drawn in (("PRES", class_images), ("PRES of the base", base_class_images)):
         vectors = scorers.image_encoder.embed_images(drawn)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
+    metrics |= untrained
     return write_results(out, f"{settings.called()} ({run})", metrics, images, prompts, per_prompt, settings)
+
+
+def draw_from_references(
+    model: Backbone, settings: Settings, prompts: Sequence[str], per_prompt: int, seed: int
+) -> list[Image]:
+    """The prompts about the class, drawn by the base beside at most REFERENCES of the subject's own images."""
+    own = stored_images(settings.images)[: min(REFERENCES, model.most_references)]
+    references = encode_references(model, [image.open() for image in own])
+    requests = [
+        Request(prompt.format(settings.class_noun), (i, j))
+        for i, prompt in enumerate(prompts)
+        for j in range(per_prompt)
+    ]
+    return sample_images(model, requests, settings, seed, "drawing from references", references)
 
 
 def evaluate_images(
@@ -210,7 +245,12 @@ def embed_subject(scorers: Scorers, settings: Settings) -> Tensor:
 
 
 def sample_images(
-    model: Backbone, requests: Sequence[Request], settings: Settings, seed: int, label: str
+    model: Backbone,
+    requests: Sequence[Request],
+    settings: Settings,
+    seed: int,
+    label: str,
+    references: Sequence[Tensor] = (),
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
     with progress(len(requests), label) as bar:
@@ -222,6 +262,7 @@ def sample_images(
                 guidance=settings.guidance,
                 sampler=usual_drawing(model).sampler,
                 seed=seed,
+                references=references,
                 advance=bar.advance_images,
             )
         )

@@ -45,6 +45,24 @@ def card(settings: Settings, model: Backbone) -> str:
     return "\n".join(lines)
 
 
+def edit_card(settings: Settings, model: Backbone) -> str:
+    """The head of the card of a run that learned edits."""
+    place = model.location.source
+    based = HUB_ID.fullmatch(place) and not Path(place).exists()
+    tags = ["image-to-image", "instruct-pix2pix", settings.adapter if settings.method == "lora" else "full"]
+    lines = [
+        "---",
+        *([f"base_model: {place}"] if based else []),
+        "library_name: diffusers",
+        "pipeline_tag: image-to-image",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def push(run: Path, repository: str) -> str:
     """Uploads a run folder, without what only resuming needs and without local paths; gives its address.
 

@@ -26,6 +26,7 @@ from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
+from backbone.models.by_instruction import refuse_image_guidance
 from backbone.models.model import Backbone
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
@@ -36,6 +37,7 @@ from customize.evaluation.metrics import EarlyStopping
 from customize.objectives.dreambooth import share_of
 from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolved
+from customize.training.card import edit_card, push
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import budgeted
 from customize.training.report import PREVIEWS, EditReport
@@ -57,6 +59,8 @@ def train_edits(
     refuse_taken(run)
     opened, asked = open_configs(asked, by_instruction=True)
     count_references(opened, pairs)
+    if "image_guidance" in asked:
+        refuse_image_guidance(opened)
     if misfit := opened.describe_misfit([pair.target.read_size() for pair in pairs[:SHOWN]]):
         notify_once(misfit)
     settings = resolved({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
@@ -107,7 +111,10 @@ def carry_on(
     training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
     training.sources = {"model": model.fingerprint}
     training.resume(run)
-    notify(f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out.")
+    notify(
+        f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out."
+        + ("" if held else " So nothing says how good the edits are, and no best/ is kept: add --held-out 1.")
+    )
     prepared = time.perf_counter()
     concept = Concept(
         kind=EDITS,
@@ -121,10 +128,8 @@ def carry_on(
     validation = EditValidation(report, training, concept, measured if held else None)
 
     def preview(step: int) -> None:
-        with training.averaged():
-            drawn = draw_sheet_of(training, measured)
+        save_sheet(run / PREVIEWS / f"step-{step:06d}.png", training, measured)
         if processes.is_main_process():
-            save_png(run / PREVIEWS / f"step-{step:06d}.png", drawn)
             report.renew(step)
 
     drive(
@@ -139,17 +144,19 @@ def carry_on(
     if processes.is_main_process():
         header = {"limner_kind": EDITS, "base_model": concept.model}
         replace(concept, **training.write(run, header)).write(run)
-    with training.averaged():
-        drawn = draw_sheet_of(training, measured)
+    save_sheet(run / SHEET, training, measured)
     if processes.is_main_process():
-        save_png(run / SHEET, drawn)
         validation.report_end()
         times |= {
             "show": time.perf_counter() - began - sum(times.values()),
             "all": time.perf_counter() - began,
         }
         write_record(run, settings, model, timings={name: round(value, 2) for name, value in times.items()})
-        write_text(run / "README.md", readme(run, settings, len(learned), len(held)))
+        write_text(
+            run / "README.md", edit_card(settings, model) + readme(run, settings, len(learned), len(held))
+        )
+        if settings.push_to_hub:
+            notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
     processes.end_process()
     return run
 
@@ -168,12 +175,18 @@ def prepare_held_out(
     return HeldOut([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
 
 
-def draw_sheet_of(training: InstructionEdits, pairs: HeldOut) -> Any:
-    """The source, the model's edit and the true edit of the first pairs, side by side."""
+def save_sheet(path: Path, training: InstructionEdits, pairs: HeldOut) -> None:
+    """Writes the source, the model's edit and the true edit of the first pairs, side by side.
+
+    Of several processes the writer does, and the others draw along where the model is sharded.
+    """
+    if not processes.is_participant():
+        return
     settings, some = training.settings, pairs.first(SHOWN)
-    drawn = draw_held_out(
-        training.model, some, settings, label="drawing the sheet", steps=settings.sample_steps
-    )
+    with training.averaged():
+        drawn = draw_held_out(
+            training.model, some, settings, label="drawing the sheet", steps=settings.sample_steps
+        )
     cells = []
     for row, edit in enumerate(drawn):
         source, target = (to_image(one[row]) for one in (some.sources, some.targets))
@@ -189,7 +202,8 @@ def draw_sheet_of(training: InstructionEdits, pairs: HeldOut) -> Any:
         f"{settings.sample_steps} steps, guidance {settings.guidance:g}, image guidance "
         f"{settings.image_guidance:g}, seed {settings.seed}"
     )
-    return draw_sheet(rows, title="edits by instruction", note=f"{settings.model}, {how}")
+    if processes.is_main_process():
+        save_png(path, draw_sheet(rows, title="edits by instruction", note=f"{settings.model}, {how}"))
 
 
 class EditValidation:

@@ -21,10 +21,12 @@ from backbone.models.by_instruction import (
     Guidances,
     draw_edit,
     evaluations_of,
+    refuse_image_guidance,
     refuse_too_many,
 )
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import load_pixel_mask
@@ -64,33 +66,23 @@ def instruct(
     Raises `UserError` for an empty instruction, a model that reads no image, and where an edit leaves no background.
     """
     instructions = checks.prompts(instructions, "instruction")
-    if not model.edits_by_instruction:
-        model.refuse_other_task(by_instruction=True)
-    guidance = guidance_of(model, guidance)
-    checks.not_negative("image guidance", image_guidance)
-    refuse_too_many(model, 1 + len(references))
+    guidances = Guidances(guidance_of(model, guidance), checks.not_negative("image guidance", image_guidance))
+    refuse_unread(model, 1 + len(references), guidances, negative)
     encoded = encode_image(model, image)
     more = [model.as_reference(encode_image(model, reference).latent) for reference in references]
     changed = load_pixel_mask(mask, encoded)
     schedule_of(model, steps, encoded.latent)  # which says where there is none of so many steps
-    guidances = Guidances(guidance, image_guidance)
     kept_frames = Frames(0, steps, frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         shown = [model.as_reference(now.latent), *more]
         noise = torch.randn(encoded.latent.shape, generator=generator(seed, number, "instruct"))
-        last = number == len(instructions) - 1
-
-        def after_step(step: int, clean: Tensor, kept: bool = last) -> None:
-            if kept:
-                kept_frames.add(step, clean)
-            progress()
-
+        final = number == len(instructions) - 1
         state = draw_edit(
             model, shown, instruction, steps=steps, guidances=guidances, noise=noise, negative=negative,
-            controls=layout.of_targets(), after_step=after_step,
+            controls=layout.of_targets(), after_step=telling(progress, kept_frames if final else None),
         )  # fmt: skip
-        nfe += steps * evaluations_of(model, encode_prompts_cached(model, [instruction]), guidance)
+        nfe += steps * evaluations_of(model, encode_prompts_cached(model, [instruction]), guidances.text)
         drawn = model.decode(state)[0].cpu()
         if keep != "none":
             # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
@@ -112,8 +104,8 @@ def instruct(
         masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(),
         facts={
-            "guidance": guidance,
-            "image_guidance": image_guidance,
+            "guidance": guidances.text,
+            **({"image_guidance": guidances.image} if model.reads_as_channels else {}),
             "drift": [one.figures for one in backgrounds],
             **layout.facts(),
         },
@@ -124,6 +116,27 @@ def instruct(
 def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
     """Where each edit, or one before it, may differ from the source [N, 8H, 8W]."""
     return torch.stack([(one.place > 0).float() for one in backgrounds]).cummax(0).values
+
+
+def refuse_unread(model: Backbone, images: int, guidances: Guidances, negative: str) -> None:
+    """`UserError` for what the model does not read: an image, so many of them, guidance by it, a negative prompt."""
+    if not model.edits_by_instruction:
+        model.refuse_other_task(by_instruction=True)
+    refuse_too_many(model, images)
+    refuse_negative(model, negative, guidances.text)
+    if guidances.image != IMAGE_GUIDANCE:
+        refuse_image_guidance(model)
+
+
+def telling(progress: Callable[[], Any], frames: Frames | None) -> Callable[[int, Tensor], None]:
+    """What is done after each step: `progress` is told, and the estimate kept where `frames` are."""
+
+    def after_step(step: int, clean: Tensor) -> None:
+        if frames is not None:
+            frames.add(step, clean)
+        progress()
+
+    return after_step
 
 
 def keep_drawn(

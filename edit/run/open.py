@@ -13,6 +13,7 @@ from backbone.adapters.concept import (
     read_concept,
     resolve_placeholder_tokens,
     summarize_concepts,
+    trained_resolution,
 )
 from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, notify, progress
@@ -85,12 +86,14 @@ def load_model(
     name = model or (read[0].model if read else None)
     if name is None and inversion is not None:
         name = read_metadata(inversion).get("model")
+    editors = [concept for concept in read if concept.kind == EDITS]
     backbone = Backbone.open(
         name or "moji",
         device=device or "auto",
         precision=precision or "auto",
         by_instruction=by_instruction,
-        widen=by_instruction and any(concept.kind == EDITS for concept in read),
+        widen=by_instruction and bool(editors),
+        resolution=trained_resolution(editors) if by_instruction else 0,
     )
     if read:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while

@@ -43,7 +43,7 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
         ("scale", "strength", "guidance", "image_guidance", "source_guidance", "threshold"), float | None
     ),
     **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
-    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then"), list[str]),
+    **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then", "references"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
     **dict.fromkeys(("condition", "controlnet", "source_condition"), list[str]),
     **dict.fromkeys(("condition_scale", "condition_start", "condition_stop"), list[float]),
@@ -133,20 +133,7 @@ def _run(
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]
-    # Every image is read once, here or by the caller; the record holds its path and what was in it
-    given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
-    images = {
-        file: read_mask(value) if file == "mask" else read_image(value)
-        for file, value in given.items()
-        if file != "inversion"
-    }
-    settings = {**wishes, **{file: image.name for file, image in images.items()}}
-    if wishes.get("inversion") is not None:
-        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
-    files = {
-        str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
-        for file in given
-    }
+    images, settings, files = _read_images(wishes)
     asked = AskedLayout.of(wishes)
     files |= {path: content_hash(Path(path)) for path in asked.paths}
     with _claim(out):
@@ -184,6 +171,31 @@ def _run(
                 },
             )
     return folder
+
+
+def _read_images(wishes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(the images among the wishes, the wishes with their paths, the hash of each file).
+
+    Every image is read once, here or by the caller.
+    """
+    given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
+    images: dict[str, Any] = {
+        file: read_mask(value) if file == "mask" else read_image(value)
+        for file, value in given.items()
+        if file != "inversion"
+    }
+    settings = {**wishes, **{file: image.name for file, image in images.items()}}
+    if wishes.get("inversion") is not None:
+        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
+    files = {
+        str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
+        for file in given
+    }
+    if "references" in wishes:
+        images["references"] = [read_image(one) for one in wishes["references"]]
+        settings["references"] = [one.name for one in images["references"]]
+        files |= {one.name: one.content for one in images["references"]}
+    return images, settings, files
 
 
 @contextmanager

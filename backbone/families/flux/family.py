@@ -54,8 +54,8 @@ class Flux:
         "flux": "black-forest-labs/FLUX.1-dev",
         "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     }
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxKontextPipeline")
+    reads_images: ClassVar[Mapping[str, int]] = {"FluxKontextPipeline": 1}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (
@@ -134,20 +134,27 @@ class Flux:
             guidance = conditions.guidance
             if guidance is None:
                 guidance = noisy.new_full((count,), TRAINING_GUIDANCE)
-            tokens = conditions.text["hidden"].shape[1]
+            images = (noisy, *conditions.references)
+            tokens = [pack_latents(image) for image in images]
+            ids = [
+                latent_image_ids(image.shape[-2] // 2, image.shape[-1] // 2, number)
+                for number, image in enumerate(images)
+            ]
+            words = conditions.text["hidden"].shape[1]
             inputs = {
-                "hidden_states": pack_latents(noisy).to(dtype),
+                "hidden_states": torch.cat(tokens, 1).to(dtype),
                 "timestep": time.expand(count) / 1000,
                 "guidance": guidance.to(noisy.device),
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
                 "pooled_projections": conditions.text["pooled"].to(dtype),
-                "txt_ids": torch.zeros(tokens, 3, dtype=dtype, device=noisy.device),
-                "img_ids": send(latent_image_ids(height // 2, width // 2).to(dtype), noisy.device),
+                "txt_ids": torch.zeros(words, 3, dtype=dtype, device=noisy.device),
+                "img_ids": send(torch.cat(ids).to(dtype), noisy.device),
             }
             added = residuals_of(conditions.controls, inputs, dtype)
             if not takes_guidance:
                 inputs["guidance"] = None
-            return unpack_latents(network(**inputs, **added).sample, height, width)
+            output = network(**inputs, **added).sample[:, : tokens[0].shape[1]]
+            return unpack_latents(output, height, width)
 
         return predict
 
@@ -247,7 +254,10 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
-def latent_image_ids(rows: int, columns: int) -> Tensor:
-    """The rotary position of each token [rows · columns, 3]: 0, its row, its column."""
+def latent_image_ids(rows: int, columns: int, number: int = 0) -> Tensor:
+    """The rotary position of each token [rows · columns, 3]: its image's number, its row, its column.
+
+    What is drawn is image 0; the references beside it count from 1 (FLUX.1 Kontext, Labs et al. 2025, section 3).
+    """
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
+    return torch.stack([torch.full_like(row, number), row, column], dim=-1).reshape(-1, 3)

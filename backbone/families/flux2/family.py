@@ -8,6 +8,7 @@ in four steps, and dev is told the scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -48,6 +49,7 @@ QWEN = (language_models.QWEN[0], language_models.QWEN[1] + language_models.NO_TH
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 SINGLE = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{n}.attn.to_out" for n in range(48)))
 KLEIN_9B, DEV_WIDTH = 4096, 6144  # widths of the transformers under a non-commercial licence
+REFERENCE = 10  # how far references lie apart in time
 MANY_STEPS = 200  # of a schedule as fine as training's
 
 
@@ -91,6 +93,7 @@ class Flux2(SplitFileFamily):
         "flux2-dev": "black-forest-labs/FLUX.2-dev",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline", "Flux2Pipeline")
+    reads_images: ClassVar[Mapping[str, int]] = {"Flux2KleinPipeline": 4, "Flux2Pipeline": 6}  # as published
     files: ClassVar[SplitFiles] = FILES
     transformer_kind: ClassVar[Any] = Flux2Transformer2DModel
     vae_kind: ClassVar[Any] = AutoencoderKLFlux2
@@ -162,15 +165,18 @@ class Flux2(SplitFileFamily):
             guidance = conditions.guidance
             if guidance is None:
                 guidance = noisy.new_ones(count)
+            images = (noisy, *conditions.references)
+            ids = [image_ids(*image.shape[-2:], REFERENCE * number) for number, image in enumerate(images)]
             output = network(
-                hidden_states=noisy.flatten(2).transpose(1, 2).to(dtype),
+                hidden_states=torch.cat([image.flatten(2).transpose(1, 2) for image in images], 1).to(dtype),
                 timestep=time.expand(count) / 1000,
                 guidance=guidance.to(noisy.device) if takes_guidance else None,
                 encoder_hidden_states=hidden,
                 txt_ids=text_ids(hidden.shape[1]).to(noisy.device),
-                img_ids=image_ids(height, width).to(noisy.device),
+                img_ids=torch.cat(ids).to(noisy.device),
             )
-            return cast(Tensor, output.sample.transpose(1, 2).unflatten(2, (height, width)))
+            drawn = output.sample[:, : height * width]
+            return cast(Tensor, drawn.transpose(1, 2).unflatten(2, (height, width)))
 
         return predict
 
@@ -262,9 +268,14 @@ def parallel_attention_inputs(
     return JointAttentionInputs(query, key, value, text=slice(0, text_tokens), project_output=project_output)
 
 
-def image_ids(rows: int, columns: int) -> Tensor:
-    """The rotary position of each latent [rows · columns, 4]: 0, its row, its column, 0."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1))
+def image_ids(rows: int, columns: int, time: int = 0) -> Tensor:
+    """The rotary position of each latent [rows · columns, 4]: its image's time, its row, its column, 0.
+
+    What is drawn is at time 0, the first reference at REFERENCE, the next at twice that …
+    """
+    return torch.cartesian_prod(
+        torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)
+    )
 
 
 def text_ids(tokens: int) -> Tensor:

@@ -99,8 +99,14 @@ def test_a_run_of_edit_is_pairs_as_it_lies(tmp_path: Path) -> None:
     )
     (pair,) = read_edit_pairs(run)
     assert pair.instruction == "turn a cat into a dog"
+    write(run / "edit_1.png", 1, edited=True)
+    edits.append({"file": "edit_1.png", "prompt": "make it snow"})
     (run / "run.json").write_text(json.dumps({"command": "instruct", "settings": {}, "edits": edits}))
-    assert [one.instruction for one in read_edit_pairs(tmp_path / "runs")] == ["a dog"]
+    found = read_edit_pairs(tmp_path / "runs")
+    assert [(one.source.path.name, one.instruction) for one in found] == [
+        ("source.png", "a dog"),
+        ("edit_0.png", "make it snow"),
+    ]
 
 
 def test_a_name_is_read_without_case_separators_and_numbers() -> None:

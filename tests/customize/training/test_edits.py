@@ -192,7 +192,8 @@ def test_held_out_pairs_are_spread_and_none_is_learned_from(pairs: Path) -> None
     every = read_edit_pairs(pairs)
     learned, held = hold_out(every, 2)
     assert [pair.target.path.stem for pair in held] == ["1", "3"] and not {*learned} & {*held}
-    assert len(hold_out(every * 10, -1)[1]) == 4 and hold_out(every, 0) == (every, [])
+    assert [len(hold_out(some, -1)[1]) for some in (every, every * 2, every * 10, every * 40)] == [0, 1, 4, 8]
+    assert hold_out(every, 0) == (every, [])
     with pytest.raises(UserError, match="takes all of them"):
         hold_out(every, 4)
 

@@ -23,7 +23,7 @@ from customize.cli import app
 from customize.settings import read_settings, resolved
 from customize.training.report import RunReport
 from tests.customize.evaluation.test_metrics import FILE
-from tests.tiny import tiny_eye
+from tests.tiny import tiny_eye, tiny_flux2_klein
 
 SCORER = str(EMBEDDED / "scorer")
 HERE = ("--precision", "fp32", "--device", "cpu")
@@ -158,3 +158,32 @@ def test_concepts_of_different_sizes_are_drawn_in_the_model_s_own(capsys: pytest
     assert (trained_resolution([small]), trained_resolution([])) == (512, 0)
     assert trained_resolution([small, own]) == 0
     assert "different resolutions" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_reference_is_not_measured_against_them(
+    trained: Trained, tmp_path: Path
+) -> None:
+    words = [
+        "evaluate",
+        str(trained.run),
+        "--against-references",
+        "--scorer",
+        SCORER,
+        "--out",
+        str(tmp_path / "t"),
+    ]
+    done = CliRunner().invoke(app, words)
+    assert "reads no image beside the prompt" in str(done.exception) and not (tmp_path / "t").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_against_references_without_training(subject: Path, tmp_path: Path) -> None:
+    folder = tiny_flux2_klein(tmp_path / "klein")
+    invoked(
+        *("train", "--images", subject, "--model", folder, "--class", "dog", *HERE, "--evaluate-every", 0),
+        *("--steps", 1, "--out", tmp_path / "run"),
+    )
+    asked = ("evaluate", tmp_path / "run", "--prompts", "a {} in the snow", "--count", 1, "--scorer", SCORER)
+    found = json.loads(invoked(*asked, "--against-references", "--json", "--out", tmp_path / "t").stdout)
+    assert {"CLIP-I", "CLIP-I, from references", "CLIP-T, from references"} <= set(found["metrics"])
+    assert (tmp_path / "t" / "references.png").is_file()
