@@ -93,8 +93,8 @@ def sample(
     the seed, i and j.
 
     `references` are files of images beside every prompt, for a model that reads some. `condition` is
-    `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all or one for each. `on` is a few-step
-    model that draws in place of the one that the concepts were trained on (`own`: the one that goes with it).
+    `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all or one for each. `on` is a
+    few-step model that draws in place of the one that the concepts were trained on (`own`: that which goes with it).
 
     Raises `UserError` for a token that no concept owns, a size that the model cannot draw, or a map that is none.
     """

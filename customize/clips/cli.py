@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
+
 import typer
 
 from backbone.io.commands import print_json
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import CONCEPTS, DRAWING, SAMPLING
+from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
 from backbone.io.options import settled_command
-from customize.clips.settings import MOTION, ClipOptions
+from backbone.io.records import read_as
+from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions, TrainMotionOptions
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     settled_command(app, ClipOptions, panels=(DRAWING, MOTION, CONCEPTS, SAMPLING))(clip)
+    settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
 
 
 def clip(asked: ClipOptions) -> None:
@@ -25,12 +30,17 @@ def clip(asked: ClipOptions) -> None:
     prompts = [prompt.text for prompt in prompts_of([*asked.words, *asked.prompts])]
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
+    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
+    learned = [one.folder / ADAPTER_FILE for one in concepts if (one.folder / ADAPTER_FILE).is_file()]
+    if not asked.motion and learned:
+        asked = replace(
+            asked, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
+        )
     if not asked.motion:
         raise UserError(
             "Without a motion adapter every frame is another picture. Name one with --motion (a folder, an original "
             "AnimateDiff file, or a hub id like guoyww/animatediff-motion-adapter-v1-5-3 for sd15)."
         )
-    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
     if asked.out is not None:
@@ -41,3 +51,12 @@ def clip(asked: ClipOptions) -> None:
     notify(f"{count_of(len(prompts) * asked.count, 'clip')} in {folder}; {folder}/report.html plays them.")
     if asked.as_json:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / RECORD)})
+
+
+def train_motion(asked: TrainMotionOptions) -> None:
+    """Learn a motion from a few clips, apart from what they look like."""
+    from customize.clips.train import train_motion as learn
+
+    run = learn(asked)
+    where = shlex.quote(str(run))
+    notify(f'Next: customize clip "a dog in a park, {asked.token}" --concept {where}')

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 from backbone.io.console import UserError
-from backbone.io.flags import DRAWING, OUTPUT, SAMPLING, JsonOptions
-from backbone.io.options import Option
+from backbone.io.flags import (
+    DATA,
+    DRAWING,
+    OUTPUT,
+    SAMPLING,
+    JsonOptions,
+    PlaceOptions,
+    model_option,
+)
+from backbone.io.options import Option, check_values
 from backbone.io.sampling import DrawingOptions
 
-MOTION = "Motion"
+MOTION, TRAINING = "Motion", "Training"
+ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
 SHORTEST = 2  # frames
 
 
@@ -112,3 +121,63 @@ class ClipOptions(DrawingOptions, JsonOptions):
                 f"Windows of {self.context_length} frames, {self.context_stride} apart, do not overlap. Give a "
                 f"--context-stride below {self.context_length}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMotionOptions(PlaceOptions):
+    """What `customize train-motion` is told."""
+
+    clips: Annotated[
+        str,
+        Option(
+            "A folder of clips: animated files, films, or folders of frames.",
+            DATA,
+            aliases=("videos", "instance-data-root"),
+            metavar="FOLDER",
+        ),
+    ]
+    motion: Annotated[
+        str,
+        Option(
+            "The motion adapter whose layers learn.",
+            MOTION,
+            aliases=("motion-adapter",),
+            metavar="ADAPTER",
+        ),
+    ]
+    out: Annotated[
+        Path,
+        Option("The run folder; a run that was stopped goes on there.", OUTPUT, aliases=("output-dir",)),
+    ]
+    model: Annotated[str, model_option("moji")] = "moji"
+    token: Annotated[
+        str, Option("What you will write in prompts for the motion.", MOTION, metavar="TOKEN")
+    ] = "[M]"
+    token_words: Annotated[str, Option("The words that the model reads for it.", MOTION)] = (
+        "moving in its own way"
+    )
+    prompt: Annotated[str, Option("What clips without a caption show.", DATA)] = "a clip, [M]"
+    frames: Annotated[int, Option("Frames of a step's clip.", TRAINING, min=SHORTEST)] = 16
+    steps: Annotated[int, Option("Optimiser steps.", TRAINING, aliases=("max-train-steps",), min=1)] = 300
+    learning_rate: Annotated[float, Option("Of AdamW, after the warm-up.", TRAINING, min=0)] = 5e-4
+    lr_scheduler: Annotated[
+        str,
+        Option("The learning rate's course after the warm-up.", TRAINING, choices=("constant", "cosine")),
+    ] = "constant"
+    lr_warmup_steps: Annotated[int, Option("Steps in which it rises.", TRAINING, min=0)] = 10
+    weight_decay: Annotated[float, Option("Of AdamW.", TRAINING, min=0)] = 1e-2
+    max_grad_norm: Annotated[float, Option("Longer gradients are cut; 0: never.", TRAINING, min=0)] = 1.0
+    rank: Annotated[int, Option("Of the LoRA.", TRAINING, aliases=("network-dim",), min=1)] = 16
+    debiased: Annotated[float, Option("Weight of the loss without the looks; 0: none.", TRAINING, min=0)] = (
+        1.0
+    )
+    prompt_dropout: Annotated[
+        float, Option("Share of the steps without a prompt.", TRAINING, min=0, max=1)
+    ] = 0.1
+    checkpointing_steps: Annotated[int, Option("A checkpoint every so many steps.", OUTPUT, min=1)] = 100
+    seed: Annotated[int, Option("Everything random follows from it.", TRAINING)] = 0
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not self.token.strip() or not self.token_words.strip():
+            raise UserError("A motion needs a token and words for it. Give --token [M], and --token-words.")

@@ -12,14 +12,16 @@ from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
 import backbone.media.clips
-from backbone.adapters.concept import Concept
+from backbone.adapters.apply import check_concept_fits
+from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
 from backbone.adapters.motion import read_motion_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
-from backbone.media.clips import read_film
+from backbone.media.clips import encode_webp, read_film
 from backbone.models.model import Backbone
 from customize.cli import app
+from customize.clips.train import without_looks
 from tests.tiny import tiny_motion_adapter
 
 LAYER = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
@@ -154,3 +156,59 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence_and_nothing_is_written(
     assert answer.exit_code != 0 and not out.exists()
     message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
     assert said in message
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips in which a square walks, one of them with a caption."""
+    folder = tmp_path_factory.mktemp("walks")
+    for name in ("one", "two"):
+        frames = [Image.new("RGB", (64, 64), "white") for _ in range(5)]
+        for number, frame in enumerate(frames):
+            frame.paste((200, 40, 40), (8 * number, 20, 8 * number + 20, 40))
+        (folder / f"{name}.webp").write_bytes(encode_webp(frames, 8))
+    (folder / "one.txt").write_text("a red square, [M]")
+    return folder
+
+
+def learn(model: Path, adapter: Path, clips: Path, out: Path, *words: str) -> Any:
+    usual = ("--model", model, "--motion", adapter, "--clips", clips, "--out", out, "--device", "cpu")
+    few = ("--steps", "2", "--rank", "2", "--precision", "fp32", *(words or ("--frames", "4")))
+    return CliRunner().invoke(app, ["train-motion", *map(str, (*usual, *few))])
+
+
+def test_a_motion_is_learned_apart_from_the_looks_and_drawn_with_a_subject(
+    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path
+) -> None:
+    answer = learn(tiny_folder, adapter, walks, tmp_path / "walk")
+    assert answer.exit_code == 0, answer.exception
+    tensors, config = read_motion_lora(tmp_path / "walk" / LORA_WEIGHTS)
+    assert all(".motion_modules." in name for name in tensors) and config.rank == 2
+    assert any(bool(value.any()) for name, value in tensors.items() if ".lora_B." in name)
+    answer = call(
+        *("a dog, [M]", "--concept", tmp_path / "walk", "--frames", "2", "--steps", "1", "--device", "cpu"),
+        *("--precision", "fp32", "--out", tmp_path / "drawn"),
+    )
+    assert answer.exit_code == 0, answer.exception
+    record = read_json(tmp_path / "drawn" / "run.json")
+    assert record["motion"] == str(adapter)
+    assert record["clips"][0]["model_reads"] == "a dog, moving in its own way"
+    with pytest.raises(UserError, match="a motion, which a picture cannot have"):
+        check_concept_fits(
+            read_concept(tmp_path / "walk"), Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        )
+    taken = learn(tiny_folder, adapter, walks, tmp_path / "walk")
+    assert isinstance(taken.exception, UserError)
+    longer = learn(tiny_folder, adapter, walks, tmp_path / "no", "--frames", "6")
+    assert "two.webp has 5 frames" in str(longer.exception) or "one.webp has 5 frames" in str(
+        longer.exception
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_all_frames_have_in_common_is_no_part_of_the_loss_without_looks() -> None:
+    clip = torch.randn(1, 2, 4, 3, 3)
+    common = torch.randn(1, 2, 1, 3, 3)
+    one, two = without_looks(clip, 1), without_looks(clip + common, 1)
+    torch.testing.assert_close(two - one, (2**0.5 - 1) * common.expand_as(clip))
+    assert torch.allclose(without_looks(clip, 1, beta=0.0), clip)

@@ -1,0 +1,203 @@
+"""`customize train-motion`: a motion `[M]` from a few clips, as a LoRA of a motion adapter's layers.
+
+The split of MotionDirector (Zhao et al. 2023, section 3.2): a LoRA in the layers over space learns single frames, and
+is thrown away; beside it one in the layers over time learns clips, so that it need not learn their looks. Its loss has
+a part without them: what all frames have in common is taken off by that of one frame (eq. 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.adapters.concept import Concept, read_concept
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.adapters.motion import MOTION, Moves, set_in_motion
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import add_noise, generator, target
+from backbone.distributed import processes
+from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.files import write_json
+from backbone.io.options import as_command
+from backbone.io.run_folder import hold_folder, package_versions, refuse_taken
+from backbone.media.clips import Film, read_film
+from backbone.media.transforms import crop_square, to_tensor
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
+from backbone.training.attention import quick_to_train
+from backbone.training.run import Objective, drive
+from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
+
+LOOKS = "looks"
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+FILM_SUFFIXES = (".webp", ".gif", ".png", ".apng", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A clip and what it shows, "" where nothing says it."""
+
+    film: Film
+    caption: str
+
+
+def list_films(folder: str) -> list[Captioned]:
+    """The clips of a folder: animated files, films and folders of frames, `x.txt` beside `x.webp` being its caption.
+
+    A folder that holds frames alone is one clip. Raises `UserError` for a folder without any.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"There is no folder {folder}. Name one that holds clips.")
+    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
+    stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if places and len(stills) == len(places):
+        places = [path]
+    if not places:
+        raise UserError(f"{folder} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
+    found = []
+    for place in places:
+        text = place.with_suffix(".txt")
+        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        found.append(Captioned(read_film(place), caption))
+    return found
+
+
+def train_motion(asked: TrainMotionOptions) -> Path:
+    """Learn the motion of clips, and give the run folder, which is a concept of the kind `motion`.
+
+    Raises `UserError` for clips that cannot be used, an adapter of another model, and a folder that is taken.
+    """
+    run = asked.out
+    refuse_taken(run)
+    if processes.world_size() > 1:
+        raise UserError("customize train-motion learns in one process. Start it without a launcher.")
+    films = list_films(asked.clips)
+    short = [one.film for one in films if len(one.film.frames) < asked.frames]
+    if short:
+        raise UserError(
+            f"{short[0].name} has {len(short[0].frames)} frames, and --frames is {asked.frames}. Ask for fewer."
+        )
+    model = Backbone.open(asked.model, device=asked.device, precision=asked.precision)
+    motion = set_in_motion(model, Moves(asked.motion))
+    if motion is not None and asked.frames > motion.longest:
+        raise UserError(
+            f"{asked.motion} has positions for {motion.longest} frames, and --frames is {asked.frames}. Ask for fewer."
+        )
+    concept = Concept(MOTION, asked.model, model.fingerprint, {asked.token: asked.token_words}, "")
+    latents = []
+    with progress(len(films), "encoding clips", brief=True) as bar:
+        for one in films:
+            pixels = [to_tensor(crop_square(frame, model.resolution)) for frame in one.film.frames]
+            latents.append(model.encode_clip(torch.stack(pixels)).cpu())
+            bar.advance()
+    prompts = [(one.caption or asked.prompt).replace(asked.token, asked.token_words) for one in films]
+    conditions = encode_prompts_cached(model, [*prompts, ""])
+    model.free("autoencoder", "text_encoder")
+    with hold_folder(run):
+        learning = MotionLearning(model, latents, conditions, asked)
+        learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
+        learning.resume(run)
+        write_json(run / "settings.json", describe(asked, films))
+        notify(f"Learning from {count_of(len(films), 'clip')}: {asked.steps} steps.")
+        drive(learning, run, command="customize train-motion")
+        learning.write(run, {"limner_token": asked.token, "base_model": asked.model})
+        write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})
+        Concept(**{**concept.__dict__, "weights": LORA_WEIGHTS, "resolution": model.asked_resolution}).write(
+            run
+        )
+    return read_concept(run).folder
+
+
+def describe(asked: TrainMotionOptions, films: Sequence[Captioned]) -> dict[str, Any]:
+    """The run's record."""
+    return {
+        "settings": asked,
+        "command": as_command("customize train-motion", asked),
+        "clips": {one.film.name: one.film.content[:16] for one in films},
+        "versions": package_versions(),
+    }
+
+
+class MotionLearning(Objective):
+    """What is learned, and the two losses of a step."""
+
+    def __init__(
+        self, model: Backbone, clips: Sequence[Tensor], conditions: Conditions, settings: TrainMotionOptions
+    ) -> None:
+        """`clips` are latents [C, F, h, w] of any lengths, `conditions` their prompts' and the empty one's."""
+        self.model, self.clips, self.conditions, self.settings = model, clips, conditions, settings
+        self.figures = {}
+        names = [name for name, _ in model.denoiser.named_modules() if name.endswith(LAYERS)]
+        over_time = [name for name in names if ".motion_modules." in name]
+        over_space = [name for name in names if ".attentions." in name and name not in over_time]
+        rank, alpha = settings.rank, float(settings.rank)
+        looks = add_lora(
+            model.denoiser, LOOKS, rank=rank, alpha=alpha, targets=over_space, seed=settings.seed
+        )
+        moves = add_lora(
+            model.denoiser, MOTION, rank=rank, alpha=alpha, targets=over_time, seed=settings.seed
+        )
+        self.looks = list(looks.values())
+        self.parameters = looks | moves
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    @property
+    def images(self) -> int:
+        return self.settings.frames + 1
+
+    def learning(self) -> AbstractContextManager[None]:
+        return quick_to_train(self.model.denoiser)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        random = generator(self.settings.seed, step)
+        number, start, frame = torch.randint(1 << 30, (3,), generator=random).tolist()
+        clip = self.clips[number % len(self.clips)]
+        rows = [number % len(self.clips)]
+        if float(torch.rand((), generator=random)) < self.settings.prompt_dropout:
+            rows = [len(self.clips)]
+        text = self.conditions[rows]
+        # What the clip looks like, from one frame, in the layers over space
+        picture = clip[None, :, frame % clip.shape[1]]
+        said, wanted = self.predict(picture, text, random)
+        yield (said - wanted).square().mean()
+        # How it moves, in the layers over time: those over space are held
+        first = start % (clip.shape[1] - self.settings.frames + 1)
+        moving = clip[None, :, first : first + self.settings.frames]
+        for value in self.looks:
+            value.requires_grad_(False)
+        said, wanted = self.predict(moving, text, random)
+        anchor = frame % self.settings.frames
+        apart = without_looks(said, anchor) - without_looks(wanted, anchor)
+        yield (said - wanted).square().mean() + self.settings.debiased * apart.square().mean()
+        for value in self.looks:
+            value.requires_grad_(True)
+
+    def predict(self, clean: Tensor, text: Conditions, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What the network predicts of a picture or clip that is noised, and what it should."""
+        model = self.model
+        index = torch.randint(len(model.path.levels.a), (1,), generator=random)
+        noise = torch.randn(clean.shape, generator=random).to(model.device)
+        clean, level = clean.float().to(model.device), model.path.levels[index]
+        noisy = add_noise(clean, noise, level)
+        wanted = target(clean, noise, level, model.path.prediction_type)
+        return model.predict(noisy, index, text), wanted
+
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        save_lora(run / LORA_WEIGHTS, self.model.denoiser, MOTION, metadata=header)
+        return {"weights": LORA_WEIGHTS}
+
+
+def without_looks(prediction: Tensor, anchor: int, beta: float = 1.0) -> Tensor:
+    """√(β² + 1)·ε_i − β·ε_anchor for every frame i of [B, C, F, h, w] (Zhao et al. 2023, eq. 5)."""
+    return math.sqrt(beta**2 + 1) * prediction - beta * prediction[:, :, anchor : anchor + 1]
