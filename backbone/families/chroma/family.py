@@ -8,7 +8,7 @@ the weights were published with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ class Chroma:
     name: ClassVar[str] = "Chroma"
     hub_ids: ClassVar[dict[str, str]] = {"chroma": "lodestones/Chroma1-HD"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ChromaPipeline",)
+    reads_images: ClassVar[Mapping[str, int]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = flux.Flux.lora_targets
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:

@@ -141,7 +141,7 @@ class Flux:
                 for number, image in enumerate(images)
             ]
             words = conditions.text["hidden"].shape[1]
-            inputs = {
+            inputs: dict[str, Any] = {
                 "hidden_states": torch.cat(tokens, 1).to(dtype),
                 "timestep": time.expand(count) / 1000,
                 "guidance": guidance.to(noisy.device),

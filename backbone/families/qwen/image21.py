@@ -8,7 +8,7 @@ they are. The published weights are sampled without guidance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -60,6 +60,7 @@ class QwenImage21:
     name: ClassVar[str] = "Qwen-Image 2.1"
     hub_ids: ClassVar[dict[str, str]] = {"qwen-image-2.1": "Qwen/Qwen-Image-2.1"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
+    reads_images: ClassVar[Mapping[str, int]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
