@@ -226,7 +226,11 @@ def correlate(first: Tensor, second: Tensor, weight: Tensor) -> float:
 def template(thing: Thing, size: int, mirrored: bool, style: str | None) -> Template:
     """The thing with this longest side in pixels, as its style draws it."""
     sprite, _, _ = draw_sprite(Figure(thing, size, 0, 0, mirrored, 0))
-    sprite = sprite.crop(sprite.getbbox())
+    return make_template(sprite.crop(sprite.getbbox()), style)
+
+
+def make_template(sprite: Image.Image, style: str | None) -> Template:
+    """A sprite (RGBA) as its style draws it."""
     if style is not None:
         ground = Image.new("RGB", (sprite.width + 16, sprite.height + 16), GROUND)
         ground.paste(sprite, (8, 8), sprite)

@@ -31,6 +31,7 @@ from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
+from customize.training import control_commands
 from customize.training.start import RESUMED, as_kept, start, start_preparing
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
@@ -325,6 +326,7 @@ def _templates(asked: EvaluateOptions) -> Sequence[str]:
     return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
 
 
+control_commands.register(app)  # map, train-control
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 

@@ -43,6 +43,7 @@ LARGEST = {
 # What a command is given beside what is printed, unless it is printed or the command does not have it.
 ADDED = {
     "customize train": ("--evaluation-steps", "0"),  # validation takes longer than two steps of training
+    "customize train-control": ("--validation-steps", "0", "--sample-steps", "2", "--evaluation-steps", "2"),
     "customize evaluate": ("--count", "1"),
     "customize sample": ("--steps", "2"),
     "align sample": ("--steps", "2"),

@@ -29,7 +29,7 @@ ROOMS = {
         ("memory",),
     ),
     "customize": (
-        ("settings", "sampling"),
+        ("settings", "control_settings", "sampling"),
         ("methods",),
         ("data", "formats"),
         ("objectives", "evaluation"),

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 import align.cli
 import align.settings
 import customize.cli
+import customize.control_settings
 import customize.settings
+import customize.training.control_commands
 import edit.settings
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError, error_message
@@ -58,7 +60,10 @@ def test_the_doors_answer_so(words: tuple[str, ...]) -> None:
 
 DECLARED = {
     f"{each.__module__}.{each.__name__}": each
-    for module in (customize.cli, customize.settings, align.cli, align.settings, edit.settings)
+    for module in (
+        *(customize.cli, customize.settings, customize.control_settings, customize.training.control_commands),
+        *(align.cli, align.settings, edit.settings),
+    )
     for each in vars(module).values()
     if isinstance(each, type)
     and dataclasses.is_dataclass(each)

@@ -28,10 +28,15 @@ from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 CHECKPOINT = "checkpoint.safetensors"
-SAVED = (CHECKPOINT, "concept.json", "best/concept.json")  # with any of these a folder holds a run
+SAVED = (
+    CHECKPOINT,
+    "concept.json",
+    "best/concept.json",
+    "condition.json",
+)  # with any of these a folder holds a run
 BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
 LEFT_BEHIND = (
-    *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "report.html"),
+    *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "obedience.jsonl", "report.html"),
     *("previews", "evaluations", BEFORE_AND_AFTER, "tensorboard"),
 )
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`

@@ -96,11 +96,18 @@ def fit_map(image: Image.Image, asked: AskedMap, size: tuple[int, int]) -> Image
     notify_once(
         f"{asked.path or asked.kind} has {image.width} × {image.height} pixels and is brought to {size[0]} × {size[1]}."
     )
-    if asked.kind == "labels":
+    return resize_map(image, asked.kind, size)
+
+
+def resize_map(image: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
+    """A map at another size (W, H), as its kind wants it."""
+    if image.size == size:
+        return image
+    if kind == "labels":
         return image.resize(size, Image.Resampling.NEAREST)
     smaller = size[0] < image.width
     found = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
-    if asked.kind not in LINE_KINDS:
+    if kind not in LINE_KINDS:
         return found
     ink = as_array(found).max(2)
     white = (ink >= max(int(ink.max()) / 2, 1)).astype(

@@ -294,7 +294,7 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, tuple[
         raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
     captions: dict[str, tuple[str | None, Path]] = {}
     for metadata in present:
-        for line, entry in _read_metadata(metadata):
+        for line, entry in read_metadata(metadata):
             where = f"Line {line} of {metadata}"
             name_column = columns.find("image", list(entry), where)
             name = entry.get(name_column) if name_column else None
@@ -311,7 +311,8 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, tuple[
     return captions
 
 
-def _read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a metadata.jsonl or metadata.csv, each with its number; `UserError` for one that is none."""
     text = _read_text(metadata)
     if metadata.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""))

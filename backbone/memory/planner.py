@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from backbone.conditions.conditions import Conditions
 from backbone.distributed.device import PRECISIONS
 from backbone.families.latents import latent_space
 from backbone.io.console import UserError, notify
@@ -51,6 +52,7 @@ class Workload:
     queries_base              whether predictions of the frozen base are cached beforehand
     extra_denoisers           further denoisers in memory (a frozen reference)
     has_ema                   whether an fp32 moving average of the trained tensors is kept
+    conditioned               (meta denoiser, conditions) → the conditions that it is trained under
     """
 
     add_trainable: Callable[[nn.Module], Iterable[Tensor]]
@@ -61,6 +63,7 @@ class Workload:
     queries_base: bool = True
     extra_denoisers: int = 0
     has_ema: bool = False
+    conditioned: Callable[[nn.Module, Conditions], Conditions] = lambda denoiser, conditions: conditions
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ class MemoryEstimator:
         for value in conditions.tensors():
             value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
-        return lambda: self.model.family.network(network, conditions)(noisy, time)
+        under = self.work.conditioned
+        return lambda: self.model.family.network(network, under(network, conditions))(noisy, time)
 
     def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
         """The peak of the autoencoder itself, encoding or decoding."""

@@ -57,16 +57,21 @@ class OpenedControl(NamedTuple):
     name: str
 
 
-def new_control(model: Backbone, kind: str, **config: Any) -> ControlNetwork:
+def new_control(
+    model: Backbone, kind: str, *, denoiser: nn.Module | None = None, **config: Any
+) -> ControlNetwork:
     """A control network to train, fp32: `t2i-adapter`, random, or `controlnet`, a copy of the denoiser's encoder.
 
-    `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`.
+    `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`. `denoiser` is another network of the same
+    kind, in the place of the model's own: one on `meta`, say.
     """
     from diffusers import ControlNetModel, T2IAdapter
 
-    family, denoiser = controlled_family(model), cast(Any, model.denoiser)
+    family = controlled_family(model)
     if T2IAdapter not in family.control_classes:
         raise UserError(f"New control networks are made for UNets alone, and {model.location.name} has none.")
+    denoiser = cast(Any, model.denoiser if denoiser is None else denoiser)
+    device = next(denoiser.parameters()).device
     module: Any
     if kind == "t2i-adapter":
         widths = list(denoiser.config.block_out_channels)
@@ -80,8 +85,8 @@ def new_control(model: Backbone, kind: str, **config: Any) -> ControlNetwork:
         module = T2IAdapter(**usual | config)
     else:
         assert kind == "controlnet"
-        module = ControlNetModel.from_unet(denoiser, **config)
-    return family.control_network(module.float().to(model.device).train(), denoiser, _encode(model))
+        module = ControlNetModel.from_unet(denoiser, load_weights_from_unet=device.type != "meta", **config)
+    return family.control_network(module.float().to(device).train(), denoiser, _encode(model))
 
 
 def open_control(model: Backbone, name: str) -> OpenedControl:

@@ -237,7 +237,7 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
     written = " ".join(read_json(path, RunRecord).command.split()[:2])
-    if written != program and written.endswith(" train"):
+    if written != program and written.endswith((" train", " train-control")):
         raise UserError(f"{run} is a run of `{written}`, not of `{program}`. Name another folder.")
     return read_settings(declared, path)
 
@@ -283,7 +283,7 @@ def _newest_run(folder: Path, program: str) -> Path | None:
             command = read_json(path.parent / FILE, RunRecord).command
         except (UserError, FileNotFoundError):
             continue
-        if command.startswith(program):
+        if " ".join(command.split()[:2]) == program:
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 

@@ -202,7 +202,8 @@ class DreamBooth(Objective):
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
         index = stratified_levels(settings.batch, len(path.levels), random)
         level = path.levels[index]
-        weight = weight_map(level_weight(level, path.prediction_type, settings), clean)
+        by_level = level_weight(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
+        weight = weight_map(by_level, clean)
         if data.masks is not None:
             weight = weight * torch.stack([data.masks[int(row)] for row in rows])
         return Batch(
@@ -304,15 +305,13 @@ def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
 
 
-def level_weight(level: Level, kind: PredictionType, settings: Settings) -> Tensor:
+def level_weight(level: Level, kind: PredictionType, weighting: str, snr_gamma: float = 5.0) -> Tensor:
     """Loss weight per timestep [B]."""
-    match settings.loss_weighting:
+    match weighting:
         case "none":
             return torch.ones(len(level))
         case "min-snr":  # Hang et al. 2023
-            return min_snr(level, settings.snr_gamma, kind)
+            return min_snr(level, snr_gamma, kind)
         case "debiased":  # Yu et al. 2023
             return debiased(level, kind)
-    raise UserError(
-        f"There is no weighting {settings.loss_weighting}. Choose one of none, min-snr, debiased."
-    )
+    raise UserError(f"There is no weighting {weighting}. Choose one of none, min-snr, debiased.")

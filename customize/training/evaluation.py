@@ -146,7 +146,8 @@ def fixed_loss(training: DreamBooth) -> float:
         with model.autocast():
             conditions = training.conditions(row)
         prediction = model.predict(add_noise(clean, noise, level), index, conditions)
-        weight = level_weight(level, path.prediction_type, training.settings)
+        settings = training.settings
+        weight = level_weight(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
         total += float(
             denoising_score_matching(
                 prediction,

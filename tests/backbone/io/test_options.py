@@ -33,6 +33,7 @@ from backbone.io.options import (
     spellings,
 )
 from backbone.training.settings import PANELS, RunOptions
+from customize.control_settings import ControlSettings
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "spellings.md"
@@ -470,6 +471,7 @@ def page() -> str:
             "use them too. This page is written by `python -m tests.backbone.io.test_options`.",
             "",
             spellings("customize train", customize.settings.Settings, customize.settings.TrainOptions),
+            spellings("customize train-control", ControlSettings, RunOptions),
             spellings("align train", align.settings.Settings, RunOptions),
         ]
     )

@@ -1,0 +1,573 @@
+"""How well a control network is obeyed: posed scenes whose true layout is known, and 24 drawings by hand.
+
+    python -m benchmarks.control                                  300 scenes a kind: some hours on two cores
+    python -m benchmarks.control --scenes small --kinds sketch    24 scenes, to try it
+    python -m benchmarks.control --network runs/sketch --kinds sketch
+    python -m benchmarks.control --sweep 0.4 --sweep 0.7 --sweep 1.3        further scales
+
+Scenes are posed (things anywhere, turned, one before the other) from seeds that nothing was trained on, a third of them
+on white. Each is drawn from its caption under its true map, a kind at a time, beside the same noise without a map (the
+*floor*) and the true picture through the autoencoder (the *bound*). What is compared:
+
+    edges     F1 of Canny's edges with those of the true picture, within a pixel
+    things    intersection over union of what is not white, on white
+    order     which of two things is in front where they overlap: the drawn pixels are nearer to the scene as it was
+              asked for than to the scene with the two depths exchanged
+    pose      the true glyph registered over place, size, angle and mirroring: medians of the errors
+    labels    share of the pixels whose label the reader (`recipes.moji.reader`) reads as asked for; – without a reader
+    noun, place   by the classifier of `benchmarks.moji`
+
+Shares have Wilson's 95 % interval, means the bootstrap's. The drawings lie in `control_drawings.json` as strokes: thin,
+thick, shaky, open, shifted, of one stroke. Needs the emoji font. Writes `table.md`, `table.json`, `sheet.png`,
+`drawings.png`; pictures that `--out` holds are not drawn again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from backbone.conditions.control import Control, ControlNetwork
+from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
+from backbone.io.console import UserError, progress, run_app
+from backbone.io.files import content_hash, read_json, write_json, write_text
+from backbone.io.options import Option, settled_command
+from backbone.media.control_maps import as_hints, compute_map
+from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.models.control import embedded_controls, open_control
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
+from backbone.world.maps import draw_maps, look_at
+from backbone.world.render import SIZE, Figure, draw_sprite, find_font, render
+from backbone.world.scene import BENCHMARK_SEEDS, Pose, Scene, is_fair, sample_posed_scene
+from backbone.world.words import Thing
+from benchmarks.classifier import (
+    FOLDER,
+    Classifier,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+    prepare_images,
+)
+from benchmarks.fidelity import Template, decode_renderings, make_template, register
+from benchmarks.reader import FOLDER as READER
+from benchmarks.reader import Reader, load_reader
+from customize.evaluation.obedience import agreement
+
+FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
+KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
+MANY, FEW = 300, 24  # scenes
+FLOOR, BOUND = "no condition", "true, round trip"
+WHITE = 238  # of 255: what is darker in any channel is a thing's
+LEAST_OVERLAP = 60  # pixels, from which an order can be told
+ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coarse registration
+KEPT = 6  # of its poses, around which it is finer
+DRAWINGS = Path(__file__).with_name("control_drawings.json")
+SHEET = 12  # scenes
+WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """What the benchmark is asked for."""
+
+    model: Annotated[str, Option("moji, or a pipeline folder of its world.", WHAT)] = "moji"
+    network: Annotated[str, Option("A control network.", WHAT, default_text="the model's own")] = ""
+    kinds: Annotated[tuple[str, ...], Option("Of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
+    scenes: Annotated[str, Option("How many.", WHAT, choices=("all", "small"))] = "all"
+    sweep: Annotated[tuple[float, ...], Option("Further scales of the first kind.", WHAT)] = ()
+    scale: Annotated[float, Option("How strongly the maps hold.", HOW)] = 1.0
+    steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
+    batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
+    classifier: Annotated[Path, Option("The classifier's folder.", WHAT)] = FOLDER
+    reader: Annotated[Path, Option("The reader's folder.", WHAT)] = READER
+    device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
+    out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/control")
+
+
+@settled_command(app, ControlSettings)
+def main(settings: ControlSettings) -> None:
+    """Draws, measures, and writes the tables and the sheets."""
+    find_font()
+    judges = Judges(
+        load_classifier(settings.classifier, device=settings.device), load_reader(settings.reader)
+    )
+    model = Backbone.open(settings.model, device=settings.device)
+    gallery = Gallery(settings, model)
+    cases = [make_case(scene) for scene in select_scenes(MANY if settings.scenes == "all" else FEW)]
+    rows = {FLOOR: gallery.draw(cases, "", 0.0)}
+    rows |= {kind: gallery.draw(cases, kind, settings.scale) for kind in settings.kinds}
+    rows |= {
+        f"{settings.kinds[0]}, scale {scale:g}": gallery.draw(cases, settings.kinds[0], scale)
+        for scale in settings.sweep
+    }
+    exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
+    trips = decode_renderings(exact, [case.scene for case in cases])
+    rows[BOUND] = [as_image(one) for one in trips]
+    table = {name: measure(cases, images, judges, name) for name, images in rows.items()}
+    facts: dict[str, Any] = {
+        "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
+        "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
+        "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }  # fmt: skip
+    drawn = draw_by_hand(gallery, settings) if "sketch" in settings.kinds else []
+    write_json(settings.out / "table.json", {**facts, "rows": table, "drawings": drawn})
+    text = format_markdown(facts, table, drawn)
+    write_text(settings.out / "table.md", text)
+    save_sheet(settings.out / "sheet.png", cases[:SHEET], rows)
+    print(text)
+
+
+# --- scenes and pictures --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A posed scene, its true picture, its maps by kind, and the mask of each thing [128, 128]."""
+
+    scene: Scene
+    picture: Image.Image
+    maps: Mapping[str, Image.Image]
+    masks: Sequence[NDArray[np.bool_]]
+
+
+def select_scenes(count: int) -> list[Scene]:
+    """The first fair posed scenes of this benchmark's seeds, every third on white and without a style."""
+    every = (sample_posed_scene(seed) for seed in itertools.count(FIRST_SEED))
+    found = list(itertools.islice(filter(is_fair, every), count))
+    return [
+        replace(scene, place="on a white background", style=None) if number % 3 == 0 else scene
+        for number, scene in enumerate(found)
+    ]
+
+
+def make_case(scene: Scene) -> Case:
+    """A scene as it is drawn, with all that is known of it."""
+    drawn, layers = look_at(scene)
+    maps = {**draw_maps(layers), "edges": compute_map("edges", drawn.image)}
+    return Case(scene, drawn.image, maps, [np.asarray(mask) > 127 for mask in drawn.masks])
+
+
+class Gallery:
+    """Pictures drawn under maps, on disk by network, kind and scale; what is missing is drawn."""
+
+    def __init__(self, settings: ControlSettings, model: Backbone) -> None:
+        self.settings, self.model = settings, model
+        self.opened: dict[str, ControlNetwork] = {}
+
+    def network(self, kind: str) -> tuple[ControlNetwork, str]:
+        """The network that reads a kind, and what tells it from others."""
+        name = self.settings.network or str(embedded_controls(self.model).get(kind, ""))
+        if not name:
+            raise UserError(
+                f"{self.settings.model} has no control network for {kind}. Name one with --network."
+            )
+        if name not in self.opened:
+            self.opened[name] = open_control(self.model, name).network
+        weights = sorted(Path(name).expanduser().rglob("diffusion_pytorch_model.safetensors"))
+        return self.opened[name], content_hash(weights[0])[:10] if weights else name.replace("/", "-")
+
+    def draw(self, cases: Sequence[Case], kind: str, scale: float) -> list[Image.Image]:
+        """A picture of each scene's caption under its map of a kind; of no kind without."""
+        maps = [case.maps[kind] for case in cases] if kind else [None] * len(cases)
+        named = [(case.scene.caption(), case.scene.seed, one) for case, one in zip(cases, maps, strict=True)]
+        return self.draw_all(named, kind, scale)
+
+    def draw_all(
+        self, asked: Sequence[tuple[str, int, Image.Image | None]], kind: str, scale: float
+    ) -> list[Image.Image]:
+        """A picture of each (prompt, key of its noise, map)."""
+        settings, model = self.settings, self.model
+        network, which = self.network(kind) if kind else (None, "none")
+        how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{settings.steps}-{settings.guidance:g}"
+        paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in asked]
+        missing = [pair for pair in zip(asked, paths, strict=True) if not pair[1].exists()]
+        with progress(len(missing), f"drawing ({kind or FLOOR})") as bar:
+            for first in range(0, len(missing), settings.batch):
+                some = missing[first : first + settings.batch]
+                for (prompt, key, drawn), path in some:
+                    save_png(path, self.draw_one(prompt, key, drawn, network, scale))
+                    bar.advance(images=1)
+        return [Image.open(path).convert("RGB") for path in paths]
+
+    @torch.no_grad()
+    def draw_one(
+        self, prompt: str, key: int, drawn: Image.Image | None, network: ControlNetwork | None, scale: float
+    ) -> Image.Image:
+        """One picture, from noise of its own key."""
+        controls: tuple[Control, ...] = ()
+        if network is not None and drawn is not None:
+            with self.model.autocast():
+                controls = (Control.of(network, as_hints(drawn).to(self.model.device), scale=scale),)
+        settings = self.settings
+        found = sample(
+            self.model,
+            [Request(prompt, (key, 0))],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seed=0,
+            controls=controls,
+        )
+        return next(iter(found))
+
+
+# --- measures -------------------------------------------------------------------------------------------------
+
+
+class Judges(NamedTuple):
+    """What reads the drawn pictures; the reader may be missing."""
+
+    classifier: Classifier
+    reader: Reader | None
+
+
+def measure(
+    cases: Sequence[Case], images: Sequence[Image.Image], judges: Judges, name: str
+) -> dict[str, Any]:
+    """The row of a column of pictures: each measure as (value, low, high, n)."""
+    seen = judges.classifier.classify(list(images))
+    ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
+    on_white = [
+        pair for pair in zip(cases, images, strict=True) if pair[0].scene.place == "on a white background"
+    ]
+    single = [pair for pair in zip(cases, seen, strict=True) if len(pair[0].scene.figures) == 1]
+    nouns = [is_top_glyph(found, case.scene.things[0].noun) for case, found in single]
+    places = [most_likely(found.place) == case.scene.place for case, found in zip(cases, seen, strict=True)]
+    row: dict[str, Any] = {
+        "edges": of_mean([edge_f1(case.picture, image) for case, image in zip(cases, images, strict=True)]),
+        "things": of_mean([thing_iou(case.picture, image) for case, image in on_white]),
+        "order": of_share(ordered),
+        "labels": of_mean(label_accuracies(cases, images, judges.reader)),
+        "noun": of_share(nouns),
+        "place": of_share(places),
+    }
+    if name in ("pose", FLOOR, BOUND):
+        row["pose"] = measure_poses(cases, images, name)
+    return row
+
+
+def of_mean(values: Sequence[float]) -> list[float]:
+    """A mean with its interval and its number."""
+    return [*bootstrap_mean(values), len(values)]
+
+
+def of_share(right: Sequence[bool]) -> list[float]:
+    """A share with its interval and its number."""
+    return [*wilson_interval(sum(right), len(right)), len(right)]
+
+
+def edge_f1(true: Image.Image, drawn: Image.Image) -> float:
+    """How the edges of a drawn picture agree with those of the true one."""
+    maps = [as_hints(compute_map("edges", image))[0, 0] for image in (true, drawn)]
+    return agreement(maps[0], maps[1]).f1
+
+
+def thing_iou(true: Image.Image, drawn: Image.Image) -> float:
+    """Intersection over union of what is not white."""
+    return iou(not_white(true), not_white(drawn))
+
+
+def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Intersection over union of two masks; of empty ones 1."""
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
+def not_white(image: Image.Image) -> NDArray[np.bool_]:
+    """Where a picture is darker than white in any channel [H, W]."""
+    return np.asarray(image.convert("RGB")).min(2) < WHITE
+
+
+def label_accuracies(
+    cases: Sequence[Case], images: Sequence[Image.Image], reader: Reader | None
+) -> list[float]:
+    """The share of each picture's pixels whose label is read as the true one; none without a reader."""
+    if reader is None:
+        return []
+    read = reader.read(list(images)).labels.numpy()
+    return [
+        float((np.asarray(case.maps["labels"]) == one).mean()) for case, one in zip(cases, read, strict=True)
+    ]
+
+
+def order_of(case: Case, drawn: Image.Image) -> Iterator[bool]:
+    """Whether the thing is in front that shall be, for two things that overlap."""
+    if len(case.masks) != 2:
+        return
+    both = case.masks[0] & case.masks[1]
+    poses = case.scene.poses
+    if both.sum() < LEAST_OVERLAP or poses is None:
+        return
+    first, second = poses
+    other = replace(
+        case.scene, poses=(replace(first, depth=second.depth), replace(second, depth=first.depth))
+    )
+    pixels = [np.asarray(image, np.float32)[both] for image in (drawn, case.picture, render(other).image)]
+    if np.abs(pixels[1] - pixels[2]).mean() < 12:  # both look alike there
+        return
+    yield bool(np.square(pixels[0] - pixels[1]).sum() < np.square(pixels[0] - pixels[2]).sum())
+
+
+# --- poses ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoseError:
+    """How a thing is held beside how it was to be.
+
+    place   distance of the middles, in pixels
+    size    difference as a share of the size
+    angle   in degrees
+    mirror  whether it looks the right way
+    turned  whether it was to be turned
+    """
+
+    place: float
+    size: float
+    angle: float
+    mirror: bool
+    turned: bool
+
+
+class Placed(NamedTuple):
+    """A template with the corner that it has when its thing stands at x = foot = 0."""
+
+    template: Template
+    left: int
+    top: int
+
+
+def measure_poses(cases: Sequence[Case], images: Sequence[Image.Image], name: str) -> dict[str, Any]:
+    """Medians of the errors of single things, and the share that looks the right way."""
+    errors = []
+    single = [pair for pair in zip(cases, images, strict=True) if len(pair[0].scene.figures) == 1]
+    with progress(len(single), f"registering ({name})") as bar:
+        for case, image in single:
+            assert case.scene.poses is not None
+            picture = (prepare_images([image])[0] + 1) / 2
+            thing, pose = case.scene.things[0], case.scene.poses[0]
+            errors.append(pose_error(pose, find_pose(picture, thing, case.scene.style)))
+            bar.advance(images=1)
+    turned = [one.angle for one in errors if one.turned]
+    return {
+        "n": len(errors),
+        "place_px": median(one.place for one in errors),
+        "size": median(one.size for one in errors),
+        "angle": median(one.angle for one in errors),
+        "turned_angle": median(turned) if turned else math.nan,
+        "mirror": of_share([one.mirror for one in errors]),
+    }
+
+
+def find_pose(picture: Tensor, thing: Thing, style: str | None) -> Pose:
+    """The pose in which the thing's own glyph explains a picture [3, 128, 128] in 0…1 best.
+
+    All sizes and angles coarsely, then finer around the best of these.
+    """
+    choices = [(size, angle, mirrored) for size in SIZES for angle in ANGLES for mirrored in (False, True)]
+    find = partial(fit_pose, picture, thing, style)
+    coarse = sorted(map(find, choices), key=lambda found: found[0])[:KEPT]
+    return min((refine(find, *one) for one in coarse), key=lambda found: found[0])[1]
+
+
+def refine(
+    find: Callable[[tuple[float, float, bool]], tuple[float, Pose]], error: float, best: Pose
+) -> tuple[float, Pose]:
+    """A pose and its error, made better in smaller and smaller steps of size and angle."""
+    for by_size, by_angle in ((0.09, 10), (0.05, 5), (0.025, 3)):
+        around = [
+            (best.size * (1 + i * by_size), best.angle + j * by_angle, best.mirrored)
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+            if i or j
+        ]
+        error, best = min([(error, best), *map(find, around)], key=lambda found: found[0])
+    return error, best
+
+
+def fit_pose(
+    picture: Tensor, thing: Thing, style: str | None, how: tuple[float, float, bool]
+) -> tuple[float, Pose]:
+    """The least error of a glyph of this size, angle and mirroring, and where it lies."""
+    size, angle, mirrored = how
+    placed = place_template(thing, round(size), round(angle), mirrored, style)
+    fit = register(picture, placed.template)
+    return fit.error, Pose(fit.left - placed.left, fit.top - placed.top, size, angle, mirrored)
+
+
+@lru_cache(maxsize=4096)
+def place_template(thing: Thing, size: int, angle: int, mirrored: bool, style: str | None) -> Placed:
+    """A thing's template, and its corner when the thing is at x = foot = 0."""
+    sprite, left, top = draw_sprite(Figure(thing, size, 0, 0, mirrored, 0, angle))
+    box = sprite.getbbox() or (0, 0, 1, 1)
+    return Placed(make_template(sprite.crop(box), style), left + box[0], top + box[1])
+
+
+def pose_error(asked: Pose, found: Pose) -> PoseError:
+    """The difference of two poses; the place is that of the middle."""
+    turn = abs((found.angle - asked.angle + 180) % 360 - 180)
+    away = math.hypot(found.x - asked.x, (found.foot - found.size / 2) - (asked.foot - asked.size / 2))
+    return PoseError(
+        away, abs(found.size / asked.size - 1), turn, found.mirrored == asked.mirrored, asked.angle != 0
+    )
+
+
+# --- drawings by hand -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing by hand: what it shows, in which manner, the pen's width, and its strokes in pixels."""
+
+    prompt: str
+    manner: str
+    width: int
+    strokes: tuple[tuple[tuple[float, float], ...], ...]
+
+    def image(self) -> Image.Image:
+        """White strokes on black."""
+        large = Image.new("L", (4 * SIZE, 4 * SIZE))
+        pen = ImageDraw.Draw(large)
+        for stroke in self.strokes:
+            pen.line([(4 * x, 4 * y) for x, y in stroke], fill=255, width=4 * self.width, joint="curve")
+        ink = np.asarray(large.reduce(4)) > 100
+        return Image.fromarray(ink.astype(np.uint8) * 255).convert("RGB")
+
+    def area(self) -> NDArray[np.bool_]:
+        """What the strokes enclose, each closed from its end to its beginning."""
+        image = Image.new("L", (SIZE, SIZE))
+        pen = ImageDraw.Draw(image)
+        for stroke in self.strokes:
+            pen.polygon(list(stroke), fill=255)
+            pen.line(list(stroke), fill=255, width=self.width)
+        return np.asarray(image) > 0
+
+
+def load_drawings() -> list[Drawing]:
+    """The drawings in the repository."""
+    return [
+        Drawing(
+            one["prompt"],
+            one["manner"],
+            one["width"],
+            tuple(tuple((x, y) for x, y in stroke) for stroke in one["strokes"]),
+        )
+        for one in read_json(DRAWINGS)["drawings"]
+    ]
+
+
+def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, Any]]:
+    """Draws by each drawing, writes the sheet, and gives what of the things agrees with what the strokes enclose."""
+    drawings = load_drawings()
+    asked = [(one.prompt, number, one.image()) for number, one in enumerate(drawings)]
+    images = gallery.draw_all(asked, "sketch", settings.scale)
+    found = [
+        {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_white(image))}
+        for one, image in zip(drawings, images, strict=True)
+    ]
+    cells = [
+        cell
+        for one, image, row in zip(drawings, images, found, strict=True)
+        for cell in (Cell(one.image(), one.manner), Cell(image, f"{row['iou']:.2f} {one.prompt}"))
+    ]
+    save_png(
+        settings.out / "drawings.png", draw_sheet(split_rows(cells, 8), title="Drawn by hand", cell=SIZE)
+    )
+    return found
+
+
+# --- tables and sheets ----------------------------------------------------------------------------------------
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in −1…1."""
+    return Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Image.Image]]) -> None:
+    """A row for each scene: its true picture, then by every column's map what was drawn."""
+    cells: list[list[Cell | Image.Image | None]] = []
+    for number, case in enumerate(cases):
+        row: list[Cell | Image.Image | None] = [Cell(case.picture, case.scene.caption())]
+        for name, images in rows.items():
+            kind = name.split(",")[0]
+            if kind in case.maps:
+                row.append(case.maps[kind].convert("RGB"))
+            row.append(images[number])
+        cells.append(row)
+    titles = ["true"]
+    for name in rows:
+        titles += [name.split(",")[0], "drawn by it"] if name.split(",")[0] in KINDS else [name]
+    save_png(path, draw_sheet(cells, column_titles=titles, cell=SIZE))
+
+
+COLUMNS: dict[str, Callable[[Sequence[float]], str]] = {
+    "edges": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
+    "things": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
+    **dict.fromkeys(
+        ("order", "labels", "noun", "place"), lambda one: f"{one[0]:.1%} ({one[1]:.0%}–{one[2]:.0%})"
+    ),
+}
+
+
+def format_markdown(
+    facts: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]]
+) -> str:
+    """The tables."""
+    heads = {
+        "edges": "edges F1",
+        "things": "things IoU",
+        "order": "order",
+        "labels": "labels",
+        "noun": "noun",
+        "place": "place",
+    }
+    counts = [f"{head}, n = {table[FLOOR][name][3]:.0f}" for name, head in heads.items()]
+    lines = [
+        f"`{facts['model']}`, control network {facts['network']}: {facts['scenes']} posed scenes, {facts['steps']} "
+        f"steps, guidance {facts['guidance']:g}, scale {facts['scale']:g}",
+        "",
+        f"| drawn by | {' | '.join(counts)} |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
+    for name, row in table.items():
+        values = [write(row[column]) if row[column][3] else "–" for column, write in COLUMNS.items()]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    posed = {name: row["pose"] for name, row in table.items() if "pose" in row}
+    lines += [
+        "",
+        "| pose of single things | place, px | size | angle | angle of turned ones | looks the right way | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in posed.items():
+        lines.append(
+            f"| {name} | {one['place_px']:.1f} | {one['size']:.0%} | {one['angle']:.0f}° | {one['turned_angle']:.0f}° "
+            f"| {one['mirror'][0]:.0%} | {one['n']} |"
+        )
+    if drawn:
+        each = [one["iou"] for one in drawn]
+        mean = bootstrap_mean(each)
+        lines += [
+            "",
+            f"Drawings by hand, {len(each)}: IoU {mean.value:.3f} ({mean.low:.3f}–{mean.high:.3f}).",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_app(app)

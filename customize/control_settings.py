@@ -1,0 +1,190 @@
+"""What a run of `customize train-control` was asked for, resolved: every choice that changes the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from backbone.io.conditions import KINDS, SYNONYMS
+from backbone.io.console import UserError
+from backbone.io.options import Option, as_command
+from backbone.training.settings import TrainingSettings, read_run_settings, resolve
+
+PROGRAM = "customize train-control"
+ADAPTER, CONTROLNET, CONTROL_LORA = NETWORKS = ("t2i-adapter", "controlnet", "control-lora")
+RATES = {ADAPTER: 1e-5, CONTROLNET: 1e-5, CONTROL_LORA: 1e-4}  # where a model says nothing: as published
+WITH_LORA = {"kind": (CONTROL_LORA,)}
+WITH_ADAPTER = {"kind": (ADAPTER,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings(TrainingSettings):
+    """The settings of `customize train-control`. A run is a function of these, the pairs and the model."""
+
+    NEEDS: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("rank", "lora_alpha"), WITH_LORA),
+        **dict.fromkeys(
+            ("quantize", "cpu_offload"), WITH_ADAPTER
+        ),  # a ControlNet copies the weights as they are
+        "lora_layers": {"kind": ("none",)},  # its layers are those of the copied encoder, all of them
+    }
+
+    images: Annotated[
+        str,
+        Option(
+            "Images with their maps: metadata.jsonl, source/ and target/, or x.png beside x.KIND.png.",
+            "Data",
+            aliases=("train-data-dir", "dataset-name", "instance-data-dir"),
+            metavar="FOLDER",
+        ),
+    ]
+    condition: Annotated[
+        str,
+        Option(
+            "The kind of map. Sketches, lines and edges are found in the images where no map is given.",
+            "Data",
+            choices=KINDS,
+            words={word: {"condition": kind} for word, kind in SYNONYMS.items()},
+        ),
+    ]
+    image_column: Annotated[
+        str,
+        Option(
+            "That holds the image or its file.", "Data", default_text="file_name or image", metavar="NAME"
+        ),
+    ] = ""
+    conditioning_image_column: Annotated[
+        str,
+        Option("That holds the map or its file.", "Data", default_text="conditioning_image", metavar="NAME"),
+    ] = ""
+    caption_column: Annotated[
+        str,
+        Option("That holds the caption.", "Data", default_text="text, prompt or caption", metavar="NAME"),
+    ] = ""
+    kind: Annotated[
+        str, Option("What is trained.", "Method", flag="kind", aliases=("network",), choices=NETWORKS)
+    ] = ADAPTER
+    begin_from: Annotated[
+        str,
+        Option(
+            "Go on from this control network.",
+            "Method",
+            aliases=("controlnet-model-name-or-path", "adapter-model-name-or-path"),
+            default_text="a new one",
+            metavar="FOLDER",
+        ),
+    ] = ""
+    adapter_size: Annotated[
+        str, Option("Of a T2I-Adapter.", "Method", choices=("full", "light"), needs=WITH_ADAPTER)
+    ] = "full"
+    gradient_accumulation_steps: Annotated[
+        int, Option("Batches whose gradients make one step.", "Training", min=1)
+    ] = 1
+    proportion_empty_prompts: Annotated[
+        float, Option("Share of the prompts that are left out.", "Training", min=0, max=1)
+    ] = 0.3
+    map_dropout: Annotated[
+        float, Option("Share of the maps that are left out: black.", "Training", min=0, max=1)
+    ] = 0.05
+    noisy_share: Annotated[
+        float,
+        Option(
+            "Share of the samples from the noisier half of the levels, where layouts are decided; it falls to none "
+            "over the last third.",
+            "Training",
+            min=0,
+            max=1,
+        ),
+    ] = 0.7
+    flip: bool = False
+    learning_rate: float = 1e-5
+    lr_warmup_steps: int = 30
+    validation_steps: Annotated[
+        int,
+        Option(
+            "Draw a preview beside the maps every so many steps; 0: none.",
+            "Evaluation",
+            aliases=("sample-every-n-steps",),
+            by_model=True,
+            min=0,
+        ),
+    ] = 100
+    validation_image: Annotated[
+        tuple[str, ...],
+        Option(
+            "A map to draw by in previews; repeatable.",
+            "Evaluation",
+            default_text="held-out pairs",
+            metavar="PNG",
+        ),
+    ] = ()
+    validation_prompt: Annotated[
+        tuple[str, ...],
+        Option(
+            "The prompt of each of them; repeatable.",
+            "Evaluation",
+            needs={"validation_image": ()},
+            metavar="PROMPT",
+        ),
+    ] = ()
+    report_to: Annotated[
+        str,
+        Option(
+            "tensorboard: curves for it beside the log.",
+            "Output",
+            aliases=("log-with",),
+            choices=("jsonl", "tensorboard"),
+            packages={"tensorboard": "tensorboard"},
+        ),
+    ] = "jsonl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.validation_prompt) not in (0, 1, len(self.validation_image)):
+            raise UserError(
+                f"There are {len(self.validation_prompt)} --validation-prompt for {len(self.validation_image)} "
+                "--validation-image. Give one for all, or one each."
+            )
+        if self.validation_image and not self.validation_prompt:
+            raise UserError("--validation-image draws by a prompt too. Give it with --validation-prompt.")
+
+    def validation_pairs(self) -> list[tuple[str, str]]:
+        """(map's file, prompt) of the previews that were asked for."""
+        prompts = self.validation_prompt * (
+            len(self.validation_image) if len(self.validation_prompt) == 1 else 1
+        )
+        return list(zip(self.validation_image, prompts, strict=True))
+
+
+def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSettings:
+    """The settings of a run: what was asked for over what works with the model (`usual`, of its `limner.json`)."""
+    asked = {name: value for name, value in asked.items() if value is not None and value != ()}
+    kind = asked.get("kind", ADAPTER)
+    own = usual.get("control", {})
+    steps = int(asked.get("steps", own.get("steps", 5000)))
+    from_model = {
+        "steps": steps,
+        "batch": own.get("batch", 4),
+        "learning_rate": own.get("learning_rates", {}).get(kind, RATES.get(kind, 1e-5)),
+        "rank": own.get("rank", 32),
+        "flip": False,
+        "sample_steps": usual.get("steps", ControlSettings.sample_steps),
+        "guidance": usual.get("guidance", ControlSettings.guidance),
+        "lora_layers": "all",
+        "loss_weighting": "none",
+        "evaluation_steps": min(250, max(50, steps // 10)),
+        "validation_steps": min(500, max(100, steps // 4)),
+    }
+    return resolve(ControlSettings, from_model, asked)
+
+
+def read_settings(run: Path) -> ControlSettings:
+    """The settings of a run folder; `UserError` when it has none or they are of another command."""
+    return read_run_settings(ControlSettings, run, PROGRAM)
+
+
+def as_flags(settings: ControlSettings, out: Path) -> str:
+    """The command that repeats a run."""
+    return as_command(PROGRAM, settings, out=out)

@@ -1,0 +1,86 @@
+"""Maps to look at and to draw by: those that are found in a picture, and the true ones of a scene of moji's world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL.Image import Image
+
+from backbone.io.console import UserError
+from backbone.media.control_maps import COMPUTED, compute_map
+from backbone.media.decode import open_rgb
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import crop_square
+from backbone.world.maps import draw_maps, look_at
+from backbone.world.record import SIZE
+from backbone.world.scene import Scene
+
+PICTURE, SHEET = "picture.png", "sheet.png"
+WHAT = {  # below each map of a sheet
+    "sketch": "outlines of things, 2 px, white on black",
+    "lines": "every line, white on black",
+    "edges": "Canny's edges, white on black",
+    "labels": "what is where, by colour",
+    "depth": "grey, white is near",
+    "pose": "red from foot to top, green from left to right",
+}
+
+
+def maps_of_scene(scene: Scene, kinds: Sequence[str]) -> tuple[Image, dict[str, Image]]:
+    """A scene's picture, and its true maps of these kinds; edges are those of the picture.
+
+    Raises `UserError` for a kind that the world does not tell, and where the font is missing.
+    """
+    drawn, layers = look_at(scene)
+    known = draw_maps(layers)
+    for kind in kinds:
+        if kind != "edges" and kind not in known:
+            raise UserError(f"A scene has no {kind}. Choose from edges, {', '.join(known)}.")
+    return drawn.image, {
+        kind: compute_map(kind, drawn.image) if kind == "edges" else known[kind] for kind in kinds
+    }
+
+
+def maps_of_picture(
+    path: str, kinds: Sequence[str], *, model: str | None = None, resolution: int = 0
+) -> tuple[Image, dict[str, Image]]:
+    """A picture cropped to the square that the model draws, and the maps that are found in it; all for no kinds.
+
+    Raises `UserError` for a kind that needs a network which is not here.
+    """
+    missing = [kind for kind in kinds if kind not in COMPUTED]
+    if missing:
+        raise UserError(
+            f"{missing[0].capitalize()} of a photograph is found by a network that is not here. Draw the map, or take "
+            f"that of a scene: customize map {missing[0]} --scene 7. Found without one: {', '.join(COMPUTED)}."
+        )
+    picture = crop_square(open_rgb(path), resolution or _resolution(model))
+    return picture, {kind: compute_map(kind, picture) for kind in kinds or COMPUTED}
+
+
+def _resolution(model: str | None) -> int:
+    """Pixels a side that a model draws, moji if none is named."""
+    if model is None:
+        return SIZE
+    from backbone.models.model import Backbone
+
+    return Backbone.open(model).resolution
+
+
+def save_map(path: Path, drawn: Image) -> None:
+    """Writes a map as PNG; labels keep their palette."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(path, drawn)
+
+
+def save_maps(folder: Path, picture: Image, maps: Mapping[str, Image], title: str) -> dict[str, str]:
+    """Writes the picture, its maps and a sheet of them; gives the files by kind."""
+    save_png(folder / PICTURE, picture)
+    files = {kind: str(folder / f"{kind}.png") for kind in maps}
+    for kind, drawn in maps.items():
+        save_map(Path(files[kind]), drawn)
+    cells = [Cell(picture, "the picture")]
+    cells += [Cell(drawn.convert("RGB"), f"{kind}: {WHAT[kind]}") for kind, drawn in maps.items()]
+    save_png(folder / SHEET, draw_sheet([cells[:4], cells[4:]] if len(cells) > 4 else [cells], title=title))
+    return files

@@ -1,0 +1,253 @@
+"""Training a control network: the frozen model learns nothing, a network beside it learns to read maps.
+
+The loss is the model's own (Zhang et al. 2023, eq. 5), with the map among the conditions. Two things hasten it: layouts
+are decided at the noisier levels, so most samples are drawn from there until the last third of the run; and prompts are
+left out of some samples, so that the map has to say what they would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import Control, ControlNetwork
+from backbone.data.ahead import Steps
+from backbone.diffusion.losses import squared_error
+from backbone.diffusion.noise import add_noise, generator, target
+from backbone.diffusion.transfer import send
+from backbone.distributed import processes
+from backbone.io.files import write_json
+from backbone.models.control import RECORD, ControlRecord
+from backbone.models.encode import Posteriors, Prompts, View, encode_texts, encode_views
+from backbone.models.locate import OWN
+from backbone.models.model import Backbone
+from backbone.training.attention import quick_to_train
+from backbone.training.base_predictions import stratified_levels
+from backbone.training.compiled import CompiledBlocks
+from backbone.training.optimizer import make_adamw
+from backbone.training.run import Objective
+from backbone.world.record import load_labels
+from customize.control_settings import ControlSettings
+from customize.data.control_pairs import ControlPair
+from customize.objectives.control_networks import save_network
+from customize.objectives.dreambooth import level_weight, weight_map
+
+REMEMBERED = 1 << 29  # bytes of maps that stay in memory
+NOISY = 0.45  # of the levels, from which layouts are decided
+FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
+
+
+class Batch(NamedTuple):
+    """B samples: noisy latents [B, C, H, W] at levels `index` [B], targets, weights [B, 1, H, W], maps in 0…1."""
+
+    noisy: Tensor
+    index: Tensor
+    target: Tensor
+    weight: Tensor
+    maps: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A batch as it is read, with its prompts' conditions."""
+
+    batch: Batch
+    conditions: Conditions
+
+    def to(self, device: torch.device) -> Drawn:
+        """On a device; levels stay where they are looked up."""
+        noisy, index, *rest = self.batch
+        moved = [send(value, device) for value in (noisy, *rest)]
+        return Drawn(Batch(moved[0], index, *moved[1:]), self.conditions.to(device))
+
+    def pin_memory(self) -> Drawn:
+        """In memory from which a GPU copies by itself."""
+        batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
+        return Drawn(batch, self.conditions.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Those that lie on the device."""
+        noisy, _, *rest = self.batch
+        return [noisy, *rest, *self.conditions.tensors()]
+
+
+class ControlSource(Protocol):
+    """Encoded images with their captions and maps, by the number of an image.
+
+    kinds       of its maps
+    conditions  of captions, one behind the other, the empty prompt last
+    """
+
+    kinds: Sequence[str]
+    conditions: Prompts | Conditions
+
+    def __len__(self) -> int: ...
+
+    def latents(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """Clean latents [B, C, H, W], drawn from the images' posteriors."""
+        ...
+
+    def captions(self, rows: Tensor) -> Tensor:
+        """Which of the conditions are the images' captions [B]."""
+        ...
+
+    def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """Maps [B, 3, H, W] in 0…1."""
+        ...
+
+
+class PairData:
+    """The encoded pairs of a user, mirrored ones behind the others where `flip`. A `ControlSource`."""
+
+    def __init__(self, model: Backbone, pairs: Sequence[ControlPair], kind: str, *, flip: bool) -> None:
+        self.pairs, self.kinds = pairs, (kind,)
+        self.size = model.resolution, model.resolution
+        flips = (False, True) if flip else (False,)
+        encoded = encode_views(model, [View(pair.image, self.size) for pair in pairs], flips, std=True)
+        places = [(part, row) for part in range(len(flips)) for row in range(len(pairs))]
+        self.posteriors = Posteriors([encoded[flip] for flip in flips], places, model.device)
+        self.conditions = encode_texts(model, [*(pair.caption for pair in pairs), ""])
+        most = max(1, REMEMBERED // (3 * self.size[0] * self.size[1]))
+        self._bytes = lru_cache(maxsize=most)(self._read)
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def latents(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        return self.posteriors.gather(rows).sample(random)
+
+    def captions(self, rows: Tensor) -> Tensor:
+        return rows % len(self.pairs)
+
+    def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        count = len(self.pairs)
+        each = [self._bytes(int(row) % count).float() / 255 for row in rows]
+        return torch.stack(
+            [one.flip(-1) if row >= count else one for row, one in zip(rows, each, strict=True)]
+        )
+
+    def _read(self, number: int) -> Tensor:
+        return (self.pairs[number].read_map(self.kinds[0], self.size) * 255).round().byte()
+
+
+class ControlTraining(Objective):
+    """The denoising loss under maps, on a control network's parameters."""
+
+    settings: ControlSettings
+
+    def __init__(
+        self, model: Backbone, network: ControlNetwork, data: ControlSource, settings: ControlSettings
+    ) -> None:
+        self.model, self.network, self.data, self.settings = model, network, data, settings
+        self.parameters = {
+            name: value for name, value in network.module.named_parameters() if value.requires_grad
+        }
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.parameters.values()), "lr": settings.learning_rate}
+        ]
+        self.optimizer = make_adamw(groups, weight_decay=settings.weight_decay)
+        self.share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
+        self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
+        self.figures: dict[str, Tensor | float] = {}
+        self.compiled = CompiledBlocks([model.denoiser, network.module]) if settings.compile else None
+        if settings.gradient_checkpointing:
+            cast(Any, model.denoiser).enable_gradient_checkpointing()
+
+    @property
+    def images(self) -> int:
+        return self.settings.batch
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Attention with a fast backward pass, in the denoiser and in its copy."""
+        with ExitStack() as held:
+            held.enter_context(quick_to_train(self.model.denoiser))
+            if hasattr(self.network.module, "attn_processors"):
+                side = self.model.latent_shape[-1]
+                held.enter_context(quick_to_train(self.network.module, side=side))
+            yield
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The losses of this process's share of one step's micro-batches."""
+        for drawn in self.batches.at(step):
+            yield self.loss_of(drawn)
+
+    def draw_step(self, step: int) -> list[Drawn]:
+        """This process's share of a step's micro-batches, as they are drawn and read; a function of the step alone."""
+        micros = range(self.settings.gradient_accumulation_steps)[self.share.micros]
+        return [self.draw(generator(self.settings.seed, "control", step, micro), step) for micro in micros]
+
+    def draw(self, random: torch.Generator, step: int) -> Drawn:
+        """A batch; every process draws the same one and keeps its own samples of it."""
+        settings, data, path = self.settings, self.data, self.model.path
+        rows = torch.randint(len(data), (settings.batch,), generator=random)
+        clean = data.latents(rows, random)
+        noise = torch.randn(clean.shape, generator=random)
+        index = self.draw_levels(random, step)
+        level = path.levels[index]
+        weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
+        wordless = torch.rand(settings.batch, generator=random) < settings.proportion_empty_prompts
+        seen = torch.rand(settings.batch, generator=random) >= settings.map_dropout
+        prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))
+        maps = data.maps(rows, random) * seen.reshape(-1, 1, 1, 1)
+        mine = torch.arange(settings.batch)[self.share.rows]
+        batch = Batch(
+            add_noise(clean, noise, level)[mine],
+            index[mine],
+            target(clean, noise, level, path.prediction_type)[mine],
+            weight[mine],
+            maps[mine],
+        )
+        return Drawn(batch, data.conditions[prompts[mine]])
+
+    def draw_levels(self, random: torch.Generator, step: int) -> Tensor:
+        """Indices of noise levels [B]: a share of them from the noisier ones, in the end from all alike."""
+        count, levels = self.settings.batch, len(self.model.path.levels)
+        left = min(1.0, (1 - step / self.settings.steps) / (1 - FALLING))
+        spread = stratified_levels(count, levels, random)
+        first = round(NOISY * levels)
+        noisy = first + (spread * (levels - first)) // levels
+        chosen = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, left)
+        return torch.where(chosen, noisy, spread)
+
+    def loss_of(self, drawn: Drawn) -> Tensor:
+        """The denoising loss, the mean over the whole batch."""
+        batch = drawn.batch
+        with self.model.autocast():
+            control = Control.of(self.network, batch.maps)
+        prediction = self.model.predict(
+            batch.noisy, batch.index, replace(drawn.conditions, controls=(control,))
+        )
+        errors = squared_error(prediction, batch.target, batch.weight)
+        return errors.sum() * (self.share.scale / self.settings.batch)
+
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        """Writes the network as diffusers saves it, and `condition.json` beside it."""
+        with self.averaged():
+            save_network(self.network.module, self.settings.kind, run)
+        write_json(run / RECORD, self.record())
+        return {}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights inside the `with`, where an average is kept."""
+        with nullcontext() if self.average is None else self.average.applied():
+            yield
+
+    def record(self) -> ControlRecord:
+        """What `condition.json` says."""
+        kinds = tuple(self.data.kinds)
+        return ControlRecord(
+            kinds=kinds,
+            palette=load_labels() if "labels" in kinds and self.settings.model in OWN else {},
+            base=self.model.fingerprint,
+            model=self.settings.model,
+        )

@@ -1,0 +1,182 @@
+"""Control networks to train: new ones by their kind, or one to go on from; and how each is saved.
+
+A control-LoRA is a ControlNet whose copied encoder is the denoiser's own under a low-rank adapter, so that a file of it
+holds the adapter, the map's own layers and the zero convolutions alone (Stability AI's form, original layer names).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from backbone.adapters.lora import add_lora
+from backbone.conditions.control import ControlNetwork
+from backbone.io.console import UserError
+from backbone.io.files import write_tensors
+from backbone.models.control import PARTS, new_control, open_control
+from backbone.models.model import Backbone
+from customize.control_settings import ADAPTER, CONTROL_LORA, CONTROLNET, ControlSettings
+
+HINT_WIDTHS = (16, 32, 64, 96, 256)  # of a ControlNet's layers before the copy
+LORA = "control"  # peft's name of the adapter
+LORA_FILE = "control-lora.safetensors"
+OWN_LAYERS = ("controlnet_cond_embedding.", "controlnet_down_blocks.", "controlnet_mid_block.")
+
+
+def make_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
+    """The network of a run, fp32, its trainable parameters with gradients.
+
+    Raises `UserError` for a model whose control networks are not trained here, and for one to begin from that is of
+    another kind.
+    """
+    return begin_network(model, settings) if settings.begin_from else fresh_network(model, settings)
+
+
+def fresh_network(
+    model: Backbone, settings: ControlSettings, denoiser: nn.Module | None = None
+) -> ControlNetwork:
+    """A new network; for another `denoiser` of the same kind than the model's own where one is given."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if settings.kind == ADAPTER:
+            size = {"adapter_type": "light_adapter"} if settings.adapter_size == "light" else {}
+            return new_control(model, ADAPTER, denoiser=denoiser, **size)
+        widths = hint_widths(model)
+        network = new_control(
+            model, CONTROLNET, denoiser=denoiser, conditioning_embedding_out_channels=widths
+        )
+    if settings.kind == CONTROL_LORA:
+        module = network.module.requires_grad_(False)
+        layers = model.family.lora_targets["all"]
+        alpha, rank = settings.lora_alpha, settings.rank
+        add_lora(module, LORA, rank=rank, alpha=alpha, targets=layers, seed=settings.seed)
+        for name, value in module.named_parameters():
+            if name.startswith(OWN_LAYERS):
+                value.requires_grad_(True)
+    return network
+
+
+def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
+    """The network that is gone on from."""
+    if settings.kind == CONTROL_LORA:
+        raise UserError(
+            "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
+        )
+    network, record, _ = open_control(model, settings.begin_from)
+    wanted, found = (
+        "T2IAdapter" if settings.kind == ADAPTER else "ControlNetModel",
+        type(network.module).__name__,
+    )
+    if found != wanted:
+        raise UserError(
+            f"{settings.begin_from} is a {found}, and --kind {settings.kind} trains a {wanted}. Name another one, or "
+            "another --kind."
+        )
+    if record.kinds and settings.condition not in record.kinds:
+        raise UserError(
+            f"{settings.begin_from} reads {', '.join(record.kinds)} and not {settings.condition}. Begin a new one."
+        )
+    network.module.float().requires_grad_(True).train()
+    return network
+
+
+def hint_widths(model: Backbone) -> tuple[int, ...]:
+    """Widths of the layers that bring a map to the latents' size: each but the first halves it."""
+    return HINT_WIDTHS[: model.factor.bit_length()]
+
+
+def save_network(module: nn.Module, kind: str, run: Path) -> None:
+    """Writes a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file."""
+    part = run / PARTS[0 if kind == ADAPTER else 1]
+    if kind != CONTROL_LORA:
+        cast(Any, module).save_pretrained(part)
+        return
+    whole = type(module).from_config(cast(Any, module).config)
+    whole.load_state_dict(merged_weights(module))
+    whole.save_pretrained(part)
+    write_tensors(run / LORA_FILE, lora_weights(module), {})
+
+
+def merged_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a ControlNet with its adapter added to them."""
+    found = {
+        name.replace(".base_layer.", "."): value.detach().cpu()
+        for name, value in module.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, layer in adapted_layers(module).items():
+        change = layer.get_delta_weight(LORA).detach().cpu()
+        found[f"{name}.weight"] = found[f"{name}.weight"] + change.reshape(found[f"{name}.weight"].shape)
+    return found
+
+
+def lora_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a control-LoRA's file, in original names: what is whole, and `up` and `down` of what is not."""
+    layers = int(cast(Any, module).config.layers_per_block)
+    found = {
+        to_original(name, layers): value.detach().cpu().contiguous()
+        for name, value in module.state_dict().items()
+        if name.startswith(OWN_LAYERS)
+    }
+    for name, layer in adapted_layers(module).items():
+        original = to_original(f"{name}.weight", layers).removesuffix(".weight")
+        factors: Mapping[str, Any] = {"up": layer.lora_B[LORA].weight, "down": layer.lora_A[LORA].weight}
+        scale = float(layer.scaling[LORA])
+        for part, value in factors.items():
+            found[f"{original}.{part}"] = (value.detach() * (scale if part == "up" else 1)).cpu().contiguous()
+    return {**found, "lora_controlnet": torch.zeros(1)}
+
+
+def adapted_layers(module: nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+FIXED = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "controlnet_mid_block": "middle_block_out.0",
+    "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+    "controlnet_cond_embedding.conv_out": "input_hint_block.14",
+}
+
+
+def to_original(name: str, layers: int) -> str:
+    """diffusers' name of a ControlNet's weight as the original one; `layers` of a block."""
+    for ours, original in FIXED.items():
+        if name.startswith(f"{ours}."):
+            return original + name[len(ours) :]
+    if found := re.match(r"controlnet_cond_embedding\.blocks\.(\d+)\.(.+)", name):
+        return f"input_hint_block.{2 * int(found[1]) + 2}.{found[2]}"
+    if found := re.match(r"controlnet_down_blocks\.(\d+)\.(.+)", name):
+        return f"zero_convs.{found[1]}.0.{found[2]}"
+    if found := re.match(r"mid_block\.resnets\.(\d)\.(\w+)\.(.+)", name):
+        return f"middle_block.{2 * int(found[1])}.{RESNET[found[2]]}.{found[3]}"
+    found = re.match(r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.(.+)", name)
+    assert found is not None, name
+    first = 1 + int(found[1]) * (layers + 1)
+    match found[2]:
+        case "downsamplers":
+            return f"input_blocks.{first + layers}.0.op.{found[4].removeprefix('conv.')}"
+        case "attentions":
+            return f"input_blocks.{first + int(found[3])}.1.{found[4]}"
+    layer, rest = found[4].split(".", 1)
+    return f"input_blocks.{first + int(found[3])}.0.{RESNET[layer]}.{rest}"

@@ -1,0 +1,59 @@
+"""What a run of `customize train-control` asks of memory, and its settings for a device of a given size (`--vram`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import Control
+from backbone.memory.planner import MemorySettings, Workload, fit_to_memory, precision_name
+from backbone.models.control import controlled_family
+from backbone.models.model import Backbone
+from backbone.models.placement import get_placement
+from customize.control_settings import ADAPTER, ControlSettings
+from customize.objectives.control_networks import fresh_network
+
+PART = "control"  # of the planned denoiser: the network is counted with it
+
+
+def work_of(model: Backbone, settings: ControlSettings) -> Workload:
+    """The run's `Workload`: the control network is a part of the planned denoiser, and reads blank maps."""
+
+    def trains(denoiser: nn.Module) -> Iterable[Tensor]:
+        network = fresh_network(model, settings, denoiser)
+        denoiser.add_module(PART, network.module)
+        return [value for value in network.module.parameters() if value.requires_grad]
+
+    def conditioned(denoiser: nn.Module, conditions: Conditions) -> Conditions:
+        module = cast(nn.Module, denoiser.get_submodule(PART))
+        network = controlled_family(model).control_network(module, denoiser, lambda maps: maps)
+        maps = torch.zeros(len(conditions), 3, model.resolution, model.resolution, device="meta")
+        return replace(conditions, controls=(Control.of(network, maps),))
+
+    return Workload(
+        trains,
+        batch_size=settings.batch,
+        supports_compressed_base=settings.kind == ADAPTER,
+        queries_base=False,
+        conditioned=conditioned,
+    )
+
+
+def budgeted(model: Backbone, settings: ControlSettings, size: float) -> tuple[Backbone, ControlSettings]:
+    """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
+
+    Raises `UserError` where nothing fits.
+    """
+    choice = MemorySettings(
+        precision_name(model),
+        settings.gradient_checkpointing,
+        placement=get_placement(settings),
+        fixed_optimizer=True,
+    )
+    smaller, found = fit_to_memory(model, work_of(model, settings), size, choice)
+    return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)

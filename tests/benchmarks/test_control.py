@@ -1,0 +1,90 @@
+"""The benchmark of control: what it measures is right where the truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backbone.world.scene import Pose, Scene
+from backbone.world.words import Thing
+from benchmarks.classifier import prepare_images
+from benchmarks.control import (
+    FIRST_SEED,
+    edge_f1,
+    find_pose,
+    iou,
+    load_drawings,
+    make_case,
+    order_of,
+    pose_error,
+    select_scenes,
+    thing_iou,
+)
+
+ROCKET = Scene((Thing("rocket"),), "in space", seed=3, poses=(Pose(56, 100, 60, 45.0),))
+
+
+def test_scenes_are_held_out_and_a_third_is_on_white() -> None:
+    scenes = select_scenes(30)
+    assert all(scene.seed >= FIRST_SEED and scene.poses for scene in scenes)
+    white = [scene for scene in scenes if scene.place == "on a white background"]
+    assert 10 <= len(white) < 18
+    assert all(scene.style is None for scene in scenes[::3])
+
+
+def test_the_drawings_are_24_in_six_manners_and_enclose_something() -> None:
+    drawings = load_drawings()
+    assert len(drawings) == 24
+    assert {one.manner for one in drawings} == {"thin", "thick", "shaky", "open", "shifted", "one stroke"}
+    for one in drawings:
+        ink = np.asarray(one.image()).max(2) > 0
+        assert 60 < ink.sum() < 2500, one
+        assert one.area().sum() > 2 * ink.sum() / one.width, one
+        assert (ink & ~one.area()).sum() < 0.5 * ink.sum(), one
+
+
+def test_errors_of_a_pose_are_of_its_middle_and_go_round() -> None:
+    asked = Pose(60, 100, 40, 170, True)
+    error = pose_error(asked, Pose(63, 106, 44, -170, True))
+    assert error.place == pytest.approx(np.hypot(3, 4))
+    assert error.size == pytest.approx(0.1)
+    assert error.angle == pytest.approx(20)
+    assert error.mirror and error.turned
+
+
+def test_masks_agree_by_what_they_share() -> None:
+    one, other = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    one[:2], other[1:3] = True, True
+    assert iou(one, other) == pytest.approx(1 / 3)
+    white, black = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
+    assert thing_iou(white, white) == 1 and thing_iou(white, black) == 0
+    assert edge_f1(white, white) == 1
+
+
+@pytest.mark.font
+def test_the_true_picture_is_obeyed_in_every_way() -> None:
+    scene = Scene(
+        (Thing("apple"), Thing("car")),
+        "on a white background",
+        seed=5,
+        poses=(Pose(56, 90, 50, depth=0.7), Pose(76, 96, 60, depth=0.3)),
+    )
+    case = make_case(scene)
+    first, second = scene.poses or ()
+    swapped = make_case(replace(scene, poses=(replace(first, depth=0.3), replace(second, depth=0.7))))
+    assert list(order_of(case, case.picture)) == [True]
+    assert list(order_of(case, swapped.picture)) == [False]
+    assert edge_f1(case.picture, case.picture) == 1 and edge_f1(case.picture, swapped.picture) < 0.9
+    assert thing_iou(case.picture, swapped.picture) > 0.95
+
+
+@pytest.mark.font
+@pytest.mark.slow
+def test_a_glyph_is_found_as_it_is_held() -> None:
+    picture = (prepare_images([make_case(ROCKET).picture])[0] + 1) / 2
+    assert ROCKET.poses is not None
+    error = pose_error(ROCKET.poses[0], find_pose(picture, ROCKET.things[0], None))
+    assert error.place < 2 and error.size < 0.06 and error.angle < 8

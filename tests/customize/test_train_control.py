@@ -1,0 +1,418 @@
+"""`customize train-control` and `map`: pairs as people lay them out, exact resume, files that diffusers opens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, T2IAdapter
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from backbone.conditions.control import Control
+from backbone.io.console import UserError
+from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.memory.planner import MemoryEstimator
+from backbone.models.control import open_control
+from backbone.models.model import Backbone
+from backbone.training.settings import RunOptions, find_resumed, read_run_settings
+from customize.cli import app
+from customize.control_settings import PROGRAM, read_settings, resolved
+from customize.data.control_pairs import Columns, read_control_pairs
+from customize.evaluation.obedience import Agreement, agreement
+from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
+from customize.settings import Settings
+from customize.training.control import OBEDIENCE, Obedience
+from customize.training.control_memory import work_of
+
+SIDE, PAIRS = 32, 12
+HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
+
+
+def invoked(*arguments: object) -> Any:
+    """A command in this process: its exit code, output, and the exception of a mistake."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """Runs a command that is a mistake; gives the sentence that answers it."""
+    done = invoked(*arguments)
+    assert isinstance(done.exception, UserError), done.output
+    return str(done.exception)
+
+
+def circle(number: int, fill: str, paper: str = "black", *, inside: str = "black") -> Image.Image:
+    image = Image.new("RGB", (SIDE, SIDE), paper)
+    x, y = 8 + number % 4 * 5, 8 + number // 4 * 6
+    ImageDraw.Draw(image).ellipse((x - 6, y - 6, x + 6, y + 6), outline=fill, fill=inside)
+    return image
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Discs in two colours, with a sketch beside each and a caption in metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "maps").mkdir()
+    lines = []
+    for number in range(PAIRS):
+        colour = ("red", "blue")[number % 2]
+        circle(number, colour, "white", inside=colour).save(folder / f"{number}.png")
+        circle(number, "white").save(folder / "maps" / f"{number}.png")
+        lines.append(
+            {
+                "file_name": f"{number}.png",
+                "conditioning_image": f"maps/{number}.png",
+                "text": f"a {colour} disc",
+            }
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: Path
+    command: tuple[object, ...]
+    said: str
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "t2i-adapter",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")),
+    ],
+)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, pairs: Path
+) -> Trained:
+    """A finished run of four steps."""
+    run = tmp_path_factory.mktemp("runs") / str(request.param)
+    command = (
+        *("train-control", "--condition", "sketch", "--images", pairs, "--model", tiny_folder, *HERE),
+        *(
+            "--kind",
+            request.param,
+            "--evaluation-steps",
+            2,
+            "--learning-rate",
+            1e-3,
+            "--checkpointing-steps",
+            2,
+        ),
+    )
+    done = invoked(*command, "--steps", 4, "--out", run)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return Trained(run, command, done.output)
+
+
+def test_a_run_leaves_what_diffusers_opens_and_says_how_it_is_used(trained: Trained, tiny: Backbone) -> None:
+    record = read_json(trained.run / "condition.json")
+    assert record["kinds"] == ["sketch"] and record["base"] == tiny.fingerprint
+    assert f"--condition sketch=map.png --controlnet {trained.run}" in trained.said.replace("\n", " ")
+    assert Image.open(trained.run / "sheet.png").width > 300
+    history = read_jsonl(trained.run / OBEDIENCE, Obedience)
+    assert [one.step for one in history] == [0, 2, 4]
+    assert len({one.loss_without_map for one in history}) == 1 and len({one.loss for one in history}) == 3
+    best = min(history[1:], key=lambda one: one.loss)
+    weights = "t2i_adapter" if "t2i" in trained.run.name else "controlnet"
+    kept, last = (
+        read_tensors(folder / weights / "diffusion_pytorch_model.safetensors")[0]
+        for folder in (trained.run / "best", trained.run)
+    )
+    assert (best.step == 4) == all(torch.equal(kept[name], last[name]) for name in last)
+
+
+def test_diffusers_gives_the_same_residuals(trained: Trained, tiny: Backbone) -> None:
+    opened = open_control(tiny, str(trained.run))
+    side = tiny.resolution
+    maps = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    text = tiny.encode_prompts(["a red disc", "a blue disc"])
+    noisy, time = torch.randn(2, *tiny.latent_shape), torch.tensor([700, 300])
+    with torch.no_grad():
+        states = next(iter(text.text.values()))
+        inputs = {"sample": noisy, "timestep": time, "encoder_hidden_states": states}
+        control = Control.of(opened.network, maps)
+        ours = opened.network.residuals(control.hints, inputs, guess=False)
+        if "t2i" in trained.run.name:
+            theirs = T2IAdapter.from_pretrained(trained.run / "t2i_adapter")(maps)
+        else:
+            net = ControlNetModel.from_pretrained(trained.run / "controlnet")
+            down, middle = net(**inputs, controlnet_cond=maps, return_dict=False)
+            theirs = [*down, middle]
+    flat = [part for parts in ours.values() for part in parts]
+    assert len(flat) == len(theirs)
+    for mine, other in zip(flat, theirs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
+    again = tmp_path / trained.run.name
+    from customize.training import control
+
+    real, taken = control.drive, []
+
+    def half(objective: Any, run: Path, **how: Any) -> bool:
+        taken.append(real(objective, run, **how | {"until": 2}))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(control, "drive", half)
+        invoked(*trained.command, "--steps", 4, "--out", again)
+    assert taken == [False] and not (again / "condition.json").exists()
+    done = invoked("train-control", "--resume", again)
+    assert done.exit_code == 0, (done.output, done.exception)
+    part = "t2i_adapter" if "t2i" in again.name else "controlnet"
+    mine, other = (
+        read_tensors(run / part / "diffusion_pytorch_model.safetensors")[0] for run in (trained.run, again)
+    )
+    assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+    assert (again / OBEDIENCE).read_text() == (trained.run / OBEDIENCE).read_text()
+    assert "--steps 4" in read_json(again / "settings.json")["command"]
+    assert read_settings(again).condition == "sketch"
+
+
+def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, tmp_path: Path) -> None:
+    asked = {"images": "x", "condition": "sketch", "kind": "control-lora", "rank": 2, "lora_alpha": 4.0}
+    network = make_network(tiny, resolved(asked, {}))
+    module, random = network.module, torch.Generator().manual_seed(0)
+    learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    assert all(".lora_" in name or name.startswith(OWN_LAYERS) for name in learned)
+    for value in learned.values():
+        value.data = 0.1 * torch.randn(value.shape, generator=random)
+    save_network(module, "control-lora", tmp_path)
+    side = tiny.resolution
+    inputs = {
+        "sample": torch.randn(1, *tiny.latent_shape, generator=random),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": next(iter(tiny.encode_prompts(["a disc"]).text.values())),
+        "controlnet_cond": torch.rand(1, 3, side, side, generator=random),
+    }
+    whole = ControlNetModel.from_pretrained(tmp_path / "controlnet")
+    with torch.no_grad():
+        ours, theirs = (net(**inputs, return_dict=False) for net in (module, whole))
+    for mine, other in zip([*ours[0], ours[1]], [*theirs[0], theirs[1]], strict=True):
+        assert torch.allclose(mine, other, atol=1e-5) and mine.abs().max() > 1e-3
+    tensors, _ = read_tensors(tmp_path / LORA_FILE)
+    changed = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
+    assert changed and all(f"{name}.down" in tensors for name in changed)
+    assert "input_blocks.1.0.in_layers.2" in changed and "lora_controlnet" in tensors
+    assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
+
+
+@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet", "control-lora"])
+def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
+    settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
+    counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
+    network = make_network(tiny, settings)
+    trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)
+    assert counted.model_sizes("fp32").trained_parameters == trained
+    frozen = counted.step_bytes("fp32", False)
+    assert frozen.saved > 0 and frozen.peak >= frozen.saved
+
+
+def test_the_newest_run_is_of_the_same_command(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.run, tmp_path / "runs" / "control")
+    monkeypatch.chdir(tmp_path)
+    said = RunOptions(resume=Path("latest"))
+    assert find_resumed(said, PROGRAM, None) == Path("runs/control")
+    with pytest.raises(UserError, match="holds none"):
+        find_resumed(said, "customize train", None)
+    with pytest.raises(UserError, match="is a run of `customize train-control`, not of `customize train`"):
+        read_run_settings(Settings, tmp_path / "runs" / "control", "customize train")
+
+
+# --- pairs as people lay them out -----------------------------------------------------------------------------
+
+
+def test_pairs_are_read_from_every_layout(pairs: Path, tmp_path: Path) -> None:
+    wanted = [(f"a {('red', 'blue')[number % 2]} disc") for number in range(PAIRS)]
+    (tmp_path / "lllyasviel" / "source").mkdir(parents=True)
+    (tmp_path / "lllyasviel" / "target").mkdir()
+    (tmp_path / "beside").mkdir()
+    lines = []
+    for number in range(PAIRS):
+        image, drawn = pairs / f"{number}.png", pairs / "maps" / f"{number}.png"
+        shutil.copy(image, tmp_path / "lllyasviel" / "target" / f"{number}.png")
+        shutil.copy(drawn, tmp_path / "lllyasviel" / "source" / f"{number}.png")
+        lines.append(
+            {"source": f"source/{number}.png", "target": f"target/{number}.png", "prompt": wanted[number]}
+        )
+        shutil.copy(image, tmp_path / "beside" / f"{number}.png")
+        shutil.copy(drawn, tmp_path / "beside" / f"{number}.{('sketch', 'scribble')[number % 2]}.png")
+        (tmp_path / "beside" / f"{number}.txt").write_text(wanted[number])
+    shutil.copytree(tmp_path / "lllyasviel", tmp_path / "folders")
+    for number in range(PAIRS):
+        (tmp_path / "folders" / "target" / f"{number}.txt").write_text(wanted[number])
+    (tmp_path / "lllyasviel" / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    for source in (pairs, *(tmp_path / name for name in ("lllyasviel", "beside", "folders"))):
+        found = read_control_pairs(str(source), "sketch")
+        assert [one.caption for one in found] == wanted, source
+        assert all(one.map is not None for one in found)
+        for number in (0, 7):
+            maps = [one.read_map("sketch", (SIDE, SIDE)) for one in (found[number],)]
+            assert np.array_equal(
+                maps[0].permute(1, 2, 0).numpy() * 255,
+                np.asarray(Image.open(pairs / "maps" / f"{number}.png")),
+            )
+
+
+def test_named_columns_win_and_a_missing_one_is_named(pairs: Path) -> None:
+    found = read_control_pairs(str(pairs), "sketch", Columns(caption="file_name"))
+    assert found[3].caption == "3.png"
+    with pytest.raises(
+        UserError, match="has no column 'drawing'; it has file_name, conditioning_image, text"
+    ):
+        read_control_pairs(str(pairs), "sketch", Columns(map="drawing"))
+
+
+def test_edges_are_found_in_the_images_where_no_map_is_given(pairs: Path, tmp_path: Path) -> None:
+    from backbone.media.control_maps import as_hints, compute_map
+
+    shutil.copy(pairs / "0.png", tmp_path)
+    shutil.copy(pairs / "1.png", tmp_path)
+    found = read_control_pairs(str(tmp_path), "edges")
+    wanted = as_hints(compute_map("edges", Image.open(pairs / "0.png")))[0]
+    assert torch.equal(found[0].read_map("edges", (SIDE, SIDE)), wanted) and wanted.any()
+    with pytest.raises(UserError, match=r"2 of 2 images .* have no map \(first: .*0.png\)"):
+        read_control_pairs(str(tmp_path), "depth")
+    circle(0, "white").save(tmp_path / "0.edges.png")
+    with pytest.raises(UserError, match=r"1 of 2 images .* have no map"):
+        read_control_pairs(str(tmp_path), "edges")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("shape", "another shape. Crop them alike"),
+        ("paper", "looks like black on white"),
+        ("photo", "looks like a photograph"),
+        ("empty", "shows nothing"),
+        ("gone", "there is no such file beside it"),
+        ("equal", "All 12 maps are equal"),
+        ("captions", "All captions are “a disc”"),
+        ("bare", "No image has a caption"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
+    wrong: str, sentence: str, pairs: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    folder, drawn = tmp_path / "pairs", tmp_path / "pairs" / "maps" / "3.png"
+    shutil.copytree(pairs, folder)
+    listed = folder / "metadata.jsonl"
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    match wrong:
+        case "shape":
+            Image.open(drawn).resize((SIDE, 2 * SIDE)).save(drawn)
+        case "paper":
+            circle(3, "black", "white", inside="white").save(drawn)
+        case "photo":
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(
+                drawn
+            )
+        case "empty":
+            Image.new("RGB", (SIDE, SIDE)).save(drawn)
+        case "gone":
+            drawn.unlink()
+        case "equal":
+            for number in range(PAIRS):
+                circle(0, "white").save(folder / "maps" / f"{number}.png")
+        case "captions" | "bare":
+            lines = [{**line, "text": "a disc" if wrong == "captions" else ""} for line in lines]
+    listed.write_text("\n".join(map(json.dumps, lines)))
+    said = refused(
+        *("train-control", "--condition", "sketch", "--images", folder, "--model", tiny_folder, *HERE),
+        *("--steps", 1, "--out", tmp_path / "run"),
+    )
+    assert sentence in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--condition", "shadow"), "shadow"),
+        ((), "Say --condition sketch"),
+        (("--condition", "sketch", "--rank", 4), "--rank has no effect"),
+        (
+            ("--condition", "sketch", "--kind", "controlnet", "--adapter-size", "light"),
+            "--adapter-size has no effect",
+        ),
+        (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
+        (
+            ("--condition", "sketch", "--kind", "controlnet", "--cpu-offload", 0.5),
+            "--cpu-offload has no effect",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(flags: tuple[object, ...], sentence: str, pairs: Path) -> None:
+    assert sentence in refused("train-control", "--images", pairs, *flags)
+
+
+# --- obedience ------------------------------------------------------------------------------------------------
+
+
+def test_lines_agree_within_a_pixel() -> None:
+    asked = torch.zeros(20, 20)
+    asked[5, :10] = 1
+    beside = torch.zeros(20, 20)
+    beside[6, :5] = 1
+    beside[15, :5] = 1
+    assert agreement(asked, asked) == Agreement(1.0, 1.0)
+    found = agreement(asked, beside)
+    assert found == Agreement(
+        0.5, 0.6
+    )  # six of the ten pixels have one within reach, the corner's neighbour too
+    assert found.f1 == pytest.approx(2 * 0.5 * 0.6 / 1.1)
+    assert agreement(asked, torch.zeros(20, 20)).f1 == 0
+
+
+# --- maps to look at ------------------------------------------------------------------------------------------
+
+
+def test_the_map_of_a_picture_is_the_one_in_training_whatever_its_format(pairs: Path, tmp_path: Path) -> None:
+    photo = Image.open(pairs / "0.png")
+    found = []
+    for suffix in ("png", "bmp", "webp"):
+        photo.save(tmp_path / f"photo.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+        out = tmp_path / f"{suffix}.png"
+        done = invoked("map", "canny", tmp_path / f"photo.{suffix}", "--resolution", SIDE, "--out", out)
+        assert done.exit_code == 0, (done.output, done.exception)
+        found.append(np.asarray(Image.open(out)))
+    shutil.copy(tmp_path / "photo.bmp", tmp_path / "photo2.bmp")
+    own = read_control_pairs(str(tmp_path / "photo.png"), "edges")[0].read_map("edges", (SIDE, SIDE))
+    assert all(np.array_equal(one, found[0]) for one in found)
+    assert np.array_equal(found[0], own.permute(1, 2, 0).numpy() * 255)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "Name one picture"),
+        (("depth", "0.png"), "needs a network"),
+        (("edges", "--all", "0.png"), "--all makes every kind"),
+        (("edges", "nowhere.png"), "does not exist"),
+        (("--scene", 7, "--prompt", "a dog"), "--scene has no effect"),
+        (("pose", "--prompt", "a griffin in the snow"), "no thing of moji's world"),
+        (("pose", "--prompt", "a dog wearing a boot"), "nothing to wear"),
+        (("pose", "--prompt", "a dog", "--pose", "x=4"), "says no foot"),
+        (("pose", "--prompt", "a dog", "--pose", "x=4,foot=100,size=500"), "size is 500"),
+        (("pose", "--prompt", "two dogs", "--pose", "x=4,foot=100,size=50"), "1 poses for 2 things"),
+        (("edges", "lines", "0.png", "--out", "one.png"), "one file"),
+        (("--posed", "0.png"), "--posed has no effect"),
+    ],
+)
+def test_maps_that_cannot_be_made_are_refused(
+    words: tuple[object, ...], sentence: str, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pairs)
+    assert sentence.replace("needs a network", "found by a network") in refused("map", *words)
+    assert not (pairs / "maps-2").exists()
