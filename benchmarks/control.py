@@ -103,6 +103,11 @@ class ControlSettings:
 @settled_command(app, ControlSettings)
 def main(settings: ControlSettings) -> None:
     """Draws, measures, and writes the tables and the sheets."""
+    run(settings)
+
+
+def run(settings: ControlSettings) -> None:
+    """Draws, measures, and writes the tables and the sheets."""
     find_font()
     judges = Judges(
         load_classifier(settings.classifier, device=settings.device), load_reader(settings.reader)
