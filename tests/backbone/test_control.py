@@ -248,7 +248,9 @@ def test_a_network_of_another_model_is_refused_by_what_differs(nets: Nets, tmp_p
     with pytest.raises(UserError, match=r"other was made for another model: its width of the text is 24"):
         open_control(nets.model, str(other))
     wide = adapter(tmp_path / "wide", 0, channels=[16, 48])
-    with pytest.raises(UserError, match=r"wide was made for another model: it adds to layers of 16, 48"):
+    with pytest.raises(
+        UserError, match=r"wide was made for another model: its width of the blocks is 16, 48"
+    ):
         open_control(nets.model, str(wide))
     nowhere = nets.model.location.folder
     assert nowhere is not None
