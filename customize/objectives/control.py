@@ -46,7 +46,7 @@ FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
 
 
 class Batch(NamedTuple):
-    """B samples: noisy latents [B, C, H, W] at levels of index [B], targets, weights [B, 1, H, W], maps in 0…1."""
+    """B samples: noisy latents [B, C, H, W], indices of their levels [B], targets, weights [B, 1, H, W], maps."""
 
     noisy: Tensor
     level: Tensor

@@ -281,13 +281,17 @@ def train_network(settings: TrainSettings) -> None:
         notify(said if agreed is None else f"{said}, edges agree {agreed.f1:.3f}")
         training.write(run, {})
 
-    drive(
-        training,
-        run,
-        command="python -m recipes.moji.control train",
-        validate=Every(settings.look, within(settings.minutes, validation)),
-        preview=Every(settings.look, look),
-    )
+    try:
+        drive(
+            training,
+            run,
+            command="python -m recipes.moji.control train",
+            validate=Every(settings.look, within(settings.minutes, validation)),
+            preview=Every(settings.look, look),
+        )
+    except KeyboardInterrupt:
+        stopped = f"Stopped and saved at step {training.saved} of {settings.steps}. The same command goes on."
+        raise KeyboardInterrupt(stopped) from None
     look(training.done)
 
 
