@@ -62,7 +62,7 @@ from customize.training.control import Previews, Shown, Validation
 
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 SHARD = 500  # scenes in a file
-HELD = range(TRAINING_SEEDS.stop - 96, TRAINING_SEEDS.stop)  # posed scenes that no part of moji is trained on
+HELD = range(TRAINING_SEEDS.stop - 48, TRAINING_SEEDS.stop)  # posed scenes that no part of moji is trained on
 SHOWN = 2  # of each kind in previews
 NAME = "world"  # of the exported network's folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"

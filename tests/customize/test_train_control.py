@@ -206,7 +206,7 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
     assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
 
 
-@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet", "control-lora"])
+@pytest.mark.parametrize("kind", ["t2i-adapter", *SLOW])
 def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
     settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
     counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
