@@ -82,13 +82,10 @@ class Trained:
     said: str
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "t2i-adapter",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")),
-    ],
-)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")]
+
+
+@pytest.fixture(scope="module", params=["t2i-adapter", *SLOW])
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, pairs: Path
 ) -> Trained:
