@@ -25,7 +25,7 @@ from diffusers import (
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.diffusion.noise import add_noise
@@ -64,7 +64,7 @@ def time_sides(
     """The quartiles of every side's seconds."""
     nets = {"ControlNet": new_control(model, "controlnet"), "T2I-Adapter": new_control(model, "t2i-adapter")}
     for net in nets.values():
-        net.module.to(model.dtype).eval().requires_grad_(False)
+        nn.Module.to(net.module, model.dtype).eval().requires_grad_(False)
     pictures = {"no control": partial_draw(model, [], steps)}
     for name, net in nets.items():
         pictures[name] = partial_draw(model, [Control.of(net, blank(model))], steps)
