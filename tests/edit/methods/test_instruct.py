@@ -98,7 +98,9 @@ def test_guidance_is_over_three_predictions(model: Backbone) -> None:
 
     none = alone(empty, torch.zeros_like(reference))
     seen, told = alone(empty, reference), alone(text, reference)
-    guided = method.guide_by_image(model, image, "a red dog", "", 5.0, 1.3)(noisy, schedule[0]).noise
+    guided = method.guide_by_image(model, image, Conditions.cat([text, empty, empty]), 5.0, 1.3)(
+        noisy, schedule[0]
+    ).noise
     torch.testing.assert_close(guided, none + 1.3 * (seen - none) + 5 * (told - seen), atol=1e-4, rtol=1e-4)
 
 
