@@ -103,6 +103,11 @@ class ControlSettings:
 @settled_command(app, ControlSettings)
 def main(settings: ControlSettings) -> None:
     """Draws, measures, and writes the tables and the sheets."""
+    run(settings)
+
+
+def run(settings: ControlSettings) -> None:
+    """Draws, measures, and writes the tables and the sheets."""
     find_font()
     judges = Judges(
         load_classifier(settings.classifier, device=settings.device), load_reader(settings.reader)
@@ -290,7 +295,8 @@ def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 
 def not_white(image: Image.Image) -> NDArray[np.bool_]:
     """Where a picture is darker than white in any channel [H, W]."""
-    return np.asarray(image.convert("RGB")).min(2) < WHITE
+    dark: NDArray[np.bool_] = np.asarray(image.convert("RGB")).min(2) < WHITE
+    return dark
 
 
 def label_accuracies(

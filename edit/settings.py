@@ -108,7 +108,7 @@ class ImageArgument:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConditionOption:
+class SourceConditionOption(ControlOptions):
     """Of a command in which the source has a prompt of its own."""
 
     source_condition: Annotated[

@@ -177,8 +177,8 @@ def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwo
     for name, words in MUST_AGREE.items():
         if own.get(name) != unet.get(name):
             raise made_for_another_model(words, own.get(name), unet.get(name))
-    if own.in_channels not in (unet.in_channels, unet.in_channels // 2):  # the latter beside an image to edit
-        raise made_for_another_model("number of latent channels", own.in_channels, unet.in_channels)
+    if own.in_channels != unet.out_channels:  # the UNet's own input may hold an image to edit besides
+        raise made_for_another_model("number of latent channels", own.in_channels, unet.out_channels)
     return UNetUnion(module) if isinstance(module, ControlNetUnionModel) else UNetControlNet(module)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -330,7 +331,8 @@ def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.
                 f"{found.name} is one file, and control networks of {model.family.name} are read from diffusers "
                 "folders. Name the folder or hub id."
             )
-    return network.eval().requires_grad_(False).to(model.device)
+    network = network.eval().requires_grad_(False).to(model.device)
+    return nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the denoiser's
 
 
 def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:

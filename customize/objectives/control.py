@@ -46,10 +46,10 @@ FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
 
 
 class Batch(NamedTuple):
-    """B samples: noisy latents [B, C, H, W] at levels `index` [B], targets, weights [B, 1, H, W], maps in 0…1."""
+    """B samples: noisy latents [B, C, H, W], indices of their levels [B], targets, weights [B, 1, H, W], maps."""
 
     noisy: Tensor
-    index: Tensor
+    level: Tensor
     target: Tensor
     weight: Tensor
     maps: Tensor
@@ -64,9 +64,9 @@ class Drawn:
 
     def to(self, device: torch.device) -> Drawn:
         """On a device; levels stay where they are looked up."""
-        noisy, index, *rest = self.batch
+        noisy, level, *rest = self.batch
         moved = [send(value, device) for value in (noisy, *rest)]
-        return Drawn(Batch(moved[0], index, *moved[1:]), self.conditions.to(device))
+        return Drawn(Batch(moved[0], level, *moved[1:]), self.conditions.to(device))
 
     def pin_memory(self) -> Drawn:
         """In memory from which a GPU copies by itself."""
@@ -86,9 +86,10 @@ class ControlSource(Protocol):
     conditions  of captions, one behind the other, the empty prompt last
     """
 
-    kinds: Sequence[str]
-    conditions: Prompts | Conditions
-
+    @property
+    def kinds(self) -> Sequence[str]: ...
+    @property
+    def conditions(self) -> Prompts | Conditions: ...
     def __len__(self) -> int: ...
 
     def latents(self, rows: Tensor, random: torch.Generator) -> Tensor:
@@ -224,7 +225,7 @@ class ControlTraining(Objective):
         with self.model.autocast():
             control = Control.of(self.network, batch.maps)
         prediction = self.model.predict(
-            batch.noisy, batch.index, replace(drawn.conditions, controls=(control,))
+            batch.noisy, batch.level, replace(drawn.conditions, controls=(control,))
         )
         errors = squared_error(prediction, batch.target, batch.weight)
         return errors.sum() * (self.share.scale / self.settings.batch)

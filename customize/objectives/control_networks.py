@@ -97,7 +97,7 @@ def save_network(module: nn.Module, kind: str, run: Path) -> None:
     if kind != CONTROL_LORA:
         cast(Any, module).save_pretrained(part)
         return
-    whole = type(module).from_config(cast(Any, module).config)
+    whole = cast(Any, type(module)).from_config(cast(Any, module).config)
     whole.load_state_dict(merged_weights(module))
     whole.save_pretrained(part)
     write_tensors(run / LORA_FILE, lora_weights(module), {})

@@ -283,7 +283,8 @@ class Previews:
     def draw(self) -> list[Image]:
         """An image for each map, each by itself."""
         network, settings = self.training.network, self.training.settings
-        was, images = network.module.training, []
+        was = network.module.training
+        images: list[Image] = []
         network.module.eval()
         with self.training.averaged(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
             for number, one in enumerate(self.shown):

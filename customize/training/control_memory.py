@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ def work_of(model: Backbone, settings: ControlSettings) -> Workload:
         return [value for value in network.module.parameters() if value.requires_grad]
 
     def conditioned(denoiser: nn.Module, conditions: Conditions) -> Conditions:
-        module = cast(nn.Module, denoiser.get_submodule(PART))
+        module = denoiser.get_submodule(PART)
         network = controlled_family(model).control_network(module, denoiser, lambda maps: maps)
         maps = torch.zeros(len(conditions), 3, model.resolution, model.resolution, device="meta")
         return replace(conditions, controls=(Control.of(network, maps),))

@@ -62,7 +62,7 @@ from customize.training.control import Previews, Shown, Validation
 
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 SHARD = 500  # scenes in a file
-HELD = range(TRAINING_SEEDS.stop - 96, TRAINING_SEEDS.stop)  # posed scenes that no part of moji is trained on
+HELD = range(TRAINING_SEEDS.stop - 48, TRAINING_SEEDS.stop)  # posed scenes that no part of moji is trained on
 SHOWN = 2  # of each kind in previews
 NAME = "world"  # of the exported network's folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -281,13 +281,17 @@ def train_network(settings: TrainSettings) -> None:
         notify(said if agreed is None else f"{said}, edges agree {agreed.f1:.3f}")
         training.write(run, {})
 
-    drive(
-        training,
-        run,
-        command="python -m recipes.moji.control train",
-        validate=Every(settings.look, within(settings.minutes, validation)),
-        preview=Every(settings.look, look),
-    )
+    try:
+        drive(
+            training,
+            run,
+            command="python -m recipes.moji.control train",
+            validate=Every(settings.look, within(settings.minutes, validation)),
+            preview=Every(settings.look, look),
+        )
+    except KeyboardInterrupt:
+        stopped = f"Stopped and saved at step {training.saved} of {settings.steps}. The same command goes on."
+        raise KeyboardInterrupt(stopped) from None
     look(training.done)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from backbone.io.files import read_json
+from backbone.models.model import Backbone
 from backbone.world.scene import Pose, Scene
 from backbone.world.words import Thing
+from benchmarks import control
 from benchmarks.classifier import prepare_images
 from benchmarks.control import (
     FIRST_SEED,
@@ -23,6 +27,9 @@ from benchmarks.control import (
     select_scenes,
     thing_iou,
 )
+from customize.control_settings import resolved
+from customize.objectives.control_networks import make_network, save_network
+from tests.tiny import tiny_moji
 
 ROCKET = Scene((Thing("rocket"),), "in space", seed=3, poses=(Pose(56, 100, 60, 45.0),))
 
@@ -88,3 +95,34 @@ def test_a_glyph_is_found_as_it_is_held() -> None:
     assert ROCKET.poses is not None
     error = pose_error(ROCKET.poses[0], find_pose(picture, ROCKET.things[0], None))
     assert error.place < 2 and error.size < 0.06 and error.angle < 8
+
+
+@pytest.mark.font
+@pytest.mark.slow
+def test_the_benchmark_writes_its_tables_and_sheets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_moji(tmp_path / "model")
+    opened = Backbone.open(str(model), device="cpu", precision="fp32")
+    settings = resolved({"images": "x", "condition": "sketch"}, {})
+    save_network(make_network(opened, settings).module, settings.kind, tmp_path / "net")
+    monkeypatch.setattr(control, "FEW", 3)
+    asked = {
+        "model": str(model),
+        "network": str(tmp_path / "net"),
+        "kinds": ("sketch", "pose"),
+        "sweep": (0.5,),
+    }
+    control.run(control.ControlSettings(**asked, scenes="small", steps=2, out=tmp_path / "out"))
+    table = read_json(tmp_path / "out" / "table.json")
+    assert list(table["rows"]) == ["no condition", "sketch", "pose", "sketch, scale 0.5", "true, round trip"]
+    assert len(table["drawings"]) == 24
+    text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert (
+        text.count("| sketch") == 2
+        and "Drawings by hand, 24" in text
+        and text.strip() in capsys.readouterr().out
+    )
+    assert (tmp_path / "out" / "sheet.png").exists() and (tmp_path / "out" / "drawings.png").exists()
+    drawn = sorted((tmp_path / "out" / "pictures").rglob("*.png"))
+    assert len(drawn) == 4 * 3 + 24

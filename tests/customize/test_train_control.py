@@ -82,13 +82,10 @@ class Trained:
     said: str
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "t2i-adapter",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")),
-    ],
-)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")]
+
+
+@pytest.fixture(scope="module", params=["t2i-adapter", *SLOW])
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, pairs: Path
 ) -> Trained:
@@ -206,7 +203,7 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
     assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
 
 
-@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet", "control-lora"])
+@pytest.mark.parametrize("kind", ["t2i-adapter", *SLOW])
 def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
     settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
     counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")

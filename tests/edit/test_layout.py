@@ -26,6 +26,7 @@ from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruc
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, AskedLayout, Layout, enclosed, open_layout
 from edit.masks import difference_maps
 from edit.methods.flow_edit import flow_edit
+from edit.methods.instruct import instruct
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.sdedit import sdedit
@@ -186,6 +187,20 @@ def test_sdedit_draws_under_its_targets_map(model: Backbone, place: Path) -> Non
         sdedit(model, place / "scene.png", OTHER, layout=one, **how) for one in (NO_LAYOUT, layout)
     )
     assert plain.nfe == under.nfe and not torch.allclose(plain.latents, under.latents, atol=1e-3)
+
+
+def test_an_instruction_is_followed_under_a_map_of_a_net_that_reads_no_image(
+    place: Path, tmp_path: Path
+) -> None:
+    """The net was made for the plain model, whose UNet has half of the input's channels."""
+    folder = str(tiny.tiny_instruct_pix2pix(tmp_path / "model"))
+    told = Backbone.open(folder, device="cpu", precision="fp32", by_instruction=True)
+    layout = opened(told, place, "edges=auto", net="controlnet")
+    how: dict[str, Any] = {"keep": "none", "steps": 2}
+    plain, under = (
+        instruct(told, place / "scene.png", ["make it red"], layout=one, **how) for one in (NO_LAYOUT, layout)
+    )
+    assert not torch.allclose(plain.latents, under.latents, atol=1e-3)
 
 
 # The commands -----------------------------------------------------------------------------------------------
