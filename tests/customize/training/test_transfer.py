@@ -29,7 +29,7 @@ from customize.evaluation.survival import Fidelity, Survival
 from customize.objectives.transfer import Transfer
 from customize.settings import read_settings
 from customize.training.transfer import prepare_fit, transfer_run
-from customize.training.transfer_cli import TransferOptions
+from customize.training.transfer_settings import TransferOptions
 from tests.tiny import tiny_moji, tiny_z_image
 
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
