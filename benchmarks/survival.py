@@ -117,7 +117,8 @@ def make(trial: Trial, out: Path, *, count: int, model: str, few: str, fit: str)
 
 def judge(trial: Trial, out: Path, classifier: Classifier) -> Survived:
     """A concept by its images."""
-    tallies, seconds = {}, {}
+    tallies: dict[str, dict[str, Tally]] = {}
+    seconds: dict[str, float] = {}
     for side in SIDES:
         folders = {kind: folder_of(trial, side, kind, out) for kind in KINDS}
         tallies[side] = {kind: tally_folder(trial, kind, path, classifier) for kind, path in folders.items()}

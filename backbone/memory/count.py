@@ -163,7 +163,12 @@ class MetaDeviceEmulation(TorchFunctionMode):
 def emulate_fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
-    """The shape of fused attention's output [B, heads, tokens, D], saving for backward what the kernel saves."""
+    """The shape of fused attention's output [B, heads, tokens, D], saving for backward what the kernel saves.
+
+    Of a mask of yes and no that is the numbers which are added in its place.
+    """
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     return cast(Tensor, _FusedAttention.apply(query, key, value, attn_mask))  # type: ignore[no-untyped-call]
 
 

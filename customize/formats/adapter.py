@@ -47,6 +47,7 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("z-image", "zimage"),
     ("z_image", "zimage"),
     ("zimage", "zimage"),
+    ("qwen-image-2", "other"),
     ("qwen", "qwen"),
     ("krea", "krea2"),
     *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
@@ -58,6 +59,7 @@ PIPELINES: dict[str, BaseFamily] = {
     "PixArtSigmaPipeline": "pixart",
     "ZImagePipeline": "zimage",
     "Flux2KleinPipeline": "flux2",
+    "Flux2Pipeline": "flux2",
     "QwenImagePipeline": "qwen",
     "Krea2Pipeline": "krea2",
 }

@@ -41,7 +41,7 @@ class TransferFit(RunSettings, Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def learning_rate(self) -> float: ...
+    def learning_rate(self) -> float | None: ...
     @property
     def prior_loss_weight(self) -> float: ...
 
@@ -147,7 +147,7 @@ class Transfer(Objective):
         self.parameters = lora_parameters(model.denoiser, adapter)
         for value in self.parameters.values():
             value.requires_grad_(True)
-        part = Part(self.parameters, settings.learning_rate)
+        part = Part(self.parameters, settings.learning_rate or 0.0)
         self.optimizer = make_optimizer("adamw", [part], weight_decay=0.0)
         self.schedule: Schedule = model.schedule(drawing.steps)
         self.figures = {}

@@ -28,7 +28,7 @@ from customize.data.prepared import stored_images
 from customize.objectives.transfer import ClassAnswers, SubjectAnswers, Transfer, draw_class, draw_subject
 from customize.settings import FILE, SHEET, Settings, read_settings
 from customize.training.evaluation import Previews
-from customize.training.transfer_cli import OF_THE_RUN, TransferOptions
+from customize.training.transfer_settings import OF_THE_RUN, TransferOptions
 
 ADAPTER = "concept_0"  # as `load_concepts` calls the first
 SHOWN = 8

@@ -157,6 +157,11 @@ def chroma(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tenso
 
 
 def qwen_image21(net: Any, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    if len(set(text["mask"].sum(1).tolist())) > 1:  # places in the image depend on the length of the text
+        rows = [{name: value[n : n + 1] for name, value in text.items()} for n in range(len(noisy))]
+        return torch.cat(
+            [qwen_image21(net, noisy[n : n + 1], t[n : n + 1], row) for n, row in enumerate(rows)]
+        )
     count, _, height, width = noisy.shape
     longest = int(text["mask"].sum(1).max())
     slots = torch.cat([torch.zeros(count, longest), torch.ones(count, height * width // 4)], dim=1).bool()

@@ -82,7 +82,8 @@ def test_transformers_reads_the_rotation_and_size_that_a_text_encoder_was_traine
 
 
 def test_the_text_encoder_of_flux2_dev_is_transformers_own_mistral_small() -> None:
-    own = Mistral3Config().text_config.to_dict()
+    text: Any = Mistral3Config().text_config
+    own = text.to_dict()
     said = config("flux2-dev", "text_encoder")["text_config"]
     assert {key: own[key] for key in said if key != "rope_theta"} == {
         key: value for key, value in said.items() if key != "rope_theta"
@@ -108,7 +109,7 @@ def test_steps_and_guidance_are_diffusers_own_by_default(
         name: one.default
         for name, one in inspect.signature(getattr(diffusers, pipeline).__call__).parameters.items()
     }
-    guidance = usual.get("true_cfg_scale", usual.get("guidance_scale"))
+    guidance: Any = usual.get("true_cfg_scale", usual.get("guidance_scale"))
     folders = (PUBLISHED_CONFIGS / part, PUBLISHED_CONFIGS / "flux2-klein") if part else ()
     location = Location(pipeline, str(Path("none.safetensors")), {"_class_name": pipeline}, folders)
     family = next(one for one in families() if pipeline in one.pipeline_classes)

@@ -88,7 +88,8 @@ def test_the_export_is_a_few_step_model_of_its_base(
     assert done.exit_code == 0, done.output
     base = Backbone.open(own.model, device="cpu", precision="fp32")
     few = open_few_step(base, str(out))
-    assert few.schedule(4).time is not None and few.schedule(4).time[:-1].tolist() == [999, 759, 499, 259]
+    times = few.schedule(4).time
+    assert times is not None and times[:-1].tolist() == [999, 759, 499, 259]
     assert few.denoiser is not None
     stored = read_tensors(out / LORA_WEIGHTS)[0]
     assert {value.dtype for value in stored.values()} == {torch.float16}

@@ -121,7 +121,9 @@ class Flux2(SplitFileFamily):
         if is_told_guidance(location):
             kind: Any = MistralModel
             if location.file is None:
-                from transformers import Mistral3ForConditionalGeneration as kind  # slow to import
+                from transformers import Mistral3ForConditionalGeneration  # slow to import
+
+                kind = Mistral3ForConditionalGeneration
             slot = source.load_language_model(kind, PreTrainedTokenizerFast, location, dtype)
             chat = language_models.chat_writer(slot.tokenizer, location, MISTRAL, system=SYSTEM_MESSAGE)
             return LanguageModelEncoder(

@@ -129,23 +129,20 @@ class QwenImage21:
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
-        dtype = cast(torch.dtype, denoiser.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            count, _, height, width = noisy.shape
             hidden, mask = language_models.cut_padding(conditions.text)
-            slots = torch.zeros(count, hidden.shape[1] + height * width // SLOT, dtype=torch.bool)
-            slots[:, hidden.shape[1] :] = True
-            output = network(
-                hidden_states=noisy.flatten(2).transpose(1, 2).to(dtype),
-                timestep=time.expand(count) / 1000,
-                encoder_hidden_states=hidden.to(dtype),
-                encoder_hidden_states_mask=mask,
-                img_shapes=[[(1, height, width)]] * count,
-                img_mask=slots if noisy.is_meta else slots.to(noisy.device),
-            )
-            image = output.sample[:, -height * width :]
-            return cast(Tensor, image.transpose(1, 2).unflatten(2, (height, width)))
+            time = time.expand(len(noisy))
+            if mask is None:
+                return call(network, noisy, time, hidden)
+            # where the image's places begin depends on the length of the text: rows of one length go together
+            lengths = mask.sum(1)
+            found = torch.empty_like(noisy)
+            for length in lengths.unique().tolist():
+                rows = (lengths == length).nonzero()[:, 0]
+                answer = call(network, noisy[rows], time[rows], hidden[rows, :length])
+                found = found.index_copy(0, rows, answer.to(found.dtype))
+            return found
 
         return predict
 
@@ -156,6 +153,23 @@ class QwenImage21:
 
     def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
+
+
+def call(network: Any, noisy: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
+    """The network's velocity [B, C, H, W] at times [B] with text [B, T, D] without padding."""
+    count, _, height, width = noisy.shape
+    dtype = cast(torch.dtype, network.dtype)
+    slots = torch.zeros(count, hidden.shape[1] + height * width // SLOT, dtype=torch.bool)
+    slots[:, hidden.shape[1] :] = True
+    output = network(
+        hidden_states=noisy.flatten(2).transpose(1, 2).to(dtype),
+        timestep=time / 1000,
+        encoder_hidden_states=hidden.to(dtype),
+        img_shapes=[[(1, height, width)]] * count,
+        img_mask=slots if noisy.is_meta else slots.to(noisy.device),
+    )
+    image = output.sample[:, -height * width :]
+    return cast(Tensor, image.transpose(1, 2).unflatten(2, (height, width)))
 
 
 class BeforeTheNorm(LanguageModelEncoder):

@@ -29,7 +29,7 @@ from customize.evaluation.survival import Fidelity, Survival
 from customize.objectives.transfer import Transfer
 from customize.settings import read_settings
 from customize.training.transfer import prepare_fit, transfer_run
-from customize.training.transfer_cli import TransferOptions
+from customize.training.transfer_settings import TransferOptions
 from tests.tiny import tiny_moji, tiny_z_image
 
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -38,7 +38,7 @@ TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--
 def few_step_of(base: Path, folder: Path, part: str = "unet") -> Path:
     """A copy of a tiny model whose denoiser is moved a little, drawn with in two steps without guidance."""
     shutil.copytree(base, folder, symlinks=True)
-    network = Backbone.open(str(base), device="cpu", precision="fp32").denoiser
+    network: Any = Backbone.open(str(base), device="cpu", precision="fp32").denoiser
     with torch.no_grad():
         for number, value in enumerate(network.parameters()):
             value.add_(0.05 * torch.randn(value.shape, generator=generator("few", number)))
