@@ -145,7 +145,10 @@ class Flux2(SplitFileFamily):
             if guidance is None:
                 guidance = noisy.new_ones(count)
             images = (noisy, *conditions.references)
-            ids = [image_ids(*image.shape[-2:], REFERENCE * number) for number, image in enumerate(images)]
+            ids = [
+                image_ids(image.shape[-2], image.shape[-1], REFERENCE * number)
+                for number, image in enumerate(images)
+            ]
             output = network(
                 hidden_states=torch.cat([image.flatten(2).transpose(1, 2) for image in images], 1).to(dtype),
                 timestep=time.expand(count) / 1000,
