@@ -57,8 +57,9 @@ class HeldOut:
 
     def first(self, count: int) -> HeldOut:
         """At most so many of them."""
-        columns = (self.sources, self.targets, self.references, self.instructions)
-        return HeldOut(*(column[:count] for column in columns))
+        return HeldOut(
+            self.sources[:count], self.targets[:count], self.references[:count], self.instructions[:count]
+        )
 
 
 def draw_held_out(
@@ -69,8 +70,8 @@ def draw_held_out(
     steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
     drawn: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:
-        for row, shown in enumerate(pairs.references):  # one by one: their sizes may differ
-            shown = [latents.to(model.device) for latents in shown]
+        for row, latents in enumerate(pairs.references):  # one by one: their sizes may differ
+            shown = [each.to(model.device) for each in latents]
             noise = torch.randn(shown[0].shape, generator=generator(settings.seed, row, "instruct"))
             state = draw_edit(
                 model, shown, pairs.instructions[row], steps=steps, guidances=guidances, noise=noise,

@@ -79,7 +79,7 @@ def test_likeness_without_obedience_is_worth_less() -> None:
 
 
 def test_patience_ends_after_so_many_without_a_better_one() -> None:
-    patience = EarlyStopping(2)
+    patience: EarlyStopping[ConceptMetrics] = EarlyStopping(2)
     best = []
     for step, value in enumerate([0.0, 0.5, 0.4, 0.5]):
         best.append(patience.update(figures(step, rated=value)))
