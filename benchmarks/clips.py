@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -77,7 +78,7 @@ def measure_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> Mov
     """What moves in a clip, or with `camera` what its border does, added up over all pairs of frames."""
     grays = [_smooth(np.asarray(frame.convert("L"), dtype=np.float32)) for frame in frames]
     total = np.zeros(4)
-    for here, there in zip(grays, grays[1:], strict=False):
+    for here, there in pairwise(grays):
         total += _fit_similarity(here, there, _border(here.shape) if camera else None)
     return Moved(*total[:3], float(np.degrees(total[3])))
 
@@ -155,7 +156,7 @@ def measure(clip: Clip, frames: Sequence[Image.Image], judge: Classifier) -> Row
 
 
 def select_clips(count: int, frames: int) -> list[Clip]:
-    """So many clips of the benchmark's seeds with one thing each: every directed word as often, and every sixth still."""
+    """So many clips of the benchmark's seeds, of one thing each: every directed word as often, every sixth still."""
     words = [*(move for move in MOTIONS if move in PARTS), *CAMERAS]
     found: list[Clip] = []
     for seed in BENCHMARK_SEEDS:
@@ -211,9 +212,10 @@ def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
 
 def draw(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
     """A clip drawn from its caption."""
+    request = [Request(clip.caption(), (number, 0))]
     (latents,) = sample_latents(
-        model, [Request(clip.caption(), (number, 0))], steps=steps, guidance=guidance, seed=0, frames=Frames(clip.frames)
-    )  # fmt: skip
+        model, request, steps=steps, guidance=guidance, seed=0, frames=Frames(clip.frames)
+    )
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
 

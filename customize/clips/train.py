@@ -148,6 +148,8 @@ class MotionLearning(Objective):
         )
         self.looks = list(looks.values())
         self.parameters = looks | moves
+        for value in self.parameters.values():  # adding the second one froze the first
+            value.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )

@@ -1,4 +1,4 @@
-"""The measures of the clips' benchmark: known movements are read from pixels, and true clips do what their words say."""
+"""The clips' benchmark: known movements are read from pixels, and true clips do what their words say."""
 
 from __future__ import annotations
 
