@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import typer
@@ -42,6 +42,8 @@ from backbone.adapters.concept import read_concept
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.flags import OUTPUT
+from backbone.io.options import Option, settled_command
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
@@ -97,6 +99,8 @@ WAYS = {
     "script-rates": SCRIPT_RATES,
 }  # fmt: skip
 Table = Literal["concepts", "methods", "rates", "script", "script-rates"]
+
+app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
@@ -158,38 +162,47 @@ class Result:
     megabytes: float
 
 
-def main(
-    asked: Annotated[Table, typer.Argument(metavar="TABLE", help=", ".join(WAYS))] = "concepts",
+@dataclass(frozen=True, kw_only=True)
+class TableSettings:
+    """Which table, of what, drawn how often."""
+
+    table: Annotated[
+        str, Option(", ".join(WAYS) + ".", "Table", argument=True, metavar="TABLE", choices=tuple(WAYS))
+    ] = "concepts"
     concepts: Annotated[
-        list[str] | None, typer.Option(help="Which ones.", show_default="by table: 12, 4 or 1")
-    ] = None,
-    script: Annotated[
-        Path | None, typer.Option(help="diffusers' train_dreambooth_lora.py.", show_default="none")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures in each of the seven places.")] = 3,
-    others: Annotated[int, typer.Option(min=1, help="Pictures of each other prompt.")] = 2,
-    flags: Annotated[str, typer.Option(help="More flags for customize train, in one string.")] = "",
-    model: Annotated[str, typer.Option(help="The base model.")] = "moji",
-    seed: Annotated[int, typer.Option()] = 0,
-    known: Annotated[
-        bool, typer.Option("--known", help="Only what --out has all pictures of; trains nothing.")
-    ] = False,
-    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
-    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
-) -> None:
-    """Train and samples what is missing, classifies every image, and writes the table."""
-    chosen = list_trials(asked, concepts, flags=flags, seed=seed)
-    if asked.startswith("script") and not known and not (script and script.is_file()):
+        tuple[str, ...], Option("Which ones.", "Table", default_text="by table: 12, 4 or 1")
+    ] = ()
+    script: Annotated[Path | None, Option("diffusers' train_dreambooth_lora.py.", "Table")] = None
+    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
+    model: Annotated[str, Option("The base model.", "Training")] = "moji"
+    seed: Annotated[int, Option("Of training and pictures.", "Training")] = 0
+    count: Annotated[int, Option("Pictures in each of the seven places.", "Pictures", min=1)] = 3
+    others: Annotated[int, Option("Pictures of each other prompt.", "Pictures", min=1)] = 2
+    classifier: Annotated[Path, Option("The classifier's folder.", "Pictures")] = FOLDER
+    known: Annotated[bool, Option("Only what --out has all pictures of; trains nothing.", OUTPUT)] = False
+    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    @property
+    def counts(self) -> dict[Kind, int]:
+        """Pictures of each kind of prompt."""
+        return dict.fromkeys(KINDS, self.others) | {"places": self.count}
+
+
+@settled_command(app, TableSettings)
+def main(settings: TableSettings) -> None:
+    """Train and sample what is missing, classify every image, and write the table."""
+    asked, out, script = cast(Table, settings.table), settings.out, settings.script
+    chosen = list_trials(asked, settings.concepts, flags=settings.flags, seed=settings.seed)
+    if asked.startswith("script") and not settings.known and not (script and script.is_file()):
         raise UserError(
             "This table needs --script: examples/dreambooth/train_dreambooth_lora.py of diffusers."
         )
-    if known:
+    if settings.known:
         chosen = [trial for trial in chosen if is_finished(trial, out)]
     find_font()
-    counts = dict.fromkeys(KINDS, others) | {"places": count}
-    eye = load_classifier(classifier)
+    eye = load_classifier(settings.classifier)
     results = []
-    for trial in run_trials(chosen, out, counts, model, script):
+    for trial in run_trials(chosen, out, settings.counts, settings.model, script):
         results.append(classify_trial(trial, out, eye))
         save_sheet(out, trial, eye)
         notify(
@@ -198,9 +211,9 @@ def main(
     results.sort(key=lambda result: chosen.index(result.trial))
     text = format_table(results) if asked == "concepts" else format_comparison(results)
     facts = {
-        "model": model,
-        "flags": flags,
-        "classifier": read_json(classifier / FACTS).get("step"),
+        "model": settings.model,
+        "flags": settings.flags,
+        "classifier": read_json(settings.classifier / FACTS).get("step"),
         "results": [asdict(result) for result in results],
     }
     name = "table" if asked == "concepts" else asked
@@ -628,4 +641,4 @@ def format_interval(low: float, high: float) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,8 @@ from backbone.diffusion.noise import Estimate, guide
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
+from backbone.io.flags import OUTPUT
+from backbone.io.options import Option, settled_command
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -59,56 +61,71 @@ SOURCE, TARGETS = (
 CROSS, SELF = 0.8, 0.4
 INNER = 10
 MOST_TOKENS = 32 * 32  # of the maps that the reference stores and whose self-attention it replaces
+app = typer.Typer(add_completion=False)
 SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "ours, four targets")
 
 
-def main(
-    shape: Annotated[Literal["moji", "sd15"], typer.Option(help="Whole edits, or composed steps.")] = "moji",
-    model: Annotated[str, typer.Option(help="With --shape moji: the model.")] = "moji",
-    steps: Annotated[int, typer.Option(min=2, help="Of an edit.")] = 50,
-    repeats: Annotated[int, typer.Option(min=1, help="Edits, or timed steps, of each side.")] = 5,
-    null_text: Annotated[bool, typer.Option("--null-text/--no-null-text", help="It takes longest.")] = True,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also each side's peak.")] = True,
-    side: Annotated[
-        str | None, typer.Option(help="One side, once, for its peak memory.", hidden=True)
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EditSpeedSettings:
+    """What is timed, and on what."""
+
+    shape: Annotated[
+        str, Option("Whole edits of moji, or composed steps.", "Edits", choices=("moji", "sd15"))
+    ] = "moji"
+    model: Annotated[str, Option("The model of whole edits.", "Edits", needs={"shape": ("moji",)})] = "moji"
+    steps: Annotated[int, Option("Of an edit.", "Edits", min=2)] = 50
+    repeats: Annotated[int, Option("Edits, or timed steps, of each side.", "Edits", min=1)] = 5
+    null_text: Annotated[bool, Option("It takes longest.", "Edits")] = True
+    memory: Annotated[bool, Option("Also each side's peak.", "Edits")] = True
+    side: Annotated[str, Option("One side, once, for its peak memory.", "Edits", hidden=True)] = ""
+    device: Annotated[str, Option("cpu or cuda.", "Device")] = "cpu"
+    precision: Annotated[str, Option("auto, fp32, bf16 or fp16.", "Device")] = "auto"
+    out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/edit")
+
+    @property
+    def sides(self) -> list[str]:
+        """Those to time."""
+        return [name for name in SIDES if self.null_text or not name.startswith("null-text")]
+
+
+@settled_command(app, EditSpeedSettings)
+def main(settings: EditSpeedSettings) -> None:
     """Times both sides and writes the table."""
-    chosen = [name for name in SIDES if null_text or not name.startswith("null-text")]
+    shape, device, precision = settings.shape, settings.device, settings.precision
+    if settings.side:
+        edit_once(settings)
+        return
     if shape == "sd15":
-        with write_model_folder(shape) as folder:
-            found = compose_calls(
-                folder, chosen, steps=steps, repeats=repeats, device=device, precision=precision
-            )
-            if memory:  # null-text's walk as they do and take gradients besides, which takes minutes here
-                walks = [name for name in chosen if not name.startswith("null-text")]
+        with write_model_folder("sd15") as folder:
+            found = compose_edits(folder, settings)
+            if (
+                settings.memory
+            ):  # null-text's walk as they do and take gradients besides, which takes minutes here
+                walks = [name for name in settings.sides if not name.startswith("null-text")]
                 found["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
     else:
-        backbone = Backbone.open(model, device=device, precision=precision)
-        if side is not None and not side.startswith("ours"):
-            load_as_pipelines_do(backbone)
-        sides = whole_edits(backbone, steps)
-        if side is not None:
-            sides[side]()
-            print(json.dumps(read_peak_memory(device) * 2**30 / 1e6))
-            return
-        found = {
-            "seconds": time_calls({name: sides[name] for name in chosen}, repeats),
-            "rows": count_rows(steps),
-        }
-        if memory:
-            found["peak_memory_mb"] = measure_peaks(chosen, model, device, precision)
+        sides = whole_edits(Backbone.open(settings.model, device=device, precision=precision), settings.steps)
+        seconds = time_calls({name: sides[name] for name in settings.sides}, settings.repeats)
+        found = {"seconds": seconds, "rows": count_rows(settings.steps)}
+        if settings.memory:
+            found["peak_memory_mb"] = measure_peaks(settings.sides, settings.model, device, precision)
     facts = {
-        "shape": shape, "steps": steps, "repeats": repeats,
+        "shape": shape, "steps": settings.steps, "repeats": settings.repeats,
         "machine": f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}", **found,
     }  # fmt: skip
-    write_json(out / f"speed-{shape}.json", facts)
     text = format_markdown(facts)
-    write_text(out / f"speed-{shape}.md", text)
+    write_json(settings.out / f"speed-{shape}.json", facts)
+    write_text(settings.out / f"speed-{shape}.md", text)
     print(text)
+
+
+def edit_once(settings: EditSpeedSettings) -> None:
+    """One side's edit in this process, whose peak memory in MB it prints."""
+    model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
+    if not settings.side.startswith("ours"):
+        load_as_pipelines_do(model)
+    whole_edits(model, settings.steps)[settings.side]()
+    print(json.dumps(read_peak_memory(settings.device) * 2**30 / 1e6))
 
 
 # --- whole edits ----------------------------------------------------------------------------------------------
@@ -360,71 +377,18 @@ def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
 # --- steps of a large network, composed -----------------------------------------------------------------------
 
 
-def compose_calls(
-    folder: str, chosen: Sequence[str], *, steps: int, repeats: int, device: str, precision: str
-) -> dict[str, Any]:
+def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
     """Totals from the medians of warm steps of a model with the shape of SD 1.5 (or another), encoding and decoding."""
-    model = Backbone.open(folder, device=device, precision="bf16" if precision == "auto" else precision)
-    unet, dtype = cast(Any, model.denoiser), model.dtype
-    width = unet.config.cross_attention_dim
-    picture = to_tensor(sample_image(model))[None]
-    random = torch.Generator().manual_seed(0)
-    time_ = torch.tensor(500, device=device)
-
-    def call(rows: int, **how: Any) -> Tensor:
-        x = torch.randn(rows, *model.latent_shape, generator=random).to(device, dtype)
-        text = torch.randn(rows, 77, width, generator=random).to(device, dtype)
-        return cast(Tensor, unet(x, time_, how.get("text", text)).sample)
-
-    def edited(targets: int) -> Callable[[], None]:
-        ones = torch.ones(targets, 77, device=device)
-        control = Control(
-            targets, cross=cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
-        )
-        control.self_attention = "layout"
-
-        def step() -> None:
-            with torch.no_grad(), control_attention(unet, control):
-                call(1 + 2 * targets)
-
-        return step
-
-    def plain(rows: int) -> Callable[[], None]:
-        def step() -> None:
-            with torch.no_grad():
-                call(rows)
-
-        return step
-
-    def with_maps() -> None:
-        edit = Edit(torch.eye(77, device=device), torch.ones(77, device=device), torch.ones(1), torch.ones(1))
-        with torch.no_grad(), materialise_attention(unet, edit):
-            edit.begin(0, editing=True)
-            call(4)
-
-    def inner(weights: Literal["trained", "frozen"]) -> Callable[[], None]:
-        def step() -> None:
-            text = torch.randn(1, 77, width, generator=random).to(device, dtype).requires_grad_(True)
-            with (
-                enable_weight_gradients(unet) if weights == "trained" else nullcontext(),
-                quick_to_train(unet),
-            ):
-                call(1, text=text).float().square().mean().backward()
-            unet.zero_grad(set_to_none=True)
-
-        return step
-
-    kinds: dict[str, Callable[[], Any]] = {
-        "encoding": partial(model.encode, picture),
-        "decoding, 2": lambda: model.decode(torch.zeros(2, *model.latent_shape)),
-        "decoding, 5": lambda: model.decode(torch.zeros(5, *model.latent_shape)),
-        "1 row": plain(1), "2 rows": plain(2), "4 rows": plain(4), "8 rows": plain(8),
-        "3 rows, edited": edited(1), "9 rows, edited": edited(4), "4 rows, whole matrices": with_maps,
-        "inner iteration": inner("trained"), "inner iteration, frozen": inner("frozen"),
-    }  # fmt: skip
-    if not any(name.startswith("null-text") for name in chosen):
+    precision = "bf16" if settings.precision == "auto" else settings.precision
+    kinds = Steps(Backbone.open(folder, device=settings.device, precision=precision)).kinds()
+    if not settings.null_text:
         kinds = {name: call for name, call in kinds.items() if not name.startswith("inner")}
-    t = time_calls(kinds, repeats)
+    t, steps = time_calls(kinds, settings.repeats), settings.steps
+    return {"steps_seconds": t, "seconds": add_up(t, steps), "composed": True, "rows": count_rows(steps)}
+
+
+def add_up(t: Mapping[str, float], steps: int) -> dict[str, float]:
+    """Seconds of each side's whole edit from those of its kinds of steps."""
     open_ = count_opened(steps)
     shut = steps - open_
     walk = steps * (2 * t["1 row"] + t["2 rows"] + t["4 rows, whole matrices"])
@@ -438,7 +402,78 @@ def compose_calls(
         totals["null-text + P2P, frozen"] = walk + steps * INNER * t["inner iteration, frozen"]
     for name in totals:
         totals[name] += t["encoding"] + t["decoding, 5" if "four" in name else "decoding, 2"]
-    return {"steps_seconds": t, "seconds": totals, "composed": True, "rows": count_rows(steps)}
+    return totals
+
+
+class Steps:
+    """The kinds of steps that edits are made of, each a call that can be timed."""
+
+    def __init__(self, model: Backbone) -> None:
+        self.model, self.unet = model, cast(Any, model.denoiser)
+        self.random, self.time = torch.Generator().manual_seed(0), torch.tensor(500, device=model.device)
+
+    def kinds(self) -> dict[str, Callable[[], Any]]:
+        """All of them by name."""
+        model = self.model
+        picture = to_tensor(sample_image(model))[None]
+        return {
+            "encoding": partial(model.encode, picture),
+            "decoding, 2": lambda: model.decode(torch.zeros(2, *model.latent_shape)),
+            "decoding, 5": lambda: model.decode(torch.zeros(5, *model.latent_shape)),
+            **{f"{rows} row{'s' * (rows > 1)}": partial(self.plain, rows) for rows in (1, 2, 4, 8)},
+            "3 rows, edited": partial(self.edited, self.control(1)),
+            "9 rows, edited": partial(self.edited, self.control(4)),
+            "4 rows, whole matrices": self.with_maps,
+            "inner iteration": partial(self.inner, "trained"),
+            "inner iteration, frozen": partial(self.inner, "frozen"),
+        }
+
+    def text(self, rows: int) -> Tensor:
+        """Random states [B, 77, D] of prompts."""
+        width = self.unet.config.cross_attention_dim
+        return torch.randn(rows, 77, width, generator=self.random).to(self.model.device, self.model.dtype)
+
+    def predict(self, rows: int, text: Tensor | None = None) -> Tensor:
+        """The network on so many random rows."""
+        noisy = torch.randn(rows, *self.model.latent_shape, generator=self.random)
+        text = self.text(rows) if text is None else text
+        return cast(Tensor, self.unet(noisy.to(text.device, text.dtype), self.time, text).sample)
+
+    @torch.no_grad()
+    def plain(self, rows: int) -> None:
+        """A step without an edit."""
+        self.predict(rows)
+
+    def control(self, targets: int) -> Control:
+        """Our control of so many targets beside their source."""
+        device = self.model.device
+        ones = torch.ones(targets, 77, device=device)
+        whole = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
+        control = Control(targets, cross=whole)
+        control.self_attention = "layout"
+        return control
+
+    @torch.no_grad()
+    def edited(self, control: Control) -> None:
+        """A step of ours while the maps are held: the source, and two rows a target."""
+        with control_attention(self.unet, control):
+            self.predict(1 + 2 * control.targets)
+
+    @torch.no_grad()
+    def with_maps(self) -> None:
+        """A step of the reference, which keeps whole matrices of attention."""
+        device = self.model.device
+        edit = Edit(torch.eye(77, device=device), torch.ones(77, device=device), torch.ones(1), torch.ones(1))
+        with materialise_attention(self.unet, edit):
+            edit.begin(0, editing=True)
+            self.predict(4)
+
+    def inner(self, weights: Literal["trained", "frozen"]) -> None:
+        """An iteration of null-text, with the network's own gradients as in the reference, or without."""
+        trained = enable_weight_gradients(self.unet) if weights == "trained" else nullcontext()
+        with trained, quick_to_train(self.unet):
+            self.predict(1, self.text(1).requires_grad_(True)).float().square().mean().backward()
+        self.unet.zero_grad(set_to_none=True)
 
 
 # --- timing ---------------------------------------------------------------------------------------------------
@@ -514,4 +549,4 @@ def format_markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

@@ -20,15 +20,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from backbone.models.model import Backbone
 
 FEW, MANY = 2_000, 200_000
 PER_PROMPT = 14  # pairs, as in Pick-a-Pic v2
@@ -75,24 +78,39 @@ def main(
 
 def generate(folder: Path, count: int, model_name: str) -> Path:
     """A prepared folder of random pairs of the model's shapes; one that is there is taken as it is."""
-    import torch
-
-    from align.pairs.prepared import IMAGES
-    from backbone.data.table import KEY, Table
     from backbone.io.run_folder import PREPARED, is_prepared
-    from backbone.models.encode import encoder_facts, kept_text, prompt_keys, stored_dtype
+    from backbone.models.encode import encoder_facts
     from backbone.models.model import Backbone
-    from backbone.training.prepared import PROMPTS, RECORDS, PreparedFacts
+    from backbone.training.prepared import PreparedFacts
 
     if is_prepared(folder):
         return folder
     model = Backbone.open(model_name, device="cpu")
-    random = torch.Generator().manual_seed(0)
-
-    def keys(rows: int) -> torch.Tensor:
-        return torch.randint(0, 256, (rows, 32), generator=random, dtype=torch.uint8)
-
     prompts = [f"a prompt of number {number}" for number in range(-(-count // PER_PROMPT))]
+    write_texts(folder, model, prompts)
+    write_pairs(folder, model, prompts, count)
+    facts = PreparedFacts(
+        "pairs",
+        "generated",
+        model.location.name,
+        model.resolution,
+        count,
+        encoder=encoder_facts(model),
+        finished=True,
+    )
+    write_json(folder / PREPARED, asdict(facts))
+    return folder
+
+
+def write_texts(folder: Path, model: Backbone, prompts: Sequence[str]) -> None:
+    """The table of prompts, the empty one first, with random states of the encoder's shape."""
+    import torch
+
+    from backbone.data.table import KEY, Table
+    from backbone.models.encode import kept_text, prompt_keys
+    from backbone.training.prepared import PROMPTS
+
+    random = torch.Generator().manual_seed(0)
     text, table = kept_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
     for first in range(0, len(prompts) + 1, IMAGES_SHARD // 16):
         some = ["", *prompts][first : first + IMAGES_SHARD // 16]
@@ -104,6 +122,22 @@ def generate(folder: Path, count: int, model_name: str) -> Path:
         }
         table.append({KEY: torch.from_numpy(prompt_keys(some).copy()), **states})
     table.describe()
+
+
+def write_pairs(folder: Path, model: Backbone, prompts: Sequence[str], count: int) -> None:
+    """The tables of images, as random latents, and of pairs of them."""
+    import torch
+
+    from align.pairs.prepared import IMAGES
+    from backbone.data.table import KEY, Table
+    from backbone.models.encode import stored_dtype
+    from backbone.training.prepared import RECORDS
+
+    random = torch.Generator().manual_seed(1)
+
+    def keys(rows: int) -> torch.Tensor:
+        return torch.randint(0, 256, (rows, 32), generator=random, dtype=torch.uint8)
+
     images, records = Table(folder / IMAGES), Table(folder / RECORDS)
     for first in range(0, count, IMAGES_SHARD // 2):
         rows = min(IMAGES_SHARD // 2, count - first)
@@ -123,17 +157,6 @@ def generate(folder: Path, count: int, model_name: str) -> Path:
         )  # fmt: skip
     images.describe()
     records.describe()
-    facts = PreparedFacts(
-        "pairs",
-        "generated",
-        model.location.name,
-        model.resolution,
-        count,
-        encoder=encoder_facts(model),
-        finished=True,
-    )
-    write_json(folder / PREPARED, asdict(facts))
-    return folder
 
 
 # Training from them -----------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ import typer
 
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_text
+from backbone.io.flags import OUTPUT
+from backbone.io.options import Option, settled_command
 
 PAIRS, PROMPTS, RAW = 851_293, 58_960, 335_326_416_759
 """Pick-a-Pic v2's pairs without ties and their prompts (Wallace et al. 2024, section 5.1), and its bytes on the hub."""
@@ -35,6 +37,7 @@ Way = Literal["script", "cached", "bank"]
 WAYS: tuple[Way, ...] = ("script", "cached", "bank")
 BANK_BYTES = 8  # two errors, float32, for a pair's draw
 
+COSTS, MACHINES = "Costs", "Machines"  # panels of --help
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
 
@@ -258,31 +261,38 @@ def format_report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, w
     return "\n".join([*lines, ""])
 
 
-@app.command()
-def main(
-    steps: Annotated[
-        Path | None,
-        typer.Option(help="A result of benchmarks.align steps, timed on a GPU.", show_default="none"),
-    ] = None,
-    shape: Annotated[str, typer.Option(help="sd15 or sdxl, where operations are counted.")] = "sd15",
+@dataclass(frozen=True, kw_only=True)
+class ScaleSettings:
+    """The machines, and what a pair costs them."""
+
+    steps: Annotated[Path | None, Option("A result of benchmarks.align steps, timed on a GPU.", COSTS)] = None
+    shape: Annotated[str, Option("Where operations are counted.", COSTS, choices=("sd15", "sdxl"))] = "sd15"
     rate: Annotated[
-        float, typer.Option(min=1, help="Assumed: TFLOP/s that a GPU reaches (a third of an A100's 312).")
-    ] = 104.0,
-    gpus: Annotated[int, typer.Option(min=1)] = 16,
-    cores: Annotated[int, typer.Option(min=1, help="Beside each GPU.")] = 8,
-    read_rate: Annotated[float, typer.Option(min=0.001, help="GB/s, all GPUs together.")] = 2.0,
-    decode: Annotated[float, typer.Option(min=0, help="Core-milliseconds a pair.")] = 34.0,
-    exchange: Annotated[float, typer.Option(min=0, help="Milliseconds a step.")] = 50.0,
-    draws: Annotated[int, typer.Option(min=1, help="Of each pair.")] = 4,
-    out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/scale.md"),
-) -> None:
+        float, Option("Assumed: TFLOP/s that a GPU reaches (a third of an A100's 312).", COSTS, min=1)
+    ] = 104.0
+    draws: Annotated[int, Option("Noise samples of each pair.", COSTS, min=1)] = 4
+    gpus: Annotated[int, Option("All together.", MACHINES, min=1)] = 16
+    cores: Annotated[int, Option("Beside each GPU.", MACHINES, min=1)] = 8
+    read_rate: Annotated[float, Option("GB/s, all GPUs together.", MACHINES, min=0.001)] = 2.0
+    decode: Annotated[float, Option("Core-milliseconds a pair.", MACHINES, min=0)] = 34.0
+    exchange: Annotated[float, Option("Milliseconds a step.", MACHINES, min=0)] = 50.0
+    out: Annotated[Path, Option("Where the table goes.", OUTPUT)] = Path("build/benchmarks/scale.md")
+
+    @property
+    def cluster(self) -> Cluster:
+        """The machines in plain units."""
+        return Cluster(self.gpus, self.read_rate * 1e9, self.cores, self.decode / 1000, self.exchange / 1000)
+
+
+@settled_command(app, ScaleSettings, panels=(COSTS, MACHINES, OUTPUT))
+def main(settings: ScaleSettings) -> None:
     """Simulate and print the tables."""
-    costs = read_costs(steps) if steps else estimate_costs(shape, rate * 1e12)
+    rate = settings.rate * 1e12
+    costs = read_costs(settings.steps) if settings.steps else estimate_costs(settings.shape, rate)
     side, width = (128, 2048) if "sdxl" in costs.source else (64, 768)
-    cluster = Cluster(gpus, read_rate * 1e9, cores, decode / 1000, exchange / 1000)
     sizes = Sizes(RAW / PAIRS, 2 * count_latent_bytes(side, 4, width=2))
-    table = format_report(cluster, costs, sizes, draws=draws, width=width)
-    write_text(out, table)
+    table = format_report(settings.cluster, costs, sizes, draws=settings.draws, width=width)
+    write_text(settings.out, table)
     print(table)
 
 

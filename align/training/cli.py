@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -64,4 +65,5 @@ def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
 
 
 def _done(run: Path) -> None:
-    notify(f"{run}/report.html says how it went. Next: align compare moji {run} --prompts FILE")
+    call = shlex.join(["align", "compare", read_settings(run).model, str(run), "--prompts", "FILE"])
+    notify(f"{run}/report.html says how it went. Next: {call}")

@@ -42,7 +42,7 @@ from align.settings import (
 )
 from align.training.logs import read_rewards, read_steps
 from align.training.monitor import Validation
-from align.training.pictures import AFTER, describe, draw_before
+from align.training.pictures import AFTER, Pictures, describe, draw_before
 from align.training.report import draw_curves, mean_reward, write_running_report, write_summary
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
@@ -310,10 +310,23 @@ def _by_reward(
         processes.end_process()
         return run
     write_concept(run, settings, model, training.write(run, _header(settings)))
+    _write_reward_report(run, settings, model, concepts, pictures, time.perf_counter() - began)
+    processes.end_process()
+    return run
+
+
+def _write_reward_report(
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    concepts: Sequence[Concept],
+    pictures: Pictures,
+    seconds: float,
+) -> None:
+    """Writes the summary, the sheet and the page of a finished run."""
     log = read_steps(run)
     tenth = max(1, len(log) // 10)
     first, last = mean_reward(log[:tenth]), mean_reward(log[-tenth:])
-    seconds = round(time.perf_counter() - began, 2)
     summary = {
         "kind": "reward",
         "loss": settings.loss,
@@ -322,15 +335,15 @@ def _by_reward(
         "fingerprint": model.fingerprint,
         "concepts": summarize_concepts(concepts),
         "reward": {"first tenth of the steps": first, "last tenth": last},
-        "steps": training.done,
-        "seconds": seconds,
+        "steps": settings.steps,
+        "seconds": round(seconds, 2),
         "settings": settings,
         "versions": package_versions(),
     }
     write_json(run / SUMMARY, summary)
     pictures.write_sheet()
     parts = [
-        paragraph(f"{settings.steps} steps in {seconds:.0f} s on {len(prompts)} prompts."),
+        paragraph(f"{settings.steps} steps in {seconds:.0f} s."),
         plot_row(draw_curves(run, settings)),
         *pictures.parts(),
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
@@ -339,8 +352,6 @@ def _by_reward(
         command(as_command(settings, run)),
     ]
     write_report(run / REPORT, f"{run.name}: {describe(settings)}", parts)
-    processes.end_process()
-    return run
 
 
 # Helpers ----------------------------------------------------------------------------------------------------

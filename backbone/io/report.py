@@ -150,9 +150,8 @@ def line_plot(
     points = [point for line in series.values() for point in line]
     if not points:
         return ""
-    width, height = size
-    y_values = [y for _, y in points] + ([] if level is None else [level])
-    (x0, x1), (y0, y1) = _axis_range([x for x, _ in points]), _axis_range(y_values)
+    (width, height), levels = size, [] if level is None else [level]
+    (x0, x1), (y0, y1) = _axis_range([x for x, _ in points]), _axis_range([y for _, y in points] + levels)
     y_labels = {y: _escape(_format_cell(y)) for y in (y0, (y0 + y1) / 2, y1)}
     left = 16 + math.ceil(CHARACTER * max(map(len, y_labels.values())))
     right, top, bottom = 12, 12, 30
@@ -188,9 +187,8 @@ def line_plot(
             elements += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
     shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     drawing = f'<svg role="img" {shape} font-size="11" fill="currentColor">{"".join(elements)}</svg>'
-    return (
-        f"<figure><figcaption>{_escape(title)}</figcaption>{_legend(series)}{drawing}{_note(note)}</figure>"
-    )
+    around = f"<figcaption>{_escape(title)}</figcaption>{_legend(series)}"
+    return f"<figure>{around}{drawing}{_note(note)}</figure>"
 
 
 def _legend(names: Iterable[str]) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from PIL import Image
 
 from align.comparison.compare import measure_diversity
@@ -30,6 +29,8 @@ from align.settings import FILE, SUMMARY
 from backbone.evaluation.statistics import Interval, cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_jsonl, write_json, write_text
+from backbone.io.flags import OUTPUT
+from backbone.io.options import Option
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.world.render import render
@@ -42,13 +43,43 @@ TRAINING_PROMPTS = range(1_600_000, 1_700_000)
 HELD_OUT_PROMPTS = range(1_700_000, 1_800_000)
 DEVELOPMENT_PROMPTS = range(1_800_000, 1_900_000)  # what settings are scenes on
 TRUE_PICTURES = range(1_900_000, 2_000_000)
-Flags = Annotated[str, typer.Option(help="More flags for align train, in one string.")]
-Development = Annotated[
-    bool, typer.Option("--development", help="Evaluate on the prompts that settings are scenes on.")
-]
-Model = Annotated[str, typer.Option(help="moji, or a diffusers folder.")]
-Out = Annotated[Path, typer.Option(help="Where everything goes.")]
+PROMPTS, TRAINING, COMPARISON = "Prompts", "Training", "Comparison"  # panels of --help
 STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the classifier (docs/moji.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """What every recipe of this folder is asked for."""
+
+    model: Annotated[str, Option("moji, or a diffusers folder.", PROMPTS)] = "moji"
+    flags: Annotated[str, Option("More flags for align train, in one string.", TRAINING)] = ""
+    name: Annotated[str, Option("Of runs with other flags.", TRAINING)] = ""
+    held_out: Annotated[int, Option("Held-out prompts, two images of each.", COMPARISON, min=2)] = 300
+    development: Annotated[
+        bool, Option("Judge by development prompts, to choose settings by.", COMPARISON)
+    ] = False
+    out: Annotated[Path, Option("Where everything goes.", OUTPUT)]
+
+    @property
+    def evaluation(self) -> tuple[range, str]:
+        """Seeds of the prompts to judge by, and the name of their comparisons' folder."""
+        return (DEVELOPMENT_PROMPTS, "development") if self.development else (HELD_OUT_PROMPTS, "compare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowCompared:
+    """How both sides of a comparison are drawn and scored.
+
+    guidance    flags of `align compare` about guidance
+    scale       LoRA scale of the tuned side
+    """
+
+    model: str
+    scorers: Sequence[str]
+    per_prompt: int = 2
+    guidance: Sequence[object] = ()
+    scale: float = 1.0
+    seed: int = 7
 
 
 @dataclass(frozen=True)
@@ -88,11 +119,6 @@ def select_scenes(
                 yield scene
 
     return list(itertools.islice(iterate_new(), count))
-
-
-def evaluation_split(development: bool) -> tuple[range, str]:
-    """(seeds of the evaluation prompts, name of the folder for comparisons)."""
-    return (DEVELOPMENT_PROMPTS, "development") if development else (HELD_OUT_PROMPTS, "compare")
 
 
 def is_hard(scene: Scene) -> bool:
@@ -296,26 +322,28 @@ def measure_ranking(folder: Path, scenes: Sequence[Scene], classifier: Classifie
 
 
 def compare_with_base(
-    run: Path, scenes: Sequence[Scene], classifier: Classifier, *,
-    model: str, per_prompt: int, scorers: Sequence[str], out: Path,
-    guidance: Sequence[object] = (), base_images: Path | None = None, tuned_images: Path | None = None,
-    scale: float = 1.0, seed: int = 7,
-) -> Comparison:  # fmt: skip
+    run: Path,
+    scenes: Sequence[Scene],
+    classifier: Classifier,
+    how: HowCompared,
+    *,
+    out: Path,
+    base_images: Path | None = None,
+    tuned_images: Path | None = None,
+) -> Comparison:
     """Run `align compare` of a run against its base on these scenes, then classify both sides' images.
 
-    guidance                     flags of `align compare` about guidance
-    scale                        LoRA scale of the tuned side
-    base_images, tuned_images    folders of images that another comparison sampled alike, to be copied
+    `base_images` and `tuned_images` are folders of images that another comparison sampled alike, to be copied.
     """
     prompts = write_prompts(out / "prompts.jsonl", scenes)
-    tuned = tuned_side_name(scale)
+    tuned, per_prompt = tuned_side_name(how.scale), how.per_prompt
     for side, source in (("base", base_images), (tuned, tuned_images)):
         if source is not None and source != out / side and not (out / side).exists():
             shutil.copytree(source, out / side)
-    flags = [word for scorer in scorers for word in ("--scorer", scorer)]
+    flags = [word for scorer in how.scorers for word in ("--scorer", scorer)]
     run_align(
-        "compare", model, run, "--prompts", prompts, "--count", per_prompt, *flags, "--seed", seed, *STEPS,
-        *guidance, "--scale", scale, "--out", out,
+        "compare", how.model, run, "--prompts", prompts, "--count", per_prompt, *flags, "--seed", how.seed,
+        *STEPS, *how.guidance, "--scale", how.scale, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(scenes)) for j in range(per_prompt)]

@@ -10,6 +10,7 @@ at the 95 % bound (n is at least 1,000 images a side).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +18,16 @@ import typer
 
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
+from backbone.io.options import Option, settled_command
 from benchmarks.classifier import load_classifier
 from recipes.align.experiment import (
+    PROMPTS,
+    TRAINING,
     TRAINING_PROMPTS,
     Comparison,
-    Development,
-    Flags,
-    Model,
-    Out,
+    HowCompared,
+    RecipeSettings,
     compare_with_base,
-    evaluation_split,
     find_base_images,
     format_table,
     is_unstyled,
@@ -37,57 +38,62 @@ from recipes.align.experiment import (
 
 WARM = Path(__file__).with_name("warm.py")
 
+app = typer.Typer(add_completion=False)
 
-def main(
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(RecipeSettings):
+    """What the recipe is asked for."""
+
     pairs: Annotated[
-        list[int] | None,
-        typer.Option(min=2, help="How many pairs to learn from; repeatable.", show_default="500"),
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="How many to draw; the pairs are of the first.")] = 500,
-    per_prompt: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
-    loss: Annotated[str, typer.Option("--loss-type")] = "dpo",
-    held_out: Annotated[int, typer.Option(min=2, help="Held-out prompts, two images of each.")] = 500,
-    flags: Flags = "",
-    name: Annotated[str, typer.Option(help="Of runs with other flags, on the same pairs.")] = "",
-    development: Development = False,
-    model: Model = "moji",
-    out: Out = Path("build/recipes/preference"),
-) -> None:
+        tuple[int, ...], Option("How many pairs to learn from; repeatable.", TRAINING, min=2)
+    ] = (500,)
+    prompts: Annotated[int, Option("How many to draw; the pairs are of the first.", PROMPTS, min=2)] = 500
+    per_prompt: Annotated[int, Option("Pictures of each prompt.", PROMPTS, min=2)] = 4
+    loss: Annotated[str, Option("As align train has it.", TRAINING, flag="loss-type")] = "dpo"
+    held_out: int = 500
+    out: Path = Path("build/recipes/preference")
+
+
+@settled_command(app, PreferenceSettings)
+def main(settings: PreferenceSettings) -> None:
     """Draws, ranks by warmth, trains on each number of pairs, compares, and writes the table."""
-    classifier, sizes = load_classifier(), pairs or [500]
-    if max(sizes) > prompts:
-        raise UserError(f"{prompts} prompts do not make {max(sizes)} pairs. Raise --prompts.")
-    learn = select_scenes(TRAINING_PROMPTS, prompts, is_unstyled)
-    seeds, where = evaluation_split(development)
-    test = select_scenes(seeds, held_out, is_unstyled, without=learn)
-    folder, seconds = sample_and_rank(out, learn, model=model, per_prompt=per_prompt, scorer=WARM)
-    rows: list[tuple[str, Comparison, dict[str, object]]] = []
-    base = find_base_images(out / where)
-    for count in sizes:
-        limit = ("--limit", count, "--held-out", 0.1, "--loss-type", loss)
-        run_folder, training = train(
-            out,
-            "-".join(filter(None, (loss, str(count), name))),
-            folder,
-            "--model",
-            model,
-            *limit,
-            *flags.split(),
+    classifier, out = load_classifier(), settings.out
+    if max(settings.pairs) > settings.prompts:
+        raise UserError(
+            f"{settings.prompts} prompts do not make {max(settings.pairs)} pairs. Raise --prompts."
         )
-        place = out / where / run_folder.name
-        comparison = compare_with_base(
-            run_folder, test, classifier, model=model, per_prompt=2, scorers=[str(WARM), "moji"], out=place,
-            base_images=base,
+    learn = select_scenes(TRAINING_PROMPTS, settings.prompts, is_unstyled)
+    seeds, where = settings.evaluation
+    test = select_scenes(seeds, settings.held_out, is_unstyled, without=learn)
+    folder, seconds = sample_and_rank(
+        out, learn, model=settings.model, per_prompt=settings.per_prompt, scorer=WARM
+    )
+    how = HowCompared(model=settings.model, scorers=[str(WARM), "moji"])
+    rows: list[tuple[str, Comparison, dict[str, object]]] = []
+    for count in settings.pairs:
+        run_folder, training = train(
+            out, "-".join(filter(None, (settings.loss, str(count), settings.name))), folder,
+            "--model", settings.model, "--limit", count, "--held-out", 0.1, "--loss-type", settings.loss,
+            *settings.flags.split(),
         )  # fmt: skip
-        base = base or place / "base"
-        share = count / prompts  # of the drawing and the ranking, which all sizes have in common
+        comparison = compare_with_base(
+            run_folder,
+            test,
+            classifier,
+            how,
+            out=out / where / run_folder.name,
+            base_images=find_base_images(out / where),
+        )
+        share = count / settings.prompts  # of the drawing and the ranking, which all sizes have in common
         took = {name: share * value for name, value in seconds.items()}
         rows.append((f"{count} pairs", comparison, {**took, "training": training}))
         write_text(out / "table.md", format_table(rows))
-        write_json(out / "table.json", {"rows": rows, "flags": flags, "loss": loss, "held_out": held_out})
+        facts = {"flags": settings.flags, "loss": settings.loss, "held_out": settings.held_out}
+        write_json(out / "table.json", {"rows": rows, **facts})
     print(format_table(rows))
     notify(f"{out}/table.md holds the table.")
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

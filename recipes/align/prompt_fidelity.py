@@ -19,8 +19,7 @@ diversity stays above 0.9 of the base's. --development evaluates on other prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +31,14 @@ from backbone.io.options import Option, settled_command
 from backbone.world.scene import Scene
 from benchmarks.classifier import Classifier, load_classifier
 from recipes.align.experiment import (
+    COMPARISON,
+    PROMPTS,
+    TRAINING,
     TRAINING_PROMPTS,
+    HowCompared,
+    RecipeSettings,
     Row,
     compare_with_base,
-    evaluation_split,
     find_base_images,
     format_table,
     is_crowded,
@@ -46,6 +49,7 @@ from recipes.align.experiment import (
     train,
 )
 
+RANKING = "Ranking"
 KINDS: dict[str, Callable[[Scene], bool]] = {"hard": is_hard, "crowded": is_crowded}
 BETA = ("--beta", 2000)
 WITHOUT = (*BETA, "--safeguard", "-1")
@@ -63,11 +67,10 @@ BUDGET = (
 
 
 app = typer.Typer(add_completion=False)
-PROMPTS, RANKING, TRAINING, COMPARISON = "Prompts", "Ranking", "Training", "Comparison"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FidelitySettings:
+class FidelitySettings(RecipeSettings):
     """What the recipe is asked for."""
 
     prompts_of: Annotated[str, Option("What is hard about the prompts.", PROMPTS, choices=tuple(KINDS))] = (
@@ -84,21 +87,14 @@ class FidelitySettings:
     loss: Annotated[
         tuple[str, ...], Option("sdpo is dpo with the safeguard.", TRAINING, flag="loss-type")
     ] = ("sdpo",)
-    flags: Annotated[str, Option("More flags for align train, in one string.", TRAINING)] = ""
-    name: Annotated[str, Option("Of runs with other flags, on the same pairs.", TRAINING)] = ""
-    held_out: Annotated[int, Option("Held-out prompts, two images of each.", COMPARISON, min=2)] = 300
     guidance: Annotated[
         float, Option("Of the tuned model's pictures; the base's own stays as it is.", COMPARISON, min=0)
     ] = 4.0
     guidance_start: Annotated[
         float, Option("Of the same: the share of the steps before it.", COMPARISON, min=0, max=1)
     ] = 0.2
-    development: Annotated[
-        bool, Option("Judge by development prompts, to choose settings by.", COMPARISON)
-    ] = False
     only_rank: Annotated[bool, Option("Draw, rank, say how right the order is, and stop.", RANKING)] = False
-    model: Annotated[str, Option("The base model.", PROMPTS)] = "moji"
-    out: Annotated[Path, Option("Where everything goes.", "Output")] = Path("build/recipes/prompt_fidelity")
+    out: Path = Path("build/recipes/prompt_fidelity")
 
     @property
     def own_guidance(self) -> tuple[object, ...]:
@@ -125,7 +121,7 @@ def main(settings: FidelitySettings) -> None:
     classifier, out = load_classifier(), settings.out
     wanted = KINDS[settings.prompts_of]
     learn = select_scenes(TRAINING_PROMPTS, settings.pairs, wanted)
-    seeds, where = evaluation_split(settings.development)
+    seeds, where = settings.evaluation
     test = select_scenes(seeds, settings.held_out, wanted, without=learn)
     folder, seconds = sample_and_rank(
         out,
@@ -172,15 +168,16 @@ def train_and_compare(
         *settings.flags.split(),
     )  # fmt: skip
     times: dict[str, object] = {**seconds, "training": training}
-    against = partial(
-        compare_with_base, run_folder, test, classifier, model=settings.model, per_prompt=2, scorers=["moji"]
-    )
-    own = against(out=place / label, base_images=base, guidance=settings.own_guidance)
-    same = against(
+    how = HowCompared(model=settings.model, scorers=["moji"], guidance=settings.own_guidance)
+    own = compare_with_base(run_folder, test, classifier, how, out=place / label, base_images=base)
+    same = compare_with_base(
+        run_folder,
+        test,
+        classifier,
+        replace(how, guidance=settings.same_guidance),
         out=place.with_name(f"{place.name}-alike") / label,
         base_images=alike,
         tuned_images=place / label / "tuned",
-        guidance=settings.same_guidance,
     )
     return [(label, own, times), (f"{label}, both {settings.said}", same, times)]
 

@@ -12,6 +12,7 @@ have suffered. The steps, and the tuned model's scale and guidance, were chosen 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,17 +20,18 @@ import typer
 
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
+from backbone.io.options import Option, settled_command
 from benchmarks.classifier import load_classifier
 from recipes.align.experiment import (
+    COMPARISON,
+    PROMPTS,
     STEPS,
+    TRAINING,
     TRAINING_PROMPTS,
     Comparison,
-    Development,
-    Flags,
-    Model,
-    Out,
+    HowCompared,
+    RecipeSettings,
     compare_with_base,
-    evaluation_split,
     find_base_images,
     format_table,
     is_hard,
@@ -45,56 +47,63 @@ BUDGET = (
 )  # fmt: skip
 KINDS = {"hard prompts": is_hard, "any prompts": is_unstyled}
 
+app = typer.Typer(add_completion=False)
 
-def main(
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts to learn from.")] = 600,
-    scorer: Annotated[str, typer.Option(help="What is climbed; it must be a network.")] = "moji",
-    steps: Annotated[int, typer.Option(min=1, help="Of eight pictures each.")] = 85,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 8e-4,
-    held_out: Annotated[
-        int, typer.Option(min=2, help="Held-out prompts of each kind, two images of each.")
-    ] = 300,
-    scale: Annotated[float, typer.Option(min=0, help="How strongly the tuned model's training works.")] = 0.7,
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(RecipeSettings):
+    """What the recipe is asked for."""
+
+    prompts: Annotated[int, Option("Prompts to learn from.", PROMPTS, min=2)] = 600
+    scorer: Annotated[str, Option("What is climbed; it must be a network.", TRAINING)] = "moji"
+    steps: Annotated[int, Option("Of eight pictures each.", TRAINING, min=1)] = 85
+    learning_rate: Annotated[float, Option("Its peak.", TRAINING, min=0)] = 8e-4
+    name: str = "draft"
+    scale: Annotated[float, Option("How strongly the tuned model's training works.", COMPARISON, min=0)] = 0.7
     guidance: Annotated[
-        float, typer.Option(min=0, help="Of the tuned model's pictures; the base's own stays as it is.")
-    ] = 2.5,
-    flags: Flags = "",
-    name: Annotated[str, typer.Option(help="Of runs with other flags.")] = "draft",
-    development: Development = False,
+        float, Option("Of the tuned model's pictures; the base's own stays as it is.", COMPARISON, min=0)
+    ] = 2.5
     bound: Annotated[
-        bool, typer.Option("--bound", help="Also say what true pictures come to; needs the emoji font.")
-    ] = False,
-    model: Model = "moji",
-    out: Out = Path("build/recipes/reward"),
-) -> None:
+        bool, Option("Also say what true pictures come to; needs the emoji font.", COMPARISON)
+    ] = False
+    out: Path = Path("build/recipes/reward")
+
+
+@settled_command(app, RewardSettings)
+def main(settings: RewardSettings) -> None:
     """Trains, compares on hard prompts and on any, and writes the table."""
-    classifier = load_classifier()
-    learn = select_scenes(TRAINING_PROMPTS, prompts, is_hard)
-    prompt_file = write_prompts(out / "prompts.jsonl", learn)
+    classifier, out, name = load_classifier(), settings.out, settings.name
+    learn = select_scenes(TRAINING_PROMPTS, settings.prompts, is_hard)
     run_folder, training = train(
-        out, name, "--online", scorer, "--loss-type", "draft", "--prompts", prompt_file, "--model", model,
-        "--steps", steps, "--learning-rate", learning_rate, *BUDGET, *flags.split(),
+        out, name, "--online", settings.scorer, "--loss-type", "draft",
+        "--prompts", write_prompts(out / "prompts.jsonl", learn), "--model", settings.model,
+        "--steps", settings.steps, "--learning-rate", settings.learning_rate, *BUDGET, *settings.flags.split(),
     )  # fmt: skip
-    seeds, where = evaluation_split(development)
+    seeds, where = settings.evaluation
+    how = HowCompared(
+        model=settings.model,
+        scorers=["moji"],
+        guidance=("--tuned-guidance", settings.guidance),
+        scale=settings.scale,
+    )
     bounds: list[str] = []
     rows: list[tuple[str, Comparison, dict[str, object]]] = []
     for kind, wanted in KINDS.items():
-        test = select_scenes(seeds, held_out, wanted, without=learn)
+        test = select_scenes(seeds, settings.held_out, wanted, without=learn)
         pictures = out / f"{where}-{kind.split()[0]}"
+        base = find_base_images(pictures)
         comparison = compare_with_base(
-            run_folder, test, classifier, model=model, per_prompt=2, scorers=["moji"], out=pictures / name,
-            guidance=("--tuned-guidance", guidance), scale=scale, base_images=find_base_images(pictures),
-        )  # fmt: skip
-        rows.append((f"{name}, {kind}", comparison, {"training": training}))
-        if bound:
-            bounds.append(f"{kind}: {measure_upper_bound(test, classifier, model, pictures / name)}")
-        write_text(out / "table.md", "\n\n".join([format_table(rows), *bounds]) + "\n")
-        write_json(
-            out / "table.json", {"rows": rows, "flags": flags, "prompts": prompts, "held_out": held_out}
+            run_folder, test, classifier, how, out=pictures / name, base_images=base
         )
+        rows.append((f"{name}, {kind}", comparison, {"training": training}))
+        if settings.bound:
+            bounds.append(f"{kind}: {measure_upper_bound(test, classifier, settings.model, pictures / name)}")
+        write_text(out / "table.md", "\n\n".join([format_table(rows), *bounds]) + "\n")
+        facts = {"flags": settings.flags, "prompts": settings.prompts, "held_out": settings.held_out}
+        write_json(out / "table.json", {"rows": rows, **facts})
     print("\n\n".join([format_table(rows), *bounds]))
     notify(f"{out}/table.md holds the table.")
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
 
@@ -32,6 +32,8 @@ import typer
 
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from backbone.io.flags import OUTPUT
+from backbone.io.options import Option, settled_command
 from backbone.models.locate import EMBEDDED
 from backbone.world.render import find_font
 from backbone.world.textures import draw_texture
@@ -47,51 +49,61 @@ LARGEST = 15 * 2**20  # bytes of a file that is carried away
 SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
 PACE = 0.1  # of a part's time, in which its pace is measured
 ENDLESS = 10**7  # steps of a run that only the clock ends
+app = typer.Typer(add_completion=False)
 Made = TypeVar("Made", bound=RecipeSettings)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Weights in pieces, and the log.")],
-    minutes: Annotated[float, typer.Option(help="For everything together.")] = 9.0,
-    begin: Annotated[
-        Path, typer.Option(help="A pipeline that denoiser and text encoder begin as.")
-    ] = EMBEDDED,
-    vae: Annotated[Path, typer.Option(help="The autoencoder whose decoder is polished.")] = VAE,
-    workdir: Annotated[Path, typer.Option(help="Pictures, latents, checkpoints.")] = Path("build/moji"),
-    scenes: Annotated[int, typer.Option(help="Scenes to render where none are there.")] = 24_000,
-    batch: Annotated[int, typer.Option(help="Latents a step.")] = 256,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    tiny: Annotated[bool, typer.Option("--tiny", help="A few steps on blank pictures.")] = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GpuSettings:
+    """What is trained in the minutes that there are."""
+
+    out: Annotated[Path, Option("Weights in pieces, and the log.", OUTPUT)]
+    minutes: Annotated[float, Option("For everything together.", "Training", min=0)] = 9.0
+    begin: Annotated[Path, Option("A pipeline that denoiser and text encoder begin as.", "Training")] = (
+        EMBEDDED
+    )
+    vae: Annotated[Path, Option("The autoencoder whose decoder is polished.", "Training")] = VAE
+    workdir: Annotated[Path, Option("Pictures, latents, checkpoints.", OUTPUT)] = Path("build/moji")
+    scenes: Annotated[int, Option("Scenes to render where none are there.", "Training", min=1)] = 24_000
+    batch: Annotated[int, Option("Latents a step.", "Training", min=1)] = 256
+    device: Annotated[str, Option("cuda or cpu.", "Training")] = "cuda"
+    tiny: Annotated[bool, Option("A few steps on blank pictures.", "Training")] = False
+
+
+@settled_command(app, GpuSettings)
+def main(settings: GpuSettings) -> None:
     """Trains every part for its share of the minutes and writes what came out."""
-    out.mkdir(parents=True, exist_ok=True)
-    with logging_to(out / "log.txt"):
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with logging_to(settings.out / "log.txt"):
         began = time.monotonic()
-        if tiny:
-            write_blank_pictures(workdir)
-            minutes, batch = 0.0, 2
-        say(step="pictures", seconds=prepare(workdir, begin, vae, scenes))
-        common: dict[str, Any] = {"device": device, "workdir": workdir}
-        polish = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
-        if tiny:
-            polish = replace(polish, batch=2)
-        follow(autoencoder.main, polish, workdir / "decoder.safetensors", minutes * SHARES["decoder"])
-        denoiser.encode(batch=2 if tiny else 250, shards=10**6, device=device, workdir=workdir)
-        say(step="latents", seconds=time.monotonic() - began)
-        first = DenoiserSettings(
-            batch=batch, text_rows=batch // 4, begin_from=None if tiny else begin, **common
-        )
-        follow(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
-        second = FlowSettings(batch=batch, text_rows=batch // 4, **common)
-        left = minutes * 0.95 - (time.monotonic() - began) / 60
-        follow(
-            flow.train, second, workdir / "flow.safetensors", max(0.0, min(left, minutes * SHARES["flow"]))
-        )
-        denoiser.export(out=out / "moji", averaged=True, workdir=workdir)
-        flow.export(out=out / "moji-flow", averaged=True, workdir=workdir)
-        for path in sorted(out.rglob("*.safetensors")):
+        if settings.tiny:
+            write_blank_pictures(settings.workdir)
+            settings = replace(settings, minutes=0.0, batch=2)
+        train_parts(settings, began)
+        denoiser.export(out=settings.out / "moji", averaged=True, workdir=settings.workdir)
+        flow.export(out=settings.out / "moji-flow", averaged=True, workdir=settings.workdir)
+        for path in sorted(settings.out.rglob("*.safetensors")):
             split_weights(path, LARGEST)
         say(step="all", seconds=time.monotonic() - began)
+
+
+def train_parts(settings: GpuSettings, began: float) -> None:
+    """Decoder, latents, denoiser and flow, one after the other; `began` is when the minutes did."""
+    minutes, batch, workdir, tiny = settings.minutes, settings.batch, settings.workdir, settings.tiny
+    say(step="pictures", seconds=prepare(workdir, settings.begin, settings.vae, settings.scenes))
+    common: dict[str, Any] = {"device": settings.device, "workdir": workdir}
+    polish = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
+    if tiny:
+        polish = replace(polish, batch=2)
+    follow(autoencoder.main, polish, workdir / "decoder.safetensors", minutes * SHARES["decoder"])
+    denoiser.encode(batch=2 if tiny else 250, shards=10**6, device=settings.device, workdir=workdir)
+    say(step="latents", seconds=time.monotonic() - began)
+    begin = None if tiny else settings.begin
+    first = DenoiserSettings(batch=batch, text_rows=batch // 4, begin_from=begin, **common)
+    follow(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
+    second = FlowSettings(batch=batch, text_rows=batch // 4, **common)
+    left = minutes * 0.95 - (time.monotonic() - began) / 60
+    follow(flow.train, second, workdir / "flow.safetensors", max(0.0, min(left, minutes * SHARES["flow"])))
 
 
 def follow(train: Callable[[Made], None], settings: Made, checkpoint: Path, minutes: float) -> None:
@@ -216,4 +228,4 @@ def say(**facts: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

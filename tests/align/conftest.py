@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from align.cli import app
 from backbone.io.console import UserError
@@ -69,11 +69,16 @@ def score(images, prompts):
 TRAIN = ("--steps", "4", "--train-batch-size", "2", "--rank", "2", "--draws", "2", "--evaluation-draws", "1")
 
 
-def align(*arguments: object) -> str:
-    """Runs a command in this process; gives what it printed."""
+def invoked(*arguments: object) -> Result:
+    """A command that ran well in this process: what it printed on either stream."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.stdout
+    return done
+
+
+def align(*arguments: object) -> str:
+    """Runs a command in this process; gives what it printed on stdout."""
+    return invoked(*arguments).stdout
 
 
 def refused(*arguments: object) -> str:

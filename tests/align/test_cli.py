@@ -25,7 +25,7 @@ from backbone.io.files import read_json
 from backbone.io.options import fields_of
 from backbone.media.decode import open_rgb
 from backbone.models.model import Backbone
-from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, picture, refused, write_lines
+from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, invoked, picture, refused, write_lines
 
 # The journey ------------------------------------------------------------------------------------------------
 
@@ -281,7 +281,8 @@ def test_a_reward_trains_without_pairs(
     out = tmp_path / "run"
     where = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu", "--prompts", prompts)
     how = ("--online", bright, "--rounds", 2, "--per-prompt", 2, "--sample-steps", 2, "--loss-type", loss)
-    align("train", "--out", out, *where, *how, "--steps", 4, "--train-batch-size", 2, "--rank", 2)
+    done = invoked("train", "--out", out, *where, *how, "--steps", 4, "--train-batch-size", 2, "--rank", 2)
+    assert f"Next: align compare {tiny_folder} {out} --prompts FILE" in done.stderr
     assert read_concept(out).weights
     assert read_json(out / "summary.json")["kind"] == "reward"
     assert "trained without pairs" in refused("evaluate", out)

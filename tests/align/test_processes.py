@@ -80,7 +80,6 @@ def test_two_processes_learn_from_a_scorer_what_one_does(both_online: Path, name
     learned_alike(both_online, name)
 
 
-@pytest.mark.slow
 def learned_alike(both: Path, name: str) -> None:
     one, two = both / "one" / name, both / "two" / name
     assert max(weights(apart(one / CHECKPOINT, two / CHECKPOINT)).values()) < 1e-5
@@ -118,6 +117,19 @@ def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
     resume_taste(run)
     assert [line["step"] for line in read_jsonl(run / LOG)] == [1, 2, 3, 4, 5, 6]
     assert max(weights(apart(both / "one/longer" / CHECKPOINT, run / CHECKPOINT)).values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_and_learn_from_it_what_one_does_which_goes_on_with_what_they_began(
+    both: Path,
+) -> None:
+    one = both / "one" / "longer-prepared" / CHECKPOINT
+    assert max(weights(apart(one, both / "two/longer-prepared" / CHECKPOINT)).values()) < 1e-5
+    half_way = both / "two" / "half-way-prepared"
+    assert read_tensors(half_way / CHECKPOINT)[1]["step"] == "3"
+    resume_taste(half_way)
+    assert [line["step"] for line in read_jsonl(half_way / LOG)] == [1, 2, 3, 4, 5, 6]
+    assert max(weights(apart(one, half_way / CHECKPOINT)).values()) < 1e-5
 
 
 @pytest.mark.slow

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from align.collect.sample import sample_pairs
+from align.pairs.prepared import Prepared
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.settings import PairSampling
 from align.training import run as runs
 from align.training.online import train_online
+from align.training.prepare import prepare_pairs
 from align.training.run import train_taste
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
 from backbone.io.prompts import read_prompts
 from backbone.models.cache import VARIABLE
+from backbone.models.model import Backbone
 from backbone.training.run import LOG
 
 CASES: dict[str, dict[str, Any]] = {
@@ -60,8 +64,20 @@ def train(folder: Path, model: Path, pairs: Path, name: str, asked: Mapping[str,
     train_taste(said, check_preferences(read_preferences(str(pairs))), out=folder / name)
 
 
-def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
-    """The longer run, in which one of the processes gets a signal while it logs step 3."""
+def prepare(folder: Path, model: Path, pairs: Path) -> None:
+    """The folder `prepared`, to which each process encodes its share."""
+    opened = Backbone.open(str(model), device="cpu", precision="fp32")
+    prepare_pairs(read_preferences(str(pairs)), opened, folder / "prepared", any_model=True)
+
+
+def train_prepared(folder: Path, model: Path, name: str) -> None:
+    """The longer run, from what was prepared."""
+    said = {**USUAL, **LONGER, "model": str(model), "pairs": str(folder / "prepared")}
+    train_taste(said, Prepared(folder / "prepared"), out=folder / name)
+
+
+def interrupted(run: Callable[[], None]) -> None:
+    """A run in which one of the processes gets a signal while it logs step 3."""
 
     def log(path: Path, line: Mapping[str, Any]) -> None:
         append_jsonl(path, line)
@@ -69,7 +85,7 @@ def interrupted(folder: Path, model: Path, pairs: Path, name: str) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     with patch("backbone.training.run.append_jsonl", log), suppress(KeyboardInterrupt):
-        train(folder, model, pairs, name, LONGER)
+        run()
 
 
 def sample(folder: Path, model: Path, prompts: Path) -> None:
@@ -82,6 +98,8 @@ def everything(folder: Path, model: Path, pairs: Path, prompts: Path) -> None:
     for name, asked in CASES.items():
         train(folder, model, pairs, name, asked)
     train(folder, model, pairs, "longer", LONGER)
+    prepare(folder, model, pairs)
+    train_prepared(folder, model, "longer-prepared")
     sample(folder, model, prompts)
 
 
@@ -115,7 +133,8 @@ def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path) -> 
     with patch.object(processes, "end_process", processes.barrier):
         everything(folder / "two", model, pairs, prompts)
         for name in ("resumed", "half-way"):
-            interrupted(folder / "two", model, pairs, name)
+            interrupted(partial(train, folder / "two", model, pairs, name, LONGER))
+        interrupted(partial(train_prepared, folder / "two", model, "half-way-prepared"))
         runs.resume_taste(folder / "two" / "resumed")
         try:
             train(folder / "two", model, pairs, "alone", {"batch": 1})

@@ -15,7 +15,9 @@ from benchmarks.edit_speed import (
     SELF,
     SOURCE,
     TARGETS,
-    compose_calls,
+    EditSpeedSettings,
+    add_up,
+    compose_edits,
     count_rows,
     run_direct_reference,
     run_null_text_reference,
@@ -91,14 +93,31 @@ def test_sides_are_timed_in_turn_and_the_first_time_does_not_count() -> None:
 
 
 def test_totals_are_composed_of_steps_and_the_autoencoder(tiny_folder: Path) -> None:
-    chosen = ["ours", "Direct + P2P", "ours, four targets"]
-    found = compose_calls(str(tiny_folder), chosen, steps=5, repeats=1, device="cpu", precision="fp32")
+    asked = EditSpeedSettings(shape="sd15", steps=5, repeats=1, null_text=False, precision="fp32")
+    found = compose_edits(str(tiny_folder), asked)
     t, total = found["steps_seconds"], found["seconds"]
     around = t["encoding"] + t["decoding, 2"]
-    assert list(total) == chosen and "inner iteration" not in t
+    assert list(total) == asked.sides and "inner iteration" not in t
     assert total["ours"] == pytest.approx(5 * t["1 row"] + 4 * t["3 rows, edited"] + t["2 rows"] + around)
     walks = t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]
     assert total["Direct + P2P"] == pytest.approx(5 * walks + around)
+
+
+def test_null_text_is_composed_of_its_inner_iterations() -> None:
+    kinds = (
+        "1 row",
+        "2 rows",
+        "4 rows",
+        "8 rows",
+        "3 rows, edited",
+        "9 rows, edited",
+        "4 rows, whole matrices",
+    )
+    t = dict.fromkeys((*kinds, "inner iteration", "inner iteration, frozen", "encoding"), 1.0)
+    totals = add_up({**t, "inner iteration": 3.0, "decoding, 2": 1.0, "decoding, 5": 2.0}, 5)
+    assert totals["null-text + P2P"] == 5 * (2 + 1 + 1) + 5 * 10 * 3 + 2
+    assert totals["null-text + P2P, frozen"] == 5 * (2 + 1 + 1) + 5 * 10 + 2
+    assert totals["ours, four targets"] == 5 + 5 + 3
 
 
 def test_the_table_compares_four_edits_with_four(monkeypatch: pytest.MonkeyPatch) -> None:

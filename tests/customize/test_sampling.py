@@ -22,7 +22,6 @@ from customize.cli import app
 from customize.data.folders import is_concept_source
 from customize.formats.write import write_adapter
 from customize.sampling import write_index
-from tests.commands import run_command
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +234,7 @@ def test_stdout_is_json_and_nothing_else(
     known = json.loads(invoked("info", run, "--json").stdout)
     assert known["algorithms"] == ["lora"] and known["layers"]["unet"] > 0
     out = tmp_path / "out"
-    done = run_command("customize", "sample", "a dog", *quick, "--out", out, "--json", cwd=tmp_path)
+    done = invoked("sample", "a dog", *quick, "--out", out, "--json")
     sampled = json.loads(done.stdout)
     assert (sampled["folder"], sampled["sheet"]) == (str(out), str(out / "sheet.png"))
     assert [one["file"] for one in sampled["pictures"]] == ["p00-s00.png"]

@@ -11,7 +11,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_tensors
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from recipes.moji.on_gpu import LARGEST, main, split_weights
+from recipes.moji.on_gpu import LARGEST, GpuSettings, main, split_weights
 
 
 def test_weights_in_pieces_are_the_weights(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_weights_in_pieces_are_the_weights(tmp_path: Path) -> None:
 
 def test_an_autoencoder_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no autoencoder of this recipe"):
-        main(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", vae=EMBEDDED / "vae")
+        main(GpuSettings(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", vae=EMBEDDED / "vae"))
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_every_part_is_trained_written_in_pieces_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        main(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", tiny=True)
+        main(GpuSettings(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", tiny=True))
     said = (tmp_path / "out" / "log.txt").read_text()
     assert '"step": "denoiser", "of": 2, "began_at": 0' in said
     assert (

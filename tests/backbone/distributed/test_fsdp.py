@@ -19,6 +19,7 @@ from torch import nn
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.training.online import train_online
+from align.training.prepare import prepare_pairs
 from align.training.run import resume_taste, train_taste
 from backbone.distributed import fsdp as shards
 from backbone.distributed import processes
@@ -93,6 +94,11 @@ def everything(folder: Path, count: str) -> None:
     with patch("backbone.training.run.append_jsonl", stopping), suppress(KeyboardInterrupt):
         train_taste(asked, found, out=out)
     resume_taste(out)
+    opened = Backbone.open(str(folder / "sd3"), device="cpu", precision="fp32")
+    ready = prepare_pairs(
+        read_preferences(str(folder / "pairs.jsonl")), opened, folder / count / "ready", any_model=True
+    )
+    train_taste({**asked, "pairs": str(ready.folder)}, ready, out=folder / count / "prepared")
     drawn = DrawingOptions(model=str(folder / "sd3"), count=3, steps=2, precision="fp32", device="cpu")
     sample_to_folder(PROMPTS[:3], drawn, folder / count / "drawn")
 
@@ -184,8 +190,9 @@ def test_a_concept_is_learned_as_by_one_process(both: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_taste_is_learned_as_by_one_process_bank_stop_and_resume_included(both: Path) -> None:
+def test_a_taste_is_learned_as_by_one_process_bank_stop_resume_and_preparation_included(both: Path) -> None:
     assert apart(both, "taste/checkpoint.safetensors") < 1e-5
+    assert apart(both, "prepared/checkpoint.safetensors") < 1e-5
     one, two = (read_jsonl(both / count / "taste" / "evaluations.jsonl") for count in ("one", "two"))
     assert [line["step"] for line in two] == [0, 3, 5]
     for first, second in zip(one, two, strict=True):
