@@ -145,6 +145,8 @@ def describe(asked: TrainMotionOptions, films: Sequence[Captioned]) -> dict[str,
 class MotionLearning(Objective):
     """What is learned, and the two losses of a step."""
 
+    settings: TrainMotionOptions
+
     def __init__(
         self, model: Backbone, clips: Sequence[Tensor], conditions: Conditions, settings: TrainMotionOptions
     ) -> None:
