@@ -29,6 +29,7 @@ PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align
 SCRIPTS = (*PROGRAMS, "limner")
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "numpy", "PIL")
 ON_THE_INDEX = {
+    "av",
     "bitsandbytes",
     "prodigyopt",
     "protobuf",

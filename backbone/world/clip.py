@@ -193,7 +193,7 @@ def trace_camera(clip: Clip) -> Floats:
     """[F, 4]: how far a pan has gone (x, y), zoom, and the picture's turn in degrees."""
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
     way = SPEEDS[clip.speed] * u
-    path = np.tile(np.float32([0, 0, 1, 0]), (clip.frames, 1))
+    path = np.tile(np.array([0, 0, 1, 0], np.float32), (clip.frames, 1))
     match clip.camera:
         case "pan-left" | "pan-right":
             path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * way

@@ -134,8 +134,9 @@ class TrainMotionOptions(PlaceOptions):
             DATA,
             aliases=("videos", "instance-data-root"),
             metavar="FOLDER",
+            default_text="those of --resume",
         ),
-    ]
+    ] = ""
     motion: Annotated[
         str,
         Option(
@@ -143,12 +144,17 @@ class TrainMotionOptions(PlaceOptions):
             MOTION,
             aliases=("motion-adapter",),
             metavar="ADAPTER",
+            default_text="that of --resume",
         ),
-    ]
+    ] = ""
     out: Annotated[
-        Path,
-        Option("The run folder; a run that was stopped goes on there.", OUTPUT, aliases=("output-dir",)),
-    ]
+        Path | None,
+        Option("The run folder, new or empty.", OUTPUT, aliases=("output-dir",), default_text="runs/NAME"),
+    ] = None
+    resume: Annotated[
+        Path | None,
+        Option("Go on with a run that was stopped; it is asked for nothing else.", OUTPUT, metavar="RUN"),
+    ] = None
     model: Annotated[str, model_option("moji")] = "moji"
     token: Annotated[
         str, Option("What you will write in prompts for the motion.", MOTION, metavar="TOKEN")
@@ -179,5 +185,10 @@ class TrainMotionOptions(PlaceOptions):
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.resume is not None and (self.clips or self.motion or self.out):
+            raise UserError("A run that goes on has its clips and its adapter. Give --resume alone.")
+        for flag, value in (("--clips", self.clips), ("--motion", self.motion)):
+            if self.resume is None and not value:
+                raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
         if not self.token.strip() or not self.token_words.strip():
             raise UserError("A motion needs a token and words for it. Give --token [M], and --token-words.")

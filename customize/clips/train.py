@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json
-from backbone.io.options import as_command
-from backbone.io.run_folder import hold_folder, package_versions, refuse_taken
+from backbone.io.options import as_command, read_settings
+from backbone.io.run_folder import CHECKPOINT, hold_folder, package_versions, refuse_taken, run_name
 from backbone.media.clips import Film, read_film
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.cache import encode_prompts_cached
@@ -76,8 +76,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
 
     Raises `UserError` for clips that cannot be used, an adapter of another model, and a folder that is taken.
     """
-    run = asked.out
-    refuse_taken(run)
+    run, asked = open_run(asked)
     if processes.world_size() > 1:
         raise UserError("customize train-motion learns in one process. Start it without a launcher.")
     films = list_films(asked.clips)
@@ -117,6 +116,22 @@ def train_motion(asked: TrainMotionOptions) -> Path:
     return read_concept(run).folder
 
 
+def open_run(asked: TrainMotionOptions) -> tuple[Path, TrainMotionOptions]:
+    """The run's folder and settings: new ones, or those of a run that goes on.
+
+    Raises `UserError` for a folder that is taken, and for one that holds no run that was stopped.
+    """
+    if asked.resume is None:
+        run = asked.out or Path("runs") / run_name(asked.clips)
+        refuse_taken(run)
+        return run, replace(asked, out=run)
+    if not (asked.resume / CHECKPOINT).is_file():
+        raise UserError(
+            f"{asked.resume} holds no run of train-motion that was stopped. Start it with --clips."
+        )
+    return asked.resume, read_settings(TrainMotionOptions, asked.resume / "settings.json")
+
+
 def describe(asked: TrainMotionOptions, films: Sequence[Captioned]) -> dict[str, Any]:
     """The run's record."""
     return {
@@ -129,6 +144,8 @@ def describe(asked: TrainMotionOptions, films: Sequence[Captioned]) -> dict[str,
 
 class MotionLearning(Objective):
     """What is learned, and the two losses of a step."""
+
+    settings: TrainMotionOptions
 
     def __init__(
         self, model: Backbone, clips: Sequence[Tensor], conditions: Conditions, settings: TrainMotionOptions
@@ -148,6 +165,8 @@ class MotionLearning(Objective):
         )
         self.looks = list(looks.values())
         self.parameters = looks | moves
+        for value in self.parameters.values():  # adding the second one froze the first
+            value.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )

@@ -232,7 +232,7 @@ def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipE
     if not any(find_moves(target) != find_moves(source) for target in targets):
         return settings
     asked = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
-    none = {name: 0.0 for name, value in asked.items() if value is None}
+    none: dict[str, Any] = {name: 0.0 for name, value in asked.items() if value is None}
     return replace(settings, **none)
 
 

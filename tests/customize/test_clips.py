@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from backbone.io.files import read_json, write_tensors
 from backbone.media.clips import encode_webp, read_film
 from backbone.models.model import Backbone
 from customize.cli import app
-from customize.clips.train import without_looks
+from customize.clips.train import MotionLearning, without_looks
 from tests.tiny import tiny_motion_adapter
 
 LAYER = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
@@ -204,6 +205,29 @@ def test_a_motion_is_learned_apart_from_the_looks_and_drawn_with_a_subject(
         longer.exception
     )
     assert not (tmp_path / "no").exists()
+
+
+def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
+    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--frames", "3", "--checkpointing-steps", "1")
+    assert learn(tiny_folder, adapter, walks, tmp_path / "whole", *few).exit_code == 0
+    plain = MotionLearning.losses
+
+    def stopped(self: MotionLearning, step: int) -> Iterator[torch.Tensor]:
+        if step == 2:
+            raise UserError("stopped")
+        return plain(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MotionLearning, "losses", stopped)
+        assert learn(tiny_folder, adapter, walks, tmp_path / "parts", *few).exit_code != 0
+    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts")])
+    assert answer.exit_code == 0, answer.exception
+    whole, parts = (read_motion_lora(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    nothing = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path)])
+    assert "holds no run of train-motion" in str(nothing.exception)
 
 
 def test_what_all_frames_have_in_common_is_no_part_of_the_loss_without_looks() -> None:

@@ -1,0 +1,71 @@
+"""The clips' benchmark: known movements are read from pixels, and true clips do what their words say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backbone.world.clip import render_clip
+from backbone.world.motions import CAMERAS, MOTIONS
+from benchmarks.clips import PARTS, Row, is_right, measure_moved, select_clips, table_of
+
+
+def moved_blobs(
+    count: int, x: float = 0.0, y: float = 0.0, scale: float = 1.0, turn: float = 0.0
+) -> list[Image.Image]:
+    """Frames of a few soft blobs that move together about (64, 64), so much from frame to frame."""
+    at = np.array([(40.0, 50.0), (90.0, 60.0), (60.0, 95.0), (75.0, 30.0), (30.0, 85.0)]) - 64
+    frames = []
+    for t in range(count):
+        angle = np.radians(turn * t)
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        places = scale**t * at @ rotation.T + 64 + np.array([x, y]) * t
+        rows, columns = np.mgrid[:128, :128]
+        light = sum(
+            np.exp(-((columns - px) ** 2 + (rows - py) ** 2) / (2 * (9 * scale**t) ** 2)) for px, py in places
+        )
+        frames.append(Image.fromarray((np.clip(light, 0, 1) * 220).astype(np.uint8)).convert("RGB"))
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("given", "part", "wanted"),
+    [
+        ({"x": 2.0}, "x", 6.0),
+        ({"y": -1.5}, "y", -4.5),
+        ({"scale": 1.04}, "growth", 3 * np.log(1.04)),
+        ({"turn": 4.0}, "turn", 12.0),
+    ],
+)
+def test_a_known_movement_is_measured(given: dict[str, float], part: str, wanted: float) -> None:
+    moved = measure_moved(moved_blobs(4, **given))
+    assert getattr(moved, part) == pytest.approx(wanted, rel=0.15)
+
+
+def test_a_still_clip_has_not_moved() -> None:
+    assert measure_moved(moved_blobs(3)) == (0, 0, 0, 0)
+
+
+def test_the_clips_are_chosen_evenly() -> None:
+    clips = select_clips(96, 8)
+    said = [clip.camera or clip.move for clip in clips]
+    assert said.count("") == 16 and {said.count(move) for move in PARTS} == {5}
+    assert all(not clip.scene.pair and len(clip.scene.things) == 1 for clip in clips)
+
+
+@pytest.mark.font
+def test_true_clips_do_what_their_words_say() -> None:
+    clips = [clip for clip in select_clips(58, 8) if clip.move or clip.camera]
+    right = [
+        is_right(clip.camera or clip.move, measure_moved(render_clip(clip).frames, camera=bool(clip.camera)))
+        for clip in clips
+    ]
+    assert np.mean(right) > 0.9  # 77 of 80, which bounds what a model can reach
+
+
+def test_the_table_has_shares_with_intervals() -> None:
+    rows = [Row(move, index % 4 > 0, None, 1.0, 1.0, 0.5) for index, move in enumerate((*MOTIONS, *CAMERAS))]
+    rows.append(Row("", None, True, 1.0, 1.0, 0.5))
+    table = table_of({"moji-motion": rows})
+    assert "71.4 (45.4–88.3) of 14" in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table
