@@ -380,9 +380,8 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     prior = training.prior_batch(known.buckets[0], random)  # their targets are the noise
     parameters = list(training.parameters.values())
     here = training.loss(generator(0, "parity"), 1)
-    ours = torch.autograd.grad(
-        here, parameters, allow_unused=True
-    )  # before there is a second graph in memory
+    # Before there is a second graph in memory
+    ours = torch.autograd.grad(here, parameters, allow_unused=True)
     count = training.settings.batch
     pair = (known.posteriors[0].mean, cast(Tensor, known.class_latents))
     clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair]).to(model.device)

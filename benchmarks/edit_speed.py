@@ -98,9 +98,8 @@ def main(settings: EditSpeedSettings) -> None:
     if shape == "sd15":
         with write_model_folder("sd15") as folder:
             found = compose_edits(folder, settings)
-            if (
-                settings.memory
-            ):  # null-text's walk as they do and take gradients besides, which takes minutes here
+            # Null-text's walk as they do and take gradients besides, which takes minutes here
+            if settings.memory:
                 walks = [name for name in settings.sides if not name.startswith("null-text")]
                 found["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
     else:

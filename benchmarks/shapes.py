@@ -152,9 +152,8 @@ def load_like_script(model: str, device: str, precision: str) -> Parts:
     )
     for network in (autoencoder, denoiser):
         network.to(backbone.device, dtype=backbone.dtype)
-    denoiser.register_forward_pre_hook(
-        lambda _, given: (given[0].contiguous(), *given[1:])
-    )  # not channels last
+    # Not channels last
+    denoiser.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     backbone.__dict__["denoiser"] = denoiser
     return Parts(backbone, autoencoder, encode)
 

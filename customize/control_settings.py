@@ -25,9 +25,8 @@ class ControlSettings(TrainingSettings):
 
     NEEDS: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("rank", "lora_alpha"), WITH_LORA),
-        **dict.fromkeys(
-            ("quantize", "cpu_offload"), WITH_ADAPTER
-        ),  # a ControlNet copies the weights as they are
+        # A ControlNet copies the weights as they are
+        **dict.fromkeys(("quantize", "cpu_offload"), WITH_ADAPTER),
         "lora_layers": {"kind": ("none",)},  # its layers are those of the copied encoder, all of them
     }
 

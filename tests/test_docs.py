@@ -126,9 +126,8 @@ def lowered(words: list[str]) -> list[str]:
     known = {option for parameter in command.params for option in parameter.opts}
     changed = list(words)
     for place, (flag, value) in enumerate(pairwise(words), start=1):
-        if (
-            flag in LARGEST and value.isdigit() and name != "edit interpolate"
-        ):  # which takes three images at least
+        # Which takes three images at least
+        if flag in LARGEST and value.isdigit() and name != "edit interpolate":
             changed[place] = str(min(int(value), LARGEST[flag]))
     more = iter(ADDED.get(name, ADDED.get(words[0], ())))
     settled = {"--online", "--inversion"} & set(words)  # whose steps the small model says, or the file
@@ -222,9 +221,8 @@ def test_every_call_is_understood_as_it_is_printed(words: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_that_a_page_names_exists(page: str) -> None:
     text = PAGES[page].read_text(encoding="utf-8")
-    text = re.sub(
-        r"`(python3?\s+-m|pip\s|apt-get)[^`]*`", "", text
-    )  # recipes and other programs have their own
+    # Recipes and other programs have their own
+    text = re.sub(r"`(python3?\s+-m|pip\s|apt-get)[^`]*`", "", text)
     text = re.sub(r"^(python3? -m|pip |accelerate launch .*? -m).*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"accelerate launch .*? -m ", "", text)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)

@@ -225,9 +225,8 @@ class PreferenceTraining(Objective):
                 theirs = self.live.residuals(batch)
                 reference = weight * mean_squares(theirs)
                 drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
-        whole = (
-            processes.reduce_mean if self.share.scale > 1 else torch.mean
-        )  # other processes have the rest of the batch
+        # Other processes have the rest of the batch
+        whole = processes.reduce_mean if self.share.scale > 1 else torch.mean
         return PairBatch(errors, send(batch.preference, errors.device), reference, drift, whole)
 
     def batch_rows(self, step: int) -> list[tuple[int, int]]:
@@ -331,10 +330,8 @@ class PreferenceTraining(Objective):
             [_contents(concept) for concept in self.concepts],
             (settings.seed, settings.draws, settings.prompt_dropout, settings.flip),
             (settings.random_crop, settings.least_noise),
-            (
-                settings.batch,
-                settings.micro_batch,
-            ),  # which noise samples share a batch, to the last bit of their errors
+            # Which noise samples share a batch, to the last bit of their errors
+            (settings.batch, settings.micro_batch),
             records,
             *([processes.world_size()] if self.share.scale > 1 else []),
             *(["compiled"] if settings.compile else []),

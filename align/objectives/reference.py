@@ -71,9 +71,8 @@ class CachedReference:
     live: LiveReference
     key: str
     values: Tensor
-    new: list[Tensor] = field(
-        default_factory=list, init=False
-    )  # (row, k) [n, 2] found since the last `merge`
+    # (row, k) [n, 2] found since the last `merge`
+    new: list[Tensor] = field(default_factory=list, init=False)
     flying: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
 
     def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
@@ -136,19 +135,16 @@ def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, 
     path = reference_path(key)
     if processes.is_main_process() and not _is_whole(path, shape):
         try:
-            with (
-                atomic_write(path) as temporary,
-                temporary.open("wb") as file,
-            ):  # not sparse: a full disk shows now
+            # Not sparse: a full disk shows now
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.full(shape, np.nan, np.float32), allow_pickle=False)
         except OSError:
             path.unlink(missing_ok=True)
     processes.barrier()
     if not _is_whole(path, shape):
         return CachedReference(live, key, torch.full(shape, float("nan")))
-    mode: Literal["r+", "c"] = (
-        "r+" if processes.is_main_process() else "c"
-    )  # c: changes are this process's own
+    # c: changes are this process's own
+    mode: Literal["r+", "c"] = "r+" if processes.is_main_process() else "c"
     return CachedReference(live, key, torch.from_numpy(np.lib.format.open_memmap(path, mode)))
 
 

@@ -166,9 +166,8 @@ def _by_pairs(
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
     pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
-    validate = Every(
-        0, Validation(run, training, settings, pictures)
-    )  # before the first round and after each
+    # Before the first round and after each
+    validate = Every(0, Validation(run, training, settings, pictures))
     writes = processes.is_main_process()
     learn, out = Records(), Records()
     spent = {"draw and rank": 0.0, "train": 0.0}
@@ -226,9 +225,8 @@ def _draw_round(
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / image_name(*key)).exists()]
     processes.barrier()  # now every process knows what is missing
-    own = processes.split_batches(
-        missing, batch=sampling.batch
-    )  # to the last bit, for what is learned from them
+    # To the last bit, for what is learned from them
+    own = processes.split_batches(missing, batch=sampling.batch)
     facts = {"model": settings.model, **sampling.facts(), "concepts": list(map(last_name, settings.concepts))}
     facts["round"] = number
     with progress(len(own), "drawing") as bar:

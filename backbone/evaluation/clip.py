@@ -149,9 +149,8 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
     else:
         model = _load_model(AutoModel, folder, trust_remote_code=False)
     model = model.to(device).eval().requires_grad_(False)
-    side = (
-        model.config.image_size if kind == "vit" else VisionEncoder.crop_size
-    )  # the others read pictures of any size
+    # The others read pictures of any size
+    side = model.config.image_size if kind == "vit" else VisionEncoder.crop_size
     return VisionEncoder(model, **_read_preprocessor(folder, side, VisionEncoder.mean, VisionEncoder.std))
 
 

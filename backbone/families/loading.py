@@ -84,10 +84,8 @@ def load_network(
     """Load a denoiser or autoencoder; `UserError` if the component is of another class."""
     config = location.config(part)
     class_name = config.get("_class_name", kind.__name__)
-    if class_name not in (
-        kind.__name__,
-        "Transformer2DModel",
-    ):  # the latter in old configs of any transformer
+    # The latter in old configs of any transformer
+    if class_name not in (kind.__name__, "Transformer2DModel"):
         raise UserError(
             f"The {part} of {location.name} is a {class_name}, and a {kind.__name__} is needed. "
             "Name a whole model of one family."

@@ -59,9 +59,8 @@ class UNetControlNet:
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network = cast(Any, self.module)
         given = as_dtype(inputs, network.dtype)
-        given["sample"] = given["sample"][
-            :, : network.config.in_channels
-        ]  # without an image beside the latents
+        # Without an image beside the latents
+        given["sample"] = given["sample"][:, : network.config.in_channels]
         skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
         if guess and not self.prompted_only:
             *ramp, last = torch.logspace(-1, 0, len(skips) + 1).tolist()

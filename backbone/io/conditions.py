@@ -178,9 +178,8 @@ def parse_map(said: str) -> AskedMap:
     kind, equals, path = said.partition("=")
     kind = kind.strip().lower()
     kind = SYNONYMS.get(kind, kind)
-    if (
-        not equals and "." in said
-    ):  # a file alone, as diffusers' spellings have it: its network says what it is
+    # A file alone, as diffusers' spellings have it: its network says what it is
+    if not equals and "." in said:
         kind, path = ANY, said
     elif not equals or not path:
         raise UserError(f"--condition {said} names no map. Give KIND=MAP.png, as in sketch=drawing.png.")

@@ -260,9 +260,8 @@ _Display: TypeAlias = Callable[[ProgressBar, str, bool], AbstractContextManager[
 def _choose_display() -> _Display:
     if not is_main_rank():
         return _display_nothing
-    if (
-        _open_displays
-    ):  # rich stands in for stderr then, and before version 15 did not say that it is a terminal
+    # Rich stands in for stderr then, and before version 15 did not say that it is a terminal
+    if _open_displays:
         return _display_bar
     drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     return _display_bar if drawable else _display_lines

@@ -82,9 +82,8 @@ def write_tensors(
     """
     import torch
 
-    ordered = sorted(
-        tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])
-    )  # so all are aligned
+    # So all are aligned
+    ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))}
     offset = 0
     for name, tensor in ordered:

@@ -288,9 +288,8 @@ def find_control(name: str) -> FoundControl:
     """Look a control network up, without its weights; `UserError` for what is none."""
     path = Path(name).expanduser()
     if path.suffix.lower() in PICKLE_SUFFIXES or path.is_file():
-        return FoundControl(
-            name, read_header(path).path, ControlRecord()
-        )  # which says why a pickle is not read
+        # Which says why a pickle is not read
+        return FoundControl(name, read_header(path).path, ControlRecord())
     if path.is_dir():
         record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
         for part in ("", *PARTS):

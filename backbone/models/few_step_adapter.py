@@ -64,9 +64,8 @@ def fuse_lora(path: Path, denoiser: nn.Module) -> None:
 
 
 def _fits(weight: Tensor, up: Tensor, down: Tensor) -> bool:
-    return (
-        len(up) == len(weight) and up[0].numel() == len(down) and down[0].numel() == weight[0].numel()
-    )  # a convolution's too
+    # A convolution's too
+    return len(up) == len(weight) and up[0].numel() == len(down) and down[0].numel() == weight[0].numel()
 
 
 def _strength(said: Mapping[str, Any], rank: int) -> float:

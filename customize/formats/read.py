@@ -203,9 +203,8 @@ def _build_layer(
         raise UserError(
             f"The layer {stem} in {path} is not whole (it has {present}). Download or export it again."
         )
-    if (
-        "mid" in factors
-    ):  # LoCon's kernel between two 1 × 1 convolutions: multiplied into `down` it is the same
+    # LoCon's kernel between two 1 × 1 convolutions: multiplied into `down` it is the same
+    if "mid" in factors:
         kernel, down = factors.pop("mid"), factors["down"].flatten(1)
         factors["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
     component, module = split_component(name)

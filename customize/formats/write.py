@@ -247,9 +247,8 @@ def _to_kohya(
         tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             scale, over_inputs = layer.magnitude.float(), layer.magnitude.ndim == 2
-            if (
-                file_format == "comfyui" and not over_inputs
-            ):  # over inputs ComfyUI divides by ‖W + ΔW‖, as it should
+            # Over inputs ComfyUI divides by ‖W + ΔW‖, as it should
+            if file_format == "comfyui" and not over_inputs:
                 if weights is None or name not in weights:
                     raise UserError(
                         f"DoRA in ComfyUI's format depends on the base weights, and those of {name} are not at hand. "

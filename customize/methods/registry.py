@@ -39,9 +39,8 @@ def trainable(model: Backbone, settings: Settings) -> list[Any]:
     """
     text = [TextAdapter(model, settings)] if settings.train_text_encoder else []
     match settings.method:
-        case "lora" if (
-            model.widened
-        ):  # the new channels themselves, which are few, and an adapter behind them
+        # The new channels themselves, which are few, and an adapter behind them
+        case "lora" if model.widened:
             return [Weights(model, settings, pattern=INPUT), Adapter(model, settings)]
         case "lora":  # Hu et al. 2022; DreamBooth's loss
             return [Adapter(model, settings), *text]

@@ -99,9 +99,8 @@ def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tens
     states = [clean, deterministic_step(clean, first, levels[0], levels[1])]
     for before, here, there in zip(levels, levels[1:], levels[2:], strict=False):
         now = states[-1]
-        if _tau(before) == _tau(
-            here
-        ):  # a schedule that ends with the same level twice: the first step was none
+        # A schedule that ends with the same level twice: the first step was none
+        if _tau(before) == _tau(here):
             estimate = predict(now, with_noisier_time(here, there))
             states.append(deterministic_step(now, estimate, here, there))
         else:

@@ -59,9 +59,8 @@ def compose(
         on_trajectory, source = select(answer, slice(0, 1)), select(answer, slice(1, 2))
         led = Estimate(*(_lead(half, weights) for half in answer))
         offset = states[step + 1] - deterministic_step(rows[:1], on_trajectory, here, there)
-        chosen = (
-            led if bool(weights.any()) else source
-        )  # the same but for rounding where nothing leads anywhere
+        # The same but for rounding where nothing leads anywhere
+        chosen = led if bool(weights.any()) else source
         now = (deterministic_step(now[None], chosen, here, there) + offset)[0]
         if mask_latent is not None:
             now = torch.where(mask_latent > 0, now, states[step + 1])

@@ -142,9 +142,8 @@ def _run(
         own |= {"asked": asked} if asked else {}
         result = command(loaded, {**own, **images})
         frames = command.frames(result)
-        assert len(result.images) == len(
-            result.prompts
-        )  # decoded here, so that a mistake leaves nothing behind
+        # Decoded here, so that a mistake leaves nothing behind
+        assert len(result.images) == len(result.prompts)
         figures = []
         if command.compared and wishes.get("metrics", True):
             figures = measure_edits(result, find_scorer(loaded.model, wishes.get("scorer")))
@@ -152,9 +151,8 @@ def _run(
         folder = out or make_numbered_folder(Path("runs") / f"edit-{Path(next(iter(files), name)).stem}")
         with fill_folder(folder) as unfinished:
             if len(result.inversions) == 1 and wishes.get("inversion") is None:
-                result.inversions[0].write(
-                    unfinished / INVERSION
-                )  # made for this edit, it serves further ones
+                # Made for this edit, it serves further ones
+                result.inversions[0].write(unfinished / INVERSION)
             publish(
                 unfinished,
                 result,

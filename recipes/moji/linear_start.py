@@ -194,10 +194,8 @@ def begin_decoder(model: AutoencoderKL, levels: list[Components], pictures: Tens
             hidden = F.conv2d(upsampled, weight, bias, padding=1)
             write(decoder.up_blocks[number + 1].resnets[0].conv_shortcut, one(count))
         else:
-            weight, bias = (
-                torch.cat([weight, -weight]),
-                torch.cat([bias, -bias]),
-            )  # red, green, blue, and minus each
+            # Red, green, blue, and minus each
+            weight, bias = (torch.cat([weight, -weight]), torch.cat([bias, -bias]))
         write(block.upsamplers[0].conv, weight, bias)
 
     size = widths[0] // model.config.norm_num_groups

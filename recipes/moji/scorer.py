@@ -150,9 +150,8 @@ def build(tokenizer: CLIPTokenizer, *, patch: int = 16) -> CLIPModel:
         patch_size=patch,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
-    model: CLIPModel = CLIPModel._from_config(
-        config, attn_implementation="eager"
-    )  # SDPA trains slower on CPU
+    # SDPA trains slower on CPU
+    model: CLIPModel = CLIPModel._from_config(config, attn_implementation="eager")
     return model
 
 

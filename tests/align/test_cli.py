@@ -115,9 +115,8 @@ def test_a_comparison_counts_wins_and_shows_pictures(
     result = read_json(out / "compare.json")
     wins = result["wins"][str(bright)]
     assert wins["tuned"]["wins"] + wins["tuned"]["ties"] + wins["tuned"]["losses"] == 10
-    assert (
-        wins["tuned-0"]["ties"] == 10 and wins["tuned-0"]["rate"]["value"] == 0.5
-    )  # without strength: the base
+    # Without strength: the base
+    assert wins["tuned-0"]["ties"] == 10 and wins["tuned-0"]["rate"]["value"] == 0.5
     assert set(result["categories"][str(bright)]) == {"a", "the"}
     assert set(result["diversity"]) == {"base", "tuned", "tuned-0"}
     assert f"{bright}: tuned wins" in said

@@ -35,11 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"batch": 2, "full": True, "learning_rate": 1e-6},
 }
 ONLINE: dict[str, dict[str, Any]] = {
-    "rounds": {
-        "rounds": 2,
-        "per_prompt": 2,
-        "micro_batch": 1,
-    },  # to the last bit: what is drawn is learned from
+    # To the last bit: what is drawn is learned from
+    "rounds": {"rounds": 2, "per_prompt": 2, "micro_batch": 1},
     "policy": {"rounds": 2, "per_prompt": 2, "loss": "ddpo"},
     "climb": {"loss": "draft", "online": "moji"},
 }

@@ -177,9 +177,8 @@ def test_t5_without_a_tokenizer_beside_the_file_says_where_to_put_it(file: Path)
 
 def checkpoint_of(folder: Path) -> Tensors:
     """A diffusers folder in the layout of ComfyUI's full checkpoints."""
-    clip = part_of(folder, "text_encoder") | {
-        "text_projection.weight": torch.ones(16, 16)
-    }  # which is not used
+    # Which is not used
+    clip = part_of(folder, "text_encoder") | {"text_projection.weight": torch.ones(16, 16)}
     return {
         **transformer_of(folder),
         **autoencoder_of(folder, "vae."),

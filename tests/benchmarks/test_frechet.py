@@ -30,7 +30,6 @@ def test_a_spread_counts_by_the_difference_of_deviations() -> None:
 
 def test_fewer_features_than_dimensions_are_no_obstacle() -> None:
     few = features(4)
-    assert frechet_distance(few, few) == pytest.approx(
-        0, abs=1e-5
-    )  # rounding of the roots of empty directions
+    # Rounding of the roots of empty directions
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
     assert frechet_distance(few, features(4, seed=1)) > 0

@@ -365,9 +365,8 @@ def test_lines_agree_within_a_pixel() -> None:
     beside[15, :5] = 1
     assert agreement(asked, asked) == Agreement(1.0, 1.0)
     found = agreement(asked, beside)
-    assert found == Agreement(
-        0.5, 0.6
-    )  # six of the ten pixels have one within reach, the corner's neighbour too
+    # Six of the ten pixels have one within reach, the corner's neighbour too
+    assert found == Agreement(0.5, 0.6)
     assert found.f1 == pytest.approx(2 * 0.5 * 0.6 / 1.1)
     assert agreement(asked, torch.zeros(20, 20)).f1 == 0
 

@@ -205,9 +205,8 @@ def number_door(program: Any, place: Place, random: Random) -> bool:
 def concept_door(place: Place, random: Random) -> bool:
     content, damaged = damaged_json(CONCEPT, random)
     place.write("runs/b/concept.json", content)
-    resolve_placeholder_tokens(
-        "a dog", [], runs=place.folder / "runs"
-    )  # a broken run beside is of no account
+    # A broken run beside is of no account
+    resolve_placeholder_tokens("a dog", [], runs=place.folder / "runs")
     resolve_placeholder_tokens("a [V] dog", [read_concept(place.folder / "runs" / "b")], runs=place.folder)
     return damaged
 

@@ -17,9 +17,8 @@ def test_noise_lies_on_a_share_of_the_latents_and_is_never_louder_than_asked() -
     assert 0.18 < float(noisy.float().mean()) < 0.32
     loudness = (noise[noisy] / latents.std((0, 2, 3), keepdim=True)).std((2, 3))
     assert float(loudness.mean()) < 0.13 and float(loudness.max()) < 0.3
-    assert torch.allclose(
-        loudness[:, 0].mean(), loudness[:, 1].mean(), atol=0.01
-    )  # of each channel's deviation
+    # Of each channel's deviation
+    assert torch.allclose(loudness[:, 0].mean(), loudness[:, 1].mean(), atol=0.01)
 
 
 def test_scaled_latents_have_deviation_one_and_decode_to_the_same_picture() -> None:

@@ -65,9 +65,8 @@ def test_latents_begin_as_the_principal_components(begun: AutoencoderKL, picture
     exact = components(pictures, 8).of(pictures, CHANNELS)
     scale = (mean * exact).sum() / exact.square().sum()
     assert 0.9 < float(scale) < 1.1
-    for channel in range(
-        CHANNELS
-    ):  # the group's deviation moves a little with the picture: not to the last digit
+    # The group's deviation moves a little with the picture: not to the last digit
+    for channel in range(CHANNELS):
         left = mean[:, channel] - scale * exact[:, channel]
         assert float(left.square().mean() / mean[:, channel].square().mean()) < 0.01
 
@@ -97,6 +96,5 @@ def test_every_weight_can_learn(begun: AutoencoderKL, pictures: Tensor) -> None:
         for name, value in begun.named_parameters()
         if value.grad is None or not value.grad.abs().max() > 0
     ]
-    assert all(
-        ".conv1." in name or ".norm" in name for name in still
-    )  # behind a second convolution that is zero
+    # Behind a second convolution that is zero
+    assert all(".conv1." in name or ".norm" in name for name in still)

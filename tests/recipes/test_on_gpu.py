@@ -40,9 +40,8 @@ def test_every_part_is_trained_written_in_pieces_and_goes_on(
         main(GpuSettings(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", tiny=True))
     said = (tmp_path / "out" / "log.txt").read_text()
     assert '"step": "denoiser", "of": 2, "began_at": 0' in said
-    assert (
-        '"step": "denoiser", "of": 3, "began_at": 1' in said
-    )  # from where the learning rate had not fallen yet
+    # From where the learning rate had not fallen yet
+    assert '"step": "denoiser", "of": 3, "began_at": 1' in said
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert max(path.stat().st_size for path in files) <= LARGEST
     for name in ("moji", "moji-flow"):

@@ -147,9 +147,8 @@ class QwenImage21:
         return predict
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        return (
-            AttentionLayout()
-        )  # which `edit` cannot reach: words see no image here, and only words before them
+        # Which `edit` cannot reach: words see no image here, and only words before them
+        return AttentionLayout()
 
     def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None

@@ -58,11 +58,8 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         published = ["stable-diffusion-3.5-medium"]
     elif f"{prefix}joint_blocks.0.x_block.attn.ln_q.weight" in header.shapes:
         published = ["stable-diffusion-3.5-large"]
-    published += [
-        "stable-diffusion-3",
-        "stable-diffusion-xl",
-        "stable-diffusion-1",
-    ]  # the last two for the CLIPs
+    # The last two for the CLIPs
+    published += ["stable-diffusion-3", "stable-diffusion-xl", "stable-diffusion-1"]
     return (
         header.path.with_suffix(""),
         header.path.parent,

@@ -80,9 +80,8 @@ class ZImage(SplitFileFamily):
         "all": (
             *("to_q", "to_k", "to_v", "to_out.0"),
             *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-            *(
-                f"layers.{n}.adaLN_modulation.0" for n in range(30)
-            ),  # that of the final layer begins with a SiLU
+            # That of the final layer begins with a SiLU
+            *(f"layers.{n}.adaLN_modulation.0" for n in range(30)),
             *(f"noise_refiner.{n}.adaLN_modulation.0" for n in range(2)),
         ),
     }

@@ -65,9 +65,8 @@ def test_scores_of_different_scales_are_brought_to_one() -> None:
     one, other = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([200.0, 100.0, 0.0])
     assert combine_scores([one, other], [1.0, 1.0]).tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
     assert combine_scores([one, other], [2.0, 1.0]).argmax() == 2
-    assert (
-        combine_scores([one, torch.ones(3)], [1.0, 5.0]).argmax() == 2
-    )  # a scorer that sees no difference says nothing
+    # A scorer that sees no difference says nothing
+    assert combine_scores([one, torch.ones(3)], [1.0, 5.0]).argmax() == 2
     with pytest.raises(UserError, match="one each"):
         combine_scores([one, other], [1.0])
 

@@ -78,9 +78,8 @@ def test_the_mask_is_where_the_class_changes_the_prediction(
     assert torch.equal(otsu(found)[0], region)
     assert torch.equal(predict_mask(tiny, picture, text, empty), dilate(region[None]))
     asked.clear()
-    assert (
-        torch.equal(predict_mask(tiny, picture, text, empty), dilate(region[None])) and not asked
-    )  # remembered
+    # Remembered
+    assert torch.equal(predict_mask(tiny, picture, text, empty), dilate(region[None])) and not asked
     other = Posterior(picture.mean + 1, picture.std)
     predict_mask(tiny, other, text, empty)
     assert asked == [2] * 6

@@ -95,9 +95,8 @@ def test_diffusers_reads_one_alpha_for_each_layer_from_our_diffusers_form(
 def test_diffusers_reads_sdxl_with_both_text_encoders(file_format: FileFormat, tmp_path: Path) -> None:
     loaded, defined = tiny_xl(), tiny_xl()
     known = _loadable(modules_of(loaded))
-    if (
-        file_format == "comfyui"
-    ):  # diffusers does not read this layer by diffusers' name from a file of this form
+    # Diffusers does not read this layer by diffusers' name from a file of this form
+    if file_format == "comfyui":
         known = {name: module for name, module in known.items() if "add_embedding" not in name}
     adapter = random_adapter(known, alphas=(3.0,))
     assert adapter.base == "sdxl"

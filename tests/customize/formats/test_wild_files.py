@@ -155,11 +155,12 @@ def test_the_original_code_s_names_are_the_family_s_layers(
         factors, change = lora(whole)
         stem = prefix + (flat(original) if prefix.endswith("_") else original)
         tensors |= {f"{stem}.{end}": value for end, value in factors.items()}
+        # (shift, scale) there, (scale, shift) here
         if (
             family != "zimage"
             and original.endswith("adaLN_modulation.1")
             and (parts[0] == "norm_out.linear" or len(whole) == 2 * whole.shape[1])
-        ):  # (shift, scale) there, (scale, shift) here
+        ):
             change = torch.cat([*reversed(change.chunk(2))])
         pieces = change.split([len(weights[part]) for part in parts])
         truth |= {f"transformer.{part}": piece for part, piece in zip(parts, pieces, strict=True)}

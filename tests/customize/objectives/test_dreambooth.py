@@ -190,9 +190,8 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
     def paint(name: str) -> None:
         shade = tuple(random.randrange(256) for _ in range(3))
         image = Image.new("RGB", (64, 64), shade)
-        image.paste(
-            "white", (32, 32, 64, 64)
-        )  # what is one colour all over, a norm divides by nearly nothing
+        # What is one colour all over, a norm divides by nearly nothing
+        image.paste("white", (32, 32, 64, 64))
         image.save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"a bcd dog in {shade}")
 
