@@ -134,7 +134,7 @@ class Flux:
             if guidance is None:
                 guidance = noisy.new_full((count,), TRAINING_GUIDANCE)
             tokens = conditions.text["hidden"].shape[1]
-            inputs = {
+            inputs: dict[str, Any] = {
                 "hidden_states": pack_latents(noisy).to(dtype),
                 "timestep": time.expand(count) / 1000,
                 "guidance": guidance.to(noisy.device),
