@@ -179,7 +179,7 @@ def their_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
 
 def update(loss: Tensor, module: Any, optimizer: torch.optim.Optimizer) -> None:
     """Backward, clipping to 1, AdamW."""
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -51,10 +51,10 @@ class AskedLayout:
     def of(cls, wishes: Mapping[str, Any]) -> AskedLayout:
         """What an edit's wishes say, by the names of its options; `UserError` for what does not fit."""
         names = [one.name for one in fields(ControlOptions)]
-        said = {name: wishes[name] for name in names if wishes.get(name)}
-        targets = ControlOptions(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()}
-        ).controls
+        said: dict[str, Any] = {name: wishes[name] for name in names if wishes.get(name)}
+        for name, value in said.items():
+            said[name] = tuple(value) if isinstance(value, list) else value  # a record's
+        targets = ControlOptions(**said).controls
         return cls(targets, tuple(of_source(one, targets) for one in wishes.get("source_condition") or ()))
 
     @property

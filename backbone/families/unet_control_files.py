@@ -174,4 +174,4 @@ def _load_adapter(header: Header, dtype: torch.dtype) -> nn.Module:
     if found.missing_keys or found.unexpected_keys:
         strange = (*found.missing_keys, *found.unexpected_keys)[0]
         raise UserError(f"is no T2I-Adapter of a known kind ({strange} does not fit)")
-    return nn.Module.to(module, dtype)
+    return cast(nn.Module, nn.Module.to(module, dtype))

@@ -75,9 +75,11 @@ def new_control(
     device = next(denoiser.parameters()).device
     module: Any
     if kind == "t2i-adapter":
-        widths = list(denoiser.config.block_out_channels)
+        widths = list(cast(Any, denoiser).config.block_out_channels)
         usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
-        if denoiser.config.down_block_types[0] == "DownBlock2D":  # SDXL's: features behind the first halving
+        if (
+            cast(Any, denoiser).config.down_block_types[0] == "DownBlock2D"
+        ):  # SDXL's: features behind the first halving
             usual = {
                 "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
                 "downscale_factor": 2 * model.factor,
@@ -331,7 +333,7 @@ def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.
                 "folders. Name the folder or hub id."
             )
     network = network.eval().requires_grad_(False).to(model.device)
-    return nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the denoiser's
+    return cast(nn.Module, cast(Any, network).to(memory_format=torch.channels_last))  # as the denoiser's
 
 
 def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:

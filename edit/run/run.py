@@ -135,7 +135,7 @@ def _run(
     command = COMMANDS[name]
     images, settings, files = _read_images(wishes)
     asked = AskedLayout.of(wishes)
-    files |= {path: content_hash(Path(path)) for path in asked.paths}
+    files |= {path: content_hash(Path(path)) for path in asked.paths if Path(path).is_file()}
     with _claim(out):
         loaded = load()
         own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING, *CONTROL)}

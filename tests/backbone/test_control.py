@@ -237,7 +237,8 @@ def test_a_new_network_is_trained_through_the_one_prediction_and_opens_again(
     torch.optim.SGD(net.module.parameters(), lr=0.5).step()
     after = nets.model.predict(noisy, index, replace(text, controls=(Control.of(net, maps(2)),)))
     assert not torch.allclose(before, after, atol=1e-4)
-    net.module.save_pretrained(tmp_path / "saved")
+    module: Any = net.module
+    module.save_pretrained(tmp_path / "saved")
     again = open_control(nets.model, str(tmp_path / "saved")).network
     found = nets.model.predict(noisy, index, replace(text, controls=(Control.of(again, maps(2)),)))
     torch.testing.assert_close(found, after.detach(), rtol=0, atol=1e-5)

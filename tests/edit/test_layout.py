@@ -243,7 +243,7 @@ def test_every_command_edits_under_maps_and_records_them(name: str, place: Path,
     assert (tmp_path / "under" / "condition_0_edges.png").exists()
     middle = "edit_1.png" if name == "interpolate" else "edit_0.png"
     images = [np.array(Image.open(tmp_path / out / middle)) for out in ("plain", "under")]
-    assert not np.array_equal(*images)
+    assert not np.array_equal(images[0], images[1])
     if name == "remove":  # the removed thing's own lines are not drawn again
         blank = np.array(Image.open(tmp_path / "under" / "condition_1_edges.png"))
         assert not blank[18:38, 18:38].any() and blank.any()
@@ -264,6 +264,7 @@ def test_every_command_edits_under_maps_and_records_them(name: str, place: Path,
             "stands beside no --condition sketch",
         ),
         (("--condition", "sketch={}/scene.png"), "looks like a photograph"),
+        (("--condition", "sketch={}/nowhere.png"), "does not exist"),
         (("--condition", "edges=auto", "--condition-scale", "nan"), "condition-scale"),
         (("--condition", "edges=auto", "--guess-mode"), "guess mode has no effect"),
     ],

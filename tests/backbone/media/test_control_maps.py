@@ -72,7 +72,8 @@ def test_a_map_found_in_a_picture_does_not_depend_on_the_file_s_format(kind: str
     expected = compute_map(kind, scene)
     assert np.array(expected).any()
     for name in ("scene.png", "scene.bmp", "scene.webp", "scene.tif"):
-        scene.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        how: dict[str, Any] = {"lossless": True} if name.endswith("webp") else {}
+        scene.save(tmp_path / name, **how)
         found = read_map(AskedMap(kind, str(tmp_path / name), "auto"), Target(SIZE))
         assert np.array_equal(np.array(found), np.array(expected)), name
 
