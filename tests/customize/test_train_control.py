@@ -146,7 +146,7 @@ def test_diffusers_gives_the_same_residuals(trained: Trained, tiny: Backbone) ->
     flat = [part for parts in ours.values() for part in parts]
     assert len(flat) == len(theirs)
     for mine, other in zip(flat, theirs, strict=True):
-        assert torch.allclose(mine, other, atol=1e-6)  # in another memory layout
+        assert torch.allclose(mine, other, atol=1e-5)  # in another memory layout
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
