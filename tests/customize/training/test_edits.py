@@ -91,6 +91,7 @@ def run(pairs: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     run: Path, pairs: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
