@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, read_concept
-from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.adapters.lora import LORA_WEIGHTS, activate_adapters, add_lora, save_lora
 from backbone.adapters.motion import MOTION, Moves, set_in_motion
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
@@ -165,7 +165,8 @@ class MotionLearning(Objective):
         )
         self.looks = list(looks.values())
         self.parameters = looks | moves
-        for value in self.parameters.values():  # adding the second one froze the first
+        activate_adapters(model.denoiser, [LOOKS, MOTION])  # adding the second one put the first to rest
+        for value in self.parameters.values():
             value.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay

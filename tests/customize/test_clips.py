@@ -207,6 +207,7 @@ def test_a_motion_is_learned_apart_from_the_looks_and_drawn_with_a_subject(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
     tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
