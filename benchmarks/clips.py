@@ -12,12 +12,13 @@ direction is right where its part is the word's, and by more than the least that
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,10 +81,11 @@ def measure_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> Mov
     total = np.zeros(4)
     for here, there in pairwise(grays):
         total += _fit_similarity(here, there, _border(here.shape) if camera else None)
-    return Moved(*total[:3], float(np.degrees(total[3])))
+    x, y, scale, turn = map(float, total)
+    return Moved(x, y, scale, math.degrees(turn))
 
 
-def _smooth(gray: Gray) -> Gray:
+def _smooth(gray: NDArray[Any]) -> NDArray[Any]:
     for axis in (0, 1):
         for _ in range(3):
             gray = (gray + np.roll(gray, 1, axis) + np.roll(gray, -1, axis)) / 3
@@ -126,7 +128,8 @@ def _sample(picture: Gray, x: NDArray[np.float64], y: NDArray[np.float64]) -> ND
     across, down = x - left, y - top
     above = picture[top, left] * (1 - across) + picture[top, left + 1] * across
     below = picture[top + 1, left] * (1 - across) + picture[top + 1, left + 1] * across
-    return above * (1 - down) + below * down
+    found: NDArray[np.float64] = above * (1 - down) + below * down
+    return found
 
 
 def is_right(move: str, moved: Moved) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def _read_video(path: Path) -> Film:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or USUAL_FPS)
-            frames = []
+            frames: list[Image.Image] = []
             for frame in container.decode(stream):
                 if len(frames) == MOST_FRAMES:
                     raise UserError(f"{path} has more than {MOST_FRAMES} frames, which are the most. Cut it.")
@@ -152,9 +153,7 @@ def import_av(what: str) -> Any:
     """PyAV; `UserError` where it is not installed."""
     if find_spec("av") is None:
         raise UserError(f"{what} needs the package av, which is not installed. Run: {INSTALL}")
-    import av
-
-    return av
+    return import_module("av")
 
 
 def _hash_frames(frames: Sequence[Image.Image]) -> str:

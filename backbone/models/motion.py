@@ -24,7 +24,7 @@ from backbone.families import loading
 from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json, read_tensors
-from backbone.io.weights import check_weights, refuse_damaged
+from backbone.io.weights import check_weights, refuse_damaged, refuse_missing
 
 ORIGINAL = re.compile(r"(?:module\.|motion_modules\.)?(?=(?:down_blocks|mid_block|up_blocks)\.)")
 RENAMED = {  # of an original AnimateDiff file
@@ -105,7 +105,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
         loaded, found = cast(Any, MotionAdapter).from_pretrained(
             path, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    return _whole(loading.refuse_missing(loaded, found, source, "motion adapter"), source)
+    return _whole(refuse_missing(loaded, found, source, "motion adapter"), source)
 
 
 def _fetch(repository: str) -> Path:
@@ -289,7 +289,8 @@ def frames_as_rows(clips: Tensor) -> Tensor:
 
 def rows_as_frames(rows: Tensor, frames: int) -> Tensor:
     """The reverse."""
-    return rows.unflatten(0, (-1, frames)).transpose(1, 2)
+    clips: Tensor = rows.unflatten(0, (-1, frames)).transpose(1, 2)
+    return clips
 
 
 def in_windows(predict: Predict, length: int, stride: int) -> Predict:

@@ -281,12 +281,14 @@ def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats
     across, down = (x - left)[..., None], (y - top)[..., None]
     above = picture[top, left] * (1 - across) + picture[top, right] * across
     below = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
-    return (above * (1 - down) + below * down).astype(np.float32)
+    found: Floats = (above * (1 - down) + below * down).astype(np.float32)
+    return found
 
 
 def _mirrored(at: NDArray[Any], count: int) -> NDArray[Any]:
     last = count - 1
-    return last - np.abs(last - np.mod(at, 2 * last))
+    mirrored: NDArray[Any] = last - np.abs(last - np.mod(at, 2 * last))
+    return mirrored
 
 
 @dataclass(frozen=True, eq=False)

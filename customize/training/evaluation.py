@@ -99,7 +99,7 @@ class Validation:
         return ""
 
     @property
-    def decides(self) -> EarlyStopping:
+    def decides(self) -> EarlyStopping[ConceptMetrics]:
         """Whose ratings say which step is best, and when to stop: the few-step model's, where there is one."""
         return self.patience if self.few is None else self.few.patience
 

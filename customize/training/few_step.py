@@ -65,7 +65,8 @@ class FewStepSide:
     def __init__(self, run: Path, training: DreamBooth, concept: Concept, few: Backbone) -> None:
         self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
         self.drawing = drawing_of(few, training.settings)
-        self.patience = EarlyStopping(training.settings.patience or training.settings.steps)
+        most = training.settings.patience or training.settings.steps
+        self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
         self.evaluator: Evaluator | None = None
 
     @contextmanager

@@ -236,7 +236,8 @@ def mixed_noise(clean: Tensor, shared: float, random: torch.Generator) -> Tensor
     """Noise like clips [B, C, F, h, w], a share of whose variance the frames have in common (PYoCo, mixed noise)."""
     own = torch.randn(clean.shape, generator=random)
     common = torch.randn(clean[:, :, :1].shape, generator=random)
-    return shared**0.5 * common + (1 - shared) ** 0.5 * own
+    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * own
+    return mixed
 
 
 # Export ------------------------------------------------------------------------------------------------------

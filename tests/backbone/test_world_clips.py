@@ -24,7 +24,8 @@ pytestmark = pytest.mark.font
 def centroid(rendering: ClipRendering, frame: int) -> np.ndarray:
     weight = np.asarray(rendering.masks[frame][0], dtype=float)
     y, x = np.mgrid[: weight.shape[0], : weight.shape[1]] + 0.5
-    return np.array([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
+    found: np.ndarray = np.array([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
+    return found
 
 
 @pytest.mark.parametrize("scene", [DOG, replace(DOG, style="a pencil sketch of"), replace(DOG, pair=True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_the_benchmark_writes_its_tables_and_sheets(
     settings = resolved({"images": "x", "condition": "sketch"}, {})
     save_network(make_network(opened, settings).module, settings.kind, tmp_path / "net")
     monkeypatch.setattr(control, "FEW", 3)
-    asked = {
+    asked: dict[str, Any] = {
         "model": str(model),
         "network": str(tmp_path / "net"),
         "kinds": ("sketch", "pose"),

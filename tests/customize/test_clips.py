@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -62,7 +63,7 @@ def test_clips_play_and_stand_in_a_folder_with_the_command_that_repeats_them(
     again[again.index("--batch") + 1] = "1"
     assert call(*again, "--out", tmp_path / "two").exit_code == 0
     both = [read_film(tmp_path / name / "p01-s01.webp").frames[2] for name in ("one", "two")]
-    assert max(high for _, high in ImageChops.difference(*both).getextrema()) <= 1
+    assert int(np.asarray(ImageChops.difference(*both)).max()) <= 1
 
 
 def test_a_subject_and_a_motion_work_in_one_clip(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:

@@ -151,9 +151,10 @@ def test_diffusers_gives_the_same_residuals(trained: Trained, tiny: Backbone) ->
 
 def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
     again = tmp_path / trained.run.name
+    from backbone.training.run import drive
     from customize.training import control
 
-    real, taken = control.drive, []
+    real, taken = drive, []
 
     def half(objective: Any, run: Path, **how: Any) -> bool:
         taken.append(real(objective, run, **how | {"until": 2}))
@@ -378,7 +379,7 @@ def test_the_map_of_a_picture_is_the_one_in_training_whatever_its_format(pairs: 
     photo = Image.open(pairs / "0.png")
     found = []
     for suffix in ("png", "bmp", "webp"):
-        photo.save(tmp_path / f"photo.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+        photo.save(tmp_path / f"photo.{suffix}", lossless=suffix == "webp")
         out = tmp_path / f"{suffix}.png"
         done = invoked("map", "canny", tmp_path / f"photo.{suffix}", "--resolution", SIDE, "--out", out)
         assert done.exit_code == 0, (done.output, done.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors
 from backbone.models.control import embedded_controls, open_control
 from backbone.models.model import Backbone
+from backbone.training.run import drive
 from benchmarks.reader import load_reader
 from recipes.moji import control
 from recipes.moji.reader import ReaderSettings, train_reader
@@ -30,14 +32,14 @@ def test_a_run_goes_on_bit_for_bit_and_its_network_is_found_beside_the_model(
 ) -> None:
     model = tiny_moji(tmp_path / "model")
     monkeypatch.setattr(control, "HELD", range(990_000, 990_006))
-    work = {"model": str(model), "workdir": tmp_path / "work"}
+    work: dict[str, Any] = {"model": str(model), "workdir": tmp_path / "work"}
     control.prepare_scenes(control.PrepareSettings(**work, scenes=6, workers=1))
     again = {**work, "batch": 2, "look": 2}
     control.train_network(control.TrainSettings(**again, steps=4, name="whole"))
-    real = control.drive
+    real = drive
 
     def half(objective: control.WorldTraining, run: Path, **how: object) -> bool:
-        return real(objective, run, **{**how, "until": 2})  # type: ignore[arg-type]
+        return real(objective, run, **{**how, "until": 2})
 
     with monkeypatch.context() as patch:
         patch.setattr(control, "drive", half)

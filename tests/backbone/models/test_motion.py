@@ -56,7 +56,8 @@ def drawn_by_diffusers(pipeline: Any, model: Backbone, *, steps: int, **more: An
         output_type="latent",
         **more,
     )
-    return found.frames
+    latents: torch.Tensor = found.frames
+    return latents
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
