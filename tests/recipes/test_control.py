@@ -38,7 +38,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_network_is_found_beside_the_model(
     control.train_network(control.TrainSettings(**again, steps=4, name="whole"))
     real = drive
 
-    def half(objective: control.WorldTraining, run: Path, **how: object) -> bool:
+    def half(objective: control.WorldTraining, run: Path, **how: Any) -> bool:
         return real(objective, run, **{**how, "until": 2})
 
     with monkeypatch.context() as patch:
