@@ -302,7 +302,7 @@ def export(
     write_json(out / "text_encoder" / "config.json", {**settings, "dtype": "float32"})
     for name in ("vocab.json", "merges.txt"):
         (out / "tokenizer" / name).write_bytes((workdir / "tokenizer" / name).read_bytes())
-    write_json(out / "atelier.json", DEFAULTS)
+    write_json(out / "limner.json", DEFAULTS)
     if (workdir / "scorer").is_dir():
         shutil.copytree(workdir / "scorer", out / "scorer", dirs_exist_ok=True)
     for path in out.rglob("*"):
