@@ -130,7 +130,7 @@ def test_a_photograph_is_no_map_of_lines(kind: str, tmp_path: Path) -> None:
         (ring(side=96).resize((96, 64)), "sketch", "96 × 64 pixels and the picture 64 × 64: another shape"),
         (Image.new("RGBA", SIZE, (255, 255, 255, 0)), "sketch", "is see-through"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "map",
 )
 def test_what_is_no_map_is_refused_in_a_sentence(
     image: Image.Image, kind: str, words: str, tmp_path: Path
