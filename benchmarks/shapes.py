@@ -152,8 +152,14 @@ def load_like_script(model: str, device: str, precision: str) -> Parts:
     )
     for network in (autoencoder, denoiser):
         network.to(backbone.device, dtype=backbone.dtype)
-    # Not channels last
-    denoiser.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+
+    def not_channels_last(
+        _: Any, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        sample = {"sample": named["sample"].contiguous()} if "sample" in named else {}
+        return tuple(value.contiguous() for value in given[:1]) + given[1:], {**named, **sample}
+
+    denoiser.register_forward_pre_hook(not_channels_last, with_kwargs=True)
     backbone.__dict__["denoiser"] = denoiser
     return Parts(backbone, autoencoder, encode)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
+from edit import layout
 from edit.inversion.inversion import Inversion, invert
 from edit.masks import align_to_edges, evidence_maps, fill_smoothly, weigh_by_colour
 from edit.methods.compose import compose
@@ -238,7 +239,10 @@ def test_a_place_of_another_thing_is_not_the_removed_one_s(
     cat, dog = torch.zeros(8, 8), torch.zeros(8, 8)
     cat[:, :3] = dog[:, 5:] = 1.0
 
-    def differences(inversion: Inversion, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, int]:
+    def differences(
+        inversion: Inversion, pairs: Sequence[tuple[str, str]], *, sides: tuple[int, int]
+    ) -> tuple[Tensor, int]:
+        assert sides == (layout.SOURCE, layout.SOURCE)
         return torch.ones(len(pairs), 8, 8) * (cat + dog), 5
 
     def evidence(inversion: Inversion, prompts: Sequence[str]) -> tuple[Tensor, int]:

@@ -260,7 +260,9 @@ def test_full_weights_are_in_fp32_with_gradients_and_two_moments(whole: MemoryEs
 # Choosing ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [pytest.param(2.5, marks=pytest.mark.slow), 3, 4, 5, 6, 8])
+@pytest.mark.parametrize(
+    "size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (2.5, 3)), 4, 5, 6, 8]
+)
 def test_what_is_chosen_fits_and_nothing_of_it_can_be_left_out(account: MemoryEstimator, size: float) -> None:
     usable, start = account.usable_bytes(size), MemorySettings("bf16")
     choice = find_cheapest(account, usable, start, applicable_savings(account.work, start, library=True))
@@ -282,6 +284,7 @@ def test_a_plan_says_what_it_chose_and_why(account: MemoryEstimator) -> None:
     assert "3 GiB" in text
 
 
+@pytest.mark.slow
 def test_without_the_library_the_base_stays_whole_and_the_plan_says_what_is_missing(
     account: MemoryEstimator,
 ) -> None:
