@@ -88,7 +88,7 @@ class ClipRendering:
     """A rendered clip and its truth; coordinates are pixels of the picture's 128, x to the right and y down.
 
     frames  RGB
-    masks   [F][N] of every thing (L), what covers it not taken away
+    masks   of every frame those of its N things (L), what covers it not taken away
     tracks  [F, N, 4]: a thing's middle (x, y), its size over its size in the scene, its turn in degrees, clockwise
     camera  [F, 4]: how far a pan has gone (x, y), its zoom, its roll in degrees, clockwise for the picture
     flow    [F − 1, H, W, 2]: where a pixel of a frame is in the next one, less where it is in this one

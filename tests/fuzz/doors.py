@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import align.settings
 import customize.settings
@@ -29,21 +29,29 @@ from align.training.logs import LoggedEvaluation, LoggedFigures, LoggedInterval,
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
+from backbone.conditions.control import Control
+from backbone.io.conditions import AskedMap
 from backbone.io.files import read_header, read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.options import as_command, fields_of, values_from_file, values_from_flags
 from backbone.io.prompts import prompts_of, read_prompts
 from backbone.io.run_folder import trim_log
+from backbone.media.clips import read_film
+from backbone.media.control_maps import Target, read_map
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import check_images, list_images
+from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone
+from backbone.models.motion import attach_motion, detach_motion, read_motion_adapter
 from backbone.training.loop import Report, load_checkpoint, save_checkpoint
+from customize.data.control_pairs import check_control_pairs, read_control_pairs
+from customize.data.edit_pairs import read_edit_pairs, usable_pairs
 from customize.evaluation.metrics import ConceptMetrics
 from customize.formats.convert import export_adapter
 from edit.inversion.inversion import invert, read_inversion
 from edit.pictures import read_mask
 from edit.run.run import perform, replay
 from tests.fuzz.damage import NUMBERS, damaged_bytes, damaged_json, damaged_safetensors, odd_text
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_motion_adapter, tiny_pipeline
 
 Door = Callable[["Place", Random], bool]
 IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -125,6 +133,7 @@ class Place:
             factors[f"unet.{layer}.lora_B.weight"] = torch.ones(out, 2)
         config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": layers}
         write_tensors(self.root / "a.safetensors", factors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+        self.networks()
         wishes = {
             "image": str(self.root / "image.png"), "prompt": "a dog", "steps": 2, "metrics": False,
             "model": str(self.model), "precision": "fp32", "device": "cpu", "concepts": [], "seed": 0,
@@ -136,6 +145,32 @@ class Place:
             write_json(
                 self.root / f"{program.__name__}.json", {"settings": made, "command": "x", "versions": {}}
             )
+
+    def networks(self) -> None:
+        """Networks beside the model: a ControlNet, a T2I-Adapter, a motion adapter, and a model of few steps."""
+        new_control(
+            self.opened, "controlnet", conditioning_embedding_out_channels=(4, 8)
+        ).module.save_pretrained(self.root / "controlnet")
+        new_control(self.opened, "t2i-adapter", num_res_blocks=1).module.save_pretrained(
+            self.root / "adapter"
+        )
+        for kind in ("controlnet", "adapter"):
+            record = {"kinds": ["sketch"], "maps": 1, "base": self.opened.fingerprint, "model": "tiny"}
+            write_json(self.root / kind / "condition.json", record)
+        tiny_motion_adapter().save_pretrained(self.root / "motion")
+
+    def damaged_folder(self, name: str, random: Random) -> tuple[Path, bool]:
+        """A copy of a folder of `networks`, one file of which is damaged, and whether it surely is."""
+        source = self.root / name
+        chosen = random.choice(sorted(path.name for path in source.iterdir()))
+        content = (source / chosen).read_bytes()
+        json_file = chosen.endswith(".json")
+        content, damaged = (
+            damaged_json(json.loads(content), random) if json_file else damaged_safetensors(content, random)
+        )
+        for path in source.iterdir():
+            self.write(f"{name}/{path.name}", content if path.name == chosen else path.read_bytes())
+        return self.folder / name, damaged
 
     def training(self) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
         parameter = {"p": torch.nn.Parameter(torch.ones(2, 2))}
@@ -412,6 +447,76 @@ def parquet_door(place: Place, random: Random) -> bool:
     return damaged
 
 
+def control_door(place: Place, random: Random) -> bool:
+    folder, damaged = place.damaged_folder(random.choice(("controlnet", "adapter")), random)
+    network = open_control(place.opened, str(folder)).network
+    text = place.opened.encode_prompts(["a dog"])
+    controls = (Control.of(network, torch.rand(1, 3, 64, 64)),)
+    noise = torch.zeros(1, *place.opened.latent_shape)
+    place.opened.predict(noise, torch.tensor([0]), replace(text, controls=controls))
+    return damaged
+
+
+def motion_door(place: Place, random: Random) -> bool:
+    folder, damaged = place.damaged_folder("motion", random)
+    attach_motion(place.opened.denoiser, read_motion_adapter(str(folder)))
+    try:
+        noise = torch.zeros(1, place.opened.latent_shape[0], 2, *place.opened.latent_shape[1:])
+        place.opened.predict(noise, torch.tensor([0]), place.opened.encode_prompts(["a dog"]))
+    finally:
+        detach_motion(place.opened.denoiser)
+    return damaged
+
+
+def film_door(place: Place, random: Random) -> bool:
+    path = place.folder / f"film.{random.choice(('webp', 'gif', 'png'))}"
+    turned = [place.image.rotate(90 * number) for number in range(3)]
+    place.image.save(path, save_all=True, append_images=turned, duration=100)
+    path.write_bytes(damaged_bytes(path.read_bytes(), random))
+    assert read_film(path).frames
+    return False
+
+
+def map_door(place: Place, random: Random) -> bool:
+    drawn = Image.new("L", place.image.size)
+    ImageDraw.Draw(drawn).rectangle((10, 10, 50, 50), outline=255, width=2)
+    kind, path = random.choice(("sketch", "edges", "lines")), place.folder / "map.png"
+    drawn.convert(random.choice(("L", "RGB", "1", "P", "RGBA"))).save(path)
+    path.write_bytes(damaged_bytes(path.read_bytes(), random))
+    assert read_map(AskedMap(kind, str(path)), Target(place.image.size)).size == place.image.size
+    return False
+
+
+def edit_pairs_door(place: Place, random: Random) -> bool:
+    shutil.copyfile(place.root / "image.png", place.write("a.png", b""))
+    for name, colour in (("b", "red"), ("c", "blue")):
+        edited = place.image.copy()
+        edited.paste(colour, (20, 20, 40, 40))
+        edited.save(place.folder / f"{name}.png")
+    row = {"source": "a.png", "target": "b.png", "instruction": "make it red"}
+    content, damaged = damaged_json(row, random)
+    text = content.replace(b"\n", b" ")
+    other = json.dumps({**row, "target": "c.png", "instruction": "make it blue"}).encode()
+    place.write("metadata.jsonl", other + b"\n" + text + b"\n")
+    usable_pairs(read_edit_pairs(place.folder))
+    return damaged and bool(text.strip())
+
+
+def control_pairs_door(place: Place, random: Random) -> bool:
+    shutil.copyfile(place.root / "image.png", place.write("a.png", b""))
+    lines = Image.new("RGB", place.image.size)
+    ImageDraw.Draw(lines).rectangle((10, 10, 50, 50), outline="white", width=2)
+    lines.save(place.folder / "m.png")
+    row = {"file_name": "a.png", "conditioning_image": "m.png", "text": "a dog"}
+    content, damaged = damaged_json(row, random)
+    text = content.replace(b"\n", b" ")
+    other = {"file_name": "a.png", "conditioning_image": "n.png", "text": "a cat"}
+    lines.rotate(45).save(place.folder / "n.png")
+    place.write("metadata.jsonl", json.dumps(other).encode() + b"\n" + text + b"\n")
+    check_control_pairs(read_control_pairs(str(place.folder), "sketch"), "sketch", place.image.size)
+    return damaged and bool(text.strip())
+
+
 DOORS: dict[str, Door] = {
     "customize settings": partial(settings_door, customize.settings),
     "align settings": partial(settings_door, align.settings),
@@ -438,4 +543,10 @@ DOORS: dict[str, Door] = {
     "tensors": tensors_door,
     "images": image_door,
     "parquet": parquet_door,
+    "control networks": control_door,
+    "motion adapters": motion_door,
+    "films": film_door,
+    "maps": map_door,
+    "edit pairs": edit_pairs_door,
+    "control pairs": control_pairs_door,
 }
