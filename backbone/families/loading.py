@@ -111,8 +111,14 @@ def load_casting(
     if file is None:
         return None
     kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
-    with refuse_damaged(location.name, part), init_empty_weights():
-        network = cast(nn.Module, kind.from_config(location.config(part)))
+    try:
+        with refuse_damaged(location.name, part), init_empty_weights():
+            network = cast(nn.Module, kind.from_config(location.config(part)))
+    except RuntimeError as error:  # nothing was read yet, and one layer is made at a time
+        raise UserError(
+            f"One layer of the {part} of {location.name} is larger than the memory. Restore its config.json, or take a "
+            "larger machine."
+        ) from error
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if read_header(file).shapes != shapes:
         return None

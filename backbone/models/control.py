@@ -102,6 +102,7 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
     try:
         module = _load(model, family, found)
         network = family.control_network(module, model.denoiser, _encode(model))
+        _refuse_other_scale(module, model.factor)
     except UserError as error:
         if not str(error).startswith(("was ", "is ")):
             raise
@@ -113,6 +114,20 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
             f"{model.location.name}'s: it may be obeyed less."
         )
     return OpenedControl(network, record, name)
+
+
+def _refuse_other_scale(module: nn.Module, factor: int) -> None:
+    """`UserError` for a network of UNets whose answers are of another size than this model's latents."""
+    config = cast(Any, module).config
+    found = factor  # those of transformers encode their maps as the model does its pictures
+    if layers := config.get("conditioning_embedding_out_channels"):
+        found = 2 ** (len(layers) - 1)
+    elif scale := config.get("downscale_factor"):
+        found = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
+    if found != factor:
+        raise UserError(
+            f"was made for another model: it makes a map {found} times smaller, and this model a picture {factor} times"
+        )
 
 
 # Conditions as they are asked for ---------------------------------------------------------------------------

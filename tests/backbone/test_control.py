@@ -253,6 +253,10 @@ def test_a_network_of_another_model_is_refused_by_what_differs(nets: Nets, tmp_p
         UserError, match=r"wide was made for another model: its width of the blocks is 16, 48"
     ):
         open_control(nets.model, str(wide))
+    half = ControlNetModel.from_unet(nets.model.denoiser, conditioning_embedding_out_channels=(4, 8))
+    half.save_pretrained(tmp_path / "half")
+    with pytest.raises(UserError, match=r"half was made for another model: it makes a map 2 times smaller"):
+        open_control(nets.model, str(tmp_path / "half"))
     nowhere = nets.model.location.folder
     assert nowhere is not None
     with pytest.raises(UserError, match=r"UNet2DConditionModel, and .* is controlled by ControlNetModel or"):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -147,14 +147,14 @@ class Place:
             )
 
     def networks(self) -> None:
-        """Networks beside the model: a ControlNet, a T2I-Adapter, a motion adapter, and a model of few steps."""
-        new_control(
-            self.opened, "controlnet", conditioning_embedding_out_channels=(4, 8)
-        ).module.save_pretrained(self.root / "controlnet")
-        new_control(self.opened, "t2i-adapter", num_res_blocks=1).module.save_pretrained(
-            self.root / "adapter"
-        )
-        for kind in ("controlnet", "adapter"):
+        """Networks beside the model: a ControlNet, a T2I-Adapter and a motion adapter."""
+        of_net: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8, 8, 16)}
+        made = {
+            "controlnet": new_control(self.opened, "controlnet", **of_net).module,
+            "adapter": new_control(self.opened, "t2i-adapter", num_res_blocks=1).module,
+        }
+        for kind, network in made.items():
+            cast(Any, network).save_pretrained(self.root / kind)
             record = {"kinds": ["sketch"], "maps": 1, "base": self.opened.fingerprint, "model": "tiny"}
             write_json(self.root / kind / "condition.json", record)
         tiny_motion_adapter().save_pretrained(self.root / "motion")
