@@ -257,7 +257,11 @@ def test_guided_steps_of_sd3_under_two_controlnets_are_diffusers_own(
         Control.of(open_control(model, str(tmp_path / f"net{n}")).network, images[n], scale=scale, stop=stop)
         for n, scale, stop in ((0, 0.7, 1.0), (1, 1.0, 0.6))
     ]
-    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(model.location.source, controlnet=modules)
+    parts = ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")
+    absent = dict.fromkeys(part for part in parts if not (Path(model.location.source) / part).is_dir())
+    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+        model.location.source, controlnet=modules, **absent
+    )
     theirs = by_diffusers(
         pipeline,
         model,
@@ -287,7 +291,7 @@ def test_steps_of_flux_under_a_controlnet_are_diffusers_own(
     more: dict[str, Any] = {
         "latents": {},
         "union": {"num_mode": 7},
-        "xlabs": {"conditioning_embedding_channels": 16},
+        "xlabs": {"conditioning_embedding_channels": 4},
     }
     torch.manual_seed(0)
     if kind == "xlabs":
