@@ -24,6 +24,7 @@ from backbone.io.flags import (
     SCORING,
     JsonOptions,
     ModelOptions,
+    PromptWords,
 )
 from backbone.io.options import Option, command, settled_command
 from backbone.io.run_folder import hold_new_folder, run_name
@@ -198,16 +199,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
     """What `customize sample` draws."""
 
-    words: Annotated[
-        tuple[str, ...],
-        Option(
-            "Words, or files with a prompt on each line; a concept's token names its subject.",
-            DRAWING,
-            argument=True,
-            metavar="PROMPTS",
-            default_text="those of --prompts",
-        ),
-    ] = ()
+    words: PromptWords = ()
     prompts: Annotated[
         tuple[str, ...],
         Option(

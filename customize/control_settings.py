@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from backbone.io.conditions import KINDS, SYNONYMS
 from backbone.io.console import UserError
 from backbone.io.options import Option, as_command
-from backbone.training.settings import TrainingSettings, read_run_settings, resolve
+from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
 PROGRAM = "customize train-control"
 ADAPTER, CONTROLNET, CONTROL_LORA = NETWORKS = ("t2i-adapter", "controlnet", "control-lora")
@@ -128,16 +128,7 @@ class ControlSettings(TrainingSettings):
             metavar="PROMPT",
         ),
     ] = ()
-    report_to: Annotated[
-        str,
-        Option(
-            "tensorboard: curves for it beside the log.",
-            "Output",
-            aliases=("log-with",),
-            choices=("jsonl", "tensorboard"),
-            packages={"tensorboard": "tensorboard"},
-        ),
-    ] = "jsonl"
+    report_to: ReportTo = "jsonl"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ from backbone.io.options import Option, as_command
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,
+    ReportTo,
     RunOptions,
     TrainingSettings,
     read_run_settings,
@@ -514,16 +515,7 @@ class Settings(TrainingSettings):
             metavar="PROMPT",
         ),
     ] = ()
-    report_to: Annotated[
-        str,
-        Option(
-            "tensorboard: curves for it beside the log.",
-            "Output",
-            aliases=("log-with",),
-            choices=("jsonl", "tensorboard"),
-            packages={"tensorboard": "tensorboard"},
-        ),
-    ] = "jsonl"
+    report_to: ReportTo = "jsonl"
     push_to_hub: Annotated[bool, Option("Upload the finished run to the hub, as private.", "Output")] = False
     hub_model_id: Annotated[
         str,

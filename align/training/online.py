@@ -53,7 +53,7 @@ from backbone.io.files import append_jsonl, read_json, write_json
 from backbone.io.options import is_code
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
-from backbone.io.run_folder import catch_interrupts, clear_failed_try, package_versions, refuse_taken
+from backbone.io.run_folder import catch_interrupts, package_versions, refuse_taken
 from backbone.io.sampling import SamplingSettings
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
@@ -94,11 +94,8 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     model = open_model(settings)
     share_of(settings)
     refuse_other_images(run, settings)
-    processes.barrier()  # now every process has seen that the folder is free
-    with processes.hold_folder(run):
-        if processes.is_main_process():
-            refuse_taken(run)  # by a run that has been quicker
-            clear_failed_try(run)
+    with processes.hold_new_run(run) as writes:
+        if writes:
             write_record(run, settings, model)
         return carry_on(run, settings, model)
 

@@ -21,7 +21,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import write_json
-from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken
+from backbone.io.run_folder import package_versions, refuse_taken
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
@@ -51,11 +51,8 @@ def train_taste(
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, vram)
     share_of(settings)
-    processes.barrier()  # now every process has seen that the folder is free
-    with processes.hold_folder(run):
-        if processes.is_main_process():
-            refuse_taken(run)  # by a run that has been quicker
-            clear_failed_try(run)
+    with processes.hold_new_run(run) as writes:
+        if writes:
             write_record(run, settings, model)
         return carry_on(run, settings, model, records, began=began)
 

@@ -71,6 +71,20 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hold_new_run(run: Path) -> Iterator[bool]:
+    """The folder of a new run, kept by the main process for all of them; whether this process is the one that writes.
+
+    What a try that never saved a step left behind is removed. Raises `UserError` where another run has been quicker.
+    """
+    barrier()  # now every process has seen that the folder is free
+    with hold_folder(run):
+        if is_main_process():
+            run_folder.refuse_taken(run)
+            run_folder.clear_failed_try(run)
+        yield is_main_process()
+
+
 def end_process() -> None:
     """Wait for the other processes at the end of a successful run, and leave the process group."""
     if dist.is_initialized():

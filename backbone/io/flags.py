@@ -57,6 +57,18 @@ Json = Annotated[
 ]
 
 
+PromptWords = Annotated[
+    tuple[str, ...],
+    Option(
+        "Words, or files with a prompt on each line; a concept's token names its subject.",
+        DRAWING,
+        argument=True,
+        metavar="PROMPTS",
+        default_text="those of --prompts",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class JsonOptions:
     """Of a command whose result a program may want to read."""

@@ -21,6 +21,16 @@ PANELS = (  # as `--help` shows them
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
     *("Memory", "Output"),
 )
+ReportTo = Annotated[
+    str,
+    Option(
+        "tensorboard: curves for it beside the log.",
+        OUTPUT,
+        aliases=("log-with",),
+        choices=("jsonl", "tensorboard"),
+        packages={"tensorboard": "tensorboard"},
+    ),
+]
 WEIGHTINGS = ("none", "min-snr", "debiased")
 SCHEDULES = ("cosine", "constant")
 

@@ -14,6 +14,7 @@ from backbone.io.flags import (
     SAMPLING,
     JsonOptions,
     PlaceOptions,
+    PromptWords,
     model_option,
 )
 from backbone.io.options import Option, check_values
@@ -31,16 +32,7 @@ class ClipOptions(DrawingOptions, JsonOptions):
     Raises `UserError`, naming the argument, for what does not fit.
     """
 
-    words: Annotated[
-        tuple[str, ...],
-        Option(
-            "Words, or files with a prompt on each line; a concept's token names its subject.",
-            DRAWING,
-            argument=True,
-            metavar="PROMPTS",
-            default_text="those of --prompts",
-        ),
-    ] = ()
+    words: PromptWords = ()
     prompts: Annotated[
         tuple[str, ...],
         Option("The same as an option; repeatable.", DRAWING, aliases=("prompt",), metavar="PROMPTS"),

@@ -76,6 +76,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
 
     Raises `UserError` for clips that cannot be used, an adapter of another model, and a folder that is taken.
     """
+    held = hold_folder if asked.resume else processes.hold_new_run
     run, asked = open_run(asked)
     if processes.world_size() > 1:
         raise UserError("customize train-motion learns in one process. Start it without a launcher.")
@@ -101,7 +102,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
     prompts = [(one.caption or asked.prompt).replace(asked.token, asked.token_words) for one in films]
     conditions = encode_prompts_cached(model, [*prompts, ""])
     model.free("autoencoder", "text_encoder")
-    with hold_folder(run):
+    with held(run):
         learning = MotionLearning(model, latents, conditions, asked)
         learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
         learning.resume(run)

@@ -27,7 +27,7 @@ from backbone.distributed import processes
 from backbone.io.conditions import AskedMap
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, read_metadata, write_json, write_text
-from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
+from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.media.control_maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image, to_tensor
@@ -79,11 +79,8 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, vram)
     network = make_network(model, settings)
-    processes.barrier()  # now every process has seen that the folder is free
-    with processes.hold_folder(run):
-        if processes.is_main_process():
-            refuse_taken(run)  # by a run that has been quicker
-            clear_failed_try(run)
+    with processes.hold_new_run(run) as writes:
+        if writes:
             write_record(run, settings, model, timings={})
         return carry_on(run, settings, model, network, pairs, began=began)
 

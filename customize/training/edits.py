@@ -22,7 +22,7 @@ from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
 from backbone.io.console import UserError, count_of, notify, notify_once
 from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_text
-from backbone.io.run_folder import clear_failed_try, refuse_taken, run_name
+from backbone.io.run_folder import refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
@@ -70,11 +70,8 @@ def train_edits(
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = budgeted(model, settings, vram)
     share_of(settings)
-    processes.barrier()  # now every process has seen that the folder is free
-    with processes.hold_folder(run):
-        if processes.is_main_process():
-            refuse_taken(run)  # by a run that has been quicker
-            clear_failed_try(run)
+    with processes.hold_new_run(run) as writes:
+        if writes:
             write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
         return carry_on(run, settings, model, pairs, began=began)
 

@@ -13,7 +13,7 @@ from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, read_metadata, write_json, write_text
-from backbone.io.run_folder import clear_failed_try, package_versions, refuse_taken, run_name
+from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
 from backbone.models.model import Backbone
@@ -78,11 +78,8 @@ def train_concept(
     share_of(settings)
     open_beside(model, settings)  # which refuses what does not go with the model
     concept, groups = write_prompts(settings, model, pictures)
-    processes.barrier()  # now every process has seen that the folder is free
-    with processes.hold_folder(run):
-        if processes.is_main_process():
-            refuse_taken(run)  # by a run that has been quicker
-            clear_failed_try(run)
+    with processes.hold_new_run(run) as writes:
+        if writes:
             write_record(
                 run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
             )
