@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 import typer
 
@@ -204,7 +205,6 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     from align.settings import resolved
     from backbone.models.model import Backbone
 
-    preference.GAP_RECORDS = 0
     began = time.perf_counter()
     model = Backbone.open(model_name, device="cpu")
     asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
@@ -213,7 +213,8 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
     data = prepare(model, learn, out, settings)
     opened = time.perf_counter() - started
-    training: Any = preference.PreferenceTraining(model, data, settings)
+    with patch.object(preference, "GAP_RECORDS", 0):
+        training: Any = preference.PreferenceTraining(model, data, settings)
     training.opened_seconds = opened
     return training, began
 
@@ -358,8 +359,8 @@ def prepare_in_shards(source: Path, folder: Path, model: Annotated[str, typer.Op
     from backbone.models import encode
     from backbone.models.model import Backbone
 
-    encode.SHARD_SECONDS = 1.0
-    prepare_pairs(read_preferences(source), Backbone.open(model, device="cpu"), folder, any_model=True)
+    with patch.object(encode, "SHARD_SECONDS", 1.0):
+        prepare_pairs(read_preferences(source), Backbone.open(model, device="cpu"), folder, any_model=True)
 
 
 # Tables -----------------------------------------------------------------------------------------------------

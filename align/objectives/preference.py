@@ -242,14 +242,15 @@ class PreferenceTraining(Objective):
     def gap(self) -> float:
         """The seen/unseen-noise gap: accuracy at noise that training saw minus at unseen noise, same training records.
 
-        NaN before any. Where it grows, training fits the noise samples and not the images: more `--draws` help.
+        NaN before any, and where all records are ties. Where it grows, training fits the noise samples and not the
+        images: more `--draws` help.
         """
         if self.settings.online or not self.data.train:
             return math.nan  # every round has pictures of its own
         passes = self.done * self.settings.batch // len(self.data.train)
         ks = range(min(passes, self.settings.draws, self.settings.evaluation_draws))
         rows = self.gap_rows
-        reference = self._reference_at(rows, ks) if ks else None
+        reference = self._reference_at(rows, ks) if rows and ks else None
         if reference is None:
             return math.nan
         items, fresh = self.data.train[rows], self.evaluations["training"]

@@ -359,6 +359,14 @@ def test_a_tie_trains_towards_indifference_and_never_as_a_win(tiny_folder: Path,
     assert pull(tie) < 1e-2 * pull(win)  # at indifference nothing pulls, up to rounding times β
 
 
+def test_records_that_are_all_ties_have_no_gap(tiny_folder: Path, pairs_file: Path) -> None:
+    model = opened(tiny_folder)
+    asked = settings(ties="model", held_out=0.0, steps=1, batch=1)
+    pairs = [replace(pair, label=0.5) for pair in check_preferences(read_preferences(pairs_file)).pairs[:1]]
+    run = trained(PreferenceTraining(model, prepare(model, pairs, [], asked), asked))
+    assert math.isnan(run.gap())
+
+
 def test_a_tie_adds_nothing_to_the_winners_error(tiny_folder: Path, pairs_file: Path) -> None:
     model = opened(tiny_folder)
     found = check_preferences(read_preferences(pairs_file)).pairs
