@@ -15,9 +15,10 @@ from PIL.Image import Image
 from backbone.adapters.apply import carry_over, check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, checkpoint, read_concept, resolve_placeholder_tokens
 from backbone.adapters.lora import has_text_encoder_weights
+from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json, write_text
-from backbone.io.run_folder import clear_failed_try, hold_folder, package_versions, refuse_taken
+from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
 from backbone.models.few_step import Drawing, open_few_step, usual_drawing
 from backbone.models.model import Backbone
@@ -50,7 +51,7 @@ def transfer_run(asked: TransferOptions) -> Path:
     asked, out = replace(asked, learning_rate=rate, out=asked.folder), asked.folder
     moved = replace(carry_over(concept, base, few), model=named_from_anywhere(asked.to))
     own = settings_of(settings, asked, moved, drawing)
-    with hold_folder(out):
+    with hold_folder(out) if asked.resume else processes.hold_new_run(out):
         begin(out, asked, own)
         fit = prepare_fit(asked, settings, base, concept, few, moved)
         fit.sources = {"model": few.fingerprint, "run": content_hash(concept.weights_path)}
@@ -77,7 +78,7 @@ def settings_of(settings: Settings, asked: TransferOptions, moved: Concept, draw
 
 
 def begin(out: Path, asked: TransferOptions, own: Settings) -> None:
-    """Claim the folder: write its record, or see that it is the same command's that goes on."""
+    """Write the record of a new folder, or see that it is the same command's that goes on."""
     if asked.resume is not None:
         kept = read_json(out / FILE).get("transfer") if (out / FILE).is_file() else None
         if kept != asked.kept():
@@ -86,8 +87,6 @@ def begin(out: Path, asked: TransferOptions, own: Settings) -> None:
                 "repeat the command as it was."
             )
         return
-    refuse_taken(out)
-    clear_failed_try(out)
     write_json(out / FILE, record_of(asked, own, read_json(asked.run / FILE).get("images")))
 
 
