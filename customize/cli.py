@@ -264,12 +264,10 @@ def sample(asked: SampleOptions) -> None:
     refuse_from_source(controls)
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.sampling import OWN, RECORD, sample_to_folder
+    from customize.sampling import OWN, RECORD, Beside, sample_to_folder
 
-    on, beside = OWN if asked.fast else asked.on, asked.references
-    sheet = sample_to_folder(
-        prompts, asked, asked.out, concepts=concepts, references=beside, controls=controls, on=on
-    )
+    on, beside = OWN if asked.fast else asked.on, Beside(asked.references, controls)
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, beside=beside, on=on)
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():

@@ -99,6 +99,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
         from backbone.models.model import Backbone
+        from backbone.training.prepared import Cuts
 
     processes.init_process(asked.device)
     model = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
@@ -106,9 +107,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
         found,
         model,
         asked.out,
-        flip=asked.flip,
-        random_crop=asked.random_crop,
-        seed=asked.seed,
+        cuts=Cuts(asked.flip, asked.random_crop, asked.seed),
         any_model=asked.any_model,
         skip_bad=asked.skip_bad,
         workers=asked.num_proc,

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from backbone.adapters.config import AdapterType
-from backbone.adapters.lora import add_lora
+from backbone.adapters.lora import AdapterKind, add_lora
 from backbone.io.console import UserError
 from backbone.memory.planner import (
     MemoryEstimator,
@@ -50,8 +50,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
             rank=settings.rank,
             alpha=settings.lora_alpha,
             targets=layers,
-            adapter_type=cast(AdapterType, settings.adapter),
-            rank_pattern=settings.ranks(),
+            kind=AdapterKind(cast(AdapterType, settings.adapter), rank_pattern=settings.ranks()),
         ).values()
 
     prior = settings.prior_batch if preserves(settings) else 0
