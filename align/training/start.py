@@ -63,9 +63,9 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         if contradictions := describe_contradictions(found.records):
             notify(contradictions)
         with progress(None, "starting", brief=True):  # torch and diffusers
-            from align.training.run import train_taste
+            from align.training.run import train_preferences
 
-        return train_taste(asked, found, out=out, vram=vram)
+        return train_preferences(asked, found, out=out, vram=vram)
 
 
 def _start_prepared(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
@@ -78,11 +78,11 @@ def _start_prepared(asked: dict[str, Any], *, out: Path | None, vram: float | No
             )
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.pairs.prepared import Prepared
-        from align.training.run import train_taste
+        from align.training.run import train_preferences
 
         found = Prepared(Path(asked["pairs"]))
         notify(f"{found.folder} holds {found.describe()}.")
-    return train_taste(asked, found, out=out, vram=vram)
+    return train_preferences(asked, found, out=out, vram=vram)
 
 
 def start_preparing(asked: PreparePairs) -> Prepared:

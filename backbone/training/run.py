@@ -188,7 +188,7 @@ def drive(
         if validate and done < last and validate.due(done) and _stops(validate, done, bar):
             return True
         unlogged: list[Step] = []
-        for taken in kept_on_failure(take_steps(objective, until=last), run):
+        for taken in explain_failure(take_steps(objective, until=last), run):
             step, finished = taken.step, taken.step == last
             # What is read already is logged at once.
             unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
@@ -241,7 +241,7 @@ def _shown(step: Step) -> dict[str, float]:
     return {"loss": step.loss, "learning_rate": step.learning_rate, **figures}
 
 
-def kept_on_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
+def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
     """The same steps; a `NotFiniteError` says what there is to go on with."""
     try:
         yield from steps

@@ -231,7 +231,7 @@ def invert(
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
     with torch.no_grad():
-        states, noise = _walk_up(asked.method, encoded.latent, predict, schedule, asked.seed)
+        states, noise = _invert_by(asked.method, encoded.latent, predict, schedule, asked.seed)
     nfe, made_for, empties = predict.nfe, None, None
     if asked.method == "null-text":
         made_for = guidance_of(model, asked.guidance)
@@ -271,7 +271,7 @@ def _check_method(model: Backbone, method: Method, prompt: str, steps: int) -> N
         )
 
 
-def _walk_up(
+def _invert_by(
     method: Method, clean: Tensor, predict: Predict, schedule: Schedule, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """The trajectory [S + 1, 1, ...] from a clean latent, and with edit-friendly inversion its noise [S, ...]."""

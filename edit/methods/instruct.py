@@ -99,7 +99,7 @@ def instruct(
         final = number == len(instructions) - 1
         state = draw_edit(
             model, shown, instruction, steps=asked.steps, guidances=guidances, noise=noise,
-            controls=layout.of_targets(), after_step=telling(progress, kept_frames if final else None),
+            controls=layout.of_targets(), after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
         nfe += asked.steps * evaluations_of(
             model, encode_prompts_cached(model, [instruction]), guidances.text
@@ -143,7 +143,7 @@ def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
         refuse_image_guidance(model)
 
 
-def telling(progress: Callable[[], Any], frames: Frames | None) -> Callable[[int, Tensor], None]:
+def after_each_step(progress: Callable[[], Any], frames: Frames | None) -> Callable[[int, Tensor], None]:
     """What is done after each step: `progress` is told, and the estimate kept where `frames` are."""
 
     def after_step(step: int, clean: Tensor) -> None:
