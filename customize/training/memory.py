@@ -96,7 +96,7 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
     )
 
 
-def foreseen(model: Backbone, settings: Settings, size: float) -> list[str]:
+def describe_plan(model: Backbone, settings: Settings, size: float) -> list[str]:
     """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
     account = MemoryEstimator(model, work_of(model, settings), device="cuda")
     start = choice_of(model, settings)

@@ -77,7 +77,7 @@ def train_concept(
     )
     share_of(settings)
     open_beside(model, settings)  # which refuses what does not go with the model
-    concept, groups = write_prompts(settings, model, pictures)
+    concept, groups = make_prompts(settings, model, pictures)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(
@@ -103,7 +103,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)
-        concept, groups = write_prompts(settings, model, pictures)
+        concept, groups = make_prompts(settings, model, pictures)
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
@@ -113,7 +113,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
-def write_prompts(
+def make_prompts(
     settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
 ) -> tuple[Concept, list[Group]]:
     """The run's concept, and each subject's images with their training prompts.
