@@ -20,7 +20,7 @@ from backbone.models.model import Backbone
 from backbone.training.settings import find_resumed, said_anew
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
-from customize.training.run import describe_changes, resume_concept, make_prompts
+from customize.training.run import describe_changes, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
 
 
