@@ -43,6 +43,8 @@ from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
+from backbone.io.options import Option, settled_command
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
@@ -96,50 +98,66 @@ FIRST_SEED = BENCHMARK_SEEDS[0] + 300_000
 SHEET, FEW = 24, 4  # scenes of the sheet; methods beside which there is room for another scene
 
 
-def main(
-    count: Annotated[int, typer.Option(min=8, help="Scenes, evenly over the eight kinds.")] = 200,
-    methods: Annotated[list[str] | None, typer.Option(help="Which ones; all when left out.")] = None,
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder of its world.")] = "moji",
-    steps: Annotated[int, typer.Option(help="Of every walk.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Of the targets.", show_default="by model")] = None,
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditBenchmark(PlaceOptions):
+    """Which scenes are edited, by which methods of which model."""
+
+    count: Annotated[int, Option("Scenes, evenly over the eight kinds.", DATA, min=8)] = 200
+    methods: Annotated[
+        tuple[str, ...], Option("Which ones; repeatable.", DATA, default_text="all", metavar="NAME")
+    ] = ()
+    model: Annotated[str, Option("moji, or a diffusers folder of its world.", MODEL)] = "moji"
+    steps: Annotated[int, Option("Of every walk.", SAMPLING, min=1)] = 50
+    guidance: Annotated[float | None, Option("Of the targets.", SAMPLING, default_text="by model")] = None
     editor: Annotated[
         str | None,
-        typer.Option(
-            help="Edits by instruction: a run of customize train --pairs, or a model. Another one, another --out."
+        Option(
+            "Edits by instruction: a run of customize train --pairs, or a model. Another one, another --out.",
+            MODEL,
+            default_text="none",
         ),
-    ] = None,
-    identity: Annotated[int, typer.Option(help="Scenes of the identity edit; 0: none.")] = 20,
-    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/edit"),
-) -> None:
+    ] = None
+    identity: Annotated[int, Option("Scenes of the identity edit; 0: none.", DATA, min=0)] = 20
+    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
+    device: Annotated[str, Option("cpu or cuda.", MODEL)] = "cpu"
+    out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/edit")
+
+
+@settled_command(app, EditBenchmark)
+def main(wanted: EditBenchmark) -> None:
     """Edits, classifies, and writes the tables and the sheet."""
     find_font()
-    classifier_model = load_classifier(classifier, device=device)
-    known = list_methods() | ({} if editor is None else list_instructed(editor, device, precision))
-    chosen = methods or list(known)
+    device, out = wanted.device, wanted.out
+    classifier = load_classifier(wanted.classifier, device=device)
+    known = list_methods()
+    if wanted.editor is not None:
+        known |= list_instructed(wanted.editor, device, wanted.precision)
+    chosen = wanted.methods or list(known)
     for name in chosen:
         if name not in known:
             raise UserError(f"There is no method {name}. Choose among {', '.join(known)}.")
-    backbone = Backbone.open(model, device=device, precision=precision)
-    cases = list(make_cases(count))
-    same = [replace(case, kind="identity", after=case.before) for case in cases[:identity]]
-    work = Work(out, backbone, Asked(steps, guidance))
+    backbone = Backbone.open(wanted.model, device=device, precision=wanted.precision)
+    cases = list(make_cases(wanted.count))
+    same = [replace(case, kind="identity", after=case.before) for case in cases[: wanted.identity]]
+    work = Work(out, backbone, Asked(wanted.steps, wanted.guidance))
     for name in chosen:
         work.edit(name, cases, known[name])
     for name, (method, settings) in IDENTITY.items():
         attempt = make_prompt_to_prompt(method, replace(settings, guidance=7.5))
         work.edit(f"identity, {name}", same, for_each_case(attempt))
     present = [name for name in known if work.has(name, cases)]
-    rows = measure_all(work, cases, present, classifier_model, find_scorer(backbone))
+    rows = measure_all(work, cases, present, classifier, find_scorer(backbone))
     summary = summarize(rows, present)
     compared = [
         c for rival in (BY_INSTRUCTION, *RIVALS) if (c := compare_paired(rows, DEFAULT, rival)) is not None
     ]
+    usual = backbone.defaults["guidance"]
     facts = {
-        "model": model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": steps,
-        "guidance": backbone.defaults["guidance"] if guidance is None else guidance,
+        "model": wanted.model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": wanted.steps,
+        "guidance": usual if wanted.guidance is None else wanted.guidance,
         "identity_edit": measure_identity_edits(work, same),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
@@ -525,45 +543,44 @@ def measure_all(
     rows = []
     with progress(len(cases), "measuring") as bar:
         for number, case in enumerate(cases):
-            source, truth, changed = case.rendered()
-            bound = measure_bound(work.model, source, changed)
+            rendered = case.rendered()
+            bound = measure_bound(work.model, rendered[0], rendered[2])
             for name in methods:
                 tried = work.read(name, number, case)
                 if tried is not None:
-                    row = measure_attempt(
-                        name, number, case, tried, classifier, scorer, source, truth, changed
+                    seen = classifier.classify(tried.pictures)
+                    rows.append(
+                        {
+                            "method": name,
+                            "number": number,
+                            **measure_attempt(case, tried, rendered, seen, scorer),
+                            "autoencoder_background_psnr_db": bound,
+                        }
                     )
-                    rows.append({**row, "autoencoder_background_psnr_db": bound})
             bar.advance(images=1)
     return rows
 
 
 def measure_attempt(
-    name: str,
-    number: int,
     case: Case,
     tried: Attempt,
-    classifier: Classifier,
+    rendered: tuple[Image.Image, Image.Image, Image.Image | None],
+    seen: Sequence[Prediction],
     scorer: Scorer | None,
-    source: Image.Image,
-    truth: Image.Image,
-    changed: Image.Image | None,
 ) -> dict[str, Any]:
-    """Everything that is recorded of one attempt."""
+    """Everything that is recorded of one attempt; `rendered` is the source, the true edit, and what it changes."""
+    source, truth, changed = rendered
     before, after = to_tensor(source), to_tensor(resize_to(tried.pictures[-1], source))
     mask = None if changed is None else mask_to_tensor(changed)[0]
     figures = measure.measure_edit(before, after, changed=mask, scorer=scorer, target=case.target)
+    near = None if case.kind == "reweight" else measure.psnr(to_tensor(truth), after)
     return {
-        "method": name,
-        "number": number,
         "kind": case.kind,
         "seed": case.before.seed,
         "source": case.source,
         "target": case.target,
-        "success": is_success(case, classifier.classify(tried.pictures)),
-        "psnr_to_the_true_edit_db": None
-        if case.kind == "reweight"
-        else measure.psnr(to_tensor(truth), after),
+        "success": is_success(case, seen),
+        "psnr_to_the_true_edit_db": near,
         "seconds": tried.seconds,
         "evaluations": tried.evaluations,
         **figures,
@@ -754,4 +771,4 @@ def save_sheet(
 
 if __name__ == "__main__":
     notify("MojiEdit")
-    run_app(lambda: typer.run(main))
+    run_app(app)

@@ -23,6 +23,8 @@ import typer
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.flags import DATA, MODEL, OUTPUT, SCORING
+from backbone.io.options import Option, settled_command
 from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
 from backbone.world.render import find_font
 from benchmarks import customize as learning
@@ -43,41 +45,51 @@ class Survived:
     seconds: Mapping[str, float]
 
 
-def main(
-    concepts: Annotated[list[str] | None, typer.Option(help="Which ones.", show_default="all twelve")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 3,
-    flags: Annotated[str, typer.Option(help="More flags for customize train, in one string.")] = "",
-    fit: Annotated[str, typer.Option(help="More flags for customize transfer, in one string.")] = "",
-    model: Annotated[str, typer.Option(help="The base model.")] = "moji",
-    turbo: Annotated[
-        str, typer.Option(help="Its few-step model.", show_default="the one that goes with it")
-    ] = "",
-    seed: Annotated[int, typer.Option()] = 0,
-    classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
-    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("build/benchmarks/customize"),
-) -> None:
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivalSettings:
+    """Which concepts are learned on which base, and how they are transferred."""
+
+    concepts: Annotated[
+        tuple[str, ...], Option("Which ones; repeatable.", DATA, default_text="all twelve", metavar="NAME")
+    ] = ()
+    count: Annotated[int, Option("Images of each prompt.", DATA, min=1)] = 3
+    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
+    fit: Annotated[str, Option("More flags for customize transfer, in one string.", "Training")] = ""
+    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
+    turbo: Annotated[str, Option("Its few-step model.", MODEL, default_text="the one that goes with it")] = ""
+    seed: Annotated[int, Option("Everything random follows from it.", DATA)] = 0
+    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
+    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+
+@settled_command(app, SurvivalSettings)
+def main(wanted: SurvivalSettings) -> None:
     """Trains, transfers and draws what is missing, classifies every image, and prints the table."""
-    trials = list_trials("concepts", concepts, flags=flags, seed=seed)
-    few = turbo or FEW_STEP_MODELS.get(model, "")
+    model, out = wanted.model, wanted.out
+    trials = list_trials("concepts", list(wanted.concepts), flags=wanted.flags, seed=wanted.seed)
+    few = wanted.turbo or FEW_STEP_MODELS.get(model, "")
     if not few or (few not in OWN and not is_path(few) and "/" not in few):
         raise UserError(
             f"There is no few-step model of {model} yet. Distil one with recipes.moji.turbo, and name its folder with "
             "--turbo."
         )
     find_font()
-    eye = load_classifier(classifier)
+    eye = load_classifier(wanted.classifier)
     found = []
     for trial in trials:
-        make(trial, out, count=count, model=model, few=few, fit=fit)
+        make(trial, out, count=wanted.count, model=model, few=few, fit=wanted.fit)
         found.append(judge(trial, out, eye))
         notify(f"{trial.concept}: {', '.join(share_of(found[-1:], side)[0] for side in SIDES)} are right")
     text = format_table(found)
     facts = {
         "model": model,
         "few_step": few,
-        "flags": flags,
-        "fit": fit,
-        "classifier": read_json(classifier / FACTS).get("step"),
+        "flags": wanted.flags,
+        "fit": wanted.fit,
+        "classifier": read_json(wanted.classifier / FACTS).get("step"),
         "results": [asdict(one) for one in found],
     }
     write_json(out / "survival.json", facts)
@@ -167,4 +179,4 @@ def format_table(found: Sequence[Survived]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

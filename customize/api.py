@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.io.conditions import ControlOptions, refuse_from_source
+from backbone.io.conditions import AskedControl, ControlOptions, refuse_from_source
+from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.keywords import takes
+from backbone.io.options import build, refuse_idle
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
 from backbone.io.run_folder import hold_new_folder
-from backbone.io.sampling import DrawingOptions, Sampler
+from backbone.io.sampling import DrawingOptions
 from backbone.media.gallery import Images
+from customize.settings import Settings
 from customize.training.start import start
 
 
+@takes(Settings)
 def train(
     images: str | Path | None = None,
     *,
@@ -26,116 +32,90 @@ def train(
     class_noun: str = "",
     model: str | Path = "moji",
     out: str | Path | None = None,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    rank: int | None = None,
-    seed: int = 0,
     vram: float | None = None,
-    device: str = "auto",
-    precision: str = "auto",
     **settings: Any,
 ) -> Run:
     """Teach a model one subject from a folder of images or a data set, as `customize train` does.
 
-    What is None comes from the model, the token is [V], and an empty class noun is guessed. `settings` are further
-    fields of `customize.settings.Settings`, by name: `method="pivotal"`, `prior="off"` … With `pairs="edits/"` in place
-    of the images what an instruction does is learned. `vram` is in GiB. Raises
-    `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
+    `settings` are the other fields of `customize.settings.Settings`, by name: `steps=250`, `method="pivotal"`,
+    `prior="off"` …; what is left out, or None, comes from the model. The token is [V] where none is named, and an empty
+    class noun is guessed. With `pairs="edits/"` in place of the images what an instruction does is learned. `vram` is
+    in GiB. Raises `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
     """
     asked = {
         "images": None if images is None else str(images),
         "token": token,
         "class_noun": class_noun,
         "model": str(model),
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "rank": rank,
-        "seed": seed,
-        "device": device,
-        "precision": precision,
         **settings,
     }
     known = {name: value for name, value in asked.items() if value is not None}
     return Run(start(known, out=None if out is None else Path(out), vram=vram))
 
 
+@takes(DrawingOptions, ControlOptions, without=("concepts",))
 def sample(
     prompts: str | Sequence[str],
     *,
     concept: str | Path | Run | Sequence[str | Path | Run] = (),
-    model: str | Path | None = None,
-    count: int = 1,
-    steps: int | None = None,
-    guidance: float | None = None,
-    negative: str = "",
-    scale: float = 1.0,
     references: Sequence[str | Path] = (),
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    width: int | None = None,
-    height: int | None = None,
-    resolution: int | None = None,
-    batch: int = 8,
-    condition: str | Sequence[str] = (),
-    controlnet: str | Path | Run | Sequence[str | Path | Run] = (),
-    condition_scale: float | Sequence[float] = (),
-    condition_start: float | Sequence[float] = (),
-    condition_stop: float | Sequence[float] = (),
-    guess_mode: bool = False,
-    out: str | Path | None = None,
     on: str = "",
-    device: str = "auto",
-    precision: str = "auto",
+    out: str | Path | None = None,
+    **settings: Any,
 ) -> Images:
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
-    `out`, new or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on
-    the seed, i and j.
+    `settings` are the fields of `DrawingOptions` (`count=4`, `seed=1`, `guidance=5.0` …) and of `ControlOptions`
+    (`condition="sketch=drawing.png"` …, of which each may be one for all or one for each), by name. `out`, new or
+    empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed, i
+    and j.
 
-    `references` are files of images beside every prompt, for a model that reads some. `condition` is
-    `"sketch=drawing.png"` or several; `controlnet` and its strengths are one for all or one for each. `on` is a
-    few-step model that draws in place of the one that the concepts were trained on (`own`: that which goes with it).
+    `references` are files of images beside every prompt, for a model that reads some. `on` is a few-step model that
+    draws in place of the one that the concepts were trained on (`own`: that which goes with it).
 
-    Raises `UserError` for a token that no concept owns, a size that the model cannot draw, or a map that is none.
+    Raises `UserError`, naming the argument, for what is not known, a token that no concept owns, a size that the model
+    cannot draw, or a map that is none.
     """
-    from customize.sampling import RECORD, sample_to_folder
+    from customize.sampling import RECORD, Beside, sample_to_folder
 
-    folders = [concept] if isinstance(concept, (str, Path, Run)) else concept
+    runs = tuple(Path(str(one)) for one in _several(concept))
     asked = [one.text for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)]
-    settings = DrawingOptions(
-        model=None if model is None else str(model),
-        count=count,
-        steps=steps,
-        guidance=guidance,
-        negative=negative,
-        scale=scale,
-        sampler=sampler,
-        seed=seed,
-        width=width,
-        height=height,
-        resolution=resolution,
-        batch=batch,
-        device=device,
-        precision=precision,
-    )
-    controls = ControlOptions(
-        condition=_several(condition),
-        controlnet=tuple(map(str, _several(controlnet))),
-        condition_scale=_several(condition_scale),
-        condition_start=_several(condition_start),
-        condition_stop=_several(condition_stop),
-        guess_mode=guess_mode,
-    ).controls
-    refuse_from_source(controls)
-    concepts = [read_concept(find_checkpoint(str(one))) for one in folders]
+    drawing, controls = _drawing_of(runs, settings)
+    concepts = [read_concept(find_checkpoint(run, drawing.checkpoint)) for run in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
-        files = [str(one) for one in references]
-        sheet = sample_to_folder(
-            asked, settings, folder, concepts=concepts, references=files, controls=controls, on=on
-        )
+        beside = Beside(tuple(map(str, references)), controls)
+        sheet = sample_to_folder(asked, drawing, folder, concepts=concepts, beside=beside, on=on)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
+
+
+def _drawing_of(
+    runs: tuple[Path, ...], settings: Mapping[str, Any]
+) -> tuple[DrawingOptions, tuple[AskedControl, ...]]:
+    """How to draw, with these concepts, and under which conditions; `UserError`, naming the argument, for a wrong one.
+
+    Of a condition each keyword may be one or several.
+    """
+    if "concepts" in settings:
+        raise UserError("There is no setting concepts. Give the run folders as concept.")
+    names = {one.name for one in fields(ControlOptions)}
+    known = {name: value for name, value in settings.items() if value is not None}
+    control = {
+        name: value if name == "guess_mode" else _several(value)
+        for name, value in known.items()
+        if name in names
+    }
+    if "controlnet" in control:
+        control["controlnet"] = tuple(map(str, control["controlnet"]))
+    own = {name: value for name, value in known.items() if name not in names}
+    if "model" in own:
+        own["model"] = str(own["model"])
+    controls = build(ControlOptions, control).controls
+    refuse_from_source(controls)
+    drawing = build(DrawingOptions, {"concepts": runs, **own})
+    refuse_idle(drawing, own)
+    return drawing, controls
 
 
 def _several(given: Any) -> tuple[Any, ...]:

@@ -121,9 +121,9 @@ def check(asked: CheckOptions) -> None:
     settings = resolved({"images": asked.images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
     if asked.vram is not None:
-        from customize.training.memory import foreseen
+        from customize.training.memory import describe_plan
 
-        sentences = foreseen(opened, settings, asked.vram)
+        sentences = describe_plan(opened, settings, asked.vram)
         needs = {"plan": sentences}
     else:
         expected = estimate(opened, settings)
@@ -183,16 +183,9 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
             from customize.training.run import resume_concept as resume
 
         finished = resume(resumed, anew)
-    token = read_settings(finished).token
-    where = shlex.quote(str(finished))
-    if not token:
-        notify(
-            f'{finished}/sheet.png shows it. Next: edit instruct PHOTO --instruction "…" --concept {where}'
-        )
-        return
-    notify(
-        f'{finished}/sheet.png shows it. Next: customize sample "a {token} … in the snow" --concept {where}'
-    )
+    token, where = read_settings(finished).token, shlex.quote(str(finished))
+    call = f'customize sample "a {token} … in the snow"' if token else 'edit instruct PHOTO --instruction "…"'
+    notify(f"{finished}/sheet.png shows it. Next: {call} --concept {where}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,12 +257,10 @@ def sample(asked: SampleOptions) -> None:
     refuse_from_source(controls)
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.sampling import OWN, RECORD, sample_to_folder
+    from customize.sampling import OWN, RECORD, Beside, sample_to_folder
 
-    on, beside = OWN if asked.fast else asked.on, asked.references
-    sheet = sample_to_folder(
-        prompts, asked, asked.out, concepts=concepts, references=beside, controls=controls, on=on
-    )
+    on, beside = OWN if asked.fast else asked.on, Beside(asked.references, controls)
+    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, beside=beside, on=on)
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():

@@ -56,67 +56,65 @@ class Drawing:
     references: Sequence[Tensor]
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a model is given beside every prompt: files of images, and conditions on the layout."""
+
+    references: tuple[str, ...] = ()
+    controls: tuple[AskedControl, ...] = ()
+
+
+NOTHING_BESIDE = Beside()
+
+
 def sample_to_folder(
     prompts: Sequence[str],
     asked: DrawingOptions,
     out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
-    references: Sequence[str] = (),
-    controls: Sequence[AskedControl] = (),
+    beside: Beside = NOTHING_BESIDE,
     on: str = "",
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
-    that `asked` names, read already; `references` are files of images beside every prompt. Images are as large as the
-    concepts' training images, where no size is asked for. `on` is a few-step model, made from the one that the concepts
-    were trained on, that draws in its place; "own" is the one that is known to go with it. The maps of `controls`,
-    conditions on the layout, are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image
-    (i, j) depends on the seed, i and j alone, and several processes share the work.
+    that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
+    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
+    one that is known to go with it. The maps of conditions on the layout are written as `condition-0-sketch.png` … and
+    stand beside the images in the sheet. Image (i, j) depends on the seed, i and j alone, and several processes share
+    the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
     """
-    name = asked.model or (concepts[0].model if concepts else "moji")
     processes.init_process(asked.device)
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
-    backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
-    if on:
-        base, backbone = backbone, open_few_step(backbone, name_few_step(name) if on == OWN else on)
-        concepts, name = [carry_over(one, base, backbone) for one in concepts], backbone.location.name
+    backbone, concepts, name = _open_model(asked, concepts, on)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
-    refuse_too_many(backbone, len(references))
+    refuse_too_many(backbone, len(beside.references))
     if out is not None:
         refuse_filled(out)
-    conditions = open_conditions(backbone, controls, (columns * backbone.factor, rows * backbone.factor))
+    conditions = open_conditions(
+        backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
+    )
     load_concepts(backbone, concepts, scale=asked.scale)
     refuse_negative(backbone, asked.negative, asked.guidance)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
-    facts = {
-        "model": name,
-        **asked.facts(),
-        **describe_concepts([concept.folder for concept in concepts], asked.scale),
-        **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
-    }
     with _hold_folder(out) as folder:
-        shown = encode_references(backbone, [open_rgb(path) for path in references])
-        _write_images(backbone, requests, folder, Drawing(prompts, asked, facts, conditions, shown))
+        shown = encode_references(backbone, [open_rgb(path) for path in beside.references])
+        facts = {"model": name, **asked.facts(), **_brief(concepts, asked.scale, conditions)}
+        drawing = Drawing(prompts, asked, facts, conditions, shown)
+        _write_images(backbone, requests, folder, drawing)
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
-                "model": name,
-                "concepts": summarize_concepts(concepts),
-                **asked.facts(),
-                "guided": list(asked.guided),
-                "scale": asked.scale,
-                **describe_conditions(conditions),
-                **({"references": list(references)} if references else {}),
+                **_describe(name, asked, concepts, conditions, beside.references),
                 "seconds": round(time.perf_counter() - began, 2),
                 "versions": package_versions(),
             }
@@ -127,6 +125,45 @@ def sample_to_folder(
             write_index(folder, requests, prompts, record, note=note, columns=columns, beside=maps)
     processes.end_process()
     return folder / "sheet.png"
+
+
+def _open_model(
+    asked: DrawingOptions, concepts: Sequence[Concept], on: str
+) -> tuple[Backbone, Sequence[Concept], str]:
+    """The model that draws with its name, and the concepts, carried over where it is not their own."""
+    name = asked.model or (concepts[0].model if concepts else "moji")
+    backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    if not on:
+        return backbone, concepts, name
+    few = open_few_step(backbone, name_few_step(name) if on == OWN else on)
+    return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
+
+
+def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:
+    """What is written into each image of its concepts and conditions."""
+    return {
+        **describe_concepts([concept.folder for concept in concepts], scale),
+        **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
+    }
+
+
+def _describe(
+    name: str,
+    asked: DrawingOptions,
+    concepts: Sequence[Concept],
+    conditions: Sequence[Condition],
+    references: Sequence[str],
+) -> dict[str, Any]:
+    """What the images depend on, for `samples.json`."""
+    return {
+        "model": name,
+        "concepts": summarize_concepts(concepts),
+        **asked.facts(),
+        "guided": list(asked.guided),
+        "scale": asked.scale,
+        **describe_conditions(conditions),
+        **({"references": list(references)} if references else {}),
+    }
 
 
 @contextmanager

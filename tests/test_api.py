@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import align
 import backbone
 import customize
+import edit
 from backbone import UserError
 
 TINY: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -85,3 +88,33 @@ def test_what_a_package_exports_is_there_and_has_a_docstring(package: object) ->
         assert getattr(package, name).__doc__, name
     with pytest.raises(AttributeError, match="nothing"):
         package.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("function", "shown", "hidden"),
+    [
+        (customize.train, {"steps", "method", "pairs"}, {"settings"}),
+        (customize.sample, {"guidance", "condition"}, {"concepts", "settings"}),
+        (align.sample, {"redraw", "count"}, {"concepts", "settings"}),
+        (align.compare, {"tie", "scorers"}, {"settings"}),
+        (edit.sdedit, {"strength", "mask"}, {"settings"}),
+        (edit.invert, {"method", "iterations"}, {"settings"}),
+    ],
+)
+def test_a_notebook_is_shown_every_setting_with_its_default(
+    function: Callable[..., Any], shown: set[str], hidden: set[str]
+) -> None:
+    parameters = inspect.signature(function).parameters
+    assert shown <= set(parameters) and not hidden & set(parameters)
+    assert all(parameters[name].default is not inspect.Parameter.empty for name in shown)
+
+
+def test_a_keyword_that_there_is_not_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"strenght\b.*strength"):
+        edit.sdedit(cast(Any, "a model"), "cat.png", "a dog", strenght=0.5)
+    with pytest.raises(UserError, match=r"guidence\b.*guidance"):
+        customize.sample("a dog", guidence=3.0)
+    with pytest.raises(UserError, match=r"concepts\. Give .* concept"):
+        align.sample("a dog", "out", concepts=["runs/dog"])
+    with pytest.raises(UserError, match="--scale has no effect without --concept"):
+        customize.sample("a dog", scale=0.5)

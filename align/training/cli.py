@@ -59,9 +59,9 @@ def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
         from align.training.online import resume_online
 
         return resume_online(run, code=asked.get("online", ""))
-    from align.training.run import resume_taste
+    from align.training.run import resume_preferences
 
-    return resume_taste(run)
+    return resume_preferences(run)
 
 
 def _done(run: Path) -> None:

@@ -48,7 +48,7 @@ def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     )
 
 
-def budgeted(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
+def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
     """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
 
     Raises `UserError` where nothing fits.

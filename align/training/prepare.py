@@ -9,7 +9,7 @@ that cannot be used are kept with the reason, so that they are listed without an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +50,10 @@ from backbone.models.encode import (
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
+    CENTRED,
     PROMPTS,
     RECORDS,
+    Cuts,
     PreparedFacts,
     chunks_left,
     finish,
@@ -124,9 +126,7 @@ def prepare_pairs(
     model: Backbone,
     out: Path,
     *,
-    flip: bool = False,
-    random_crop: int = 0,
-    seed: int = 0,
+    cuts: Cuts = CENTRED,
     any_model: bool = False,
     skip_bad: bool = False,
     workers: int = 0,
@@ -143,11 +143,11 @@ def prepare_pairs(
     records = found.records
     facts = PreparedFacts(
         "pairs", found.source, model.location.name, model.resolution, len(records) + len(found.problems),
-        encoder=encoder_facts(model), rows=dict(rows or {}), flip=flip, random_crop=random_crop, seed=seed,
+        encoder=encoder_facts(model), rows=dict(rows or {}), **asdict(cuts),
     )  # fmt: skip
-    plan = Plan(records, (model.resolution, model.resolution), random_crop, seed)
+    plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
     with hold_prepared(out, facts):
-        _encode_records(model, plan, out, flip=flip, workers=workers)
+        _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
         bad = [*found.problems, *list_bad(table)]
         if bad and not skip_bad:

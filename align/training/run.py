@@ -28,7 +28,7 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 
 
-def train_taste(
+def train_preferences(
     asked: dict[str, Any], found: Preferences | Prepared, *, out: Path | None, vram: float | None = None
 ) -> Path:
     """Trains on checked preferences and gives the run folder. `asked` holds what the user set, `vram` is in GiB.
@@ -42,14 +42,14 @@ def train_taste(
     refuse_taken(run)
     model, asked = open_configs(asked)
     settings = resolved(asked, model.defaults)
-    _refuse_strangers(found, settings, model)
+    _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
     model = open_model(settings)
     if vram is not None:
-        from align.training.memory import budgeted
+        from align.training.memory import fit_to_vram
 
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, vram)
+        model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
     with processes.hold_new_run(run) as writes:
         if writes:
@@ -57,14 +57,14 @@ def train_taste(
         return carry_on(run, settings, model, records, began=began)
 
 
-def resume_taste(run: Path) -> Path:
+def resume_preferences(run: Path) -> Path:
     """Goes on with a run that was stopped; the weights come out as if it had not been."""
     began = time.perf_counter()
     settings = read_settings(run)
     processes.init_process(settings.device)
     found = read_again(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
-    _refuse_strangers(found, settings, model)
+    _refuse_other_model(found, settings, model)
     with processes.hold_folder(run):
         return carry_on(run, settings, model, records_of(found, settings), began=began)
 
@@ -135,7 +135,7 @@ def run_name(source: str) -> str:
     return (path.stem if path.is_file() else path.name) or "run"
 
 
-def _refuse_strangers(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
+def _refuse_other_model(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
     if isinstance(found, Prepared):
         crops = settings.random_crop
         found.refuse_other_use(model, flip=settings.flip, crops=crops, seed=settings.seed)

@@ -30,42 +30,44 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     wanted = resolved(asked, {})
     refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
     require_packages(wanted)
-    source, online = asked.get("pairs"), asked.get("online")
-    if online is not None:
-        if vram is not None:
-            raise UserError(
-                "--vram plans for pairs that are there. With --online name the measures yourself."
-            )
-        if source is not None:
-            raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
-        if "prompts" not in asked:
-            raise UserError("--online needs prompts to draw. Add --prompts FILE.")
-        from backbone.io.prompts import read_prompts
+    if "online" in asked:
+        return _start_online(asked, out=out, vram=vram)
+    source = asked.get("pairs")
+    if source is None:
+        raise UserError(
+            "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
+        )
+    if is_prepared(source):
+        return _start_prepared(asked, out=out, vram=vram)
+    from align.pairs.read import read_preferences
+    from align.pairs.records import check_preferences, describe_contradictions, describe_records
 
-        read_prompts(Path(asked["prompts"]))
-        with progress(None, "starting", brief=True):  # torch and diffusers
-            from align.training.online import train_online
+    rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
+    found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
+    notify(f"{found.source} holds {describe_records(found.records)}.")
+    if contradictions := describe_contradictions(found.records):
+        notify(contradictions)
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from align.training.run import train_preferences
 
-        return train_online(asked, out=out)
-    else:
-        if source is None:
-            raise UserError(
-                "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
-            )
-        from align.pairs.read import read_preferences
-        from align.pairs.records import check_preferences, describe_contradictions, describe_records
+    return train_preferences(asked, found, out=out, vram=vram)
 
-        if is_prepared(source):
-            return _start_prepared(asked, out=out, vram=vram)
-        rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
-        found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
-        notify(f"{found.source} holds {describe_records(found.records)}.")
-        if contradictions := describe_contradictions(found.records):
-            notify(contradictions)
-        with progress(None, "starting", brief=True):  # torch and diffusers
-            from align.training.run import train_taste
 
-        return train_taste(asked, found, out=out, vram=vram)
+def _start_online(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
+    """Train on what a scorer says of images that the model draws itself."""
+    if vram is not None:
+        raise UserError("--vram plans for pairs that are there. With --online name the measures yourself.")
+    if "pairs" in asked:
+        raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
+    if "prompts" not in asked:
+        raise UserError("--online needs prompts to draw. Add --prompts FILE.")
+    from backbone.io.prompts import read_prompts
+
+    read_prompts(Path(asked["prompts"]))
+    with progress(None, "starting", brief=True):  # torch and diffusers
+        from align.training.online import train_online
+
+    return train_online(asked, out=out)
 
 
 def _start_prepared(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
@@ -78,11 +80,11 @@ def _start_prepared(asked: dict[str, Any], *, out: Path | None, vram: float | No
             )
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.pairs.prepared import Prepared
-        from align.training.run import train_taste
+        from align.training.run import train_preferences
 
         found = Prepared(Path(asked["pairs"]))
         notify(f"{found.folder} holds {found.describe()}.")
-    return train_taste(asked, found, out=out, vram=vram)
+    return train_preferences(asked, found, out=out, vram=vram)
 
 
 def start_preparing(asked: PreparePairs) -> Prepared:
@@ -99,6 +101,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
         from backbone.models.model import Backbone
+        from backbone.training.prepared import Cuts
 
     processes.init_process(asked.device)
     model = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
@@ -106,9 +109,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
         found,
         model,
         asked.out,
-        flip=asked.flip,
-        random_crop=asked.random_crop,
-        seed=asked.seed,
+        cuts=Cuts(asked.flip, asked.random_crop, asked.seed),
         any_model=asked.any_model,
         skip_bad=asked.skip_bad,
         workers=asked.num_proc,

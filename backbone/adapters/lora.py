@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +47,22 @@ PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
 ADAPTABLE = (nn.Linear, nn.Conv2d, BaseTunerLayer)  # layers that take an adapter, or have one
 
 
+@dataclass(frozen=True)
+class AdapterKind:
+    """What an adapter is like, apart from its rank and α.
+
+    rank_pattern  layers whose name contains a pattern (`attn2`, `attn2.to_k`, or a regular expression) have another
+                  rank at the same α/rank; where several match, the longest decides
+    """
+
+    adapter_type: AdapterType = "lora"
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+
+PLAIN = AdapterKind()
+
+
 def add_lora(
     model: nn.Module,
     name: str,
@@ -53,23 +70,17 @@ def add_lora(
     rank: int,
     alpha: float,
     targets: Sequence[str],
-    dropout: float = 0.0,
     seed: int = 0,
-    adapter_type: AdapterType = "lora",
-    rank_pattern: Mapping[str, int] | None = None,
+    kind: AdapterKind = PLAIN,
 ) -> dict[str, Tensor]:
     """Add an adapter to the target layers and return its trainable tensors by name, all fp32.
 
-    `rank_pattern` gives layers whose name contains a pattern (`attn2`, `attn2.to_k`, or a regular expression) another
-    rank at the same α/rank; where several match, the longest decides. A new adapter changes nothing until it is
-    trained: one of its factors is zero. Equal seeds give equal tensors.
+    A new adapter changes nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
 
     Raises `UserError` if no layer of the model is a target, or a pattern decides no layer's rank.
     """
-    ranks = match_ranks(model, targets, rank_pattern or {})
-    config = _peft_config(
-        adapter_type, rank=rank, alpha=alpha, targets=list(targets), dropout=dropout, ranks=ranks
-    )
+    ranks = match_ranks(model, targets, kind.rank_pattern)
+    config = _peft_config(kind, rank=rank, alpha=alpha, targets=list(targets), ranks=ranks)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed if -(2**63) <= seed < 2**64 else generator(seed).initial_seed())
@@ -339,11 +350,10 @@ def _load_into(
     if any("lora_magnitude_vector" in factors for factors in layers.values()):
         adapter_type = "dora"
     peft_config = _peft_config(
-        adapter_type,
+        AdapterKind(adapter_type),
         rank=common,
         alpha=float(common),
         targets="|".join(re.escape(layer) for layer in layers),
-        dropout=0.0,
         ranks={layer: rank for layer, rank in ranks.items() if rank != common},
     )
     peft_config.alpha_pattern = {
@@ -444,13 +454,7 @@ def _match_text_model_level(model: nn.Module, key: str) -> str:
 
 
 def _peft_config(
-    adapter_type: AdapterType,
-    *,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str],
-    dropout: float,
-    ranks: Mapping[str, int],
+    kind: AdapterKind, *, rank: int, alpha: float, targets: Sequence[str], ranks: Mapping[str, int]
 ) -> Any:
     """peft's config of an adapter; the layers in `ranks`, of another rank, keep the ratio of alpha to rank.
 
@@ -463,16 +467,17 @@ def _peft_config(
         "rank_pattern": {f"^{layer}": layer_rank for layer, layer_rank in ranks.items()},
         "alpha_pattern": {f"^{layer}": alpha * layer_rank / rank for layer, layer_rank in ranks.items()},
     }
-    match adapter_type:
+    name = kind.adapter_type
+    match name:
         case "lora" | "dora":
             return LoraConfig(
-                **shared, lora_alpha=cast(int, alpha), lora_dropout=dropout, use_dora=adapter_type == "dora"
+                **shared, lora_alpha=cast(int, alpha), lora_dropout=kind.dropout, use_dora=name == "dora"
             )
         case "loha":
-            return LoHaConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
+            return LoHaConfig(**shared, alpha=cast(int, alpha), module_dropout=kind.dropout)
         case "lokr":
-            return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=dropout)
-    raise UserError(f"There is no adapter called {adapter_type}. Choose one of {', '.join(ADAPTER_TYPES)}.")
+            return LoKrConfig(**shared, alpha=cast(int, alpha), module_dropout=kind.dropout)
+    raise UserError(f"There is no adapter called {name}. Choose one of {', '.join(ADAPTER_TYPES)}.")
 
 
 def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:

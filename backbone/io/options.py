@@ -47,6 +47,10 @@ SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
 Made = TypeVar("Made")
 
 
+class UnknownSettingError(UserError):
+    """A setting of a name that there is not."""
+
+
 @dataclass(frozen=True)
 class Option:
     """What is said of one setting.
@@ -580,7 +584,7 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
     known = {one.name: one for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UserError(f"There is no setting {name}.{_nearest(name, list(known))}")
+            raise UnknownSettingError(f"There is no setting {name}.{_nearest(name, list(known))}")
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")

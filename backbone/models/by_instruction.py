@@ -32,10 +32,14 @@ IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
 @dataclass(frozen=True)
 class Guidances:
-    """How closely the instruction is followed, and how closely the image (eq. 3 of Brooks et al. 2023)."""
+    """How closely the instruction is followed, and how closely the image (eq. 3 of Brooks et al. 2023).
+
+    `negative` is what stands in the instruction's place where there is none: what to stay away from.
+    """
 
     text: float
     image: float = IMAGE_GUIDANCE
+    negative: str = ""
 
 
 def instructed_predictor(
@@ -129,7 +133,6 @@ def draw_edit(
     steps: int,
     guidances: Guidances,
     noise: Tensor,
-    negative: str = "",
     controls: Sequence[Control] = (),
     after_step: Callable[[int, Tensor], Any] = lambda step, clean: None,
 ) -> Tensor:
@@ -139,7 +142,7 @@ def draw_edit(
     size of what is drawn; `controls` are of one row each. `after_step` is told of each step and of the clean latent
     that was estimated in it.
     """
-    text, empty = (encode_prompts_cached(model, [words]) for words in (instruction, negative))
+    text, empty = (encode_prompts_cached(model, [words]) for words in (instruction, guidances.negative))
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
     text = replace(text, controls=tuple(one.during(schedule).to(model.device) for one in controls))
     predict = instructed_predictor(model, text, empty, references, guidances)

@@ -17,6 +17,7 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noi
 from backbone.diffusion.samplers import ancestral, consistency, ddim, heun
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
+from backbone.io.keywords import takes
 from backbone.io.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
@@ -53,76 +54,76 @@ class Frames:
             object.__setattr__(self, "window", self.count)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplerArguments:
+    """How samples are drawn.
+
+    batch   so many together, which changes none of them
+    guided  the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
+            at half the price (Kynkäänniemi et al. 2024)
+    size    (width, height) in pixels
+    """
+
+    steps: int
+    guidance: float
+    seed: int
+    sampler: Sampler = "ddim"
+    batch: int = 8
+    guided: tuple[float, float] = ALL_STEPS
+    size: Size = MODELS_OWN
+
+
+@takes(SamplerArguments)
 @torch.no_grad()
 def sample(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    steps: int,
-    guidance: float,
-    seed: int,
-    sampler: Sampler = "ddim",
-    batch: int = 8,
-    guided: tuple[float, float] = ALL_STEPS,
-    size: Size = MODELS_OWN,
     references: Sequence[Tensor] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
+    **how: Any,
 ) -> Iterator[Image]:
-    """Sample the requested images, in order, with `size` (width, height) in pixels.
+    """Sample the requested images, in order; `how` is by the fields of `SamplerArguments`.
 
-    `guided` is the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt
-    alone, at half the price (Kynkäänniemi et al. 2024). `controls`, of one row each, hold for all images. `advance` is
-    told after each step how many images' worth of work it was.
+    `controls`, of one row each, hold for all images. `advance` is told after each step how many images' worth of work
+    it was.
     """
     for latents in sample_latents(
-        model,
-        requests,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        sampler=sampler,
-        batch=batch,
-        guided=guided,
-        size=size,
-        references=references,
-        controls=controls,
-        advance=advance,
+        model, requests, references=references, controls=controls, advance=advance, **how
     ):
         for picture in model.decode(latents).cpu():
             yield to_image(picture)
 
 
+@takes(SamplerArguments)
 @torch.no_grad()
 def sample_latents(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    steps: int,
-    guidance: float,
-    seed: int,
-    sampler: Sampler = "ddim",
-    batch: int = 8,
-    guided: tuple[float, float] = ALL_STEPS,
-    size: Size = MODELS_OWN,
     references: Sequence[Tensor] = (),
+    controls: Sequence[Control] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
-    controls: Sequence[Control] = (),
     frames: Frames | None = None,
     advance: Callable[[float], Any] | None = None,
+    **how: Any,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
 
-    `references` are latents [1, C, h, w] of images beside every prompt, as the denoiser reads them.
+    `how` is by the fields of `SamplerArguments`. `references` are latents [1, C, h, w] of images beside every prompt,
+    as the denoiser reads them.
 
     With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
     their layout.
     """
-    places = latent_size(model, size)
-    schedule, batch = model.schedule(steps, size=places), 1 if model.placement.one_by_one else batch
-    rest = schedule if clean is None else schedule[count_skipped_steps(share, steps) :]
+    asked = SamplerArguments(**how)
+    places = latent_size(model, asked.size)
+    schedule = model.schedule(asked.steps, size=places)
+    batch = 1 if model.placement.one_by_one else asked.batch
+    rest = schedule if clean is None else schedule[count_skipped_steps(share, asked.steps) :]
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
@@ -132,22 +133,22 @@ def sample_latents(
         )
         text = replace(text, controls=repeat_controls(controls, len(some)))
         noise = torch.stack(
-            [initial_noise(model, seed, *request.key, places, frames=frames) for request in some]
+            [initial_noise(model, asked.seed, *request.key, places, frames=frames) for request in some]
         )
         noise = send(noise, model.device)
         if clean is None:
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
             start = add_noise(clean[first : first + batch].to(model.device), noise, rest[0])
-        predict = model.guided_predictor(text, empty, guidance)
-        if guided != ALL_STEPS:
-            predict = limit_guidance(guided, predict, model.predictor(text), schedule)
+        predict = model.guided_predictor(text, empty, asked.guidance)
+        if asked.guided != ALL_STEPS:
+            predict = limit_guidance(asked.guided, predict, model.predictor(text), schedule)
         if frames is not None and frames.window < frames.count:
             predict = in_windows(predict, frames.window, frames.stride)
         if advance is not None:
-            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
-        randoms = [generator(seed, *request.key, "steps") for request in some]
-        yield get_sampler(sampler, randoms)(start, predict, rest)
+            predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, rest))
+        randoms = [generator(asked.seed, *request.key, "steps") for request in some]
+        yield get_sampler(asked.sampler, randoms)(start, predict, rest)
 
 
 def beside(text: Conditions, references: Sequence[Tensor]) -> Conditions:

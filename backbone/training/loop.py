@@ -140,6 +140,41 @@ def read_numbers(values: Sequence[Tensor]) -> list[float]:
     return found
 
 
+@dataclass(frozen=True)
+class Update:
+    """How the gradients of a step become an update of the weights.
+
+    clip     bounds the gradients' norm; 0: nothing does
+    reduce   replaces the gradients and the loss by their means over processes
+    average  a moving average of the weights, updated after each step
+    """
+
+    clip: float = 1.0
+    reduce: Callable[[Sequence[Tensor]], None] | None = None
+    average: Average | None = None
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What is read of a step beside its loss and the norm of its gradient, and what is said where one is not finite.
+
+    figures     what else a step has shown, numbers [] that may lie on the device
+    explain     what is known of a step that was not finite; "": no more than the loss
+    scales      options that may be too large then
+    read_every  after how many steps they are read on a GPU; 0: READ_EVERY
+    """
+
+    figures: Callable[[], Mapping[str, Tensor | float]] = dict
+    explain: Callable[[int], str] = lambda step: ""
+    scales: Sequence[str] = ("--learning-rate",)
+    read_every: int = 0
+
+    def reason(self, step: int, loss: float, norm: float) -> str:
+        """Why training stopped at a step, in a sentence or two."""
+        usual = f"the loss is {loss} and its gradient {norm}. Lower {' or '.join(self.scales)}."
+        return self.explain(step) or usual
+
+
 def train(
     losses: Callable[[int], Iterator[Tensor]],
     parameters: Mapping[str, Tensor],
@@ -148,67 +183,48 @@ def train(
     lr_schedule: LRSchedule,
     steps: int,
     done: int = 0,
-    clip: float = 1.0,
-    average: Average | None = None,
-    reduce: Callable[[Sequence[Tensor]], None] | None = None,
-    scales: Sequence[str] = ("--learning-rate",),
-    figures: Callable[[], Mapping[str, Tensor | float]] = dict,
-    explain: Callable[[int], str] = lambda step: "",
-    read_every: int = 0,
+    update: Update | None = None,
+    monitor: Monitor | None = None,
 ) -> Iterator[Step]:
     """Trains from step `done + 1` to `steps`.
 
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
-    `reduce` then replaces the gradients and the loss by their means over processes;
-    `lr_schedule(step)` gives the learning rate's factor; `clip` bounds the gradient's norm (0: nothing does);
-    `figures()` is what else a step has shown, numbers [] that may lie on the device.
+    `lr_schedule(step)` gives the learning rate's factor.
 
     A loss or gradient that is not finite never reaches the weights nor the optimiser's state. On a GPU nothing of a
-    step is read before `read_every` steps are done (0: READ_EVERY) or somebody looks: the device itself leaves out the
-    update, and every one after it (`can_skip`). Elsewhere every step is read before its update. Then `NotFiniteError`
-    says which step it was and what `explain(step)` knows of it, or else which options, `scales`, may be too large.
+    step is read before `monitor.read_every` steps are done or somebody looks: the device itself leaves out the update,
+    and every one after it (`can_skip`). Elsewhere every step is read before its update. Then `NotFiniteError` says
+    which step it was and why, as far as the monitor knows.
     """
-
-    def reason(step: int, loss: float, norm: float) -> str:
-        usual = f"the loss is {loss} and its gradient {norm}. Lower {' or '.join(scales)}."
-        return explain(step) or usual
-
+    update, monitor = update or Update(), monitor or Monitor()
     bases = [group["lr"] for group in optimizer.param_groups]
-    every = (read_every or choose_read_every(parameters)) if can_skip(optimizer, parameters) else 1
-    readings = Readings(reason)
+    skips = can_skip(optimizer, parameters)
+    every = (monitor.read_every or choose_read_every(parameters)) if skips else 1
+    readings = Readings(monitor.reason)
     finite: Tensor | None = None  # [], on the device: whether all steps so far were
     for number in range(done + 1, steps + 1):
         began = time.perf_counter()
-        # forward and backward, micro-batch after micro-batch: gradients add up in place
         optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for loss in losses(number):
-            loss.backward()
-            parts.append(loss.detach())
-        # what got no gradient (pivotal tuning trains its parts one after the other) is left as it is
-        trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
-        gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]
-        if len(parts) > 1:  # sum → mean over micro-batches
-            torch._foreach_div_(gradients, len(parts))
-        loss_now = _mean(parts)
-        if reduce is not None:  # mean over processes; the loss travels along
-            loss_now = loss_now.to(gradients[0], copy=True)
-            reduce([*gradients, loss_now])
-        norm = torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)
+        trained, loss = accumulate_gradients(losses(number), parameters)
+        if update.reduce is not None:  # mean over processes; the loss travels along
+            gradients = _gradients(trained)
+            loss = loss.to(gradients[0], copy=True)
+            update.reduce([*gradients, loss])
+        norm = torch.nn.utils.clip_grad_norm_(trained, update.clip or math.inf)
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base * lr_schedule(number)
         step = Step(readings, number, optimizer.param_groups[0]["lr"])
-        readings.add(step, {"loss": loss_now, "gradient_norm": norm, **figures()})
+        readings.add(step, {"loss": loss, "gradient_norm": norm, **monitor.figures()})
         if every == 1:
             readings.read()
             optimizer.step()
         else:
-            now = loss_now.isfinite() & norm.isfinite()
+            now = loss.isfinite() & norm.isfinite()
             finite = now if finite is None else finite & now
             step_where(optimizer, finite)
-        if average is not None:
-            average.update(number)
+        if update.average is not None:
+            update.average.update(number)
         # back to the base rates, so that a checkpoint holds them and not those of one step
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base
@@ -216,6 +232,27 @@ def train(
         if every > 1 and (number % every == 0 or number == steps):
             readings.read()
         yield step
+
+
+def accumulate_gradients(
+    losses: Iterator[Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Forward and backward, micro-batch after micro-batch; gives what is trained, and the mean loss [].
+
+    What got no gradient (pivotal tuning trains its parts one after the other) is left as it is.
+    """
+    parts = []
+    for loss in losses:
+        loss.backward()
+        parts.append(loss.detach())
+    trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
+    if len(parts) > 1:  # sum → mean over micro-batches
+        torch._foreach_div_(_gradients(trained), len(parts))
+    return trained, _mean(parts)
+
+
+def _gradients(trained: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient for parameter in trained if (gradient := parameter.grad) is not None]
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -32,6 +32,19 @@ WORDS = {"encoder": "encoder or precision", "rows": "choice of rows", "random_cr
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """How the images of a source are cut: mirrored too, at further random places (of a seed), in buckets of shape."""
+
+    flip: bool = False
+    random_crop: int = 0
+    seed: int = 0
+    aspect_buckets: bool = False
+
+
+CENTRED = Cuts()
+
+
+@dataclass(frozen=True)
 class PreparedFacts:
     """`prepared.json`: what the folder was made from and for.
 

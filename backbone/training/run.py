@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import ProgressBar, UserError, notify, progress
 from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
 from backbone.training.compiled import CompiledBlocks
 from backbone.training.loop import (
     Average,
+    Monitor,
     NotFiniteError,
     Report,
     Step,
+    Update,
     load_checkpoint,
     save_checkpoint,
     train,
@@ -183,35 +185,27 @@ def drive(
         progress(last, label, done=objective.done) as bar,
     ):
         done = objective.done
-        if validate and done < last and validate.due(done):
-            with bar.pause():
-                reason = validate.call(done)
-            if _stops(reason, done):
-                return True
+        if validate and done < last and validate.due(done) and _stops(validate, done, bar):
+            return True
         unlogged: list[Step] = []
-        for taken in kept_on_failure(take_steps(objective, until=last), run):
+        for taken in explain_failure(take_steps(objective, until=last), run):
             step, finished = taken.step, taken.step == last
             # What is read already is logged at once.
             unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
             # All processes take the same way: one asks itself at every step, several where they meet anyway.
             together = processes.world_size() == 1 or taken.is_read
             halted = together and processes.any_process(bool(stop)) and not finished
-            due = halted or finished or step % settings.checkpointing_steps == 0
-            due = due or any(one is not None and one.due(step) for one in (validate, preview))
+            saves = halted or finished or step % settings.checkpointing_steps == 0
+            due = saves or any(one is not None and one.due(step) for one in (validate, preview))
             # The rest is logged where it is needed: that waits for the device, and stops at what was not finite.
             unlogged = _log(unlogged, run if writes else None, note, wait=due)
-            shown: dict[str, float] = {}
-            if taken.is_read:
-                shown = {"loss": taken.loss, "learning_rate": taken.learning_rate}
-                shown |= {name: taken.figures[name] for name in SHOWN if name in taken.figures}
-            bar.advance(images=objective.images, **shown)
+            bar.advance(images=objective.images, **_shown(taken))
             # How good the model is by now; not when somebody waits for the end.
             early = False
             if validate and (finished or validate.due(step)) and not halted:
-                with bar.pause():
-                    early = _stops(validate.call(step), step, aloud=not finished)
+                early = _stops(validate, step, bar, aloud=not finished)
             # What is kept, from which `resume` goes on.
-            if halted or finished or early or step % settings.checkpointing_steps == 0:
+            if saves or early:
                 objective.save(run)
             if halted:
                 raise KeyboardInterrupt(f"{_stopped(objective)} Continue with: {command} --resume {run}")
@@ -239,7 +233,15 @@ def _log(
     return []
 
 
-def kept_on_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
+def _shown(step: Step) -> dict[str, float]:
+    """What stands beside the progress bar: nothing where looking would wait for the device."""
+    if not step.is_read:
+        return {}
+    figures = {name: step.figures[name] for name in SHOWN if name in step.figures}
+    return {"loss": step.loss, "learning_rate": step.learning_rate, **figures}
+
+
+def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
     """The same steps; a `NotFiniteError` says what there is to go on with."""
     try:
         yield from steps
@@ -273,13 +275,13 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
             ),
             steps=last,
             done=objective.done,
-            clip=settings.max_grad_norm,
-            average=objective.average,
-            reduce=processes.gradient_averaging(),
-            scales=("--learning-rate", *objective.scales),
-            figures=lambda: objective.figures,
-            explain=objective.explain,
-            read_every=read_every,
+            update=Update(settings.max_grad_norm, processes.gradient_averaging(), objective.average),
+            monitor=Monitor(
+                lambda: objective.figures,
+                objective.explain,
+                ("--learning-rate", *objective.scales),
+                read_every,
+            ),
         )
         while True:
             with objective.stepping():
@@ -299,11 +301,13 @@ def _stopped(objective: Objective) -> str:
     return f"Stopped at step {done} of {steps}; {kept}, so it goes on from there."
 
 
-def _stops(reason: str, step: int, *, aloud: bool = True) -> bool:
-    """Whether any process has a reason to stop here; says it."""
-    stops = processes.any_process(bool(reason))
-    if reason and aloud:
-        notify(f"Stopped at step {step}: {reason}")
+def _stops(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
+    """Validates; whether any process has a reason to stop here, which is said."""
+    with bar.pause():
+        reason = validate.call(step)
+        stops = processes.any_process(bool(reason))
+        if reason and aloud:
+            notify(f"Stopped at step {step}: {reason}")
     return stops
 
 

@@ -10,7 +10,14 @@ from typing import cast
 from torch import Tensor
 
 from backbone.adapters.config import AdapterType
-from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, add_lora, save_lora, say_useless_rank
+from backbone.adapters.lora import (
+    LORA_WEIGHTS,
+    LYCORIS_WEIGHTS,
+    AdapterKind,
+    add_lora,
+    save_lora,
+    say_useless_rank,
+)
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.settings import Settings
@@ -45,10 +52,8 @@ class Adapter:
             rank=settings.rank,
             alpha=settings.lora_alpha,
             targets=layers,
-            dropout=settings.lora_dropout,
             seed=settings.seed,
-            adapter_type=cast(AdapterType, settings.adapter),
-            rank_pattern=settings.ranks(),
+            kind=AdapterKind(cast(AdapterType, settings.adapter), settings.lora_dropout, settings.ranks()),
         )
         say_useless_rank(self.parameters)
 
@@ -88,8 +93,8 @@ class TextAdapter:
                 rank=self.settings.rank,
                 alpha=self.settings.lora_alpha,
                 targets=TEXT_LAYERS,
-                dropout=self.settings.lora_dropout,
                 seed=self.settings.seed,
+                kind=AdapterKind(dropout=self.settings.lora_dropout),
             )
             self.parameters |= {f"{side.name}.{name}": value for name, value in tensors.items()}
         self.model.text_learned = True

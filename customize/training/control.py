@@ -45,7 +45,7 @@ from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, m
 from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
-from customize.training.control_memory import budgeted
+from customize.training.control_memory import fit_to_vram
 
 OBEDIENCE = "obedience.jsonl"
 PREVIEWS = "previews"
@@ -77,7 +77,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     model = open_model(settings)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, vram)
+        model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
     with processes.hold_new_run(run) as writes:
         if writes:

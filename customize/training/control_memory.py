@@ -43,7 +43,7 @@ def work_of(model: Backbone, settings: ControlSettings) -> Workload:
     )
 
 
-def budgeted(model: Backbone, settings: ControlSettings, size: float) -> tuple[Backbone, ControlSettings]:
+def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tuple[Backbone, ControlSettings]:
     """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
 
     Raises `UserError` where nothing fits.

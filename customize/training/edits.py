@@ -39,7 +39,7 @@ from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolved
 from customize.training.card import edit_card, push
 from customize.training.evaluation import EVALUATIONS
-from customize.training.memory import budgeted
+from customize.training.memory import fit_to_vram
 from customize.training.report import PREVIEWS, EditReport
 from customize.training.run import describe_changes, hash_images, write_record
 
@@ -68,7 +68,7 @@ def train_edits(
     model = open_model(settings, resolution=settings.resolution, by_instruction=True)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, vram)
+        model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
     with processes.hold_new_run(run) as writes:
         if writes:

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from backbone.adapters.config import AdapterType
-from backbone.adapters.lora import add_lora
+from backbone.adapters.lora import AdapterKind, add_lora
 from backbone.io.console import UserError
 from backbone.memory.planner import (
     MemoryEstimator,
@@ -50,8 +50,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
             rank=settings.rank,
             alpha=settings.lora_alpha,
             targets=layers,
-            adapter_type=cast(AdapterType, settings.adapter),
-            rank_pattern=settings.ranks(),
+            kind=AdapterKind(cast(AdapterType, settings.adapter), rank_pattern=settings.ranks()),
         ).values()
 
     prior = settings.prior_batch if preserves(settings) else 0
@@ -85,7 +84,7 @@ def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
     )
 
 
-def budgeted(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
+def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
     """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
 
     Raises `UserError` where nothing fits.
@@ -97,7 +96,7 @@ def budgeted(model: Backbone, settings: Settings, size: float) -> tuple[Backbone
     )
 
 
-def foreseen(model: Backbone, settings: Settings, size: float) -> list[str]:
+def describe_plan(model: Backbone, settings: Settings, size: float) -> list[str]:
     """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
     account = MemoryEstimator(model, work_of(model, settings), device="cuda")
     start = choice_of(model, settings)

@@ -6,7 +6,7 @@ As `align prepare` does it (`align.training.prepare`): chunks shared by processe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,9 @@ from backbone.models.encode import (
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
+    CENTRED,
     RECORDS,
+    Cuts,
     PreparedFacts,
     chunks_left,
     finish,
@@ -91,8 +93,7 @@ def prepare_images(
     model: Backbone,
     out: Path,
     *,
-    flip: bool = False,
-    aspect_buckets: bool = False,
+    cuts: Cuts = CENTRED,
     skip_bad: bool = False,
     workers: int = 0,
     rows: dict[str, object] | None = None,
@@ -109,11 +110,11 @@ def prepare_images(
         )
     facts = PreparedFacts(
         "images", source, model.location.name, model.resolution, len(pictures), encoder=encoder_facts(model),
-        rows=dict(rows or {}), flip=flip, aspect_buckets=aspect_buckets,
+        rows=dict(rows or {}), **asdict(cuts),
     )  # fmt: skip
-    sizes = bucket_sizes(model.resolution) if aspect_buckets else [(model.resolution, model.resolution)]
+    sizes = bucket_sizes(model.resolution) if cuts.aspect_buckets else [(model.resolution, model.resolution)]
     with hold_prepared(out, facts):
-        _encode(model, Plan(pictures, sizes), out, flip=flip, workers=workers)
+        _encode(model, Plan(pictures, sizes), out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
         bad = _list_bad(table)
         try:

@@ -30,9 +30,9 @@ from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_se
 from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
-from customize.training.memory import budgeted
+from customize.training.memory import fit_to_vram
 from customize.training.report import PREVIEWS, RunReport
-from customize.training.subjects import fields_of_subjects, group_of, with_nouns, with_words
+from customize.training.subjects import choose_words, fields_of_subjects, group_of, name_classes
 
 MASKS = "masks.png"
 SHOWN = 8  # of the subjects' own images, on the sheet
@@ -64,20 +64,20 @@ def train_concept(
     looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
     if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
-    subjects = with_nouns(opened, subjects, pictures)
+    subjects = name_classes(opened, subjects, pictures)
     settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
-        model, settings = budgeted(model, settings, vram)
+        model, settings = fit_to_vram(model, settings, vram)
     if settings.train_text_encoder:
         refuse_other_encoders(model)
     settings = dataclasses.replace(
-        settings, **fields_of_subjects(with_words(model, subjects, pictures, settings))
+        settings, **fields_of_subjects(choose_words(model, subjects, pictures, settings))
     )
     share_of(settings)
     open_beside(model, settings)  # which refuses what does not go with the model
-    concept, groups = write_prompts(settings, model, pictures)
+    concept, groups = make_prompts(settings, model, pictures)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(
@@ -103,7 +103,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)
-        concept, groups = write_prompts(settings, model, pictures)
+        concept, groups = make_prompts(settings, model, pictures)
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
@@ -113,7 +113,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
-def write_prompts(
+def make_prompts(
     settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
 ) -> tuple[Concept, list[Group]]:
     """The run's concept, and each subject's images with their training prompts.
@@ -181,7 +181,7 @@ def carry_on(
         tensorboard=settings.report_to == "tensorboard",
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
-    finish(run, training, concept)
+    write_concept(run, training, concept)
     with training.averaged():
         prompts = previews.save(run / SHEET, count=8, subject=shown)
     if few is not None:
@@ -194,7 +194,7 @@ def carry_on(
         survived = validation.survival()
         if survived is not None:
             write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
-        describe(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
+        write_readme(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
 
@@ -202,7 +202,7 @@ def carry_on(
 # The run's files ---------------------------------------------------------------------------------------------
 
 
-def finish(run: Path, training: DreamBooth, concept: Concept) -> None:
+def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:
     """Writes what was learned."""
     if not processes.is_main_process():
         return
@@ -214,14 +214,14 @@ def finish(run: Path, training: DreamBooth, concept: Concept) -> None:
     dataclasses.replace(concept, **training.write(run, header)).write(run)
 
 
-def describe(
+def write_readme(
     run: Path,
     settings: Settings,
     model: Backbone,
     prompts: list[str],
     seconds: dict[str, float],
 ) -> None:
-    """Writes the run's record with its timings and its README, and uploads the folder where that is asked for."""
+    """Writes the README and the record with its timings, and uploads the folder where that is asked for."""
     write_record(run, settings, model, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
     if settings.push_to_hub:

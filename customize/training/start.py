@@ -207,6 +207,7 @@ def start_preparing(asked: PrepareImages) -> PreparedImages:
     with progress(None, "starting", brief=True):  # torch and diffusers
         from backbone.distributed import processes
         from backbone.models.model import Backbone
+        from backbone.training.prepared import Cuts
         from customize.training.prepare import prepare_images
 
     processes.init_process(asked.device)
@@ -218,8 +219,7 @@ def start_preparing(asked: PrepareImages) -> PreparedImages:
         asked.images,
         model,
         asked.out,
-        flip=asked.flip,
-        aspect_buckets=asked.aspect_buckets,
+        cuts=Cuts(asked.flip, aspect_buckets=asked.aspect_buckets),
         skip_bad=asked.skip_bad,
         workers=asked.num_proc,
         rows={name: value for name, value in columns.items() if value},

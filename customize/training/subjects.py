@@ -21,7 +21,7 @@ from customize.settings import OWN_WORDS, Settings, Subject
 LOOKED_AT = 64  # images at most, from which a class is guessed
 
 
-def with_nouns(
+def name_classes(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]]
 ) -> list[Subject]:
     """The subjects, each with its class noun: its own, or a guess."""
@@ -31,7 +31,7 @@ def with_nouns(
     ]
 
 
-def with_words(
+def choose_words(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
 ) -> list[Subject]:
     """The subjects, each with the words that stand for its token; `UserError` for a bad token or one that is twice."""

@@ -36,6 +36,8 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generat
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
+from backbone.io.keywords import takes
+from backbone.io.options import build
 from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
@@ -185,40 +187,54 @@ class WrittenFields:
 WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InversionSettings:
+    """How an image is inverted.
+
+    guidance    of null-text alone: what its embeddings are optimised for; the model's usual one if None
+    seed        of edit-friendly alone
+    iterations  of null-text alone: Adam's, a step
+    """
+
+    method: Method = "direct"
+    steps: int = 50
+    guidance: float | None = None
+    seed: int = 0
+    iterations: int = 10
+
+
+@takes(InversionSettings)
 def invert(
     model: Backbone,
     image: ImageLike | EncodedImage,
     prompt: str,
     *,
-    method: Method = "direct",
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    iterations: int = 10,
     identity: str | None = None,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
+    **settings: Any,
 ) -> Inversion:
     """Inverts an image, or an encoded clip, that shows what the prompt says (in the model's words).
 
-    `guidance` and `iterations` (Adam's, a step) are for null-text alone, `seed` for edit-friendly alone. `identity` is
-    that of the model with the concepts that were loaded into it (`identify`); without any it is the model's own. The
-    image keeps its shape, up to 2 : 1, at about the model's own number of pixels. `layout` holds the control maps under
-    which it is inverted and edited. `progress` is called as often as `count_rounds` says: for each prediction along the
-    way up, and each step of null-text's way down.
+    `settings` are the fields of `InversionSettings`, by name. `identity` is that of the model with the concepts that
+    were loaded into it (`identify`); without any it is the model's own. The image keeps its shape, up to 2 : 1, at
+    about the model's own number of pixels. `layout` holds the control maps under which it is inverted and edited.
+    `progress` is called as often as `count_rounds` says: for each prediction along the way up, and each step of
+    null-text's way down.
 
     Raises `UserError` for an image that cannot be read, an empty prompt, or a method or number of steps that is not.
     """
-    _check_method(model, method, prompt, steps)
+    asked = build(InversionSettings, settings)
+    _check_method(model, asked.method, prompt, asked.steps)
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
-    schedule = schedule_of(model, steps, encoded.latent)
+    schedule = schedule_of(model, asked.steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
     with torch.no_grad():
-        states, noise = _walk_up(method, encoded.latent, predict, schedule, seed)
+        states, noise = _invert_by(asked.method, encoded.latent, predict, schedule, asked.seed)
     nfe, made_for, empties = predict.nfe, None, None
-    if method == "null-text":
-        made_for = guidance_of(model, guidance)
+    if asked.method == "null-text":
+        made_for = guidance_of(model, asked.guidance)
         empty = layout.under(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
         empties, more = optimize_null_texts(
             model,
@@ -227,25 +243,14 @@ def invert(
             conditional=predict,
             empty=empty,
             guidance=made_for,
-            iterations=iterations,
+            iterations=asked.iterations,
         )
         nfe += more
     return Inversion(
-        model=model,
-        method=method,
-        prompt=prompt,
-        schedule=schedule,
-        states=states[:, 0],
-        image=encoded.pixels,
-        identity=identity or identify(model),
-        nfe=nfe,
-        seed=seed,
-        noise=noise,
-        empties=empties,
-        guidance=made_for,
-        facts=encoded.facts,
-        layout=layout,
-    )
+        model=model, method=asked.method, prompt=prompt, schedule=schedule, states=states[:, 0],
+        image=encoded.pixels, identity=identity or identify(model), nfe=nfe, seed=asked.seed, noise=noise,
+        empties=empties, guidance=made_for, facts=encoded.facts, layout=layout,
+    )  # fmt: skip
 
 
 def _check_method(model: Backbone, method: Method, prompt: str, steps: int) -> None:
@@ -266,7 +271,7 @@ def _check_method(model: Backbone, method: Method, prompt: str, steps: int) -> N
         )
 
 
-def _walk_up(
+def _invert_by(
     method: Method, clean: Tensor, predict: Predict, schedule: Schedule, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """The trajectory [S + 1, 1, ...] from a clean latent, and with edit-friendly inversion its noise [S, ...]."""

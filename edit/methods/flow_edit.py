@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
 from backbone.diffusion.schedules import truncate_schedule
+from backbone.io.keywords import takes
+from backbone.io.options import build
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks
@@ -22,6 +25,29 @@ from edit.result import Result
 from edit.sampling import Frames, SourceAndTargets, guidance_of, schedule_of
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowEditSettings:
+    """How an image is moved.
+
+    strength         share of the noise levels that are visited: the authors' n_max/T
+    guidance         of the targets; the model's usual one if None
+    source_guidance  of the source's prompt
+    draws            noises averaged at every step: the authors' n_avg
+    mask             white = may change; None: everywhere
+    frames           estimates kept along the way
+    """
+
+    strength: float = 0.66
+    steps: int = 50
+    guidance: float | None = None
+    source_guidance: float = 1.0
+    draws: int = 1
+    mask: ImageLike | None = None
+    seed: int = 0
+    frames: int = 0
+
+
+@takes(FlowEditSettings)
 @torch.no_grad()
 def flow_edit(
     model: Backbone,
@@ -29,49 +55,43 @@ def flow_edit(
     source: str,
     targets: str | Sequence[str],
     *,
-    strength: float = 0.66,
-    steps: int = 50,
-    guidance: float | None = None,
-    source_guidance: float = 1.0,
-    draws: int = 1,
-    mask: ImageLike | None = None,
-    seed: int = 0,
-    frames: int = 0,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
+    **settings: Any,
 ) -> Result:
     """The image moved by how the targets' velocities differ from the source's (prompts in the model's words).
 
-    Kulikov et al. 2025, algorithm 1, for any path: with x̃ = x/(a + b) and τ = b/(a + b) every model's ODE is the
-    flow's, dx̃/dτ = ε̂ − x̂0, so it holds on the variance-preserving families too. `strength` is their n_max/T, `draws`
-    their n_avg. NFE: S·strength·draws times one for the source and two for each target (one more where the source is
-    guided). A target equal to the source, equally guided, leaves the image bit for bit what it was. `frames`,
+    `settings` are the fields of `FlowEditSettings`, by name. Kulikov et al. 2025, algorithm 1, for any path: with
+    x̃ = x/(a + b) and τ = b/(a + b) every model's ODE is the flow's, dx̃/dτ = ε̂ − x̂0, so it holds on the
+    variance-preserving families too. NFE: S·strength·draws times one for the source and two for each target (one more
+    where the source is guided). A target equal to the source, equally guided, leaves the image bit for bit what it was.
     `layout` and `progress` are as in `sdedit`.
 
     Raises `UserError` as `sdedit`.
     """
+    asked = build(FlowEditSettings, settings)
     checks.prompt(source, "source prompt")
     targets = checks.prompts((targets,) if isinstance(targets, str) else targets, "target prompt")
-    checks.not_negative("source guidance", source_guidance)
-    guidance = guidance_of(model, guidance)
+    checks.not_negative("source guidance", asked.source_guidance)
+    guidance = guidance_of(model, asked.guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
-    whole = schedule_of(model, steps, clean)
-    schedule = truncate_schedule(whole, checks.strength(strength, steps))
-    mask_latent = load_latent_mask(mask, encoded)
+    whole = schedule_of(model, asked.steps, clean)
+    schedule = truncate_schedule(whole, checks.strength(asked.strength, asked.steps))
+    mask = load_latent_mask(asked.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
-    predict = SourceAndTargets(model, text, source_guidance=source_guidance, guidance=guidance)
+    predict = SourceAndTargets(model, text, source_guidance=asked.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
-    edited, kept = clean.repeat_interleave(len(targets), 0), Frames(0, len(schedule) - 1, frames)
+    edited, kept = clean.repeat_interleave(len(targets), 0), Frames(0, len(schedule) - 1, asked.frames)
     for step, (here, there) in enumerate(pairwise(schedule)):
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
-        for draw in range(draws):
-            noise = randn_like(clean, generator(seed, step, draw, "flow edit"))
-            velocity += _difference(predict, clean, edited, noise, here, empty) / draws
+        for draw in range(asked.draws):
+            noise = randn_like(clean, generator(asked.seed, step, draw, "flow edit"))
+            velocity += _difference(predict, clean, edited, noise, here, empty) / asked.draws
         edited = edited + broadcast_like(_tau(there) - _tau(here), edited) * velocity
-        if mask_latent is not None:
-            edited = torch.where(mask_latent > 0, edited, clean)
+        if mask is not None:
+            edited = torch.where(mask > 0, edited, clean)
         kept.add(step, edited)
         progress()
     return Result(
@@ -80,9 +100,9 @@ def flow_edit(
         encoded=encoded,
         latents=edited,
         nfe=predict.nfe,
-        masks=None if mask_latent is None else mask_latent.expand(len(targets), -1, -1),
+        masks=None if mask is None else mask.expand(len(targets), -1, -1),
         estimates=kept.stack(),
-        facts={"guidance": guidance, "source_guidance": source_guidance, **layout.facts()},
+        facts={"guidance": guidance, "source_guidance": asked.source_guidance, **layout.facts()},
         layout=layout,
     )
 

@@ -9,6 +9,7 @@ The model redraws the whole image, and so it drifts. What was not meant to chang
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
+from backbone.io.keywords import takes
+from backbone.io.options import build
 from backbone.models.by_instruction import (
     IMAGE_GUIDANCE,
     Guidances,
@@ -38,55 +41,73 @@ from edit.sampling import Frames, guidance_of, schedule_of
 Keep = Literal["pixels", "latents", "none"]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InstructSettings:
+    """How an image is edited by instructions.
+
+    references      further images, for a model that reads several
+    keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn
+    guidance        how closely the instruction is followed; the model's usual one if None
+    image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
+    negative        what to stay away from
+    mask            white = may change; None: each edit's place is found by itself
+    frames          estimates of the last edit kept along the way
+    """
+
+    references: Sequence[ImageLike] = ()
+    keep: Keep = "pixels"
+    steps: int = 50
+    guidance: float | None = None
+    image_guidance: float = IMAGE_GUIDANCE
+    negative: str = ""
+    mask: ImageLike | None = None
+    seed: int = 0
+    frames: int = 0
+
+
+@takes(InstructSettings)
 @torch.no_grad()
 def instruct(
     model: Backbone,
     image: ImageLike,
     instructions: Sequence[str],
     *,
-    references: Sequence[ImageLike] = (),
-    keep: Keep = "pixels",
-    steps: int = 50,
-    guidance: float | None = None,
-    image_guidance: float = IMAGE_GUIDANCE,
-    negative: str = "",
-    mask: ImageLike | None = None,
-    seed: int = 0,
-    frames: int = 0,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
+    **settings: Any,
 ) -> Result:
     """N edits of an image, one for each instruction, each of what the one before it made.
 
-    Brooks, Holynski & Efros 2023. `guidance` is how closely the instruction is followed, `image_guidance` the image
-    (eq. 3). `references` are further images, for a model that reads several. `keep` says what becomes of the
-    background: the image's own pixels, its autoencoder's copy, or what the model draws. `mask` (white = may change)
-    says where the edits stand; without one each place is found by itself.
+    `settings` are the fields of `InstructSettings`, by name; `layout` and `progress` are as in `sdedit`.
 
     Raises `UserError` for an empty instruction, a model that reads no image, and where an edit leaves no background.
     """
+    asked = build(InstructSettings, settings)
     instructions = checks.prompts(instructions, "instruction")
-    guidances = Guidances(guidance_of(model, guidance), checks.not_negative("image guidance", image_guidance))
-    refuse_unread(model, 1 + len(references), guidances, negative)
+    image_guidance = checks.not_negative("image guidance", asked.image_guidance)
+    guidances = Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative)
+    refuse_unread(model, 1 + len(asked.references), guidances)
     encoded = encode_image(model, image)
-    more = [model.as_reference(encode_image(model, reference).latent) for reference in references]
-    changed = load_pixel_mask(mask, encoded)
-    schedule_of(model, steps, encoded.latent)  # which says where there is none of so many steps
-    kept_frames = Frames(0, steps, frames)
+    more = [model.as_reference(encode_image(model, reference).latent) for reference in asked.references]
+    changed = load_pixel_mask(asked.mask, encoded)
+    schedule_of(model, asked.steps, encoded.latent)  # which says where there is none of so many steps
+    kept_frames = Frames(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         shown = [model.as_reference(now.latent), *more]
-        noise = torch.randn(encoded.latent.shape, generator=generator(seed, number, "instruct"))
+        noise = torch.randn(encoded.latent.shape, generator=generator(asked.seed, number, "instruct"))
         final = number == len(instructions) - 1
         state = draw_edit(
-            model, shown, instruction, steps=steps, guidances=guidances, noise=noise, negative=negative,
-            controls=layout.of_targets(), after_step=telling(progress, kept_frames if final else None),
+            model, shown, instruction, steps=asked.steps, guidances=guidances, noise=noise,
+            controls=layout.of_targets(), after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
-        nfe += steps * evaluations_of(model, encode_prompts_cached(model, [instruction]), guidances.text)
+        nfe += asked.steps * evaluations_of(
+            model, encode_prompts_cached(model, [instruction]), guidances.text
+        )
         drawn = model.decode(state)[0].cpu()
-        if keep != "none":
+        if asked.keep != "none":
             # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
-            copied = keep == "latents" and number == 0
+            copied = asked.keep == "latents" and number == 0
             background = model.decode(now.latent)[0].cpu() if copied else None
             found = keep_drawn(drawn, now, changed=changed, background=background, instruction=instruction)
             drawn = found.image
@@ -94,23 +115,17 @@ def instruct(
         latents.append(state[0])
         finished.append(drawn)
         now = EncodedImage(drawn, model.encode(drawn[None]).mean, encoded.facts)
+    facts = {
+        "guidance": guidances.text,
+        **({"image_guidance": guidances.image} if model.reads_as_channels else {}),
+        "drift": [one.figures for one in backgrounds],
+        **layout.facts(),
+    }
     return Result(
-        model=model,
-        prompts=instructions,
-        encoded=encoded,
-        latents=torch.stack(latents),
-        nfe=nfe,
-        finished=torch.stack(finished),
-        masks=_places_so_far(backgrounds) if backgrounds else None,
-        estimates=kept_frames.stack(),
-        facts={
-            "guidance": guidances.text,
-            **({"image_guidance": guidances.image} if model.reads_as_channels else {}),
-            "drift": [one.figures for one in backgrounds],
-            **layout.facts(),
-        },
-        layout=layout,
-    )
+        model=model, prompts=instructions, encoded=encoded, latents=torch.stack(latents), nfe=nfe,
+        finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
+        estimates=kept_frames.stack(), facts=facts, layout=layout,
+    )  # fmt: skip
 
 
 def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
@@ -118,17 +133,17 @@ def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
     return torch.stack([(one.place > 0).float() for one in backgrounds]).cummax(0).values
 
 
-def refuse_unread(model: Backbone, images: int, guidances: Guidances, negative: str) -> None:
+def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
     """`UserError` for what the model does not read: an image, so many of them, guidance by it, a negative prompt."""
     if not model.edits_by_instruction:
         model.refuse_other_task(by_instruction=True)
     refuse_too_many(model, images)
-    refuse_negative(model, negative, guidances.text)
+    refuse_negative(model, guidances.negative, guidances.text)
     if guidances.image != IMAGE_GUIDANCE:
         refuse_image_guidance(model)
 
 
-def telling(progress: Callable[[], Any], frames: Frames | None) -> Callable[[int, Tensor], None]:
+def after_each_step(progress: Callable[[], Any], frames: Frames | None) -> Callable[[int, Tensor], None]:
     """What is done after each step: `progress` is told, and the estimate kept where `frames` are."""
 
     def after_step(step: int, clean: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
+from backbone.io.keywords import takes
+from backbone.io.options import build
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.sample import refuse_negative
 from edit import checks
@@ -39,53 +42,63 @@ STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
 MARGIN = 1 / 64
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RemoveSettings:
+    """How a thing is removed.
+
+    prompt     what to see; None: the source prompt without the word, or nothing where a mask alone is given
+    mask       white = remove; None: where the word stands (`locate_word`)
+    strength   the surroundings, continued smoothly, are noised to this share; 1: noise alone
+    guidance   above 1 what the prompt says is drawn into the place
+    negative   what to stay away from
+    threshold  how likely the thing is wherever its place is
+    count      images, of which image k depends on the seed and k alone
+    frames     estimates kept along the way
+    """
+
+    prompt: str | None = None
+    mask: ImageLike | None = None
+    strength: float = STRENGTH
+    guidance: float = GUIDANCE
+    negative: str = ""
+    threshold: float = THRESHOLD
+    count: int = 1
+    seed: int = 0
+    frames: int = 0
+
+
+@takes(RemoveSettings)
 @torch.no_grad()
 def remove(
-    inversion: Inversion,
-    word: str = "",
-    *,
-    prompt: str | None = None,
-    mask: ImageLike | None = None,
-    strength: float = STRENGTH,
-    guidance: float = GUIDANCE,
-    negative: str = "",
-    threshold: float = THRESHOLD,
-    count: int = 1,
-    seed: int = 0,
-    frames: int = 0,
-    progress: Callable[[], Any] = lambda: None,
+    inversion: Inversion, word: str = "", *, progress: Callable[[], Any] = lambda: None, **settings: Any
 ) -> Result:
-    """N = `count` images without what a word of the source prompt names, or what a mask covers (white = remove).
+    """N = `count` images without what a word of the source prompt names, or what a mask covers.
 
-    Blended latent diffusion (Avrahami et al. 2023, algorithm 1) with the stored trajectory as what lies around: outside
-    the mask the state is the trajectory itself, so the rest of the latent stays exactly. Inside, the surroundings,
-    continued smoothly, are noised to `strength` and denoised; at 1 it is noise alone, as free as the prompt leaves it.
-    No query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of
-    what is around, and not of a thing of its own.
-
-    `prompt` is what to see; without it the source prompt without the word, or nothing where a mask alone is given. The
-    mask of a word is `locate_word`'s. Image k depends on the seed and k alone. `frames` and `progress` are as in
-    `sdedit`.
+    `settings` are the fields of `RemoveSettings`, by name. Blended latent diffusion (Avrahami et al. 2023, algorithm 1)
+    with the stored trajectory as what lies around: outside the mask the state is the trajectory itself, so the rest of
+    the latent stays exactly. Inside, the surroundings, continued smoothly, are noised to `strength` and denoised. No
+    query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of what
+    is around, and not of a thing of its own. `progress` is called after every step.
 
     Raises `UserError` for a word that is not in the prompt, neither a word nor a mask, or a mask of another size.
     """
-    model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
-    checks.share("threshold", threshold)
-    guidance = guidance_of(model, guidance)
-    refuse_negative(model, negative, guidance)
-    first = inversion.start(checks.strength(strength, inversion.steps))
-    pixels, nfe = _find_place(inversion, word, mask, threshold)
+    asked = build(RemoveSettings, settings)
+    model, schedule, count = inversion.model, inversion.schedule, asked.count
+    checks.share("threshold", asked.threshold)
+    guidance = guidance_of(model, asked.guidance)
+    refuse_negative(model, asked.negative, guidance)
+    first = inversion.start(checks.strength(asked.strength, inversion.steps))
+    pixels, nfe = _find_place(inversion, word, asked)
+    seen = _prompt_without(inversion.prompt, word) if asked.prompt is None else asked.prompt
+    states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
-    seen = _prompt_without(inversion.prompt, word) if prompt is None else prompt
-    text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, negative))
+    text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, asked.negative))
     layout = inversion.layout.without(pixels)  # the thing's own lines would draw it again
     text = layout.under(text, schedule, [TARGET] * count)
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
-    random = [torch.randn(states.shape[1:], generator=generator(seed, k, "remove")) for k in range(count)]
-    noise = send(torch.stack(random).to(states.dtype), states.device)
-    filling = _fill(inversion, hidden, noise, first=first, strength=strength)
-    now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, frames)
+    filling = _fill(inversion, hidden, first, asked)
+    now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, asked.frames)
     control = Control(targets=0, hidden=hidden)
     with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
         for step in range(first, inversion.steps):
@@ -109,24 +122,26 @@ def remove(
     )
 
 
-def _find_place(
-    inversion: Inversion, word: str, mask: ImageLike | None, threshold: float
-) -> tuple[Tensor, int]:
+def _find_place(inversion: Inversion, word: str, asked: RemoveSettings) -> tuple[Tensor, int]:
     """Where something is removed [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's place; the NFE."""
-    drawn = load_pixel_mask(mask, inversion.encoded)
+    drawn = load_pixel_mask(asked.mask, inversion.encoded)
     if drawn is not None:
         return drawn.cpu(), 0
     checks.prompt(word, "word to remove")
-    return locate_word(inversion, word, threshold=threshold)
+    return locate_word(inversion, word, threshold=asked.threshold)
 
 
-def _fill(inversion: Inversion, hidden: Tensor, noise: Tensor, *, first: int, strength: float) -> Tensor:
+def _fill(inversion: Inversion, hidden: Tensor, first: int, asked: RemoveSettings) -> Tensor:
     """What the hidden places begin as at step `first`: their surroundings, noised; at strength 1 noise alone."""
-    level = inversion.schedule[first]
-    if strength == 1:
+    states, level, count = inversion.states, inversion.schedule[first], asked.count
+    random = [
+        torch.randn(states.shape[1:], generator=generator(asked.seed, k, "remove")) for k in range(count)
+    ]
+    noise = send(torch.stack(random), states.device)
+    if asked.strength == 1:
         return as_strong_as_state(noise, level)
     smooth = fill_smoothly(inversion.clean, hidden).expand_as(noise)
-    return add_noise(smooth, noise, level) if strength > 0 else smooth
+    return add_noise(smooth, noise, level) if asked.strength > 0 else smooth
 
 
 @torch.no_grad()

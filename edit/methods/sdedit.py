@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,8 @@ from backbone.diffusion.noise import Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.diffusion.transfer import send
+from backbone.io.keywords import takes
+from backbone.io.options import build
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
@@ -30,53 +33,71 @@ from edit.sampling import (
 )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SDEditSettings:
+    """How an image is noised and denoised.
+
+    strength  diffusers': 0 leaves the image as it is, 1 begins with noise alone
+    guidance  the model's usual one if None
+    negative  what to stay away from
+    mask      white = may change; None: everywhere
+    count     images, of which image k depends on the seed and k alone
+    frames    estimates kept along the way
+    """
+
+    strength: float = 0.6
+    steps: int = 50
+    guidance: float | None = None
+    negative: str = ""
+    mask: ImageLike | None = None
+    count: int = 1
+    seed: int = 0
+    frames: int = 0
+
+
+@takes(SDEditSettings)
 @torch.no_grad()
 def sdedit(
     model: Backbone,
     image: ImageLike,
     prompt: str,
     *,
-    strength: float = 0.6,
-    steps: int = 50,
-    guidance: float | None = None,
-    negative: str = "",
-    mask: ImageLike | None = None,
-    count: int = 1,
-    seed: int = 0,
-    frames: int = 0,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
+    **settings: Any,
 ) -> Result:
     """N = `count` images of what the prompt says (in the model's words), sampled from a noised image.
 
-    Meng et al. 2022, algorithm 1: fresh noise at the level that `strength` names, then deterministic steps. With a mask
-    (white = may change), algorithm 3: at every step the rest is the image at that level, with the noise that it began
-    with, so in the end it is the image's own latent. `strength` is diffusers': 0 leaves the image as it is, 1 begins
-    with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. Image k depends
-    on the seed and k alone. `layout` holds control maps. `frames` estimates are kept along the way;
-    `progress` is called after every step.
+    `settings` are the fields of `SDEditSettings`, by name. Meng et al. 2022, algorithm 1: fresh noise at the level that
+    `strength` names, then deterministic steps. With a mask, algorithm 3: at every step the rest is the image at that
+    level, with the noise that it began with, so in the end it is the image's own latent. At strength 1 sampling begins
+    with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. `layout` holds
+    control maps; `progress` is called after every step.
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image.
     """
+    asked = build(SDEditSettings, settings)
     checks.prompt(prompt, "prompt")
-    guidance = guidance_of(model, guidance)
-    refuse_negative(model, negative, guidance)
+    guidance = guidance_of(model, asked.guidance)
+    refuse_negative(model, asked.negative, guidance)
     encoded = encode_image(model, image)
-    clean = encoded.latent
-    whole = schedule_of(model, steps, clean)
-    schedule = truncate_schedule(whole, checks.strength(strength, steps))
-    mask_latent = load_latent_mask(mask, encoded)
-    random = [torch.randn(clean.shape[1:], generator=generator(seed, k, "sdedit")) for k in range(count)]
-    text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, negative))
+    clean, count = encoded.latent, asked.count
+    whole = schedule_of(model, asked.steps, clean)
+    schedule = truncate_schedule(whole, checks.strength(asked.strength, asked.steps))
+    mask = load_latent_mask(asked.mask, encoded)
+    random = [
+        torch.randn(clean.shape[1:], generator=generator(asked.seed, k, "sdedit")) for k in range(count)
+    ]
+    text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, asked.negative))
     text = layout.under(text, whole, [TARGET] * count)
-    kept = Frames(0, len(schedule) - 1, frames)
+    kept = Frames(0, len(schedule) - 1, asked.frames)
     latents = sample_masked(
         clean,
         send(torch.stack(random).to(clean.dtype), clean.device),
         model.guided_predictor(text, empty, guidance),
         schedule,
-        mask=mask_latent,
-        from_noise=strength == 1,
+        mask=mask,
+        from_noise=asked.strength == 1,
         frames=kept,
         progress=progress,
     )
@@ -86,7 +107,7 @@ def sdedit(
         encoded=encoded,
         latents=latents,
         nfe=(len(schedule) - 1) * count * nfe_of(model, text, guidance),
-        masks=None if mask_latent is None else mask_latent.expand(count, -1, -1),
+        masks=None if mask is None else mask.expand(count, -1, -1),
         estimates=kept.stack(),
         facts={"guidance": guidance, **layout.facts()},
         layout=layout,

@@ -44,7 +44,7 @@ class Command:
     by_instruction: bool = False
 
     def __call__(self, loaded: ModelWithConcepts, wishes: Mapping[str, Any]) -> Result:
-        """Runs it; `TypeError` for wishes that it does not know."""
+        """Runs it; `TypeError` or `UnknownSettingError` for wishes that it does not know."""
         if not self.from_start:
             return self.run(loaded, **wishes)
         rest = {name: value for name, value in wishes.items() if name not in START}

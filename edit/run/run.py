@@ -16,6 +16,7 @@ from typing import Any
 from backbone.io.conditions import ControlOptions
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
+from backbone.io.options import UnknownSettingError
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder
 from edit.layout import AskedLayout
@@ -116,7 +117,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
 
     try:
         return _run(recorded.command, wishes, load, out=out, said=f"edit replay {path}")
-    except TypeError as error:
+    except (TypeError, UnknownSettingError) as error:
         raise UserError(
             f"{path} holds settings that this version does not know ({error}). Edit anew."
         ) from error

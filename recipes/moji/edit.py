@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ import typer
 from backbone.adapters.concept import CONCEPT_FILE, read_concept
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import write_text
+from backbone.io.flags import DATA, MODEL, OUTPUT
+from backbone.io.options import Option, settled_command
 from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
@@ -30,32 +33,43 @@ from customize.training.start import start
 
 LARGEST = 15_000_000  # bytes of the weights that an edit needs
 LIST = "metadata.jsonl"
+TOLD = ("model", "steps", "batch", "rank", "learning_rate", "held_out", "device")  # to `customize train`
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="The run folder.")],
-    model: Annotated[str, typer.Option(help="moji, or a pipeline of its world.")] = "moji",
-    pairs: Annotated[int, typer.Option(min=20, help="Pairs to learn from and to hold out.")] = 20_000,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20_000,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 16,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of the adapter and the new channels.")] = 1e-3,
-    held_out: Annotated[int, typer.Option(help="Pairs that choose the best step.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workdir: Annotated[Path, typer.Option(help="Where the pairs are kept.")] = Path("build/moji"),
-    tiny: Annotated[bool, typer.Option("--tiny", help="Few pairs and steps.")] = False,
-) -> None:
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorSettings:
+    """What `moji-edit` learns from, and for how long."""
+
+    out: Annotated[Path, Option("The run folder.", OUTPUT)]
+    model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
+    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 20_000
+    steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 20_000
+    batch: Annotated[int, Option("Pairs a step.", "Training", min=1)] = 16
+    rank: Annotated[int, Option("Of the adapter.", "Training", min=1)] = 16
+    learning_rate: Annotated[float, Option("Of the adapter and the new channels.", "Training", min=0)] = 1e-3
+    held_out: Annotated[int, Option("Pairs that choose the best step.", DATA, min=0)] = 32
+    device: Annotated[str, Option("cpu or cuda.", MODEL)] = "cpu"
+    workdir: Annotated[Path, Option("Where the pairs are kept.", OUTPUT)] = Path("build/moji")
+    tiny: Annotated[bool, Option("Few pairs and steps.", "Training")] = False
+
+
+@settled_command(app, EditorSettings)
+def main(wanted: EditorSettings) -> None:
     """Renders what is missing, trains, and says how large what was learned is."""
-    if tiny:
-        pairs, steps, batch, held_out = 20, 2, 2, 1
-    folder = workdir / f"edits-{pairs}"
-    write_pairs(folder, sample_edits(TRAINING_SEEDS, pairs))
+    if wanted.tiny:
+        wanted = replace(wanted, pairs=20, steps=2, batch=2, held_out=1)
+    folder = wanted.workdir / f"edits-{wanted.pairs}"
+    write_pairs(folder, sample_edits(TRAINING_SEEDS, wanted.pairs))
+    steps = wanted.steps
     asked: dict[str, Any] = {
-        "pairs": str(folder), "model": model, "steps": steps, "batch": batch, "rank": rank, "lora_layers": "all",
-        "learning_rate": learning_rate, "lr_warmup_steps": min(200, steps), "held_out": held_out,
-        "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "device": device,
+        "pairs": str(folder), "lora_layers": "all", "lr_warmup_steps": min(200, steps),
+        "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999,
+        **{name: getattr(wanted, name) for name in TOLD},
     }  # fmt: skip
-    run = start(asked, out=out)
+    run = start(asked, out=wanted.out)
     notify(f"What an edit needs of {run} is {size_of(run) / 1e6:.1f} MB.")
 
 
@@ -98,4 +112,4 @@ def size_of(run: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_app(app)

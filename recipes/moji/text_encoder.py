@@ -22,7 +22,7 @@ import typer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from backbone.training.loop import Average, train, warm_cosine
+from backbone.training.loop import Average, Update, train, warm_cosine
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.denoiser import build_text_encoder
@@ -69,7 +69,12 @@ def main(
 
     lr_schedule = warm_cosine(steps, warmup=100, floor=0.02)
     for report in train(
-        losses, parameters, optimizer=optimizer, lr_schedule=lr_schedule, steps=steps, average=average
+        losses,
+        parameters,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        steps=steps,
+        update=Update(average=average),
     ):
         if report.step % 50 == 0:
             facts = {"step": report.step, "loss": round(report.loss, 4), "right": round(right[-1], 3)}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from backbone.distributed.processes import any_process, gradient_averaging
 from backbone.io.files import write_bytes
 from backbone.io.options import Option
-from backbone.training.loop import Average, LRSchedule, load_checkpoint, save_checkpoint, train
+from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
 from recipes.moji.logbook import Logbook
 
 TRAINING, OUTPUT = "Training", "Output"
@@ -89,9 +89,7 @@ class Training:
             lr_schedule=lr_schedule,
             steps=settings.steps,
             done=self.done,
-            clip=clip,
-            average=self.average,
-            reduce=gradient_averaging(),
+            update=Update(clip, gradient_averaging(), self.average),
         ):
             logbook.note(report, aloud=aloud)
             last = report.step == settings.steps or any_process(logbook.minutes > settings.minutes)

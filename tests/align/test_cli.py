@@ -18,7 +18,7 @@ from align.cli import app
 from align.pairs.read import read_preferences
 from align.pairs.samples import image_name
 from align.settings import WITH_BETA, read_settings
-from align.training.memory import budgeted
+from align.training.memory import fit_to_vram
 from backbone.adapters.concept import read_concept
 from backbone.io.console import UserError
 from backbone.io.files import read_json
@@ -154,7 +154,7 @@ def test_a_run_for_a_small_device_says_its_plan_and_one_that_fits_nowhere_is_ref
     kept = read_settings(tmp_path / "small")
     assert kept.cpu_offload == 0.5 and kept.text_on_cpu and (tmp_path / "small" / "summary.json").is_file()
     with pytest.raises(UserError, match="a device of"):
-        budgeted(Backbone.open(str(tiny_folder), device="cpu"), kept, 1e-4)
+        fit_to_vram(Backbone.open(str(tiny_folder), device="cpu"), kept, 1e-4)
 
 
 def test_several_scorers_are_weighed_or_must_agree(drawn: Path, bright: Path, tmp_path: Path) -> None:

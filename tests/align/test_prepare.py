@@ -8,7 +8,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from backbone.io.run_folder import hold_folder
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
-from backbone.training.prepared import RECORDS
+from backbone.training.prepared import RECORDS, Cuts
 from backbone.training.run import take_steps
 from tests.align.conftest import TRAIN, align, encoded, picture, refused, write_lines
 from tests.align.objectives.test_preference import opened, settings, weights
@@ -70,7 +70,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> Prepared:
-    return prepare_pairs(read_preferences(source), opened(folder), out, **changes)
+    cut = {one.name: changes.pop(one.name) for one in fields(Cuts) if one.name in changes}
+    return prepare_pairs(read_preferences(source), opened(folder), out, cuts=Cuts(**cut), **changes)
 
 
 def data_of(folder: Path, source: Path, asked: Settings) -> tuple[Backbone, PreferenceData]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from align.settings import EVALUATIONS, REWARDS, SUMMARY
-from align.training.run import resume_taste
+from align.training.run import resume_preferences
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_json, read_jsonl, read_tensors
@@ -114,7 +114,7 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(both: Pat
 @pytest.mark.slow
 def test_one_process_goes_on_with_what_two_began(both: Path) -> None:
     run = both / "two" / "half-way"
-    resume_taste(run)
+    resume_preferences(run)
     assert [line["step"] for line in read_jsonl(run / LOG)] == [1, 2, 3, 4, 5, 6]
     assert max(weights(apart(both / "one/longer" / CHECKPOINT, run / CHECKPOINT)).values()) < 1e-5
 
@@ -127,7 +127,7 @@ def test_two_processes_prepare_and_learn_from_it_what_one_does_which_goes_on_wit
     assert max(weights(apart(one, both / "two/longer-prepared" / CHECKPOINT)).values()) < 1e-5
     half_way = both / "two" / "half-way-prepared"
     assert read_tensors(half_way / CHECKPOINT)[1]["step"] == "3"
-    resume_taste(half_way)
+    resume_preferences(half_way)
     assert [line["step"] for line in read_jsonl(half_way / LOG)] == [1, 2, 3, 4, 5, 6]
     assert max(weights(apart(one, half_way / CHECKPOINT)).values()) < 1e-5
 

@@ -19,7 +19,7 @@ from align.settings import PairSampling
 from align.training import run as runs
 from align.training.online import train_online
 from align.training.prepare import prepare_pairs
-from align.training.run import train_taste
+from align.training.run import train_preferences
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
@@ -58,7 +58,7 @@ USUAL: dict[str, Any] = {
 def train(folder: Path, model: Path, pairs: Path, name: str, asked: Mapping[str, Any]) -> None:
     """A run of these settings in `folder / name`."""
     said = {**USUAL, "model": str(model), "pairs": str(pairs), **asked}
-    train_taste(said, check_preferences(read_preferences(str(pairs))), out=folder / name)
+    train_preferences(said, check_preferences(read_preferences(str(pairs))), out=folder / name)
 
 
 def prepare(folder: Path, model: Path, pairs: Path) -> None:
@@ -70,7 +70,7 @@ def prepare(folder: Path, model: Path, pairs: Path) -> None:
 def train_prepared(folder: Path, model: Path, name: str) -> None:
     """The longer run, from what was prepared."""
     said = {**USUAL, **LONGER, "model": str(model), "pairs": str(folder / "prepared")}
-    train_taste(said, Prepared(folder / "prepared"), out=folder / name)
+    train_preferences(said, Prepared(folder / "prepared"), out=folder / name)
 
 
 def interrupted(run: Callable[[], None]) -> None:
@@ -132,7 +132,7 @@ def worker(rank: int, folder: Path, model: Path, pairs: Path, prompts: Path) -> 
         for name in ("resumed", "half-way"):
             interrupted(partial(train, folder / "two", model, pairs, name, LONGER))
         interrupted(partial(train_prepared, folder / "two", model, "half-way-prepared"))
-        runs.resume_taste(folder / "two" / "resumed")
+        runs.resume_preferences(folder / "two" / "resumed")
         try:
             train(folder / "two", model, pairs, "alone", {"batch": 1})
         except UserError as error:

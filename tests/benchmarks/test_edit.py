@@ -18,7 +18,7 @@ from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, is_fair
 from benchmarks import edit as benchmark
 from benchmarks.classifier import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Prediction, list_labels
-from benchmarks.edit import KINDS, Case, compare_paired, is_success, make_cases
+from benchmarks.edit import KINDS, Case, EditBenchmark, compare_paired, is_success, make_cases
 
 
 def of_kind(kind: str) -> Case:
@@ -143,7 +143,7 @@ def test_a_small_one_runs_through(
         "count": 8, "model": str(tiny_folder), "steps": 2, "guidance": 2.0, "identity": 1, "device": "cpu",
         "precision": "fp32", "classifier": tmp_path / "classifier", "out": tmp_path / "out",
     }  # fmt: skip
-    benchmark.main(methods=["the default", "DDIM + P2P", "no edit"], **wishes)
+    benchmark.main(EditBenchmark(methods=("the default", "DDIM + P2P", "no edit"), **wishes))
     assert "| the default | all | 8 |" in capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert {line["kind"] for line in table["summary"]} == {*KINDS, "all"}
@@ -157,7 +157,7 @@ def test_a_small_one_runs_through(
     again = pictures / "ddim-p2p" / "003-0.png"
     before = again.read_bytes()
     again.unlink()
-    benchmark.main(methods=["DDIM + P2P"], **wishes)
+    benchmark.main(EditBenchmark(methods=("DDIM + P2P",), **wishes))
     now = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.png")}
     assert {file for file in made if now[file] != made[file]} == {again} and again.read_bytes() == before
     renewed = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -166,7 +166,7 @@ def test_a_small_one_runs_through(
     changed = benchmark.Work(tmp_path / "out", Backbone.open(str(tiny_folder)), benchmark.Asked(3, 2.0))
     assert changed.read("DDIM + P2P", 3, list(make_cases(8))[3]) is None, "made for other steps"
     with pytest.raises(UserError, match="no method other"):
-        benchmark.main(methods=["other"], **wishes)
+        benchmark.main(EditBenchmark(methods=("other",), **wishes))
 
 
 def test_the_published_method_changes_the_edited_things_place() -> None:

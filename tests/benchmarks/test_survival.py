@@ -12,7 +12,7 @@ from backbone.io.files import write_json
 from benchmarks import customize as learning
 from benchmarks import survival
 from benchmarks.customize import DEFAULT, Trial, make_questions
-from benchmarks.survival import SIDES, format_table, judge, make
+from benchmarks.survival import SIDES, SurvivalSettings, format_table, judge, make
 from tests.benchmarks.test_customize import Eye
 
 TRIAL = Trial("mammoth", DEFAULT, "")
@@ -67,4 +67,4 @@ def test_the_table_gives_every_side_its_share_of_the_base_s(
 
 def test_a_base_without_a_few_step_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipes\.moji\.turbo"):
-        survival.main(concepts=["mammoth"], model="sd15", out=tmp_path)
+        survival.main(SurvivalSettings(concepts=("mammoth",), model="sd15", out=tmp_path))

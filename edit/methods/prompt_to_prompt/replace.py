@@ -32,7 +32,7 @@ from edit.attention.install import control_attention
 from edit.attention.separate import features_of
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
-from edit.methods.prompt_to_prompt.plan import plan_control
+from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
 from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.result import Result
@@ -59,38 +59,22 @@ def replace(
     model, steps = inversion.model, inversion.steps
     settings = (settings or ReplaceSettings()).resolve(model)
     check_supported(model, settings)
-    if alignments is None:
-        alignments = align_prompts(model, inversion.prompt, targets, settings)
-    first = inversion.start(checks.strength(settings.strength, steps))
-    if settings.heatmaps and first == steps:
-        raise UserError(
-            "Nothing is sampled at this strength, so no attention can be read. Leave --heatmap out."
-        )
+    alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
+    first = _first_step(inversion, settings)
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
-    text = inversion.layout.under(
-        encode_prompts_cached(model, [inversion.prompt, *targets]),
-        inversion.schedule,
-        [SOURCE, *[TARGET] * len(targets)],
-    )
+    text = _encode_prompts(inversion, targets)
     empty = _unconditional_text(inversion, settings, text)
     guidance = _guidance(inversion, settings)
-    predict = SourceAndTargets(
-        model, text, source_guidance=guidance if _source_is_guided(inversion) else 1.0, guidance=guidance
-    )
-    # Every row begins at the state of the trajectory at that step
-    now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
+    own = guidance if _source_is_guided(inversion) else 1.0
+    predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
-    maps = control.maps
-    # The source's row is needed as long as the targets take something from it, and until maps were read once
-    last_with_source = steps - 1
-    if inversion.overwrites:
-        read_once = -1 if maps is None else min(int(settings.blend_from * steps), steps - 1)
-        last_with_source = max(plan.last_step(), read_once)
+    last_with_source = _last_step_with_source(inversion, settings, plan, control.maps)
+    # Every row begins at the state of the trajectory at that step
+    now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     # Where the targets may differ, as far as that is known before the first step
-    nfe = regions.compare_predictions(first)
-    masks = regions.masks(None)
+    nfe, masks = regions.compare_predictions(first), regions.masks(None)
     trajectory, kept = [now], Frames(first, steps, settings.frames)
     with ExitStack() as controlling:
         controlling.enter_context(control_attention(model.denoiser, control, attention))
@@ -99,35 +83,23 @@ def replace(
             if not with_source:
                 controlling.close()  # from here on the denoiser attends as it always does
             plan.apply(control, step)
-            estimate = predict(
-                now, inversion.schedule[step], inversion.unconditional(step, empty), with_source=with_source
-            )
+            level, unprompted = inversion.schedule[step], inversion.unconditional(step, empty)
+            estimate = predict(now, level, unprompted, with_source=with_source)
             now = _step(inversion, step, now, estimate)
-            if maps is not None and with_source:
-                # The maps are means over the steps so far, so the place of a word becomes clearer step by step
-                maps.settle()
-                if regions.named.any() and step >= settings.blend_from * steps:
-                    masks = regions.masks(maps)
+            if control.maps is not None and with_source:
+                masks = _read_maps(control.maps, regions, masks, due=step >= settings.blend_from * steps)
             if masks is not None:
                 now = _blend(now, masks)
             trajectory.append(now)
             kept.add(step, estimate.clean[-len(targets) :])
             progress()
     return Result(
-        model=model,
-        prompts=targets,
-        encoded=inversion.encoded,
-        latents=now[1:].float(),
-        nfe=nfe + predict.nfe,
-        masks=masks,
-        estimates=kept.stack(),
+        model=model, prompts=targets, encoded=inversion.encoded, latents=now[1:].float(), nfe=nfe + predict.nfe,
+        masks=masks, estimates=kept.stack(), layout=inversion.layout, inversions=(inversion,),
         facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
-        layout=inversion.layout,
-        inversions=(inversion,),
-        trajectory=torch.stack(trajectory),
-        alignments=tuple(alignments),
-        heatmaps=regions.heatmaps(maps) if maps is not None and settings.heatmaps else {},
-    )
+        trajectory=torch.stack(trajectory), alignments=alignments,
+        heatmaps=regions.heatmaps(control.maps) if control.maps and settings.heatmaps else {},
+    )  # fmt: skip
 
 
 def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
@@ -166,6 +138,33 @@ def align_prompts(
 
 
 # Helpers ----------------------------------------------------------------------------------------------------
+
+
+def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
+    """The step at which the edit begins; `UserError` for heat maps where no step is left to read them in."""
+    first = inversion.start(checks.strength(settings.strength, inversion.steps))
+    if settings.heatmaps and first == inversion.steps:
+        raise UserError(
+            "Nothing is sampled at this strength, so no attention can be read. Leave --heatmap out."
+        )
+    return first
+
+
+def _encode_prompts(inversion: Inversion, targets: Sequence[str]) -> Conditions:
+    """The encoded prompts [1 + N, ...], the source's first, with the layout's controls."""
+    text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
+    return inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
+
+
+def _last_step_with_source(
+    inversion: Inversion, settings: ReplaceSettings, plan: ControlPlan, maps: Maps | None
+) -> int:
+    """Until when the source's row is needed: while targets take something from it, and until maps were read once."""
+    last = inversion.steps - 1
+    if not inversion.overwrites:
+        return last
+    read_once = -1 if maps is None else min(int(settings.blend_from * inversion.steps), last)
+    return max(plan.last_step(), read_once)
 
 
 def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> Control:
@@ -213,6 +212,12 @@ def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> T
     targets = now[1:]
     there = inversion.step_targets(step, targets, select(estimate, slice(-len(targets), None)))
     return torch.cat([inversion.states[step + 1][None].to(there), there])
+
+
+def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, *, due: bool) -> Tensor | None:
+    """The masks after a step; maps are means over the steps so far, so a word's place becomes clearer step by step."""
+    maps.settle()
+    return regions.masks(maps) if due and regions.named.any() else masks
 
 
 def _blend(now: Tensor, masks: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.config import AdapterType, read_adapter_configs
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
+    AdapterKind,
     activate_adapters,
     add_lora,
     disable_adapters,
@@ -147,9 +148,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_folder: Pat
 def test_a_rank_pattern_holds_for_every_layer_whose_name_contains_it(
     pattern: str, chosen: Callable[[str], bool], kind: AdapterType, tiny: Backbone, tmp_path: Path
 ) -> None:
-    parameters = add_lora(
-        tiny.denoiser, "one", rank=4, alpha=8.0, targets=TARGETS, adapter_type=kind, rank_pattern={pattern: 2}
-    )
+    like = AdapterKind(kind, rank_pattern={pattern: 2})
+    parameters = add_lora(tiny.denoiser, "one", rank=4, alpha=8.0, targets=TARGETS, kind=like)
     mark = "lora_A" if kind == "lora" else "hada_w1_b"
     ranks = {name: len(value) for name, value in parameters.items() if mark in name}
     assert ranks == {name: 2 if chosen(name) else 4 for name in ranks}

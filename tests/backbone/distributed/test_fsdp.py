@@ -20,7 +20,7 @@ from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.training.online import train_online
 from align.training.prepare import prepare_pairs
-from align.training.run import resume_taste, train_taste
+from align.training.run import resume_preferences, train_preferences
 from backbone.distributed import fsdp as shards
 from backbone.distributed import processes
 from backbone.distributed.spawn import run_workers
@@ -92,13 +92,13 @@ def everything(folder: Path, count: str) -> None:
     found, out = check_preferences(read_preferences(str(folder / "pairs.jsonl"))), folder / count / "taste"
     asked = {**PAIRS, "model": str(folder / "sd3"), "pairs": str(folder / "pairs.jsonl")}
     with patch("backbone.training.run.append_jsonl", stopping), suppress(KeyboardInterrupt):
-        train_taste(asked, found, out=out)
-    resume_taste(out)
+        train_preferences(asked, found, out=out)
+    resume_preferences(out)
     opened = Backbone.open(str(folder / "sd3"), device="cpu", precision="fp32")
     ready = prepare_pairs(
         read_preferences(str(folder / "pairs.jsonl")), opened, folder / count / "ready", any_model=True
     )
-    train_taste({**asked, "pairs": str(ready.folder)}, ready, out=folder / count / "prepared")
+    train_preferences({**asked, "pairs": str(ready.folder)}, ready, out=folder / count / "prepared")
     drawn = DrawingOptions(model=str(folder / "sd3"), count=3, steps=2, precision="fp32", device="cpu")
     sample_to_folder(PROMPTS[:3], drawn, folder / count / "drawn")
 
@@ -135,7 +135,7 @@ def worker(rank: int, folder: Path) -> None:
         asked = {**PAIRS, "model": str(folder / "sd3"), "pairs": str(folder / "pairs.jsonl")}
         found = check_preferences(read_preferences(asked["pairs"]))
         out = folder / "two" / "no"
-        full = partial(train_taste, {**asked, "full": True}, found, out=out)
+        full = partial(train_preferences, {**asked, "full": True}, found, out=out)
         refused(folder / f"refused-{rank}.txt", "--full", full)
         (folder / "prompts.txt").write_text("a dog\n")
         online = {"prompts": str(folder / "prompts.txt"), "online": "moji", "pairs": "", "rounds": 1}

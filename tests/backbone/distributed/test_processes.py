@@ -19,7 +19,7 @@ from backbone.io import console
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import FORWARDED_SIGNAL_SECONDS, catch_interrupts
-from backbone.training.loop import train, warm_constant
+from backbone.training.loop import Update, train, warm_constant
 
 
 def of(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
@@ -101,7 +101,7 @@ def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
         optimizer=optimizer,
         lr_schedule=warm_constant(),
         steps=3,
-        reduce=processes.gradient_averaging(),
+        update=Update(reduce=processes.gradient_averaging()),
     )
     said = []
     with pytest.raises(UserError, match="step 2") if fails else nullcontext():

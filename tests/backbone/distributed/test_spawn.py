@@ -11,7 +11,7 @@ from torch import Tensor
 from backbone.distributed.processes import any_process, average_in_place
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_tensors, write_tensors
-from backbone.training.loop import train, warm_constant
+from backbone.training.loop import Update, train, warm_constant
 
 
 def learn(rank: int, folder: Path) -> None:
@@ -28,8 +28,7 @@ def learn(rank: int, folder: Path) -> None:
         optimizer=optimizer,
         lr_schedule=warm_constant(),
         steps=9,
-        clip=1e9,
-        reduce=average_in_place,
+        update=Update(1e9, average_in_place),
     ):
         if any_process(rank == 1 and report.step == 5):
             break

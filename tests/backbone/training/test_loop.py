@@ -14,6 +14,7 @@ from backbone.io.console import UserError
 from backbone.training.loop import (
     Average,
     NotFiniteError,
+    Update,
     load_checkpoint,
     save_checkpoint,
     train,
@@ -42,7 +43,7 @@ class Bowl:
             lr_schedule=warm_cosine(60),
             steps=steps,
             done=done,
-            average=self.average,
+            update=Update(average=self.average),
         ):
             pass
 
@@ -114,7 +115,12 @@ def test_micro_batches_give_the_gradient_of_their_mean() -> None:
         optimizer = torch.optim.SGD([parameter], lr=1e-3)
         list(
             train(
-                losses, {"p": parameter}, optimizer=optimizer, lr_schedule=warm_constant(), steps=1, clip=1e9
+                losses,
+                {"p": parameter},
+                optimizer=optimizer,
+                lr_schedule=warm_constant(),
+                steps=1,
+                update=Update(1e9),
             )
         )
         return parameter.detach()

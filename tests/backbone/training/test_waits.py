@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.transfer import send
-from backbone.training.loop import NotFiniteError, train, warm_constant
+from backbone.training.loop import Monitor, NotFiniteError, train, warm_constant
 from backbone.training.run import take_steps
 from customize.objectives.dreambooth import DreamBooth
 from tests.customize.test_methods import begun, fresh
@@ -90,11 +90,12 @@ def test_an_update_that_is_not_finite_leaves_weights_moments_and_count_as_they_a
         return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=True)
 
     parameter, optimizer = begin()
-    how: dict[str, Any] = {"lr_schedule": warm_constant(), "explain": lambda step: f"picture {step} is."}
+    how: dict[str, Any] = {"lr_schedule": warm_constant()}
     list(train(losses, {"w": parameter}, optimizer=optimizer, steps=3, **how))
     expected = [parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())]
     parameter, optimizer = begin()
-    taken = train(losses, {"w": parameter}, optimizer=optimizer, steps=20, read_every=10, **how)
+    told = Monitor(explain=lambda step: f"picture {step} is.", read_every=10)
+    taken = train(losses, {"w": parameter}, optimizer=optimizer, steps=20, monitor=told, **how)
     assert [next(taken).step for _ in range(9)] == list(range(1, 10))
     with pytest.raises(NotFiniteError, match=r"stopped at step 4: picture 4 is\."):
         next(taken)  # the tenth, with which all are read
@@ -111,7 +112,12 @@ def test_whoever_looks_earlier_is_told_earlier() -> None:
 
     optimizer = torch.optim.AdamW([parameter], fused=True)
     taken = train(
-        losses, {"w": parameter}, optimizer=optimizer, lr_schedule=warm_constant(), steps=9, read_every=9
+        losses,
+        {"w": parameter},
+        optimizer=optimizer,
+        lr_schedule=warm_constant(),
+        steps=9,
+        monitor=Monitor(read_every=9),
     )
     first = next(taken)
     assert not first.is_read and first.loss == 0 and first.is_read

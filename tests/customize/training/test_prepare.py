@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from backbone.media.pictures import list_images
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
+from backbone.training.prepared import Cuts
 from backbone.training.run import take_steps
 from customize.cli import app
 from customize.data.dataset import Group, TrainingData, prepare
@@ -34,7 +35,8 @@ def opened(folder: Path) -> Backbone:
 
 
 def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> PreparedImages:
-    return prepare_images(list_images(source), str(source), opened(folder), out, **changes)
+    cut = {one.name: changes.pop(one.name) for one in fields(Cuts) if one.name in changes}
+    return prepare_images(list_images(source), str(source), opened(folder), out, cuts=Cuts(**cut), **changes)
 
 
 def learned(folder: Path, source: Path, asked: Settings) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from backbone.models.model import Backbone
 from backbone.training.settings import find_resumed, said_anew
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
-from customize.training.run import describe_changes, resume_concept, write_prompts
+from customize.training.run import describe_changes, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
 
 
@@ -140,7 +140,7 @@ def test_diffusers_own_call_trains_shows_and_says_one_word(
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     from customize.data.folders import read_images
 
-    _, (group,) = write_prompts(settings, model, read_images(settings.subjects()))
+    _, (group,) = make_prompts(settings, model, read_images(settings.subjects()))
     assert group.prompts == [SKS, SKS] and group.class_prompt == "a dog"
     # what a bound of 0 cuts is nothing: the weights are those of a huge one
     bound = start({**asked, "max_grad_norm": 1e9, "lora_alpha": 2.0}, out=Path("runs/bound"))

@@ -1,0 +1,47 @@
+"""Settings as keywords: a Python function takes the fields of a dataclass one by one, as a command takes options.
+
+    @takes(SDEditSettings)
+    def sdedit(model: Backbone, image: ImageLike, prompt: str, **settings: Any) -> Result:
+        asked = build(SDEditSettings, settings)
+
+`help()` and a notebook's Tab show every field with its type and default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from typing import Any, TypeVar, get_type_hints
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Shows the fields of these dataclasses in the place of a function's `**settings`, those `without` left out."""
+
+    def show(function: Function) -> Function:
+        own = inspect.signature(function)
+        *named, rest = own.parameters.values()
+        assert rest.kind is inspect.Parameter.VAR_KEYWORD
+        found = {one.name: one for one in named}
+        for kind in kinds:
+            hints = get_type_hints(kind)
+            for one in dataclasses.fields(kind):
+                if one.name not in found and one.name not in without:
+                    found[one.name] = _parameter(one, hints[one.name])
+        function.__signature__ = own.replace(parameters=list(found.values()))  # type: ignore[attr-defined]
+        return function
+
+    return show
+
+
+def _parameter(one: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    default = one.default_factory() if one.default_factory is not MISSING else one.default
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=hint,
+    )
