@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.families import loading
-from backbone.families.base import TextEncoderSlot
+from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
@@ -138,7 +138,7 @@ class SplitFileFamily:
     transformer_kind: ClassVar[Any]
     vae_kind: ClassVar[Any]
     convert_vae: ClassVar[Convert | None] = None
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return self.files.match(header)
@@ -227,20 +227,36 @@ def load_language_model(
 
     Raises `UserError` where the tokenizer is missing, or the tensors do not fit the config.
     """
+    tokenizer = load_tokenizer(tokenizer_kind, location)
+    return TextEncoderSlot(TEXT, tokenizer, load_text_model(kind, location, dtype))
+
+
+def name_inner(name: str) -> str:
+    """A tensor's name in the language model alone."""
+    return re.sub(r"^(model\.|language_model\.)+", "", name)
+
+
+def load_text_model(
+    kind: Any, location: Location, dtype: torch.dtype, *, part_name: Callable[[str], str] = name_inner
+) -> Any:
+    """Load a language model from a file, or one with its eye; `UserError` for tensors that do not fit the config.
+
+    `part_name` gives a tensor's name in the model of class `kind`; what that has no place for is left out.
+    """
     file = location.file_of(TEXT)
     prefix = text_prefix(read_header(file))
     assert prefix is not None
-    tokenizer = load_tokenizer(tokenizer_kind, location)
     with refuse_damaged(location.name, TEXT):
         said = location.config(TEXT)
-        config = kind.config_class.from_dict(said.get("text_config", said))
+        whole = "text_config" in kind.config_class.sub_configs
+        config = kind.config_class.from_dict(said if whole else said.get("text_config", said))
         with init_empty_weights():
             expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     tensors = {
-        re.sub(r"^(model\.|language_model\.)+", "", name): value
-        for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
+        part_name(name): value for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
     }
-    tensors = {name: value for name, value in tensors.items() if not re.match(NOT_TEXT, name)}
+    beside = NOT_TEXT if not whole else r"lm_head\."
+    tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
     if {name: value.shape for name, value in tensors.items()} != expected:
         raise UserError(
             f"The text encoder in {file} is not built as {location.local(f'{TEXT}/config.json')} says: it is that of "
@@ -248,8 +264,7 @@ def load_language_model(
             f"{TEXT}/config.json beside the file."
         )
     with refuse_damaged(location.name, TEXT):
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    return TextEncoderSlot(TEXT, tokenizer, model)
+        return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
 
 def load_tokenizer(kind: Any, location: Location) -> Any:

@@ -22,6 +22,7 @@ from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.motion import in_windows
+from backbone.models.references import Reference, latents_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def sample(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
-    references: Sequence[Tensor] = (),
+    references: Sequence[Reference] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
 ) -> Iterator[Image]:
@@ -105,7 +106,7 @@ def sample_latents(
     batch: int = 8,
     guided: tuple[float, float] = ALL_STEPS,
     size: Size = MODELS_OWN,
-    references: Sequence[Tensor] = (),
+    references: Sequence[Reference] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
     controls: Sequence[Control] = (),
@@ -114,7 +115,7 @@ def sample_latents(
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
 
-    `references` are latents [1, C, h, w] of images beside every prompt, as the denoiser reads them.
+    `references` are images beside every prompt.
 
     With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
@@ -127,7 +128,7 @@ def sample_latents(
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text, empty = (
-            beside(encode_prompts_cached(model, prompts), references)
+            beside(encode_prompts_cached(model, prompts, references), references)
             for prompts in ([one.prompt for one in some], [one.negative for one in some])
         )
         text = replace(text, controls=repeat_controls(controls, len(some)))
@@ -150,9 +151,9 @@ def sample_latents(
         yield get_sampler(sampler, randoms)(start, predict, rest)
 
 
-def beside(text: Conditions, references: Sequence[Tensor]) -> Conditions:
-    """The same conditions with images beside each of them, latents [1, C, h, w]."""
-    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in references)
+def beside(text: Conditions, references: Sequence[Reference]) -> Conditions:
+    """The same conditions with images beside each of them."""
+    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
     return replace(text, references=shown)
 
 

@@ -26,9 +26,9 @@ from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
-from backbone.models.by_instruction import encode_references, refuse_too_many
 from backbone.models.few_step import usual_drawing
 from backbone.models.model import Backbone
+from backbone.models.references import Reference, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
 from customize.data.prepared import stored_images
@@ -250,7 +250,7 @@ def sample_images(
     settings: Settings,
     seed: int,
     label: str,
-    references: Sequence[Tensor] = (),
+    references: Sequence[Reference] = (),
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
     with progress(len(requests), label) as bar:

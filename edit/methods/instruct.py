@@ -16,16 +16,17 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
+from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
     IMAGE_GUIDANCE,
     Guidances,
     draw_edit,
     evaluations_of,
     refuse_image_guidance,
-    refuse_too_many,
 )
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.references import Reference, refuse_too_many
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
@@ -69,20 +70,21 @@ def instruct(
     guidances = Guidances(guidance_of(model, guidance), checks.not_negative("image guidance", image_guidance))
     refuse_unread(model, 1 + len(references), guidances, negative)
     encoded = encode_image(model, image)
-    more = [model.as_reference(encode_image(model, reference).latent) for reference in references]
+    more = [as_reference(model, encode_image(model, reference)) for reference in references]
     changed = load_pixel_mask(mask, encoded)
     schedule_of(model, steps, encoded.latent)  # which says where there is none of so many steps
     kept_frames = Frames(0, steps, frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
-        shown = [model.as_reference(now.latent), *more]
+        shown = [as_reference(model, now), *more]
         noise = torch.randn(encoded.latent.shape, generator=generator(seed, number, "instruct"))
         final = number == len(instructions) - 1
         state = draw_edit(
             model, shown, instruction, steps=steps, guidances=guidances, noise=noise, negative=negative,
             controls=layout.of_targets(), after_step=telling(progress, kept_frames if final else None),
         )  # fmt: skip
-        nfe += steps * evaluations_of(model, encode_prompts_cached(model, [instruction]), guidances.text)
+        text = encode_prompts_cached(model, [instruction], shown)
+        nfe += steps * evaluations_of(model, text, guidances.text)
         drawn = model.decode(state)[0].cpu()
         if keep != "none":
             # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
@@ -111,6 +113,11 @@ def instruct(
         },
         layout=layout,
     )
+
+
+def as_reference(model: Backbone, image: EncodedImage) -> Reference:
+    """An encoded image as it stands beside an instruction."""
+    return Reference(model.as_reference(image.latent), to_image(image.pixels))
 
 
 def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:

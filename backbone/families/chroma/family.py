@@ -25,6 +25,7 @@ from backbone.diffusion.transfer import send
 from backbone.families import language_models, loading
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     JointAttentionInputs,
     ModelSpec,
     Network,
@@ -49,7 +50,7 @@ class Chroma:
     name: ClassVar[str] = "Chroma"
     hub_ids: ClassVar[dict[str, str]] = {"chroma": "lodestones/Chroma1-HD"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ChromaPipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = flux.Flux.lora_targets
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:

@@ -22,6 +22,7 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.families import language_models, loading
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     ModelSpec,
     Network,
     NoisePath,
@@ -60,7 +61,7 @@ class QwenImage21:
     name: ClassVar[str] = "Qwen-Image 2.1"
     hub_ids: ClassVar[dict[str, str]] = {"qwen-image-2.1": "Qwen/Qwen-Image-2.1"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
