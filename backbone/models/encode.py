@@ -328,7 +328,9 @@ def encode_some(model: Backbone, prompts: Sequence[SeenPrompt], read: ReadCrop) 
 
     def alone(one: SeenPrompt) -> Conditions:
         images = [read(*view) for view in one.views]
-        return model.encode_prompts([one.prompt], [ImageOps.mirror(i) for i in images] if one.flip else images)
+        return model.encode_prompts(
+            [one.prompt], [ImageOps.mirror(i) for i in images] if one.flip else images
+        )
 
     return Conditions.cat([alone(prompt) for prompt in prompts])
 

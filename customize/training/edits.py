@@ -172,7 +172,10 @@ def prepare_held_out(
     shown = []
     for row, pair in enumerate(pairs):
         latents = data.shown(torch.tensor([row]))
-        pictures = [read(one, pixels_of(model, z)) for one, z in zip((pair.source, *pair.references), latents, strict=True)]
+        pictures = [
+            read(one, pixels_of(model, z))
+            for one, z in zip((pair.source, *pair.references), latents, strict=True)
+        ]
         shown.append([Reference(z, picture) for z, picture in zip(latents, pictures, strict=True)])
     return HeldOut([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
 

@@ -55,18 +55,24 @@ def tiny_kontext(folder: Path) -> Path:
     return folder
 
 
-def said_by_kontext(folder: Path, latents: Tensor, images: list[Image.Image], steps: int) -> Tensor:
+def said_by_kontext(
+    folder: Path, latents: Tensor, images: list[Image.Image], steps: int, lora: Path | None = None
+) -> Tensor:
     pipeline: Any = FluxKontextPipeline.from_pretrained(folder)
     return called(
-        pipeline, image=images[0], latents=pack_latents(latents), max_area=64 * 64, _auto_resize=False,
+        pipeline, lora, image=images[0], latents=pack_latents(latents), max_area=64 * 64, _auto_resize=False,
         guidance_scale=3.0, num_inference_steps=steps,
     )  # fmt: skip
 
 
-def said_by_flux2(folder: Path, latents: Tensor, images: list[Image.Image], steps: int) -> Tensor:
+def said_by_flux2(
+    folder: Path, latents: Tensor, images: list[Image.Image], steps: int, lora: Path | None = None
+) -> Tensor:
     kind: Any = Flux2Pipeline if "dev" in folder.name else Flux2KleinPipeline
     pipeline: Any = kind.from_pretrained(folder)
-    return called(pipeline, image=images, latents=latents, guidance_scale=3.0, num_inference_steps=steps)
+    return called(
+        pipeline, lora, image=images, latents=latents, guidance_scale=3.0, num_inference_steps=steps
+    )
 
 
 class Processor:
@@ -84,7 +90,9 @@ class Processor:
         return BatchFeature({**self.tokenizer(text, padding=True, return_tensors="pt"), **patches})
 
 
-def said_by_qwen(folder: Path, latents: Tensor, images: list[Image.Image], steps: int) -> Tensor:
+def said_by_qwen(
+    folder: Path, latents: Tensor, images: list[Image.Image], steps: int, lora: Path | None = None
+) -> Tensor:
     """diffusers' pipeline, with the kinds of tokens that it leaves out (its issue 14194), at 64 × 64 pixels."""
     plus = "plus" in folder.name
     kind: Any = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
@@ -111,20 +119,24 @@ def said_by_qwen(folder: Path, latents: Tensor, images: list[Image.Image], steps
         else:
             patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 64, None))
         return called(
-            pipeline, image=images if plus else images[0], latents=pack_latents(latents), negative_prompt="",
+            pipeline, lora, image=images if plus else images[0], latents=pack_latents(latents), negative_prompt="",
             true_cfg_scale=3.0, num_inference_steps=steps,
         )  # fmt: skip
 
 
-def called(pipeline: Any, **asked: Any) -> Tensor:
+def called(pipeline: Any, lora: Path | None, **asked: Any) -> Tensor:
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
     pipeline.set_progress_bar_config(disable=True)
     return torch.as_tensor(
         pipeline(prompt="a red dog", height=64, width=64, output_type="pt", **asked).images
     )
 
 
-Said = Callable[[Path, Tensor, list[Image.Image], int], Tensor]
-READERS: dict[str, tuple[Callable[[Path], Path], Said, int, int]] = {  # and images, and calls of one guided step
+Said = Callable[..., Tensor]
+READERS: dict[
+    str, tuple[Callable[[Path], Path], Said, int, int]
+] = {  # and images, and calls of one guided step
     "kontext": (tiny_kontext, said_by_kontext, 1, 1),
     "klein": (tiny.tiny_flux2_klein, said_by_flux2, 4, 2),
     "dev": (tiny.tiny_flux2_dev, said_by_flux2, 6, 1),
