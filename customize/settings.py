@@ -89,8 +89,10 @@ OF_PAIRS: dict[str, tuple[Any, ...]] = {"pairs": ()}
 MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
 KEEPS_A_CLASS = {**A_CONCEPT, **MOVES_DENOISER}
 METHOD_RATES = {  # where the weights themselves move: as published
-    **{"full": 5e-6, "custom-diffusion": 1e-5},
-    **{"pairs": 1e-4, "pairs-full": 5e-5},  # of edits, as diffusers' scripts for them
+    "full": 5e-6,
+    "custom-diffusion": 1e-5,
+    "pairs": 1e-4,
+    "pairs-full": 5e-5,  # of edits, as diffusers' scripts for them
 }
 PATIENCE = 3  # evaluations, with --steps auto
 SHEET_PROMPTS = (

@@ -88,7 +88,7 @@ class SeeingTextEncoder(TextEncoder, Protocol):
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a kind of pipeline reads beside a prompt: so many images at `most`, and whether its text encoder sees them."""
+    """What a kind of pipeline reads beside a prompt: at `most` so many images; whether its text encoder sees them."""
 
     most: int
     text_sees: bool = False

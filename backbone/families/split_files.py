@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import loading
+from backbone.families import loading, text_encoders
 from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.families.latents import latent_channels, pixels_per_latent
@@ -35,6 +35,7 @@ TRANSFORMER_PREFIXES = (UNET, "diffusion_model.", "")
 AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
+T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
 NOT_TEXT = (
     r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
 )
@@ -110,7 +111,10 @@ def vae_prefix(header: Header, *, inside: bool = False) -> str | None:
 
 
 def text_prefix(header: Header) -> str | None:
-    """What stands before the names of a language model's tensors, as transformers has them."""
+    """What stands before the names of a language model's tensors, or T5's, as transformers has them."""
+    t5 = next((name for name in header.shapes if name.endswith(T5_MARK)), None)
+    if t5 is not None:
+        return t5.removesuffix(T5_MARK)
     matches = (TEXT_MARK.match(name) for name in header.shapes)
     return next((match[1] for match in matches if match), None)
 
@@ -265,6 +269,13 @@ def load_text_model(
         )
     with refuse_damaged(location.name, TEXT):
         return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load T5 from a file, with the tokenizer that lies beside the transformer's; `UserError` as for others."""
+    prefix = text_prefix(read_header(location.file_of(TEXT)))
+    assert prefix is not None
+    return text_encoders.load_t5(location, number, dtype, prefix=prefix)
 
 
 def load_tokenizer(kind: Any, location: Location) -> Any:

@@ -10,7 +10,7 @@ the attention matrix. Kernel workspaces are not counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -52,15 +52,17 @@ def training_step_bytes(
     device: str = "cuda",
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
+    inputs: Sequence[Tensor] = (),
 ) -> StepBytes:
     """Count a forward and backward pass; `forward` calls `network` and returns a prediction. Gradients are dropped.
 
-    `device` and `autocast` are those of the run. A network with storage is counted as it computes.
+    `device` and `autocast` are those of the run; `inputs`, the batch, are alive throughout. A network with storage is
+    counted as it computes.
     """
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with quick_to_train(network, device=device), _checkpointed(network, device, autocast, checkpointing):
         saved = _count_saved(forward, weights, lambda: _emulate(network, device, autocast))
-        with LiveStorageTracker(weights) as alive:
+        with LiveStorageTracker(weights, inputs) as alive:
             with _emulate(network, device, autocast):
                 loss = forward().float().square().mean()
             loss.backward()
@@ -75,13 +77,14 @@ def forward_peak_bytes(
     *,
     device: str = "cuda",
     autocast: torch.dtype | None = None,
+    inputs: Sequence[Tensor] = (),
 ) -> int:
-    """The peak bytes of a call without gradients, the network's weights not counted."""
+    """The peak bytes of a call without gradients with its `inputs`, the network's weights not counted."""
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
         quick_to_train(network, device=device),
         _emulate(network, device, autocast),
-        LiveStorageTracker(weights) as alive,
+        LiveStorageTracker(weights, inputs) as alive,
     ):
         call()
     return int(alive.peak)
@@ -93,13 +96,15 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class LiveStorageTracker(TorchDispatchMode):
-    """Tracks every storage that operations create inside, until its last tensor is freed."""
+    """Tracks the inputs and every storage that operations create inside, until its last tensor is freed."""
 
-    def __init__(self, weights: set[int]) -> None:
+    def __init__(self, weights: set[int], inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ignored = weights
         self.live = self.peak = 0
         self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        for tensor in inputs:
+            self._track(tensor.untyped_storage())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

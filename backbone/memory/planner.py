@@ -216,21 +216,27 @@ class MemoryEstimator:
 
     def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
         network = self.meta_trainable(precision)[0]
+        forward, inputs = self.make_call(network, precision, self.work.batch_size)
         return training_step_bytes(
             network,
-            self.make_forward(network, precision, self.work.batch_size),
+            forward,
             device=self.device,
             autocast=autocast_dtype(precision),
             checkpointing=checkpointing,
+            inputs=inputs,
         )
 
     def _count_forward(self, precision: str, rows: int) -> int:
         network = self.meta_trainable(precision)[0]
-        forward = self.make_forward(network, precision, rows)
-        return forward_peak_bytes(network, forward, device=self.device, autocast=autocast_dtype(precision))
+        forward, inputs = self.make_call(network, precision, rows)
+        return forward_peak_bytes(
+            network, forward, device=self.device, autocast=autocast_dtype(precision), inputs=inputs
+        )
 
-    def make_forward(self, network: nn.Module, precision: str, rows: int) -> Callable[[], Tensor]:
-        """A call of the denoiser with blank latents and prompts."""
+    def make_call(
+        self, network: nn.Module, precision: str, rows: int
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """A call of the denoiser with blank latents and prompts, and these."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
         noisy = torch.zeros(rows, *self.model.latent_shape, device="meta")
         shown = tuple(torch.zeros_like(noisy) for _ in range(self.work.references))
@@ -239,7 +245,11 @@ class MemoryEstimator:
             value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
         under = self.work.conditioned
-        return lambda: self.model.family.network(network, under(network, conditions))(noisy, time)
+
+        def forward() -> Tensor:
+            return self.model.family.network(network, under(network, conditions))(noisy, time)
+
+        return forward, [noisy, *conditions.tensors()]
 
     def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
         """The peak of the autoencoder itself, encoding or decoding."""

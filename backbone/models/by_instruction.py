@@ -107,8 +107,8 @@ def draw_edit(
 ) -> Tensor:
     """The latent [1, C, h, w] of an edit by an instruction.
 
-    `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `controls` are of one row each. `after_step` is told of each step and of the clean latent
-    that was estimated in it.
+    `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `controls`
+    are of one row each. `after_step` is told of each step and of the clean latent that was estimated in it.
     """
     text, empty = (encode_prompts_cached(model, [words], references) for words in (instruction, negative))
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))

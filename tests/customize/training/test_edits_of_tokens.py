@@ -1,11 +1,10 @@
-"""Edits are learned by models that read images as tokens, and diffusers' pipelines for edits follow what was learned."""
+"""Edits are learned by models that read images as tokens, and diffusers' pipelines follow what was learned."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import edit.cli
 from backbone.adapters.apply import load_concepts
@@ -14,7 +13,6 @@ from backbone.io.files import read_json, read_jsonl
 from backbone.models.model import Backbone
 from backbone.models.references import encode_references
 from backbone.models.sample import Request, initial_noise, sample_latents
-from customize.cli import app
 from tests.backbone.models.test_references import READERS, shown
 from tests.customize.training.test_edits import HERE, invoked, lay
 
