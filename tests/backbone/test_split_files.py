@@ -14,14 +14,16 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     Krea2Transformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Model, Qwen3VLTextModel
+from transformers import PreTrainedModel, Qwen3Model, Qwen3VLTextModel, T5EncoderModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLTextModel
 from typer.testing import CliRunner
 
@@ -40,8 +42,18 @@ from customize.settings import Subject
 from customize.training.public import copy_without_paths
 from customize.training.run import train_concept
 from tests.backbone.test_single_file import original_vae_name, part_of
+from tests.backbone.test_single_file_flux import original_flux
 from tests.backbone.test_single_file_sd3 import UNET, opened, parameters, renamed, together
-from tests.tiny import tiny_flux2_klein, tiny_krea2, tiny_qwen_edit, tiny_qwen_image, tiny_z_image
+from tests.tiny import (
+    tiny_chroma,
+    tiny_flux2_dev,
+    tiny_flux2_klein,
+    tiny_krea2,
+    tiny_qwen_edit,
+    tiny_qwen_image,
+    tiny_qwen_image21,
+    tiny_z_image,
+)
 
 Tensors = dict[str, Tensor]
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -50,6 +62,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen-image": tiny_qwen_image,
     "krea2": tiny_krea2,
     "qwen-edit": tiny_qwen_edit,
+    "flux2-dev": tiny_flux2_dev,
+    "chroma": tiny_chroma,
+    "qwen-image-2.1": tiny_qwen_image21,
 }
 NAMES = {
     "z-image": "z_image_bf16",
@@ -57,6 +72,9 @@ NAMES = {
     "qwen-image": "qwen_image_bf16",
     "krea2": "krea2_raw_bf16",
     "qwen-edit": "qwen_image_edit_bf16",
+    "flux2-dev": "flux2_dev_bf16",
+    "chroma": "Chroma1-HD",
+    "qwen-image-2.1": "qwen_image_2.1_bf16",
 }
 VIDEO = ("qwen-image", "krea2")  # whose autoencoder is that of a video, in diffusers' names here
 TEXT = "text_encoders.qwen3_4b.transformer."
@@ -88,6 +106,16 @@ def transformer_of(name: str, folder: Path) -> Tensors:
     tensors = part_of(folder, "transformer")
     if name in ("qwen-image", "qwen-edit"):
         return tensors
+    if name == "qwen-image-2.1":  # as ComfyUI writes it
+        return together(tensors, {"gate_layer proj": "gate_up"})
+    if name == "chroma":
+        tensors = {
+            re.sub(r"(norms\.\d+)\.weight$", r"\1.scale", key)
+            .replace(".linear_1.", ".in_layer.")
+            .replace(".linear_2.", ".out_layer."): value
+            for key, value in tensors.items()
+        }
+        return original_flux(tensors)
     if name == "krea2":
         changes: Any = (
             (r"^img_in\.", "first."),
@@ -183,6 +211,8 @@ def autoencoder_of(folder: Path) -> Tensors:
 def text_of(folder: Path) -> Tensors:
     """As ComfyUI's files have it: of one that reads pictures the language model is `model`, the eye `visual`."""
     tensors = part_of(folder, "text_encoder")
+    if "shared.weight" in tensors:
+        return tensors  # T5
     names = {name: re.sub(r"^(model\.|language_model\.)*", "model.", name) for name in tensors}
     return {
         re.sub(r"^model\.(visual|lm_head)\.", r"\1.", names[name]): value for name, value in tensors.items()
@@ -195,7 +225,9 @@ def below(prefix: str, tensors: Tensors) -> Tensors:
 
 def with_settings(place: Path, folder: Path) -> Path:
     """A folder's configs and tokenizer, without its weights."""
-    for part in ("transformer", "vae", "text_encoder", "scheduler", "tokenizer"):
+    words = "tokenizer" if (folder / "tokenizer").is_dir() else "processor"
+    shutil.copytree(folder / words, place / "tokenizer")
+    for part in ("transformer", "vae", "text_encoder", "scheduler"):
         shutil.copytree(folder / part, place / part, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in ("limner.json", "model_index.json"):
         shutil.copy(folder / file, place)
@@ -319,6 +351,11 @@ def test_a_file_s_name_says_whether_it_is_distilled(
         ("qwen-image/text_encoder", Qwen2_5_VLTextModel, 7_070_619_136),
         ("qwen-image/text_encoder", Qwen2_5_VLModel, 7_747_169_280),
         ("qwen-image/vae", AutoencoderKLQwenImage, 126_892_531),
+        ("chroma/transformer", ChromaTransformer2DModel, 8_900_000_000),
+        ("chroma/text_encoder", T5EncoderModel, 4_762_310_656),
+        ("qwen-image-2.1/transformer", QwenImage21Transformer2DModel, 7_120_000_000),
+        ("qwen-image-2.1/text_encoder", Qwen3VLTextModel, 7_568_405_504),
+        ("flux2-dev/transformer", Flux2Transformer2DModel, 32_200_000_000),
         ("krea2/transformer", Krea2Transformer2DModel, 12_820_073_036),
         ("krea2/text_encoder", Qwen3VLTextModel, 4_022_468_096),
     ],
