@@ -61,7 +61,9 @@ class UNetControlNet:
         """The arguments of the network that the denoiser has not."""
         bgr = cast(Any, self.module).config.controlnet_conditioning_channel_order == "bgr"
         embedded = hints[0].to(dtype)
-        return {"controlnet_cond": embedded.flip(1) if bgr else embedded}  # which the network turns round again
+        return {
+            "controlnet_cond": embedded.flip(1) if bgr else embedded
+        }  # which the network turns round again
 
     def already_embedded(self) -> AbstractContextManager[Any]:
         """Inside the `with` the network takes embedded maps as they are."""
