@@ -446,14 +446,15 @@ def tiny_qwen_edit(folder: Path, *, plus: bool = False) -> Path:
     tokenizer = tiny_qwen_tokenizer()
     marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    numbers: dict[str, Any] = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
     settings = tiny_vision_language(16)
     settings["text_config"]["vocab_size"] = len(tokenizer) + 5
     torch.manual_seed(2)
     encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             **settings,
-            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-            vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+            image_token_id=numbers["<|image_pad|>"],
+            vision_start_token_id=numbers["<|vision_start|>"],
         )
     )
     encoder.save_pretrained(folder / "text_encoder")

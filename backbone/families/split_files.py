@@ -275,7 +275,7 @@ def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderS
     """Load T5 from a file, with the tokenizer that lies beside the transformer's; `UserError` as for others."""
     prefix = text_prefix(read_header(location.file_of(TEXT)))
     assert prefix is not None
-    return text_encoders.load_t5(location, number, dtype, prefix=prefix)
+    return text_encoders.load_t5_below(prefix, location, number, dtype)
 
 
 def load_tokenizer(kind: Any, location: Location) -> Any:

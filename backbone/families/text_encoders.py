@@ -130,7 +130,12 @@ def load_clip(
     return build_clip(kind, location, number, named, pads_with=pads_with)
 
 
-def load_t5(location: Location, number: str, dtype: torch.dtype, *, prefix: str = T5) -> TextEncoderSlot:
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load T5 in `dtype` from a file of all components, with the tokenizer that lies beside it."""
+    return load_t5_below(T5, location, number, dtype)
+
+
+def load_t5_below(prefix: str, location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
     """Load T5 in `dtype` from the tensors below `prefix`, with the tokenizer that lies beside the file.
 
     Raises `UserError` where the tokenizer is missing, or the tensors do not fit the encoder's config.

@@ -162,7 +162,7 @@ def summarize(values: dict[str, Values]) -> dict[str, dict[str, dict[str, float]
         ]
         for name, under in values[UNDER].items()
     }
-    rows = {}
+    rows: dict[str, dict[str, dict[str, float]]] = {}
     for row, columns in {**values, APART: apart}.items():
         rows[row] = {}
         for name, each in columns.items():

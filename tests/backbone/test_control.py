@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     T2IAdapter,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
@@ -199,13 +200,20 @@ def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
     assert torch.equal(plain[0], under[0]) and not torch.allclose(plain[1], under[1], atol=1e-3)
 
 
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[Any]]:
+    """Every call of a module inside the `with`."""
+    calls: list[Any] = []
+    handle = module.register_forward_hook(lambda *call: calls.append(call))
+    yield calls
+    handle.remove()
+
+
 def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets) -> None:
     for name, inner in ((nets.controlnets[0], "controlnet_cond_embedding"), (nets.adapters[0], "adapter")):
         network = open_control(nets.model, name).network
-        asked: list[int] = []
-        handle = network.module.get_submodule(inner).register_forward_hook(lambda *call: asked.append(1))
-        drawn(nets.model, [Control.of(network, maps(1))], steps=3)
-        handle.remove()
+        with calls_of(network.module.get_submodule(inner)) as asked:
+            drawn(nets.model, [Control.of(network, maps(1))], steps=3)
         assert len(asked) == 1, inner
 
 

@@ -179,7 +179,7 @@ def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> 
 def test_qwen_image_21_is_read_from_comfyui_s_joined_gates(folders: Folders, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     names = [f"transformer.transformer_blocks.1.img_mlp.{part}" for part in ("gate_layer", "proj")]
-    modules = targets(folders, "qwen21")
+    modules: dict[str, Any] = {**targets(folders, "qwen21")}
     whole = nn.Linear(modules[names[0]].in_features, 2 * modules[names[0]].out_features)
     layer = random_layer(whole, 2, 1.0, random)
     stem = "diffusion_model.transformer_blocks.1.img_mlp.gate_up"

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from PIL.Image import Image, Resampling
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -164,7 +164,7 @@ class QwenImageEdit(QwenImage):
 
         def build() -> nn.Module:
             with refuse_damaged(location.name, "text_encoder"):
-                return Qwen2_5_VLModel(Qwen2_5_VLModel.config_class.from_dict(config))
+                return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(config))
 
         tokens = WORDS + self.looking.most * self.looking.tokens
         width = plain.text_shapes["hidden"][-1]
