@@ -1,14 +1,13 @@
 """Control networks of the UNet families: ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024).
 
 A ControlNet is a copy of the UNet's encoder with zero convolutions; it hears text and time, and its answer is added to
-the skip connections. Its first layers embed the map alone, so they are asked once for a picture and not at every step.
-A T2I-Adapter hears nothing else, so all of it is asked once, and its features are added inside the encoder.
+the skip connections. A T2I-Adapter hears the map alone, so it is asked once for a picture, and its features are added
+inside the encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -35,7 +34,6 @@ UNION_TYPES = {  # of the published SDXL nets
     "labels": 5,
     "tile": 6,
 }
-EMBEDDING = "controlnet_cond_embedding"  # a ControlNet's layers that hear the map alone
 GREY = (0.299, 0.587, 0.114)  # Rec. 601 luma, as Pillow's mode L
 
 
@@ -52,30 +50,18 @@ class UNetControlNet:
         return self
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        network = cast(Any, self.module)
-        if network.config.controlnet_conditioning_channel_order == "bgr":
-            maps = maps.flip(1)
-        return (network.controlnet_cond_embedding(maps.to(network.dtype)),)
+        return (maps,)
 
     def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """The arguments of the network that the denoiser has not."""
-        bgr = cast(Any, self.module).config.controlnet_conditioning_channel_order == "bgr"
-        embedded = hints[0].to(dtype)
-        return {
-            "controlnet_cond": embedded.flip(1) if bgr else embedded
-        }  # which the network turns round again
-
-    def already_embedded(self) -> AbstractContextManager[Any]:
-        """Inside the `with` the network takes embedded maps as they are."""
-        return instead_of(self.module, EMBEDDING, nn.Identity())
+        return {"controlnet_cond": hints[0].to(dtype)}
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network = cast(Any, self.module)
         given = as_dtype(inputs, network.dtype)
         # Without an image beside the latents
         given["sample"] = given["sample"][:, : network.config.in_channels]
-        with self.already_embedded():
-            skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
+        skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
         if guess and not self.prompted_only:
             *ramp, last = torch.logspace(-1, 0, len(skips) + 1).tolist()
             skips = [skip * share for skip, share in zip(skips, ramp, strict=True)]
@@ -127,12 +113,6 @@ class UNetUnion(UNetControlNet):
         joined = self.asked_for(types, scales)
         return replace(controls[0], network=joined, hints=hints, scale=torch.ones_like(controls[0].scale))
 
-    def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        return (maps,)
-
-    def already_embedded(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
     def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         network = cast(Any, self.module)
         chosen = torch.zeros(len(hints[0]), network.config.num_control_type, device=hints[0].device)
@@ -163,19 +143,7 @@ class UNetAdapter:
         return tuple(network(maps.to(network.dtype)))
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
-        # In the layout of the UNet's own tensors, which makes adding them cheap
-        return {INNER: [hint.contiguous(memory_format=torch.channels_last) for hint in hints]}
-
-
-@contextmanager
-def instead_of(module: nn.Module, name: str, other: nn.Module) -> Iterator[None]:
-    """Inside the `with` another module stands in the place of one of a module's own."""
-    own = module._modules[name]
-    module._modules[name] = other
-    try:
-        yield
-    finally:
-        module._modules[name] = own
+        return {INNER: list(hints)}
 
 
 def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     T2IAdapter,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
@@ -192,29 +191,12 @@ def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
     assert torch.equal(drawn(nets.model, controls, steps=3), drawn(nets.model, [], steps=3))
     (control,), _ = controls_of(nets.model, nets.controlnets, 1, {})
     text = encode_prompts_cached(nets.model, [PROMPT, PROMPT])
-    half = Control.of(control.network, maps(2), scale=torch.tensor([0.0, 1.0]))
+    half = replace(control, hints=(maps(2),), scale=torch.tensor([0.0, 1.0]))
     noisy = torch.randn(2, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
     index = torch.tensor([500, 500])
     plain = nets.model.predict(noisy, index, text)
     under = nets.model.predict(noisy, index, replace(text, controls=(half,)))
     assert torch.equal(plain[0], under[0]) and not torch.allclose(plain[1], under[1], atol=1e-3)
-
-
-@contextmanager
-def calls_of(module: nn.Module) -> Iterator[list[Any]]:
-    """Every call of a module inside the `with`."""
-    calls: list[Any] = []
-    handle = module.register_forward_hook(lambda *call: calls.append(call))
-    yield calls
-    handle.remove()
-
-
-def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets) -> None:
-    for name, inner in ((nets.controlnets[0], "controlnet_cond_embedding"), (nets.adapters[0], "adapter")):
-        network = open_control(nets.model, name).network
-        with calls_of(network.module.get_submodule(inner)) as asked:
-            drawn(nets.model, [Control.of(network, maps(1))], steps=3)
-        assert len(asked) == 1, inner
 
 
 def test_rows_joined_with_uncontrolled_ones_keep_their_own_control(nets: Nets) -> None:
