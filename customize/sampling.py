@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import (
@@ -28,10 +27,10 @@ from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.by_instruction import encode_references, refuse_too_many
 from backbone.models.control import Condition, describe_conditions, open_conditions, together
 from backbone.models.few_step import name_few_step, open_few_step
 from backbone.models.model import Backbone
+from backbone.models.references import Reference, encode_references, refuse_too_many
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
@@ -46,14 +45,14 @@ class Drawing:
     prompts     as they were typed
     facts       what is written into each image
     conditions  on the layout
-    references  latents of images beside every prompt
+    references  images beside every prompt
     """
 
     prompts: Sequence[str]
     settings: SamplingSettings
     facts: Mapping[str, Any]
     conditions: Sequence[Condition]
-    references: Sequence[Tensor]
+    references: Sequence[Reference]
 
 
 @dataclass(frozen=True)

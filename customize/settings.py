@@ -88,7 +88,12 @@ A_CONCEPT = {"pairs": ("",)}  # what is learned has a token, and is not what an 
 OF_PAIRS: dict[str, tuple[Any, ...]] = {"pairs": ()}
 MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
 KEEPS_A_CLASS = {**A_CONCEPT, **MOVES_DENOISER}
-METHOD_RATES = {"full": 5e-6, "custom-diffusion": 1e-5}  # where the weights themselves move: as published
+METHOD_RATES = {  # where the weights themselves move: as published
+    "full": 5e-6,
+    "custom-diffusion": 1e-5,
+    "pairs": 1e-4,
+    "pairs-full": 5e-5,  # of edits, as diffusers' scripts for them
+}
 PATIENCE = 3  # evaluations, with --steps auto
 SHEET_PROMPTS = (
     "a photo of a {} in the snow",
@@ -287,7 +292,7 @@ class Settings(TrainingSettings):
     learning_rate: Annotated[
         float,
         Option(
-            "Of the optimiser, after the warm-up.",
+            "Of the optimiser, after the warm-up; of --pairs 1e-4, moji's 1e-3.",
             "Training",
             aliases=("unet-lr",),
             by_model=True,
@@ -608,15 +613,13 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
+    kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
     rates = METHOD_RATES | usual.get("learning_rates", {})
     steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # room to stop in
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
-        "learning_rate": rates.get(
-            "pairs" if asked.get("pairs") and method == "lora" else method,
-            usual.get("learning_rate", Settings.learning_rate),
-        ),
+        "learning_rate": rates.get(kind, usual.get("learning_rate", Settings.learning_rate)),
         "rank": usual.get("rank", Settings.rank),
         "batch": usual.get("batch", Settings.batch),
         "flip": usual.get("flip", False),

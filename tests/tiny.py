@@ -438,6 +438,35 @@ def tiny_qwen_image(folder: Path) -> Path:
     return with_picture_size(folder)
 
 
+def tiny_qwen_edit(folder: Path, *, plus: bool = False) -> Path:
+    """The same of Qwen-Image-Edit, or of its later editions: its text encoder looks at images."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tiny_qwen_image(folder)
+    tokenizer = tiny_qwen_tokenizer()
+    marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    numbers: dict[str, Any] = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
+    settings = tiny_vision_language(16)
+    settings["text_config"]["vocab_size"] = len(tokenizer) + 5
+    torch.manual_seed(2)
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            **settings,
+            image_token_id=numbers["<|image_pad|>"],
+            vision_start_token_id=numbers["<|vision_start|>"],
+        )
+    )
+    encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": f"QwenImageEdit{'Plus' if plus else ''}Pipeline"}
+    index |= {"processor": ["transformers", "Qwen2VLProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def tiny_qwen_image21(folder: Path) -> Path:
     """The same of Qwen-Image 2.1: latents are not packed, pictures have a fourth channel, text is causal."""
     torch.manual_seed(0)

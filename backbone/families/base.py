@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
@@ -77,6 +78,25 @@ class TextEncoder(Protocol):
         ...
 
 
+class SeeingTextEncoder(TextEncoder, Protocol):
+    """A text encoder that looks at images: what it makes of a prompt depends on them."""
+
+    def __call__(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Text:
+        """Encode prompts, each with the same images; of the same shape whatever is seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What a kind of pipeline reads beside a prompt: at `most` so many images; whether its text encoder sees them."""
+
+    most: int
+    text_sees: bool = False
+
+
+NO_IMAGES = ImageInput(0)
+
+
 @dataclass(frozen=True, eq=False)
 class JointAttentionInputs:
     """One call of a joint text-image attention layer (MMDiT), up to the attention product.
@@ -132,7 +152,7 @@ class Family(Protocol):
     name: ClassVar[str]
     hub_ids: ClassVar[dict[str, str]]  # short names of published models, and the hub ids that they stand for
     pipeline_classes: ClassVar[tuple[str, ...]]  # diffusers' pipeline classes that this file serves
-    reads_images: ClassVar[Mapping[str, int]]  # of these pipeline classes: the most images beside a prompt
+    reads_images: ClassVar[Mapping[str, ImageInput]]  # of these pipeline classes: images beside a prompt
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]  # named sets of layers, as peft's `target_modules`
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:

@@ -12,6 +12,7 @@ def families() -> list[Family]:
     from backbone.families.flux2.family import Flux2
     from backbone.families.krea2.family import Krea2
     from backbone.families.pixart.family import PixArt
+    from backbone.families.qwen.edit import QwenImageEdit, QwenImageEditPlus
     from backbone.families.qwen.family import QwenImage
     from backbone.families.qwen.image21 import QwenImage21
     from backbone.families.sd1.family import StableDiffusion
@@ -28,6 +29,8 @@ def families() -> list[Family]:
         ZImage(),
         Flux2(),
         QwenImage(),
+        QwenImageEdit(),
+        QwenImageEditPlus(),
         Krea2(),
         Chroma(),
         QwenImage21(),

@@ -19,8 +19,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import loading
-from backbone.families.base import TextEncoderSlot
+from backbone.families import loading, text_encoders
+from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
@@ -35,6 +35,7 @@ TRANSFORMER_PREFIXES = (UNET, "diffusion_model.", "")
 AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
+T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
 NOT_TEXT = (
     r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
 )
@@ -110,7 +111,10 @@ def vae_prefix(header: Header, *, inside: bool = False) -> str | None:
 
 
 def text_prefix(header: Header) -> str | None:
-    """What stands before the names of a language model's tensors, as transformers has them."""
+    """What stands before the names of a language model's tensors, or T5's, as transformers has them."""
+    t5 = next((name for name in header.shapes if name.endswith(T5_MARK)), None)
+    if t5 is not None:
+        return t5.removesuffix(T5_MARK)
     matches = (TEXT_MARK.match(name) for name in header.shapes)
     return next((match[1] for match in matches if match), None)
 
@@ -138,7 +142,7 @@ class SplitFileFamily:
     transformer_kind: ClassVar[Any]
     vae_kind: ClassVar[Any]
     convert_vae: ClassVar[Convert | None] = None
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return self.files.match(header)
@@ -227,20 +231,36 @@ def load_language_model(
 
     Raises `UserError` where the tokenizer is missing, or the tensors do not fit the config.
     """
+    tokenizer = load_tokenizer(tokenizer_kind, location)
+    return TextEncoderSlot(TEXT, tokenizer, load_text_model(kind, location, dtype))
+
+
+def name_inner(name: str) -> str:
+    """A tensor's name in the language model alone."""
+    return re.sub(r"^(model\.|language_model\.)+", "", name)
+
+
+def load_text_model(
+    kind: Any, location: Location, dtype: torch.dtype, *, part_name: Callable[[str], str] = name_inner
+) -> Any:
+    """Load a language model from a file, or one with its eye; `UserError` for tensors that do not fit the config.
+
+    `part_name` gives a tensor's name in the model of class `kind`; what that has no place for is left out.
+    """
     file = location.file_of(TEXT)
     prefix = text_prefix(read_header(file))
     assert prefix is not None
-    tokenizer = load_tokenizer(tokenizer_kind, location)
     with refuse_damaged(location.name, TEXT):
         said = location.config(TEXT)
-        config = kind.config_class.from_dict(said.get("text_config", said))
+        whole = "text_config" in kind.config_class.sub_configs
+        config = kind.config_class.from_dict(said if whole else said.get("text_config", said))
         with init_empty_weights():
             expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     tensors = {
-        re.sub(r"^(model\.|language_model\.)+", "", name): value
-        for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
+        part_name(name): value for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
     }
-    tensors = {name: value for name, value in tensors.items() if not re.match(NOT_TEXT, name)}
+    beside = NOT_TEXT if not whole else r"lm_head\."
+    tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
     if {name: value.shape for name, value in tensors.items()} != expected:
         raise UserError(
             f"The text encoder in {file} is not built as {location.local(f'{TEXT}/config.json')} says: it is that of "
@@ -248,8 +268,14 @@ def load_language_model(
             f"{TEXT}/config.json beside the file."
         )
     with refuse_damaged(location.name, TEXT):
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    return TextEncoderSlot(TEXT, tokenizer, model)
+        return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load T5 from a file, with the tokenizer that lies beside the transformer's; `UserError` as for others."""
+    prefix = text_prefix(read_header(location.file_of(TEXT)))
+    assert prefix is not None
+    return text_encoders.load_t5_below(prefix, location, number, dtype)
 
 
 def load_tokenizer(kind: Any, location: Location) -> Any:

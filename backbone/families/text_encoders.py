@@ -131,7 +131,12 @@ def load_clip(
 
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
-    """Load T5 in `dtype`, with the tokenizer that lies beside the file.
+    """Load T5 in `dtype` from a file of all components, with the tokenizer that lies beside it."""
+    return load_t5_below(T5, location, number, dtype)
+
+
+def load_t5_below(prefix: str, location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load T5 in `dtype` from the tensors below `prefix`, with the tokenizer that lies beside the file.
 
     Raises `UserError` where the tokenizer is missing, or the tensors do not fit the encoder's config.
     """
@@ -139,7 +144,13 @@ def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderS
     with refuse_damaged(location.name, part):
         config = T5Config.from_dict(location.config(part))
     tokenizer = load_t5_tokenizer(location, number, config.vocab_size)
-    tensors = read_weights(location, T5, dtype)
+    tensors = read_weights(location, prefix, dtype, part=part)
+    if prefix == "":  # a file of its own may hold more
+        tensors = {
+            name: value
+            for name, value in tensors.items()
+            if name in (SHARED, TIED) or name.startswith("encoder.")
+        }
     tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
     with refuse_damaged(location.name, part), init_empty_weights():
         expected = T5EncoderModel(config).state_dict()

@@ -13,7 +13,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import ControlNetwork
 from backbone.families import checkpoint as single_file
 from backbone.families import loading
-from backbone.families.base import AttentionLayout, NoisePath
+from backbone.families.base import AttentionLayout, ImageInput, NoisePath
 from backbone.families.location import Location
 from backbone.families.unet_control import unet_control_network
 from backbone.families.unet_control_files import load_control_file
@@ -32,9 +32,9 @@ class UNetFamily:
     }
 
     control_classes: ClassVar[tuple[Any, ...]] = (ControlNetModel, ControlNetUnionModel, T2IAdapter)
-    reads_images: ClassVar[Mapping[str, int]] = {
-        "StableDiffusionInstructPix2PixPipeline": 1,
-        "StableDiffusionXLInstructPix2PixPipeline": 1,
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {
+        "StableDiffusionInstructPix2PixPipeline": ImageInput(1),
+        "StableDiffusionXLInstructPix2PixPipeline": ImageInput(1),
     }
 
     def control_network(

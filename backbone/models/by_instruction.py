@@ -4,7 +4,7 @@
 
 A UNet reads the image's latents as further channels and is guided by the instruction and by the image, in three calls
 (InstructPix2Pix, Brooks, Holynski & Efros 2023). A transformer reads them as further tokens, and its guidance is that
-of any prompt (FLUX.1 Kontext, FLUX.2).
+of any prompt (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict
 from backbone.diffusion.samplers import deterministic_step
-from backbone.io.console import UserError, count_of
-from backbone.media.transforms import crop_and_resize, to_tensor, working_size
+from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.references import Reference, latents_of
 
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
@@ -80,20 +79,6 @@ def instructed_predictor(
     return guided
 
 
-def refuse_too_many(model: Backbone, images: int) -> None:
-    """`UserError` for more images beside a prompt than the model reads."""
-    most, name = model.most_references, model.location.name
-    if images and not most:
-        raise UserError(
-            f"{name} reads no image beside the prompt. Leave the references out, or name a model that does."
-        )
-    if images > most:
-        raise UserError(
-            f"{name} reads {count_of(most, 'image')} beside the prompt, and {images} are given. Leave out "
-            f"{images - most} of them."
-        )
-
-
 def refuse_image_guidance(model: Backbone) -> None:
     """`UserError` for a guidance by the image where the model reads it as a part of the sequence."""
     if not model.reads_as_channels:
@@ -101,19 +86,6 @@ def refuse_image_guidance(model: Backbone) -> None:
             f"{model.location.name} reads the image as a part of the sequence and is not guided by it. Leave "
             "--image-guidance out."
         )
-
-
-def encode_references(model: Backbone, images: Sequence[Image]) -> list[Tensor]:
-    """Images as the denoiser reads them beside a prompt, latents [1, C, h, w], each in its own shape.
-
-    Every one is brought to about the model's own number of pixels. Raises `UserError` for more than the model reads.
-    """
-    refuse_too_many(model, len(images))
-    found = []
-    for image in images:
-        size = working_size(image.size, area=model.resolution**2, unit=2 * model.factor)
-        found.append(model.encode_reference(to_tensor(crop_and_resize(image, size))[None]))
-    return found
 
 
 def evaluations_of(model: Backbone, text: Conditions, guidance: float) -> int:
@@ -127,7 +99,7 @@ def evaluations_of(model: Backbone, text: Conditions, guidance: float) -> int:
 @torch.no_grad()
 def draw_edit(
     model: Backbone,
-    references: Sequence[Tensor],
+    references: Sequence[Reference],
     instruction: str,
     *,
     steps: int,
@@ -138,14 +110,14 @@ def draw_edit(
 ) -> Tensor:
     """The latent [1, C, h, w] of an edit by an instruction.
 
-    `references` are latents [1, C, h, w] as the denoiser reads them, the image that is edited first; `noise` is of the
-    size of what is drawn; `controls` are of one row each. `after_step` is told of each step and of the clean latent
-    that was estimated in it.
+    `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `controls`
+    are of one row each. `after_step` is told of each step and of the clean latent that was estimated in it.
     """
-    text, empty = (encode_prompts_cached(model, [words]) for words in (instruction, guidances.negative))
+    words = (instruction, guidances.negative)
+    text, empty = (encode_prompts_cached(model, [one], references) for one in words)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
     text = replace(text, controls=tuple(one.during(schedule).to(model.device) for one in controls))
-    predict = instructed_predictor(model, text, empty, references, guidances)
+    predict = instructed_predictor(model, text, empty, latents_of(references), guidances)
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
     for step, (here, there) in enumerate(pairwise(schedule)):
         estimate = predict(state, here)

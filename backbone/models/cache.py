@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from PIL.Image import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.models.model import Backbone
+from backbone.models.references import Reference
 
 VARIABLE = "LIMNER_CACHE"
 TEXT = 2  # counts up when a family makes something else of a prompt
@@ -47,13 +49,22 @@ def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tens
     return tensors
 
 
-def encode_prompts_cached(model: Backbone, prompts: Sequence[str]) -> Conditions:
-    """Encode prompts to conditions, each once: later calls read the cache and load no text encoder."""
-    return Conditions.cat([Conditions(_encoded_prompt(model, prompt)) for prompt in prompts]).to(model.device)
+def encode_prompts_cached(
+    model: Backbone, prompts: Sequence[str], references: Sequence[Reference] = ()
+) -> Conditions:
+    """Encode prompts to conditions, each once: later calls read the cache and load no text encoder.
+
+    A text encoder that sees images is shown the `references` with each of them; no other one needs them.
+    """
+    seen = [one.picture for one in references] if model.text_sees_images else []
+    encoded = [Conditions(_encoded_prompt(model, prompt, seen)) for prompt in prompts]
+    return Conditions.cat(encoded).to(model.device)
 
 
-def _encoded_prompt(model: Backbone, prompt: str) -> Text:
+def _encoded_prompt(model: Backbone, prompt: str, seen: Sequence[Image]) -> Text:
     if model.text_learned:
-        return model.encode_prompts([prompt]).text
-    key = content_hash(f"{model.fingerprint}\n{prompt}\n{model.dtype}\n{TEXT}".encode())
-    return load_or_compute("text", key, lambda: model.encode_prompts([prompt]).text)
+        return model.encode_prompts([prompt], seen).text
+    facts = [model.fingerprint, prompt, model.dtype, TEXT]
+    facts += [content_hash(f"{one.size}".encode() + one.tobytes()) for one in seen]
+    key = content_hash("\n".join(map(str, facts)).encode())
+    return load_or_compute("text", key, lambda: model.encode_prompts([prompt], seen).text)

@@ -17,6 +17,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
@@ -294,41 +295,82 @@ class Prompts:
         return Conditions({name: column[rows] for name, column in self.columns.items()})
 
 
-def prompt_keys(prompts: Sequence[str]) -> Numbers:
+class SeenPrompt(NamedTuple):
+    """A prompt and the images that the text encoder is shown with it, mirrored or not."""
+
+    prompt: str
+    views: tuple[View, ...] = ()
+    flip: bool = False
+
+    @property
+    def key(self) -> str:
+        """The hash of the prompt and of what is seen with it."""
+        if not self.views:
+            return content_hash(self.prompt.encode())
+        facts = (self.prompt, self.flip, *(view.key for view in self.views))
+        return content_hash("\n".join(map(str, facts)).encode())
+
+
+def as_seen(prompt: str | SeenPrompt) -> SeenPrompt:
+    """A prompt with which nothing is seen, where it is words alone."""
+    return prompt if isinstance(prompt, SeenPrompt) else SeenPrompt(prompt)
+
+
+def prompt_keys(prompts: Sequence[str | SeenPrompt]) -> Numbers:
     """The keys of prompts in a table."""
-    return keys_of([content_hash(prompt.encode()) for prompt in prompts])
+    return keys_of([as_seen(prompt).key for prompt in prompts])
+
+
+def encode_some(model: Backbone, prompts: Sequence[SeenPrompt], read: ReadCrop) -> Conditions:
+    """The conditions of a few prompts: together, or one by one where images are seen with them."""
+    if not any(prompt.views for prompt in prompts):
+        return model.encode_prompts([prompt.prompt for prompt in prompts])
+
+    def alone(one: SeenPrompt) -> Conditions:
+        images = [read(*view) for view in one.views]
+        return model.encode_prompts(
+            [one.prompt], [ImageOps.mirror(i) for i in images] if one.flip else images
+        )
+
+    return Conditions.cat([alone(prompt) for prompt in prompts])
 
 
 def encode_texts(
-    model: Backbone, prompts: Sequence[str], *, folder: Path | None = None, label: str = "encoding prompts"
+    model: Backbone,
+    prompts: Sequence[str | SeenPrompt],
+    *,
+    folder: Path | None = None,
+    label: str = "encoding prompts",
+    read: ReadCrop = read_crop,
 ) -> Prompts | Conditions:
     """The conditions of prompts, row for row, each encoded once, ever.
 
     They lie in a table, in `folder` or in the cache; those of a text encoder that has learned words stay in the
-    CPU's memory. Call it in all processes of a run.
+    CPU's memory. `read` decodes and cuts the images that are seen with them. Call it in all processes of a run.
     """
-    asked, prompts = prompts, list(dict.fromkeys(prompts))
-    place = {prompt: row for row, prompt in enumerate(prompts)}
-    which = np.array([place[prompt] for prompt in asked], np.int64)
+    asked = [as_seen(prompt) for prompt in prompts]
+    unlike = list({one.key: one for one in asked}.values())
+    place = {one.key: row for row, one in enumerate(unlike)}
+    which = np.array([place[one.key] for one in asked], np.int64)
     if model.text_learned:
         parts = [
-            model.encode_prompts(list(prompts[first : first + PROMPTS_AT_ONCE]))
-            for first in range(0, len(prompts), PROMPTS_AT_ONCE)
+            encode_some(model, unlike[first : first + PROMPTS_AT_ONCE], read)
+            for first in range(0, len(unlike), PROMPTS_AT_ONCE)
         ]
         return Conditions.cat(parts).to(torch.device("cpu"))[torch.from_numpy(which)]
-    table, keys = prompt_table(model, folder), prompt_keys(prompts)
+    table, keys = prompt_table(model, folder), prompt_keys(unlike)
 
     def unknown() -> list[list[int]]:
         known = table.find(keys) >= 0
-        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-        parts = (np.arange(first, min(first + PROMPTS_AT_ONCE, len(prompts))) for first in starts)
+        starts = range(0, len(unlike), PROMPTS_AT_ONCE)
+        parts = (np.arange(first, min(first + PROMPTS_AT_ONCE, len(unlike))) for first in starts)
         return [[int(row) for row in part[~known[part]]] for part in parts if not known[part].all()]
 
     def encode(batches: Sequence[list[int]]) -> None:
         writer = ShardWriter(table, fallback=folder is None)
         with progress(sum(map(len, batches)), label, brief=True) as bar:
             for rows in batches:
-                text = model.encode_prompts([prompts[row] for row in rows]).text
+                text = encode_some(model, [unlike[row] for row in rows], read).text
                 writer.add({KEY: torch.from_numpy(keys[rows].copy()), **kept_text(model, text)})
                 writer.close_if_due()
                 bar.advance(len(rows))

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
@@ -24,7 +25,14 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimat
 from backbone.diffusion.transfer import send
 from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families import checkpoint as single_file
-from backbone.families.base import Family, NoisePath, TextEncoder
+from backbone.families.base import (
+    NO_IMAGES,
+    Family,
+    ImageInput,
+    NoisePath,
+    SeeingTextEncoder,
+    TextEncoder,
+)
 from backbone.families.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.registry import families
@@ -272,8 +280,16 @@ class Backbone:
     @property
     def most_references(self) -> int:
         """How many images the denoiser reads beside the prompt, at most."""
-        own = self.family.reads_images.get(self.location.index.get("_class_name", ""), 0)
-        return 1 if self.widened else own
+        return 1 if self.widened else self._images.most
+
+    @property
+    def text_sees_images(self) -> bool:
+        """Whether the text encoder is shown the images beside a prompt."""
+        return self._images.text_sees
+
+    @property
+    def _images(self) -> ImageInput:
+        return self.family.reads_images.get(self.location.index.get("_class_name", ""), NO_IMAGES)
 
     @property
     def edits_by_instruction(self) -> bool:
@@ -377,8 +393,13 @@ class Backbone:
         return decoded.float().clamp(-1, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
-        """Encode prompts to the network's conditioning, one row for each."""
+    def encode_prompts(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Conditions:
+        """Encode prompts to the network's conditioning, one row for each.
+
+        `seen` are images that the text encoder is shown with every one of them, where it sees any.
+        """
+        if seen:
+            return Conditions(cast(SeeingTextEncoder, self.text_encoder)(prompts, seen)).to(self.device)
         return Conditions(self.text_encoder(prompts)).to(self.device)
 
     def predict(

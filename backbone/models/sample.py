@@ -23,6 +23,7 @@ from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.motion import in_windows
+from backbone.models.references import Reference, latents_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def sample(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    references: Sequence[Tensor] = (),
+    references: Sequence[Reference] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
     **how: Any,
@@ -102,7 +103,7 @@ def sample_latents(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    references: Sequence[Tensor] = (),
+    references: Sequence[Reference] = (),
     controls: Sequence[Control] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
@@ -112,8 +113,7 @@ def sample_latents(
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
 
-    `how` is by the fields of `SamplerArguments`. `references` are latents [1, C, h, w] of images beside every prompt,
-    as the denoiser reads them.
+    `how` is by the fields of `SamplerArguments`. `references` are images beside every prompt.
 
     With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
     and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
@@ -128,7 +128,7 @@ def sample_latents(
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text, empty = (
-            beside(encode_prompts_cached(model, prompts), references)
+            beside(encode_prompts_cached(model, prompts, references), references)
             for prompts in ([one.prompt for one in some], [one.negative for one in some])
         )
         text = replace(text, controls=repeat_controls(controls, len(some)))
@@ -151,9 +151,9 @@ def sample_latents(
         yield get_sampler(asked.sampler, randoms)(start, predict, rest)
 
 
-def beside(text: Conditions, references: Sequence[Tensor]) -> Conditions:
-    """The same conditions with images beside each of them, latents [1, C, h, w]."""
-    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in references)
+def beside(text: Conditions, references: Sequence[Reference]) -> Conditions:
+    """The same conditions with images beside each of them."""
+    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
     return replace(text, references=shown)
 
 

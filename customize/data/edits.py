@@ -15,9 +15,9 @@ from torch import Tensor
 from backbone.io.console import UserError, notify
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.pictures import ImageRecord
-from backbone.models.by_instruction import refuse_too_many
-from backbone.models.encode import Encoded, Posteriors, encode_texts
+from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
 from backbone.models.model import Backbone
+from backbone.models.references import refuse_too_many
 from customize.data.dataset import Group, TrainingData, buckets_of, encode_group
 from customize.data.edit_pairs import EditPair
 from customize.settings import Settings
@@ -31,12 +31,18 @@ class EditData(TrainingData):
     scale       what latents are multiplied by, as the network reads them beside noisy ones …
     shift       … and what is added then
 
-    The last of the `conditions` is that of no instruction.
+    The `conditions` of the pairs are followed by that of no instruction; where the text encoder `sees` the images, by
+    one of each pair.
     """
 
     references: tuple[Posteriors, ...] = ()
     scale: float = 1.0
     shift: float = 0.0
+    sees: bool = False
+
+    def untold(self, rows: Tensor) -> Tensor:
+        """The rows of the conditions that are these pairs' without their instruction."""
+        return len(self.prompts) + (rows if self.sees else torch.zeros_like(rows))
 
     def shown(self, rows: Tensor) -> tuple[Tensor, ...]:
         """What stands beside the noisy latents of pairs of one size, each [B, C, h, w]."""
@@ -75,7 +81,8 @@ def prepare_pairs(
                 pair = pairs[number % len(pairs)]
                 raise UserError(f"{pair.name} and {pair.source.path} have other shapes. Crop them alike.")
     instructions = [pair.instruction for pair in pairs] * len(flips)
-    conditions = encode_texts(model, [*instructions, ""])
+    told = with_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
+    conditions = encode_texts(model, told, read=read)
     scale, shift = reference_scale(model)
     model.free("autoencoder", "text_encoder")
     return EditData(
@@ -92,7 +99,30 @@ def prepare_pairs(
         references=tuple(references),
         scale=scale,
         shift=shift,
+        sees=model.text_sees_images,
     )
+
+
+def with_seen(
+    model: Backbone,
+    pairs: Sequence[EditPair],
+    flips: Sequence[bool],
+    beside: Sequence[tuple[Sequence[ImageRecord], Posteriors]],
+) -> list[str | SeenPrompt]:
+    """The instructions of pairs as they are and mirrored, with what is seen with them, and then without the words.
+
+    `beside` are the images before the edits, and further ones, with their latents, in whose sizes they are seen.
+    """
+    if not model.text_sees_images:
+        return [*(pair.instruction for _ in flips for pair in pairs), ""]
+    shown = []
+    for row in range(len(flips) * len(pairs)):
+        views = []
+        for images, latents in beside:
+            height, width = latents.shapes[row][-2:]
+            views.append(View(images[row % len(pairs)], (width * model.factor, height * model.factor)))
+        shown.append(SeenPrompt(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
+    return [*shown, *(one._replace(prompt="") for one in shown)]
 
 
 def encode_images(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
-from backbone.models.by_instruction import encode_references, refuse_too_many
 from backbone.models.few_step import usual_drawing
 from backbone.models.model import Backbone
+from backbone.models.references import Reference, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
 from customize.data.prepared import stored_images
-from customize.evaluation.metrics import Scorers, measure_dreambench
+from customize.evaluation.metrics import Scorers, score_prompts
 from customize.settings import Settings, read_settings
 
 TABLE = "table.json"
@@ -120,7 +120,7 @@ def evaluate_run(
 
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
-    `references.png`. Raises `UserError` where it reads none.
+    `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
     """
     settings, concept = read_settings(run), read_concept(run)
     model = Backbone.open(
@@ -141,22 +141,25 @@ def evaluate_run(
     class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
     base_class_images = sample_images(model, class_requests, settings, seed, "drawing the base's class")
-    untrained: dict[str, Any] = {}
+    texts = [prompt.format(settings.class_noun) for prompt in prompts]
+    untrained: dict[str, list[float]] = {}
     if against_references:
         drawn = draw_from_references(model, settings, prompts, per_prompt, seed)
-        rows = score_images(scorers, settings, drawn, prompts, per_prompt)
-        untrained = {f"{name}, from references": row for name, row in rows.items() if "real" not in name}
+        untrained = score_prompts(
+            scorers, embed_subject(scorers, settings), drawn, texts, per_prompt=per_prompt
+        )
         out.mkdir(parents=True, exist_ok=True)
         save_png(out / "references.png", draw_sheet(split_rows(drawn, 10), title="From references", cell=112))
     load_concepts(model, [concept])
     images = sample_images(model, subject_requests, settings, seed, "drawing the subject")
     class_images = sample_images(model, class_requests, settings, seed, "drawing the class")
-    metrics = score_images(scorers, settings, images, prompts, per_prompt)
     subject = embed_subject(scorers, settings)
+    trained = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
+    metrics = summarize(scorers, subject, trained)
     for name, drawn in (("PRES", class_images), ("PRES of the base", base_class_images)):
         vectors = scorers.image_encoder.embed_images(drawn)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
-    metrics |= untrained
+    metrics |= compare_with_references(trained, untrained)
     return write_results(out, f"{settings.called()} ({run})", metrics, images, prompts, per_prompt, settings)
 
 
@@ -204,7 +207,26 @@ def score_images(
     """CLIP-I (or DINO), CLIP-T and DIV, and the subject fidelity of its own images among themselves as a ceiling."""
     texts = [prompt.format(settings.class_noun) for prompt in prompts]
     subject = embed_subject(scorers, settings)
-    metrics = measure_dreambench(scorers, subject, images, texts, per_prompt=per_prompt)
+    values = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
+    return summarize(scorers, subject, values)
+
+
+def compare_with_references(
+    trained: Mapping[str, Sequence[float]], untrained: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """The figures of images drawn from references, and of the run's minus these, prompt by prompt."""
+    found: dict[str, Any] = {
+        f"{name}, from references": bootstrap_mean(one) for name, one in untrained.items()
+    }
+    for name, values in untrained.items():
+        differences = [mine - theirs for mine, theirs in zip(trained[name], values, strict=True)]
+        found[f"{name}, the run minus references"] = bootstrap_mean(differences)
+    return found
+
+
+def summarize(scorers: Scorers, subject: Tensor, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The means over prompts, and the subject fidelity of the subject's own images [R, D] among themselves."""
+    metrics: dict[str, Any] = {name: bootstrap_mean(each) for name, each in values.items()}
     count = len(subject)
     if count > 1:
         # Mean cosine of each image with the others; its cosine with itself, 1, is taken off.
@@ -250,7 +272,7 @@ def sample_images(
     settings: Settings,
     seed: int,
     label: str,
-    references: Sequence[Tensor] = (),
+    references: Sequence[Reference] = (),
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
     with progress(len(requests), label) as bar:

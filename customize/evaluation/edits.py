@@ -22,6 +22,7 @@ from backbone.io.console import progress
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import Guidances, draw_edit
 from backbone.models.model import Backbone
+from backbone.models.references import Reference
 from customize.settings import Settings
 
 CHANGED = 0.12  # of the range −1…1: places that differ by more are the edit's
@@ -48,11 +49,11 @@ class EditMetrics:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Held-out pairs in pixels, [3, H, W] each in −1…1, and in latents as the network reads them."""
+    """Held-out pairs in pixels, [3, H, W] each in −1…1, and as the network reads them."""
 
     sources: Sequence[Tensor]
     targets: Sequence[Tensor]
-    references: Sequence[tuple[Tensor, ...]]
+    references: Sequence[Sequence[Reference]]
     instructions: Sequence[str]
 
     def first(self, count: int) -> HeldOut:
@@ -70,15 +71,15 @@ def draw_held_out(
     steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
     drawn: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:
-        for row, latents in enumerate(pairs.references):  # one by one: their sizes may differ
-            shown = [each.to(model.device) for each in latents]
-            noise = torch.randn(shown[0].shape, generator=generator(settings.seed, row, "instruct"))
+        for row, references in enumerate(pairs.references):  # one by one: their sizes may differ
+            shown = [each.to(model.device) for each in references]
+            noise = torch.randn(shown[0].latents.shape, generator=generator(settings.seed, row, "instruct"))
             state = draw_edit(
                 model, shown, pairs.instructions[row], steps=steps, guidances=guidances, noise=noise,
                 after_step=lambda step, clean: bar.advance_images(1 / steps),
             )  # fmt: skip
             drawn.append(model.decode(state)[0].cpu())
-    model.free("autoencoder")
+    model.free("autoencoder", "text_encoder")
     return drawn
 
 

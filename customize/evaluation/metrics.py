@@ -221,7 +221,15 @@ class EarlyStopping(Generic[Measured]):
 def measure_dreambench(
     scorers: Scorers, subject: Tensor, images: Sequence[Image], texts: Sequence[str], *, per_prompt: int
 ) -> dict[str, Any]:
-    """DreamBench metrics by name (CLIP-I or DINO, CLIP-T, DIV), each with a bootstrap interval over prompts.
+    """DreamBench metrics by name, each with a bootstrap interval over prompts; arguments as `score_prompts`."""
+    values = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
+    return {name: bootstrap_mean(each) for name, each in values.items()}
+
+
+def score_prompts(
+    scorers: Scorers, subject: Tensor, images: Sequence[Image], texts: Sequence[str], *, per_prompt: int
+) -> dict[str, list[float]]:
+    """DreamBench metrics by name (CLIP-I or DINO, CLIP-T, DIV), the value of each prompt.
 
     subject    the image encoder's vectors of the subject's images [R, D]
     images     in the order of prompts, `per_prompt` of each
@@ -232,16 +240,13 @@ def measure_dreambench(
     shape = len(texts), per_prompt
     vectors = scorers.image_encoder.embed_images(list(images))
     groups = vectors.unflatten(0, shape)
-    metrics: dict[str, Any] = {
-        scorers.image_encoder.similarity_name: bootstrap_mean([clip_i(group, subject) for group in groups])
-    }
+    metrics = {scorers.image_encoder.similarity_name: [float(clip_i(group, subject)) for group in groups]}
     if scorers.clip is not None:
         clip_groups = scorers.embed_for_prompts(list(images), vectors).unflatten(0, shape)
         text_vectors = scorers.clip.embed_texts(list(texts))
-        cosines = [
+        metrics["CLIP-T"] = [
             float((group @ text).mean()) for group, text in zip(clip_groups, text_vectors, strict=True)
         ]
-        metrics["CLIP-T"] = bootstrap_mean(cosines)
     if per_prompt > 1:
-        metrics["DIV"] = bootstrap_mean([diversity(group) for group in groups])
+        metrics["DIV"] = [float(diversity(group)) for group in groups]
     return metrics

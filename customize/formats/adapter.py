@@ -12,7 +12,19 @@ from customize.formats.known_layers import DENOISERS, Network, is_known
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal[
-    "sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "other"
+    "sd1",
+    "sd2",
+    "sdxl",
+    "sd3",
+    "flux",
+    "pixart",
+    "zimage",
+    "flux2",
+    "qwen",
+    "krea2",
+    "chroma",
+    "qwen21",
+    "other",
 ]
 BASE_NAMES: dict[BaseFamily, str] = {
     "sd1": "Stable Diffusion 1.x",
@@ -25,13 +37,15 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "flux2": "FLUX.2",
     "qwen": "Qwen-Image",
     "krea2": "Krea 2",
+    "chroma": "Chroma",
+    "qwen21": "Qwen-Image 2.1",
     "other": "another architecture",
 }
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
 _FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 # Width of the image tokens where names are of FLUX.1 and of Stable Diffusion 3 alike.
-_TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3"}
+_TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3", 4096: "qwen21"}
 FLUX_BLOCKS = 19  # of text and image apart; Qwen-Image has 60
 _BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
 # What kohya's and ModelSpec's version strings contain; the first match counts.
@@ -47,9 +61,11 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("z-image", "zimage"),
     ("z_image", "zimage"),
     ("zimage", "zimage"),
-    ("qwen-image-2", "other"),
+    ("qwen-image-2", "qwen21"),
+    ("qwen_image_2", "qwen21"),
     ("qwen", "qwen"),
     ("krea", "krea2"),
+    ("chroma", "chroma"),
     *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
     ("flux", "flux"),
 )
@@ -60,8 +76,13 @@ PIPELINES: dict[str, BaseFamily] = {
     "ZImagePipeline": "zimage",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
+    "FluxKontextPipeline": "flux",
     "QwenImagePipeline": "qwen",
+    "QwenImageEditPipeline": "qwen",
+    "QwenImageEditPlusPipeline": "qwen",
     "Krea2Pipeline": "krea2",
+    "ChromaPipeline": "chroma",
+    "QwenImage21Pipeline": "qwen21",
 }
 
 
@@ -87,11 +108,12 @@ class AdapterFile:
     @property
     def base(self) -> BaseFamily:
         """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
+        said = _family_from_metadata(self.metadata)
         if self.network not in (None, "unet", "clip"):
-            return cast(BaseFamily, self.network)
-        return (
-            _family_from_layers(self.layers, self.metadata) or _family_from_metadata(self.metadata) or "other"
-        )
+            found = cast(BaseFamily, self.network)
+        else:
+            found = _family_from_layers(self.layers, self.metadata) or said or "other"
+        return "chroma" if (found, said) == ("flux", "chroma") else found  # whose layers FLUX.1 has, and more
 
 
 def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str]) -> BaseFamily | None:
@@ -113,6 +135,8 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
         by_width = next(
             (_TRANSFORMER_BY_WIDTH[width] for width in widths if width in _TRANSFORMER_BY_WIDTH), None
         )
+        if "flux" in possible and "chroma" in possible:
+            possible.remove("chroma")
         if len(possible) == 1:
             return cast(BaseFamily, possible[0])
         said = _family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
@@ -120,7 +144,7 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
             int(number) >= FLUX_BLOCKS for number in _BLOCK.findall(" ".join(transformer))
         ):
             by_width = "qwen"
-        return said if said in possible else by_width
+        return said if said in possible else by_width if by_width in possible else None
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
             family = _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])

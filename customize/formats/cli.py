@@ -16,7 +16,9 @@ from backbone.io.flags import OUTPUT, option
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
 Target = Literal["diffusers", "kohya", "comfyui"]
-BaseFamily = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2"]
+BaseFamily = Literal[
+    "sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21"
+]
 Precision = Literal["fp32", "bf16", "fp16"]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A run folder or an adapter's file.")]
 Out = Annotated[

@@ -93,6 +93,15 @@ def export_adapter(
     )
 
 
+NEWER = (
+    "zimage",
+    "flux2",
+    "qwen",
+    "krea2",
+    "qwen21",
+)  # of which diffusers reads kohya's form by their own code
+
+
 def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, family: BaseFamily) -> None:
     """Say which tools do not load this adapter in this format, or load it otherwise than it is meant."""
     if file_format != "diffusers" and family == "other":
@@ -112,7 +121,7 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
             "Its α of the last layer, proj_out, is misread by diffusers 0.42 in ComfyUI's format: export --to "
             "diffusers for it."
         )
-    if file_format == "comfyui" and family in ("zimage", "flux2", "qwen", "krea2"):
+    if file_format == "comfyui" and family in NEWER:
         notify(
             f"diffusers 0.42 misreads ComfyUI's format of {BASE_NAMES[family]}: export --to diffusers for it."
         )
@@ -120,7 +129,7 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
         _say_what_diffusers_leaves_out(adapter, family)
     if (
         file_format == "kohya"
-        and family not in ("zimage", "flux2", "qwen", "krea2")
+        and family not in NEWER
         and len({layer.alpha for layer in adapter.layers.values()}) > 1
     ):
         notify(
@@ -139,7 +148,7 @@ def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> 
         notify(
             f"diffusers 0.42 does not know kohya's names of {BASE_NAMES[family]}: export --to diffusers for it."
         )
-    elif outside and family not in ("zimage", "qwen"):
+    elif outside and family not in ("zimage", "qwen", "qwen21"):
         notify(
             f"diffusers 0.42 leaves out {len(outside)} of its layers in kohya's format, those outside the blocks, "
             f"as {outside[0]}: export --to diffusers for it."

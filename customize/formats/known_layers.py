@@ -17,8 +17,12 @@ from torch import nn
 import backbone.families
 from customize.formats.layer_names import TEXT_MODEL_PREFIX
 
-Network = Literal["unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "clip"]
-DENOISERS: tuple[Network, ...] = ("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
+Network = Literal[
+    "unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21", "clip"
+]
+DENOISERS: tuple[Network, ...] = (
+    *("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21"),
+)
 NETWORK_NAMES: dict[Network, str] = {
     "unet": "Stable Diffusion's UNets",
     "sd3": "Stable Diffusion 3",
@@ -28,6 +32,8 @@ NETWORK_NAMES: dict[Network, str] = {
     "flux2": "FLUX.2",
     "qwen": "Qwen-Image",
     "krea2": "Krea 2",
+    "chroma": "Chroma",
+    "qwen21": "Qwen-Image 2.1",
     "clip": "CLIP",
 }
 CONFIGS = Path(backbone.families.__file__).parent / "configs"
@@ -120,6 +126,10 @@ def _build(network: Network) -> list[nn.Module]:
         return [diffusers.ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1)]
     if network == "qwen":
         return [diffusers.QwenImageTransformer2DModel(num_layers=1)]
+    if network == "chroma":
+        return [diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=1)]
+    if network == "qwen21":
+        return [diffusers.QwenImage21Transformer2DModel(num_layers=1)]
     if network == "krea2":
         return [
             diffusers.Krea2Transformer2DModel(

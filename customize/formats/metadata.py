@@ -37,6 +37,8 @@ ARCHITECTURES: dict[BaseFamily, str] = {
     "flux2": "flux-2-klein",
     "qwen": "qwen-image",
     "krea2": "krea-2",
+    "chroma": "chroma",
+    "qwen21": "qwen-image-2.1",
 }
 RESOLUTIONS: dict[BaseFamily, str] = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024"}
 # Our setting → kohya's metadata key.

@@ -174,6 +174,22 @@ _KREA2: dict[str, tuple[str, ...]] = {
         }.items()
     },
 }
+_CHROMA: dict[str, tuple[str, ...]] = {  # FLUX.1's, but for the modulation, which one small network computes
+    **{
+        name: parts
+        for name, parts in _FLUX.items()
+        if not re.search(r"_mod\.|modulation|time_in|vector_in|guidance_in", name)
+    },
+    **{
+        f"distilled_guidance_layer.layers.#.{original}_layer": (f"distilled_guidance_layer.layers.#.{part}",)
+        for original, part in (("in", "linear_1"), ("out", "linear_2"))
+    },
+}
+_QWEN21: dict[str, tuple[str, ...]] = {  # ComfyUI's: what has another name; the rest is called alike
+    "transformer_blocks.#.img_mlp.gate_up": (
+        *("transformer_blocks.#.img_mlp.gate_layer", "transformer_blocks.#.img_mlp.proj"),
+    ),
+}
 _ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {
     "flux": _FLUX,
     "sd3": _SD3,
@@ -181,6 +197,8 @@ _ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {
     "flux2": _FLUX2,
     "zimage": _ZIMAGE,
     "krea2": _KREA2,
+    "chroma": _CHROMA,
+    "qwen21": _QWEN21,
 }
 
 

@@ -276,10 +276,10 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
         if component != "transformer":
             fused[name] = layer
             continue
-        if base in ("zimage", "qwen"):  # kohya's trainer knows these by diffusers' names
+        if base in ("zimage", "qwen", "qwen21"):  # kohya's trainer knows these by diffusers' names
             fused[name] = layer
             continue
-        place = find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2") else None
+        place = find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2", "chroma") else None
         if place is None:
             raise UserError(
                 f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui, or "

@@ -34,8 +34,7 @@ class InstructionEdits(DreamBooth):
         mine = self.share.rows
         batch, no_text, no_image = whole.part(mine), no_text[mine], no_image[mine]
         assert self.data.conditions is not None
-        nothing_said = len(self.data.prompts)  # the row of no instruction, behind the others
-        conditions = self.data.conditions[torch.where(no_text, nothing_said, batch.rows)]
+        conditions = self.data.conditions[torch.where(no_text, self.data.untold(batch.rows), batch.rows)]
         conditions = replace(conditions, references=self.data.shown(batch.rows))
         if self.model.reads_as_channels:  # of tokens guidance never leaves the image out
             conditions = conditions.drop_references(no_image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,18 @@ import typer
 from backbone.io.commands import print_json
 from backbone.io.conditions import KINDS, SYNONYMS
 from backbone.io.console import UserError, notify
-from backbone.io.flags import DATA, DRAWING, MODEL, OUTPUT, JsonOptions, model_option
+from backbone.io.files import read_json
+from backbone.io.flags import (
+    DATA,
+    DRAWING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    SCORING,
+    JsonOptions,
+    PlaceOptions,
+    model_option,
+)
 from backbone.io.options import Option, command, settled_command
 from backbone.io.run_folder import hold_new_folder, run_name
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
@@ -23,12 +35,14 @@ from customize.control_settings import PROGRAM, ControlSettings, read_settings
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
 MAPS = Path("maps")
+OBEDIENCE = Path("obedience")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `customize`."""
     settled_command(app, MapOptions)(map)
     command(app, ControlSettings, RunOptions, panels=PANELS)(train_control)
+    settled_command(app, EvaluateControlOptions)(evaluate_control)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +168,120 @@ def scene_of(asked: MapOptions) -> Scene | None:
     if asked.scene is None:
         return None
     return sample_posed_scene(asked.scene) if asked.posed else sample_scene(asked.scene)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateControlOptions(JsonOptions, PlaceOptions):
+    """What `customize evaluate-control` measures."""
+
+    network: Annotated[
+        str,
+        Option(
+            "A run of customize train-control, a diffusers folder, a file or a hub id.",
+            DATA,
+            argument=True,
+            metavar="NETWORK",
+        ),
+    ]
+    images: Annotated[
+        str,
+        Option(
+            "Images with their maps and captions, laid out as for train-control; those that it did not learn from.",
+            DATA,
+            metavar="FOLDER",
+        ),
+    ] = ""
+    condition: Annotated[
+        str,
+        Option(
+            "The kind of map.",
+            DATA,
+            choices=KINDS,
+            words={word: {"condition": kind} for word, kind in SYNONYMS.items()},
+            default_text="what it was trained on",
+        ),
+    ] = ""
+    most: Annotated[int, Option("At most so many pairs; 0: all.", DATA, min=0)] = 100
+    scale: Annotated[float, Option("How strongly the maps hold.", DRAWING, min=0)] = 1.0
+    steps: Annotated[
+        int | None, Option("Sampling steps.", SAMPLING, default_text="the model's own", min=1)
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Option("Guidance scale; 1: none.", SAMPLING, default_text="the model's own", min=0),
+    ] = None
+    seed: Annotated[int, Option("Pair i's noise depends on the seed and i alone.", SAMPLING)] = 0
+    scorer: Annotated[
+        Path | None,
+        Option(
+            "A folder of CLIP, for the captions.", SCORING, metavar="FOLDER", default_text="the model's own"
+        ),
+    ] = None
+    model: Annotated[str | None, model_option("what the network was trained on, else moji")] = None
+    out: Annotated[
+        Path | None,
+        Option(
+            "Where the table goes, a folder that is new or empty.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="obedience, obedience-2 …",
+        ),
+    ] = None
+
+
+def evaluate_control(asked: EvaluateControlOptions) -> None:
+    """Measure how well a control network is obeyed: on pairs, beside no condition and the true images."""
+    if not asked.images:
+        raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
+    from backbone.evaluation.clip import load_scorer
+    from backbone.models.control import find_control, open_control
+    from backbone.models.locate import OWN
+    from backbone.models.model import Backbone
+    from backbone.world.record import load_labels
+    from customize.data.control_pairs import check_control_pairs, read_control_pairs
+    from customize.training.control_evaluation import TABLE, ControlDrawing
+    from customize.training.control_evaluation import evaluate_control as measure
+
+    record = find_control(asked.network).record
+    kind = kind_of(asked, record.kinds)
+    model = Backbone.open(
+        asked.model or record.model or "moji", device=asked.device, precision=asked.precision
+    )
+    pairs = read_control_pairs(asked.images, kind)
+    pairs = pairs[: asked.most or len(pairs)]
+    palette = record.palette or (load_labels() if kind == "labels" and model.location.name in OWN else None)
+    check_control_pairs(pairs, kind, (model.resolution, model.resolution), palette=palette, wordless=True)
+    scorer = asked.scorer or model.location.local("scorer")
+    drawing = ControlDrawing(
+        kind,
+        asked.scale,
+        asked.steps or int(model.defaults["steps"]),
+        float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
+        asked.seed,
+    )
+    with hold_new_folder(asked.out, OBEDIENCE) as folder:
+        opened = open_control(model, asked.network)
+        read = None if scorer is None else load_scorer(scorer)
+        found = measure(model, opened, pairs, drawing, scorer=read, out=folder)
+    if asked.as_json:
+        print_json({"folder": folder, **read_json(folder / TABLE)})
+    else:
+        typer.echo(found["text"])
+    notify(f"{folder}/sheet.png shows the images.")
+
+
+def kind_of(asked: EvaluateControlOptions, kinds: Sequence[str]) -> str:
+    """The kind of map that is measured; `UserError` where none is said, or one that the network does not read."""
+    if kinds and asked.condition and asked.condition not in kinds:
+        raise UserError(
+            f"{asked.network} was trained on {', '.join(kinds)}, not on {asked.condition}. Name one of these with "
+            "--condition."
+        )
+    if not asked.condition and len(kinds) != 1:
+        known = f"reads {', '.join(kinds)}" if kinds else "does not say what kind of map it reads"
+        raise UserError(f"{asked.network} {known}. Say which with --condition, as in --condition sketch.")
+    return asked.condition or kinds[0]
 
 
 def train_control(asked: dict[str, Any], run: RunOptions) -> None:

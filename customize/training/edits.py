@@ -28,6 +28,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
 from backbone.models.by_instruction import refuse_image_guidance
 from backbone.models.model import Backbone
+from backbone.models.references import Reference
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
@@ -168,8 +169,20 @@ def prepare_held_out(
     for pair in pairs:
         size = nearest_bucket(pair.target.open().size, sides) if len(sides) > 1 else sides[0]
         images.append([to_tensor(read(one, size)) for one in (pair.source, pair.target)])
-    shown = [data.shown(torch.tensor([row])) for row in range(len(pairs))]
+    shown = []
+    for row, pair in enumerate(pairs):
+        latents = data.shown(torch.tensor([row]))
+        pictures = [
+            read(one, pixels_of(model, z))
+            for one, z in zip((pair.source, *pair.references), latents, strict=True)
+        ]
+        shown.append([Reference(z, picture) for z, picture in zip(latents, pictures, strict=True)])
     return HeldOut([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
+
+
+def pixels_of(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
+    """The size (W, H) in pixels of an image with such latents."""
+    return latents.shape[-1] * model.factor, latents.shape[-2] * model.factor
 
 
 def save_sheet(path: Path, training: InstructionEdits, pairs: HeldOut) -> None:

@@ -19,16 +19,17 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.keywords import takes
 from backbone.io.options import build
+from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
     IMAGE_GUIDANCE,
     Guidances,
     draw_edit,
     evaluations_of,
     refuse_image_guidance,
-    refuse_too_many,
 )
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.references import Reference, refuse_too_many
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
@@ -88,22 +89,21 @@ def instruct(
     guidances = Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative)
     refuse_unread(model, 1 + len(asked.references), guidances)
     encoded = encode_image(model, image)
-    more = [model.as_reference(encode_image(model, reference).latent) for reference in asked.references]
+    more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
     schedule_of(model, asked.steps, encoded.latent)  # which says where there is none of so many steps
     kept_frames = Frames(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
-        shown = [model.as_reference(now.latent), *more]
+        shown = [as_reference(model, now), *more]
         noise = torch.randn(encoded.latent.shape, generator=generator(asked.seed, number, "instruct"))
         final = number == len(instructions) - 1
         state = draw_edit(
             model, shown, instruction, steps=asked.steps, guidances=guidances, noise=noise,
             controls=layout.of_targets(), after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
-        nfe += asked.steps * evaluations_of(
-            model, encode_prompts_cached(model, [instruction]), guidances.text
-        )
+        text = encode_prompts_cached(model, [instruction], shown)
+        nfe += asked.steps * evaluations_of(model, text, guidances.text)
         drawn = model.decode(state)[0].cpu()
         if asked.keep != "none":
             # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
@@ -126,6 +126,11 @@ def instruct(
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(), facts=facts, layout=layout,
     )  # fmt: skip
+
+
+def as_reference(model: Backbone, image: EncodedImage) -> Reference:
+    """An encoded image as it stands beside an instruction."""
+    return Reference(model.as_reference(image.latent), to_image(image.pixels))
 
 
 def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:

@@ -71,6 +71,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "guidance": 4.0,
     "train_steps": 250,
     "learning_rate": 4e-3,
+    "learning_rates": {"pairs": 1e-3},
     "rank": 16,
     "batch": 6,
     "prior_batch": 2,

@@ -29,6 +29,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # what a published size has that diffu
     "flux2-dev": {},
     "qwen-image": {},
     "krea2": {},
+    "chroma": {},
+    "qwen-image-2.1": {},
 }  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def test_a_transformer_s_config_is_diffusers_default_but_for_its_size(folder: st
     assert differences(config(folder, "transformer")) == OTHERWISE[folder]
 
 
-@pytest.mark.parametrize("folder", ["flux2-klein", "qwen-image"])
+@pytest.mark.parametrize("folder", ["flux2-klein", "qwen-image", "qwen-image-2.1"])
 def test_an_autoencoder_s_config_is_diffusers_default(folder: str) -> None:
     assert differences(config(folder, "vae")) == {}
 
@@ -65,6 +67,7 @@ def test_an_autoencoder_s_config_is_diffusers_default(folder: str) -> None:
         ("flux2-klein-9b", Qwen3Config, 1e6, 4096, 36),
         ("qwen-image", Qwen2_5_VLTextConfig, 1e6, 3584, 28),
         ("krea2", Qwen3VLTextConfig, 5e6, 2560, 36),
+        ("qwen-image-2.1", Qwen3VLTextConfig, 5e6, 4096, 36),
         ("flux2-dev", MistralConfig, 1e9, 5120, 40),
     ],
 )
@@ -98,8 +101,8 @@ def test_the_text_encoder_of_flux2_dev_is_transformers_own_mistral_small() -> No
         ("Flux2Pipeline", {}, "flux2-dev", 0),
         ("QwenImagePipeline", {}, "qwen-image", 0),
         ("Krea2Pipeline", {}, "krea2", 1),  # whose guidance g means 1 + g
-        ("ChromaPipeline", {}, "", 0),
-        ("QwenImage21Pipeline", {}, "", 0),
+        ("ChromaPipeline", {}, "chroma", 0),
+        ("QwenImage21Pipeline", {}, "qwen-image-2.1", 0),
     ],
 )
 def test_steps_and_guidance_are_diffusers_own_by_default(

@@ -188,9 +188,13 @@ def checkpoint_of(folder: Path) -> Tensors:
 
 
 def transformer_of(folder: Path) -> Tensors:
-    """The transformer of a diffusers folder: layers side by side in one, and shift before scale at the end."""
+    """The transformer of a diffusers folder by its original names."""
+    return {UNET + name: value for name, value in original_flux(part_of(folder, "transformer")).items()}
+
+
+def original_flux(blocks: Tensors) -> Tensors:
+    """A transformer's tensors by the original names: layers side by side in one, shift before scale at the end."""
     original: Tensors = {}
-    blocks = part_of(folder, "transformer")
     singles = {
         name: blocks.pop(name) for name in list(blocks) if name.startswith("single_transformer_blocks.")
     }
@@ -206,7 +210,7 @@ def transformer_of(folder: Path) -> Tensors:
         if name.startswith("norm_out.linear"):
             scale, shift = tensor.chunk(2)
             tensor = torch.cat([shift, scale])
-        original[UNET + renamed(name, FLUX_NAMES)] = tensor
+        original[renamed(name, FLUX_NAMES)] = tensor
     return original
 
 

@@ -14,14 +14,17 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     Krea2Transformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Model, Qwen3VLTextModel
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers import PreTrainedModel, Qwen3Model, Qwen3VLTextModel, T5EncoderModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLTextModel
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import read_concept
@@ -39,8 +42,18 @@ from customize.settings import Subject
 from customize.training.public import copy_without_paths
 from customize.training.run import train_concept
 from tests.backbone.test_single_file import original_vae_name, part_of
+from tests.backbone.test_single_file_flux import original_flux
 from tests.backbone.test_single_file_sd3 import UNET, opened, parameters, renamed, together
-from tests.tiny import tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
+from tests.tiny import (
+    tiny_chroma,
+    tiny_flux2_dev,
+    tiny_flux2_klein,
+    tiny_krea2,
+    tiny_qwen_edit,
+    tiny_qwen_image,
+    tiny_qwen_image21,
+    tiny_z_image,
+)
 
 Tensors = dict[str, Tensor]
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -48,12 +61,20 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "flux2": tiny_flux2_klein,
     "qwen-image": tiny_qwen_image,
     "krea2": tiny_krea2,
+    "qwen-edit": tiny_qwen_edit,
+    "flux2-dev": tiny_flux2_dev,
+    "chroma": tiny_chroma,
+    "qwen-image-2.1": tiny_qwen_image21,
 }
 NAMES = {
     "z-image": "z_image_bf16",
     "flux2": "flux-2-klein-base-4b",
     "qwen-image": "qwen_image_bf16",
     "krea2": "krea2_raw_bf16",
+    "qwen-edit": "qwen_image_edit_bf16",
+    "flux2-dev": "flux2_dev_bf16",
+    "chroma": "Chroma1-HD",
+    "qwen-image-2.1": "qwen_image_2.1_bf16",
 }
 VIDEO = ("qwen-image", "krea2")  # whose autoencoder is that of a video, in diffusers' names here
 TEXT = "text_encoders.qwen3_4b.transformer."
@@ -83,8 +104,18 @@ class Written(dict[str, Path]):
 def transformer_of(name: str, folder: Path) -> Tensors:
     """A transformer's tensors by the names of the code that it was published with."""
     tensors = part_of(folder, "transformer")
-    if name == "qwen-image":
+    if name in ("qwen-image", "qwen-edit"):
         return tensors
+    if name == "qwen-image-2.1":  # as ComfyUI writes it
+        return together(tensors, {"gate_layer proj": "gate_up"})
+    if name == "chroma":
+        tensors = {
+            re.sub(r"(norms\.\d+)\.weight$", r"\1.scale", key)
+            .replace(".linear_1.", ".in_layer.")
+            .replace(".linear_2.", ".out_layer."): value
+            for key, value in tensors.items()
+        }
+        return original_flux(tensors)
     if name == "krea2":
         changes: Any = (
             (r"^img_in\.", "first."),
@@ -180,6 +211,8 @@ def autoencoder_of(folder: Path) -> Tensors:
 def text_of(folder: Path) -> Tensors:
     """As ComfyUI's files have it: of one that reads pictures the language model is `model`, the eye `visual`."""
     tensors = part_of(folder, "text_encoder")
+    if "shared.weight" in tensors:
+        return tensors  # T5
     names = {name: re.sub(r"^(model\.|language_model\.)*", "model.", name) for name in tensors}
     return {
         re.sub(r"^model\.(visual|lm_head)\.", r"\1.", names[name]): value for name, value in tensors.items()
@@ -192,7 +225,9 @@ def below(prefix: str, tensors: Tensors) -> Tensors:
 
 def with_settings(place: Path, folder: Path) -> Path:
     """A folder's configs and tokenizer, without its weights."""
-    for part in ("transformer", "vae", "text_encoder", "scheduler", "tokenizer"):
+    words = "tokenizer" if (folder / "tokenizer").is_dir() else "processor"
+    shutil.copytree(folder / words, place / "tokenizer")
+    for part in ("transformer", "vae", "text_encoder", "scheduler"):
         shutil.copytree(folder / part, place / part, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in ("limner.json", "model_index.json"):
         shutil.copy(folder / file, place)
@@ -257,7 +292,11 @@ def assert_same(one: Backbone, other: Backbone) -> None:
     assert (one.latent_shape, one.defaults) == (other.latent_shape, other.defaults)
     assert torch.equal(one.schedule(4).b, other.schedule(4).b)
     texts = [model.encode_prompts(["a dog in the snow", "a red cat"]) for model in (one, other)]
-    assert all(torch.equal(value, texts[1].text[name]) for name, value in texts[0].text.items())
+    if one.text_sees_images:
+        seen = [Image.new("RGB", (64, 64), "red")]
+        texts += [model.encode_prompts(["a dog"], seen) for model in (one, other)]
+    for mine, theirs in zip(texts[::2], texts[1::2], strict=True):
+        assert all(torch.equal(value, theirs.text[name]) for name, value in mine.text.items())
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = [model.encode(pictures).mean for model in (one, other)]
     torch.testing.assert_close(*latents)
@@ -265,7 +304,7 @@ def assert_same(one: Backbone, other: Backbone) -> None:
     with torch.no_grad():
         said = [
             model.predictor(text)(latents[0], other.schedule(4)[1]).noise
-            for model, text in zip((one, other), texts, strict=True)
+            for model, text in zip((one, other), texts[:2], strict=True)
         ]
     torch.testing.assert_close(*said)
 
@@ -310,7 +349,13 @@ def test_a_file_s_name_says_whether_it_is_distilled(
         ("flux2-klein/vae", AutoencoderKLFlux2, 84_046_115),
         ("qwen-image/transformer", QwenImageTransformer2DModel, 20_430_401_088),
         ("qwen-image/text_encoder", Qwen2_5_VLTextModel, 7_070_619_136),
+        ("qwen-image/text_encoder", Qwen2_5_VLModel, 7_747_169_280),
         ("qwen-image/vae", AutoencoderKLQwenImage, 126_892_531),
+        ("chroma/transformer", ChromaTransformer2DModel, 8_899_983_424),
+        ("chroma/text_encoder", T5EncoderModel, 4_762_310_656),
+        ("qwen-image-2.1/transformer", QwenImage21Transformer2DModel, 7_115_124_736),
+        ("qwen-image-2.1/text_encoder", Qwen3VLTextModel, 7_568_405_504),
+        ("flux2-dev/transformer", Flux2Transformer2DModel, 32_223_281_152),
         ("krea2/transformer", Krea2Transformer2DModel, 12_820_073_036),
         ("krea2/text_encoder", Qwen3VLTextModel, 4_022_468_096),
     ],
@@ -320,7 +365,8 @@ def test_the_published_settings_have_the_published_sizes(part: str, kind: Any, s
     config = read_json(PUBLISHED_CONFIGS / part / "config.json")
     if issubclass(kind, PreTrainedModel):
         with torch.device("meta"):
-            model = kind(kind.config_class.from_dict(config.get("text_config", config)))
+            whole = "text_config" in kind.config_class.sub_configs
+            model = kind(kind.config_class.from_dict(config if whole else config.get("text_config", config)))
         assert sum(value.numel() for value in model.parameters()) == size
     else:
         assert parameters(kind, config) == size
@@ -337,6 +383,21 @@ def test_klein_of_9_billions_is_told_by_its_width(tmp_path: Path) -> None:
     location = Location("a", str(tmp_path / "a.safetensors"), {}, settings)
     assert location.config("transformer")["joint_attention_dim"] == 12288
     assert location.config("text_encoder")["hidden_size"] == 4096
+
+
+def test_a_file_of_qwen_image_says_by_its_name_what_it_was_trained_for(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"), (1,)
+    )
+    for stem, name in (
+        ("qwen_image_fp8", "Qwen-Image"),
+        ("qwen_image_second_edition", "Qwen-Image"),
+        ("qwen_image_edit_bf16", "Qwen-Image-Edit"),
+        ("Qwen-Image-Edit-2509-fp8", "Qwen-Image-Edit-Plus"),
+    ):
+        header = Header(tmp_path / f"{stem}.safetensors", shapes, {})
+        found = [family.name for family in families() if family.match_checkpoint(header) is not None]
+        assert found == [name]
 
 
 # Refusals ---------------------------------------------------------------------------------------------------

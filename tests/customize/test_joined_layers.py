@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
 from torch import nn
 
+from backbone.families.chroma.family import Chroma
 from backbone.families.flux.family import Flux
 from backbone.families.flux2.family import Flux2
 from backbone.families.krea2.family import Krea2
 from backbone.families.pixart.family import PixArt
 from backbone.families.qwen.family import QwenImage
+from backbone.families.qwen.image21 import QwenImage21
 from backbone.families.sd3.family import StableDiffusion3
 from backbone.families.zimage.family import ZImage
 from backbone.io.console import UserError
@@ -36,11 +41,13 @@ from customize.formats.translate import find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import random_adapter, random_layer
 from tests.tiny import (
+    tiny_chroma,
     tiny_flux,
     tiny_flux2_klein,
     tiny_krea2,
     tiny_pixart,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_stable_diffusion_3,
     tiny_z_image,
 )
@@ -54,6 +61,8 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "zimage": (ZImageTransformer2DModel, ZImage),
     "qwen": (QwenImageTransformer2DModel, QwenImage),
     "krea2": (Krea2Transformer2DModel, Krea2),
+    "chroma": (ChromaTransformer2DModel, Chroma),
+    "qwen21": (QwenImage21Transformer2DModel, QwenImage21),
 }
 
 
@@ -68,27 +77,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         "zimage": tiny_z_image(place / "zimage"),
         "qwen": tiny_qwen_image(place / "qwen"),
         "krea2": tiny_krea2(place / "krea2"),
+        "chroma": tiny_chroma(place / "chroma"),
+        "qwen21": tiny_qwen_image21(place / "qwen21"),
     }
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "flux2", "zimage", "qwen", "krea2"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "flux2", "zimage", "qwen", "krea2", "chroma", "qwen21"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_every_layer_that_can_be_trained_goes_to_kohya_and_back(
     folders: Folders, tmp_path: Path, base: str, dora: bool
 ) -> None:
     adapter = random_adapter(targets(folders, base), dora=dora, alphas=(1.0, 3.0))
+    said = {"modelspec.architecture": f"{base}/lora"} if base == "chroma" else {}  # whose names are FLUX.1's
+    adapter = replace(adapter, metadata=said)
     assert adapter.base == base
-    assert write_adapter(tmp_path / "a.safetensors", adapter, "kohya") < 1e-5
+    assert write_adapter(tmp_path / "a.safetensors", adapter, "kohya", metadata=said) < 1e-5
     names = read_header(tmp_path / "a.safetensors").shapes
     assert all(name.startswith("lora_unet_") for name in names)
     joined = any(name.endswith("attn_qkv.lora_up.weight") for name in names)
-    assert joined == (base in ("flux", "sd3", "flux2")), (
+    assert joined == (base in ("flux", "sd3", "flux2", "chroma")), (
         "others are known by diffusers' names, or join nothing"
     )
     assert read_adapter(tmp_path / "a.safetensors").base == base
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "pixart", "flux2", "zimage", "qwen"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "pixart", "flux2", "zimage", "qwen", "qwen21"])
 def test_comfyui_s_form_has_diffusers_names(folders: Folders, tmp_path: Path, base: str) -> None:
     adapter = random_adapter(targets(folders, base))
     assert adapter.base == base
@@ -153,7 +166,7 @@ def test_a_layer_that_kohya_has_no_name_for_is_a_clear_mistake(folders: Folders,
         write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "flux2", "krea2"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "flux2", "krea2", "chroma"])
 def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> None:
     for name in targets(folders, base):
         module = name.removeprefix("transformer.")
@@ -161,6 +174,21 @@ def test_names_go_to_the_original_code_and_back(folders: Folders, base: str) -> 
         assert place is not None
         target = find(base, flatten_name(place[1]))  # type: ignore[arg-type]
         assert target is not None and target.layers[place[2]] == module
+
+
+def test_qwen_image_21_is_read_from_comfyui_s_joined_gates(folders: Folders, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    names = [f"transformer.transformer_blocks.1.img_mlp.{part}" for part in ("gate_layer", "proj")]
+    modules: dict[str, Any] = {**targets(folders, "qwen21")}
+    whole = nn.Linear(modules[names[0]].in_features, 2 * modules[names[0]].out_features)
+    layer = random_layer(whole, 2, 1.0, random)
+    stem = "diffusion_model.transformer_blocks.1.img_mlp.gate_up"
+    tensors = {f"{stem}.lora_A.weight": layer.factors["down"], f"{stem}.lora_B.weight": layer.factors["up"]}
+    write_tensors(tmp_path / "a.safetensors", {**tensors, f"{stem}.alpha": torch.tensor(layer.alpha)}, {})
+    found = read_adapter(tmp_path / "a.safetensors")
+    assert list(found.layers) == names and found.base == "qwen21"
+    parts = torch.cat([found.layers[name].delta_weight() for name in names])
+    torch.testing.assert_close(parts, layer.delta_weight())
 
 
 # Helpers ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control import OBEDIENCE, Obedience
+from customize.training.control_evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control_memory import work_of
 
 SIDE, PAIRS = 32, 12
@@ -107,6 +108,54 @@ def trained(
     done = invoked(*command, "--steps", 4, "--out", run)
     assert done.exit_code == 0, (done.output, done.exception)
     return Trained(run, command, done.output)
+
+
+def test_a_network_is_measured_on_pairs_beside_no_condition_and_the_true_images(
+    trained: Trained, pairs: Path, tmp_path: Path
+) -> None:
+    asked = (
+        "evaluate-control",
+        trained.run,
+        "--images",
+        pairs,
+        "--most",
+        3,
+        "--steps",
+        2,
+        "--json",
+        *HERE[:4],
+    )
+    done = invoked(*asked, "--out", tmp_path / "t")
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = json.loads(done.stdout)["rows"]
+    assert rows == read_json(tmp_path / "t" / "table.json")["rows"] and set(rows) == {
+        UNDER,
+        FLOOR,
+        BOUND,
+        APART,
+    }
+    for name in ("edges", "map"):
+        means = {row: found[name]["mean"] for row, found in rows.items()}
+        assert means[APART] == pytest.approx(means[UNDER] - means[FLOOR]) and rows[UNDER][name]["n"] == 3
+    assert (tmp_path / "t" / "sheet.png").is_file()
+    nothing = invoked(*asked, "--scale", 0, "--out", tmp_path / "zero")
+    zero = json.loads(nothing.stdout)["rows"]
+    assert zero[UNDER] == zero[FLOOR] == rows[FLOOR], "at scale 0 it is the base"
+
+
+def test_what_cannot_be_measured_is_refused_and_leaves_nothing(
+    trained: Trained, pairs: Path, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "t")
+    assert "Say --images FOLDER" in refused("evaluate-control", trained.run, *out)
+    asked = ("evaluate-control", trained.run, "--images", pairs, *out)
+    assert "was trained on sketch, not on depth" in refused(*asked, "--condition", "depth")
+    assert "There is no control network" in refused("evaluate-control", "nowhere", "--images", pairs, *out)
+    shutil.copytree(trained.run, tmp_path / "bare")
+    (tmp_path / "bare" / "condition.json").unlink()
+    bare = ("evaluate-control", tmp_path / "bare", "--images", pairs, *out)
+    assert "does not say what kind of map it reads" in refused(*bare)
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_run_leaves_what_diffusers_opens_and_says_how_it_is_used(trained: Trained, tiny: Backbone) -> None:

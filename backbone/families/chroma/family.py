@@ -8,10 +8,10 @@ the weights were published with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,7 +22,7 @@ from transformers import T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.transfer import send
-from backbone.families import language_models, loading
+from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -31,46 +31,48 @@ from backbone.families.base import (
     NoisePath,
     TextSegment,
     diffusers_spec,
-    refuse_beside,
     transformers_spec,
 )
 from backbone.families.flux import family as flux
+from backbone.families.flux.checkpoint import convert_to_diffusers as convert_flux
 from backbone.families.location import Location
-from backbone.io.console import UserError
-from backbone.io.files import Header
+from backbone.families.split_files import SplitFileFamily, SplitFiles
 
 TOKENS = 512
 MARK = "distilled_guidance_layer.in_proj.weight"  # in the original names and in diffusers'
 
 
-class Chroma:
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names, from the original ones, which are FLUX.1's."""
+    if "x_embedder.weight" in tensors:
+        return tensors
+    converted = convert_flux(tensors)
+    return {re.sub(r"(norms\.\d+)\.scale$", r"\1.weight", name): value for name, value in converted.items()}
+
+
+FILES = SplitFiles(
+    "Chroma",
+    marks=((MARK, "img_in.weight"), (MARK, "x_embedder.weight")),
+    encoder="text encoder (T5-XXL)",
+    published=lambda header: ("chroma", "flux"),
+    convert=convert_to_diffusers,
+)
+
+
+class Chroma(SplitFileFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "Chroma"
     hub_ids: ClassVar[dict[str, str]] = {"chroma": "lodestones/Chroma1-HD"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ChromaPipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    files: ClassVar[SplitFiles] = FILES
+    transformer_kind: ClassVar[Any] = ChromaTransformer2DModel
+    vae_kind: ClassVar[Any] = AutoencoderKL
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = flux.Flux.lora_targets
 
-    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        if any(name.endswith(MARK) for name in header.shapes):
-            raise UserError(
-                f"{header.path} is the transformer of a Chroma, which is read from diffusers folders alone. Name its "
-                "folder or hub id (lodestones/Chroma1-HD)."
-            )
-        return None
-
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
-
-    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return loading.load_network(ChromaTransformer2DModel, location, "transformer", dtype)
-
-    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return loading.load_autoencoder(AutoencoderKL, location, dtype)
-
     def text_encoder(self, location: Location, dtype: torch.dtype) -> MaskedT5:
-        return MaskedT5([loading.load_t5(location, "", dtype)])
+        load = loading.load_t5 if location.file is None else split_files.load_t5
+        return MaskedT5([load(location, "", dtype)])
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         width = int(location.config("transformer")["joint_attention_dim"])
@@ -80,12 +82,6 @@ class Chroma:
             {"text_encoder": transformers_spec(T5EncoderModel, location, "text_encoder", dtype)},
             {"hidden": (TOKENS, width), "mask": (TOKENS,)},
         )
-
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        return flux.Flux().latent_shape(location)
-
-    def longest_side(self, location: Location) -> None:
-        return None
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 35, "guidance": 5.0}
@@ -117,9 +113,6 @@ class Chroma:
         return AttentionLayout(
             {FluxAttnProcessor: read}, max_map_queries=None, detail_layers=("single_transformer_blocks.",)
         )
-
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
 
 
 class MaskedT5(loading.MultiTextEncoder):

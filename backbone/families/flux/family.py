@@ -26,6 +26,7 @@ from backbone.diffusion.transfer import send
 from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     JointAttentionInputs,
     ModelSpec,
     Network,
@@ -55,7 +56,7 @@ class Flux:
         "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxKontextPipeline")
-    reads_images: ClassVar[Mapping[str, int]] = {"FluxKontextPipeline": 1}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {"FluxKontextPipeline": ImageInput(1)}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (

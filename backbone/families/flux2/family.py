@@ -30,6 +30,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     JointAttentionInputs,
     ModelSpec,
     Network,
@@ -93,7 +94,10 @@ class Flux2(SplitFileFamily):
         "flux2-dev": "black-forest-labs/FLUX.2-dev",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline", "Flux2Pipeline")
-    reads_images: ClassVar[Mapping[str, int]] = {"Flux2KleinPipeline": 4, "Flux2Pipeline": 6}  # as published
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {
+        "Flux2KleinPipeline": ImageInput(4),
+        "Flux2Pipeline": ImageInput(6),
+    }  # as published
     files: ClassVar[SplitFiles] = FILES
     transformer_kind: ClassVar[Any] = Flux2Transformer2DModel
     vae_kind: ClassVar[Any] = AutoencoderKLFlux2

@@ -19,6 +19,7 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     ModelSpec,
     Network,
     NoisePath,
@@ -39,7 +40,7 @@ class PixArt:
     name: ClassVar[str] = "PixArt-Σ"
     hub_ids: ClassVar[dict[str, str]] = {"pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),

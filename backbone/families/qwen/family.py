@@ -7,7 +7,9 @@ guidance keeps the length that each token's velocity has with the prompt.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -36,6 +38,7 @@ from backbone.families.flux.family import pack_latents, unpack_latents
 from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
+from backbone.io.files import Header
 
 READING = Reading(layers=(-1,), tokens=1024, dropped=34)
 TEMPLATE = (
@@ -70,6 +73,9 @@ class QwenImage(SplitFileFamily):
             *("img_mod.1", "txt_mod.1"),
         ),
     }
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return None if is_editor(header.path) else super().match_checkpoint(header)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         if location.file is not None:
@@ -108,14 +114,16 @@ class QwenImage(SplitFileFamily):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
             hidden, mask = language_models.cut_padding(conditions.text)
+            images = (noisy, *conditions.references)
             output = network(
-                hidden_states=pack_latents(noisy).to(dtype),
+                hidden_states=torch.cat([pack_latents(image) for image in images], 1).to(dtype),
                 timestep=time.expand(count) / 1000,
                 encoder_hidden_states=hidden.to(dtype),
                 encoder_hidden_states_mask=mask,
-                img_shapes=[[(1, height // 2, width // 2)]] * count,
+                img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * count,
             )
-            return unpack_latents(output.sample, height, width)
+            drawn = output.sample[:, : height * width // 4]
+            return unpack_latents(drawn, height, width)
 
         return predict
 
@@ -123,6 +131,11 @@ class QwenImage(SplitFileFamily):
         late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
         joint = {QwenDoubleStreamAttnProcessor2_0: joint_attention_inputs}
         return AttentionLayout(joint, max_map_queries=None, detail_layers=late)
+
+
+def is_editor(file: Path) -> bool:
+    """Whether a file of the transformer was trained for edits, of which its name alone tells."""
+    return re.search(r"(?<![a-z])edit(?![a-z])", file.stem.lower()) is not None
 
 
 def guide_keeping_length(

@@ -8,18 +8,20 @@ they are. The published weights are sampled without guidance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+from diffusers.loaders.single_file_utils import (
+    convert_qwen_image21_transformer_checkpoint_to_diffusers,
+)
 from diffusers.models.transformers import transformer_qwenimage21
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import language_models, loading
+from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     ModelSpec,
@@ -27,21 +29,31 @@ from backbone.families.base import (
     NoisePath,
     TextEncoderSlot,
     diffusers_spec,
-    refuse_beside,
 )
 from backbone.families.language_models import LanguageModelEncoder, Reading
-from backbone.families.latents import latent_channels, pixels_per_latent
 from backbone.families.location import Location
-from backbone.io.console import UserError, notify_once
-from backbone.io.files import Header
+from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.io.console import notify_once
 
 TOKENS = 1024
-SIDE = 1024  # pixels of the pictures that it was trained on
 SLOT = 4  # latents that stand in one place of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
-MARKS = ("txt_in.text_norm.weight", "modulation.1.weight")
+MARKS = ("txt_in.text_norm.weight", "modulation.1.weight", "img_in.weight")
 
+
+def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors by diffusers' names: ComfyUI joins each gate and what it multiplies."""
+    return dict(convert_qwen_image21_transformer_checkpoint_to_diffusers(dict(tensors)))
+
+
+FILES = SplitFiles(
+    "Qwen-Image 2.1",
+    marks=(MARKS,),
+    encoder="text encoder (Qwen3-VL-8B)",
+    published=lambda header: ("qwen-image-2.1",),
+    convert=convert_to_diffusers,
+)
 
 choose_rows = transformer_qwenimage21._select_modulation_rows
 
@@ -54,13 +66,15 @@ def choose_rows_anywhere(params: Tensor, image: Tensor | None) -> Tensor:
 transformer_qwenimage21._select_modulation_rows = choose_rows_anywhere
 
 
-class QwenImage21:
+class QwenImage21(SplitFileFamily):
     """Implements `Family`."""
 
     name: ClassVar[str] = "Qwen-Image 2.1"
     hub_ids: ClassVar[dict[str, str]] = {"qwen-image-2.1": "Qwen/Qwen-Image-2.1"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    files: ClassVar[SplitFiles] = FILES
+    transformer_kind: ClassVar[Any] = QwenImage21Transformer2DModel
+    vae_kind: ClassVar[Any] = AutoencoderKLQwenImage21
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -69,34 +83,24 @@ class QwenImage21:
         ),
     }
 
-    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        if all(any(name.endswith(mark) for name in header.shapes) for mark in MARKS):
-            raise UserError(
-                f"{header.path} is the transformer of a Qwen-Image 2.1, which is read from diffusers folders alone. "
-                "Name its folder or hub id (Qwen/Qwen-Image-2.1)."
-            )
-        return None
-
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
-
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         notify_once("The weights of Qwen-Image 2.1 are under a licence for research, not for commercial use.")
         if location.index.get("sample_sigmas"):
             notify_once(
                 f"{location.name} names sample_sigmas of its own, which are not used: the levels are those of --steps."
             )
-        return loading.load_network(QwenImage21Transformer2DModel, location, "transformer", dtype)
-
-    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        return loading.load_autoencoder(AutoencoderKLQwenImage21, location, dtype)
+        return super().denoiser(location, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> BeforeTheNorm:
-        from transformers import Qwen3VLForConditionalGeneration  # slow to import
+        from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel  # slow to import
 
-        slot = language_models.load_language_model(
-            Qwen3VLForConditionalGeneration, Qwen2Tokenizer, location, dtype, tokenizer="processor"
-        )
+        if location.file is not None:
+            slot = split_files.load_language_model(Qwen3VLTextModel, Qwen2Tokenizer, location, dtype)
+        else:
+            kind = Qwen3VLForConditionalGeneration
+            slot = language_models.load_language_model(
+                kind, Qwen2Tokenizer, location, dtype, tokenizer="processor"
+            )
         width = int(location.config("transformer")["context_in_dim"])
         return BeforeTheNorm(slot, name=location.name, width=width)
 
@@ -111,14 +115,6 @@ class QwenImage21:
             {"text_encoder": language_models.text_spec(Qwen3VLTextModel, location, dtype)},
             {"hidden": (TOKENS, width), "mask": (TOKENS,)},
         )
-
-    def latent_shape(self, location: Location) -> tuple[int, ...]:
-        config = location.config("vae")
-        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
-        return latent_channels(config), side, side
-
-    def longest_side(self, location: Location) -> None:
-        return None
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 40, "guidance": 1.0}
@@ -149,9 +145,6 @@ class QwenImage21:
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
         # Which `edit` cannot reach: words see no image here, and only words before them
         return AttentionLayout()
-
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
 
 
 def call(network: Any, noisy: Tensor, time: Tensor, hidden: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from backbone.conditions.control import ControlNetwork
 from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     JointAttentionInputs,
     ModelSpec,
     Network,
@@ -52,7 +53,7 @@ class StableDiffusion3:
     name: ClassVar[str] = "Stable Diffusion 3"
     hub_ids: ClassVar[dict[str, str]] = {"sd3": "stabilityai/stable-diffusion-3.5-medium"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": JOINT,
         "all": (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),

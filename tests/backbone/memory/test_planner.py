@@ -48,10 +48,11 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "flux2-dev": tiny.tiny_flux2_dev,
     "chroma": tiny.tiny_chroma,
     "qwen-image-2.1": tiny.tiny_qwen_image21,
+    "qwen-edit": tiny.tiny_qwen_edit,
 }
 
 
-NEWER = ("z-image", "flux2", "qwen-image", "krea2", "flux2-dev", "chroma", "qwen-image-2.1")
+NEWER = ("z-image", "flux2", "qwen-image", "krea2", "flux2-dev", "chroma", "qwen-image-2.1", "qwen-edit")
 every = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in NEWER)) for name in WRITERS]
 )

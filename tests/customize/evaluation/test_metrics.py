@@ -14,7 +14,7 @@ from backbone.io.console import UserError
 from backbone.io.report import line_plot, table, write_report
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.evaluation.dreambench import moji_prompts, read_prompts
+from customize.evaluation.dreambench import compare_with_references, moji_prompts, read_prompts
 from customize.evaluation.metrics import (
     ConceptMetrics,
     EarlyStopping,
@@ -145,6 +145,16 @@ def test_likeness_by_dino_leaves_obedience_to_the_model_s_own_scorer(tmp_path: P
     assert list(clip) == ["CLIP-I", "CLIP-T", "DIV"] and clip["CLIP-I"] != alone["DINO"]
     assert with_reader["CLIP-T"] == pytest.approx(clip["CLIP-T"]) and with_reader["DIV"] == alone["DIV"]
     assert Scorers.load(None, None) is None
+
+
+def test_a_run_is_compared_with_references_prompt_by_prompt() -> None:
+    """Prompts differ far more among themselves than the two ways do, which the paired interval leaves out."""
+    untrained = [0.1, 0.5, 0.9, 0.3]
+    found = compare_with_references({"CLIP-I": [value + 0.02 for value in untrained]}, {"CLIP-I": untrained})
+    apart, alone = found["CLIP-I, the run minus references"], found["CLIP-I, from references"]
+    assert apart.value == pytest.approx(0.02) and apart.high - apart.low < 1e-9
+    assert alone.value == pytest.approx(0.45) and alone.high - alone.low > 0.3
+    assert compare_with_references({"CLIP-I": untrained}, {}) == {}
 
 
 def test_a_run_whose_obedience_nothing_can_measure_is_refused(tmp_path: Path, tiny: Backbone) -> None:

@@ -25,6 +25,7 @@ from customize.cli import app
 from customize.data.edit_pairs import hold_out, read_edit_pairs
 from customize.evaluation.edits import HeldOut, changed_place, measure_edits
 from customize.objectives.instruction_edits import draw_dropout
+from customize.settings import resolved
 from edit.methods.instruct import instruct
 from edit.run.open import load_model
 from tests.backbone.media.test_registration import moved, picture
@@ -89,6 +90,20 @@ def run(pairs: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
     said = invoked("train", "--resume", out, "--steps", 4)
     assert "edit instruct PHOTO" in said and "nearer to the true ones" in said
     return out
+
+
+def test_edits_have_a_learning_rate_of_their_own() -> None:
+    words = {"images": "", "token": "", "class_noun": "", "pairs": "edits/"}
+    moji = Backbone.open("moji").defaults
+    for asked, usual, rate in (
+        (words, {"learning_rate": 4e-3}, 1e-4),
+        (words | {"method": "full"}, {}, 5e-5),
+        (words, {"learning_rates": {"pairs": 3e-4}}, 3e-4),
+        (words | {"learning_rate": 2e-4}, moji, 2e-4),
+        (words, moji, 1e-3),
+        (words | {"pairs": ""}, moji, moji["learning_rate"]),
+    ):
+        assert resolved(asked, usual).learning_rate == rate
 
 
 @pytest.mark.slow

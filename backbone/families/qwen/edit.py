@@ -1,0 +1,197 @@
+"""Qwen-Image-Edit: Qwen-Image's transformer, which reads images as tokens, and Qwen2.5-VL, which looks at them.
+
+The first edition edits one image, which the text encoder sees as large as the autoencoder. From 2509 on (`EditPlus`)
+there are up to three, which it sees at about 384 × 384 pixels, each called “Picture 1:” and so on in the prompt. Places
+in an image have two coordinates there, as these models were trained; diffusers 0.42 with transformers 5 counts them
+through like words (its issue 14194).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from PIL.Image import Image, Resampling
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from backbone.conditions.conditions import Text
+from backbone.families import language_models, loading, split_files
+from backbone.families.base import ImageInput, ModelSpec, ModuleSpec, TextEncoderSlot
+from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.location import Location
+from backbone.families.qwen.family import QwenImage, is_editor
+from backbone.io.console import UserError
+from backbone.io.files import Header
+from backbone.io.weights import refuse_damaged
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+WORDS, DROPPED = 512, 64
+LOOK = "<|image_pad|>"
+SIDE = 32  # multiple of the sides at which images are seen
+PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}  # of the published processor
+
+
+@dataclass(frozen=True)
+class Looking:
+    """How an edition looks at images.
+
+    most      images
+    area      pixels at which each is seen, 0: as it is
+    tokens    at most so many of one image
+    numbered  whether each is announced as “Picture 1: ”
+    """
+
+    most: int
+    area: int
+    tokens: int
+    numbered: bool
+
+
+ONE = Looking(1, 0, 1440, numbered=False)  # 1024² pixels are 1369 tokens of 28 × 28
+PLUS = Looking(3, 384 * 384, 240, numbered=True)
+LATER = ("2509", "2511", "plus")  # in a file's name, which alone says what its transformer was trained for
+
+
+def edition_of(file: Path) -> Looking | None:
+    """The edition that a file of Qwen-Image's transformer is of, by its name; None for the one that draws."""
+    if not is_editor(file):
+        return None
+    return PLUS if any(mark in file.stem.lower() for mark in LATER) else ONE
+
+
+class SeeingEncoder(LanguageModelEncoder):
+    """Implements `SeeingTextEncoder`: the last hidden states of a vision-language model."""
+
+    def __init__(
+        self, slot: TextEncoderSlot, model: Any, processor: Any, looking: Looking, *, name: str, width: int
+    ) -> None:
+        """`slot` is the language model within the whole `model`; `processor` makes patches of images."""
+        reading = Reading(layers=(-1,), tokens=WORDS + looking.most * looking.tokens, dropped=DROPPED)
+        super().__init__(slot, reading, write=lambda prompt: prompt.join(TEMPLATE), name=name, width=width)
+        self.model, self.processor, self.looking = model.eval().requires_grad_(False), processor, looking
+        if slot.tokenizer.convert_tokens_to_ids(LOOK) != model.config.image_token_id:
+            raise UserError(
+                f"The tokenizer of {name} has another token for an image than its text encoder. Download the model "
+                "again."
+            )
+
+    def to(self, device: torch.device) -> Any:
+        self.model.to(device)
+        return self
+
+    def __call__(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Text:
+        """hidden [B, T, D] and mask [B, T] of prompts, each with the same images; warns of truncated prompts."""
+        if not seen:
+            return super().__call__(prompts)
+        (slot,) = self.slots
+        images = self.processor(images=[self.look(image) for image in seen], return_tensors="pt")
+        counts = (images["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
+        before = "".join(
+            (f"Picture {number}: " if self.looking.numbered else "")
+            + f"<|vision_start|>{LOOK * count}<|vision_end|>"
+            for number, count in enumerate(counts, 1)
+        )
+        self.warn_truncation(prompts, WORDS)
+        texts = [self.write(before + prompt) for prompt in prompts]
+        tokens = loading.tokenize(
+            slot, texts, self.reading.tokens + DROPPED, padding="longest", special=False
+        )
+        states = self.model(
+            **tokens,
+            mm_token_type_ids=(tokens["input_ids"] == self.model.config.image_token_id).int(),
+            pixel_values=images["pixel_values"].repeat(len(texts), 1).to(self.model.device),
+            image_grid_thw=images["image_grid_thw"].repeat(len(texts), 1).to(self.model.device),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states[-1]
+        rows = zip(states.float(), tokens["attention_mask"].bool(), strict=True)
+        return language_models.pad_rows([row[there][DROPPED:] for row, there in rows], self.reading.tokens)
+
+    def look(self, image: Image) -> Image:
+        """An image as large as it is seen."""
+        if not self.looking.area:
+            return image
+        ratio = image.width / image.height
+        width = math.sqrt(self.looking.area * ratio)
+        sides = (max(SIDE, round(side / SIDE) * SIDE) for side in (width, width / ratio))
+        return image.resize(cast(tuple[int, int], tuple(sides)), Resampling.LANCZOS)
+
+
+class QwenImageEdit(QwenImage):
+    """Implements `Family`."""
+
+    name: ClassVar[str] = "Qwen-Image-Edit"
+    hub_ids: ClassVar[dict[str, str]] = {"qwen-image-edit": "Qwen/Qwen-Image-Edit"}
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImageEditPipeline",)
+    looking: ClassVar[Looking] = ONE
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {
+        "QwenImageEditPipeline": ImageInput(ONE.most, text_sees=True)
+    }
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return self.files.match(header) if edition_of(header.path) is self.looking else None
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> SeeingEncoder:
+        if location.file is not None:
+            model = split_files.load_text_model(Qwen2_5_VLModel, location, dtype, part_name=name_part)
+            words = split_files.load_tokenizer(Qwen2Tokenizer, location)
+            processor = Qwen2VLImageProcessorPil(size=PIXELS)
+        else:
+            kind = Qwen2_5_VLForConditionalGeneration
+            model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).model
+            words = loading.load_pretrained(Qwen2Tokenizer, location, "tokenizer")
+            processor = loading.load_pretrained(Qwen2VLImageProcessorPil, location, "processor")
+        slot = TextEncoderSlot("text_encoder", words, model.language_model)
+        width = int(location.config("transformer")["joint_attention_dim"])
+        return SeeingEncoder(slot, model, processor, self.looking, name=location.name, width=width)
+
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        plain, config = super().spec(location, dtype), location.config("text_encoder")
+
+        def build() -> nn.Module:
+            with refuse_damaged(location.name, "text_encoder"):
+                return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(config))
+
+        tokens = WORDS + self.looking.most * self.looking.tokens
+        width = plain.text_shapes["hidden"][-1]
+        return ModelSpec(
+            plain.denoiser,
+            plain.autoencoder,
+            {"text_encoder": ModuleSpec(build, dtype)},
+            {"hidden": (tokens, width), "mask": (tokens,)},
+        )
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Implements `Family`: the editions of 2509 and later."""
+
+    name: ClassVar[str] = "Qwen-Image-Edit-Plus"
+    hub_ids: ClassVar[dict[str, str]] = {
+        "qwen-image-edit-2509": "Qwen/Qwen-Image-Edit-2509",
+        "qwen-image-edit-2511": "Qwen/Qwen-Image-Edit-2511",
+    }
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
+    looking: ClassVar[Looking] = PLUS
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {
+        "QwenImageEditPlusPipeline": ImageInput(PLUS.most, text_sees=True)
+    }
+
+
+def name_part(name: str) -> str:
+    """A tensor's name in the whole model: files have the eye beside the language model, or within it."""
+    inner = re.sub(r"^(model\.|language_model\.)+", "", name)
+    return inner if inner.startswith(("visual.", "lm_head.")) else f"language_model.{inner}"

@@ -1,0 +1,202 @@
+"""`customize evaluate-control`: how well a control network is obeyed on pairs of images and maps.
+
+Every pair's caption is drawn under its map and, from the same noise, without it (the *floor*); the pair's own image
+goes through the autoencoder (the *bound*). `benchmarks.control` measures more on scenes whose layout is known exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from backbone.conditions.control import Control
+from backbone.evaluation.clip import Scorer
+from backbone.evaluation.statistics import bootstrap_mean
+from backbone.io.console import progress
+from backbone.io.files import write_json, write_text
+from backbone.media.control_maps import COMPUTED, as_hints, compute_map
+from backbone.media.crops import read_crop
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import to_image, to_tensor
+from backbone.models.control import OpenedControl
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
+from customize.data.control_pairs import ControlPair
+from customize.evaluation.obedience import agreement
+
+TABLE = "table.json"
+UNDER, FLOOR, BOUND, APART = "under the map", "no condition", "true, round trip", "under the map − without"
+COLUMNS = {
+    "edges": "edges F1 with the true image's",
+    "map": "F1 of its map with the asked one",
+    "words": "CLIP-T",
+}
+SHOWN = 12  # pairs on the sheet
+
+
+@dataclass(frozen=True)
+class ControlDrawing:
+    """How pairs are drawn: under which kind of map, how strongly, and with which settings of the sampler."""
+
+    kind: str
+    scale: float
+    steps: int
+    guidance: float
+    seed: int
+
+
+Values = dict[str, list[float | None]]
+"""Of each measure its value for every pair; None where nothing defines one."""
+
+
+def evaluate_control(
+    model: Backbone,
+    opened: OpenedControl,
+    pairs: Sequence[ControlPair],
+    drawing: ControlDrawing,
+    *,
+    scorer: Scorer | None,
+    out: Path,
+) -> dict[str, Any]:
+    """Draws and measures pairs and writes `table.md`, `table.json` and `sheet.png`; the table is under `text` too."""
+    size = (model.resolution, model.resolution)
+    true = [read_crop(pair.image, size) for pair in pairs]
+    maps = torch.stack([pair.read_map(drawing.kind, size) for pair in pairs])
+    images = {
+        UNDER: draw_pairs(model, pairs, drawing, opened=opened, maps=maps),
+        FLOOR: draw_pairs(model, pairs, drawing),
+        BOUND: [round_trip(model, image) for image in true],
+    }
+    values = {
+        name: measure_images(drawn, true, maps, pairs, drawing.kind, scorer) for name, drawn in images.items()
+    }
+    rows = summarize(values)
+    facts = {"network": opened.name, "model": model.location.name, "pairs": len(pairs), **vars(drawing)}
+    write_json(out / TABLE, {**facts, "rows": rows})
+    text = format_table(facts, rows)
+    write_text(out / "table.md", text)
+    save_pairs(out / "sheet.png", drawing.kind, maps, true, images)
+    return {"text": text, "rows": rows}
+
+
+@torch.no_grad()
+def draw_pairs(
+    model: Backbone,
+    pairs: Sequence[ControlPair],
+    drawing: ControlDrawing,
+    *,
+    opened: OpenedControl | None = None,
+    maps: torch.Tensor | None = None,
+) -> list[Image]:
+    """An image of each pair's caption, always from the same noise: under its map, or without one."""
+    drawn: list[Image] = []
+    with progress(len(pairs), f"drawing ({UNDER if opened else FLOOR})") as bar:
+        for number, pair in enumerate(pairs):
+            controls = []
+            if opened is not None and maps is not None:
+                network = opened.network.for_kind(drawing.kind)
+                with model.autocast():
+                    hints = maps[number : number + 1].to(model.device)
+                    controls = [Control.of(network, hints, scale=drawing.scale)]
+            drawn += sample(
+                model,
+                [Request(pair.caption, (number, 0))],
+                steps=drawing.steps,
+                guidance=drawing.guidance,
+                seed=drawing.seed,
+                controls=controls,
+                advance=bar.advance_images,
+            )
+    return drawn
+
+
+def round_trip(model: Backbone, image: Image) -> Image:
+    """An image as the autoencoder gives it back, which is the most that a network can be obeyed."""
+    return to_image(model.decode(model.encode(to_tensor(image)[None]).mean)[0].cpu())
+
+
+def measure_images(
+    drawn: Sequence[Image],
+    true: Sequence[Image],
+    maps: torch.Tensor,
+    pairs: Sequence[ControlPair],
+    kind: str,
+    scorer: Scorer | None,
+) -> Values:
+    """The measures of one image for each pair."""
+    edges = [
+        agreement(_lines("edges", real), _lines("edges", image)).f1
+        for real, image in zip(true, drawn, strict=True)
+    ]
+    found: Values = {"edges": list(edges)}
+    if kind in COMPUTED:
+        asked = [one.amax(0) > 0.5 for one in maps]
+        found["map"] = [
+            agreement(one, _lines(kind, image)).f1 for one, image in zip(asked, drawn, strict=True)
+        ]
+    if scorer is not None and any(pair.caption for pair in pairs):
+        captions = [pair.caption or " " for pair in pairs]
+        cosines = (scorer.embed_images(list(drawn)) * scorer.embed_texts(captions)).sum(1).tolist()
+        found["words"] = [
+            cosine if pair.caption else None for cosine, pair in zip(cosines, pairs, strict=True)
+        ]
+    return found
+
+
+def _lines(kind: str, image: Image) -> torch.Tensor:
+    """The lines [H, W] of a kind that are found in an image."""
+    return as_hints(compute_map(kind, image))[0].amax(0) > 0.5
+
+
+def summarize(values: dict[str, Values]) -> dict[str, dict[str, dict[str, float]]]:
+    """Means over pairs with bootstrap intervals, row by row; the last row is what the map changes, pair by pair."""
+    apart: Values = {
+        name: [
+            None if mine is None or other is None else mine - other
+            for mine, other in zip(under, values[FLOOR][name], strict=True)
+        ]
+        for name, under in values[UNDER].items()
+    }
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for row, columns in {**values, APART: apart}.items():
+        rows[row] = {}
+        for name, each in columns.items():
+            defined = [value for value in each if value is not None]
+            mean = bootstrap_mean(defined)
+            rows[row][name] = {"mean": mean.value, "low": mean.low, "high": mean.high, "n": len(defined)}
+    return rows
+
+
+def format_table(facts: dict[str, Any], rows: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The table as Markdown."""
+    columns = [name for name in COLUMNS if name in rows[UNDER]]
+    lines = [
+        f"{facts['network']} on {facts['model']}: {facts['pairs']} pairs by {facts['kind']}, {facts['steps']} steps, "
+        f"guidance {facts['guidance']:g}, scale {facts['scale']:g}",
+        "",
+        f"| | {' | '.join(COLUMNS[name] for name in columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for row, found in rows.items():
+        cells = [
+            f"{found[name]['mean']:.3f} ({found[name]['low']:.3f} to {found[name]['high']:.3f})"
+            for name in columns
+        ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def save_pairs(
+    path: Path, kind: str, maps: torch.Tensor, true: Sequence[Image], images: dict[str, list[Image]]
+) -> None:
+    """A row for each of the first pairs: its map, its image, and what was drawn under the map and without."""
+    rows: list[list[Cell | Image | None]] = [
+        [to_image(maps[n] * 2 - 1), true[n], images[UNDER][n], images[FLOOR][n]]
+        for n in range(min(SHOWN, len(true)))
+    ]
+    save_png(path, draw_sheet(rows, column_titles=[kind, "true", UNDER, FLOOR]))
