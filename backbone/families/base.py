@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +199,31 @@ class Family(Protocol):
 
         None where guidance takes a second call with an empty prompt (Ho & Salimans 2022).
         """
+        ...
+
+
+class PictureEncoder(Protocol):
+    """What a network that makes clips of pictures is told of one."""
+
+    def to(self, device: torch.device) -> PictureEncoder:
+        """The same on another device."""
+        ...
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in −1…1, of any size, to embeddings [B, T, D]."""
+        ...
+
+
+@runtime_checkable
+class PictureFamily(Protocol):
+    """A family whose network is told a picture in the place of words, and makes a clip of it.
+
+    Its conditions are `hidden` [B, T, D] of the picture and `ids` [B, 3] (frames a second less one, motion bucket,
+    deviation of the noise on the picture), and one reference, the picture's latents at the autoencoder's own scale.
+    """
+
+    def picture_encoder(self, location: Location, dtype: torch.dtype) -> PictureEncoder:
+        """Load what makes `hidden` of a picture."""
         ...
 
 

@@ -232,8 +232,8 @@ def initial_noise(
     key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023, PYoCo,
     section 4.2, mixed noise).
     """
-    *channels, height, width = model.latent_shape
-    shape = (*channels, *(places or (height, width)))
+    channels, *_, height, width = model.latent_shape  # of a model of clips with its frames between
+    shape = (channels, *(places or (height, width)))
 
     def draw(*key: int | str) -> Tensor:
         return torch.randn(shape, generator=generator(seed, i, j, *key))
