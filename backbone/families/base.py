@@ -260,7 +260,7 @@ class ModuleSpec:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
-        nn.Module.to(network, self.dtype)
+        nn.Module.to(network, device, self.dtype)  # what was made by torch.Tensor is not there yet
         for name, module in network.named_modules() if self.in_fp32 else ():
             if set(name.split(".")) & set(self.in_fp32):
                 nn.Module.float(module)

@@ -1,7 +1,8 @@
 """A picture that begins to move: clips of a model that reads a picture and no words (Stable Video Diffusion).
 
-    still = Still(pixels, fps=7, motion_bucket=127, noise=0.02)
-    (latents,) = animate(model, still, [(0, 0)], steps=25, guidance=(1.0, 3.0), seed=0, frames=Frames(14))
+    keys = [(0, 0)]
+    conditions = condition_on_stills(model, [Still(pixels, fps=7, motion_bucket=127, noise=0.02)], keys, seed=0)
+    (latents,) = animate(model, conditions, keys, steps=25, guidance=(1.0, 3.0), seed=0, frames=Frames(14))
     frames = model.decode_clip(latents[0])
 
 Clip (i, j) depends on the seed, i and j alone. Guidance grows over the frames, from the first to the last: the first
@@ -50,46 +51,22 @@ class Still:
     shown: Tensor | None = None
 
 
-@torch.no_grad()
-def animate(
-    model: Backbone,
-    still: Still,
-    keys: Sequence[tuple[int, int]],
-    *,
-    steps: int,
-    guidance: tuple[float, float],
-    seed: int,
-    frames: Frames,
-    sampler: Sampler = "ddim",
-    guided: tuple[float, float] = ALL_STEPS,
-    advance: Callable[[float], Any] | None = None,
-) -> Iterator[Tensor]:
-    """Latents [1, C, F, H, W] of a clip for each noise key (i, j), of the model's own scale.
+def condition_on_stills(
+    model: Backbone, stills: Sequence[Still], keys: Sequence[tuple[int, int]], seed: int
+) -> list[Conditions]:
+    """The conditions of a clip for each noise key (i, j): of still i, under noise of the key's own.
 
-    `guidance` is that of the first frame and that of the last. `advance` is told after each step how many clips' worth
-    of work it was.
+    The picture's encoder is freed again, as it is used no more.
     """
-    height, width = (side // model.factor for side in still.pixels.shape[-2:])
-    schedule = model.schedule(steps, size=(height, width))
-    hidden = encode_still(model, still)
-    for key in keys:
-        conditions = condition_on(model, still, hidden, generator(seed, *key, "picture"))
-        noise = initial_noise(model, seed, *key, (height, width), frames=frames)[None]
-        start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-        predict = guide_over_frames(model, conditions, torch.linspace(*guidance, frames.count))
-        if guided != ALL_STEPS:
-            predict = limit_guidance(guided, predict, model.predictor(conditions), schedule)
-        if advance is not None:
-            predict = report_steps(predict, advance, 1 / count_predictions(sampler, schedule))
-        yield get_sampler(sampler, [generator(seed, *key, "steps")])(start, predict, schedule)
+    hidden = [encode_still(model, still) for still in stills]
+    model.free("picture_encoder")
+    return [condition_on(model, stills[i], hidden[i], generator(seed, i, j, "picture")) for i, j in keys]
 
 
 def encode_still(model: Backbone, still: Still) -> Tensor:
-    """What the model is told of a picture [1, T, D]; the encoder is freed again, as it is used once."""
+    """What the model is told of a picture [1, T, D]."""
     shown = still.pixels if still.shown is None else still.shown
-    hidden = send(model.picture_encoder(send(shown[None], model.device)), model.device)
-    model.free("picture_encoder")
-    return hidden
+    return send(model.picture_encoder(send(shown[None], model.device)), model.device)
 
 
 def condition_on(model: Backbone, still: Still, hidden: Tensor, random: torch.Generator) -> Conditions:
@@ -101,6 +78,43 @@ def condition_on(model: Backbone, still: Still, hidden: Tensor, random: torch.Ge
     return Conditions({"hidden": hidden, "ids": ids}, references=(latents,))
 
 
+@torch.no_grad()
+def animate(
+    model: Backbone,
+    conditions: Sequence[Conditions],
+    keys: Sequence[tuple[int, int]],
+    *,
+    steps: int,
+    guidance: tuple[float, float],
+    seed: int,
+    frames: Frames,
+    sampler: Sampler = "ddim",
+    guided: tuple[float, float] = ALL_STEPS,
+    batch: int = 1,
+    advance: Callable[[float], Any] | None = None,
+) -> Iterator[Tensor]:
+    """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
+
+    `guidance` is that of the first frame and that of the last. `advance` is told after each step how many clips' worth
+    of work it was.
+    """
+    places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
+    schedule = model.schedule(steps, size=places)
+    scales = torch.linspace(*guidance, frames.count)
+    for first in range(0, len(keys), batch):
+        some = keys[first : first + batch]
+        noise = torch.stack([initial_noise(model, seed, *key, places, frames=frames) for key in some])
+        start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
+        together = Conditions.cat(conditions[first : first + batch])
+        predict = guide_over_frames(model, together, scales)
+        if guided != ALL_STEPS:
+            predict = limit_guidance(guided, predict, model.predictor(together), schedule)
+        if advance is not None:
+            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
+        randoms = [generator(seed, *key, "steps") for key in some]
+        yield get_sampler(sampler, randoms)(start, predict, schedule)
+
+
 def unconditioned(conditions: Conditions) -> Conditions:
     """The same without the picture: zeros in its place, and the ids as they are."""
     text = {
@@ -110,14 +124,19 @@ def unconditioned(conditions: Conditions) -> Conditions:
 
 
 def guide_over_frames(model: Backbone, conditions: Conditions, scales: Tensor) -> Predict:
-    """Classifier-free guidance whose scale is another one for each frame [F]; none at all where none is above 1."""
-    if float(scales.max()) <= 1:
+    """Classifier-free guidance whose scale is another one for each frame [F]; no second call where all are 1."""
+    if bool((scales == 1).all()):
         return model.predictor(conditions)
-    both = model.predictor(Conditions.cat([conditions, unconditioned(conditions)]))
+    empty = unconditioned(conditions)
+    with_picture, without = model.predictor(conditions), model.predictor(empty)
+    both = model.predictor(Conditions.cat([conditions, empty]))
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         scale = send(scales, noisy.device)[:, None, None]
-        halves = (part.chunk(2) for part in both(torch.cat([noisy, noisy]), level))
-        return Estimate(*(empty + scale * (some - empty) for some, empty in halves))
+        if model.placement.one_by_one:
+            halves = zip(with_picture(noisy, level), without(noisy, level), strict=True)
+        else:
+            halves = (part.chunk(2) for part in both(torch.cat([noisy, noisy]), level))
+        return Estimate(*(none + scale * (some - none) for some, none in halves))
 
     return predict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
@@ -13,21 +14,25 @@ from backbone.io.files import read_json, refuse_filled
 from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
 from backbone.io.options import settled_command
 from backbone.io.records import read_as
+from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions, TrainMotionOptions
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, CONCEPTS, SAMPLING))(clip)
+    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, PICTURE, CONCEPTS, SAMPLING))(clip)
     settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
 
 
 def clip(asked: ClipOptions) -> None:
-    """Draw clips from prompts with a motion adapter, with concepts or without."""
+    """Draw clips from prompts with a motion adapter, with concepts or without, or let a picture move."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
     prompts = [prompt.text for prompt in prompts_of([*asked.words, *asked.prompts])]
+    if asked.by_picture_alone:
+        clip_of_pictures(asked)
+        return
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
@@ -45,12 +50,25 @@ def clip(asked: ClipOptions) -> None:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.clips.draw import RECORD, draw_clips
+    from customize.clips.draw import draw_clips
 
-    folder = draw_clips(prompts, asked, concepts=concepts)
-    notify(f"{count_of(len(prompts) * asked.count, 'clip')} in {folder}; {folder}/report.html plays them.")
+    report_clips(draw_clips(prompts, asked, concepts=concepts), len(prompts) * asked.count, asked)
+
+
+def clip_of_pictures(asked: ClipOptions) -> None:
+    """Clips of a model that reads a picture and no words."""
+    if asked.out is not None:
+        refuse_filled(asked.out)
+    from customize.clips.picture import draw_pictures
+
+    report_clips(draw_pictures(asked), len(asked.images) * asked.count, asked)
+
+
+def report_clips(folder: Path, count: int, asked: ClipOptions) -> None:
+    """Say where the clips are."""
+    notify(f"{count_of(count, 'clip')} in {folder}; {folder}/report.html plays them.")
     if asked.as_json:
-        print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / RECORD)})
+        print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
 
 
 def train_motion(asked: TrainMotionOptions) -> None:

@@ -152,8 +152,9 @@ def publish(
         for prompt, request in zip(said, requests, strict=True)
     ]
     runs = describe_concepts([one["folder"] for one in record["concepts"]], 1.0).get("concepts", [])
+    with_what = [str(record["model"]), str(record["motion"]), *runs]
     note = (
-        f"{' with '.join([str(record['model']), str(record['motion']), *runs])}, {record['frames']} frames at "
+        f"{' with '.join(filter(None, with_what))}, {record['frames']} frames at "
         f"{fps:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
     )
     page = draw_sheet(rows, note=note, row_titles=titles, cell=128)

@@ -19,14 +19,16 @@ from backbone.io.flags import (
 )
 from backbone.io.options import Option, check_values
 from backbone.io.sampling import DrawingOptions
+from customize.clips.picture_settings import PictureOptions
 
 MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
-SHORTEST = 2  # frames
+SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
+USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that are told in words
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions(DrawingOptions, JsonOptions):
+class ClipOptions(PictureOptions, DrawingOptions, JsonOptions):
     """What `customize clip` draws.
 
     Raises `UserError`, naming the argument, for what does not fit.
@@ -39,9 +41,18 @@ class ClipOptions(DrawingOptions, JsonOptions):
     ] = ()
     frames: Annotated[
         int,
-        Option("Frames of a clip.", MOTION, aliases=("num-frames", "video-length"), min=SHORTEST, max=1024),
-    ] = 16
-    fps: Annotated[float, Option("Frames a second.", MOTION, min=0.1, max=240)] = 8.0
+        Option(
+            "Frames of a clip.",
+            MOTION,
+            aliases=("num-frames", "video-length"),
+            min=0,
+            max=1024,
+            default_text="16; of SVD by model",
+        ),
+    ] = 0
+    fps: Annotated[float, Option("Frames a second.", MOTION, min=0, max=240, default_text="8; of SVD 7")] = (
+        0.0
+    )
     motion: Annotated[
         str,
         Option(
@@ -104,6 +115,14 @@ class ClipOptions(DrawingOptions, JsonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_pictures(words=not self.by_picture_alone)
+        if self.frames == 1:
+            raise UserError(f"--frames must lie between {SHORTEST} and 1024, and 1 does not.")
+        if 0 < self.fps < SLOWEST:
+            raise UserError(f"--fps must lie between {SLOWEST} and 240, and {self.fps:g} does not.")
+        if not self.by_picture_alone:
+            object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
+            object.__setattr__(self, "fps", self.fps or USUAL_FPS)
         if self.context_length and self.context_length < SHORTEST:
             raise UserError(
                 f"--context-length {self.context_length} is no clip. Give {SHORTEST} or more, or 0."
@@ -113,6 +132,11 @@ class ClipOptions(DrawingOptions, JsonOptions):
                 f"Windows of {self.context_length} frames, {self.context_stride} apart, do not overlap. Give a "
                 f"--context-stride below {self.context_length}."
             )
+
+    @property
+    def by_picture_alone(self) -> bool:
+        """Whether a picture is all that the model is told; its frames and speed are then the model's own."""
+        return bool(self.images) and not self.words and not self.prompts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,112 @@
+"""`customize clip --image`: a picture that begins to move, by a model that reads it alone."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.media.clips import read_film
+from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
+from backbone.models.model import Backbone
+from customize.cli import app
+from tests.tiny import tiny_stable_video
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_stable_video(tmp_path_factory.mktemp("video") / "svd")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.linear_gradient("L").convert("RGB").resize((120, 60)).save(path)
+    return path
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, ["clip", *map(str, words), "--device", "cpu"])
+
+
+def refusal(answer: Any) -> str:
+    assert answer.exit_code != 0
+    return str(answer.exception) if isinstance(answer.exception, UserError) else str(answer.output)
+
+
+def test_a_picture_moves_in_its_own_shape_and_the_command_repeats_it(
+    video_folder: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ("--image", photo, "--model", video_folder, "--precision", "fp32", "--steps", "2", "--count", "2")
+    answer = call(*usual, "--out", tmp_path / "one", "--vram", "1", "--motion-bucket-id", "80")
+    assert answer.exit_code == 0, answer.exception
+    record, film = read_json(tmp_path / "one" / "run.json"), read_film(tmp_path / "one" / "p00-s01.webp")
+    assert (len(film.frames), film.fps) == (4, 7) and film.size == (96, 48)
+    assert (
+        record["motion_bucket_id"] == 80 and [one["prompt"] for one in record["clips"]] == ["photo.png"] * 2
+    )
+    program, _, *again = shlex.split(record["command"])
+    assert call(*again, "--out", tmp_path / "two").exit_code == 0
+    second = read_film(tmp_path / "two" / "p00-s01.webp")
+    assert [one.tobytes() for one in second.frames] == [one.tobytes() for one in film.frames]
+    assert film.frames[1].tobytes() != read_film(tmp_path / "one" / "p00-s00.webp").frames[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("a dog",), "Beside words a picture is read by a SparseCtrl network"),
+        (("--model", "moji"), "is told in words what to draw"),
+        (("--motion", "some"), "moves by itself, so --motion would change nothing"),
+        (("--negative", "blurry"), "reads no words to stay away from"),
+        (("--image-at", "3"), "begins with its picture"),
+        (("--image-at", "3", "--image-at", "4"), "1 --image and 2 --image-at"),
+        (("--frames", "1"), "must lie between 2"),
+        (("--width", "60"), "multiples of 16 pixels, and the width is 60"),
+        (("--min-guidance", "5"), "Give a first one that is not above the last"),
+        (("--vram", "0.1", "--frames", "1000"), "does not fit in 0.1 GiB"),
+        (("--image", "{folder}/none.png"), "none.png"),
+        (("--motion-bucket-id", "-1"), "motion-bucket-id"),
+    ],
+)
+def test_what_a_picture_alone_cannot_become_is_said_and_nothing_is_written(
+    words: tuple[str, ...], said: str, video_folder: Path, photo: Path, tmp_path: Path
+) -> None:
+    given = [word.format(folder=tmp_path) for word in words]
+    model = () if "--model" in words else ("--model", video_folder)
+    out = tmp_path / "out"
+    answer = call(*given, "--image", photo, *model, "--out", out)
+    assert said in refusal(answer) and not out.exists()
+
+
+def test_what_belongs_to_pictures_alone_is_refused_beside_words(video_folder: Path, photo: Path) -> None:
+    assert "read a picture and no words (SVD)" in refusal(call("a dog", "--vram", "8"))
+    told = ("a dog", "--image", photo, "--sparsectrl", "x", "--noise-aug-strength", "1")
+    assert "read a picture and no words (SVD)" in refusal(call(*told))
+    assert "reads no words, so it cannot be used here" in refusal(
+        call("a dog", "--motion", "x", "--model", video_folder)
+    )
+
+
+def test_a_device_is_planned_for_with_the_cheapest_savings(video_folder: Path) -> None:
+    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", from_picture=True)
+    estimator = ClipEstimator(model, frames=16, places=(16, 16), device="cpu")
+    start = ClipChoice(16)
+    needs = {name: phase.total_bytes for name, phase in estimator.phases(start).items()}
+    assert needs["decoding"] > needs["drawing"]
+    roomy = plan_clip(estimator, 2.0, start)
+    assert roomy.choice == start and "nothing changed" in roomy.lines()[0]
+    tight = plan_clip(estimator, needs["drawing"] / GIB / 0.95, start).choice
+    assert tight.chunk < 16 and not tight.placement.one_by_one
+    halved = estimator.phases(ClipChoice(1, tight.placement))
+    assert halved["decoding"].transient_bytes < needs["decoding"] / 4
+    tightest = plan_clip(estimator, 0.6 * needs["drawing"] / GIB / 0.95, start).choice
+    assert tightest.placement.one_by_one
