@@ -17,6 +17,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import refuse_filled, write_json
@@ -31,6 +32,7 @@ from backbone.models.model import Backbone
 from backbone.models.motion import Motion
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
 from customize.clips.settings import ClipOptions
+from customize.clips.sparse import describe_given_frames, given_frames, open_given_frames
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -56,16 +58,20 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     if asked.out is not None:
         refuse_filled(asked.out)
     refuse_negative(model, asked.negative, asked.guidance)
+    pictures, places = given_frames(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
+    controls = open_given_frames(model, pictures, places, asked)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
         films = []
-        for request, film in zip(requests, sample_films(model, requests, asked, frames), strict=True):
+        for request, film in zip(
+            requests, sample_films(model, requests, asked, frames, controls), strict=True
+        ):
             write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
             films.append(film)
         kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
@@ -75,6 +81,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             "fingerprint": model.fingerprint,
             "concepts": summarize_concepts(concepts),
             **describe_motion(asked),
+            **describe_given_frames(asked, places),
             **asked.facts(),
             "guided": list(asked.guided),
             "scale": asked.scale,
@@ -97,7 +104,11 @@ def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
 
 
 def sample_films(
-    model: Backbone, requests: Sequence[Request], asked: ClipOptions, frames: Frames
+    model: Backbone,
+    requests: Sequence[Request],
+    asked: ClipOptions,
+    frames: Frames,
+    controls: Sequence[Control] = (),
 ) -> Iterator[list[Image.Image]]:
     """The requested clips, in order, as their frames."""
     with progress(len(requests) * frames.count, "drawing frames") as bar:
@@ -106,6 +117,7 @@ def sample_films(
             requests,
             **asked.for_sampler(),
             frames=frames,
+            controls=controls,
             advance=lambda clips: bar.advance_images(clips * frames.count),
         ):
             for clip in latents:

@@ -20,13 +20,14 @@ from backbone.io.options import as_command
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import import_av, write_film
 from backbone.media.decode import open_rgb
-from backbone.media.transforms import crop_and_resize, crop_box, to_image, to_tensor, working_size
+from backbone.media.transforms import crop_and_resize, to_image, to_tensor, working_size
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.animate import Still, animate, condition_on_stills
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, latent_size
 from customize.clips.draw import CLIPS, film_name, publish
 from customize.clips.settings import ClipOptions
+from customize.clips.sparse import say_crop
 
 FPS = 7.0  # at which the published models were trained
 NOT_USED = {  # what a model without words makes nothing of, and what that is
@@ -132,13 +133,7 @@ def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[S
     assert asked.width is not None and asked.height is not None
     size, shown = (asked.width, asked.height), []
     for path, picture in zip(asked.images, pictures, strict=True):
-        left, top, right, bottom = box = crop_box(picture.size, size, (0.5, 0.5))
-        lost = 1 - (right - left) * (bottom - top) / prod(picture.size)
-        if lost > 0.01:
-            notify(
-                f"{path.name} is {picture.width} × {picture.height} and the clip {size[0]} × {size[1]}: {lost:.0%} at "
-                "its edges is cropped off."
-            )
+        box = say_crop(path.name, picture.size, size)
         shown.append(Shown(crop_and_resize(picture, size), picture.crop(tuple(map(round, box)))))
     return shown
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,8 +16,10 @@ from backbone.io.files import read_json
 from backbone.media.clips import read_film
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.model import Backbone
+from backbone.models.sparse import build_sparsectrl
 from customize.cli import app
-from tests.tiny import tiny_stable_video
+from customize.clips.sparse import place_frames
+from tests.tiny import tiny_motion_adapter, tiny_stable_video
 
 GIB = 2**30
 
@@ -53,7 +56,7 @@ def test_a_picture_moves_in_its_own_shape_and_the_command_repeats_it(
     assert (
         record["motion_bucket_id"] == 80 and [one["prompt"] for one in record["clips"]] == ["photo.png"] * 2
     )
-    program, _, *again = shlex.split(record["command"])
+    again = shlex.split(record["command"])[2:]
     assert call(*again, "--out", tmp_path / "two").exit_code == 0
     second = read_film(tmp_path / "two" / "p00-s01.webp")
     assert [one.tobytes() for one in second.frames] == [one.tobytes() for one in film.frames]
@@ -110,3 +113,72 @@ def test_a_device_is_planned_for_with_the_cheapest_savings(video_folder: Path) -
     assert halved["decoding"].transient_bytes < needs["decoding"] / 4
     tightest = plan_clip(estimator, 0.6 * needs["drawing"] / GIB / 0.95, start).choice
     assert tightest.placement.one_by_one
+
+
+@pytest.fixture(scope="module")
+def networks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A motion adapter and a SparseCtrl of the tiny picture model."""
+    folder = tmp_path_factory.mktemp("networks")
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    tiny_motion_adapter().save_pretrained(folder / "motion")
+    sparse: Any = build_sparsectrl(model.denoiser, motion_max_seq_length=6)
+    for value in sparse.controlnet_cond_embedding.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    for block in (*sparse.controlnet_down_blocks, sparse.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.3)
+    sparse.save_pretrained(folder / "sparse")
+    return {name: folder / name for name in ("motion", "sparse")}
+
+
+def tell(tiny_folder: Path, networks: dict[str, Path], out: Path, *words: str | Path) -> Any:
+    usual = ("--model", tiny_folder, "--motion", networks["motion"], "--precision", "fp32", "--out", out)
+    named = () if "--sparsectrl" in words else ("--sparsectrl", networks["sparse"])
+    return call("a dog", *usual, *named, "--steps", "2", "--frames", "4", *words)
+
+
+def test_beside_words_pictures_are_frames_of_the_clip(
+    tiny_folder: Path, networks: dict[str, Path], photo: Path, tmp_path: Path
+) -> None:
+    both = ("--image", photo, "--image", photo)
+    answer = tell(tiny_folder, networks, tmp_path / "both", *both)
+    assert answer.exit_code == 0, answer.exception
+    assert "at its edges is cropped off" in answer.output
+    record = read_json(tmp_path / "both" / "run.json")
+    assert record["image_at"] == [0, 3] and record["sparsectrl"] == str(networks["sparse"])
+    said = ("--image-at", "0", "--image-at", "-1")
+    assert tell(tiny_folder, networks, tmp_path / "said", *both, *said).exit_code == 0
+    assert tell(tiny_folder, networks, tmp_path / "off", *both, "--sparsectrl-scale", "0").exit_code == 0
+    frames = {
+        name: [one.tobytes() for one in read_film(tmp_path / name / "p00-s00.webp").frames]
+        for name in ("both", "said", "off")
+    }
+    assert frames["both"] == frames["said"] and frames["both"] != frames["off"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--image-at", "4"), "none of number 4: the first is 0, the last 3 or -1"),
+        (("--frames", "7"), "has positions for 6 frames, and 7"),
+        (("--frames", "7", "--context-length", "4"), "Leave it out, and ask for no more --frames"),
+        (("--sparsectrl", "some.ckpt"), "is a pickle"),
+        (("--motion-bucket-id", "4"), "Leave it out"),
+    ],
+)
+def test_frames_that_cannot_be_given_are_said_and_nothing_is_written(
+    words: tuple[str, ...],
+    said: str,
+    tiny_folder: Path,
+    networks: dict[str, Path],
+    photo: Path,
+    tmp_path: Path,
+) -> None:
+    answer = tell(tiny_folder, networks, tmp_path / "out", "--image", photo, *words)
+    assert said in refusal(answer) and not (tmp_path / "out").exists()
+
+
+def test_pictures_without_a_place_are_spread_from_the_first_frame_to_the_last() -> None:
+    assert place_frames((), 1, 16) == [0] and place_frames((), 3, 16) == [0, 8, 15]
+    assert place_frames((-1, 2), 2, 16) == [15, 2]
+    with pytest.raises(UserError, match="Two pictures are at one frame"):
+        place_frames((3, -1), 2, 4)
