@@ -563,6 +563,26 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             default_text="none",
         ),
     ] = None
+    targets: tuple[str, ...] = ()
+    first: Annotated[
+        str,
+        Option(
+            "The first frame as it was edited, by whatever program; the other frames follow it.",
+            WORDS,
+            aliases=("first-frame",),
+            metavar="PICTURE",
+            needs=OF_INVERSION,
+        ),
+    ] = ""
+    sparsectrl: Annotated[
+        str,
+        Option(
+            "A SparseCtrl network that carries the first frame too: a folder, a .safetensors, or a hub id.",
+            HOW,
+            metavar="NETWORK",
+            needs={"first": (), "motion": ()},
+        ),
+    ] = ""
     threshold: Annotated[
         float,
         Option(
@@ -570,7 +590,7 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             WHERE,
             min=0,
             max=1,
-            needs=OF_INVERSION,
+            needs={**OF_INVERSION, "first": ("",)},
         ),
     ] = 0.25
     cross: Annotated[
@@ -590,7 +610,7 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             "Share of the steps with its self-attention.",
             HOW,
             flag="self",
-            default_text="0.4; 0 where the motion's words change",
+            default_text="0.4; with --first 0.8; 0 where the motion's words change",
             min=0,
             max=1,
             needs=OF_INVERSION,

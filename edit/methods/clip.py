@@ -79,6 +79,7 @@ class ClipResult:
 
     latents  [N, C, F, H, W]
     masks    [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
+    first    the first frame [3, 8H, 8W] of every edit, where it was given
     nfe      clips that the denoiser evaluated, the inversion's counted
     """
 
@@ -91,11 +92,14 @@ class ClipResult:
     alignments: tuple[Alignment, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     chunk: int = 0
+    first: Tensor | None = None
 
     @cached_property
     def pixels(self) -> Tensor:
         """[N, F, 3, 8H, 8W] in −1…1; outside its place a frame is the source's own, pixel by pixel."""
         edits = [self.model.decode_clip(one, self.chunk).cpu() for one in self.latents]
+        if self.first is not None:
+            edits = [torch.cat([self.first[None].to(one), one[1:]]) for one in edits]
         if self.masks is None:
             return torch.stack(edits)
         around = self.encoded.pixels.cpu()

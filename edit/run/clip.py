@@ -12,7 +12,7 @@ from PIL import Image
 
 from backbone.adapters.concept import read_concept
 from backbone.evaluation import image_metrics
-from backbone.io.console import notify, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
 from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
@@ -20,8 +20,12 @@ from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.models.sparse import open_sparsectrl
+from edit.inversion.inversion import Inversion
 from edit.masks import mask_to_image
 from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, redraw_film
+from edit.methods.first_frame import carry_first_frame, read_first_frame
+from edit.pictures import SourceImage
 from edit.run.open import ModelWithConcepts, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
@@ -30,9 +34,17 @@ REDRAWN = 0.6  # the usual strength without a source prompt
 
 
 def perform_clip(
-    film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions, *, concepts: Sequence[str]
+    film: Film,
+    source: str | None,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    *,
+    concepts: Sequence[str],
+    first: SourceImage | None = None,
 ) -> Path:
     """Edits a clip that has been read, and gives the folder that was written: `--out`, or runs/edit-NAME.
+
+    `first` is its edited first frame, where that is what the others are to follow.
 
     Raises `UserError` for every mistake of the wishes, before the folder is taken.
     """
@@ -40,7 +52,7 @@ def perform_clip(
     loaded = load_in_motion(asked, concepts)
     usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, usual) as folder:
-        result = run_clip(loaded, film, source, targets, asked)
+        result = run_clip(loaded, film, source, targets, asked, first)
         films = result.films
         kept = replace(asked, out=None, source=source, targets=tuple(targets))
         record = {
@@ -81,7 +93,12 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConc
 
 
 def run_clip(
-    loaded: ModelWithConcepts, film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions
+    loaded: ModelWithConcepts,
+    film: Film,
+    source: str | None,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion where the source is described, else by noise."""
     resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
@@ -107,12 +124,38 @@ def run_clip(
             loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
             progress=bar.advance,
         )  # fmt: skip
-    with progress(inversion.steps - inversion.start(settings.strength), "editing") as bar:
+    steps = inversion.steps - inversion.start(settings.strength)
+    if first is not None:
+        result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)
+        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    with progress(steps, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
         became = alignment.describe(loaded.spoken)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+
+
+def run_first_frame(
+    inversion: Inversion,
+    picture: SourceImage,
+    target: str,
+    settings: ClipEdit,
+    sparsectrl: str,
+    steps: int,
+) -> ClipResult:
+    """The frames behind an edited first one, which a SparseCtrl carries too where one is named."""
+    first, controls = read_first_frame(inversion, picture), ()
+    if sparsectrl:
+        network = open_sparsectrl(inversion.model, sparsectrl)
+        if inversion.states.shape[2] > network.longest:
+            raise UserError(
+                f"{sparsectrl} has positions for {network.longest} frames, and the clip has "
+                f"{inversion.states.shape[2]}. Cut the clip, or leave --sparsectrl out."
+            )
+        controls = (network.of((first.pixels[None] + 1) / 2, [0]),)
+    with progress(steps, "carrying the first frame") as bar:
+        return carry_first_frame(inversion, first, target, settings, controls=controls, progress=bar.advance)
 
 
 def publish_clip(
