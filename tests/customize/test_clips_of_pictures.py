@@ -59,7 +59,7 @@ def test_a_picture_moves_in_its_own_shape_and_the_command_repeats_it(
         record["motion_bucket_id"] == 80 and [one["prompt"] for one in record["clips"]] == ["photo.png"] * 2
     )
     again = shlex.split(record["command"])[2:]
-    assert call(*again, "--out", tmp_path / "two").exit_code == 0
+    assert CliRunner().invoke(app, ["clip", *again, "--out", str(tmp_path / "two")]).exit_code == 0
     second = read_film(tmp_path / "two" / "p00-s01.webp")
     assert [one.tobytes() for one in second.frames] == [one.tobytes() for one in film.frames]
     assert film.frames[1].tobytes() != read_film(tmp_path / "one" / "p00-s00.webp").frames[1].tobytes()
@@ -165,7 +165,7 @@ def test_beside_words_pictures_are_frames_of_the_clip(
     [
         (("--image-at", "4"), "none of number 4: the first is 0, the last 3 or -1"),
         (("--frames", "7"), "has positions for 6 frames, and 7"),
-        (("--frames", "7", "--context-length", "4"), "Leave it out, and ask for no more --frames"),
+        (("--frames", "7", "--context-length", "6"), "Leave it out, and ask for no more --frames"),
         (("--sparsectrl", "some.ckpt"), "is a pickle"),
         (("--motion-bucket-id", "4"), "Leave it out"),
     ],
