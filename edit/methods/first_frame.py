@@ -68,7 +68,8 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
 def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
-    scale = inversion.schedule.a.to(change)[:, None, None, None]
+    signal = inversion.schedule.a.to(change)  # some schedules end just above a clean latent, others at it
+    scale = (signal / signal[-1])[:, None, None, None]
     held: Tensor = inversion.states[:, :, 0] + scale * change
     return held
 

@@ -110,7 +110,8 @@ def train_sparse(rank: int, settings: SparseSettings) -> None:
             predicted, clean, noise=noise, level=level, prediction_type=model.path.prediction_type
         ).mean()
 
-    with quick_to_train(model.denoiser):
+    side = data.mean.shape[-1]
+    with quick_to_train(model.denoiser), quick_to_train(network.module, side=side):
         training.follow(losses, rank)
 
 

@@ -45,10 +45,17 @@ def edited(film: Film) -> Image.Image:
     return picture
 
 
-@pytest.mark.parametrize("linked", ["by an adapter", "by attention"])
-@pytest.mark.parametrize("method", ["direct", "edit-friendly"])
+@pytest.mark.parametrize(
+    ("linked", "method"),
+    [
+        ("by an adapter", "direct"),
+        ("by attention", "edit-friendly"),
+        pytest.param("by attention", "direct", marks=pytest.mark.slow),
+        pytest.param("by an adapter", "reversible", marks=pytest.mark.slow),
+    ],
+)
 def test_frames_follow_an_edited_first_frame_and_nothing_follows_from_an_unchanged_one(
-    method: Any, linked: str, tiny: Backbone, film: Film, edited: Image.Image
+    linked: str, method: Any, tiny: Backbone, film: Film, edited: Image.Image
 ) -> None:
     if linked == "by an adapter":
         attach_motion(tiny.denoiser, tiny_motion_adapter())
@@ -59,7 +66,7 @@ def test_frames_follow_an_edited_first_frame_and_nothing_follows_from_an_unchang
     result = carry_first_frame(inversion, first, SOURCE, ClipEdit())
     assert torch.equal(result.pixels[0, 0], first.pixels)
     change = (result.latents[0] - inversion.clean).abs().amax((0, 2, 3))
-    assert change.min() > 1e-3
+    assert change.min() > 1e-4
     same = FirstFrame(inversion.image[0], inversion.states[-1][:, 0].float())
     kept = carry_first_frame(inversion, same, SOURCE, ClipEdit())
     torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
