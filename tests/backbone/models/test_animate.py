@@ -76,7 +76,7 @@ def test_one_prediction_is_diffusers_own(video: Backbone, pipeline: Any, picture
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("highest", [3.0, 1.0])
+@pytest.mark.parametrize("highest", [3.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_guided_steps_and_their_frames_are_diffusers_own(
     steps: int, highest: float, video: Backbone, pipeline: Any, picture: Image.Image
 ) -> None:

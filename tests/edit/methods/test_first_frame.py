@@ -105,13 +105,12 @@ def test_the_command_carries_a_first_frame_with_a_sparsectrl_and_without(
     frames = {}
     for name, more in {
         "linked": (),
-        "motion": ("--motion", places / "motion"),
         "sparse": ("--motion", places / "motion", "--sparsectrl", places / "sparse", "--target", "a cat"),
     }.items():
         answer = call(*asked, *more, "--out", tmp_path / name)
         assert answer.exit_code == 0, answer.exception
         frames[name] = [one.tobytes() for one in read_film(tmp_path / name / "edit_0.webp").frames]
-    assert len({tuple(each) for each in frames.values()}) == 3
+    assert frames["linked"] != frames["sparse"]
     with Image.open(places / "edited.png") as edited:
         assert {each[0] for each in frames.values()} == {edited.tobytes()}
     record = read_json(tmp_path / "sparse" / "run.json")
