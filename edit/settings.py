@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from backbone.io.conditions import CONTROL, ControlOptions
+from backbone.io.conditions import CONTROL, ClipControlOptions, ControlOptions
 from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, ConceptOptions
 from backbone.io.options import Option
 from backbone.io.sampling import GuidanceOption
@@ -541,7 +541,7 @@ class ReplayOptions(RunFolder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
+class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOptions, RunFolder):
     """What `edit clip` is told; None stands for what comes with the model, or with the words."""
 
     clip: Annotated[

@@ -415,7 +415,7 @@ class Backbone:
         frames = noisy.shape[2] if noisy.ndim > len(self.latent_shape) + 1 else 0
         if frames:
             noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
-            conditions = conditions[torch.arange(len(conditions)).repeat_interleave(frames)]
+            conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
         with self.autocast(), clip_of(denoiser, frames):
             prediction = network(noisy, time).float()

@@ -10,7 +10,7 @@ are, and a picture does not go through them at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -293,11 +293,13 @@ def rows_as_frames(rows: Tensor, frames: int) -> Tensor:
     return clips
 
 
-def in_windows(predict: Predict, length: int, stride: int) -> Predict:
+def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
     """Predictions of a clip longer than an adapter has positions for: windows of frames, averaged where they overlap.
 
-    Each frame's weight falls with its distance from its window's middle (Qiu et al. 2023, FreeNoise, section 3.3).
+    `predict_in` gives what predicts the frames of a window. Each frame's weight falls with its distance from its
+    window's middle (Qiu et al. 2023, FreeNoise, section 3.3).
     """
+    inside: dict[int, Predict] = {}
 
     def predicting(noisy: Tensor, level: Level) -> Estimate:
         frames = noisy.shape[2]
@@ -305,11 +307,13 @@ def in_windows(predict: Predict, length: int, stride: int) -> Predict:
         weights = torch.zeros(frames, device=noisy.device)
         for start in window_starts(frames, length, stride):
             window = slice(start, start + length)
+            if start not in inside:
+                inside[start] = predict_in(window)
             here = noisy[:, :, window]
             count = here.shape[2]
             ramp = torch.arange(1, count + 1, device=noisy.device)
             weight = torch.minimum(ramp, ramp.flip(0)).float()
-            for total, part in zip(sums, predict(here, level), strict=True):
+            for total, part in zip(sums, inside[start](here, level), strict=True):
                 total[:, :, window] += weight[:, None, None] * part
             weights[window] += weight
         clean, noise = (total / weights[:, None, None] for total in sums)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import typer
 
 from backbone.io.commands import print_json
+from backbone.io.conditions import CONTROL, refuse_from_source
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
 from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
@@ -18,7 +19,7 @@ from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, CONCEPTS, SAMPLING))(clip)
+    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, CONTROL, CONCEPTS, SAMPLING))(clip)
     settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
 
 
@@ -43,6 +44,7 @@ def clip(asked: ClipOptions) -> None:
         )
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+    refuse_from_source(asked.controls)
     if asked.out is not None:
         refuse_filled(asked.out)
     from customize.clips.draw import RECORD, draw_clips

@@ -17,6 +17,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import refuse_filled, write_json
@@ -27,6 +28,7 @@ from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.models.control import Condition, describe_conditions, open_clip_conditions, together
 from backbone.models.model import Backbone
 from backbone.models.motion import Motion
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
@@ -52,7 +54,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     model = Backbone.open(name, device=asked.device, precision=asked.precision)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
-    latent_size(model, asked.size)
+    rows, columns = latent_size(model, asked.size)
     if asked.out is not None:
         refuse_filled(asked.out)
     refuse_negative(model, asked.negative, asked.guidance)
@@ -60,12 +62,16 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
+    size = (columns * model.factor, rows * model.factor)
+    conditions = open_clip_conditions(model, asked.controls, size, asked.frames)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
         films = []
-        for request, film in zip(requests, sample_films(model, requests, asked, frames), strict=True):
+        for request, film in zip(
+            requests, sample_films(model, requests, asked, frames, together(conditions)), strict=True
+        ):
             write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
             films.append(film)
         kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
@@ -75,13 +81,15 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             "fingerprint": model.fingerprint,
             "concepts": summarize_concepts(concepts),
             **describe_motion(asked),
+            **describe_conditions(conditions),
             **asked.facts(),
             "guided": list(asked.guided),
             "scale": asked.scale,
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        publish(folder, requests, prompts, films, record, asked.fps)
+        maps = write_maps(folder, conditions, asked)
+        publish(folder, requests, prompts, films, record, maps)
     return folder
 
 
@@ -97,7 +105,11 @@ def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
 
 
 def sample_films(
-    model: Backbone, requests: Sequence[Request], asked: ClipOptions, frames: Frames
+    model: Backbone,
+    requests: Sequence[Request],
+    asked: ClipOptions,
+    frames: Frames,
+    controls: Sequence[Control] = (),
 ) -> Iterator[list[Image.Image]]:
     """The requested clips, in order, as their frames."""
     with progress(len(requests) * frames.count, "drawing frames") as bar:
@@ -106,6 +118,7 @@ def sample_films(
             requests,
             **asked.for_sampler(),
             frames=frames,
+            controls=controls,
             advance=lambda clips: bar.advance_images(clips * frames.count),
         ):
             for clip in latents:
@@ -128,15 +141,27 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
     return facts | ({"shared_noise": asked.shared_noise} if asked.shared_noise else {})
 
 
+def write_maps(
+    folder: Path, conditions: Sequence[Condition], asked: ClipOptions
+) -> dict[str, Sequence[Image.Image]]:
+    """Write `condition-0-sketch.webp` …, the maps as the networks read them; those of each, by its title."""
+    films = {}
+    for number, condition in enumerate(conditions):
+        kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * asked.frames
+        write_film(folder / f"condition-{number}-{kind}", drawn, asked.fps)
+        films[f"{kind}, scale {condition.facts['scale']:g}"] = drawn
+    return films
+
+
 def publish(
     folder: Path,
     requests: Sequence[Request],
     prompts: Sequence[str],
     films: Sequence[Sequence[Image.Image]],
     record: Mapping[str, Any],
-    fps: float,
+    maps: Mapping[str, Sequence[Image.Image]],
 ) -> None:
-    """Write the record, a sheet with a strip of each clip, and a report that plays them."""
+    """Write the record, a sheet with a strip of each clip and of its maps, and a report that plays the clips."""
     names = [film_name(request) for request in requests]
     said = [prompts[request.key[0]] for request in requests]
     entries = [
@@ -145,7 +170,8 @@ def publish(
     ]
     write_json(folder / RECORD, {**record, "clips": entries})
     rows = [
-        [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()] for film in films
+        [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()]
+        for film in (*maps.values(), *films)
     ]
     titles = [
         f"{prompt}, sample {request.key[1]}" if request.key[1] else prompt
@@ -154,9 +180,9 @@ def publish(
     runs = describe_concepts([one["folder"] for one in record["concepts"]], 1.0).get("concepts", [])
     note = (
         f"{' with '.join([str(record['model']), str(record['motion']), *runs])}, {record['frames']} frames at "
-        f"{fps:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
+        f"{record['fps']:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
     )
-    page = draw_sheet(rows, note=note, row_titles=titles, cell=128)
+    page = draw_sheet(rows, note=note, row_titles=[*maps, *titles], cell=128)
     save_png(folder / "sheet.png", page)
     facts = {
         key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from backbone.io.conditions import ClipControlOptions
 from backbone.io.console import UserError
 from backbone.io.flags import (
     DATA,
@@ -26,7 +27,7 @@ SHORTEST = 2  # frames
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions(DrawingOptions, JsonOptions):
+class ClipOptions(ClipControlOptions, DrawingOptions, JsonOptions):
     """What `customize clip` draws.
 
     Raises `UserError`, naming the argument, for what does not fit.

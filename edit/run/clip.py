@@ -21,7 +21,7 @@ from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from edit.masks import mask_to_image
-from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, redraw_film
+from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, open_clip_layout, redraw_film
 from edit.run.open import ModelWithConcepts, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
@@ -84,13 +84,15 @@ def run_clip(
     loaded: ModelWithConcepts, film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions
 ) -> ClipResult:
     """The edit itself: by an inversion where the source is described, else by noise."""
+    layout = open_clip_layout(loaded.model, film, asked.controls)
     resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
     if source is None:
         strength = REDRAWN if asked.strength is None else asked.strength
         with progress(len(film.frames), "drawing frames") as bar:
             result = redraw_film(
                 loaded.model, film, resolved[0], strength=strength, steps=asked.steps, guidance=asked.guidance,
-                negative=negative, seed=asked.seed, progress=lambda share: bar.advance_images(share * len(film.frames)),
+                negative=negative, seed=asked.seed, layout=layout,
+                progress=lambda share: bar.advance_images(share * len(film.frames)),
             )  # fmt: skip
         return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
     settings = ClipEdit(
@@ -105,7 +107,7 @@ def run_clip(
     with progress(asked.steps, "inverting", brief=True) as bar:
         inversion = invert_film(
             loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-            progress=bar.advance,
+            layout=layout, progress=bar.advance,
         )  # fmt: skip
     with progress(inversion.steps - inversion.start(settings.strength), "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
