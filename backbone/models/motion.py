@@ -19,6 +19,7 @@ import torch
 from diffusers import MotionAdapter
 from torch import Tensor, nn
 
+from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict
 from backbone.families import loading
 from backbone.families.location import Config, hub_file
@@ -43,11 +44,13 @@ class Motion:
 
     adapter   what was attached, with its settings
     frames    0 for pictures, which pass the layers by
+    controls  of the call, for what in the layers listens to them (a camera's path)
     """
 
     def __init__(self, adapter: MotionAdapter) -> None:
         self.adapter = adapter
         self.frames = 0
+        self.controls: tuple[Control, ...] = ()
         self.hooks: list[Any] = []
 
     @property
@@ -266,17 +269,18 @@ def detach_motion(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def clip_of(denoiser: nn.Module, frames: int) -> Iterator[None]:
-    """Inside the `with`, rows are clips of so many frames; 0: pictures."""
+def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()) -> Iterator[None]:
+    """Inside the `with`, rows are clips of so many frames under these controls; 0: pictures."""
     motion = motion_of(denoiser)
     if motion is None:
         yield
         return
-    before, motion.frames = motion.frames, frames
+    before = motion.frames, motion.controls
+    motion.frames, motion.controls = frames, controls
     try:
         yield
     finally:
-        motion.frames = before
+        motion.frames, motion.controls = before
 
 
 # Frames and rows ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from backbone.io.files import read_json, refuse_filled
 from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
 from backbone.io.options import settled_command
 from backbone.io.records import read_as
+from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions, TrainMotionOptions
 
 
@@ -45,6 +46,8 @@ def clip(asked: ClipOptions) -> None:
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
     refuse_from_source(asked.controls)
+    for prompt in prompts if asked.camera else ():
+        refuse_other_camera(prompt, asked.camera)
     if asked.out is not None:
         refuse_filled(asked.out)
     from customize.clips.draw import RECORD, draw_clips
@@ -53,6 +56,16 @@ def clip(asked: ClipOptions) -> None:
     notify(f"{count_of(len(prompts) * asked.count, 'clip')} in {folder}; {folder}/report.html plays them.")
     if asked.as_json:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / RECORD)})
+
+
+def refuse_other_camera(prompt: str, camera: str) -> None:
+    """`UserError` where a prompt's words move the camera otherwise than the path's."""
+    said = find_moves(prompt)[1]
+    words = [word for word in CAMERAS if word in camera.lower()]
+    if said and words and said not in words:
+        raise UserError(
+            f"“{prompt}” says {said} and --camera {camera}: they contradict each other. Say the same, or leave one out."
+        )
 
 
 def train_motion(asked: TrainMotionOptions) -> None:

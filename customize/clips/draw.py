@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from backbone.adapters.concept import (
@@ -20,14 +21,16 @@ from backbone.adapters.motion import Moves, set_in_motion
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
-from backbone.io.files import refuse_filled, write_json
+from backbone.io.files import refuse_filled, write_json, write_text
 from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.media.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.models.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.control import Condition, describe_conditions, open_clip_conditions, together
 from backbone.models.model import Backbone
 from backbone.models.motion import Motion
@@ -64,13 +67,16 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     frames = choose_frames(asked, motion)
     size = (columns * model.factor, rows * model.factor)
     conditions = open_clip_conditions(model, asked.controls, size, asked.frames)
+    path, camera = follow_camera(model, asked, size)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
         films = []
         for request, film in zip(
-            requests, sample_films(model, requests, asked, frames, together(conditions)), strict=True
+            requests,
+            sample_films(model, requests, asked, frames, (*together(conditions), *camera)),
+            strict=True,
         ):
             write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
             films.append(film)
@@ -89,8 +95,35 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             "versions": package_versions(),
         }
         maps = write_maps(folder, conditions, asked)
+        if path is not None:
+            write_text(folder / "camera.txt", as_lines(path, asked.fps))
         publish(folder, requests, prompts, films, record, maps)
     return folder
+
+
+def follow_camera(
+    model: Backbone, asked: ClipOptions, size: tuple[int, int]
+) -> tuple[CameraPath | None, tuple[Control, ...]]:
+    """The camera's path that was asked for, and the control by which clips follow it.
+
+    Raises `UserError` as `read_camera` and `open_camera`, and for a path that leaves the world of the adapter.
+    """
+    if not asked.camera:
+        return None, ()
+    path = read_camera(asked.camera, asked.frames, size)
+    beside = Path(asked.motion).expanduser() / CAMERA_WEIGHTS
+    file = asked.camera_adapter or beside
+    if asked.camera_adapter is None and not beside.is_file():
+        raise UserError(
+            f"{asked.motion} brings no {CAMERA_WEIGHTS} with it, so nothing follows a path. Name one with "
+            "--camera-adapter."
+        )
+    camera = open_camera(model, file)
+    if camera.settings.reach is not None:
+        refuse_beyond(path, camera.settings.reach, str(file))
+    with torch.no_grad():
+        control = Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip()
+    return path, (control,)
 
 
 def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
@@ -136,6 +169,8 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
     facts: dict[str, Any] = {"motion": asked.motion, "frames": asked.frames, "fps": asked.fps}
     if asked.lora:
         facts |= {"lora": [str(path) for path in asked.lora], "motion_scale": asked.motion_scale}
+    if asked.camera:
+        facts |= {"camera": asked.camera, "camera_scale": asked.camera_scale}
     if asked.context_length:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
     return facts | ({"shared_noise": asked.shared_noise} if asked.shared_noise else {})

@@ -66,6 +66,31 @@ class ClipOptions(ClipControlOptions, DrawingOptions, JsonOptions):
         float,
         Option("Strength of the motion LoRAs; 0: none.", MOTION, needs=({"lora": ()}, {"concepts": ()})),
     ] = 1.0
+    camera: Annotated[
+        str,
+        Option(
+            "The camera's path: words (pan-left, zoom-in=1.3, roll-left=20deg, ease), a .json, or a .txt of "
+            "RealEstate10K's lines.",
+            MOTION,
+            aliases=("camera-path", "trajectory-file", "pose-file"),
+            metavar="PATH",
+        ),
+    ] = ""
+    camera_adapter: Annotated[
+        Path | None,
+        Option(
+            "The .safetensors by which it is heard.",
+            MOTION,
+            aliases=("pose-adaptor-ckpt",),
+            metavar="FILE",
+            default_text="camera.safetensors beside the motion adapter",
+            needs={"camera": ()},
+        ),
+    ] = None
+    camera_scale: Annotated[
+        float,
+        Option("How strongly the path holds; 0: not at all.", MOTION, min=0, needs={"camera": ()}),
+    ] = 1.0
     context_length: Annotated[
         int,
         Option(
@@ -113,6 +138,10 @@ class ClipOptions(ClipControlOptions, DrawingOptions, JsonOptions):
             raise UserError(
                 f"Windows of {self.context_length} frames, {self.context_stride} apart, do not overlap. Give a "
                 f"--context-stride below {self.context_length}."
+            )
+        if self.camera and self.context_length and self.context_length < self.frames:
+            raise UserError(
+                "A camera's path is drawn in one window. Leave --context-length out, or ask for fewer --frames."
             )
 
 

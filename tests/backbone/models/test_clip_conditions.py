@@ -1,4 +1,4 @@
-"""Conditions on the layout of clips: a map for each frame, as in diffusers' pipeline, and nothing where they are off."""
+"""Conditions on the layout of clips: a map for each frame, as in diffusers, and nothing where they are off."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_folder_an_animation_a_still_and_a_clip_to_look_at_give_a_map_a_frame(
         ("sketch={walk}/maps", 16, "has 4 maps and the clip 16 frames"),
         ("sketch={walk}/walk.webp", 3, "has 4 maps and the clip 3 frames"),
         ("sketch={walk}/nowhere", 4, "nowhere"),
-        ("sketch={walk}", 4, "has 5 maps"),
+        ("sketch={walk}", 4, "has 2 maps"),
         ("labels={walk}/nothing.mp4", 4, "no film"),
     ],
 )
