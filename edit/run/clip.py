@@ -20,6 +20,7 @@ from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, open_clip_layout, redraw_film
 from edit.run.open import ModelWithConcepts, load_model
@@ -38,9 +39,10 @@ def perform_clip(
     """
     began = time.perf_counter()
     loaded = load_in_motion(asked, concepts)
+    layout = open_clip_layout(loaded.model, film, asked.controls)
     usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, usual) as folder:
-        result = run_clip(loaded, film, source, targets, asked)
+        result = run_clip(loaded, film, source, targets, asked, layout)
         films = result.films
         kept = replace(asked, out=None, source=source, targets=tuple(targets))
         record = {
@@ -81,10 +83,14 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConc
 
 
 def run_clip(
-    loaded: ModelWithConcepts, film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions
+    loaded: ModelWithConcepts,
+    film: Film,
+    source: str | None,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    layout: Layout = NO_LAYOUT,
 ) -> ClipResult:
     """The edit itself: by an inversion where the source is described, else by noise."""
-    layout = open_clip_layout(loaded.model, film, asked.controls)
     resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
     if source is None:
         strength = REDRAWN if asked.strength is None else asked.strength
