@@ -11,17 +11,27 @@ from backbone.io.commands import print_json
 from backbone.io.conditions import CONTROL, refuse_from_source
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
+from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.io.options import settled_command
 from backbone.io.records import read_as
 from backbone.world.motions import CAMERAS, find_moves
-from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions, TrainMotionOptions
+from customize.clips.settings import (
+    ADAPTER_FILE,
+    MOTION,
+    TRAINING,
+    ClipOptions,
+    EvaluateClipOptions,
+    TrainMotionOptions,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     settled_command(app, ClipOptions, panels=(DRAWING, MOTION, CONTROL, CONCEPTS, SAMPLING))(clip)
     settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
+    settled_command(app, EvaluateClipOptions, panels=(DATA, DRAWING, MOTION, SAMPLING, SCORING))(
+        evaluate_clip
+    )
 
 
 def clip(asked: ClipOptions) -> None:
@@ -75,3 +85,18 @@ def train_motion(asked: TrainMotionOptions) -> None:
     run = learn(asked)
     where = shlex.quote(str(run))
     notify(f'Next: customize clip "a dog in a park, {asked.token}" --concept {where}')
+
+
+def evaluate_clip(asked: EvaluateClipOptions) -> None:
+    """Measure clips: what moves, flicker, whether they stay one thing and are what their words say."""
+    from customize.clips.evaluate import TABLE, describe
+    from customize.clips.evaluate import evaluate_clip as measure
+
+    folder = measure(asked)
+    found = read_json(folder / TABLE)
+    if asked.as_json:
+        print_json({"folder": folder, **found})
+    else:
+        for title, value, clips in describe(found["figures"]):
+            typer.echo(f"{title:36} {value}, {count_of(clips, 'clip')}")
+    notify(f"{folder}/report.html plays the clips.")

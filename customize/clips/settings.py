@@ -13,6 +13,7 @@ from backbone.io.flags import (
     DRAWING,
     OUTPUT,
     SAMPLING,
+    SCORING,
     JsonOptions,
     PlaceOptions,
     PromptWords,
@@ -214,3 +215,59 @@ class TrainMotionOptions(PlaceOptions):
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
         if not self.token.strip() or not self.token_words.strip():
             raise UserError("A motion needs a token and words for it. Give --token [M], and --token-words.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateClipOptions(PlaceOptions, JsonOptions):
+    """What `customize evaluate-clip` is told."""
+
+    what: Annotated[
+        str,
+        Option(
+            "A folder of clips, one clip, a run of train-motion, or a motion adapter.",
+            DATA,
+            argument=True,
+            metavar="CLIPS",
+        ),
+    ]
+    caption: Annotated[str, Option("What clips without a caption show.", DATA, metavar="PROMPT")] = ""
+    image: Annotated[
+        Path | None, Option("The picture with which all clips begin.", DATA, metavar="PICTURE")
+    ] = None
+    prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Of the clips that a run or an adapter draws; repeatable.",
+            DRAWING,
+            aliases=("prompt",),
+            metavar="PROMPTS",
+            default_text="nouns of moji's world, with the run's token or words of motion",
+        ),
+    ] = ()
+    model: Annotated[str | None, model_option("the run's, else moji")] = None
+    frames: Annotated[int, Option("Of a drawn clip.", MOTION, min=SHORTEST, max=1024)] = 16
+    count: Annotated[int, Option("Drawn clips of each prompt.", DRAWING, min=1)] = 1
+    steps: Annotated[
+        int | None, Option("Steps of the sampler.", SAMPLING, default_text="by model", min=1)
+    ] = None
+    guidance: Annotated[
+        float | None, Option("Classifier-free guidance; 1: none.", SAMPLING, default_text="by model", min=0)
+    ] = None
+    seed: Annotated[int, Option("Clip j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
+    scorer: Annotated[
+        Path | None,
+        Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
+    ] = None
+    out: Annotated[
+        Path | None,
+        Option(
+            "Where the table goes, new or empty.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="CLIPS/evaluation, evaluation-2 …",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_values(self)
