@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from backbone.evaluation.motion import trace_moved, track_correlation
 from backbone.io.console import UserError
 from backbone.media.clips import Film, encode_webp
-from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, measure
 from customize.cli import app
+from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, measure
 from tests.tiny import tiny_motion_adapter
 
 
