@@ -49,8 +49,9 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(model: Path, place: Path, *words: str) -> Any:
     said = [word.format(place=place) for word in words]
-    usual = ("--model", model, "--motion", place / "motion", "--device", "cpu", "--precision", "fp32")
-    return CliRunner().invoke(app, ["clip", *map(str, (*usual, "--frames", "4", "--steps", "2", *said))])
+    usual = {"--frames": "4", "--motion": str(place / "motion"), "--steps": "2", "--precision": "fp32"}
+    rest = [part for flag, value in usual.items() if flag not in said for part in (flag, value)]
+    return CliRunner().invoke(app, ["clip", *said, "--model", str(model), "--device", "cpu", *rest])
 
 
 def test_maps_and_a_path_are_followed_and_stand_in_the_record(

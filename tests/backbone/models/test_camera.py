@@ -110,6 +110,7 @@ def test_a_clip_of_a_batch_is_the_clip_alone(moving: Backbone) -> None:
 
 def test_gradients_reach_the_encoder(moving: Backbone) -> None:
     camera = trained(moving)
+    moving.denoiser.requires_grad_(False)
     camera.module.requires_grad_(True)
     noisy, index = torch.randn(1, 4, 4, 8, 8), torch.tensor([500])
     control = Control(camera, camera.encode(rays()[None]), torch.ones(1), frames=4)
