@@ -203,6 +203,30 @@ class TrainMotionOptions(PlaceOptions):
     prompt_dropout: Annotated[
         float, Option("Share of the steps without a prompt.", TRAINING, min=0, max=1)
     ] = 0.1
+    prior: Annotated[
+        str,
+        Option(
+            "How clips without the token are kept as they were: by the base's predictions on clips that it drew, or "
+            "not at all.",
+            TRAINING,
+            choices=("base", "off"),
+            switches={"with-prior-preservation": "base"},
+            off="off",
+        ),
+    ] = "base"
+    prior_loss_weight: Annotated[
+        float, Option("Of prior preservation; 0: none.", TRAINING, needs={"prior": ("base",)}, off=0, min=0)
+    ] = 1.0
+    prior_clips: Annotated[
+        int,
+        Option(
+            "Clips that the base draws before training.",
+            TRAINING,
+            aliases=("num-class-images",),
+            needs={"prior": ("base",), "prior_loss_weight": ()},
+            min=1,
+        ),
+    ] = 4
     checkpointing_steps: Annotated[int, Option("A checkpoint every so many steps.", OUTPUT, min=1)] = 100
     seed: Annotated[int, Option("Everything random follows from it.", TRAINING)] = 0
 
@@ -213,6 +237,15 @@ class TrainMotionOptions(PlaceOptions):
         for flag, value in (("--clips", self.clips), ("--motion", self.motion)):
             if self.resume is None and not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
+        if (
+            self.prior == "base"
+            and self.prior_loss_weight
+            and not self.prompt.replace(self.token, "").strip(" ,")
+        ):
+            raise UserError(
+                f"--prompt {self.prompt} is {self.token} alone, so there are no words of a class to keep. Say what "
+                "moves too, as in “a clip, [M]”, or give --prior off."
+            )
         if not self.token.strip() or not self.token_words.strip():
             raise UserError("A motion needs a token and words for it. Give --token [M], and --token-words.")
 

@@ -113,7 +113,7 @@ class ClipResult:
 
 
 @contextmanager
-def linked_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
+def link_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
     """Inside the `with` a UNet without a motion adapter links a clip's frames by attention; None where it has one."""
     refuse_joint_attention(model)
     if motion_of(model.denoiser) is not None:
@@ -159,7 +159,7 @@ def invert_film(
             f"{film.name} has {len(film.frames)} frames and the motion adapter positions for {motion.longest}. Cut the "
             "clip, or leave --motion out."
         )
-    with linked_frames(model, 1):
+    with link_frames(model, 1):
         return invert(
             model,
             encode_film(model, film),
@@ -215,7 +215,7 @@ def edit_clip(
     own = guidance if not inversion.overwrites else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     first = inversion.start(checks.strength(settings.strength, steps))
-    with linked_frames(model, 1):
+    with link_frames(model, 1):
         masks, nfe = find_places(inversion, alignments, settings, first)
     guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
     control = Control(
@@ -312,7 +312,7 @@ def redraw_film(
     guidance = guidance_of(model, guidance)
     refuse_negative(model, negative, guidance)
     encoded = encode_film(model, film)
-    with linked_frames(model, 1 + (guidance != 1)):
+    with link_frames(model, 1 + (guidance != 1)):
         (latents,) = sample_latents(
             model,
             [Request(prompt, (0, 0), negative)],

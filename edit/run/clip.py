@@ -12,7 +12,7 @@ from PIL import Image
 
 from backbone.adapters.concept import read_concept
 from backbone.evaluation import image_metrics
-from backbone.io.console import notify, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
 from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
@@ -23,11 +23,12 @@ from backbone.media.transforms import to_image
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, open_clip_layout, redraw_film
+from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.run.open import ModelWithConcepts, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
 
-REDRAWN = 0.6  # the usual strength without a source prompt
+REDRAWN, FLOWED = 0.6, 0.66  # the usual strength without a source prompt, and without an inversion
 
 
 def perform_clip(
@@ -101,6 +102,8 @@ def run_clip(
                 progress=lambda share: bar.advance_images(share * len(film.frames)),
             )  # fmt: skip
         return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    if asked.method == "flow-edit":
+        return flow_clip(loaded, film, source, targets, asked, layout)
     settings = ClipEdit(
         cross=asked.cross,
         self_attention=asked.self_attention,
@@ -121,6 +124,34 @@ def run_clip(
         became = alignment.describe(loaded.spoken)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+
+
+def flow_clip(
+    loaded: ModelWithConcepts,
+    film: Film,
+    source: str,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    layout: Layout,
+) -> ClipResult:
+    """The edit without an inversion."""
+    if asked.negative:
+        raise UserError("--negative has no effect with --method flow-edit. Leave out one of the two.")
+    settings = ClipFlow(
+        strength=FLOWED if asked.strength is None else asked.strength,
+        draws=asked.draws,
+        shared=asked.shared_noise,
+        guidance=asked.guidance,
+        source_guidance=asked.source_guidance,
+    )
+    resolved = [loaded.resolve(target) for target in targets]
+    with progress(round(settings.strength * asked.steps), "editing") as bar:
+        result = flow_film(
+            loaded.model, film, loaded.resolve(source), resolved, settings, steps=asked.steps, seed=asked.seed,
+            layout=layout, progress=bar.advance,
+        )  # fmt: skip
+    facts = {**result.facts, "method": asked.method}
+    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, facts=facts)
 
 
 def publish_clip(
