@@ -27,7 +27,16 @@ from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import reconstruct
 from edit.layout import NO_LAYOUT
-from edit.methods.clip import ClipEdit, close_over_time, edit_clip, invert_film, open_clip_layout, redraw_film
+from edit.masks import difference_maps
+from edit.methods.clip import (
+    ClipEdit,
+    close_over_time,
+    edit_clip,
+    invert_film,
+    link_frames,
+    open_clip_layout,
+    redraw_film,
+)
 from edit.run.run import replay
 from tests.backbone.test_control import controlnet
 from tests.tiny import tiny_motion_adapter
@@ -136,6 +145,14 @@ def test_frames_linked_by_attention_see_the_first_and_the_one_before(tiny: Backb
     changed = (one - two).abs().amax((0, 1, 3, 4)) > 1e-6
     assert changed.tolist() == [False, False, True, True]
     assert frames_as_rows(clips).shape[0] == 8
+
+
+def test_frames_of_one_prompt_do_not_look_at_those_of_another(tiny: Backbone, film: Film) -> None:
+    """Else it would matter which of two prompts comes first."""
+    inversion = invert_film(tiny, film, SOURCE, steps=2)
+    with link_frames(tiny, 1):
+        maps = [difference_maps(inversion, [pair])[0] for pair in ((SOURCE, "a cat"), ("a cat", SOURCE))]
+    torch.testing.assert_close(*maps, atol=1e-5, rtol=0)
 
 
 def test_a_place_counts_in_the_frames_around_it() -> None:
