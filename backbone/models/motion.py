@@ -65,7 +65,11 @@ class Motion:
             if not self.frames:
                 return None
             hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "sample", returned)
-            moved = over_time(hidden, num_frames=self.frames)
+            entering = hidden
+            if torch.is_grad_enabled() and hidden.device.type == "cpu":
+                # Behind channels-last convolutions the backward of torch's group norm over a clip crashes there
+                entering = hidden.contiguous()
+            moved = over_time(entering, num_frames=self.frames)
             if isinstance(returned, tuple):
                 return (moved, *returned[1:])
             return moved if hidden is returned else type(returned)(sample=moved)
