@@ -90,7 +90,7 @@ def test_maps_and_a_path_are_followed_and_stand_in_the_record(
         (("--camera", "pan-left=60px"), "leaves the world that"),
         (("--camera", "pan-left", "--motion", "{place}/bare"), "brings no camera.safetensors"),
         (("--camera", "pan-left", "--camera-adapter", "{place}/net/config.json"), "config.json"),
-        (("--camera", "pan-left", "--context-length", "3"), "drawn in one window"),
+        (("--camera", "pan-left", "--context-length", "3", "--context-stride", "1"), "drawn in one window"),
         (("--camera", "{place}/no.txt"), "no camera path"),
         (("camera panning right", "--camera", "pan-left"), "contradict each other"),
     ],

@@ -86,7 +86,7 @@ def test_the_command_moves_a_clip_without_an_inversion(tiny_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--method", "flow-edit"), "--method flow-edit has no effect without --source"),
+        (("--method", "flow-edit"), "--method has no effect without --source"),
         (("--source", SOURCE, "--draws", "2"), "--draws has no effect without --method flow-edit"),
         (
             ("--source", SOURCE, "--method", "flow-edit", "--cross", "0.5"),
