@@ -74,6 +74,15 @@ def read_film(source: str | Path) -> Film:
     return found
 
 
+def count_frames(path: Path) -> int:
+    """Frames of an animated file; 1 for what is none, which whoever reads it as a picture will say."""
+    try:
+        with Image.open(path) as opened:
+            return int(getattr(opened, "n_frames", 1))
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return 1
+
+
 def _read_animation(path: Path) -> Film:
     if not path.is_file():
         raise UserError(f"There is no clip {path}. Check the spelling, and the folder that it is named from.")

@@ -442,11 +442,12 @@ class Backbone:
         conditions = conditions.at(time)
         time = send(time, noisy.device)
         frames = noisy.shape[2] if noisy.ndim > len(self.latent_shape) + 1 else 0
+        controls = conditions.controls
         if frames:
             noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
-            conditions = conditions[torch.arange(len(conditions)).repeat_interleave(frames)]
+            conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
-        with self.autocast(), clip_of(denoiser, frames):
+        with self.autocast(), clip_of(denoiser, frames, controls):
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction
 

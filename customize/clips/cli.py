@@ -9,19 +9,31 @@ from pathlib import Path
 import typer
 
 from backbone.io.commands import print_json
+from backbone.io.conditions import CONTROL, refuse_from_source
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
+from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.io.options import settled_command
 from backbone.io.records import read_as
+from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PICTURE
-from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions, TrainMotionOptions
+from customize.clips.settings import (
+    ADAPTER_FILE,
+    MOTION,
+    TRAINING,
+    ClipOptions,
+    EvaluateClipOptions,
+    TrainMotionOptions,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, PICTURE, CONCEPTS, SAMPLING))(clip)
+    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, PICTURE, CONTROL, CONCEPTS, SAMPLING))(clip)
     settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
+    settled_command(app, EvaluateClipOptions, panels=(DATA, DRAWING, MOTION, SAMPLING, SCORING))(
+        evaluate_clip
+    )
 
 
 def clip(asked: ClipOptions) -> None:
@@ -48,6 +60,9 @@ def clip(asked: ClipOptions) -> None:
         )
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+    refuse_from_source(asked.controls)
+    for prompt in prompts if asked.camera else ():
+        refuse_other_camera(prompt, asked.camera)
     if asked.out is not None:
         refuse_filled(asked.out)
     from customize.clips.draw import draw_clips
@@ -71,6 +86,16 @@ def report_clips(folder: Path, count: int, asked: ClipOptions) -> None:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
 
 
+def refuse_other_camera(prompt: str, camera: str) -> None:
+    """`UserError` where a prompt's words move the camera otherwise than the path's."""
+    said = find_moves(prompt)[1]
+    words = [word for word in CAMERAS if word in camera.lower()]
+    if said and words and said not in words:
+        raise UserError(
+            f"“{prompt}” says {said} and --camera {camera}: they contradict each other. Say the same, or leave one out."
+        )
+
+
 def train_motion(asked: TrainMotionOptions) -> None:
     """Learn a motion from a few clips, apart from what they look like."""
     from customize.clips.train import train_motion as learn
@@ -78,3 +103,18 @@ def train_motion(asked: TrainMotionOptions) -> None:
     run = learn(asked)
     where = shlex.quote(str(run))
     notify(f'Next: customize clip "a dog in a park, {asked.token}" --concept {where}')
+
+
+def evaluate_clip(asked: EvaluateClipOptions) -> None:
+    """Measure clips: what moves, flicker, whether they stay one thing and are what their words say."""
+    from customize.clips.evaluate import TABLE, describe
+    from customize.clips.evaluate import evaluate_clip as measure
+
+    folder = measure(asked)
+    found = read_json(folder / TABLE)
+    if asked.as_json:
+        print_json({"folder": folder, **found})
+    else:
+        for title, value, clips in describe(found["figures"]):
+            typer.echo(f"{title:36} {value}, {count_of(clips, 'clip')}")
+    notify(f"{folder}/report.html plays the clips.")

@@ -35,6 +35,8 @@ NOT_USED = {  # what a model without words makes nothing of, and what that is
     "concepts": "takes no concepts, whose words it cannot read",
     "motion": "moves by itself",
     "context_length": "draws all frames together",
+    "condition": "reads no maps",
+    "camera": "follows no path",
     "image_at": "begins with its picture",
     "sparsectrl": "reads its picture itself",
 }
@@ -81,9 +83,7 @@ def draw_pictures(asked: ClipOptions) -> Path:
                 [to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()]
             )
             write_film(folder / film_name(request), films[-1], asked.fps, mp4=asked.mp4)
-        publish(
-            folder, requests, names, films, describe(model, asked, time.perf_counter() - began), asked.fps
-        )
+        publish(folder, requests, names, films, describe(model, asked, time.perf_counter() - began), {})
     return folder
 
 

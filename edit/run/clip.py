@@ -22,15 +22,17 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.models.sparse import open_sparsectrl
 from edit.inversion.inversion import Inversion
+from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
-from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, redraw_film
+from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, open_clip_layout, redraw_film
+from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
 from edit.run.open import ModelWithConcepts, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
 
-REDRAWN = 0.6  # the usual strength without a source prompt
+REDRAWN, FLOWED = 0.6, 0.66  # the usual strength without a source prompt, and without an inversion
 
 
 def perform_clip(
@@ -50,9 +52,10 @@ def perform_clip(
     """
     began = time.perf_counter()
     loaded = load_in_motion(asked, concepts)
+    layout = open_clip_layout(loaded.model, film, asked.controls)
     usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, usual) as folder:
-        result = run_clip(loaded, film, source, targets, asked, first)
+        result = run_clip(loaded, film, source, targets, asked, layout, first)
         films = result.films
         kept = replace(asked, out=None, source=source, targets=tuple(targets))
         record = {
@@ -98,6 +101,7 @@ def run_clip(
     source: str | None,
     targets: Sequence[str],
     asked: ClipOptions,
+    layout: Layout = NO_LAYOUT,
     first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion where the source is described, else by noise."""
@@ -107,9 +111,12 @@ def run_clip(
         with progress(len(film.frames), "drawing frames") as bar:
             result = redraw_film(
                 loaded.model, film, resolved[0], strength=strength, steps=asked.steps, guidance=asked.guidance,
-                negative=negative, seed=asked.seed, progress=lambda share: bar.advance_images(share * len(film.frames)),
+                negative=negative, seed=asked.seed, layout=layout,
+                progress=lambda share: bar.advance_images(share * len(film.frames)),
             )  # fmt: skip
         return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    if asked.method == "flow-edit":
+        return flow_clip(loaded, film, source, targets, asked, layout)
     settings = ClipEdit(
         cross=asked.cross,
         self_attention=asked.self_attention,
@@ -122,7 +129,7 @@ def run_clip(
     with progress(asked.steps, "inverting", brief=True) as bar:
         inversion = invert_film(
             loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-            progress=bar.advance,
+            layout=layout, progress=bar.advance,
         )  # fmt: skip
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
@@ -156,6 +163,34 @@ def run_first_frame(
         controls = (network.of((first.pixels[None] + 1) / 2, [0]),)
     with progress(steps, "carrying the first frame") as bar:
         return carry_first_frame(inversion, first, target, settings, controls=controls, progress=bar.advance)
+
+
+def flow_clip(
+    loaded: ModelWithConcepts,
+    film: Film,
+    source: str,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    layout: Layout,
+) -> ClipResult:
+    """The edit without an inversion."""
+    if asked.negative:
+        raise UserError("--negative has no effect with --method flow-edit. Leave out one of the two.")
+    settings = ClipFlow(
+        strength=FLOWED if asked.strength is None else asked.strength,
+        draws=asked.draws,
+        shared=asked.shared_noise,
+        guidance=asked.guidance,
+        source_guidance=asked.source_guidance,
+    )
+    resolved = [loaded.resolve(target) for target in targets]
+    with progress(round(settings.strength * asked.steps), "editing") as bar:
+        result = flow_film(
+            loaded.model, film, loaded.resolve(source), resolved, settings, steps=asked.steps, seed=asked.seed,
+            layout=layout, progress=bar.advance,
+        )  # fmt: skip
+    facts = {**result.facts, "method": asked.method}
+    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, facts=facts)
 
 
 def publish_clip(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backbone.evaluation.motion import PARTS, is_right, measure_moved
 from backbone.world.clip import render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
-from benchmarks.clips import PARTS, Row, is_right, measure_moved, select_clips, table_of
+from benchmarks.clips import Row, select_clips, table_of
 
 
 def moved_blobs(
