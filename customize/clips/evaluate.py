@@ -131,7 +131,13 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
     Raises `UserError` for a place that holds no clips and cannot draw any.
     """
     place = Path(asked.what).expanduser()
-    usual = (place if place.is_dir() else place.parent) / EVALUATION
+    run = (place / ADAPTER_FILE).is_file()
+    beside = place.parent if place.exists() else Path()
+    usual = (
+        place / EVALUATION
+        if run
+        else beside / f"{place.stem if place.is_file() else place.name}-{EVALUATION}"
+    )  # no clip among the clips
     encoder = load_encoder(asked)
     drawing = plan_drawing(place, asked)
     with hold_new_folder(asked.out, usual) as folder:

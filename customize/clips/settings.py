@@ -322,7 +322,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",
-            default_text="CLIPS/evaluation, evaluation-2 …",
+            default_text="CLIPS-evaluation, or RUN/evaluation",
         ),
     ] = None
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.diffusion.noise import Estimate
 from backbone.io.conditions import AskedControl
 from backbone.io.console import UserError
 from backbone.media.clips import Film
@@ -209,11 +210,8 @@ def edit_clip(
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
     guidance = guidance_of(model, settings.guidance)
-    text = inversion.layout.under(
-        encode_prompts_cached(model, [inversion.prompt, *targets]),
-        inversion.schedule,
-        [SOURCE, *[TARGET] * count],
-    )
+    text = encode_prompts_cached(model, [inversion.prompt, *targets])
+    text = inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * count])
     refuse_negative(model, settings.negative, guidance)
     empty = encode_prompts_cached(model, [settings.negative])
     own = guidance if not inversion.overwrites else 1.0
@@ -231,11 +229,7 @@ def edit_clip(
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
             estimate = predict(now, inversion.schedule[step], empty)
-            if inversion.overwrites:
-                there = inversion.step_targets(step, now[1:], select(estimate, slice(-count, None)))
-                now = torch.cat([inversion.states[step + 1][None].to(there), there])
-            else:
-                now = inversion.step_targets(step, now, estimate)
+            now = _step(inversion, step, now, estimate)
             if masks is not None:
                 now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
             progress()
@@ -254,6 +248,14 @@ def edit_clip(
             **inversion.layout.facts(),
         },
     )
+
+
+def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
+    """The states [1 + N, …] behind a step; the source's is its own where it is overwritten."""
+    if not inversion.overwrites:
+        return inversion.step_targets(step, now, estimate)
+    there = inversion.step_targets(step, now[1:], select(estimate, slice(1 - len(now), None)))
+    return torch.cat([inversion.states[step + 1][None].to(there), there])
 
 
 def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipEdit:

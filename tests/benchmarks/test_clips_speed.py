@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from backbone.models.model import Backbone
 from benchmarks.clips_speed import AGAINST, time_sides, write_results
 
 
+@pytest.mark.slow
 def test_both_sides_draw_the_same_clip_and_are_timed_in_alternation(tiny: Backbone, tmp_path: Path) -> None:
     found, apart = time_sides(tiny, frames=3, steps=2, trained=2, repeats=1)
     assert apart < 1e-4 and set(found) == {*AGAINST, *AGAINST.values()}

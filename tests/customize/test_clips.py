@@ -212,6 +212,7 @@ def test_a_motion_is_learned_apart_from_the_looks_and_drawn_with_a_subject(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_learned_motion_and_a_subject_each_change_what_a_clip_of_both_shows(
     tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path
 ) -> None:
@@ -239,7 +240,7 @@ def test_clips_of_the_class_are_kept_as_the_base_predicts_them(tiny_folder: Path
     clips = [torch.randn(4, 3, 8, 8)]
     learning = MotionLearning(model, clips, encode_prompts_cached(model, ["a dog", ""]), asked, prior)
     random = torch.Generator().manual_seed(0)
-    assert float(learning.drift(prior, random)) == 0  # nothing has been learned yet
+    assert float(learning.drift(prior, random)) < 1e-10  # nothing has been learned yet
     moved = [value for name, value in learning.parameters.items() if ".motion_modules." in name]
     for value in moved:
         torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(1))

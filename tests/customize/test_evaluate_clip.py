@@ -83,12 +83,13 @@ def test_a_folder_of_clips_is_measured_with_its_captions_and_moji_names_what_it_
     assert 0 <= figures["nouns"]["value"] <= 1 and 0.5 < figures["identity"]["value"] <= 1
     assert "stillness" not in figures and "track" not in figures
     folder = Path(found["folder"])
-    assert folder == clips / "evaluation" and (folder / "sheet.png").is_file()
+    assert folder == tmp_path / "clips-evaluation" and (folder / "sheet.png").is_file()
     assert (folder / "report.html").read_text().count("data:image/webp;base64,") == 2
     shown = call(clips / "one.webp", "--caption", "a car, moving left", "--out", tmp_path / "one")
     assert shown.exit_code == 0 and "direction right                      0 %" in shown.output
 
 
+@pytest.mark.slow
 def test_an_adapter_draws_the_words_of_motion_that_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
     tiny_motion_adapter().save_pretrained(tmp_path / "adapter")
     usual = (
@@ -108,7 +109,7 @@ def test_an_adapter_draws_the_words_of_motion_that_are_measured(tiny_folder: Pat
     figures = json.loads(answer.stdout)["figures"]
     assert figures["direction"]["clips"] == len(DIRECTED) and figures["stillness"]["clips"] == 1
     assert "words" not in figures  # the tiny model has no scorer
-    assert (tmp_path / "adapter" / "evaluation" / "clips" / "run.json").is_file()
+    assert (tmp_path / "adapter-evaluation" / "clips" / "run.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_features_are_merged_before_queries_keys_and_values_by_the_papers_formul
     control = Control.of(camera, rays(), scale=0.7).as_clip()
     noisy = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     level, text = moving.schedule(4)[1], moving.encode_prompts(["a dog", "a cat"])
-    moving.predictor(text)(noisy, level)
+    with torch.no_grad():
+        moving.predictor(text)(noisy, level)
     # The first clip is controlled, the second is not
     both = replace(control, hints=tuple(value.expand(2, *value.shape[1:]) for value in control.hints))
     both = replace(both, scale=torch.tensor([0.7, 0.0]))
@@ -102,6 +103,7 @@ def test_features_are_merged_before_queries_keys_and_values_by_the_papers_formul
     assert feature.shape == (64, 4, 16) and torch.equal(feature[9, 2], control.hints[0][0, 2, :, 1, 1])
 
 
+@pytest.mark.slow
 def test_a_clip_of_a_batch_is_the_clip_alone(moving: Backbone) -> None:
     control = Control.of(trained(moving), rays()).as_clip()
     together = drawn(moving, control, prompts=("a dog", "a cat"))

@@ -81,6 +81,7 @@ def test_off_is_the_base_bit_for_bit_and_a_still_is_a_map_for_every_frame(
     assert (still - drawn(tiny, Control.of(network, maps).as_clip())).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_windows_of_frames_have_the_maps_of_their_own_frames(tiny: Backbone, net: Path, maps: Tensor) -> None:
     """Without an adapter a frame is a picture by itself, so windows change nothing."""
     control = Control.of(open_control(tiny, str(net)).network, maps).as_clip()
