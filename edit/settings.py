@@ -594,7 +594,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             WHERE,
             min=0,
             max=1,
-            needs={**INVERTED, "first": ("",)},
+            needs=INVERTED,
         ),
     ] = 0.25
     cross: Annotated[
@@ -633,7 +633,13 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     ] = None
     strength: Annotated[
         float | None,
-        Option(STRENGTH_HELP, HOW, default_text="1, without --source 0.6, with flow-edit 0.66", min=0, max=1),
+        Option(
+            STRENGTH_HELP,
+            HOW,
+            default_text="1, without --source or with --first 0.6, with flow-edit 0.66",
+            min=0,
+            max=1,
+        ),
     ] = None
     motion: Annotated[
         str,
