@@ -164,13 +164,8 @@ def carry_first_frame(
             now = there.clone()
             now[1, :, 0] = held[step + 1]
             progress()
-    facts: dict[str, Any] = {
-        "inversion_method": inversion.method,
-        "guidance": guidance,
-        "self": share,
-        "temporal": temporal,
-    }
-    facts |= inversion.layout.facts()
+    facts: dict[str, Any] = {"inversion_method": inversion.method, "guidance": guidance, "self": share}
+    facts |= {"temporal": temporal, **inversion.layout.facts()}
     return ClipResult(
         model=model,
         prompts=(target,),
