@@ -143,8 +143,8 @@ def carry_first_frame(
     empty = encode_prompts_cached(model, [settings.negative])
     own = 1.0 if inversion.overwrites else guidance
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
-    guided = (predict.guidance != 1) + (predict.source_guidance != 1)
-    control = Control(1, clips=2 + guided, reach=asked.reach)
+    clips = 2 + (predict.guidance != 1) + (predict.source_guidance != 1)
+    control = Control(1, clips=clips, reach=asked.reach)
     control.across_frames = motion_of(model.denoiser) is None
     held = hold_first_frame(inversion, first)
     start = inversion.start(checks.strength(settings.strength, steps))
