@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control as MapControl
 from backbone.io.console import UserError
 from backbone.media.control_maps import is_same_shape
@@ -99,20 +100,15 @@ def carry_first_frame(
     alignments = align_prompts(model, inversion.prompt, (target,), asked)
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = share if settings.temporal is None else settings.temporal
-    text = encode_prompts_cached(model, [inversion.prompt, target])
-    text = replace(
-        text, controls=tuple(behind_the_source(one.during(inversion.schedule)) for one in controls)
-    )
+    text = encode_both(inversion, target, controls)
     empty = encode_prompts_cached(model, [settings.negative])
     own = 1.0 if inversion.overwrites else guidance
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     guided = (predict.guidance != 1) + (predict.source_guidance != 1)
     linked = motion_of(model.denoiser) is None
     control = Control(1, clips=2 + guided, across_frames=linked, reach=asked.reach)
-    held, start = (
-        hold_first_frame(inversion, first),
-        inversion.start(checks.strength(settings.strength, steps)),
-    )
+    held = hold_first_frame(inversion, first)
+    start = inversion.start(checks.strength(settings.strength, steps))
     now = inversion.states[start][None].repeat_interleave(2, 0)
     now[1, :, 0] = held[start]
     with control_attention(model.denoiser, control):
@@ -126,6 +122,7 @@ def carry_first_frame(
             now = there.clone()
             now[1, :, 0] = held[step + 1]
             progress()
+    facts = {"inversion_method": inversion.method, "guidance": guidance, "self": share, "temporal": temporal}
     return ClipResult(
         model=model,
         prompts=(target,),
@@ -133,14 +130,16 @@ def carry_first_frame(
         latents=now[1:].float(),
         nfe=inversion.nfe + predict.nfe,
         alignments=tuple(alignments),
-        facts={
-            "inversion_method": inversion.method,
-            "guidance": guidance,
-            "self": share,
-            "temporal": temporal,
-        },
+        facts=facts,
         first=first.pixels,
     )
+
+
+def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, ...]) -> Conditions:
+    """The source's prompt and the target's, the latter under these controls of one row."""
+    text = encode_prompts_cached(inversion.model, [inversion.prompt, target])
+    more = tuple(behind_the_source(one.during(inversion.schedule)) for one in controls)
+    return replace(text, controls=more)
 
 
 def behind_the_source(control: MapControl) -> MapControl:
