@@ -4,9 +4,9 @@
 
 Clips of the world in which one thing moves are edited to the same clip of another thing or colour, whose every frame is
 known. The first frame of that is given; compared are the frames behind it: as they were (the source), edited by words
-alone, and carried from the first frame with several shares of the source's self-attention, beside the bound, the true
-clip through the autoencoder. PSNR is that of the place where either thing is, and of the rest. Writes `table.md` and
-`table.json`.
+alone, and carried from the first frame, without other words and with them, at several strengths, beside the bound, the
+true clip through the autoencoder. PSNR is that of the place where either thing is, and of the rest. Writes `table.md`
+and `table.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from edit.methods.clip import ClipEdit, edit_clip, invert_film
 from edit.methods.first_frame import carry_first_frame, read_first_frame
 from edit.pictures import read_image
 
-SHARES = (0.4, 0.8, 1.0)  # of the steps with the source's self-attention
+STRENGTHS = (0.6, 0.8)
 KINDS = ("noun", "colour")
 
 
@@ -84,11 +84,10 @@ def edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
     words = case.target.caption()
     yield "words", edit_clip(inversion, [words], ClipEdit()).pixels[0]
     first = read_first_frame(inversion, read_image(to_image(case.after[0])))
-    for share in SHARES:
-        settings = ClipEdit(self_attention=share)
-        same = carry_first_frame(inversion, first, inversion.prompt, settings).pixels[0]
-        yield f"first frame, self {share:g}", same
-    yield "first frame and words", carry_first_frame(inversion, first, words, ClipEdit()).pixels[0]
+    for strength in STRENGTHS:
+        for name, said in (("first frame", inversion.prompt), ("first frame and words", words)):
+            result = carry_first_frame(inversion, first, said, ClipEdit(strength=strength))
+            yield f"{name}, strength {strength:g}", result.pixels[0]
 
 
 def measure(model: Backbone, case: Case, steps: int) -> tuple[dict[str, tuple[float, float]], list[Tensor]]:

@@ -590,7 +590,7 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             WHERE,
             min=0,
             max=1,
-            needs={**OF_INVERSION, "first": ("",)},
+            needs=OF_INVERSION,
         ),
     ] = 0.25
     cross: Annotated[
@@ -629,7 +629,7 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
     ] = None
     strength: Annotated[
         float | None,
-        Option(STRENGTH_HELP, HOW, default_text="1, without --source 0.6", min=0, max=1),
+        Option(STRENGTH_HELP, HOW, default_text="1, without --source or with --first 0.6", min=0, max=1),
     ] = None
     motion: Annotated[
         str,

@@ -4,20 +4,22 @@
     first = read_first_frame(inversion, read_image("edited.png"))
     result = carry_first_frame(inversion, first, "a cat in a park", ClipEdit())
 
-At every step the first frame is the edited picture under the source's own noise, and the others follow it by attention
-(Ku et al. 2024, AnyV2V, which holds the first frame as its model's condition): with the source's queries and keys a
-place finds where it was in the source's first frame, and takes the edited values from there. Between frames this goes
-through the first frame and the one before (Tune-A-Video), or through a motion adapter's layers, and a SparseCtrl where
-one is given. What the inversion lacks at a step is added to the edit too, so an unchanged first frame changes nothing.
+What changed of the first frame is carried to the others in three ways. Its latents' change goes to the places that look
+like those that it was at in the source's first frame, and is where an edit begins, some way from the noise (as Geyer et
+al. 2024, TokenFlow, carry features). From there on the first frame is the edited picture under the source's own noise
+(as AnyV2V holds its model's condition; Ku et al. 2024), and the others look at it: through attention to it and to the
+frame before (Tune-A-Video), through a motion adapter's layers, or through a SparseCtrl. What the inversion lacks at a
+step is added to the edit too, so an unchanged first frame changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
@@ -29,10 +31,11 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
+from edit.attention.alignment import Alignment
 from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
-from edit.methods.clip import ClipEdit, ClipResult, refuse_joint_attention
+from edit.methods.clip import ClipEdit, ClipResult, find_places, linked_frames, refuse_joint_attention
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.replace import align_prompts
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
@@ -40,6 +43,8 @@ from edit.pictures import SourceImage
 from edit.sampling import SourceAndTargets, guidance_of
 
 SELF = 0.8  # share of the steps in which places are found where the source's are
+STRENGTH = 0.6  # of the steps that are walked again: what was carried has to be there when they begin
+SHARPNESS, REACH = 40.0, 5.0  # of the likeness of places, and how far they move a frame at most, in latents
 ALIKE = 1 / 255  # mean difference, in −1…1 half of it, below which a picture is the first frame itself
 
 
@@ -69,10 +74,44 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
 def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
-    signal = inversion.schedule.a.to(change)  # some schedules end just above a clean latent, others at it
-    scale = (signal / signal[-1])[:, None, None, None]
-    held: Tensor = inversion.states[:, :, 0] + scale * change
+    held: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
     return held
+
+
+def signal_of(inversion: Inversion) -> Tensor:
+    """What is left of a clean latent at each level [S + 1], 1 at the last: some schedules end just above it."""
+    signal = inversion.schedule.a.to(inversion.states)
+    return signal / signal[-1]
+
+
+def carry_change(clip: Tensor, change: Tensor) -> Tensor:
+    """The change [C, H, W] of a clip's first frame at the places of every frame that look like it [C, F, H, W].
+
+    A place of 3 × 3 latents [C, F, H, W] is looked for in the first frame, near where it is: it moves some latents
+    from one frame to the next.
+    """
+    frames, size = clip.transpose(0, 1), clip.shape[-2:]
+    around = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3)  # [F, 9 C, H W]
+    around = F.normalize(around - around.mean((0, 2), keepdim=True), dim=1)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], 1).to(clip)
+    far, carried = torch.cdist(places, places), [change]
+    for number in range(1, len(frames)):  # one by one: each is a matrix of (H·W)² numbers
+        alike = SHARPNESS * around[number].T @ around[0]
+        weights = (alike - 0.5 * (far / (number * REACH)) ** 2).softmax(-1)
+        carried.append((weights @ change.flatten(1).T).T.unflatten(1, size))
+    return torch.stack(carried, 1)
+
+
+def find_changed(carried: Tensor, threshold: float) -> Tensor:
+    """Where a carried change [C, F, H, W] is above this share of its greatest, and one latent around [1, F, H, W].
+
+    The first frame is given, so it counts everywhere.
+    """
+    size = carried.square().mean(0).sqrt()
+    place = F.max_pool2d((size > threshold * size.max()).float(), 3, stride=1, padding=1)
+    place[0] = 1
+    return place[None]
 
 
 @torch.no_grad()
@@ -87,8 +126,7 @@ def carry_first_frame(
 ) -> ClipResult:
     """Edit a clip's inversion by its edited first frame, which it begins with, towards a prompt (in the model's words).
 
-    Where the prompt is the source's own there is no guidance unless it is asked for. `controls`, of one row, hold for
-    the edit alone. `progress` is called after every step.
+    With the source's own prompt there is no guidance unless it is asked for. `controls`, of one row, hold for the edit.
     """
     model, steps = inversion.model, inversion.steps
     refuse_joint_attention(model)
@@ -105,20 +143,23 @@ def carry_first_frame(
     own = 1.0 if inversion.overwrites else guidance
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     guided = (predict.guidance != 1) + (predict.source_guidance != 1)
-    linked = motion_of(model.denoiser) is None
-    control = Control(1, clips=2 + guided, across_frames=linked, reach=asked.reach)
+    control = Control(1, clips=2 + guided, reach=asked.reach)
+    control.across_frames = motion_of(model.denoiser) is None
     held = hold_first_frame(inversion, first)
     start = inversion.start(checks.strength(settings.strength, steps))
+    carried = carry_change(inversion.states[-1], held[-1] - inversion.states[-1][:, 0])
+    masks, nfe = find_places_to_follow(inversion, alignments, settings, carried, start)
     now = inversion.states[start][None].repeat_interleave(2, 0)
-    now[1, :, 0] = held[start]
+    now[1] += signal_of(inversion)[start] * carried
     with control_attention(model.denoiser, control):
         for step in range(start, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
-            estimate = predict(now, inversion.schedule[step], empty)
-            there = inversion.step_targets(step, now, estimate)
+            there = inversion.step_targets(step, now, predict(now, inversion.schedule[step], empty))
             if inversion.overwrites:
                 there = there + (inversion.states[step + 1].to(there) - there[:1])
+            if masks is not None:
+                there = torch.cat([there[:1], there[:1] + masks.to(there) * (there[1:] - there[:1])])
             now = there.clone()
             now[1, :, 0] = held[step + 1]
             progress()
@@ -128,11 +169,29 @@ def carry_first_frame(
         prompts=(target,),
         encoded=inversion.encoded,
         latents=now[1:].float(),
-        nfe=inversion.nfe + predict.nfe,
+        nfe=inversion.nfe + nfe + predict.nfe,
+        masks=masks,
         alignments=tuple(alignments),
         facts=facts,
         first=first.pixels,
     )
+
+
+def find_places_to_follow(
+    inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, carried: Tensor, start: int
+) -> tuple[Tensor | None, int]:
+    """Where frames may differ [1, F, H, W] and the NFE: where the change was carried, and other words are predicted.
+
+    None where all may.
+    """
+    if not settings.threshold:
+        return None, 0
+    place = find_changed(carried, settings.threshold)
+    if alignments[0].target.text == inversion.prompt or start == inversion.steps:
+        return place, 0
+    with linked_frames(inversion.model, 1):
+        words, nfe = find_places(inversion, alignments, settings, start)
+    return (None if words is None else torch.maximum(place, words.to(place))), nfe
 
 
 def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, ...]) -> Conditions:

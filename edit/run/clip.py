@@ -24,7 +24,7 @@ from backbone.models.sparse import open_sparsectrl
 from edit.inversion.inversion import Inversion
 from edit.masks import mask_to_image
 from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, redraw_film
-from edit.methods.first_frame import carry_first_frame, read_first_frame
+from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
 from edit.run.open import ModelWithConcepts, load_model
 from edit.run.report import RECORD, REPORT
@@ -117,7 +117,7 @@ def run_clip(
         threshold=asked.threshold,
         guidance=asked.guidance,
         negative=negative,
-        strength=1.0 if asked.strength is None else asked.strength,
+        strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
     )
     with progress(asked.steps, "inverting", brief=True) as bar:
         inversion = invert_film(

@@ -18,7 +18,14 @@ from backbone.models.motion import attach_motion
 from backbone.models.sparse import build_sparsectrl
 from edit.cli import app
 from edit.methods.clip import ClipEdit, invert_film
-from edit.methods.first_frame import FirstFrame, carry_first_frame, hold_first_frame, read_first_frame
+from edit.methods.first_frame import (
+    FirstFrame,
+    carry_change,
+    carry_first_frame,
+    find_changed,
+    hold_first_frame,
+    read_first_frame,
+)
 from edit.pictures import read_image
 from tests.tiny import tiny_motion_adapter
 
@@ -63,13 +70,28 @@ def test_frames_follow_an_edited_first_frame_and_nothing_follows_from_an_unchang
     first = read_first_frame(inversion, read_image(edited))
     held = hold_first_frame(inversion, first)
     torch.testing.assert_close(held[-1].float(), first.latent, atol=1e-5, rtol=0)
-    result = carry_first_frame(inversion, first, SOURCE, ClipEdit())
+    result = carry_first_frame(inversion, first, SOURCE, ClipEdit(threshold=0))
     assert torch.equal(result.pixels[0, 0], first.pixels)
     change = (result.latents[0] - inversion.clean).abs().amax((0, 2, 3))
     assert change.min() > 1e-4
     same = FirstFrame(inversion.image[0], inversion.states[-1][:, 0].float())
     kept = carry_first_frame(inversion, same, SOURCE, ClipEdit())
     torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
+
+
+def test_a_change_is_carried_to_where_the_thing_has_gone() -> None:
+    clip = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(0)).repeat(1, 3, 1, 1)
+    thing = 3 * torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(1))
+    for frame in range(3):
+        clip[:, frame, 4:8, 1 + 3 * frame : 5 + 3 * frame] = thing
+    change = torch.zeros(4, 12, 12)
+    change[:, 4:8, 1:5] = 1
+    carried = carry_change(clip, change)
+    assert torch.equal(carried[:, 0], change)
+    inside = carried[:, 2, 5:7, 8:10]  # the thing's middle, which nothing behind it resembles
+    assert inside.min() > 0.9 and carried[:, 2, :, :5].abs().max() < 0.1
+    place = find_changed(carried, 0.25)[0]
+    assert place[0].all() and place[2, 5:7, 8:10].all() and not place[2, :, :5].any()
 
 
 def call(*words: str | Path) -> Any:
@@ -124,7 +146,6 @@ def test_the_command_carries_a_first_frame_with_a_sparsectrl_and_without(
         (("--source", SOURCE, "--first", "{same}"), "is the clip's first frame as it is"),
         (("--source", SOURCE, "--first", "{wide}"), "64 × 32 pixels and the clip's frames 64 × 64"),
         (("--source", SOURCE, "--first", "{none}"), "none.png"),
-        (("--source", SOURCE, "--first", "{edited}", "--threshold", "0.5"), "--threshold has no effect"),
         (("--source", SOURCE, "--first", "{edited}", "--sparsectrl", "x"), "without --motion"),
         (("--source", SOURCE, "--first", "{edited}", "--target", "a cat", "--target", "a"), "shows one edit"),
         (("--source", SOURCE), "target prompt"),
