@@ -156,6 +156,8 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _share(flags: Sequence[bool]) -> str:
+    if not flags:
+        return "–"
     found = wilson_interval(sum(flags), len(flags))
     return f"{100 * found.value:.1f} ({100 * found.low:.1f}–{100 * found.high:.1f}) of {len(flags)}"
 

@@ -94,7 +94,7 @@ def _read_animation(path: Path) -> Film:
                 )
             frames, lasting, clear = [], [], False
             for frame in ImageSequence.Iterator(opened):
-                clear |= frame.has_transparency_data
+                clear |= is_see_through(frame)
                 frames.append(_on_white(frame))
                 lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
     except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
@@ -106,6 +106,14 @@ def _read_animation(path: Path) -> Film:
     if clear:
         notify(f"{path}: its transparent parts are white.")
     return Film(*_even(tuple(frames), lasting, path), str(path), content_hash(path))
+
+
+def is_see_through(frame: Image.Image) -> bool:
+    """Whether a frame has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
+    if not frame.has_transparency_data:
+        return False
+    lowest, _ = frame.convert("RGBA").getchannel("A").getextrema()
+    return lowest != 255
 
 
 def _on_white(frame: Image.Image) -> Image.Image:

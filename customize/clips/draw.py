@@ -184,7 +184,7 @@ def write_maps(
     folder: Path, conditions: Sequence[Condition], asked: ClipOptions
 ) -> dict[str, Sequence[Image.Image]]:
     """Write `condition-0-sketch.webp` …, the maps as the networks read them; those of each, by its title."""
-    films = {}
+    films: dict[str, Sequence[Image.Image]] = {}
     for number, condition in enumerate(conditions):
         kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * asked.frames
         write_film(folder / f"condition-{number}-{kind}", drawn, asked.fps)

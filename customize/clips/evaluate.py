@@ -41,7 +41,7 @@ from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.model import Backbone
-from backbone.world.motions import find_moves
+from backbone.world.motions import CAMERAS, find_moves
 from backbone.world.words import choose_article, load_vocabulary
 from customize.clips.draw import RECORD, draw_clips
 from customize.clips.settings import ADAPTER_FILE, ClipOptions, EvaluateClipOptions
@@ -69,11 +69,17 @@ MEANS = {
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A clip and the words that it is to show, "" where nothing says them; `picture` is what its first frame is."""
+    """A clip and what it is to show.
+
+    words    "" where nothing says them
+    picture  what its first frame is
+    camera   the path that the camera was to follow
+    """
 
     film: Film
     words: str = ""
     picture: Image.Image | None = None
+    camera: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,10 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class ClipsRecord:
-    """What of that record is read."""
+    """What of that record is read: the clips, and the path of their camera."""
 
     clips: list[ClipRecord] = field(default_factory=list)
+    camera: str = ""
 
 
 # What is measured --------------------------------------------------------------------------------------------
@@ -158,8 +165,11 @@ def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> R
     film, words = shown.film, shown.words
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.frames]
     move, camera = find_moves(words)
+    if shown.camera:  # of several words in a path none is the whole
+        asked_for = [word for word in CAMERAS if word in shown.camera.lower()]
+        move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
     said = camera or move
-    moved = measure_moved(frames, camera=bool(camera))
+    moved = measure_moved(frames, camera=bool(camera or shown.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
     changes = np.diff(pixels, axis=0)
     row = Row(
@@ -169,7 +179,9 @@ def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> R
         flicker=float(np.abs(changes).mean()),
         jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
         direction=is_right(said, moved) if said in PARTS else None,
-        stillness=bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames)) if words and not said else None,
+        stillness=bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames))
+        if words and not said and not shown.camera
+        else None,
         track=max((track_correlation(trace_moved(frames), one, SIDE) for one in learned), default=None),
     )
     if shown.picture is not None:
@@ -193,7 +205,7 @@ class ScoredWords:
             self.known[key] = self.encoder.embed_texts(key)
         return self.known[key]
 
-    def measure(self, frames: Sequence[Image.Image], words: str) -> dict[str, float]:
+    def measure(self, frames: Sequence[Image.Image], words: str) -> dict[str, Any]:
         """Likeness to the first frame and to the words, and how often noun and place of moji's world are named."""
         if self.encoder is None:
             return {}
@@ -209,24 +221,18 @@ class ScoredWords:
             max((one for one in every if f" {one} " in padded), key=len, default="")
             for every in (known.nouns, known.places)
         )
-        for name, said, others, phrase in (
-            (
-                "nouns",
-                noun,
-                list(known.nouns),
-                lambda other: f"{choose_article(other)} {other} {place}".strip(),
-            ),
-            (
-                "places",
-                place,
-                list(known.places),
-                lambda other: f"{choose_article(noun)} {noun} {other}".strip(),
-            ),
-        ):
-            if said and (noun or name == "nouns"):
-                best = (vectors @ self.texts([phrase(other) for other in others]).T).argmax(1)
-                found[name] = float((best == others.index(said)).float().mean())
+        if noun:
+            nouns = [f"{choose_article(other)} {other} {place}".strip() for other in known.nouns]
+            found["nouns"] = self.share(vectors, nouns, list(known.nouns).index(noun))
+        if noun and place:
+            places = [f"{choose_article(noun)} {noun} {other}" for other in known.places]
+            found["places"] = self.share(vectors, places, known.places.index(place))
         return found
+
+    def share(self, vectors: Tensor, phrases: Sequence[str], right: int) -> float:
+        """The share of vectors [F, D] that are nearest to the right one of these words."""
+        best = (vectors @ self.texts(phrases).T).argmax(1)
+        return float((best == right).float().mean())
 
 
 # Where clips come from ---------------------------------------------------------------------------------------
@@ -238,9 +244,12 @@ def gather(folder: Path, asked: EvaluateClipOptions) -> list[Shown]:
     if folder.is_file():
         return [Shown(read_film(folder), asked.caption, picture)]
     record = folder / RECORD
-    clips = read_json(record, ClipsRecord).clips if record.is_file() else []
-    if clips:
-        return [Shown(read_film(inside(folder, one.file, record)), one.prompt, picture) for one in clips]
+    said = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
+    if said.clips:
+        return [
+            Shown(read_film(inside(folder, one.file, record)), one.prompt, picture, said.camera)
+            for one in said.clips
+        ]
     return [Shown(one.film, one.caption or asked.caption, picture) for one in list_films(str(folder))]
 
 

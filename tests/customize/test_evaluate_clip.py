@@ -38,6 +38,8 @@ def test_a_clip_does_what_its_words_say_or_not() -> None:
     assert row(right, "a car").stillness is False and row(walking(0), "a car").stillness is True
     assert row(right, "").stillness is None and row(right, "").direction is None
     assert row(right, "").moved.x == pytest.approx(12, rel=0.15)
+    assert row(right, "a car", camera="zoom-in").stillness is None
+    assert row([*reversed(right)], "a car, moving right", camera="pan-right").direction is not None
     small = [frame.resize((64, 64)) for frame in right]
     assert row(small, "").moved.x == pytest.approx(12, rel=0.15)  # whatever the clip's size
 

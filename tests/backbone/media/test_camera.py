@@ -94,7 +94,7 @@ def test_words_say_how_far_and_ease_is_slow_at_both_ends() -> None:
 
 
 def test_a_paths_lines_and_its_json_are_read_back_as_it_is(tmp_path: Path) -> None:
-    values = [[0, 0, 1, 0], [12, -6, 1.1, 5], [24, -12, 1.2, 10]]
+    values: list[list[float]] = [[0, 0, 1, 0], [12, -6, 1.1, 5], [24, -12, 1.2, 10]]
     path = flat_path(values, 64)
     (tmp_path / "it.txt").write_text(as_lines(path))
     lines = {"pan": [[x, y] for x, y, _, _ in values], "zoom": [row[2] for row in values], "roll": [0, 5, 10]}

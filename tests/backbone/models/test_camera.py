@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def file(moving: Backbone, tmp_path: Path) -> Path:
     camera = trained(moving)
     save_camera(
         tmp_path / "camera.safetensors",
-        camera.module,
+        cast(CameraAdapter, camera.module),
         replace(camera.settings, reach=Reach(0.5)),
         torch.float32,
     )

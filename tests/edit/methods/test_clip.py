@@ -247,6 +247,8 @@ def test_what_is_no_clip_or_has_no_effect_is_said(
 def test_a_gif_of_unlike_durations_is_made_even_and_its_transparency_white(
     film: Film, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "plain.webp").write_bytes(encode_webp(film.frames, 8))
+    assert len(read_film(tmp_path / "plain.webp").frames) == 4 and not capsys.readouterr().err
     clear = [frame.convert("RGBA") for frame in film.frames]
     for frame in clear:
         frame.putpixel((0, 0), (0, 0, 0, 0))
