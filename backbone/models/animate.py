@@ -134,9 +134,10 @@ def guide_over_frames(model: Backbone, conditions: Conditions, scales: Tensor) -
     def predict(noisy: Tensor, level: Level) -> Estimate:
         scale = send(scales, noisy.device)[:, None, None]
         if model.placement.one_by_one:
-            halves = zip(with_picture(noisy, level), without(noisy, level), strict=True)
+            halves = list(zip(with_picture(noisy, level), without(noisy, level), strict=True))
         else:
-            halves = (part.chunk(2) for part in both(torch.cat([noisy, noisy]), level))
+            twice = both(torch.cat([noisy, noisy]), level)
+            halves = [(part[: len(noisy)], part[len(noisy) :]) for part in twice]
         return Estimate(*(none + scale * (some - none) for some, none in halves))
 
     return predict

@@ -88,7 +88,8 @@ class SparseControl:
         network, frames = cast(Any, self.module), motion.frames
         given = as_dtype(inputs, network.dtype)
         time = given["timestep"]
-        shown, mask = spread(*(hint[::frames] for hint in hints), frames)  # rows of a clip hold the same
+        pictures, places = hints
+        shown, mask = spread(pictures[::frames], places[::frames], frames)  # rows of a clip hold the same
         skips, middle = network(
             sample=rows_as_frames(given["sample"][:, : network.config.in_channels], frames),
             timestep=time[::frames] if time.ndim else time,

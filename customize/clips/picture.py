@@ -134,7 +134,12 @@ def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[S
     size, shown = (asked.width, asked.height), []
     for path, picture in zip(asked.images, pictures, strict=True):
         box = say_crop(path.name, picture.size, size)
-        shown.append(Shown(crop_and_resize(picture, size), picture.crop(tuple(map(round, box)))))
+        shown.append(
+            Shown(
+                crop_and_resize(picture, size),
+                picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))),
+            )
+        )
     return shown
 
 

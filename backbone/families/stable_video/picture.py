@@ -40,7 +40,7 @@ class ClipPictureEncoder:
         )
         said = read_json(path) if path else {}
         colours = [
-            torch.tensor(read_as(list[float], said.get(name, list(usual)), path, name))
+            torch.tensor(read_as(list[float], said.get(name, list(usual)), path or SETTINGS, name))
             for name, usual in (("image_mean", MEAN), ("image_std", STD))
         ]
         if any(value.shape != (3,) for value in colours) or not bool((colours[1] > 0).all()):
