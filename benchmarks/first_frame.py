@@ -67,7 +67,7 @@ def sample_cases(count: int, frames: int) -> Iterator[Case]:
             torch.stack([torch.from_numpy(np.array(masks[0])) for masks in one.masks]) for one in rendered
         ]
         place = ((masks[0] > 0) | (masks[1] > 0))[:, None]
-        yield Case(*clips, *pixels, place)
+        yield Case(clips[0], clips[1], pixels[0], pixels[1], place)
         found += 1
         if found == count:
             return

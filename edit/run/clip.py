@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
@@ -152,7 +153,8 @@ def run_first_frame(
     steps: int,
 ) -> ClipResult:
     """The frames behind an edited first one, which a SparseCtrl carries too where one is named."""
-    first, controls = read_first_frame(inversion, picture), ()
+    first = read_first_frame(inversion, picture)
+    controls: tuple[Control, ...] = ()
     if sparsectrl:
         network = open_sparsectrl(inversion.model, sparsectrl)
         if inversion.states.shape[2] > network.longest:
