@@ -12,21 +12,19 @@ direction is right where its part is the word's, and by more than the least that
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.evaluation.motion import DRIFT, PARTS, is_right, measure_moved
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import progress, run_app
 from backbone.io.files import write_json, write_text
@@ -37,27 +35,6 @@ from backbone.world.clip import Clip, render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.classifier import Classifier, load_classifier
-
-LEAST = {"x": 6.0, "y": 5.0, "growth": 0.08, "turn": 6.0}  # pixels, log of a ratio, degrees
-DRIFT = 1.0  # pixels a frame, up to which a clip stands still
-BORDER = 20  # pixels, in which the camera's movement is seen
-ROUNDS = 4  # of the fit, each from the frame that the one before has warped
-PARTS = {  # which part of a measured motion a word names, and its sign
-    "left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1),
-    "grow": ("growth", 1), "shrink": ("growth", -1), "clockwise": ("turn", 1), "counterclockwise": ("turn", -1),
-    "pan-left": ("x", 1), "pan-right": ("x", -1), "pan-up": ("y", 1), "pan-down": ("y", -1),
-    "zoom-in": ("growth", 1), "zoom-out": ("growth", -1), "roll-left": ("turn", 1), "roll-right": ("turn", -1),
-}  # fmt: skip
-Gray = NDArray[np.float32]
-
-
-class Moved(NamedTuple):
-    """How something moved over a clip: pixels to the right and down, log of its growth, degrees clockwise."""
-
-    x: float
-    y: float
-    growth: float
-    turn: float
 
 
 @dataclass(frozen=True)
@@ -73,69 +50,6 @@ class Row:
 
 
 # Measuring ---------------------------------------------------------------------------------------------------
-
-
-def measure_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> Moved:
-    """What moves in a clip, or with `camera` what its border does, added up over all pairs of frames."""
-    grays = [_smooth(np.asarray(frame.convert("L"), dtype=np.float32)) for frame in frames]
-    total = np.zeros(4)
-    for here, there in pairwise(grays):
-        total += _fit_similarity(here, there, _border(here.shape) if camera else None)
-    x, y, scale, turn = map(float, total)
-    return Moved(x, y, scale, math.degrees(turn))
-
-
-def _smooth(gray: NDArray[Any]) -> NDArray[Any]:
-    for axis in (0, 1):
-        for _ in range(3):
-            gray = (gray + np.roll(gray, 1, axis) + np.roll(gray, -1, axis)) / 3
-    return gray
-
-
-def _border(shape: tuple[int, ...]) -> NDArray[np.float64]:
-    weight = np.ones(shape)
-    weight[BORDER:-BORDER, BORDER:-BORDER] = 0
-    return weight
-
-
-def _fit_similarity(here: Gray, there: Gray, weight: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """(x, y, log scale, turn in radians) that carries one frame into the next, about the middle of what moves."""
-    height, width = here.shape
-    y, x = np.mgrid[:height, :width].astype(np.float64)
-    changed = np.abs(there - here).astype(np.float64)
-    weight = _smooth(changed.astype(np.float32)).astype(np.float64) if weight is None else weight
-    if changed.max() < 0.5 or weight.sum() == 0:
-        return np.zeros(4)
-    cx, cy = (weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum()
-    dx, dy = x - cx, y - cy
-    found = np.zeros(4)
-    for _ in range(ROUNDS):
-        scale, turn = np.exp(found[2]), found[3]
-        sx = cx + found[0] + scale * (np.cos(turn) * dx - np.sin(turn) * dy)
-        sy = cy + found[1] + scale * (np.sin(turn) * dx + np.cos(turn) * dy)
-        inside = (sx >= 1) & (sx <= width - 2) & (sy >= 1) & (sy <= height - 2)
-        warped = _sample(there, sx.clip(0, width - 1.001), sy.clip(0, height - 1.001))
-        iy, ix = np.gradient((here + warped) / 2)
-        columns = np.stack([ix, iy, ix * dx + iy * dy, iy * dx - ix * dy], -1)[inside]
-        w = weight[inside][:, None]
-        system = columns.T @ (w * columns) + 1e-3 * np.eye(4)
-        found -= np.linalg.solve(system, columns.T @ (w[:, 0] * (warped - here)[inside]))
-    return found if np.abs(found[:2]).max() < width / 4 and abs(found[2]) < 0.5 else np.zeros(4)
-
-
-def _sample(picture: Gray, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    left, top = x.astype(int), y.astype(int)
-    across, down = x - left, y - top
-    above = picture[top, left] * (1 - across) + picture[top, left + 1] * across
-    below = picture[top + 1, left] * (1 - across) + picture[top + 1, left + 1] * across
-    found: NDArray[np.float64] = above * (1 - down) + below * down
-    return found
-
-
-def is_right(move: str, moved: Moved) -> bool:
-    """Whether what was measured is what the word says, by more than the least that counts."""
-    part, sign = PARTS[move]
-    return bool(sign * getattr(moved, part) > LEAST[part])
 
 
 def measure(clip: Clip, frames: Sequence[Image.Image], judge: Classifier) -> Row:
@@ -242,6 +156,8 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _share(flags: Sequence[bool]) -> str:
+    if not flags:
+        return "–"
     found = wilson_interval(sum(flags), len(flags))
     return f"{100 * found.value:.1f} ({100 * found.low:.1f}–{100 * found.high:.1f}) of {len(flags)}"
 

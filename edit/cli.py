@@ -191,8 +191,12 @@ def keep_background(asked: KeepBackgroundOptions) -> None:
 @settled_command(app, ClipOptions, panels=PANELS)
 def clip(asked: ClipOptions) -> None:
     """Change what a clip's words say: one inversion of all frames; what moves, and the background, stay."""
-    targets = in_words(asked.targets, "target prompt")
     source = None if asked.source is None else one_prompt(asked.source, "--source")
+    said = asked.targets or ((asked.source,) if asked.first and asked.source else ())
+    targets = in_words(said, "target prompt")
+    if asked.first and len(targets) > 1:
+        raise UserError("The first frame shows one edit. Give one --target, or none.")
+    first = readable(asked.first) if asked.first else None
     if source is not None:
         checks.prompt(source, "source prompt")
     elif len(targets) > 1:
@@ -203,7 +207,7 @@ def clip(asked: ClipOptions) -> None:
     film = read_film(asked.clip)
     from edit.run.clip import perform_clip
 
-    folder = perform_clip(film, source, targets, asked, concepts=wishes["concepts"])
+    folder = perform_clip(film, source, targets, asked, concepts=wishes["concepts"], first=first)
     notify(f"{folder}/report.html plays it; {folder}/sheet.png shows its frames.")
 
 

@@ -51,7 +51,7 @@ def difference_maps(
     levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
     text = encode_prompts_cached(model, [prompt for prompt, _ in prompts])
     text = inversion.layout.under(text, inversion.schedule, [side for _, side in prompts]).repeat(len(chosen))
-    at_once = len(prompts) if states.ndim > 4 else len(states)  # a clip is many pictures
+    at_once = 1 if states.ndim > 4 else len(states)  # a clip is many pictures, which are linked
     portions = [slice(start, start + at_once) for start in range(0, len(states), at_once)]
     noise = torch.cat([model.predictor(text[some])(states[some], levels[some]).noise for some in portions])
     noise = noise.unflatten(0, (len(chosen), len(prompts)))

@@ -107,8 +107,7 @@ def encode_film(model: Backbone, film: Film) -> EncodedImage:
     """A clip at about the model's own number of pixels, in its own shape up to 2 : 1, and its latents."""
     import torch
 
-    size = working_size(film.size, area=model.resolution**2, unit=2 * model.factor)
-    pixels = torch.stack([to_tensor(crop_and_resize(frame, size)) for frame in film.frames])
+    pixels = torch.stack([to_tensor(frame) for frame in show_film(model, film)])
     facts = {
         "name": film.name,
         "size": list(film.size),
@@ -117,6 +116,12 @@ def encode_film(model: Backbone, film: Film) -> EncodedImage:
         "content": film.content,
     }
     return EncodedImage(pixels, model.encode_clip(pixels)[None], facts)
+
+
+def show_film(model: Backbone, film: Film) -> list[Image.Image]:
+    """The frames of a clip as a model is shown them."""
+    size = working_size(film.size, area=model.resolution**2, unit=2 * model.factor)
+    return [crop_and_resize(frame, size) for frame in film.frames]
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from backbone.io.conditions import CONTROL, ControlOptions
+from backbone.io.conditions import CONTROL, ClipControlOptions, ControlOptions
 from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, ConceptOptions
 from backbone.io.options import Option
 from backbone.io.sampling import GuidanceOption
@@ -20,9 +20,13 @@ INVERSION = "Inversion"
 PANELS = (WORDS, WHERE, HOW, CONTROL, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
-ClipMethod = Literal["direct", "ddim", "edit-friendly", "renoise", "reversible"]
+ClipMethod = Literal["direct", "ddim", "edit-friendly", "renoise", "reversible", "flow-edit"]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
 OF_NULL_TEXT = {"method": ("null-text",)}
+INVERTED: dict[str, tuple[Any, ...]] = {
+    "source": (),
+    "method": tuple(name for name in get_args(ClipMethod) if name != "flow-edit"),
+}
 OF_INVERSION: dict[str, tuple[Any, ...]] = {"source": ()}
 MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
 SOURCE_HELP = "What the image shows, in words or in a file."
@@ -541,7 +545,7 @@ class ReplayOptions(RunFolder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
+class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOptions, RunFolder):
     """What `edit clip` is told; None stands for what comes with the model, or with the words."""
 
     clip: Annotated[
@@ -563,6 +567,26 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             default_text="none",
         ),
     ] = None
+    targets: tuple[str, ...] = ()
+    first: Annotated[
+        str,
+        Option(
+            "The first frame as it was edited, by whatever program; the other frames follow it.",
+            WORDS,
+            aliases=("first-frame",),
+            metavar="PICTURE",
+            needs=INVERTED,
+        ),
+    ] = ""
+    sparsectrl: Annotated[
+        str,
+        Option(
+            "A SparseCtrl network that carries the first frame too: a folder, a .safetensors, or a hub id.",
+            HOW,
+            metavar="NETWORK",
+            needs={"first": (), "motion": ()},
+        ),
+    ] = ""
     threshold: Annotated[
         float,
         Option(
@@ -570,7 +594,7 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             WHERE,
             min=0,
             max=1,
-            needs=OF_INVERSION,
+            needs=INVERTED,
         ),
     ] = 0.25
     cross: Annotated[
@@ -581,7 +605,7 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             default_text="0.8; 0 where the motion's words change",
             min=0,
             max=1,
-            needs=OF_INVERSION,
+            needs=INVERTED,
         ),
     ] = None
     self_attention: Annotated[
@@ -590,10 +614,10 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             "Share of the steps with its self-attention.",
             HOW,
             flag="self",
-            default_text="0.4; 0 where the motion's words change",
+            default_text="0.4; with --first 0.8; 0 where the motion's words change",
             min=0,
             max=1,
-            needs=OF_INVERSION,
+            needs=INVERTED,
         ),
     ] = None
     temporal: Annotated[
@@ -604,12 +628,18 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
             default_text="as --self",
             min=0,
             max=1,
-            needs={**OF_INVERSION, "motion": ()},
+            needs={**INVERTED, "motion": ()},
         ),
     ] = None
     strength: Annotated[
         float | None,
-        Option(STRENGTH_HELP, HOW, default_text="1, without --source 0.6", min=0, max=1),
+        Option(
+            STRENGTH_HELP,
+            HOW,
+            default_text="1, without --source or with --first 0.6, with flow-edit 0.66",
+            min=0,
+            max=1,
+        ),
     ] = None
     motion: Annotated[
         str,
@@ -625,6 +655,24 @@ class ClipOptions(StepOptions, GuidanceOptions, TargetOptions, RunFolder):
         ClipMethod,
         Option("How all frames are inverted.", INVERSION, choices=get_args(ClipMethod), needs=OF_INVERSION),
     ] = "direct"
+    draws: Annotated[
+        int, Option("Noises averaged at every step.", HOW, min=1, needs={"method": ("flow-edit",)})
+    ] = 1
+    shared_noise: Annotated[
+        float | None,
+        Option(
+            "Share of the noise that all frames have in common.",
+            HOW,
+            default_text="1, with --motion 0",
+            min=0,
+            max=1,
+            needs={"method": ("flow-edit",)},
+        ),
+    ] = None
+    source_guidance: Annotated[
+        float,
+        Option("Guidance of the source's prompt.", SAMPLING, min=0, needs={"method": ("flow-edit",)}),
+    ] = 1.0
     decode_chunk_size: Annotated[
         int, Option("Frames decoded together; 0: as many as fit.", SAMPLING, min=0)
     ] = 0

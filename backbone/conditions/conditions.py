@@ -51,6 +51,15 @@ class Conditions:
             return self._each(lambda value: value.expand(count, *value.shape[1:]))
         return self._each(lambda value: value.repeat(count, *[1] * (value.ndim - 1)))
 
+    def in_window(self, window: slice) -> Conditions:
+        """The same for these frames of every clip."""
+        return replace(self, controls=tuple(control.in_window(window) for control in self.controls))
+
+    def for_frames(self, frames: int) -> Conditions:
+        """Those of B clips for their B·F frames, a clip's own behind one another."""
+        every = replace(self, controls=())[torch.arange(len(self)).repeat_interleave(frames)]
+        return replace(every, controls=tuple(control.for_frames(frames) for control in self.controls))
+
     def to(self, device: torch.device) -> Conditions:
         """The same on another device; nobody waits for what goes from the processor's memory to a GPU."""
         moved = replace(self, controls=())._each(lambda value: send(value, device))

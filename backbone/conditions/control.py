@@ -59,6 +59,7 @@ class Control:
     scale        [B], in the processor's memory; a row of 0 is not controlled, bit for bit
     start, stop  the share of the steps, from noise, at which it acts
     guess        without a prompt it does not act, and shallow layers are controlled less (guess mode)
+    frames       rows are clips of so many frames, each with hints of its own [B, F, …]; 0: one for all of a row
     times        the network's times from `start` to `stop`, lowest and highest; `during` fills them in
     """
 
@@ -68,6 +69,7 @@ class Control:
     start: float = 0.0
     stop: float = 1.0
     guess: bool = False
+    frames: int = 0
     times: tuple[float, float] | None = None
 
     @classmethod
@@ -87,6 +89,32 @@ class Control:
 
     def __len__(self) -> int:
         return len(self.scale)
+
+    def as_clip(self) -> Control:
+        """Rows of alike strength, one a frame, as one row that is a clip."""
+        hints = tuple(value[None] for value in self.hints)
+        return replace(self, hints=hints, scale=self.scale[:1], frames=len(self))
+
+    def in_window(self, window: slice) -> Control:
+        """The same for these frames of every clip."""
+        if not self.frames:
+            return self
+        return replace(
+            self,
+            hints=tuple(value[:, window] for value in self.hints),
+            frames=len(range(self.frames)[window]),
+        )
+
+    def for_frames(self, frames: int) -> Control:
+        """B clips of so many frames as B·F rows; `UserError` where there are hints for another number of frames."""
+        if not self.frames:
+            return self.rows(torch.arange(len(self)).repeat_interleave(frames))
+        if self.frames != frames:
+            raise UserError(
+                f"A condition has maps for {self.frames} frames, and the clip has {frames}. Give one for each."
+            )
+        hints = tuple(value.flatten(0, 1) for value in self.hints)
+        return replace(self, hints=hints, scale=self.scale.repeat_interleave(frames), frames=0)
 
     def during(self, schedule: Schedule) -> Control:
         """The same at the times of these S steps: step i where start ≤ i/S and (i + 1)/S ≤ stop, as diffusers has it.
@@ -138,11 +166,9 @@ class Control:
 
     def is_like(self, other: Control) -> bool:
         """Whether rows of both can stand in one batch."""
-        return self.network is other.network and (self.start, self.stop, self.guess, self.times) == (
-            other.start,
-            other.stop,
-            other.guess,
-            other.times,
+        return self.network is other.network and all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("start", "stop", "guess", "frames", "times")
         )
 
 

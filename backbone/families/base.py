@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +222,31 @@ class Family(Protocol):
         ...
 
 
+class PictureEncoder(Protocol):
+    """What a network that makes clips of pictures is told of one."""
+
+    def to(self, device: torch.device) -> PictureEncoder:
+        """The same on another device."""
+        ...
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in −1…1, of any size, to embeddings [B, T, D]."""
+        ...
+
+
+@runtime_checkable
+class PictureFamily(Protocol):
+    """A family whose network is told a picture in the place of words, and makes a clip of it.
+
+    Its conditions are `hidden` [B, T, D] of the picture and `ids` [B, 3] (frames a second less one, motion bucket,
+    deviation of the noise on the picture), and one reference, the picture's latents at the autoencoder's own scale.
+    """
+
+    def picture_encoder(self, location: Location, dtype: torch.dtype) -> PictureEncoder:
+        """Load what makes `hidden` of a picture."""
+        ...
+
+
 def guide_alike(conditional: Estimate, unconditional: Estimate, scale: float, level: Level) -> Estimate:
     """Classifier-free guidance as it is at every level (Ho & Salimans 2022)."""
     return guide(conditional, unconditional, scale)
@@ -255,7 +280,7 @@ class ModuleSpec:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device):
             network = self.build()
-        nn.Module.to(network, self.dtype)
+        nn.Module.to(network, device, self.dtype)  # what was made by torch.Tensor is not there yet
         for name, module in network.named_modules() if self.in_fp32 else ():
             if set(name.split(".")) & set(self.in_fp32):
                 nn.Module.float(module)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from backbone.io.console import UserError
@@ -26,6 +27,7 @@ class LatentSpace:
     patch         latents a side that make one of the network's, their channels behind one another
     frames        whether pictures and latents have a dimension of frames, [B, C, 1, H, W]
     opacity       whether pictures have a fourth channel, how opaque they are; white lies behind
+    over_time     whether the decoder looks along the frames, so that what it decodes together is one clip
     """
 
     scale: float | Tensor
@@ -33,6 +35,7 @@ class LatentSpace:
     patch: int = 1
     frames: bool = False
     opacity: bool = False
+    over_time: bool = False
 
     def encode(self, autoencoder: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures [B, 3, H, W] to the mean and standard deviation of their latents [B, C, h, w]."""
@@ -51,6 +54,8 @@ class LatentSpace:
         if self.frames:
             pictures = cast(Tensor, cast(Any, autoencoder).decode(z.unsqueeze(2)).sample[:, :, 0])
             return lay_on_white(pictures) if self.opacity else pictures
+        if self.over_time:
+            return cast(Tensor, cast(Any, autoencoder).decode(z, num_frames=len(z)).sample)
         z = z.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, cast(Any, autoencoder).decode(z).sample)
 
@@ -71,7 +76,11 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
         )
     scale = float(config.get("scaling_factor") or 1.0)
     if config.get("latents_mean") is None or config.get("latents_std") is None:
-        return LatentSpace(scale, float(config.get("shift_factor") or 0.0), frames=has_frames(config))
+        shift, over_time = (
+            float(config.get("shift_factor") or 0.0),
+            isinstance(autoencoder, AutoencoderKLTemporalDecoder),
+        )
+        return LatentSpace(scale, shift, frames=has_frames(config), over_time=over_time)
     mean, std = (
         torch.tensor(config[key], dtype=torch.float32, device=device)[:, None, None]
         for key in ("latents_mean", "latents_std")

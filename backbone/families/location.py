@@ -120,14 +120,17 @@ CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and t
     "block_out_channels": list[int],
     "sample_size": int | list[int],
     "cross_attention_dim": int | list[int],
+    "num_attention_heads": int | list[int],
     **dict.fromkeys(
         ("in_channels", "out_channels", "latent_channels", "patch_size", "pos_embed_max_size", "z_dim"), int
     ),
     **dict.fromkeys(("dim", "cap_feat_dim", "n_layers", "n_refiner_layers", "n_heads"), int),
     **dict.fromkeys(("joint_attention_dim", "pooled_projection_dim", "caption_channels"), int),
-    **dict.fromkeys(("projection_class_embeddings_input_dim", "addition_time_embed_dim"), int),
+    **dict.fromkeys(("projection_class_embeddings_input_dim", "projection_dim"), int),
     **dict.fromkeys(("hidden_size", "d_model", "vocab_size", "num_hidden_layers", "num_layers"), int),
-    **dict.fromkeys(("num_single_layers", "num_attention_heads", "num_train_timesteps"), int),
+    **dict.fromkeys(
+        ("num_single_layers", "num_frames", "addition_time_embed_dim", "num_train_timesteps"), int
+    ),
     **dict.fromkeys(("scaling_factor", "shift_factor", "shift", "base_shift", "max_shift"), float),
     **dict.fromkeys(("force_upcast", "guidance_embeds", "use_dynamic_shifting"), bool),
     **dict.fromkeys(("addition_embed_type", "prediction_type", "time_shift_type", "beta_schedule"), str),

@@ -18,6 +18,7 @@ def families() -> list[Family]:
     from backbone.families.sd1.family import StableDiffusion
     from backbone.families.sd3.family import StableDiffusion3
     from backbone.families.sdxl.family import StableDiffusionXL
+    from backbone.families.stable_video.family import StableVideo
     from backbone.families.zimage.family import ZImage
 
     return [
@@ -34,4 +35,5 @@ def families() -> list[Family]:
         Krea2(),
         Chroma(),
         QwenImage21(),
+        StableVideo(),
     ]

@@ -157,6 +157,23 @@ class ControlOptions:
         return asked
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipControlOptions(ControlOptions):
+    """Conditions on the layout of a clip's frames."""
+
+    condition: Annotated[
+        tuple[str, ...],
+        Option(
+            "Maps of the layout, one a frame: KIND=FOLDER or an animated file; or KIND=MAP.png for all frames. KIND is "
+            "as in customize sample; repeatable. FOLDER:inverted is black on white, CLIP:auto a clip in which they are "
+            "found.",
+            CONTROL,
+            aliases=("control-image", "conditioning-frames"),
+            metavar="KIND=MAPS",
+        ),
+    ] = ()
+
+
 def spread(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
     """One value for each condition: none, one for all, or as many as there are; else `UserError`."""
     if values and not count:

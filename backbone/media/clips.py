@@ -74,6 +74,15 @@ def read_film(source: str | Path) -> Film:
     return found
 
 
+def count_frames(path: Path) -> int:
+    """Frames of an animated file; 1 for what is none, which whoever reads it as a picture will say."""
+    try:
+        with Image.open(path) as opened:
+            return int(getattr(opened, "n_frames", 1))
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return 1
+
+
 def _read_animation(path: Path) -> Film:
     if not path.is_file():
         raise UserError(f"There is no clip {path}. Check the spelling, and the folder that it is named from.")
@@ -85,7 +94,7 @@ def _read_animation(path: Path) -> Film:
                 )
             frames, lasting, clear = [], [], False
             for frame in ImageSequence.Iterator(opened):
-                clear |= frame.has_transparency_data
+                clear |= is_see_through(frame)
                 frames.append(_on_white(frame))
                 lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
     except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
@@ -97,6 +106,14 @@ def _read_animation(path: Path) -> Film:
     if clear:
         notify(f"{path}: its transparent parts are white.")
     return Film(*_even(tuple(frames), lasting, path), str(path), content_hash(path))
+
+
+def is_see_through(frame: Image.Image) -> bool:
+    """Whether a frame has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
+    if not frame.has_transparency_data:
+        return False
+    lowest, _ = frame.convert("RGBA").getchannel("A").getextrema()
+    return lowest != 255
 
 
 def _on_white(frame: Image.Image) -> Image.Image:

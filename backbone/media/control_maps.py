@@ -9,8 +9,8 @@ Two more are for ControlNets alone: `normal` (a surface's directions as colours)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from backbone.io.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once
+from backbone.media.clips import FILMS, count_frames, read_film
 from backbone.media.decode import open_rgb
 from backbone.media.outlines import draw_lines, draw_outlines
+from backbone.media.pictures import list_images
 from backbone.media.transforms import CROPS, crop_box
 
 Palette = Mapping[str, tuple[int, int, int]]
@@ -57,11 +59,47 @@ def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = N
     if asked.path:
         picture = open_rgb(asked.path)
         refuse_transparency(Path(asked.path))
+    assert picture is not None
+    return prepare_map(asked, target, picture)
+
+
+def read_maps(
+    asked: AskedMap, target: Target, frames: int, *, film: Sequence[Image.Image] = ()
+) -> list[Image.Image]:
+    """The maps of a clip's frames: of a folder or an animated file one each, a still's for all, or found in `film`.
+
+    Raises `UserError` as `read_map`, and for another number of maps than frames.
+    """
+    if not asked.path:
+        return [read_map(asked, target, picture=frame) for frame in film]
+    path = Path(asked.path).expanduser()
+    if path.is_dir():
+        files = [record.path for record in list_images(path)]
+        refuse_other_count(asked, len(files), frames)
+        return [read_map(replace(asked, path=str(file)), target) for file in files]
+    if path.suffix.lower() in FILMS or count_frames(path) > 1:
+        drawn = read_film(path).frames
+        refuse_other_count(asked, len(drawn), frames)
+        return [prepare_map(asked, target, frame) for frame in drawn]
+    return [read_map(asked, target)] * frames
+
+
+def refuse_other_count(asked: AskedMap, found: int, frames: int) -> None:
+    """`UserError` for another number of maps than the clip has frames."""
+    if found != frames:
+        raise UserError(
+            f"{asked.path} has {found} maps and the clip {frames} frames. Give a map for each frame, or one still for "
+            "all."
+        )
+
+
+def prepare_map(asked: AskedMap, target: Target, picture: Image.Image) -> Image.Image:
+    """A map that has been read, or a picture in which it is found, as its network reads it: see `read_map`."""
+    if asked.path:
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
             left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))
             picture = picture.crop((left, top, right, bottom))
         refuse_other_shape(picture.size, target.size, asked.path)
-    assert picture is not None
     if asked.is_computed:
         if picture.size != target.size:
             picture = picture.resize(target.size, Image.Resampling.LANCZOS)

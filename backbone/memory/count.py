@@ -25,8 +25,8 @@ from backbone.training.attention import quick_to_train
 
 Forward = Callable[[], Tensor]
 AUTOCAST_LOWER = frozenset(
-    {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul}
-    | {torch.Tensor.__matmul__, F.scaled_dot_product_attention}
+    {F.linear, F.conv2d, torch.conv2d, F.conv3d, torch.conv3d, torch.matmul, torch.bmm, torch.baddbmm}
+    | {torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention}
 )
 AUTOCAST_FP32 = {  # what autocast computes in fp32, by device
     "cuda": frozenset(

@@ -6,7 +6,7 @@ conditions = replace(text, controls=(Control.of(network, maps),))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,7 +22,7 @@ from backbone.families.location import Location, find_hub_file
 from backbone.io.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
-from backbone.media.control_maps import Target, as_hints, read_map
+from backbone.media.control_maps import Target, as_hints, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
 
@@ -135,11 +135,15 @@ def _refuse_other_scale(module: nn.Module, factor: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A condition that was asked for, opened: the control of one row, its map as the network reads it, and facts."""
+    """A condition that was asked for, opened: the control of one row, its map as the network reads it, and facts.
+
+    maps  of a clip, one a frame
+    """
 
     control: Control
     map: Image.Image
     facts: dict[str, Any]
+    maps: tuple[Image.Image, ...] = ()
 
     def brief(self) -> dict[str, Any]:
         """The facts for an image that is passed on: files and folders by their last names."""
@@ -165,6 +169,51 @@ def open_conditions(
     Raises `UserError` for what `read_map` and `open_control` refuse, kinds that no network of the model reads, and
     guess mode where it has no effect.
     """
+    return _open(
+        model,
+        asked,
+        size,
+        drawn_on,
+        lambda one, target: (read_map(one, target, picture=picture),),
+        {} if opened is None else opened,
+    )
+
+
+def open_clip_conditions(
+    model: Backbone,
+    asked: Sequence[AskedControl],
+    size: tuple[int, int],
+    frames: int,
+    *,
+    film: Sequence[Image.Image] = (),
+    drawn_on: tuple[int, int] | None = None,
+    opened: dict[str, OpenedControl] | None = None,
+) -> tuple[Condition, ...]:
+    """The conditions for clips of so many frames: a map for each, from a folder, a clip, or one still for all.
+
+    `film` are the frames in which `KIND=auto` finds its maps. Raises `UserError` as `open_conditions`, and for another
+    number of maps than frames.
+    """
+    found = _open(
+        model,
+        asked,
+        size,
+        drawn_on,
+        lambda one, target: read_maps(one, target, frames, film=film),
+        {} if opened is None else opened,
+    )
+    return tuple(replace(one, control=one.control.as_clip()) for one in found)
+
+
+def _open(
+    model: Backbone,
+    asked: Sequence[AskedControl],
+    size: tuple[int, int],
+    drawn_on: tuple[int, int] | None,
+    read: Callable[[AskedMap, Target], Sequence[Image.Image]],
+    opened: dict[str, OpenedControl],
+) -> tuple[Condition, ...]:
+    """The conditions, a row for each map that `read` gives of one."""
     if not asked:
         return ()
     controlled_family(model)
@@ -174,15 +223,16 @@ def open_conditions(
     for said, name in zip(asked, named, strict=True):
         one = _of_known_kind(said, found[name])
         target = Target(size, found[name].record.palette or None, drawn_on)
-        ready.append((one, name, read_map(one.map, target, picture=picture)))
+        ready.append((one, name, read(one.map, target)))
     say_sum(asked)
-    opened = {} if opened is None else opened
     for name in found:
         opened[name] = opened.get(name) or open_control(model, name)
-    return tuple(_condition(model, one, opened[name], image) for one, name, image in ready)
+    return tuple(_condition(model, one, opened[name], images) for one, name, images in ready)
 
 
-def _condition(model: Backbone, asked: AskedControl, opened: OpenedControl, image: Image.Image) -> Condition:
+def _condition(
+    model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
+) -> Condition:
     usual = {"scale": 1.0, "start": 0.0, "stop": 1.0}
     usual |= {**model.defaults.get("condition", {}), **opened.record.defaults}
     how: dict[str, Any] = {
@@ -192,10 +242,10 @@ def _condition(model: Backbone, asked: AskedControl, opened: OpenedControl, imag
         raise UserError(
             f"{opened.name} is no ControlNet of a UNet, so guess mode has no effect on it. Leave --guess-mode out."
         )
-    hints = as_hints(image).to(model.device)
+    hints = torch.cat([as_hints(image) for image in images]).to(model.device)
     control = Control.of(opened.network.for_kind(asked.map.kind), hints, guess=asked.guess, **how)
     facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
-    return Condition(control, image, facts)
+    return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
 def together(conditions: Sequence[Condition]) -> tuple[Control, ...]:

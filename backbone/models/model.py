@@ -30,6 +30,8 @@ from backbone.families.base import (
     Family,
     ImageInput,
     NoisePath,
+    PictureEncoder,
+    PictureFamily,
     SeeingTextEncoder,
     TextEncoder,
 )
@@ -45,7 +47,7 @@ from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
-PARTS = ("denoiser", "autoencoder", "text_encoder")
+PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
 USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is in the range of its Option too
     **dict.fromkeys(("steps", "train_steps", "rank", "batch"), int),
     **dict.fromkeys(("guidance", "learning_rate"), float),
@@ -110,6 +112,7 @@ class Backbone:
         resolution: int = 0,
         by_instruction: bool = False,
         widen: bool = False,
+        from_picture: bool = False,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
@@ -118,7 +121,8 @@ class Backbone:
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
         `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. `by_instruction` asks for one
         that reads an image beside the prompt and edits it; without it such a model is refused. With `widen` a UNet that
-        reads none is given input channels for one, whose weights begin at zero.
+        reads none is given input channels for one, whose weights begin at zero. `from_picture` lets in one that makes a
+        clip of a picture and reads no words.
 
         Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
         resolution.
@@ -133,7 +137,7 @@ class Backbone:
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution,
                     widened=widen and isinstance(family, UNetFamily) and found not in family.reads_images,
                 )  # fmt: skip
-                opened.refuse_other_task(by_instruction=by_instruction)
+                opened.refuse_other_task(by_instruction=by_instruction, from_picture=from_picture)
                 opened.refuse_resolution()
                 return opened
         served = ", ".join(family.name for family in families())
@@ -169,6 +173,13 @@ class Backbone:
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
         with progress(None, "loading the text encoder", brief=True):
             return self.family.text_encoder(self.location, self.dtype).to(device)
+
+    @cached_property
+    def picture_encoder(self) -> PictureEncoder:
+        """What a model that makes clips of pictures is told of one."""
+        assert isinstance(self.family, PictureFamily)
+        with progress(None, "loading the picture encoder", brief=True):
+            return self.family.picture_encoder(self.location, self.dtype).to(self.device)
 
     @cached_property
     def path(self) -> NoisePath:
@@ -301,12 +312,25 @@ class Backbone:
         """Whether that image's latents are further channels of the noisy ones, so that it cannot do without."""
         return self.edits_by_instruction and isinstance(self.family, UNetFamily)
 
-    def refuse_other_task(self, *, by_instruction: bool = False) -> None:
+    @property
+    def reads_words(self) -> bool:
+        """Whether it is told what to draw; else it makes a clip of a picture."""
+        return not isinstance(self.family, PictureFamily)
+
+    def refuse_other_task(self, *, by_instruction: bool = False, from_picture: bool = False) -> None:
         """`UserError` for a denoiser that reads other things than noisy latents: one for inpainting, upscaling …
 
-        Beside them it reads an image's latents where it edits `by_instruction`, and nothing elsewhere.
+        Beside them it reads an image's latents where it edits `by_instruction` or makes a clip `from_picture`, and
+        nothing elsewhere.
         """
         name = self.location.name
+        if not self.reads_words:
+            if not from_picture:
+                raise UserError(
+                    f"{name} makes a clip of a picture and reads no words, so it cannot be used here. Use it with "
+                    f"customize clip --image PICTURE --model {name}, or name another model."
+                )
+            return
         if self.reads_as_channels and not by_instruction:
             raise UserError(
                 f"{name} edits an image by an instruction and draws nothing without one. Use it with edit instruct."
@@ -382,8 +406,15 @@ class Backbone:
         return torch.cat([self.encode(some).mean for some in portions]).transpose(0, 1)
 
     def decode_clip(self, latents: Tensor, chunk: int = 0) -> Tensor:
-        """Latents [C, F, H, W] of a clip to frames [F, 3, 8H, 8W], at most `chunk` of them at a time (0: as fits)."""
+        """Latents [C, F, H, W] of a clip to frames [F, 3, 8H, 8W], at most `chunk` of them at a time.
+
+        0: as fits, and all of them where the decoder looks along the frames.
+        """
         rows = latents.transpose(0, 1)
+        if self.latent_space.over_time:
+            with torch.no_grad():
+                some = rows.split(chunk or len(rows))
+                return torch.cat([self.decode_with_gradients(part) for part in some])
         return torch.cat([self.decode(some) for some in rows.split(chunk or len(rows))])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
@@ -434,11 +465,12 @@ class Backbone:
         conditions = conditions.at(time)
         time = send(time, noisy.device)
         frames = noisy.shape[2] if noisy.ndim > len(self.latent_shape) + 1 else 0
+        controls = conditions.controls
         if frames:
             noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
-            conditions = conditions[torch.arange(len(conditions)).repeat_interleave(frames)]
+            conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
-        with self.autocast(), clip_of(denoiser, frames):
+        with self.autocast(), clip_of(denoiser, frames, controls):
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction
 

@@ -10,7 +10,7 @@ are, and a picture does not go through them at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch
 from diffusers import MotionAdapter
 from torch import Tensor, nn
 
+from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict
 from backbone.families import loading
 from backbone.families.location import Config, hub_file
@@ -43,11 +44,13 @@ class Motion:
 
     adapter   what was attached, with its settings
     frames    0 for pictures, which pass the layers by
+    controls  of the call, for what in the layers listens to them (a camera's path)
     """
 
     def __init__(self, adapter: MotionAdapter) -> None:
         self.adapter = adapter
         self.frames = 0
+        self.controls: tuple[Control, ...] = ()
         self.hooks: list[Any] = []
 
     @property
@@ -62,7 +65,11 @@ class Motion:
             if not self.frames:
                 return None
             hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "sample", returned)
-            moved = over_time(hidden, num_frames=self.frames)
+            entering = hidden
+            if torch.is_grad_enabled() and hidden.device.type == "cpu":
+                # Behind channels-last convolutions the backward of torch's group norm over a clip crashes there
+                entering = hidden.contiguous()
+            moved = over_time(entering, num_frames=self.frames)
             if isinstance(returned, tuple):
                 return (moved, *returned[1:])
             return moved if hidden is returned else type(returned)(sample=moved)
@@ -266,17 +273,18 @@ def detach_motion(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def clip_of(denoiser: nn.Module, frames: int) -> Iterator[None]:
-    """Inside the `with`, rows are clips of so many frames; 0: pictures."""
+def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()) -> Iterator[None]:
+    """Inside the `with`, rows are clips of so many frames under these controls; 0: pictures."""
     motion = motion_of(denoiser)
     if motion is None:
         yield
         return
-    before, motion.frames = motion.frames, frames
+    before = motion.frames, motion.controls
+    motion.frames, motion.controls = frames, controls
     try:
         yield
     finally:
-        motion.frames = before
+        motion.frames, motion.controls = before
 
 
 # Frames and rows ---------------------------------------------------------------------------------------------
@@ -293,11 +301,13 @@ def rows_as_frames(rows: Tensor, frames: int) -> Tensor:
     return clips
 
 
-def in_windows(predict: Predict, length: int, stride: int) -> Predict:
+def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
     """Predictions of a clip longer than an adapter has positions for: windows of frames, averaged where they overlap.
 
-    Each frame's weight falls with its distance from its window's middle (Qiu et al. 2023, FreeNoise, section 3.3).
+    `predict_in` gives what predicts the frames of a window. Each frame's weight falls with its distance from its
+    window's middle (Qiu et al. 2023, FreeNoise, section 3.3).
     """
+    inside: dict[int, Predict] = {}
 
     def predicting(noisy: Tensor, level: Level) -> Estimate:
         frames = noisy.shape[2]
@@ -305,11 +315,13 @@ def in_windows(predict: Predict, length: int, stride: int) -> Predict:
         weights = torch.zeros(frames, device=noisy.device)
         for start in window_starts(frames, length, stride):
             window = slice(start, start + length)
+            if start not in inside:
+                inside[start] = predict_in(window)
             here = noisy[:, :, window]
             count = here.shape[2]
             ramp = torch.arange(1, count + 1, device=noisy.device)
             weight = torch.minimum(ramp, ramp.flip(0)).float()
-            for total, part in zip(sums, predict(here, level), strict=True):
+            for total, part in zip(sums, inside[start](here, level), strict=True):
                 total[:, :, window] += weight[:, None, None] * part
             weights[window] += weight
         clean, noise = (total / weights[:, None, None] for total in sums)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -140,15 +141,38 @@ def sample_latents(
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
             start = add_noise(clean[first : first + batch].to(model.device), noise, rest[0])
-        predict = model.guided_predictor(text, empty, asked.guidance)
-        if asked.guided != ALL_STEPS:
-            predict = limit_guidance(asked.guided, predict, model.predictor(text), schedule)
+        guide = partial(
+            guide_steps, model, empty=empty, guidance=asked.guidance, guided=asked.guided, schedule=schedule
+        )
         if frames is not None and frames.window < frames.count:
-            predict = in_windows(predict, frames.window, frames.stride)
+            parts = partial(_in_window, guide, text)
+            predict = in_windows(parts, frames.window, frames.stride)
+        else:
+            predict = guide(text)
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, rest))
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
         yield get_sampler(asked.sampler, randoms)(start, predict, rest)
+
+
+def guide_steps(
+    model: Backbone,
+    text: Conditions,
+    *,
+    empty: Conditions,
+    guidance: float,
+    guided: tuple[float, float],
+    schedule: Schedule,
+) -> Predict:
+    """Guided predictions in this share of a schedule's steps, those of the prompt alone in the others."""
+    predict = model.guided_predictor(text, empty, guidance)
+    return (
+        predict if guided == ALL_STEPS else limit_guidance(guided, predict, model.predictor(text), schedule)
+    )
+
+
+def _in_window(guide: Callable[[Conditions], Predict], text: Conditions, window: slice) -> Predict:
+    return guide(text.in_window(window))
 
 
 def beside(text: Conditions, references: Sequence[Reference]) -> Conditions:
@@ -233,8 +257,8 @@ def initial_noise(
     key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023, PYoCo,
     section 4.2, mixed noise).
     """
-    *channels, height, width = model.latent_shape
-    shape = (*channels, *(places or (height, width)))
+    channels, *_, height, width = model.latent_shape  # of a model of clips with its frames between
+    shape = (channels, *(places or (height, width)))
 
     def draw(*key: int | str) -> Tensor:
         return torch.randn(shape, generator=generator(seed, i, j, *key))

@@ -42,6 +42,23 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Journey:
+    """A path of the camera for which there are no words: where it ends.
+
+    x, y  pixels of a pan, to the right and down
+    zoom  times
+    roll  degrees by which the picture turns clockwise
+    ease  slow at both ends
+    """
+
+    x: float = 0.0
+    y: float = 0.0
+    zoom: float = 1.0
+    roll: float = 0.0
+    ease: bool = False
+
+
+@dataclass(frozen=True)
 class Clip:
     """A scene in motion.
 
@@ -49,6 +66,7 @@ class Clip:
     camera  what the camera does, of `CAMERAS`; "" nothing
     speed   of both, of `SPEEDS`
     frames  how many
+    journey what the camera does instead, where no words say it
     """
 
     scene: Scene
@@ -56,10 +74,16 @@ class Clip:
     camera: str = ""
     speed: str = ""
     frames: int = 16
+    journey: Journey | None = None
 
     def __post_init__(self) -> None:
         assert self.move in ("", *MOTIONS) and self.camera in ("", *CAMERAS) and self.speed in SPEEDS
-        assert self.frames > 0
+        assert self.frames > 0 and not (self.camera and self.journey)
+
+    @property
+    def travels(self) -> bool:
+        """Whether the camera moves."""
+        return bool(self.camera) or self.journey is not None
 
     def caption(self, *, name: str | None = None) -> str:
         """The scene's caption, then what moves: `a dog in a park, moving left, camera zooming in`."""
@@ -112,6 +136,21 @@ def sample_clip(seed: int, *, words: Vocabulary | None = None, frames: int = 16)
     return Clip(scene, move, camera, speed, frames)
 
 
+def sample_journey(random: Random) -> Journey:
+    """A path of the camera, as far as its words go in every part: a pan, a zoom, a roll, or some of them together."""
+    parts = [random.random() < 0.5 for _ in range(3)]
+    if not any(parts):
+        parts[random.randrange(3)] = True
+    x, y, zoom, roll = (random.uniform(-1, 1) for _ in range(4))
+    return Journey(
+        PAN * x if parts[0] else 0.0,
+        PAN * 0.6 * y if parts[0] else 0.0,
+        ZOOM**zoom if parts[1] else 1.0,
+        ROLL * roll if parts[2] else 0.0,
+        random.random() < 0.5,
+    )
+
+
 def render_clip(clip: Clip) -> ClipRendering:
     """Render a clip; one in which nothing moves repeats the scene's own picture, bit for bit.
 
@@ -124,7 +163,7 @@ def render_clip(clip: Clip) -> ClipRendering:
     moving = [*range(len(figures))] if clip.scene.pair else [0]
     tracks = np.stack([trace_thing(clip, f, i in moving) for i, f in enumerate(figures)], axis=1)
     seen = np.stack([_through(camera[t], tracks[t], figures, clip, horizon) for t in range(clip.frames)])
-    if not clip.move and not clip.camera:
+    if not clip.move and not clip.travels:
         still = render(clip.scene)
         flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
         return ClipRendering((still.image,) * clip.frames, (still.masks,) * clip.frames, seen, camera, flow)
@@ -134,7 +173,7 @@ def render_clip(clip: Clip) -> ClipRendering:
         canvas = _warp_place(ground, camera[t], horizon, clip).convert("RGBA")
         drawn = []
         for i, figure in enumerate(figures):
-            stands = not clip.camera and i not in moving
+            stands = not clip.travels and i not in moving
             paint = draw_figure(canvas, figure) if stands else sprites[i].draw(canvas, seen[t, i])
             canvas, mask = paint
             drawn.append(mask)
@@ -194,6 +233,9 @@ def trace_camera(clip: Clip) -> Floats:
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
     way = SPEEDS[clip.speed] * u
     path = np.tile(np.array([0, 0, 1, 0], np.float32), (clip.frames, 1))
+    if (far := clip.journey) is not None:
+        way = u * u * (3 - 2 * u) if far.ease else u
+        return np.stack([far.x * way, far.y * way, far.zoom**way, far.roll * way], axis=-1).astype(np.float32)
     match clip.camera:
         case "pan-left" | "pan-right":
             path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * way

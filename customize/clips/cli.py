@@ -4,30 +4,47 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
 from backbone.io.commands import print_json
+from backbone.io.conditions import CONTROL, refuse_from_source
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING
+from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.io.options import settled_command
 from backbone.io.records import read_as
-from customize.clips.settings import ADAPTER_FILE, MOTION, TRAINING, ClipOptions, TrainMotionOptions
+from backbone.world.motions import CAMERAS, find_moves
+from customize.clips.picture_settings import PICTURE
+from customize.clips.settings import (
+    ADAPTER_FILE,
+    MOTION,
+    TRAINING,
+    ClipOptions,
+    EvaluateClipOptions,
+    TrainMotionOptions,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, CONCEPTS, SAMPLING))(clip)
+    settled_command(app, ClipOptions, panels=(DRAWING, MOTION, PICTURE, CONTROL, CONCEPTS, SAMPLING))(clip)
     settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
+    settled_command(app, EvaluateClipOptions, panels=(DATA, DRAWING, MOTION, SAMPLING, SCORING))(
+        evaluate_clip
+    )
 
 
 def clip(asked: ClipOptions) -> None:
-    """Draw clips from prompts with a motion adapter, with concepts or without."""
+    """Draw clips from prompts with a motion adapter, with concepts or without, or let a picture move."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
     prompts = [prompt.text for prompt in prompts_of([*asked.words, *asked.prompts])]
+    if asked.by_picture_alone:
+        clip_of_pictures(asked)
+        return
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
@@ -43,14 +60,40 @@ def clip(asked: ClipOptions) -> None:
         )
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+    refuse_from_source(asked.controls)
+    for prompt in prompts if asked.camera else ():
+        refuse_other_camera(prompt, asked.camera)
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.clips.draw import RECORD, draw_clips
+    from customize.clips.draw import draw_clips
 
-    folder = draw_clips(prompts, asked, concepts=concepts)
-    notify(f"{count_of(len(prompts) * asked.count, 'clip')} in {folder}; {folder}/report.html plays them.")
+    report_clips(draw_clips(prompts, asked, concepts=concepts), len(prompts) * asked.count, asked)
+
+
+def clip_of_pictures(asked: ClipOptions) -> None:
+    """Clips of a model that reads a picture and no words."""
+    if asked.out is not None:
+        refuse_filled(asked.out)
+    from customize.clips.picture import draw_pictures
+
+    report_clips(draw_pictures(asked), len(asked.images) * asked.count, asked)
+
+
+def report_clips(folder: Path, count: int, asked: ClipOptions) -> None:
+    """Say where the clips are."""
+    notify(f"{count_of(count, 'clip')} in {folder}; {folder}/report.html plays them.")
     if asked.as_json:
-        print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / RECORD)})
+        print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
+
+
+def refuse_other_camera(prompt: str, camera: str) -> None:
+    """`UserError` where a prompt's words move the camera otherwise than the path's."""
+    said = find_moves(prompt)[1]
+    words = [word for word in CAMERAS if word in camera.lower()]
+    if said and words and said not in words:
+        raise UserError(
+            f"“{prompt}” says {said} and --camera {camera}: they contradict each other. Say the same, or leave one out."
+        )
 
 
 def train_motion(asked: TrainMotionOptions) -> None:
@@ -60,3 +103,18 @@ def train_motion(asked: TrainMotionOptions) -> None:
     run = learn(asked)
     where = shlex.quote(str(run))
     notify(f'Next: customize clip "a dog in a park, {asked.token}" --concept {where}')
+
+
+def evaluate_clip(asked: EvaluateClipOptions) -> None:
+    """Measure clips: what moves, flicker, whether they stay one thing and are what their words say."""
+    from customize.clips.evaluate import TABLE, describe
+    from customize.clips.evaluate import evaluate_clip as measure
+
+    folder = measure(asked)
+    found = read_json(folder / TABLE)
+    if asked.as_json:
+        print_json({"folder": folder, **found})
+    else:
+        for title, value, clips in describe(found["figures"]):
+            typer.echo(f"{title:36} {value}, {count_of(clips, 'clip')}")
+    notify(f"{folder}/report.html plays the clips.")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from backbone.adapters.concept import (
@@ -17,20 +18,25 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
-from backbone.io.files import refuse_filled, write_json
+from backbone.io.files import refuse_filled, write_json, write_text
 from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.media.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.models.camera import CAMERA_WEIGHTS, open_camera
+from backbone.models.control import Condition, describe_conditions, open_clip_conditions, together
 from backbone.models.model import Backbone
 from backbone.models.motion import Motion
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
 from customize.clips.settings import ClipOptions
+from customize.clips.sparse import describe_given_frames, given_frames, open_given_frames
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -52,20 +58,29 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     model = Backbone.open(name, device=asked.device, precision=asked.precision)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
-    latent_size(model, asked.size)
+    rows, columns = latent_size(model, asked.size)
     if asked.out is not None:
         refuse_filled(asked.out)
     refuse_negative(model, asked.negative, asked.guidance)
+    pictures, places = given_frames(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
+    size = (columns * model.factor, rows * model.factor)
+    conditions = open_clip_conditions(model, asked.controls, size, asked.frames)
+    path, camera = follow_camera(model, asked, size)
+    given = open_given_frames(model, pictures, places, asked)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
         films = []
-        for request, film in zip(requests, sample_films(model, requests, asked, frames), strict=True):
+        for request, film in zip(
+            requests,
+            sample_films(model, requests, asked, frames, (*together(conditions), *camera, *given)),
+            strict=True,
+        ):
             write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
             films.append(film)
         kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
@@ -75,14 +90,44 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             "fingerprint": model.fingerprint,
             "concepts": summarize_concepts(concepts),
             **describe_motion(asked),
+            **describe_given_frames(asked, places),
+            **describe_conditions(conditions),
             **asked.facts(),
             "guided": list(asked.guided),
             "scale": asked.scale,
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        publish(folder, requests, prompts, films, record, asked.fps)
+        maps = write_maps(folder, conditions, asked)
+        if path is not None:
+            write_text(folder / "camera.txt", as_lines(path, asked.fps))
+        publish(folder, requests, prompts, films, record, maps)
     return folder
+
+
+def follow_camera(
+    model: Backbone, asked: ClipOptions, size: tuple[int, int]
+) -> tuple[CameraPath | None, tuple[Control, ...]]:
+    """The camera's path that was asked for, and the control by which clips follow it.
+
+    Raises `UserError` as `read_camera` and `open_camera`, and for a path that leaves the world of the adapter.
+    """
+    if not asked.camera:
+        return None, ()
+    path = read_camera(asked.camera, asked.frames, size)
+    beside = Path(asked.motion).expanduser() / CAMERA_WEIGHTS
+    file = asked.camera_adapter or beside
+    if asked.camera_adapter is None and not beside.is_file():
+        raise UserError(
+            f"{asked.motion} brings no {CAMERA_WEIGHTS} with it, so nothing follows a path. Name one with "
+            "--camera-adapter."
+        )
+    camera = open_camera(model, file)
+    if camera.settings.reach is not None:
+        refuse_beyond(path, camera.settings.reach, str(file))
+    with torch.no_grad():
+        control = Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip()
+    return path, (control,)
 
 
 def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
@@ -97,7 +142,11 @@ def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
 
 
 def sample_films(
-    model: Backbone, requests: Sequence[Request], asked: ClipOptions, frames: Frames
+    model: Backbone,
+    requests: Sequence[Request],
+    asked: ClipOptions,
+    frames: Frames,
+    controls: Sequence[Control] = (),
 ) -> Iterator[list[Image.Image]]:
     """The requested clips, in order, as their frames."""
     with progress(len(requests) * frames.count, "drawing frames") as bar:
@@ -106,6 +155,7 @@ def sample_films(
             requests,
             **asked.for_sampler(),
             frames=frames,
+            controls=controls,
             advance=lambda clips: bar.advance_images(clips * frames.count),
         ):
             for clip in latents:
@@ -123,9 +173,23 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
     facts: dict[str, Any] = {"motion": asked.motion, "frames": asked.frames, "fps": asked.fps}
     if asked.lora:
         facts |= {"lora": [str(path) for path in asked.lora], "motion_scale": asked.motion_scale}
+    if asked.camera:
+        facts |= {"camera": asked.camera, "camera_scale": asked.camera_scale}
     if asked.context_length:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
     return facts | ({"shared_noise": asked.shared_noise} if asked.shared_noise else {})
+
+
+def write_maps(
+    folder: Path, conditions: Sequence[Condition], asked: ClipOptions
+) -> dict[str, Sequence[Image.Image]]:
+    """Write `condition-0-sketch.webp` …, the maps as the networks read them; those of each, by its title."""
+    films: dict[str, Sequence[Image.Image]] = {}
+    for number, condition in enumerate(conditions):
+        kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * asked.frames
+        write_film(folder / f"condition-{number}-{kind}", drawn, asked.fps)
+        films[f"{kind}, scale {condition.facts['scale']:g}"] = drawn
+    return films
 
 
 def publish(
@@ -134,9 +198,9 @@ def publish(
     prompts: Sequence[str],
     films: Sequence[Sequence[Image.Image]],
     record: Mapping[str, Any],
-    fps: float,
+    maps: Mapping[str, Sequence[Image.Image]],
 ) -> None:
-    """Write the record, a sheet with a strip of each clip, and a report that plays them."""
+    """Write the record, a sheet with a strip of each clip and of its maps, and a report that plays the clips."""
     names = [film_name(request) for request in requests]
     said = [prompts[request.key[0]] for request in requests]
     entries = [
@@ -145,18 +209,20 @@ def publish(
     ]
     write_json(folder / RECORD, {**record, "clips": entries})
     rows = [
-        [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()] for film in films
+        [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()]
+        for film in (*maps.values(), *films)
     ]
     titles = [
         f"{prompt}, sample {request.key[1]}" if request.key[1] else prompt
         for prompt, request in zip(said, requests, strict=True)
     ]
     runs = describe_concepts([one["folder"] for one in record["concepts"]], 1.0).get("concepts", [])
+    with_what = [str(record["model"]), str(record["motion"]), *runs]
     note = (
-        f"{' with '.join([str(record['model']), str(record['motion']), *runs])}, {record['frames']} frames at "
-        f"{fps:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
+        f"{' with '.join(filter(None, with_what))}, {record['frames']} frames at "
+        f"{record['fps']:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
     )
-    page = draw_sheet(rows, note=note, row_titles=titles, cell=128)
+    page = draw_sheet(rows, note=note, row_titles=[*maps, *titles], cell=128)
     save_png(folder / "sheet.png", page)
     facts = {
         key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""

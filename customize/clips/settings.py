@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from backbone.io.conditions import ClipControlOptions
 from backbone.io.console import UserError
 from backbone.io.flags import (
     DATA,
     DRAWING,
     OUTPUT,
     SAMPLING,
+    SCORING,
     JsonOptions,
     PlaceOptions,
     PromptWords,
@@ -19,14 +21,16 @@ from backbone.io.flags import (
 )
 from backbone.io.options import Option, check_values
 from backbone.io.sampling import DrawingOptions
+from customize.clips.picture_settings import PictureOptions
 
 MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
-SHORTEST = 2  # frames
+SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
+USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that are told in words
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions(DrawingOptions, JsonOptions):
+class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOptions):
     """What `customize clip` draws.
 
     Raises `UserError`, naming the argument, for what does not fit.
@@ -39,9 +43,18 @@ class ClipOptions(DrawingOptions, JsonOptions):
     ] = ()
     frames: Annotated[
         int,
-        Option("Frames of a clip.", MOTION, aliases=("num-frames", "video-length"), min=SHORTEST, max=1024),
-    ] = 16
-    fps: Annotated[float, Option("Frames a second.", MOTION, min=0.1, max=240)] = 8.0
+        Option(
+            "Frames of a clip.",
+            MOTION,
+            aliases=("num-frames", "video-length"),
+            min=0,
+            max=1024,
+            default_text="16; of SVD by model",
+        ),
+    ] = 0
+    fps: Annotated[float, Option("Frames a second.", MOTION, min=0, max=240, default_text="8; of SVD 7")] = (
+        0.0
+    )
     motion: Annotated[
         str,
         Option(
@@ -64,6 +77,31 @@ class ClipOptions(DrawingOptions, JsonOptions):
     motion_scale: Annotated[
         float,
         Option("Strength of the motion LoRAs; 0: none.", MOTION, needs=({"lora": ()}, {"concepts": ()})),
+    ] = 1.0
+    camera: Annotated[
+        str,
+        Option(
+            "The camera's path: words (pan-left, zoom-in=1.3, roll-left=20deg, ease), a .json, or a .txt of "
+            "RealEstate10K's lines.",
+            MOTION,
+            aliases=("camera-path", "trajectory-file", "pose-file"),
+            metavar="PATH",
+        ),
+    ] = ""
+    camera_adapter: Annotated[
+        Path | None,
+        Option(
+            "The .safetensors by which it is heard.",
+            MOTION,
+            aliases=("pose-adaptor-ckpt",),
+            metavar="FILE",
+            default_text="camera.safetensors beside the motion adapter",
+            needs={"camera": ()},
+        ),
+    ] = None
+    camera_scale: Annotated[
+        float,
+        Option("How strongly the path holds; 0: not at all.", MOTION, min=0, needs={"camera": ()}),
     ] = 1.0
     context_length: Annotated[
         int,
@@ -104,6 +142,14 @@ class ClipOptions(DrawingOptions, JsonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_pictures(words=not self.by_picture_alone)
+        if self.frames == 1:
+            raise UserError(f"--frames must lie between {SHORTEST} and 1024, and 1 does not.")
+        if 0 < self.fps < SLOWEST:
+            raise UserError(f"--fps must lie between {SLOWEST} and 240, and {self.fps:g} does not.")
+        if not self.by_picture_alone:
+            object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
+            object.__setattr__(self, "fps", self.fps or USUAL_FPS)
         if self.context_length and self.context_length < SHORTEST:
             raise UserError(
                 f"--context-length {self.context_length} is no clip. Give {SHORTEST} or more, or 0."
@@ -113,6 +159,15 @@ class ClipOptions(DrawingOptions, JsonOptions):
                 f"Windows of {self.context_length} frames, {self.context_stride} apart, do not overlap. Give a "
                 f"--context-stride below {self.context_length}."
             )
+        if self.camera and self.context_length and self.context_length < self.frames:
+            raise UserError(
+                "A camera's path is drawn in one window. Leave --context-length out, or ask for fewer --frames."
+            )
+
+    @property
+    def by_picture_alone(self) -> bool:
+        """Whether a picture is all that the model is told; its frames and speed are then the model's own."""
+        return bool(self.images) and not self.words and not self.prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +227,30 @@ class TrainMotionOptions(PlaceOptions):
     prompt_dropout: Annotated[
         float, Option("Share of the steps without a prompt.", TRAINING, min=0, max=1)
     ] = 0.1
+    prior: Annotated[
+        str,
+        Option(
+            "How clips without the token are kept as they were: by the base's predictions on clips that it drew, or "
+            "not at all.",
+            TRAINING,
+            choices=("base", "off"),
+            switches={"with-prior-preservation": "base"},
+            off="off",
+        ),
+    ] = "base"
+    prior_loss_weight: Annotated[
+        float, Option("Of prior preservation; 0: none.", TRAINING, needs={"prior": ("base",)}, off=0, min=0)
+    ] = 1.0
+    prior_clips: Annotated[
+        int,
+        Option(
+            "Clips that the base draws before training.",
+            TRAINING,
+            aliases=("num-class-images",),
+            needs={"prior": ("base",), "prior_loss_weight": ()},
+            min=1,
+        ),
+    ] = 4
     checkpointing_steps: Annotated[int, Option("A checkpoint every so many steps.", OUTPUT, min=1)] = 100
     seed: Annotated[int, Option("Everything random follows from it.", TRAINING)] = 0
 
@@ -182,5 +261,70 @@ class TrainMotionOptions(PlaceOptions):
         for flag, value in (("--clips", self.clips), ("--motion", self.motion)):
             if self.resume is None and not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
+        if (
+            self.prior == "base"
+            and self.prior_loss_weight
+            and not self.prompt.replace(self.token, "").strip(" ,")
+        ):
+            raise UserError(
+                f"--prompt {self.prompt} is {self.token} alone, so there are no words of a class to keep. Say what "
+                "moves too, as in “a clip, [M]”, or give --prior off."
+            )
         if not self.token.strip() or not self.token_words.strip():
             raise UserError("A motion needs a token and words for it. Give --token [M], and --token-words.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateClipOptions(PlaceOptions, JsonOptions):
+    """What `customize evaluate-clip` is told."""
+
+    what: Annotated[
+        str,
+        Option(
+            "A folder of clips, one clip, a run of train-motion, or a motion adapter.",
+            DATA,
+            argument=True,
+            metavar="CLIPS",
+        ),
+    ]
+    caption: Annotated[str, Option("What clips without a caption show.", DATA, metavar="PROMPT")] = ""
+    image: Annotated[
+        Path | None, Option("The picture with which all clips begin.", DATA, metavar="PICTURE")
+    ] = None
+    prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Of the clips that a run or an adapter draws; repeatable.",
+            DRAWING,
+            aliases=("prompt",),
+            metavar="PROMPTS",
+            default_text="nouns of moji's world, with the run's token or words of motion",
+        ),
+    ] = ()
+    model: Annotated[str | None, model_option("the run's, else moji")] = None
+    frames: Annotated[int, Option("Of a drawn clip.", MOTION, min=SHORTEST, max=1024)] = 16
+    count: Annotated[int, Option("Drawn clips of each prompt.", DRAWING, min=1)] = 1
+    steps: Annotated[
+        int | None, Option("Steps of the sampler.", SAMPLING, default_text="by model", min=1)
+    ] = None
+    guidance: Annotated[
+        float | None, Option("Classifier-free guidance; 1: none.", SAMPLING, default_text="by model", min=0)
+    ] = None
+    seed: Annotated[int, Option("Clip j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
+    scorer: Annotated[
+        Path | None,
+        Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
+    ] = None
+    out: Annotated[
+        Path | None,
+        Option(
+            "Where the table goes, new or empty.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="CLIPS-evaluation, or RUN/evaluation",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_values(self)

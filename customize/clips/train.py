@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from backbone.media.clips import Film, read_film
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import quick_to_train
 from backbone.training.run import Objective, drive
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
@@ -101,9 +102,10 @@ def train_motion(asked: TrainMotionOptions) -> Path:
             bar.advance()
     prompts = [(one.caption or asked.prompt).replace(asked.token, asked.token_words) for one in films]
     conditions = encode_prompts_cached(model, [*prompts, ""])
+    kept = draw_prior(model, [one.caption or asked.prompt for one in films], asked)
     model.free("autoencoder", "text_encoder")
     with held(run):
-        learning = MotionLearning(model, latents, conditions, asked)
+        learning = MotionLearning(model, latents, conditions, asked, kept)
         learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
         learning.resume(run)
         write_json(run / "settings.json", describe(asked, films))
@@ -115,6 +117,43 @@ def train_motion(asked: TrainMotionOptions) -> Path:
             run
         )
     return read_concept(run).folder
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Clips that the base drew of the class: latents [C, F, h, w] each, and their prompts' conditions."""
+
+    clips: Sequence[Tensor]
+    conditions: Conditions
+
+
+def draw_prior(model: Backbone, prompts: Sequence[str], asked: TrainMotionOptions) -> Prior | None:
+    """Clips of the same words without the token, drawn by the model as it is; None where nothing is to be kept."""
+    if asked.prior != "base" or not asked.prior_loss_weight:
+        return None
+    words = list(dict.fromkeys(without_token(prompt, asked.token) for prompt in prompts))
+    chosen = [words[i % len(words)] for i in range(asked.prior_clips)]
+    requests = [Request(prompt, (i, 0)) for i, prompt in enumerate(chosen)]
+    found: list[Tensor] = []
+    with progress(len(requests), "drawing clips of the class") as bar:
+        for clips in sample_latents(
+            model,
+            requests,
+            steps=int(model.defaults["steps"]),
+            guidance=float(model.defaults["guidance"]),
+            seed=asked.seed,
+            batch=1,
+            frames=Frames(asked.frames),
+            advance=bar.advance_images,
+        ):
+            found += list(clips.cpu())
+    return Prior(found, encode_prompts_cached(model, chosen))
+
+
+def without_token(prompt: str, token: str) -> str:
+    """What a prompt says of the class: without the token, and without a comma beside it."""
+    parts = (part.replace(token, "") for part in prompt.split(","))
+    return ", ".join(" ".join(part.split()) for part in parts if part.strip())
 
 
 def open_run(asked: TrainMotionOptions) -> tuple[Path, TrainMotionOptions]:
@@ -149,10 +188,16 @@ class MotionLearning(Objective):
     settings: TrainMotionOptions
 
     def __init__(
-        self, model: Backbone, clips: Sequence[Tensor], conditions: Conditions, settings: TrainMotionOptions
+        self,
+        model: Backbone,
+        clips: Sequence[Tensor],
+        conditions: Conditions,
+        settings: TrainMotionOptions,
+        prior: Prior | None = None,
     ) -> None:
         """`clips` are latents [C, F, h, w] of any lengths, `conditions` their prompts' and the empty one's."""
         self.model, self.clips, self.conditions, self.settings = model, clips, conditions, settings
+        self.prior = prior
         self.figures = {}
         names = [name for name, _ in model.denoiser.named_modules() if name.endswith(LAYERS)]
         over_time = [name for name in names if ".motion_modules." in name]
@@ -175,7 +220,7 @@ class MotionLearning(Objective):
 
     @property
     def images(self) -> int:
-        return self.settings.frames + 1
+        return self.settings.frames * (1 if self.prior is None else 2) + 1
 
     def learning(self) -> AbstractContextManager[None]:
         return quick_to_train(self.model.denoiser)
@@ -201,8 +246,37 @@ class MotionLearning(Objective):
         anchor = frame % self.settings.frames
         apart = without_looks(said, anchor) - without_looks(wanted, anchor)
         yield (said - wanted).square().mean() + self.settings.debiased * apart.square().mean()
+        if self.prior is not None:
+            yield self.settings.prior_loss_weight * self.drift(self.prior, random)
         for value in self.looks:
             value.requires_grad_(True)
+
+    def drift(self, prior: Prior, random: torch.Generator) -> Tensor:
+        """How far predictions of a clip of the class, in the layers over time alone, are from the base's own."""
+        number = int(torch.randint(len(prior.clips), (), generator=random))
+        clip, text = prior.clips[number][None], prior.conditions[[number]]
+        state = random.get_state()
+        with torch.no_grad(), self.working([]):
+            wanted, _ = self.predict(clip, text, random)
+        random.set_state(state)
+        with self.working([MOTION]):
+            said, _ = self.predict(clip, text, random)
+        return (said - wanted).square().mean()
+
+    @contextmanager
+    def working(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside the `with` these adapters alone work; what learns stays what learns."""
+        learns = [value.requires_grad for value in self.parameters.values()]
+        try:
+            self._activate(names, learns)
+            yield
+        finally:
+            self._activate([LOOKS, MOTION], learns)
+
+    def _activate(self, names: Sequence[str], learns: Sequence[bool]) -> None:
+        activate_adapters(self.model.denoiser, names)
+        for value, own in zip(self.parameters.values(), learns, strict=True):
+            value.requires_grad_(own)
 
     def predict(self, clean: Tensor, text: Conditions, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """What the network predicts of a picture or clip that is noised, and what it should."""

@@ -23,10 +23,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.diffusion.noise import Estimate
+from backbone.io.conditions import AskedControl
 from backbone.io.console import UserError
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
 from backbone.models.motion import motion_of
 from backbone.models.sample import Frames, Request, refuse_negative, sample_latents
@@ -36,12 +39,13 @@ from edit.attention.alignment import Alignment
 from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion, Method, invert
+from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import composite, difference_maps
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import prompts_to_compare
 from edit.methods.prompt_to_prompt.replace import align_prompts
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
-from edit.pictures import EncodedImage, encode_film
+from edit.pictures import EncodedImage, encode_film, show_film
 from edit.sampling import SourceAndTargets, guidance_of, select
 
 OF_CLIPS: tuple[Method, ...] = ("direct", "ddim", "edit-friendly", "renoise", "reversible")
@@ -79,6 +83,7 @@ class ClipResult:
 
     latents  [N, C, F, H, W]
     masks    [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
+    first    the first frame [3, 8H, 8W] of every edit, where it was given
     nfe      clips that the denoiser evaluated, the inversion's counted
     """
 
@@ -91,11 +96,14 @@ class ClipResult:
     alignments: tuple[Alignment, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     chunk: int = 0
+    first: Tensor | None = None
 
     @cached_property
     def pixels(self) -> Tensor:
         """[N, F, 3, 8H, 8W] in −1…1; outside its place a frame is the source's own, pixel by pixel."""
         edits = [self.model.decode_clip(one, self.chunk).cpu() for one in self.latents]
+        if self.first is not None:
+            edits = [torch.cat([self.first[None].to(one), one[1:]]) for one in edits]
         if self.masks is None:
             return torch.stack(edits)
         around = self.encoded.pixels.cpu()
@@ -110,7 +118,7 @@ class ClipResult:
 
 
 @contextmanager
-def linked_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
+def link_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
     """Inside the `with` a UNet without a motion adapter links a clip's frames by attention; None where it has one."""
     refuse_joint_attention(model)
     if motion_of(model.denoiser) is not None:
@@ -138,10 +146,12 @@ def invert_film(
     method: Method = "direct",
     steps: int = 50,
     seed: int = 0,
+    layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Inversion:
     """One inversion of all frames of a clip that shows what the prompt says (in the model's words).
 
+    `layout` holds maps of the frames, under which it is inverted and edited.
     Raises `UserError` as `invert`, and for more frames than the motion adapter has positions for.
     """
     if method not in OF_CLIPS:
@@ -154,7 +164,7 @@ def invert_film(
             f"{film.name} has {len(film.frames)} frames and the motion adapter positions for {motion.longest}. Cut the "
             "clip, or leave --motion out."
         )
-    with linked_frames(model, 1):
+    with link_frames(model, 1):
         return invert(
             model,
             encode_film(model, film),
@@ -162,8 +172,19 @@ def invert_film(
             method=method,
             steps=steps,
             seed=seed,
+            layout=layout,
             progress=progress,
         )
+
+
+def open_clip_layout(model: Backbone, film: Film, asked: Sequence[AskedControl]) -> Layout:
+    """The conditions of an edit of a clip: maps that are found in it hold for the source too, drawn ones for targets.
+
+    Raises `UserError` as `open_clip_conditions`.
+    """
+    shown = show_film(model, film)
+    every = open_clip_conditions(model, asked, shown[0].size, len(shown), film=shown, drawn_on=film.size)
+    return Layout(every, tuple((one.map.path == "", True) for one in asked))
 
 
 @torch.no_grad()
@@ -190,12 +211,13 @@ def edit_clip(
     assert temporal is not None
     guidance = guidance_of(model, settings.guidance)
     text = encode_prompts_cached(model, [inversion.prompt, *targets])
+    text = inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * count])
     refuse_negative(model, settings.negative, guidance)
     empty = encode_prompts_cached(model, [settings.negative])
     own = guidance if not inversion.overwrites else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     first = inversion.start(checks.strength(settings.strength, steps))
-    with linked_frames(model, 1):
+    with link_frames(model, 1):
         masks, nfe = find_places(inversion, alignments, settings, first)
     guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
     control = Control(
@@ -207,11 +229,7 @@ def edit_clip(
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
             estimate = predict(now, inversion.schedule[step], empty)
-            if inversion.overwrites:
-                there = inversion.step_targets(step, now[1:], select(estimate, slice(-count, None)))
-                now = torch.cat([inversion.states[step + 1][None].to(there), there])
-            else:
-                now = inversion.step_targets(step, now, estimate)
+            now = _step(inversion, step, now, estimate)
             if masks is not None:
                 now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
             progress()
@@ -223,8 +241,21 @@ def edit_clip(
         nfe=inversion.nfe + nfe + predict.nfe,
         masks=masks,
         alignments=tuple(alignments),
-        facts={"inversion_method": inversion.method, "guidance": guidance, "temporal": temporal},
+        facts={
+            "inversion_method": inversion.method,
+            "guidance": guidance,
+            "temporal": temporal,
+            **inversion.layout.facts(),
+        },
     )
+
+
+def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
+    """The states [1 + N, …] behind a step; the source's is its own where it is overwritten."""
+    if not inversion.overwrites:
+        return inversion.step_targets(step, now, estimate)
+    there = inversion.step_targets(step, now[1:], select(estimate, slice(1 - len(now), None)))
+    return torch.cat([inversion.states[step + 1][None].to(there), there])
 
 
 def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipEdit:
@@ -275,6 +306,7 @@ def redraw_film(
     guidance: float | None = None,
     negative: str = "",
     seed: int = 0,
+    layout: Layout = NO_LAYOUT,
     progress: Callable[[float], Any] | None = None,
 ) -> ClipResult:
     """A clip noised and sampled towards a prompt (SDEdit, Meng et al. 2022, algorithm 1), all frames together.
@@ -286,7 +318,7 @@ def redraw_film(
     guidance = guidance_of(model, guidance)
     refuse_negative(model, negative, guidance)
     encoded = encode_film(model, film)
-    with linked_frames(model, 1 + (guidance != 1)):
+    with link_frames(model, 1 + (guidance != 1)):
         (latents,) = sample_latents(
             model,
             [Request(prompt, (0, 0), negative)],
@@ -297,7 +329,10 @@ def redraw_film(
             share=strength,
             size=(encoded.pixels.shape[-1], encoded.pixels.shape[-2]),
             frames=Frames(len(film.frames)),
+            controls=layout.of_targets(),
             advance=progress,
         )
     taken = round(strength * steps) * (1 + (guidance != 1))
-    return ClipResult(model, (prompt,), encoded, latents.float(), taken, facts={"guidance": guidance})
+    return ClipResult(
+        model, (prompt,), encoded, latents.float(), taken, facts={"guidance": guidance, **layout.facts()}
+    )

@@ -88,8 +88,9 @@ def flow_edit(
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
         for draw in range(asked.draws):
             noise = randn_like(clean, generator(asked.seed, step, draw, "flow edit"))
-            velocity += _difference(predict, clean, edited, noise, here, empty) / asked.draws
-        edited = edited + broadcast_like(_tau(there) - _tau(here), edited) * velocity
+            difference = difference_of_velocities(predict, clean, edited, noise, here, empty)
+            velocity += difference / asked.draws
+        edited = edited + broadcast_like(tau(there) - tau(here), edited) * velocity
         if mask is not None:
             edited = torch.where(mask > 0, edited, clean)
         kept.add(step, edited)
@@ -107,12 +108,12 @@ def flow_edit(
     )
 
 
-def _difference(
+def difference_of_velocities(
     predict: SourceAndTargets, clean: Tensor, edited: Tensor, noise: Tensor, level: Level, empty: Conditions
 ) -> Tensor:
     """The targets' velocities minus the source's, under one noise."""
-    tau = broadcast_like(_tau(level), clean)
-    noised = (1 - tau) * clean + tau * noise
+    share = broadcast_like(tau(level), clean)
+    noised = (1 - share) * clean + share * noise
     # The source noised, and each edit displaced from it by what it is displaced from the image
     both = torch.cat([noised, noised + (edited - clean)])
     own = _velocity(predict(broadcast_like(level.a + level.b, both) * both, level, empty))
@@ -123,5 +124,6 @@ def _velocity(estimate: Estimate) -> Tensor:
     return estimate.noise - estimate.clean
 
 
-def _tau(level: Level) -> Tensor:
+def tau(level: Level) -> Tensor:
+    """How far a level is on the way from a picture to noise, 0…1."""
     return level.b / (level.a + level.b)

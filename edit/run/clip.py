@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
-from backbone.io.console import notify, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
 from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
@@ -20,27 +21,42 @@ from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.models.sparse import open_sparsectrl
+from edit.inversion.inversion import Inversion
+from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
-from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, redraw_film
+from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, open_clip_layout, redraw_film
+from edit.methods.clip_flow import ClipFlow, flow_film
+from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
+from edit.pictures import SourceImage
 from edit.run.open import ModelWithConcepts, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
 
-REDRAWN = 0.6  # the usual strength without a source prompt
+REDRAWN, FLOWED = 0.6, 0.66  # the usual strength without a source prompt, and without an inversion
 
 
 def perform_clip(
-    film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions, *, concepts: Sequence[str]
+    film: Film,
+    source: str | None,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    *,
+    concepts: Sequence[str],
+    first: SourceImage | None = None,
 ) -> Path:
     """Edits a clip that has been read, and gives the folder that was written: `--out`, or runs/edit-NAME.
+
+    `first` is its edited first frame, where that is what the others are to follow.
 
     Raises `UserError` for every mistake of the wishes, before the folder is taken.
     """
     began = time.perf_counter()
     loaded = load_in_motion(asked, concepts)
+    layout = open_clip_layout(loaded.model, film, asked.controls)
     usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, usual) as folder:
-        result = run_clip(loaded, film, source, targets, asked)
+        result = run_clip(loaded, film, source, targets, asked, layout, first)
         films = result.films
         kept = replace(asked, out=None, source=source, targets=tuple(targets))
         record = {
@@ -81,7 +97,13 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConc
 
 
 def run_clip(
-    loaded: ModelWithConcepts, film: Film, source: str | None, targets: Sequence[str], asked: ClipOptions
+    loaded: ModelWithConcepts,
+    film: Film,
+    source: str | None,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    layout: Layout = NO_LAYOUT,
+    first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion where the source is described, else by noise."""
     resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
@@ -90,9 +112,12 @@ def run_clip(
         with progress(len(film.frames), "drawing frames") as bar:
             result = redraw_film(
                 loaded.model, film, resolved[0], strength=strength, steps=asked.steps, guidance=asked.guidance,
-                negative=negative, seed=asked.seed, progress=lambda share: bar.advance_images(share * len(film.frames)),
+                negative=negative, seed=asked.seed, layout=layout,
+                progress=lambda share: bar.advance_images(share * len(film.frames)),
             )  # fmt: skip
         return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    if asked.method == "flow-edit":
+        return flow_clip(loaded, film, source, targets, asked, layout)
     settings = ClipEdit(
         cross=asked.cross,
         self_attention=asked.self_attention,
@@ -100,19 +125,74 @@ def run_clip(
         threshold=asked.threshold,
         guidance=asked.guidance,
         negative=negative,
-        strength=1.0 if asked.strength is None else asked.strength,
+        strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
     )
     with progress(asked.steps, "inverting", brief=True) as bar:
         inversion = invert_film(
             loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-            progress=bar.advance,
+            layout=layout, progress=bar.advance,
         )  # fmt: skip
-    with progress(inversion.steps - inversion.start(settings.strength), "editing") as bar:
+    steps = inversion.steps - inversion.start(settings.strength)
+    if first is not None:
+        result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)
+        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    with progress(steps, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
         became = alignment.describe(loaded.spoken)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+
+
+def run_first_frame(
+    inversion: Inversion,
+    picture: SourceImage,
+    target: str,
+    settings: ClipEdit,
+    sparsectrl: str,
+    steps: int,
+) -> ClipResult:
+    """The frames behind an edited first one, which a SparseCtrl carries too where one is named."""
+    first = read_first_frame(inversion, picture)
+    controls: tuple[Control, ...] = ()
+    if sparsectrl:
+        network = open_sparsectrl(inversion.model, sparsectrl)
+        if inversion.states.shape[2] > network.longest:
+            raise UserError(
+                f"{sparsectrl} has positions for {network.longest} frames, and the clip has "
+                f"{inversion.states.shape[2]}. Cut the clip, or leave --sparsectrl out."
+            )
+        controls = (network.of((first.pixels[None] + 1) / 2, [0]),)
+    with progress(steps, "carrying the first frame") as bar:
+        return carry_first_frame(inversion, first, target, settings, controls=controls, progress=bar.advance)
+
+
+def flow_clip(
+    loaded: ModelWithConcepts,
+    film: Film,
+    source: str,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    layout: Layout,
+) -> ClipResult:
+    """The edit without an inversion."""
+    if asked.negative:
+        raise UserError("--negative has no effect with --method flow-edit. Leave out one of the two.")
+    settings = ClipFlow(
+        strength=FLOWED if asked.strength is None else asked.strength,
+        draws=asked.draws,
+        shared=asked.shared_noise,
+        guidance=asked.guidance,
+        source_guidance=asked.source_guidance,
+    )
+    resolved = [loaded.resolve(target) for target in targets]
+    with progress(round(settings.strength * asked.steps), "editing") as bar:
+        result = flow_film(
+            loaded.model, film, loaded.resolve(source), resolved, settings, steps=asked.steps, seed=asked.seed,
+            layout=layout, progress=bar.advance,
+        )  # fmt: skip
+    facts = {**result.facts, "method": asked.method}
+    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, facts=facts)
 
 
 def publish_clip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ SMALL = Scene((Thing("ball", small=True),), "in a park", seed=11)
 FRAMES = 4
 
 pytestmark = pytest.mark.font
+
+
+def named(move: str) -> dict[str, Any]:
+    return {"move" if move in MOTIONS else "camera": move}
 
 
 def centroid(rendering: ClipRendering, frame: int) -> np.ndarray:
@@ -39,7 +44,7 @@ def test_a_still_clip_is_the_picture_bit_for_bit(scene: Scene) -> None:
 
 @pytest.mark.parametrize("move", [*MOTIONS, *CAMERAS])
 def test_tracks_are_where_the_pixels_are(move: str) -> None:
-    clip = Clip(SMALL, frames=FRAMES, **{"move" if move in MOTIONS else "camera": move})
+    clip = Clip(SMALL, frames=FRAMES, **named(move))
     rendering = render_clip(clip)
     offsets = []
     for t in range(FRAMES):
@@ -91,7 +96,7 @@ def test_a_pan_to_the_left_shows_things_going_right_and_near_ones_faster() -> No
 
 @pytest.mark.parametrize("move", [*MOTIONS, *CAMERAS])
 def test_a_clip_played_backwards_has_the_opposite_words(move: str) -> None:
-    clip = Clip(SMALL, frames=5, **{"move" if move in MOTIONS else "camera": move})
+    clip = Clip(SMALL, frames=5, **named(move))
     assert opposite(opposite(move)) == move
     if opposite(move) != move and move in MOTIONS:
         forth, back = (render_clip(one).tracks for one in (clip, clip.backwards()))

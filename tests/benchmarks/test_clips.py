@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backbone.evaluation.motion import PARTS, is_right, measure_moved
 from backbone.world.clip import render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
-from benchmarks.clips import PARTS, Row, is_right, measure_moved, select_clips, table_of
+from benchmarks.clips import Row, select_clips, table_of
 
 
 def moved_blobs(
@@ -68,4 +69,5 @@ def test_the_table_has_shares_with_intervals() -> None:
     rows = [Row(move, index % 4 > 0, None, 1.0, 1.0, 0.5) for index, move in enumerate((*MOTIONS, *CAMERAS))]
     rows.append(Row("", None, True, 1.0, 1.0, 0.5))
     table = table_of({"moji-motion": rows})
+    assert "| – |" in table_of({"nothing still": rows[:1]})
     assert "71.4 (45.4–88.3) of 14" in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import backbone.media.clips
 from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
-from backbone.adapters.motion import read_motion_lora
+from backbone.adapters.motion import Moves, read_motion_lora, set_in_motion
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
 from backbone.media.clips import encode_webp, read_film
+from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from customize.cli import app
-from customize.clips.train import MotionLearning, without_looks
+from customize.clips.settings import TrainMotionOptions
+from customize.clips.train import MotionLearning, draw_prior, without_looks, without_token
 from tests.tiny import tiny_motion_adapter
 
 LAYER = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
@@ -175,7 +178,8 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learn(model: Path, adapter: Path, clips: Path, out: Path, *words: str) -> Any:
     usual = ("--model", model, "--motion", adapter, "--clips", clips, "--out", out, "--device", "cpu")
-    few = ("--steps", "2", "--rank", "2", "--precision", "fp32", *(words or ("--frames", "4")))
+    words = words or ("--frames", "4")
+    few = ("--steps", "2", "--rank", "2", "--precision", "fp32", "--prior-clips", "1", *words)
     return CliRunner().invoke(app, ["train-motion", *map(str, (*usual, *few))])
 
 
@@ -206,6 +210,60 @@ def test_a_motion_is_learned_apart_from_the_looks_and_drawn_with_a_subject(
         longer.exception
     )
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_learned_motion_and_a_subject_each_change_what_a_clip_of_both_shows(
+    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path
+) -> None:
+    answer = learn(tiny_folder, adapter, walks, tmp_path / "walk", "--frames", "4", "--learning-rate", "0.1")
+    assert answer.exit_code == 0, answer.exception
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    write_run(tmp_path / "dog", model, [layer], "lora", {"[V]": "red"})
+    runs = {"[V]": tmp_path / "dog", "[M]": tmp_path / "walk"}
+    shown = {}
+    for name, tokens in {"both": ("[V]", "[M]"), "subject": ("[V]",), "motion": ("[M]",)}.items():
+        concepts = [word for token in tokens for word in ("--concept", runs[token])]
+        record = draw(tiny_folder, adapter, tmp_path / name, f"a {tokens[0]} dog, {tokens[-1]}", *concepts)
+        shown[name] = read_film(tmp_path / name / "p00-s00.webp").frames[1].tobytes()
+        assert len(record["concepts"]) == len(tokens)
+    assert len(set(shown.values())) == 3
+
+
+def test_clips_of_the_class_are_kept_as_the_base_predicts_them(tiny_folder: Path, adapter: Path) -> None:
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    set_in_motion(model, Moves(str(adapter)))
+    asked = TrainMotionOptions(clips="x", motion="y", frames=3, rank=2, prior_clips=1)
+    prior = draw_prior(model, ["a dog, [M]", "a dog, [M]"], asked)
+    assert prior is not None and prior.clips[0].shape == (4, 3, 8, 8)
+    clips = [torch.randn(4, 3, 8, 8)]
+    learning = MotionLearning(model, clips, encode_prompts_cached(model, ["a dog", ""]), asked, prior)
+    random = torch.Generator().manual_seed(0)
+    assert float(learning.drift(prior, random)) < 1e-10  # nothing has been learned yet
+    moved = [value for name, value in learning.parameters.items() if ".motion_modules." in name]
+    for value in moved:
+        torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(1))
+    drift = learning.drift(prior, random)
+    drift.backward()
+    assert float(drift) > 0 and all(value.grad is not None for value in moved)
+    assert not any(value.grad is not None and value.grad.any() for value in learning.looks)
+    assert all(value.requires_grad for value in learning.parameters.values())
+    assert draw_prior(model, ["a dog"], replace(asked, prior="off")) is None
+    assert draw_prior(model, ["a dog"], replace(asked, prior_loss_weight=0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a dog, [M]", "a dog"),
+        ("[M], a dog in the snow", "a dog in the snow"),
+        ("a [M] dog", "a dog"),
+        ("[M]", ""),
+    ],
+)
+def test_the_class_is_what_a_prompt_says_without_the_token(prompt: str, said: str) -> None:
+    assert without_token(prompt, "[M]") == said
 
 
 @pytest.mark.slow

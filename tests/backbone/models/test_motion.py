@@ -178,7 +178,7 @@ def test_windows_cover_every_frame_and_a_prediction_of_each_frame_alone_is_uncha
         lengths.append(x.shape[2])
         return Estimate(2 * x, x - 1)
 
-    clean, noise = in_windows(alone, 8, 3)(noisy, Level(torch.tensor(0.5), torch.tensor(0.5)))
+    clean, noise = in_windows(lambda window: alone, 8, 3)(noisy, Level(torch.tensor(0.5), torch.tensor(0.5)))
     torch.testing.assert_close(clean, 2 * noisy)
     torch.testing.assert_close(noise, noisy - 1)
     assert max(lengths) <= 8 and window_starts(frames, 8, 3)[-1] + 8 >= frames

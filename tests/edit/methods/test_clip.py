@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from backbone.diffusion.noise import add_noise
+from backbone.io.conditions import AskedControl, parse_map
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import Film, encode_webp, read_film
@@ -24,8 +26,19 @@ from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import reconstruct
-from edit.methods.clip import ClipEdit, close_over_time, edit_clip, invert_film, redraw_film
+from edit.layout import NO_LAYOUT
+from edit.masks import difference_maps
+from edit.methods.clip import (
+    ClipEdit,
+    close_over_time,
+    edit_clip,
+    invert_film,
+    link_frames,
+    open_clip_layout,
+    redraw_film,
+)
 from edit.run.run import replay
+from tests.backbone.test_control import controlnet
 from tests.tiny import tiny_motion_adapter
 
 SOURCE = "a dog in the snow"
@@ -134,12 +147,41 @@ def test_frames_linked_by_attention_see_the_first_and_the_one_before(tiny: Backb
     assert frames_as_rows(clips).shape[0] == 8
 
 
+def test_frames_of_one_prompt_do_not_look_at_those_of_another(tiny: Backbone, film: Film) -> None:
+    """Else it would matter which of two prompts comes first."""
+    inversion = invert_film(tiny, film, SOURCE, steps=2)
+    with link_frames(tiny, 1):
+        maps = [difference_maps(inversion, [pair])[0] for pair in ((SOURCE, "a cat"), ("a cat", SOURCE))]
+    torch.testing.assert_close(*maps, atol=1e-5, rtol=0)
+
+
 def test_a_place_counts_in_the_frames_around_it() -> None:
     place = torch.zeros(5, 2, 2)
     place[2, 0, 0] = 1
     assert close_over_time(place)[:, 0, 0].tolist() == [0, 1, 1, 1, 0]
     assert close_over_time(place, everywhere=True)[:, 0, 0].tolist() == [1] * 5
     assert close_over_time(place).sum() == 3
+
+
+def test_a_clip_is_edited_under_the_maps_of_its_own_frames(
+    tiny: Backbone, film: Film, tmp_path: Path
+) -> None:
+    net = controlnet(tiny.denoiser, tmp_path / "net", 0)
+    found = AskedControl(parse_map("edges=auto"), str(net))
+    layout = open_clip_layout(tiny, film, [found])
+    (condition,) = layout.conditions
+    assert len(condition.maps) == 4 and condition.maps[0] != condition.maps[3]
+    assert layout.sides == ((True, True),)
+    inversion = invert_film(tiny, film, SOURCE, steps=2, layout=layout)
+    assert not torch.equal(inversion.states[0], invert_film(tiny, film, SOURCE, steps=2).states[0])
+    result = edit_clip(inversion, ["a cat in the snow"], ClipEdit())
+    assert result.facts["conditions"][0]["of"] == "both"
+    off = open_clip_layout(tiny, film, [replace(found, scale=0.0)])
+    plain, under, none = (
+        redraw_film(tiny, film, "a cat", steps=2, guidance=3.0, layout=one).latents
+        for one in (NO_LAYOUT, layout, off)
+    )
+    assert torch.equal(plain, none) and (plain - under).abs().max() > 1e-4
 
 
 def call(*words: str | Path) -> Any:
@@ -181,6 +223,7 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
         (("{clip}", "--target", "a cat", "--cross", "0.5"), "--cross has no effect without --source"),
         (("{clip}", "--target", "a cat", "--source", "a dog", "--temporal", "0.5"), "without --motion"),
         (("{clip}", "--target", "a cat", "--target", "a dog"), "Without --source one clip"),
+        (("{clip}", "--target", "a cat", "--condition", "sketch={still}"), "nothing reads sketch maps"),
         (("{clip}", "--target", "a cat", "--motion", "nowhere"), "no motion adapter nowhere"),
     ],
 )
@@ -204,6 +247,8 @@ def test_what_is_no_clip_or_has_no_effect_is_said(
 def test_a_gif_of_unlike_durations_is_made_even_and_its_transparency_white(
     film: Film, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "plain.webp").write_bytes(encode_webp(film.frames, 8))
+    assert len(read_film(tmp_path / "plain.webp").frames) == 4 and not capsys.readouterr().err
     clear = [frame.convert("RGBA") for frame in film.frames]
     for frame in clear:
         frame.putpixel((0, 0), (0, 0, 0, 0))

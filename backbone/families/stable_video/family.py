@@ -1,0 +1,194 @@
+"""Stable Video Diffusion (Blattmann et al. 2023): a UNet over frames that reads a picture, and no words.
+
+Its noise levels are EDM's, σ from 0.002 to 700 (Karras et al. 2022), and it predicts v at c_in·x with c_in =
+1/√(1 + σ²): that is a variance-preserving path with a = c_in and b = σ·c_in, so latents here are c_in times
+diffusers', and Euler's step in σ is the deterministic step of every other family. The network is told ¼·ln σ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import Level, Schedule
+from backbone.diffusion.schedules import karras_schedule
+from backbone.families import loading
+from backbone.families.base import (
+    AttentionLayout,
+    ModelSpec,
+    Network,
+    NoisePath,
+    TextEncoder,
+    diffusers_spec,
+    refuse_beside,
+    transformers_spec,
+)
+from backbone.families.location import Location
+from backbone.families.stable_video.picture import ClipPictureEncoder
+from backbone.io.console import UserError
+from backbone.io.files import Header
+
+ORIGINAL = ".time_stack."  # in the names of the published single files
+TRAINED_LEVELS = 1000  # quantiles of the density of ln σ
+LOG_SIGMA = (1.0, 1.6)  # its mean and deviation (Blattmann et al. 2023, appendix D.2)
+IDS = 3  # frames a second, motion bucket, noise on the picture
+
+
+class StableVideo:
+    """Implements `Family`. Its conditions are `hidden` [B, 1, D] of the picture and `ids` [B, 3]; one reference."""
+
+    name: ClassVar[str] = "Stable Video Diffusion"
+    hub_ids: ClassVar[dict[str, str]] = {
+        "svd": "stabilityai/stable-video-diffusion-img2vid",
+        "svd-xt": "stabilityai/stable-video-diffusion-img2vid-xt",
+    }
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
+    reads_images: ClassVar[Mapping[str, int]] = {}
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    }
+
+    def match_checkpoint(self, header: Header) -> None:
+        if any(ORIGINAL in name for name in header.shapes):
+            raise UserError(
+                f"{header.path} is Stable Video Diffusion in one file, which is read from diffusers' folders. Name "
+                "the folder or hub id (--model svd, svd-xt)."
+            )
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, beside)
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        check_configs(location)
+        return loading.load_network(UNetSpatioTemporalConditionModel, location, "unet", dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        dtype = loading.autoencoder_dtype(location, dtype)
+        return loading.load_network(AutoencoderKLTemporalDecoder, location, "vae", dtype)
+
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> TextEncoder:
+        raise UserError(f"{location.name} reads a picture and no words. Leave the words out.")
+
+    def picture_encoder(self, location: Location, dtype: torch.dtype) -> ClipPictureEncoder:
+        """CLIP's tower, by which the network is told what the picture shows."""
+        return ClipPictureEncoder.load(location, dtype)
+
+    def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        return ModelSpec(
+            diffusers_spec(UNetSpatioTemporalConditionModel, location, "unet", dtype),
+            diffusers_spec(
+                AutoencoderKLTemporalDecoder, location, "vae", loading.autoencoder_dtype(location, dtype)
+            ),
+            {
+                "image_encoder": transformers_spec(
+                    CLIPVisionModelWithProjection, location, "image_encoder", dtype
+                )
+            },
+            {"hidden": (1, int(location.config("unet")["cross_attention_dim"])), "ids": (IDS,)},
+        )
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        unet = location.config("unet")
+        size = unet["sample_size"]
+        height, width = size if isinstance(size, list) else (size, size)
+        return (
+            int(location.config("vae")["latent_channels"]),
+            int(unet["num_frames"]),
+            int(height),
+            int(width),
+        )
+
+    def longest_side(self, location: Location) -> None:
+        return None
+
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
+        return {"steps": 25, "guidance": 3.0}
+
+    def path(self, location: Location) -> NoisePath:
+        return edm_path(location)
+
+    def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
+        dtype = cast(torch.dtype, denoiser.dtype)
+        hidden, ids = (conditions.text[name].to(dtype) for name in ("hidden", "ids"))
+        (picture,) = conditions.references
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            frames = noisy.to(dtype).transpose(1, 2)  # [B, F, C, h, w]
+            beside = picture.to(dtype)[:, None].expand_as(frames)
+            given = torch.cat([frames, beside], 2)
+            found = denoiser(given, time, encoder_hidden_states=hidden, added_time_ids=ids).sample
+            return cast(Tensor, found.transpose(1, 2))
+
+        return predict
+
+    def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
+        return AttentionLayout()
+
+    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
+        return None
+
+
+def check_configs(location: Location) -> None:
+    """`UserError` where the parts' settings do not fit one another: a UNet of other inputs, another tower."""
+    unet, tower = location.config("unet"), location.config("image_encoder")
+    latents = int(location.config("vae")["latent_channels"])
+    facts = {
+        "input channels": (unet["in_channels"], 2 * latents),
+        "width of the picture's embedding": (unet["cross_attention_dim"], tower["projection_dim"]),
+        "width of its ids": (
+            unet["projection_class_embeddings_input_dim"],
+            IDS * unet["addition_time_embed_dim"],
+        ),
+    }
+    for what, (has, needs) in facts.items():
+        if has != needs:
+            raise UserError(
+                f"The unet of {location.name} has {what} {has}, and its other parts make {needs}. Save or download "
+                "the model again."
+            )
+
+
+def edm_path(location: Location) -> NoisePath:
+    """The noise path of a network that predicts v at levels of EDM, from its EulerDiscreteScheduler's config."""
+    scheduler = location.config("scheduler")
+    wanted = {
+        "_class_name": "EulerDiscreteScheduler",
+        "prediction_type": "v_prediction",
+        "timestep_type": "continuous",
+        "use_karras_sigmas": True,
+    }
+    strange = next((name for name, value in wanted.items() if scheduler.get(name) != value), None)
+    if strange is not None:
+        raise UserError(
+            f"The scheduler of {location.name} has {strange} {scheduler.get(strange)}, and {wanted[strange]} is what "
+            "Stable Video Diffusion was published with. Restore scheduler/."
+        )
+    lowest, highest = (scheduler[f"sigma_{end}"] for end in ("min", "max"))
+    if not all(isinstance(end, (int, float)) for end in (lowest, highest)) or not 0 < lowest < highest:
+        raise UserError(
+            f"The scheduler of {location.name} goes from sigma_max {highest} to sigma_min {lowest}. Restore scheduler/."
+        )
+
+    def schedule(steps: int, size: tuple[int, int]) -> Schedule:
+        return scaled_level(karras_schedule(steps, lowest, highest).sigma)
+
+    share = (torch.arange(TRAINED_LEVELS, dtype=torch.float64) + 0.5) / TRAINED_LEVELS
+    mean, deviation = LOG_SIGMA
+    levels = scaled_level((mean + deviation * torch.special.ndtri(share)).exp())
+    return NoisePath("v_prediction", levels, schedule)
+
+
+def scaled_level(sigma: Tensor) -> Level:
+    """Levels σ at the scale of the network's input: a = 1/√(1 + σ²), b = σ·a; time ¼·ln σ, of σ = 0 the lowest."""
+    scale = (1 + sigma**2).rsqrt()
+    time = 0.25 * sigma.clamp(min=math.exp(-20)).log()
+    return Level(scale, sigma * scale, time.float())

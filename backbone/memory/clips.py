@@ -1,0 +1,161 @@
+"""What a clip of a picture asks of memory, and the cheapest savings with which it fits a device.
+
+Its phases follow one another, and only the autoencoder stays: the picture is encoded, the latents of all clips are
+drawn, frames are decoded.
+Bytes are counted from the configs alone, as for a training run (`backbone.memory.planner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from backbone.families.latents import latent_space
+from backbone.io.console import UserError
+from backbone.memory.count import forward_peak_bytes, tensor_bytes
+from backbone.memory.planner import (
+    CUDA_CONTEXT_BYTES,
+    FRAGMENTATION,
+    GIB,
+    OFFLOAD_SHARES,
+    Phase,
+    format_phases,
+)
+from backbone.models.model import Backbone
+from backbone.models.placement import Placement, find_offloadable_layers
+
+CHUNKS = (16, 8, 4, 2, 1)  # frames decoded together
+
+
+@dataclass(frozen=True)
+class ClipChoice:
+    """How a clip is drawn, as far as memory depends on it; `chunk` frames are decoded together."""
+
+    chunk: int
+    placement: Placement = field(default_factory=Placement)
+
+    def describe(self, before: ClipChoice) -> str:
+        """What differs from another choice, in words."""
+        changes = []
+        if self.chunk != before.chunk:
+            changes.append(f"{self.chunk} frames decoded together")
+        if self.placement.one_by_one and not before.placement.one_by_one:
+            changes.append("guidance in two calls")
+        if self.placement.offload != before.placement.offload:
+            changes.append(f"{self.placement.offload:.0%} of the network in the CPU's memory")
+        return ", ".join(changes) or "nothing changed"
+
+
+class ClipEstimator:
+    """Counts the bytes of the phases of a clip of `frames` frames of latents `places` (H, W)."""
+
+    def __init__(
+        self, model: Backbone, *, frames: int, places: tuple[int, int], device: str = "cuda"
+    ) -> None:
+        self.model, self.frames, self.places = model, frames, places
+        self.device = "cpu" if device == "cpu" else "cuda"
+        self.spec = model.family.spec(model.location, model.dtype)
+        self.denoiser = self.spec.denoiser.instantiate()
+        self.counted: dict[tuple[str, int], int] = {}
+
+    def phases(self, choice: ClipChoice) -> dict[str, Phase]:
+        """The phases, in order."""
+        tower = sum(
+            tensor_bytes(part.instantiate().parameters()) for part in self.spec.text_encoders.values()
+        )
+        vae = tensor_bytes(self.spec.autoencoder.instantiate().parameters())
+        offload = choice.placement.offload
+        lent = [tensor_bytes(one.parameters()) for one in find_offloadable_layers(self.denoiser, offload)]
+        own = tensor_bytes(self.denoiser.parameters()) - sum(lent) * bool(offload)
+        unpacked = 2 * max(lent, default=0) * bool(offload)
+        rows = 1 if choice.placement.one_by_one else 2
+        return {
+            "the picture": Phase(tower + vae, self._count("encode", 1)),
+            "drawing": Phase(own + vae, self._count("draw", rows) + unpacked),
+            "decoding": Phase(vae, self._count("decode", min(choice.chunk, self.frames))),
+        }
+
+    def usable_bytes(self, size: float) -> float:
+        """Bytes that tensors can have on a device of `size` GiB."""
+        return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
+
+    def _count(self, what: str, rows: int) -> int:
+        """The peak bytes of a call, each counted once."""
+        if (what, rows) not in self.counted:
+            call = self._draw if what == "draw" else self._code
+            self.counted[what, rows] = call(what, rows)
+        return self.counted[what, rows]
+
+    def _draw(self, what: str, rows: int) -> int:
+        """Of the denoiser with so many clips."""
+        noisy = torch.zeros(rows, self.model.latent_shape[0], self.frames, *self.places, device="meta")
+        conditions = replace(self.spec.blank_text(rows), references=(torch.zeros_like(noisy[:, :, 0]),))
+        time, lower = torch.zeros(rows, device="meta"), self.model.dtype
+        return forward_peak_bytes(
+            self.denoiser,
+            lambda: self.model.family.network(self.denoiser, conditions)(noisy, time),
+            device=self.device,
+            autocast=None if lower is torch.float32 else lower,
+        )
+
+    def _code(self, what: str, rows: int) -> int:
+        """Of the autoencoder with so many pictures, or latents of frames."""
+        network: Any = self.spec.autoencoder.instantiate()
+        dtype, space = self.spec.autoencoder.dtype, latent_space(network)
+        if what == "encode":
+            sides = [side * self.model.factor for side in self.places]
+            given = torch.zeros(rows, 3, *sides, dtype=dtype, device="meta")
+            return forward_peak_bytes(network, lambda: space.encode(network, given), device=self.device)
+        latents = torch.zeros(rows, self.model.latent_shape[0], *self.places, dtype=dtype, device="meta")
+        return forward_peak_bytes(network, lambda: space.decode(network, latents, dtype), device=self.device)
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """The choice for a device of `size` GiB, what was changed for it, and the phases with it."""
+
+    choice: ClipChoice
+    size: float
+    changed: str
+    phases: dict[str, Phase]
+
+    def lines(self) -> list[str]:
+        """The plan as a small table."""
+        peak = max(phase.total_bytes for phase in self.phases.values())
+        head = f"Memory of the device: {self.size:g} GiB; the clip needs {peak / GIB:.2f} ({self.changed})."
+        return [head, *format_phases(self.phases)]
+
+
+def plan_clip(estimator: ClipEstimator, size: float, start: ClipChoice) -> ClipPlan:
+    """The cheapest choice, from `start` on, with which a clip fits a device of `size` GiB.
+
+    Raises `UserError` with the nearest remedy where nothing fits.
+    """
+    usable = estimator.usable_bytes(size)
+    tried = start
+    for tried in choices(estimator, start):
+        phases = estimator.phases(tried)
+        if max(phase.total_bytes for phase in phases.values()) <= usable:
+            return ClipPlan(tried, size, tried.describe(start), phases)
+    needs = max(phase.total_bytes for phase in estimator.phases(tried).values())
+    at_least = (needs + CUDA_CONTEXT_BYTES.get(estimator.device, 0.0)) / (1 - FRAGMENTATION) / GIB
+    raise UserError(
+        f"A clip of {estimator.frames} frames does not fit in {size:g} GiB: with every saving it needs "
+        f"{at_least:.1f}. Ask for fewer --frames or a smaller --width and --height."
+    )
+
+
+def choices(estimator: ClipEstimator, start: ClipChoice) -> Iterator[ClipChoice]:
+    """Choices from the fastest to the smallest; decoding fewer frames together costs least."""
+    chunks = [start.chunk, *(chunk for chunk in CHUNKS if chunk < min(start.chunk, estimator.frames))]
+    halved = replace(start.placement, one_by_one=True)
+    for placement in (
+        start.placement,
+        halved,
+        *(replace(halved, offload=share) for share in OFFLOAD_SHARES),
+    ):
+        for chunk in chunks:
+            yield ClipChoice(chunk, placement)

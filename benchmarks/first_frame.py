@@ -1,0 +1,146 @@
+"""How truly clips follow their edited first frame, against true edits.
+
+    python -m benchmarks.first_frame --clips 10        half an hour on two cores (needs the emoji font)
+
+Clips of the world in which one thing moves are edited to the same clip of another thing or colour, whose every frame is
+known. The first frame of that is given; compared are the frames behind it: as they were (the source), edited by words
+alone, and carried from the first frame, without other words and with them, at several strengths, beside the bound, the
+true clip through the autoencoder. PSNR is that of the place where either thing is, and of the rest. Writes `table.md`
+and `table.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from backbone.evaluation.statistics import bootstrap_mean
+from backbone.io.console import progress, run_app
+from backbone.io.files import write_json, write_text
+from backbone.media.clips import Film
+from backbone.media.transforms import to_image, to_tensor
+from backbone.models.model import Backbone
+from backbone.world.clip import Clip, render_clip
+from backbone.world.edits import sample_edit
+from backbone.world.motions import MOTIONS
+from backbone.world.scene import BENCHMARK_SEEDS
+from edit.inversion.inversion import Inversion
+from edit.methods.clip import ClipEdit, edit_clip, invert_film
+from edit.methods.first_frame import carry_first_frame, read_first_frame
+from edit.pictures import read_image
+
+STRENGTHS = (0.6, 0.8)
+KINDS = ("noun", "colour")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A clip and its true edit, frames in −1…1 [F, 3, H, W], and where either's thing is [F, 1, H, W]."""
+
+    source: Clip
+    target: Clip
+    before: Tensor
+    after: Tensor
+    place: Tensor
+
+
+def sample_cases(count: int, frames: int) -> Iterator[Case]:
+    """Yield so many clips of one thing that moves, with a true edit of it."""
+    moves = [move for move in MOTIONS if move in ("left", "right", "up", "down", "grow", "shrink")]
+    found = 0
+    for seed in BENCHMARK_SEEDS:
+        edit = sample_edit(seed)
+        if edit is None or edit.kind not in KINDS or len(edit.before.figures) != 1:
+            continue
+        clips = [Clip(scene, moves[found % len(moves)], frames=frames) for scene in (edit.before, edit.after)]
+        rendered = [render_clip(clip) for clip in clips]
+        pixels = [torch.stack([to_tensor(frame) for frame in one.frames]) for one in rendered]
+        masks = [
+            torch.stack([torch.from_numpy(np.array(masks[0])) for masks in one.masks]) for one in rendered
+        ]
+        place = ((masks[0] > 0) | (masks[1] > 0))[:, None]
+        yield Case(clips[0], clips[1], pixels[0], pixels[1], place)
+        found += 1
+        if found == count:
+            return
+
+
+def psnr_where(one: Tensor, other: Tensor, place: Tensor) -> float:
+    """PSNR in dB of frames in −1…1 [F, 3, H, W], over the pixels where `place` [F, 1, H, W] is true."""
+    error = ((one - other) / 2).square().mean(1, keepdim=True)[place].mean()
+    return float(-10 * error.clamp(min=1e-10).log10())
+
+
+def edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
+    """Yield each way's name and its frames."""
+    words = case.target.caption()
+    yield "words", edit_clip(inversion, [words], ClipEdit()).pixels[0]
+    first = read_first_frame(inversion, read_image(to_image(case.after[0])))
+    for strength in STRENGTHS:
+        for name, said in (("first frame", inversion.prompt), ("first frame and words", words)):
+            result = carry_first_frame(inversion, first, said, ClipEdit(strength=strength))
+            yield f"{name}, strength {strength:g}", result.pixels[0]
+
+
+def measure(model: Backbone, case: Case, steps: int) -> tuple[dict[str, tuple[float, float]], list[Tensor]]:
+    """PSNR of each way [dB], in the place and around it, of the frames behind the first; and all frames of each."""
+    film = Film(tuple(to_image(frame) for frame in case.before), 8.0, "clip", "")
+    with torch.no_grad():
+        bound = model.decode_clip(model.encode_clip(case.after)).cpu()
+    inversion = invert_film(model, film, case.source.caption(), steps=steps)
+    found, shown = {}, [case.after]
+    for name, frames in (("source", case.before), ("bound", bound), *edits(inversion, case)):
+        shown.append(frames)
+        drawn, truth, place = (value[1:] for value in (frames, case.after, case.place))
+        found[name] = psnr_where(drawn, truth, place), psnr_where(drawn, truth, ~place)
+    return found, shown
+
+
+def main(
+    model: Annotated[str, typer.Option(help="The picture model.")] = "moji",
+    clips: Annotated[int, typer.Option(help="How many.")] = 10,
+    frames: Annotated[int, typer.Option(help="Of a clip.")] = 6,
+    steps: Annotated[int, typer.Option(help="Of the inversion and the edit.")] = 25,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/first-frame"),
+) -> None:
+    """Measure, and write the tables and a strip of each way."""
+    opened = Backbone.open(model, device="cpu", precision="fp32")
+    rows: list[dict[str, tuple[float, float]]] = []
+    with progress(clips, "editing clips") as bar:
+        for case in sample_cases(clips, frames):
+            figures, strips = measure(opened, case, steps)
+            write_strips(out / f"{len(rows):03d}.png", strips)
+            rows.append(figures)
+            bar.advance()
+    table = {
+        name: [bootstrap_mean([row[name][part] for row in rows])._asdict() for part in (0, 1)]
+        for name in rows[0]
+    }
+    write_json(out / "table.json", {"clips": len(rows), "frames": frames, "steps": steps, "psnr_db": table})
+    lines = ["| | the thing, dB | around it, dB |", "|---|---|---|"]
+    for name, sides in table.items():
+        cells = [f"{one['value']:.1f} ({one['low']:.1f}–{one['high']:.1f})" for one in sides]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    write_text(out / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def write_strips(path: Path, strips: list[Tensor]) -> None:
+    """A row of frames for each way, the true edit first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = torch.cat([torch.cat(list(frames), -1) for frames in strips], -2)
+    to_image(rows).resize((rows.shape[-1] // 2, rows.shape[-2] // 2), Image.Resampling.BOX).save(path)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    run_app(app)

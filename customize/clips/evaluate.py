@@ -1,0 +1,365 @@
+"""`customize evaluate-clip`: what clips show, measured from their pixels, and whether it is what their words say.
+
+Clips are those of a folder, or they are drawn anew: by a run of train-motion, or by a motion adapter. Every figure has
+an interval over the clips; a figure that nothing can be said of is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept
+from backbone.evaluation.clip import Scorer, VisionEncoder, load_image_encoder, text_scores
+from backbone.evaluation.image_metrics import psnr
+from backbone.evaluation.motion import (
+    DRIFT,
+    PARTS,
+    SIDE,
+    Moved,
+    is_right,
+    measure_moved,
+    trace_moved,
+    track_correlation,
+)
+from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
+from backbone.io.console import UserError, progress
+from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
+from backbone.io.options import as_command
+from backbone.io.records import inside
+from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.run_folder import hold_new_folder
+from backbone.media.clips import Film, choose_strip, encode_webp, read_film
+from backbone.media.decode import open_rgb
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import crop_and_resize, to_tensor
+from backbone.models.model import Backbone
+from backbone.world.motions import CAMERAS, find_moves
+from backbone.world.words import choose_article, load_vocabulary
+from customize.clips.draw import RECORD, draw_clips
+from customize.clips.settings import ADAPTER_FILE, ClipOptions, EvaluateClipOptions
+from customize.clips.train import list_films
+
+TABLE, EVALUATION = "table.json", "evaluation"
+DIRECTED = ("moving left", "moving right", "moving up", "growing", "camera panning left", "camera zooming in")
+WEIGHTS = (".safetensors", *PICKLE_SUFFIXES)
+NOUNS = ("dog", "cat", "car")
+SHARES = {  # of clips, or of their frames, by what they are called
+    "direction": "direction right",
+    "stillness": "still without words of motion",
+    "nouns": "noun named, of frames",
+    "places": "place named, of frames",
+}
+MEANS = {
+    "flicker": "flicker, of 255",
+    "jitter": "jitter, of 255",
+    "identity": "similarity to the first frame",
+    "words": "similarity to the words",
+    "track": "correlation with the learned track",
+    "first_frame_db": "first frame, dB",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A clip and what it is to show.
+
+    words    "" where nothing says them
+    picture  what its first frame is
+    camera   the path that the camera was to follow
+    """
+
+    film: Film
+    words: str = ""
+    picture: Image.Image | None = None
+    camera: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured of a clip; None where nothing can be said.
+
+    moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
+    direction       whether it is the word's
+    stillness       whether it stands still, where no word of motion is said
+    flicker         mean change of a pixel from frame to frame
+    jitter          the same of the change itself, which an even motion has little of
+    identity        cosine of the frames' vectors with the first one's
+    words           cosine of the frames' vectors with the words'
+    nouns, places   share of the frames in which the scorer names them
+    track           correlation with what was to be learned
+    first_frame_db  PSNR of the first frame to the picture
+    """
+
+    file: str
+    prompt: str
+    moved: Moved
+    flicker: float
+    jitter: float
+    direction: bool | None = None
+    stillness: bool | None = None
+    identity: float | None = None
+    words: float | None = None
+    nouns: float | None = None
+    places: float | None = None
+    track: float | None = None
+    first_frame_db: float | None = None
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """A clip in the record of customize clip."""
+
+    file: str
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class ClipsRecord:
+    """What of that record is read: the clips, and the path of their camera."""
+
+    clips: list[ClipRecord] = field(default_factory=list)
+    camera: str = ""
+
+
+# What is measured --------------------------------------------------------------------------------------------
+
+
+def evaluate_clip(asked: EvaluateClipOptions) -> Path:
+    """Measure clips, and write `table.json`, `sheet.png` and `report.html`; the folder.
+
+    Raises `UserError` for a place that holds no clips and cannot draw any.
+    """
+    place = Path(asked.what).expanduser()
+    run = (place / ADAPTER_FILE).is_file()
+    beside = place.parent if place.exists() else Path()
+    usual = (
+        place / EVALUATION
+        if run
+        else beside / f"{place.stem if place.is_file() else place.name}-{EVALUATION}"
+    )  # no clip among the clips
+    encoder = load_encoder(asked)
+    drawing = plan_drawing(place, asked)
+    with hold_new_folder(asked.out, usual) as folder:
+        shown = gather(place if drawing is None else drawing(folder / "clips"), asked)
+        learned = learned_tracks(place)
+        scores = ScoredWords(encoder)
+        rows = []
+        with progress(len(shown), "measuring clips") as bar:
+            for one in shown:
+                rows.append(measure(one, scores, learned))
+                bar.advance()
+        publish(folder, shown, rows, asked)
+    return folder
+
+
+def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> Row:
+    """Everything of one clip."""
+    film, words = shown.film, shown.words
+    frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.frames]
+    move, camera = find_moves(words)
+    if shown.camera:  # of several words in a path none is the whole
+        asked_for = [word for word in CAMERAS if word in shown.camera.lower()]
+        move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
+    said = camera or move
+    moved = measure_moved(frames, camera=bool(camera or shown.camera))
+    pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
+    changes = np.diff(pixels, axis=0)
+    row = Row(
+        Path(film.name).name,
+        words,
+        moved,
+        flicker=float(np.abs(changes).mean()),
+        jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
+        direction=is_right(said, moved) if said in PARTS else None,
+        stillness=bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames))
+        if words and not said and not shown.camera
+        else None,
+        track=max((track_correlation(trace_moved(frames), one, SIDE) for one in learned), default=None),
+    )
+    if shown.picture is not None:
+        given = to_tensor(crop_and_resize(shown.picture, film.size))
+        row = replace(row, first_frame_db=psnr(to_tensor(film.frames[0]), given))
+    return replace(row, **scores.measure(film.frames, words))
+
+
+class ScoredWords:
+    """What a scorer says of frames; without one, nothing. Words are embedded once."""
+
+    def __init__(self, encoder: Scorer | VisionEncoder | None) -> None:
+        self.encoder = encoder
+        self.known: dict[tuple[str, ...], Tensor] = {}
+
+    def texts(self, words: Sequence[str]) -> Tensor:
+        """Unit vectors of words."""
+        assert isinstance(self.encoder, Scorer)
+        key = tuple(words)
+        if key not in self.known:
+            self.known[key] = self.encoder.embed_texts(key)
+        return self.known[key]
+
+    def measure(self, frames: Sequence[Image.Image], words: str) -> dict[str, Any]:
+        """Likeness to the first frame and to the words, and how often noun and place of moji's world are named."""
+        if self.encoder is None:
+            return {}
+        vectors = self.encoder.embed_images(list(frames))
+        found = {"identity": float((vectors[1:] @ vectors[0]).mean())}
+        if not words or not isinstance(self.encoder, Scorer):
+            return found
+        text = self.texts([words]).expand_as(vectors)
+        found["words"] = float(text_scores(vectors, text).mean())
+        known = load_vocabulary()
+        padded = f" {words.lower().replace(',', ' ')} "
+        noun, place = (
+            max((one for one in every if f" {one} " in padded), key=len, default="")
+            for every in (known.nouns, known.places)
+        )
+        if noun:
+            nouns = [f"{choose_article(other)} {other} {place}".strip() for other in known.nouns]
+            found["nouns"] = self.share(vectors, nouns, list(known.nouns).index(noun))
+        if noun and place:
+            places = [f"{choose_article(noun)} {noun} {other}" for other in known.places]
+            found["places"] = self.share(vectors, places, known.places.index(place))
+        return found
+
+    def share(self, vectors: Tensor, phrases: Sequence[str], right: int) -> float:
+        """The share of vectors [F, D] that are nearest to the right one of these words."""
+        best = (vectors @ self.texts(phrases).T).argmax(1)
+        return float((best == right).float().mean())
+
+
+# Where clips come from ---------------------------------------------------------------------------------------
+
+
+def gather(folder: Path, asked: EvaluateClipOptions) -> list[Shown]:
+    """The clips of a folder with their words: of customize clip by its record, of others by the texts beside them."""
+    picture = None if asked.image is None else open_rgb(asked.image)
+    if folder.is_file():
+        return [Shown(read_film(folder), asked.caption, picture)]
+    record = folder / RECORD
+    said = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
+    if said.clips:
+        return [
+            Shown(read_film(inside(folder, one.file, record)), one.prompt, picture, said.camera)
+            for one in said.clips
+        ]
+    return [Shown(one.film, one.caption or asked.caption, picture) for one in list_films(str(folder))]
+
+
+def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Path] | None:
+    """How clips are drawn into a folder by a run of train-motion or a motion adapter; None for clips that there are.
+
+    Raises `UserError` for what is neither, and for options that would have no effect.
+    """
+    run = (place / ADAPTER_FILE).is_file() and (place / CONCEPT_FILE).is_file()
+    adapter = (place / "config.json").is_file() or place.suffix in WEIGHTS or not place.exists()
+    if not run and not adapter:
+        for flag, value in (("--prompts", asked.prompts), ("--model", asked.model), ("--steps", asked.steps)):
+            if value:
+                raise UserError(f"{place} holds clips, and {flag} is of clips that are drawn. Leave it out.")
+        return None
+    if asked.caption:
+        raise UserError(
+            "--caption says what clips without one show. For clips that are drawn, give --prompts."
+        )
+    concepts: list[Concept] = [read_concept(place)] if run else []
+    if asked.prompts:
+        prompts = list(asked.prompts)
+    elif run:
+        token = next(iter(concepts[0].tokens))
+        prompts = [f"{choose_article(noun)} {noun} in a park, {token}" for noun in NOUNS]
+    else:
+        prompts = [
+            f"{choose_article(noun)} {noun} in a park{tail}"
+            for i, tail in enumerate(("", *(f", {words}" for words in DIRECTED)))
+            for noun in [NOUNS[i % len(NOUNS)]]
+        ]
+    motion = str(read_json(place / ADAPTER_FILE).get("adapter", "")) if run else asked.what
+    settings = ClipOptions(
+        model=asked.model, motion=motion, frames=asked.frames, count=asked.count, steps=asked.steps,
+        guidance=asked.guidance, seed=asked.seed, device=asked.device, precision=asked.precision,
+    )  # fmt: skip
+    return lambda folder: draw_clips(prompts, replace(settings, out=folder), concepts=concepts)
+
+
+def learned_tracks(place: Path) -> list[Any]:
+    """The tracks of the clips that a run of train-motion learned from, where they are still there."""
+    if not (place / ADAPTER_FILE).is_file():
+        return []
+    clips = read_json(place / "settings.json").get("settings", {}).get("clips", "")
+    if not isinstance(clips, str) or not Path(clips).expanduser().is_dir():
+        return []
+    size = (SIDE, SIDE)
+    return [trace_moved([frame.resize(size) for frame in one.film.frames]) for one in list_films(clips)]
+
+
+def load_encoder(asked: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
+    """The scorer that was named, or the model's own; None where it has none."""
+    if asked.scorer is not None:
+        return load_image_encoder(asked.scorer)
+    own = Backbone.open(asked.model or "moji", device="cpu").location.local("scorer")
+    return None if own is None else load_image_encoder(own)
+
+
+# What is written ---------------------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Interval]:
+    """Each figure over the clips of which it can be said: shares of clips by Wilson, means by the bootstrap."""
+    found = {}
+    for name in (*SHARES, *MEANS):
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        if not values:
+            continue
+        counted = all(isinstance(value, bool) for value in values)
+        found[name] = wilson_interval(sum(values), len(values)) if counted else bootstrap_mean(values)
+    return found
+
+
+def describe(figures: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Lines of the table: what, its value with the interval, over how many clips."""
+    lines = []
+    for name, one in figures.items():
+        scale, unit = (100, " %") if name in SHARES else (1, "")
+        value, low, high = (f"{scale * one[key]:.3g}" for key in ("value", "low", "high"))
+        lines.append(({**SHARES, **MEANS}[name], f"{value}{unit} ({low}–{high})", one["clips"]))
+    return lines
+
+
+def publish(folder: Path, shown: Sequence[Shown], rows: Sequence[Row], asked: EvaluateClipOptions) -> None:
+    """Write the table, a sheet of strips, and a report in which the clips play."""
+    again = as_command("customize evaluate-clip", replace(asked, out=None, as_json=False))
+    figures = {
+        name: {**one._asdict(), "clips": sum(getattr(row, name) is not None for row in rows)}
+        for name, one in summarize(rows).items()
+    }
+    clips = [{**asdict(row), "moved": row.moved._asdict()} for row in rows]
+    write_json(folder / TABLE, {"command": again, "figures": figures, "clips": clips})
+    titles = [one.words or Path(one.film.name).name for one in shown]
+    strips = [
+        [Cell(frame, f"frame {i}") for i, frame in choose_strip(one.film.frames).items()] for one in shown
+    ]
+    page = draw_sheet(strips, row_titles=titles, cell=128)
+    save_png(folder / "sheet.png", page)
+    parts = [table(("", "95 % interval", "clips"), describe(figures)), heading("Clips")]
+    with TemporaryDirectory() as place:
+        for one, title in zip(shown, titles, strict=True):
+            playing = Path(place) / "playing.webp"
+            playing.write_bytes(encode_webp(one.film.frames, one.film.fps))
+            parts.append(image_figure(playing, title))
+    columns = ("clip", "x px", "y px", "growth", "turn °", *({**SHARES, **MEANS}[name] for name in figures))
+    lines = []
+    for row, title in zip(rows, titles, strict=True):
+        values = [getattr(row, name) for name in figures]
+        moved = (row.moved.x, row.moved.y, float(np.exp(row.moved.growth)), row.moved.turn)
+        lines.append((title, *moved, *("–" if value is None else value for value in values)))
+    parts += [heading("Frames"), image_figure(page, "strips"), heading("Clip by clip"), table(columns, lines)]
+    parts += [paragraph(f"Pixels are of pictures of {SIDE} a side."), heading("Again"), command(again)]
+    write_report(folder / "report.html", f"Clips: {asked.what}", parts)

@@ -1,0 +1,100 @@
+"""What `customize clip` is asked of a picture that is to move. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from backbone.io.console import UserError
+from backbone.io.flags import MODEL
+from backbone.io.options import Option
+
+PICTURE = "A picture that begins to move"
+ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance", "vram")  # of models without words
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """Of a clip that a picture is in.
+
+    images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip
+    image_at                 at which frames these are
+    motion_bucket_id … vram  of a model that reads a picture and no words (Stable Video Diffusion)
+    sparsectrl …             the network that reads frames beside words (SparseCtrl)
+    """
+
+    images: Annotated[
+        tuple[Path, ...],
+        Option(
+            "A picture that begins to move (repeatable); beside words, a frame that --sparsectrl reads.",
+            PICTURE,
+            flag="image",
+            metavar="PICTURE",
+        ),
+    ] = ()
+    image_at: Annotated[
+        tuple[int, ...],
+        Option(
+            "The frame at which a picture is, from 0, the last one -1; once for each --image.",
+            PICTURE,
+            aliases=("controlnet-frame-indices",),
+            needs={"images": ()},
+            default_text="0, and evenly to the last",
+        ),
+    ] = ()
+    sparsectrl: Annotated[
+        str,
+        Option(
+            "A SparseCtrl network that reads them: a folder, a .safetensors, or a hub id.",
+            PICTURE,
+            aliases=("sparse-control",),
+            needs={"images": ()},
+            metavar="NETWORK",
+        ),
+    ] = ""
+    sparsectrl_scale: Annotated[
+        float,
+        Option("How strongly it is obeyed.", PICTURE, min=0, needs={"sparsectrl": ()}),
+    ] = 1.0
+    motion_bucket_id: Annotated[float, Option("SVD: how much moves.", PICTURE, min=0, max=1000)] = 127.0
+    noise_aug_strength: Annotated[
+        float,
+        Option(
+            "SVD: noise on the picture; with more the clip keeps less of it.",
+            PICTURE,
+            min=0,
+            max=1000,
+        ),
+    ] = 0.02
+    min_guidance: Annotated[
+        float,
+        Option(
+            "SVD: guidance of the first frame, growing to --guidance at the last.",
+            PICTURE,
+            aliases=("min-guidance-scale",),
+            min=0,
+        ),
+    ] = 1.0
+    vram: Annotated[
+        float | None,
+        Option("SVD: plan for a device with so many GiB.", MODEL, min=0.1),
+    ] = None
+
+    def check_pictures(self, *, words: bool) -> None:
+        """`UserError` for frames without a picture each, and for what has no effect with `words`, or without."""
+        if words and self.images and not self.sparsectrl:
+            raise UserError(
+                "Beside words a picture is read by a SparseCtrl network. Name one with --sparsectrl, or leave the "
+                "words out and take a model that reads a picture alone: --model svd."
+            )
+        for name in ALONE:
+            if words and getattr(self, name) != getattr(PictureOptions, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of models that read a picture and no words (SVD). Leave it out."
+                )
+        if self.image_at and len(self.image_at) != len(self.images):
+            raise UserError(
+                f"There are {len(self.images)} --image and {len(self.image_at)} --image-at. Say a frame for each "
+                "picture, or for none."
+            )

@@ -1,0 +1,111 @@
+"""FlowEdit on clips: all frames moved together from one prompt to another, without an inversion.
+
+The path of `edit.methods.flow_edit` for a clip as one sample. Source and target see one noise at every step, and the
+frames may have a part of theirs in common: all of it where nothing but attention links them, so that a frame is not
+edited otherwise than the one before it; none beside a motion adapter, which was trained on frames with noise of their
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.diffusion.noise import broadcast_like, generator
+from backbone.diffusion.schedules import truncate_schedule
+from backbone.media.clips import Film
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
+from backbone.models.motion import motion_of
+from edit import checks
+from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
+from edit.methods.clip import ClipResult, link_frames
+from edit.methods.flow_edit import difference_of_velocities, tau
+from edit.pictures import encode_film
+from edit.sampling import SourceAndTargets, guidance_of, schedule_of
+
+
+@dataclass(frozen=True)
+class ClipFlow:
+    """How a clip is moved.
+
+    strength         the share of the noise levels that is visited
+    draws            noises averaged at every step
+    shared           the share of the noise's variance that frames have in common; None: all, with a motion adapter none
+    guidance         of the targets; the model's usual one if None
+    source_guidance  of the source's prompt
+    """
+
+    strength: float = 0.66
+    draws: int = 1
+    shared: float | None = None
+    guidance: float | None = None
+    source_guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.share("strength", self.strength)
+        checks.share("shared noise", self.shared or 0.0)
+
+
+@torch.no_grad()
+def flow_film(
+    model: Backbone,
+    film: Film,
+    source: str,
+    targets: Sequence[str],
+    settings: ClipFlow,
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    layout: Layout = NO_LAYOUT,
+    progress: Callable[[], Any] = lambda: None,
+) -> ClipResult:
+    """Move a clip that shows what the source's words say to what the targets' say (prompts in the model's words).
+
+    A target equal to the source, equally guided, leaves the clip bit for bit what it was. `progress` is called after
+    every step. Raises `UserError` as `flow_edit`.
+    """
+    checks.prompt(source, "source prompt")
+    count = len(checks.prompts(tuple(targets), "target prompt"))
+    checks.not_negative("source guidance", settings.source_guidance)
+    guidance = guidance_of(model, settings.guidance)
+    linked = motion_of(model.denoiser) is not None
+    shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
+    encoded = encode_film(model, film)
+    clean = encoded.latent
+    whole = schedule_of(model, steps, clean)
+    schedule = truncate_schedule(whole, checks.strength(settings.strength, steps))
+    sides = [SOURCE, *[TARGET] * count]
+    text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
+    predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
+    empty = encode_prompts_cached(model, [""])
+    guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
+    edited = clean.repeat_interleave(count, 0)
+    with link_frames(model, 1 + count + guided):
+        for step, (here, there) in enumerate(pairwise(schedule)):
+            velocity = torch.zeros_like(edited)
+            for draw in range(settings.draws):
+                noise = noise_of_frames(clean, shared, seed, step, draw)
+                velocity += (
+                    difference_of_velocities(predict, clean, edited, noise, here, empty) / settings.draws
+                )
+            edited = edited + broadcast_like(tau(there) - tau(here), edited) * velocity
+            progress()
+    facts = {"guidance": guidance, "source_guidance": settings.source_guidance, "shared_noise": shared}
+    return ClipResult(
+        model, tuple(targets), encoded, edited.float(), predict.nfe, facts={**facts, **layout.facts()}
+    )
+
+
+def noise_of_frames(clips: Tensor, shared: float, seed: int, step: int, draw: int) -> Tensor:
+    """Noise like clips [1, C, F, h, w], a share of whose variance the frames have in common."""
+    random = generator(seed, step, draw, "flow edit")
+    common = torch.randn(clips[:, :, :1].shape, generator=random)
+    own = torch.randn(clips.shape, generator=random)
+    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * own
+    return mixed.to(clips)

@@ -1,0 +1,210 @@
+"""A clip edited by its first frame: whatever changed that one picture, the frames behind it follow.
+
+    inversion = invert_film(model, film, "a dog in a park")
+    first = read_first_frame(inversion, read_image("edited.png"))
+    result = carry_first_frame(inversion, first, "a cat in a park", ClipEdit())
+
+What changed of the first frame is carried to the others in three ways. Its latents' change goes to the places that look
+like those that it was at in the source's first frame, and is where an edit begins, some way from the noise (as Geyer et
+al. 2024, TokenFlow, carry features). From there on the first frame is the edited picture under the source's own noise
+(as AnyV2V holds its model's condition; Ku et al. 2024), and the others look at it: through attention to it and to the
+frame before (Tune-A-Video), through a motion adapter's layers, or through a SparseCtrl. What the inversion lacks at a
+step is added to the edit too, so an unchanged first frame changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import Control as MapControl
+from backbone.io.console import UserError
+from backbone.media.control_maps import is_same_shape
+from backbone.media.transforms import crop_and_resize, to_tensor
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.motion import motion_of
+from backbone.models.sample import refuse_negative
+from edit import checks
+from edit.attention.alignment import Alignment
+from edit.attention.control import Control
+from edit.attention.install import control_attention
+from edit.inversion.inversion import Inversion
+from edit.layout import SOURCE, TARGET
+from edit.methods.clip import ClipEdit, ClipResult, find_places, link_frames, refuse_joint_attention
+from edit.methods.prompt_to_prompt.plan import plan_control
+from edit.methods.prompt_to_prompt.replace import align_prompts
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.pictures import SourceImage
+from edit.sampling import SourceAndTargets, guidance_of
+
+SELF = 0.8  # share of the steps in which places are found where the source's are
+STRENGTH = 0.6  # of the steps that are walked again: what was carried has to be there when they begin
+SHARPNESS, REACH = 40.0, 5.0  # of the likeness of places, and how far they move a frame at most, in latents
+ALIKE = 1 / 255  # mean difference, in −1…1 half of it, below which a picture is the first frame itself
+
+
+@dataclass(frozen=True, eq=False)
+class FirstFrame:
+    """The edited first frame: pixels [3, 8H, 8W] in −1…1, and its latent [C, H, W]."""
+
+    pixels: Tensor
+    latent: Tensor
+
+
+def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
+    """An edited first frame at the clip's size; `UserError` for another shape, and for the first frame as it is."""
+    height, width = inversion.image.shape[-2:]
+    name = picture.name or "The first frame"
+    if not is_same_shape(picture.image.size, (width, height)):
+        raise UserError(
+            f"{name} has {picture.image.width} × {picture.image.height} pixels and the clip's frames {width} × "
+            f"{height}: another shape. Edit the clip's own first frame (0000.png)."
+        )
+    pixels = to_tensor(crop_and_resize(picture.image, (width, height)))
+    if float((pixels - inversion.image[0].cpu()).abs().mean()) < ALIKE:
+        raise UserError(f"{name} is the clip's first frame as it is, so nothing would change. Edit it first.")
+    return FirstFrame(pixels, inversion.model.encode(pixels[None]).mean[0])
+
+
+def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
+    """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
+    change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
+    held: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
+    return held
+
+
+def signal_of(inversion: Inversion) -> Tensor:
+    """What is left of a clean latent at each level [S + 1], 1 at the last: some schedules end just above it."""
+    signal = inversion.schedule.a.to(inversion.states)
+    return signal / signal[-1]
+
+
+def carry_change(clip: Tensor, change: Tensor) -> Tensor:
+    """The change [C, H, W] of a clip's first frame at the places of every frame that look like it [C, F, H, W].
+
+    A place of 3 × 3 latents [C, F, H, W] is looked for in the first frame, near where it is: it moves some latents
+    from one frame to the next.
+    """
+    frames, size = clip.transpose(0, 1), clip.shape[-2:]
+    around = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3)  # [F, 9 C, H W]
+    around = F.normalize(around - around.mean((0, 2), keepdim=True), dim=1)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], 1).to(clip)
+    far, carried = torch.cdist(places, places), [change]
+    for number in range(1, len(frames)):  # one by one: each is a matrix of (H·W)² numbers
+        alike = SHARPNESS * around[number].T @ around[0]
+        weights = (alike - 0.5 * (far / (number * REACH)) ** 2).softmax(-1)
+        carried.append((weights @ change.flatten(1).T).T.unflatten(1, size))
+    return torch.stack(carried, 1)
+
+
+def find_changed(carried: Tensor, threshold: float) -> Tensor:
+    """Where a carried change [C, F, H, W] is above this share of its greatest, and one latent around [1, F, H, W].
+
+    The first frame is given, so it counts everywhere.
+    """
+    size = carried.square().mean(0).sqrt()
+    place = F.max_pool2d((size > threshold * size.max()).float(), 3, stride=1, padding=1)
+    place[0] = 1
+    return place[None]
+
+
+@torch.no_grad()
+def carry_first_frame(
+    inversion: Inversion,
+    first: FirstFrame,
+    target: str,
+    settings: ClipEdit,
+    *,
+    controls: tuple[MapControl, ...] = (),
+    progress: Callable[[], Any] = lambda: None,
+) -> ClipResult:
+    """Edit a clip's inversion by its edited first frame, which it begins with, towards a prompt (in the model's words).
+
+    With the source's own prompt there is no guidance unless it is asked for. `controls`, of one row, hold for the edit.
+    """
+    model, steps = inversion.model, inversion.steps
+    refuse_joint_attention(model)
+    alone = target == inversion.prompt and settings.guidance is None
+    guidance = 1.0 if alone else guidance_of(model, settings.guidance)
+    refuse_negative(model, settings.negative, guidance)
+    share = SELF if settings.self_attention is None else settings.self_attention
+    asked = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(model)
+    alignments = align_prompts(model, inversion.prompt, (target,), asked)
+    plan = plan_control(alignments, asked, steps, model.device)
+    temporal = share if settings.temporal is None else settings.temporal
+    text = encode_both(inversion, target, controls)
+    empty = encode_prompts_cached(model, [settings.negative])
+    own = 1.0 if inversion.overwrites else guidance
+    predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
+    clips = 2 + (predict.guidance != 1) + (predict.source_guidance != 1)
+    control = Control(1, clips=clips, reach=asked.reach)
+    control.across_frames = motion_of(model.denoiser) is None
+    held = hold_first_frame(inversion, first)
+    start = inversion.start(checks.strength(settings.strength, steps))
+    carried = carry_change(inversion.states[-1], held[-1] - inversion.states[-1][:, 0])
+    masks, nfe = find_places_to_follow(inversion, alignments, settings, carried, start)
+    now = inversion.states[start][None].repeat_interleave(2, 0)
+    now[1] += signal_of(inversion)[start] * carried
+    with control_attention(model.denoiser, control):
+        for step in range(start, steps):
+            plan.apply(control, step)
+            control.temporal = step < round(temporal * steps)
+            there = inversion.step_targets(step, now, predict(now, inversion.schedule[step], empty))
+            if inversion.overwrites:
+                there = there + (inversion.states[step + 1].to(there) - there[:1])
+            if masks is not None:
+                there = torch.cat([there[:1], there[:1] + masks.to(there) * (there[1:] - there[:1])])
+            now = there.clone()
+            now[1, :, 0] = held[step + 1]
+            progress()
+    facts: dict[str, Any] = {"inversion_method": inversion.method, "guidance": guidance, "self": share}
+    facts |= {"temporal": temporal, **inversion.layout.facts()}
+    return ClipResult(
+        model=model,
+        prompts=(target,),
+        encoded=inversion.encoded,
+        latents=now[1:].float(),
+        nfe=inversion.nfe + nfe + predict.nfe,
+        masks=masks,
+        alignments=tuple(alignments),
+        facts=facts,
+        first=first.pixels,
+    )
+
+
+def find_places_to_follow(
+    inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, carried: Tensor, start: int
+) -> tuple[Tensor | None, int]:
+    """Where frames may differ [1, F, H, W] and the NFE: where the change was carried, and other words are predicted.
+
+    None where all may.
+    """
+    if not settings.threshold:
+        return None, 0
+    place = find_changed(carried, settings.threshold)
+    if alignments[0].target.text == inversion.prompt or start == inversion.steps:
+        return place, 0
+    with link_frames(inversion.model, 1):
+        words, nfe = find_places(inversion, alignments, settings, start)
+    return (None if words is None else torch.maximum(place, words.to(place))), nfe
+
+
+def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, ...]) -> Conditions:
+    """The source's prompt and the target's under their maps, the latter under these controls of one row too."""
+    both = encode_prompts_cached(inversion.model, [inversion.prompt, target])
+    text = inversion.layout.under(both, inversion.schedule, [SOURCE, TARGET])
+    more = tuple(behind_the_source(one.during(inversion.schedule)) for one in controls)
+    return replace(text, controls=(*text.controls, *more))
+
+
+def behind_the_source(control: MapControl) -> MapControl:
+    """A control of one row for a source that is not controlled and an edit that is."""
+    rows = control.rows(torch.tensor([0, 0]))
+    return replace(rows, scale=rows.scale * torch.tensor([0.0, 1.0]))

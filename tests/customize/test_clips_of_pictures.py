@@ -1,0 +1,194 @@
+"""`customize clip --image`: a picture that begins to move, by a model that reads it alone."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.media.clips import read_film
+from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
+from backbone.models.model import Backbone
+from backbone.models.placement import Placement
+from backbone.models.sparse import build_sparsectrl
+from customize.cli import app
+from customize.clips.sparse import place_frames
+from tests.tiny import tiny_motion_adapter, tiny_stable_video
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_stable_video(tmp_path_factory.mktemp("video") / "svd")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.linear_gradient("L").convert("RGB").resize((120, 60)).save(path)
+    return path
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, ["clip", *map(str, words), "--device", "cpu"])
+
+
+def refusal(answer: Any) -> str:
+    assert answer.exit_code != 0
+    return str(answer.exception) if isinstance(answer.exception, UserError) else str(answer.output)
+
+
+def test_a_picture_moves_in_its_own_shape_and_the_command_repeats_it(
+    video_folder: Path, photo: Path, tmp_path: Path
+) -> None:
+    usual = ("--image", photo, "--model", video_folder, "--precision", "fp32", "--steps", "1", "--count", "2")
+    answer = call(*usual, "--out", tmp_path / "one", "--motion-bucket-id", "80")
+    assert answer.exit_code == 0, answer.exception
+    record, film = read_json(tmp_path / "one" / "run.json"), read_film(tmp_path / "one" / "p00-s01.webp")
+    assert (len(film.frames), round(film.fps)) == (4, 7) and film.size == (96, 48)
+    assert (
+        record["motion_bucket_id"] == 80 and [one["prompt"] for one in record["clips"]] == ["photo.png"] * 2
+    )
+    again = shlex.split(record["command"])[2:]
+    assert CliRunner().invoke(app, ["clip", *again, "--out", str(tmp_path / "two")]).exit_code == 0
+    second = read_film(tmp_path / "two" / "p00-s01.webp")
+    assert [one.tobytes() for one in second.frames] == [one.tobytes() for one in film.frames]
+    assert film.frames[1].tobytes() != read_film(tmp_path / "one" / "p00-s00.webp").frames[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("a dog",), "Beside words a picture is read by a SparseCtrl network"),
+        (("--model", "moji"), "is told in words what to draw"),
+        (("--motion", "some"), "moves by itself, so --motion would change nothing"),
+        (("--negative", "blurry"), "reads no words to stay away from"),
+        (("--image-at", "3"), "begins with its picture"),
+        (("--image-at", "3", "--image-at", "4"), "1 --image and 2 --image-at"),
+        (("--frames", "1"), "must lie between 2"),
+        (("--width", "60"), "multiples of 16 pixels, and the width is 60"),
+        (("--min-guidance", "5"), "Give a first one that is not above the last"),
+        (("--image", "{folder}/none.png"), "none.png"),
+        (("--motion-bucket-id", "-1"), "motion-bucket-id"),
+    ],
+)
+def test_what_a_picture_alone_cannot_become_is_said_and_nothing_is_written(
+    words: tuple[str, ...], said: str, video_folder: Path, photo: Path, tmp_path: Path
+) -> None:
+    given = [word.format(folder=tmp_path) for word in words]
+    model = () if "--model" in words else ("--model", video_folder)
+    out = tmp_path / "out"
+    answer = call(*given, "--image", photo, *model, "--out", out)
+    assert said in refusal(answer) and not out.exists()
+
+
+def test_what_belongs_to_pictures_alone_is_refused_beside_words(video_folder: Path, photo: Path) -> None:
+    assert "read a picture and no words (SVD)" in refusal(call("a dog", "--vram", "8"))
+    told = ("a dog", "--image", photo, "--sparsectrl", "x", "--noise-aug-strength", "1")
+    assert "read a picture and no words (SVD)" in refusal(call(*told))
+    assert "reads no words, so it cannot be used here" in refusal(
+        call("a dog", "--motion", "x", "--model", video_folder)
+    )
+
+
+@pytest.mark.slow
+def test_a_clip_is_drawn_as_it_was_planned(video_folder: Path, photo: Path, tmp_path: Path) -> None:
+    usual = ("--image", photo, "--model", video_folder, "--steps", "1", "--out", tmp_path / "out")
+    answer = call(*usual, "--vram", "1", "--precision", "bf16")
+    assert answer.exit_code == 0 and "the clip needs 0.0" in answer.output
+    assert "--decode-chunk-size 4" in read_json(tmp_path / "out" / "run.json")["command"]
+
+
+@pytest.mark.slow
+def test_a_device_is_planned_for_with_the_cheapest_savings(video_folder: Path) -> None:
+    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", from_picture=True)
+    estimator = ClipEstimator(model, frames=4, places=(16, 16), device="cpu")
+    start = ClipChoice(4)
+    needs = {name: phase.total_bytes for name, phase in estimator.phases(start).items()}
+    assert needs["decoding"] > needs["drawing"]
+    roomy = plan_clip(estimator, 2.0, start)
+    assert roomy.choice == start and "nothing changed" in roomy.lines()[0]
+    tight = plan_clip(estimator, (needs["decoding"] - 1) / GIB / 0.95, start).choice
+    assert tight.chunk < 4 and not tight.placement.one_by_one
+    halved = estimator.phases(replace(start, placement=Placement(one_by_one=True)))["drawing"].total_bytes
+    estimator.counted |= {("decode", chunk): 0 for chunk in (1, 2, 4)} | {("encode", 1): 0}
+    assert plan_clip(estimator, halved / GIB / 0.95, start).choice.placement == Placement(one_by_one=True)
+    with pytest.raises(
+        UserError, match=r"4 frames does not fit in 0.001 GiB: with every saving it needs 0\.\d"
+    ):
+        plan_clip(estimator, 0.001, start)
+
+
+@pytest.fixture(scope="module")
+def networks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A motion adapter and a SparseCtrl of the tiny picture model."""
+    folder = tmp_path_factory.mktemp("networks")
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    tiny_motion_adapter().save_pretrained(folder / "motion")
+    sparse: Any = build_sparsectrl(model.denoiser, motion_max_seq_length=6)
+    for value in sparse.controlnet_cond_embedding.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    for block in (*sparse.controlnet_down_blocks, sparse.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.3)
+    sparse.save_pretrained(folder / "sparse")
+    return {name: folder / name for name in ("motion", "sparse")}
+
+
+def tell(tiny_folder: Path, networks: dict[str, Path], out: Path, *words: str | Path) -> Any:
+    usual = ("--model", tiny_folder, "--motion", networks["motion"], "--precision", "fp32", "--out", out)
+    named = () if "--sparsectrl" in words else ("--sparsectrl", networks["sparse"])
+    frames = () if "--frames" in words else ("--frames", "4")
+    return call("a dog", *usual, *named, "--steps", "2", *frames, *words)
+
+
+def test_beside_words_pictures_are_frames_of_the_clip(
+    tiny_folder: Path, networks: dict[str, Path], photo: Path, tmp_path: Path
+) -> None:
+    both = ("--image", photo, "--image", photo)
+    answer = tell(tiny_folder, networks, tmp_path / "both", *both)
+    assert answer.exit_code == 0, answer.exception
+    assert "at its edges is cropped off" in answer.output
+    record = read_json(tmp_path / "both" / "run.json")
+    assert record["image_at"] == [0, 3] and record["sparsectrl"] == str(networks["sparse"])
+    none = ("--image-at", "0", "--image-at", "-1", "--sparsectrl-scale", "0")
+    assert tell(tiny_folder, networks, tmp_path / "off", *both, *none).exit_code == 0
+    on, off = (read_film(tmp_path / name / "p00-s00.webp").frames[1].tobytes() for name in ("both", "off"))
+    assert on != off
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--image-at", "4"), "none of number 4: the first is 0, the last 3 or -1"),
+        (("--frames", "7"), "has positions for 6 frames, and 7"),
+        (("--frames", "7", "--context-length", "6"), "Leave it out, and ask for no more --frames"),
+        (("--sparsectrl", "some.ckpt"), "is a pickle"),
+        (("--motion-bucket-id", "4"), "Leave it out"),
+    ],
+)
+def test_frames_that_cannot_be_given_are_said_and_nothing_is_written(
+    words: tuple[str, ...],
+    said: str,
+    tiny_folder: Path,
+    networks: dict[str, Path],
+    photo: Path,
+    tmp_path: Path,
+) -> None:
+    answer = tell(tiny_folder, networks, tmp_path / "out", "--image", photo, *words)
+    assert said in refusal(answer) and not (tmp_path / "out").exists()
+
+
+def test_pictures_without_a_place_are_spread_from_the_first_frame_to_the_last() -> None:
+    assert place_frames((), 1, 16) == [0] and place_frames((), 3, 16) == [0, 8, 15]
+    assert place_frames((-1, 2), 2, 16) == [15, 2]
+    with pytest.raises(UserError, match="Two pictures are at one frame"):
+        place_frames((3, -1), 2, 4)

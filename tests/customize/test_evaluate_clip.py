@@ -1,0 +1,140 @@
+"""`customize evaluate-clip`: figures that are known beforehand, where the clips come from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.evaluation.motion import trace_moved, track_correlation
+from backbone.io.console import UserError
+from backbone.media.clips import Film, encode_webp
+from customize.cli import app
+from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, measure
+from tests.tiny import tiny_motion_adapter
+
+
+def walking(step: int, count: int = 5, side: int = 128) -> list[Image.Image]:
+    """A soft square that walks so many pixels a frame to the right."""
+    frames = []
+    for number in range(count):
+        frame = Image.new("RGB", (side, side), "white")
+        frame.paste((60, 40, 200), (50 + step * number, 44, 82 + step * number, 76))
+        frames.append(frame)
+    return frames
+
+
+def row(frames: list[Image.Image], words: str, **more: Any) -> Any:
+    return measure(Shown(Film(tuple(frames), 8.0, "it.webp"), words, **more), ScoredWords(None))
+
+
+def test_a_clip_does_what_its_words_say_or_not() -> None:
+    right = walking(3)
+    assert row(right, "a car, moving right").direction and not row(right, "a car, moving left").direction
+    assert row(right, "a car").stillness is False and row(walking(0), "a car").stillness is True
+    assert row(right, "").stillness is None and row(right, "").direction is None
+    assert row(right, "").moved.x == pytest.approx(12, rel=0.15)
+    assert row(right, "a car", camera="zoom-in").stillness is None
+    assert row([*reversed(right)], "a car, moving right", camera="pan-right").direction is not None
+    small = [frame.resize((64, 64)) for frame in right]
+    assert row(small, "").moved.x == pytest.approx(12, rel=0.15)  # whatever the clip's size
+
+
+def test_flicker_is_the_mean_change_of_a_pixel_and_jitter_that_of_the_change() -> None:
+    grey = [Image.new("RGB", (16, 16), (level,) * 3) for level in (100, 110, 120, 130)]
+    assert (row(grey, "").flicker, row(grey, "").jitter) == (10, 0)
+    blinking = [Image.new("RGB", (16, 16), (level,) * 3) for level in (100, 110, 100, 110)]
+    assert (row(blinking, "").flicker, row(blinking, "").jitter) == (10, 20)
+
+
+def test_the_first_frame_is_compared_with_the_picture_that_it_was_to_be() -> None:
+    frames = walking(3)
+    assert row(frames, "", picture=frames[0]).first_frame_db == 100
+    other = Image.eval(frames[0], lambda value: min(255, value + 10))
+    assert 20 < row(frames, "", picture=other).first_frame_db < 60
+    assert row(frames, "").first_frame_db is None
+
+
+def test_a_track_is_like_itself_and_unlike_its_reverse_whatever_its_length() -> None:
+    there, slower, back = (trace_moved(walking(step, count)) for step, count in ((3, 5), (1, 13), (-3, 5)))
+    assert track_correlation(there, slower, 128) > 0.95
+    assert track_correlation(there, back, 128) < -0.95
+    assert track_correlation(there, trace_moved(walking(0)), 128) == 0
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, ["evaluate-clip", *map(str, words)])
+
+
+def test_a_folder_of_clips_is_measured_with_its_captions_and_moji_names_what_it_sees(tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name, step in (("one", 3), ("two", -3)):
+        (clips / f"{name}.webp").write_bytes(encode_webp(walking(step), 8))
+        (clips / f"{name}.txt").write_text("a car in the snow, moving right")
+    answer = call(clips, "--json")
+    assert answer.exit_code == 0, answer.exception
+    found = json.loads(answer.stdout)
+    figures = found["figures"]
+    assert figures["direction"]["value"] == 0.5 and figures["direction"]["clips"] == 2
+    assert figures["direction"]["low"] < 0.5 < figures["direction"]["high"]
+    assert 0 <= figures["nouns"]["value"] <= 1 and 0.5 < figures["identity"]["value"] <= 1
+    assert "stillness" not in figures and "track" not in figures
+    folder = Path(found["folder"])
+    assert folder == tmp_path / "clips-evaluation" and (folder / "sheet.png").is_file()
+    assert (folder / "report.html").read_text().count("data:image/webp;base64,") == 2
+    shown = call(clips / "one.webp", "--caption", "a car, moving left", "--out", tmp_path / "one")
+    assert shown.exit_code == 0 and "direction right                      0 %" in shown.output
+
+
+@pytest.mark.slow
+def test_an_adapter_draws_the_words_of_motion_that_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_motion_adapter().save_pretrained(tmp_path / "adapter")
+    usual = (
+        "--model",
+        tiny_folder,
+        "--frames",
+        "2",
+        "--steps",
+        "1",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    )
+    answer = call(tmp_path / "adapter", *usual, "--json")
+    assert answer.exit_code == 0, answer.exception
+    figures = json.loads(answer.stdout)["figures"]
+    assert figures["direction"]["clips"] == len(DIRECTED) and figures["stillness"]["clips"] == 1
+    assert "words" not in figures  # the tiny model has no scorer
+    assert (tmp_path / "adapter-evaluation" / "clips" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("{clips}", "--steps", "3"), "--steps is of clips that are drawn"),
+        (("{clips}", "--prompts", "a dog"), "--prompts is of clips that are drawn"),
+        (("{empty}",), "holds no clips"),
+        (("{adapter}", "--caption", "a dog"), "--caption says what clips without one show"),
+        (("nowhere.safetensors",), "There is no file nowhere.safetensors"),
+        (("mm.ckpt",), "is a pickle"),
+        (("{clips}", "--scorer", "{empty}"), "empty"),
+        (("{clips}", "--image", "no.png"), "no.png"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(
+    words: tuple[str, ...], said: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    places = {name: tmp_path / name for name in ("clips", "empty", "adapter")}
+    for place in places.values():
+        place.mkdir()
+    (places["clips"] / "one.webp").write_bytes(encode_webp(walking(3, 2), 8))
+    (places["adapter"] / "config.json").write_text('{"_class_name": "MotionAdapter"}')
+    answer = call(*(word.format(**places) for word in words), "--out", tmp_path / "out")
+    message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
+    assert answer.exit_code != 0 and said in message and not (tmp_path / "out").exists()
