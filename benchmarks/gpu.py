@@ -174,6 +174,7 @@ def main(
     use_tensor_cores(torch.device(device))
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(out / "cache")
+    gc.freeze()  # a million objects of torch's modules, through which every row's collection would go
     try:
         for row in ROWS:
             wanted = only is None or any(row.key.startswith(start) for start in only)
@@ -189,6 +190,7 @@ def main(
             notify(f"{row.key}: {facts.get('failed', 'done')} ({facts['took']:.0f} s)")
     finally:
         bench.free()
+        gc.unfreeze()
         os.environ.pop(VARIABLE)
         if before is not None:
             os.environ[VARIABLE] = before
@@ -235,10 +237,10 @@ def without_tf32() -> Iterator[None]:
 @without_tf32()
 def compare_steps(device: str) -> Facts:
     """A step of DreamBooth on `moji`, in fp32, here and on a CPU: its loss, and its gradients."""
-    found = []
+    found, material = [], make_material(on_cpu("moji"))
     for where in (device, "cpu"):
         model = Backbone.open("moji", device=where, precision="fp32")
-        training = DreamBooth(model, on_one_device(make_material(on_cpu("moji")), model), make_settings(2))
+        training = DreamBooth(model, on_one_device(material, model), make_settings(2))
         for number, value in enumerate(training.parameters.values()):
             value.data += 1e-2 * torch.randn(value.shape, generator=generator("apart", number)).to(
                 value.device
