@@ -48,7 +48,9 @@ class StableDiffusion(UNetFamily):
         return load_part(UNet2DConditionModel, location, "unet", checkpoint.PREFIXES["unet"], dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        from diffusers import AutoencoderKL  # a second's work, which a training from prepared data does not need
+        from diffusers import (
+            AutoencoderKL,
+        )  # a second's work, which a training from prepared data does not need
 
         dtype = loading.autoencoder_dtype(location, dtype)
         return load_part(AutoencoderKL, location, "vae", checkpoint.PREFIXES["vae"], dtype)
