@@ -90,6 +90,7 @@ class Bench:
     out: Path
     backend: str = "inductor"
     built: tuple[str, Parts] | None = field(default=None, init=False)
+    drawing: dict[str, Backbone] = field(default_factory=dict, init=False)
 
     @property
     def precision(self) -> str:
@@ -111,6 +112,12 @@ class Bench:
                 build(folder, device=self.device, precision=self.precision, resolution=resolution),
             )
         return self.built[1]
+
+    def moji(self, device: str) -> Backbone:
+        """`moji` in fp32 on a device, for the rows that draw with it: one load for all of them."""
+        if device not in self.drawing:
+            self.drawing[device] = Backbone.open("moji", device=device, precision="fp32")
+        return self.drawing[device]
 
     def free(self) -> None:
         """Gives the device's memory back."""
@@ -174,6 +181,7 @@ def main(
     use_tensor_cores(torch.device(device))
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(out / "cache")
+    gc.freeze()  # a million objects of torch's modules, through which every row's collection would go
     try:
         for row in ROWS:
             wanted = only is None or any(row.key.startswith(start) for start in only)
@@ -189,6 +197,7 @@ def main(
             notify(f"{row.key}: {facts.get('failed', 'done')} ({facts['took']:.0f} s)")
     finally:
         bench.free()
+        gc.unfreeze()
         os.environ.pop(VARIABLE)
         if before is not None:
             os.environ[VARIABLE] = before
@@ -235,10 +244,10 @@ def without_tf32() -> Iterator[None]:
 @without_tf32()
 def compare_steps(device: str) -> Facts:
     """A step of DreamBooth on `moji`, in fp32, here and on a CPU: its loss, and its gradients."""
-    found = []
+    found, material = [], make_material(on_cpu("moji"))
     for where in (device, "cpu"):
         model = Backbone.open("moji", device=where, precision="fp32")
-        training = DreamBooth(model, on_one_device(make_material(on_cpu("moji")), model), make_settings(2))
+        training = DreamBooth(model, on_one_device(material, model), make_settings(2))
         for number, value in enumerate(training.parameters.values()):
             value.data += 1e-2 * torch.randn(value.shape, generator=generator("apart", number)).to(
                 value.device
@@ -266,9 +275,9 @@ def on_one_device(data: TrainingData, model: Backbone) -> TrainingData:
 
 
 @without_tf32()
-def compare_pictures(device: str, draw: Callable[[Backbone], list[Image.Image]]) -> Facts:
+def compare_pictures(bench: Bench, draw: Callable[[Backbone], list[Image.Image]]) -> Facts:
     """Pictures of `moji` in fp32, here and on a CPU: the largest difference of a pixel, in 255ths."""
-    ours, theirs = (draw(Backbone.open("moji", device=where, precision="fp32")) for where in (device, "cpu"))
+    ours, theirs = (draw(bench.moji(where)) for where in (bench.device, "cpu"))
     apart = [
         max(high for _, high in cast(Any, ImageChops.difference(one, other).getextrema()))
         for one, other in zip(ours, theirs, strict=True)
@@ -293,11 +302,11 @@ def parity_step(bench: Bench) -> Facts:
 
 
 def parity_sample(bench: Bench) -> Facts:
-    return compare_pictures(bench.device, lambda model: draw_samples(model, 2 if bench.tiny else 10))
+    return compare_pictures(bench, lambda model: draw_samples(model, 2 if bench.tiny else 10))
 
 
 def parity_edit(bench: Bench) -> Facts:
-    return compare_pictures(bench.device, lambda model: draw_edit(model, 2 if bench.tiny else 10))
+    return compare_pictures(bench, lambda model: draw_edit(model, 2 if bench.tiny else 10))
 
 
 def count_waits(bench: Bench) -> Facts:

@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ SHARDS = "data-*.arrow"
 STATE = "state.json"  # of `datasets`: the files of a table that is whole
 FIELDS = b"limner"  # where a shard's schema says which tensors its lists of numbers are
 MAPPED = 64 << 20  # bytes read from the mapped files after which their pages are given back
+ARROW_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}  # Arrow's names, and numpy's
 FAULT = 64 << 10  # bytes that the system maps at once around a row that is touched
 Numbers: TypeAlias = np.ndarray[Any, Any]
 Index: TypeAlias = Tensor | Numbers | Sequence[int] | slice | int
@@ -295,7 +296,7 @@ def write_shard(path: Path, columns: Mapping[str, Any], fields: Mapping[str, Fie
     for name, field in fields.items():
         values = columns[name]
         if field.dtype != "str":
-            values = pyarrow.array(values.reshape(-1))
+            values = to_arrow(values.reshape(-1))
             if field.shape:
                 values = pyarrow.FixedSizeListArray.from_arrays(values, int(np.prod(field.shape)))
         arrays.append(values)
@@ -334,8 +335,27 @@ def _mapped(values: Any, field: Field) -> Any:
     """A column of a mapped file, not copied."""
     if field.dtype == "str":
         return values
+    import pyarrow
+
     flat = values.flatten() if field.shape else values
-    numbers = flat.to_numpy(zero_copy_only=True).reshape(-1, *field.shape)
-    if numbers.dtype != field.stored or len(numbers) != len(values):
+    if flat.type != pyarrow.from_numpy_dtype(np.dtype(field.stored)) or flat.null_count:
         raise ValueError("its numbers are of another kind than it says")
-    return cast(Numbers, numbers)
+    numbers = from_arrow(flat).reshape(-1, *field.shape)
+    if len(numbers) != len(values):
+        raise ValueError("it holds fewer rows than it says")
+    return numbers
+
+
+def from_arrow(values: Any) -> Numbers:
+    """The numbers of an Arrow array without gaps, not copied; its own `to_numpy` would import pandas, half a second."""
+    dtype = np.dtype(ARROW_FLOATS.get(str(values.type), str(values.type)))
+    return np.frombuffer(values.buffers()[1], dtype, len(values), values.offset * dtype.itemsize)
+
+
+def to_arrow(values: Numbers) -> Any:
+    """Numbers [N] as an Arrow array, not copied; without pandas, as `from_arrow`."""
+    import pyarrow
+
+    values = np.ascontiguousarray(values)
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from backbone.diffusion.noise import PredictionType, Schedule, vp
@@ -168,6 +167,8 @@ def has_part(location: Location, part: str) -> bool:
 
 def load_clip(kind: Any, location: Location, number: str = "") -> TextEncoderSlot:
     """Load a CLIP text encoder in fp32 with its tokenizer; number "_2" means `text_encoder_2` and `tokenizer_2`."""
+    from transformers import CLIPTokenizer  # slow to import, as every model of transformers
+
     tokenizer = load_pretrained(CLIPTokenizer, location, f"tokenizer{number}")
     model = load_pretrained(kind, location, f"text_encoder{number}", dtype=torch.float32)
     set_eos_token(model, tokenizer)
@@ -183,6 +184,8 @@ def set_eos_token(model: Any, tokenizer: Any) -> None:
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
     """Load a T5 text encoder in `dtype` with its tokenizer."""
+    from transformers import T5EncoderModel, T5Tokenizer
+
     try:
         tokenizer = load_pretrained(T5Tokenizer, location, f"tokenizer{number}")
     except UserError as error:

@@ -38,8 +38,7 @@ PARTS = (
 
 def locate(model: str) -> Location:
     """Where a model of this name is; `UserError` when it is nowhere."""
-    names = known_names()
-    place = names.get(model, model)
+    place = place_of(model)
     path = Path(place).expanduser()
     if path.is_dir():
         index = path / "model_index.json"
@@ -63,12 +62,12 @@ def locate(model: str) -> Location:
     if path.suffix.lower() in WEIGHTS:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
-    if model in names or is_id:
+    if place != model or is_id:
         index = hub_file(place, "model_index.json")
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
         return Location(model, place, read_index(index), revision=index.parent.name)
     raise UserError(
-        f"There is no model {model}. Name one of {', '.join(names)}, a diffusers folder, "
+        f"There is no model {model}. Name one of {', '.join(known_names())}, a diffusers folder, "
         "a checkpoint file, or a hub id."
     )
 
@@ -100,6 +99,16 @@ def read_index(path: Path) -> dict[str, Any]:
         if index.get(part) is not None:
             read_as(tuple[str | None, str | None], index[part], path, part)
     return index
+
+
+def place_of(model: str) -> str:
+    """The folder or hub id that a short name stands for; anything else stands for itself.
+
+    No other family is imported for the models carried along, nor for what no short name looks like: a path.
+    """
+    if model in OWN:
+        return str(OWN[model])
+    return model if "/" in model else known_names().get(model, model)
 
 
 def known_names() -> dict[str, str]:

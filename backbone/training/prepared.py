@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from backbone.data.table import Numbers, Table
+from backbone.data.table import Numbers, Table, from_arrow, to_arrow
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, refuse_filled, write_json
@@ -113,8 +113,8 @@ class PreparedFolder:
 
     def words(self, name: str) -> tuple[list[str], Numbers]:
         """The different texts of a column of the records, and which of them each record has [N]."""
-        encoded = self.records.strings(name).combine_chunks().take(self.order).dictionary_encode()
-        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        encoded = self.records.strings(name).combine_chunks().take(to_arrow(self.order)).dictionary_encode()
+        return encoded.dictionary.to_pylist(), from_arrow(encoded.indices)
 
     def refuse_other_encoder(self, model: Backbone, *, flip: bool) -> None:
         """`UserError` where the folder was prepared for another model, size or precision, or without mirroring."""

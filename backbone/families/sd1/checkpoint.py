@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.diffusion.noise import PredictionType
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, unet_and_latent_channels
@@ -92,6 +91,8 @@ def guess_prediction_type(path: Path) -> tuple[PredictionType, int]:
 
 def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load (tokenizer, CLIP text encoder); `UserError` where one is missing or they do not fit together."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     with refuse_damaged(location.name, "text_encoder"), init_empty_weights():
         config = CLIPTextConfig.from_dict(location.config("text_encoder"))
         model = CLIPTextModel(config)
@@ -144,6 +145,8 @@ def is_openclip(name: str) -> bool:
 
 def load_tokenizer(location: Location, *, pads_with: str, folder: str = "tokenizer") -> Any:
     """Load the tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
+    from transformers import CLIPTokenizer
+
     path = location.local(folder)
     if path is not None:
         with refuse_damaged(str(path.parent), path.name):

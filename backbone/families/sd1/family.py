@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.families import loading
@@ -49,16 +48,25 @@ class StableDiffusion(UNetFamily):
         return load_part(UNet2DConditionModel, location, "unet", checkpoint.PREFIXES["unet"], dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        from diffusers import (
+            AutoencoderKL,
+        )  # a second's work, which a training from prepared data does not need
+
         dtype = loading.autoencoder_dtype(location, dtype)
         return load_part(AutoencoderKL, location, "vae", checkpoint.PREFIXES["vae"], dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> ClipTextEncoder:
+        from transformers import CLIPTextModel
+
         if location.file is not None:
             tokenizer, model = checkpoint.load_text_encoder(location, torch.float32)
             return ClipTextEncoder([TextEncoderSlot("text_encoder", tokenizer, model)])
         return ClipTextEncoder([loading.load_clip(CLIPTextModel, location)])
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextModel
+
         return ModelSpec(
             diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
             diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
