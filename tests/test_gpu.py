@@ -27,7 +27,7 @@ from backbone.training.optimizer import make_adamw
 from backbone.training.run import take_steps
 from benchmarks.align import build_training
 from benchmarks.customize_speed import make_material, make_settings
-from benchmarks.gpu import compare_compiled, compare_pictures, compare_steps, draw_edit, draw_samples
+from benchmarks.gpu import Bench, compare_compiled, compare_pictures, compare_steps, draw_edit, draw_samples
 from benchmarks.shapes import Parts
 from customize.objectives.dreambooth import DreamBooth
 
@@ -44,12 +44,12 @@ def test_a_step_has_the_loss_and_the_gradients_of_a_cpu() -> None:
     assert found["loss apart"] < 1e-3 * found["loss"] and found["gradient apart"] < 1e-2
 
 
-def test_a_sample_looks_as_on_a_cpu() -> None:
-    assert compare_pictures("cuda", draw_samples)["pixels apart, of 255"] <= 8
+def test_a_sample_looks_as_on_a_cpu(tmp_path: Path) -> None:
+    assert compare_pictures(Bench("cuda", False, tmp_path), draw_samples)["pixels apart, of 255"] <= 8
 
 
-def test_an_edit_looks_as_on_a_cpu() -> None:
-    assert compare_pictures("cuda", draw_edit)["pixels apart, of 255"] <= 16
+def test_an_edit_looks_as_on_a_cpu(tmp_path: Path) -> None:
+    assert compare_pictures(Bench("cuda", False, tmp_path), draw_edit)["pixels apart, of 255"] <= 16
 
 
 @pytest.mark.parametrize("kind", ["customize", "align"])

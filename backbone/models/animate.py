@@ -2,7 +2,7 @@
 
     keys = [(0, 0)]
     conditions = condition_on_stills(model, [Still(pixels, fps=7, motion_bucket=127, noise=0.02)], keys, seed=0)
-    (latents,) = animate(model, conditions, keys, steps=25, guidance=(1.0, 3.0), seed=0, frames=Frames(14))
+    (latents,) = animate(model, conditions, keys, steps=25, guidance=3.0, seed=0, frames=Frames(14))
     frames = model.decode_clip(latents[0])
 
 Clip (i, j) depends on the seed, i and j alone. Guidance grows over the frames, from the first to the last: the first
@@ -21,10 +21,12 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, generator
 from backbone.diffusion.transfer import send
-from backbone.io.sampling import ALL_STEPS, Sampler
+from backbone.io.keywords import takes
+from backbone.io.sampling import ALL_STEPS
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Frames,
+    SamplerArguments,
     count_predictions,
     get_sampler,
     initial_noise,
@@ -78,41 +80,39 @@ def condition_on(model: Backbone, still: Still, hidden: Tensor, random: torch.Ge
     return Conditions({"hidden": hidden, "ids": ids}, references=(latents,))
 
 
+@takes(SamplerArguments, without=("size",))
 @torch.no_grad()
 def animate(
     model: Backbone,
     conditions: Sequence[Conditions],
     keys: Sequence[tuple[int, int]],
     *,
-    steps: int,
-    guidance: tuple[float, float],
-    seed: int,
     frames: Frames,
-    sampler: Sampler = "ddim",
-    guided: tuple[float, float] = ALL_STEPS,
-    batch: int = 1,
+    min_guidance: float = 1.0,
     advance: Callable[[float], Any] | None = None,
+    **how: Any,
 ) -> Iterator[Tensor]:
     """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
 
-    `guidance` is that of the first frame and that of the last. `advance` is told after each step how many clips' worth
-    of work it was.
+    The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `how` is by the fields of
+    `SamplerArguments`; the size is the still's. `advance` is told after each step how many clips' worth of work it was.
     """
+    asked = SamplerArguments(**how)
     places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
-    schedule = model.schedule(steps, size=places)
-    scales = torch.linspace(*guidance, frames.count)
-    for first in range(0, len(keys), batch):
-        some = keys[first : first + batch]
-        noise = torch.stack([initial_noise(model, seed, *key, places, frames=frames) for key in some])
+    schedule = model.schedule(asked.steps, size=places)
+    scales = torch.linspace(min_guidance, asked.guidance, frames.count)
+    for first in range(0, len(keys), asked.batch):
+        some = keys[first : first + asked.batch]
+        noise = torch.stack([initial_noise(model, asked.seed, *key, places, frames=frames) for key in some])
         start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-        together = Conditions.cat(conditions[first : first + batch])
+        together = Conditions.cat(conditions[first : first + asked.batch])
         predict = guide_over_frames(model, together, scales)
-        if guided != ALL_STEPS:
-            predict = limit_guidance(guided, predict, model.predictor(together), schedule)
+        if asked.guided != ALL_STEPS:
+            predict = limit_guidance(asked.guided, predict, model.predictor(together), schedule)
         if advance is not None:
-            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
-        randoms = [generator(seed, *key, "steps") for key in some]
-        yield get_sampler(sampler, randoms)(start, predict, schedule)
+            predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, schedule))
+        randoms = [generator(asked.seed, *key, "steps") for key in some]
+        yield get_sampler(asked.sampler, randoms)(start, predict, schedule)
 
 
 def unconditioned(conditions: Conditions) -> Conditions:

@@ -296,16 +296,28 @@ def close_over_time(place: Tensor, *, everywhere: bool = False) -> Tensor:
     return F.max_pool3d(place[None, None], (3, 1, 1), stride=1, padding=(1, 0, 0))[0, 0]
 
 
+@dataclass(frozen=True)
+class ClipRedraw:
+    """How a clip is drawn anew from its own noised frames.
+
+    strength  the share of the steps that are taken, those nearest to the clip
+    steps     of the whole schedule
+    guidance  the model's usual one if None
+    """
+
+    strength: float = 0.6
+    steps: int = 50
+    guidance: float | None = None
+    negative: str = ""
+    seed: int = 0
+
+
 def redraw_film(
     model: Backbone,
     film: Film,
     prompt: str,
+    settings: ClipRedraw,
     *,
-    strength: float = 0.6,
-    steps: int = 50,
-    guidance: float | None = None,
-    negative: str = "",
-    seed: int = 0,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[float], Any] | None = None,
 ) -> ClipResult:
@@ -315,24 +327,24 @@ def redraw_film(
     done with each step. Raises `UserError` as `sdedit`.
     """
     checks.prompt(prompt, "prompt")
-    guidance = guidance_of(model, guidance)
-    refuse_negative(model, negative, guidance)
+    guidance = guidance_of(model, settings.guidance)
+    refuse_negative(model, settings.negative, guidance)
     encoded = encode_film(model, film)
     with link_frames(model, 1 + (guidance != 1)):
         (latents,) = sample_latents(
             model,
-            [Request(prompt, (0, 0), negative)],
-            steps=steps,
+            [Request(prompt, (0, 0), settings.negative)],
+            steps=settings.steps,
             guidance=guidance,
-            seed=seed,
+            seed=settings.seed,
             clean=encoded.latent,
-            share=strength,
+            share=settings.strength,
             size=(encoded.pixels.shape[-1], encoded.pixels.shape[-2]),
             frames=Frames(len(film.frames)),
             controls=layout.of_targets(),
             advance=progress,
         )
-    taken = round(strength * steps) * (1 + (guidance != 1))
+    taken = round(settings.strength * settings.steps) * (1 + (guidance != 1))
     return ClipResult(
         model, (prompt,), encoded, latents.float(), taken, facts={"guidance": guidance, **layout.facts()}
     )

@@ -39,6 +39,7 @@ class ClipFlow:
     shared           the share of the noise's variance that frames have in common; None: all, with a motion adapter none
     guidance         of the targets; the model's usual one if None
     source_guidance  of the source's prompt
+    steps            of the whole schedule
     """
 
     strength: float = 0.66
@@ -46,6 +47,8 @@ class ClipFlow:
     shared: float | None = None
     guidance: float | None = None
     source_guidance: float = 1.0
+    steps: int = 50
+    seed: int = 0
 
     def __post_init__(self) -> None:
         checks.share("strength", self.strength)
@@ -60,8 +63,6 @@ def flow_film(
     targets: Sequence[str],
     settings: ClipFlow,
     *,
-    steps: int = 50,
-    seed: int = 0,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> ClipResult:
@@ -78,8 +79,8 @@ def flow_film(
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
-    whole = schedule_of(model, steps, clean)
-    schedule = truncate_schedule(whole, checks.strength(settings.strength, steps))
+    whole = schedule_of(model, settings.steps, clean)
+    schedule = truncate_schedule(whole, checks.strength(settings.strength, settings.steps))
     sides = [SOURCE, *[TARGET] * count]
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
@@ -90,7 +91,7 @@ def flow_film(
         for step, (here, there) in enumerate(pairwise(schedule)):
             velocity = torch.zeros_like(edited)
             for draw in range(settings.draws):
-                noise = noise_of_frames(clean, shared, seed, step, draw)
+                noise = noise_of_frames(clean, shared, settings.seed, step, draw)
                 velocity += (
                     difference_of_velocities(predict, clean, edited, noise, here, empty) / settings.draws
                 )

@@ -164,8 +164,7 @@ def carry_first_frame(
             now = there.clone()
             now[1, :, 0] = held[step + 1]
             progress()
-    facts: dict[str, Any] = {"inversion_method": inversion.method, "guidance": guidance, "self": share}
-    facts |= {"temporal": temporal, **inversion.layout.facts()}
+    facts = {"inversion_method": inversion.method, "guidance": guidance, "self": share, "temporal": temporal}
     return ClipResult(
         model=model,
         prompts=(target,),
@@ -174,7 +173,7 @@ def carry_first_frame(
         nfe=inversion.nfe + nfe + predict.nfe,
         masks=masks,
         alignments=tuple(alignments),
-        facts=facts,
+        facts={**facts, **inversion.layout.facts()},
         first=first.pixels,
     )
 

@@ -25,7 +25,15 @@ from backbone.models.sparse import open_sparsectrl
 from edit.inversion.inversion import Inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
-from edit.methods.clip import ClipEdit, ClipResult, edit_clip, invert_film, open_clip_layout, redraw_film
+from edit.methods.clip import (
+    ClipEdit,
+    ClipRedraw,
+    ClipResult,
+    edit_clip,
+    invert_film,
+    open_clip_layout,
+    redraw_film,
+)
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
@@ -109,10 +117,10 @@ def run_clip(
     resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
     if source is None:
         strength = REDRAWN if asked.strength is None else asked.strength
+        redraw = ClipRedraw(strength, asked.steps, asked.guidance, negative, asked.seed)
         with progress(len(film.frames), "drawing frames") as bar:
             result = redraw_film(
-                loaded.model, film, resolved[0], strength=strength, steps=asked.steps, guidance=asked.guidance,
-                negative=negative, seed=asked.seed, layout=layout,
+                loaded.model, film, resolved[0], redraw, layout=layout,
                 progress=lambda share: bar.advance_images(share * len(film.frames)),
             )  # fmt: skip
         return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
@@ -184,12 +192,13 @@ def flow_clip(
         shared=asked.shared_noise,
         guidance=asked.guidance,
         source_guidance=asked.source_guidance,
+        steps=asked.steps,
+        seed=asked.seed,
     )
     resolved = [loaded.resolve(target) for target in targets]
     with progress(round(settings.strength * asked.steps), "editing") as bar:
         result = flow_film(
-            loaded.model, film, loaded.resolve(source), resolved, settings, steps=asked.steps, seed=asked.seed,
-            layout=layout, progress=bar.advance,
+            loaded.model, film, loaded.resolve(source), resolved, settings, layout=layout, progress=bar.advance,
         )  # fmt: skip
     facts = {**result.facts, "method": asked.method}
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, facts=facts)

@@ -23,6 +23,7 @@ from backbone.diffusion.schedules import karras_schedule
 from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     ModelSpec,
     Network,
     NoisePath,
@@ -51,7 +52,7 @@ class StableVideo:
         "svd-xt": "stabilityai/stable-video-diffusion-img2vid-xt",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
-    reads_images: ClassVar[Mapping[str, int]] = {}
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),

@@ -81,9 +81,8 @@ def test_guided_steps_and_their_frames_are_diffusers_own(
     steps: int, highest: float, video: Backbone, pipeline: Any, picture: Image.Image
 ) -> None:
     still = still_of(picture, (96, 64), fps=5, motion_bucket=90, noise=0.0)
-    guidance = (1.0, highest)
     conditions = condition_on_stills(video, [still], [(0, 0)], seed=0)
-    (latents,) = animate(video, conditions, [(0, 0)], steps=steps, guidance=guidance, seed=0, frames=FRAMES)
+    (latents,) = animate(video, conditions, [(0, 0)], steps=steps, guidance=highest, seed=0, frames=FRAMES)
     noise = initial_noise(video, 0, 0, 0, (8, 12), frames=FRAMES)[None].transpose(1, 2)
     told = {"fps": 5, "motion_bucket_id": 90, "noise_aug_strength": 0.0, "height": 64, "width": 96}
     theirs = pipeline(

@@ -30,6 +30,7 @@ from edit.layout import NO_LAYOUT
 from edit.masks import difference_maps
 from edit.methods.clip import (
     ClipEdit,
+    ClipRedraw,
     close_over_time,
     edit_clip,
     invert_film,
@@ -68,7 +69,7 @@ def test_video_to_video_is_diffusers_own(moving: Backbone, tiny_folder: Path, fi
         tiny_folder, motion_adapter=tiny_motion_adapter()
     )
     pipeline.set_progress_bar_config(disable=True)
-    ours = redraw_film(moving, film, "a cat in the snow", strength=0.5, steps=6, guidance=3.0)
+    ours = redraw_film(moving, film, "a cat in the snow", ClipRedraw(strength=0.5, steps=6, guidance=3.0))
     noise = initial_noise(moving, 0, 0, 0, frames=Frames(4))[None]
     noisy = add_noise(ours.encoded.latent, noise, moving.schedule(6)[3])
     theirs = pipeline(
@@ -178,7 +179,7 @@ def test_a_clip_is_edited_under_the_maps_of_its_own_frames(
     assert result.facts["conditions"][0]["of"] == "both"
     off = open_clip_layout(tiny, film, [replace(found, scale=0.0)])
     plain, under, none = (
-        redraw_film(tiny, film, "a cat", steps=2, guidance=3.0, layout=one).latents
+        redraw_film(tiny, film, "a cat", ClipRedraw(steps=2, guidance=3.0), layout=one).latents
         for one in (NO_LAYOUT, layout, off)
     )
     assert torch.equal(plain, none) and (plain - under).abs().max() > 1e-4

@@ -34,18 +34,18 @@ def film(step: int) -> Film:
 def test_the_same_words_equally_guided_leave_a_clip_bit_for_bit(linked: str, tiny: Backbone) -> None:
     if linked == "by an adapter":
         attach_motion(tiny.denoiser, tiny_motion_adapter())
-    result = flow_film(tiny, film(8), SOURCE, [SOURCE], ClipFlow(guidance=1.0), steps=3)
+    result = flow_film(tiny, film(8), SOURCE, [SOURCE], ClipFlow(guidance=1.0, steps=3))
     assert torch.equal(result.latents, result.encoded.latent.float())
     assert result.facts["shared_noise"] == (0.0 if linked == "by an adapter" else 1.0)
-    other = flow_film(tiny, film(8), SOURCE, [TARGET], ClipFlow(guidance=3.0, strength=1.0), steps=3)
+    other = flow_film(tiny, film(8), SOURCE, [TARGET], ClipFlow(guidance=3.0, strength=1.0, steps=3))
     assert (other.latents - result.latents).abs().max() > 1e-3 and other.nfe == 3 * 3
 
 
 def test_frames_that_are_alike_are_edited_alike_under_one_noise(tiny: Backbone) -> None:
     apart = {}
     for shared in (1.0, 0.0):
-        settings = ClipFlow(guidance=3.0, shared=shared)
-        latents = flow_film(tiny, film(0), SOURCE, [TARGET], settings, steps=3).latents[0]
+        settings = ClipFlow(guidance=3.0, shared=shared, steps=3)
+        latents = flow_film(tiny, film(0), SOURCE, [TARGET], settings).latents[0]
         apart[shared] = float((latents[:, 1:] - latents[:, :1]).abs().max())
     assert apart[1.0] < 1e-4 < 1e-3 < apart[0.0]
 
