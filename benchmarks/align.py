@@ -54,7 +54,7 @@ from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
-from benchmarks.shapes import (
+from benchmarks.speed.shapes import (
     CLOCKS,
     CLOCKS_OF,
     ClockFlag,

@@ -34,7 +34,7 @@ from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from benchmarks.classifier import Classifier, load_classifier
+from benchmarks.judges.classifier import Classifier, load_classifier
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from backbone.world.maps import draw_maps, look_at
 from backbone.world.render import SIZE, Figure, draw_sprite, find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Pose, Scene, is_fair, sample_posed_scene
 from backbone.world.words import Thing
-from benchmarks.classifier import (
+from benchmarks.judges.classifier import (
     FOLDER,
     Classifier,
     is_top_glyph,
@@ -62,9 +62,9 @@ from benchmarks.classifier import (
     most_likely,
     prepare_images,
 )
-from benchmarks.fidelity import Template, decode_renderings, make_template, register
-from benchmarks.reader import FOLDER as READER
-from benchmarks.reader import Reader, load_reader
+from benchmarks.judges.fidelity import Template, decode_renderings, make_template, register
+from benchmarks.judges.reader import FOLDER as READER
+from benchmarks.judges.reader import Reader, load_reader
 from customize.evaluation.obedience import agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000

@@ -49,7 +49,7 @@ from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
 from backbone.world.render import find_font, render
 from backbone.world.words import choose_article, load_vocabulary
-from benchmarks.classifier import (
+from benchmarks.judges.classifier import (
     FACTS,
     FOLDER,
     Classifier,
@@ -58,8 +58,8 @@ from benchmarks.classifier import (
     load_classifier,
     most_likely,
 )
-from benchmarks.customize_script import to_flags
 from benchmarks.moji import format_percent
+from benchmarks.speed.script import to_flags
 
 TOKEN = "[V]"
 Kind = Literal["places", "accessories", "styles", "class"]
@@ -336,7 +336,7 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.customize_script", "alone", str(script), "--"]
+    command = [sys.executable, "-m", "benchmarks.speed.script", "alone", str(script), "--"]
     began = time.perf_counter()
     subprocess.run(
         [*command, "--with_prior_preservation", *to_flags(asked), *trial.flags.split()], check=True

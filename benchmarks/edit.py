@@ -14,8 +14,8 @@ code takes them (`backbone.evaluation.image_metrics`). “The default” is `edi
 inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the
 steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
 default's. “By instruction” follows an instruction in place of the prompts, with the editor that `--editor` names (a run
-of `customize train --pairs`, as `recipes.moji.edit` makes one). Needs the emoji font and the classifier. Writes
-`table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+of `customize train --pairs`, as `recipes.moji.adapters.edit` makes one). Needs the emoji font and the classifier.
+Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
@@ -54,7 +54,7 @@ from backbone.world.edits import GREY_STYLES, write_instruction
 from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.classifier import (
+from benchmarks.judges.classifier import (
     FOLDER,
     NONE,
     TWO_DIFFERENT,

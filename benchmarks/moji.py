@@ -44,7 +44,7 @@ from backbone.world.edits import GREY_STYLES
 from backbone.world.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import draw_texture
-from benchmarks.classifier import (
+from benchmarks.judges.classifier import (
     FACTS,
     FOLDER,
     NONE,

@@ -7,7 +7,8 @@ Every concept is learned on the base by the real command, as in `benchmarks.cust
 are taken), and drawn in the seven places that it was not trained in by the base, by the few-step model with the base's
 adapter as it is, and with the adapter that `customize transfer` has fitted. The classifier names glyph and place. The
 class without the token says what the adapter does to the few-step model beside the subject. Runs and images that
-`--out` holds are not made again. `--turbo` is a few-step model, or the folder that `recipes.moji.turbo` exports.
+`--out` holds are not made again. `--turbo` is a few-step model, or the folder that `recipes.moji.adapters.turbo`
+exports.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from backbone.io.options import Option, settled_command
 from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
 from backbone.world.render import find_font
 from benchmarks import customize as learning
-from benchmarks.classifier import FACTS, FOLDER, Classifier, load_classifier
 from benchmarks.customize import TOKEN, Kind, Tally, Trial, concept_interval, list_trials, tally_folder
+from benchmarks.judges.classifier import FACTS, FOLDER, Classifier, load_classifier
 from benchmarks.moji import format_percent
 
 SIDES = ("the base", "few steps, as it is", "few steps, transferred")
@@ -73,8 +74,8 @@ def main(wanted: SurvivalSettings) -> None:
     few = wanted.turbo or FEW_STEP_MODELS.get(model, "")
     if not few or (few not in OWN and not is_path(few) and "/" not in few):
         raise UserError(
-            f"There is no few-step model of {model} yet. Distil one with recipes.moji.turbo, and name its folder with "
-            "--turbo."
+            f"There is no few-step model of {model} yet. Distil one with recipes.moji.adapters.turbo, and name its "
+            "folder with --turbo."
         )
     find_font()
     eye = load_classifier(wanted.classifier)

@@ -33,8 +33,9 @@ from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
-from customize.training import control_commands, transfer_cli
+from customize.training.control import commands as control_commands
 from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
+from customize.training.transfer import cli as transfer_cli
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 

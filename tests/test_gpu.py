@@ -26,9 +26,16 @@ from backbone.training.loop import (
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import take_steps
 from benchmarks.align import build_training
-from benchmarks.customize_speed import make_material, make_settings
-from benchmarks.gpu import Bench, compare_compiled, compare_pictures, compare_steps, draw_edit, draw_samples
-from benchmarks.shapes import Parts
+from benchmarks.speed.customize import make_material, make_settings
+from benchmarks.speed.gpu import (
+    Bench,
+    compare_compiled,
+    compare_pictures,
+    compare_steps,
+    draw_edit,
+    draw_samples,
+)
+from benchmarks.speed.shapes import Parts
 from customize.objectives.dreambooth import DreamBooth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

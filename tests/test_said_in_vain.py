@@ -15,7 +15,7 @@ import align.settings
 import customize.cli
 import customize.control_settings
 import customize.settings
-import customize.training.control_commands
+import customize.training.control.commands
 import edit.settings
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError, error_message
@@ -61,7 +61,7 @@ def test_the_doors_answer_so(words: tuple[str, ...]) -> None:
 DECLARED = {
     f"{each.__module__}.{each.__name__}": each
     for module in (
-        *(customize.cli, customize.settings, customize.control_settings, customize.training.control_commands),
+        *(customize.cli, customize.settings, customize.control_settings, customize.training.control.commands),
         *(align.cli, align.settings, edit.settings),
     )
     for each in vars(module).values()

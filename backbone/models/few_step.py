@@ -43,8 +43,8 @@ def name_few_step(model: str) -> str:
         )
     if found == "moji-turbo" and found not in OWN:
         raise UserError(
-            "moji-turbo does not come with this version yet. Distil it with recipes.moji.turbo, and name its folder "
-            "with --on."
+            "moji-turbo does not come with this version yet. Distil it with recipes.moji.adapters.turbo, and name its "
+            "folder with --on."
         )
     return found
 

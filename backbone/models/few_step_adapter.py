@@ -48,7 +48,9 @@ def fuse_lora(path: Path, denoiser: nn.Module) -> None:
     layers = dict(denoiser.named_modules())
     downs = {key: value for key, value in tensors.items() if key.endswith(".lora_A.weight")}
     if not downs or len(tensors) != 2 * len(downs):
-        raise UserError(f"{path} is no LoRA on a denoiser alone. Make it again with recipes.moji.turbo.")
+        raise UserError(
+            f"{path} is no LoRA on a denoiser alone. Make it again with recipes.moji.adapters.turbo."
+        )
     said = read_as(dict[str, Any], parse_json(header.get("lora_adapter_metadata", "{}"), path), path)
     for key, down in downs.items():
         name = re.sub(r"^(unet|transformer)\.", "", key.removesuffix(".lora_A.weight"))

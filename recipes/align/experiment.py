@@ -36,7 +36,7 @@ from backbone.models.model import Backbone
 from backbone.world.render import render
 from backbone.world.scene import Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.classifier import Classifier, Prediction, prepare_images
+from benchmarks.judges.classifier import Classifier, Prediction, prepare_images
 from benchmarks.moji import QUESTIONS
 
 TRAINING_PROMPTS = range(1_600_000, 1_700_000)

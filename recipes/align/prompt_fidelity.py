@@ -29,7 +29,7 @@ from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.io.options import Option, settled_command
 from backbone.world.scene import Scene
-from benchmarks.classifier import Classifier, load_classifier
+from benchmarks.judges.classifier import Classifier, load_classifier
 from recipes.align.experiment import (
     COMPARISON,
     PROMPTS,

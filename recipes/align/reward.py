@@ -21,7 +21,7 @@ import typer
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.io.options import Option, settled_command
-from benchmarks.classifier import load_classifier
+from benchmarks.judges.classifier import load_classifier
 from recipes.align.experiment import (
     COMPARISON,
     PROMPTS,

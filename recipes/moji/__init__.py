@@ -1,7 +1,7 @@
 """Making the embedded model, part by part. Every recipe goes on where it was stopped; `--device cuda` uses a GPU.
 
-python -m recipes.moji.pictures --scenes 40000     rendered scenes and textures      (needs the emoji font)
-python -m recipes.moji.tokenizer
+python -m recipes.moji.data.pictures --scenes 40000     rendered scenes and textures      (needs the emoji font)
+python -m recipes.moji.data.tokenizer
 python -m recipes.moji.text_encoder                a first lesson, before the denoiser trains it
 python -m recipes.moji.autoencoder                 then, any time: --decoder-only
 python -m recipes.moji.denoiser encode             the scenes' latents

@@ -1,14 +1,14 @@
 """The autoencoder of `moji`: 128 × 128 pictures to 16 × 16 latents of a few channels, and back.
 
-    python -m recipes.moji.pictures                      the training pictures, once
+    python -m recipes.moji.data.pictures                      the training pictures, once
     python -m recipes.moji.autoencoder                   about an hour on one core
     python -m recipes.moji.autoencoder --decoder-only    polish what sees the latents, keep the latents
 
 A variational autoencoder (Kingma & Welling 2014) with L1 + gradient loss on crops of scenes and textures, begun as a
-linear transform codec (`recipes.moji.linear_start`). Two terms are for the denoiser that will draw its latents: part of
-the batch is decoded from latents with noise on them, as a denoiser leaves them, and latents of half the resolution have
-to decode to the picture at half the resolution (Kouzelis et al. 2025, "EQ-VAE"), which makes neighbours alike. The last
-steps see whole pictures, since the norms' statistics of a crop are others.
+linear transform codec (`recipes.moji.training.linear_start`). Two terms are for the denoiser that will draw its
+latents: part of the batch is decoded from latents with noise on them, as a denoiser leaves them, and latents of half
+the resolution have to decode to the picture at half the resolution (Kouzelis et al. 2025, "EQ-VAE"), which makes
+neighbours alike. The last steps see whole pictures, since the norms' statistics of a crop are others.
 
 Continues from its last checkpoint, or, for a longer run, from the last one before the learning rate fell
 (`autoencoder-stable.safetensors`); writes the EMA weights as a diffusers folder, scaled so that every latent channel
@@ -37,10 +37,10 @@ from backbone.io.files import read_json, write_json
 from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_stable_decay
 from backbone.world.textures import Pixels
-from recipes.moji.linear_start import begin
-from recipes.moji.muon import Muon, quick_half
-from recipes.moji.pictures import load
-from recipes.moji.training import OUTPUT, TRAINING, RecipeSettings, Training
+from recipes.moji.data.pictures import load
+from recipes.moji.training.linear_start import begin
+from recipes.moji.training.muon import Muon, quick_half
+from recipes.moji.training.run import OUTPUT, TRAINING, RecipeSettings, Training
 
 SCALING_FACTOR = 0.18215
 CHANNELS = 16

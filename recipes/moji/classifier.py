@@ -34,7 +34,7 @@ from backbone.world.edits import GREY_STYLES
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.classifier import (
+from benchmarks.judges.classifier import (
     FACTS,
     NONE,
     ONE,
@@ -49,9 +49,9 @@ from benchmarks.classifier import (
     most_likely,
 )
 from recipes.moji.autoencoder import precision, to_tensor
-from recipes.moji.muon import Muon
-from recipes.moji.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
-from recipes.moji.training import TRAINING, RecipeSettings, Training
+from recipes.moji.data.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
+from recipes.moji.training.muon import Muon
+from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
 FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]

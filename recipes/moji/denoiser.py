@@ -1,6 +1,6 @@
 """The denoiser and the text encoder of `moji`, trained together on the autoencoder's latents.
 
-    python -m recipes.moji.pictures --scenes 48000
+    python -m recipes.moji.data.pictures --scenes 48000
     python -m recipes.moji.denoiser encode                 latents of all scenes, once: 5 minutes on two cores
     OMP_NUM_THREADS=1 python -m recipes.moji.denoiser train --processes 2      28 pictures/s on two cores
     python -m recipes.moji.denoiser export                 the whole pipeline folder, fp16
@@ -9,11 +9,11 @@ v-prediction (Salimans & Ho 2022) with weight 1: with many latent channels ε-pr
 through a top level hardly wider than they are. With `--prediction epsilon` (Ho et al. 2020) the weights are min-SNR-5
 (Hang et al. 2023) over a: half way to the weight of the velocity's error, since with ε's alone the noisiest levels,
 where places and things are decided, learn nearly nothing in so short a training. Inner weights step by Muon
-(`recipes.moji.muon`): from the same checkpoint, 250 steps of it took the error on held-out scenes down 1.7 times as far
-as AdamW's, at 1.3 times the time. Half of the training begins with plain pictures of one thing, which teach the nouns;
-the share falls to none. `--begin-from` a pipeline of the same architecture keeps what that knows, whatever its latents
-(`recipes.moji.carried`). Continues from its last checkpoint, or, for a longer run, from the last one before the
-learning rate fell (`denoiser-stable.safetensors`).
+(`recipes.moji.training.muon`): from the same checkpoint, 250 steps of it took the error on held-out scenes down 1.7
+times as far as AdamW's, at 1.3 times the time. Half of the training begins with plain pictures of one thing, which
+teach the nouns; the share falls to none. `--begin-from` a pipeline of the same architecture keeps what that knows,
+whatever its latents (`recipes.moji.training.carried`). Continues from its last checkpoint, or, for a longer run, from
+the last one before the learning rate fell (`denoiser-stable.safetensors`).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from backbone.training.attention import quick_to_train
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
-from recipes.moji.carried import carry_over
-from recipes.moji.muon import Muon
-from recipes.moji.pictures import SHARD, load, load_captions
-from recipes.moji.training import TRAINING, RecipeSettings, Training
+from recipes.moji.data.pictures import SHARD, load, load_captions
+from recipes.moji.training.carried import carry_over
+from recipes.moji.training.muon import Muon
+from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by

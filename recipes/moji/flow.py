@@ -1,6 +1,6 @@
 """`moji-flow`: a small transformer of Stable Diffusion 3's kind that learns `moji`'s world as a rectified flow.
 
-    python -m recipes.moji.pictures --scenes 48000         as for `moji`: scenes, tokenizer, the autoencoder's latents
+    python -m recipes.moji.data.pictures --scenes 48000      as for `moji`: scenes, tokenizer, the autoencoder's latents
     python -m recipes.moji.denoiser encode
     OMP_NUM_THREADS=1 python -m recipes.moji.flow train --processes 2
     python -m recipes.moji.flow export                     a folder that diffusers' StableDiffusion3Pipeline loads

@@ -39,10 +39,10 @@ from backbone.world.render import find_font
 from backbone.world.textures import draw_texture
 from recipes.moji import autoencoder, denoiser, flow
 from recipes.moji.autoencoder import AutoencoderSettings
+from recipes.moji.data.pictures import SHARD, shard_path, write_shard
 from recipes.moji.denoiser import DenoiserSettings
 from recipes.moji.flow import FlowSettings
-from recipes.moji.pictures import SHARD, shard_path, write_shard
-from recipes.moji.training import RecipeSettings
+from recipes.moji.training.run import RecipeSettings
 
 VAE = Path(__file__).with_name("second_edition") / "vae"
 LARGEST = 15 * 2**20  # bytes of a file that is carried away

@@ -1,10 +1,10 @@
 """The reader of `benchmarks.control`: labels and depths out of pictures, for the judgement of drawn ones.
 
-    python -m recipes.moji.control prepare --model moji     if it was not called yet
+    python -m recipes.moji.adapters.control prepare --model moji     if it was not called yet
     python -m recipes.moji.reader --minutes 60              goes on from its last step
 
-Learns from the scenes that `recipes.moji.control` has prepared: their latents, some with noise as a denoiser leaves it,
-decoded by the model's autoencoder, and the true labels and depths.
+Learns from the scenes that `recipes.moji.adapters.control` has prepared: their latents, some with noise as a denoiser
+leaves it, decoded by the model's autoencoder, and the true labels and depths.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.options import Option, settled_command
 from backbone.models.model import Backbone
 from backbone.training.loop import warm_cosine
-from benchmarks.reader import WEIGHTS, Reader
-from recipes.moji.control import held_path
-from recipes.moji.training import TRAINING, RecipeSettings, Training
+from benchmarks.judges.reader import WEIGHTS, Reader
+from recipes.moji.adapters.control import held_path
+from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
 NOISE = 0.4  # the most that half of the latents get, in units of their deviation
 DEPTH = 4.0  # weight of the depth's error beside the labels'
@@ -64,7 +64,7 @@ def train_reader(settings: ReaderSettings) -> None:
     paths = sorted(path for path in folder.glob("*.safetensors") if path.stem != "held")
     if not paths:
         raise UserError(
-            f"{folder} holds no scenes. Run: python -m recipes.moji.control prepare --model {settings.model}"
+            f"{folder} holds no scenes. Run: python -m recipes.moji.adapters.control prepare --model {settings.model}"
         )
     scenes, held = Told(paths), Told([held_path(settings.workdir, model)])
     reader = Reader().to(settings.device)

@@ -1,7 +1,7 @@
 """The scorer of `moji`: a small CLIP model of its world.
 
-    python -m recipes.moji.pictures                the training pictures, once
-    python -m recipes.moji.tokenizer               the tokenizer, once
+    python -m recipes.moji.data.pictures                the training pictures, once
+    python -m recipes.moji.data.tokenizer               the tokenizer, once
     python -m recipes.moji.scorer                  about 40 minutes on one core, after some of preparation
 
 Contrastive training (Radford et al. 2021) on rendered scenes and their captions, said anew each time. Half of
@@ -50,10 +50,10 @@ from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.textures import Pixels
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.autoencoder import precision, to_tensor
-from recipes.moji.muon import Muon
-from recipes.moji.pictures import SHARD, load
-from recipes.moji.rendered import has_autoencoder, rendered, roughen, round_trips, shift
-from recipes.moji.training import TRAINING, RecipeSettings, Training
+from recipes.moji.data.pictures import SHARD, load
+from recipes.moji.data.rendered import has_autoencoder, rendered, roughen, round_trips, shift
+from recipes.moji.training.muon import Muon
+from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser
 LARGEST_SCALE = 4.6052  # ln 100 (Radford et al. 2021, § 2.5)

@@ -21,7 +21,7 @@ from benchmarks.align import (
     sum_totals,
     time_step,
 )
-from benchmarks.shapes import Parts, find_shape, make_random_images
+from benchmarks.speed.shapes import Parts, find_shape, make_random_images
 
 
 @pytest.fixture

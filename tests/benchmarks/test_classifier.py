@@ -17,7 +17,7 @@ from backbone.io.files import json_text, write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.classifier import (
+from benchmarks.judges.classifier import (
     FACTS,
     NONE,
     ONE,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backbone.models.model import Backbone
-from benchmarks.clips_speed import AGAINST, time_sides, write_results
+from benchmarks.speed.clips import AGAINST, time_sides, write_results
 
 
 @pytest.mark.slow

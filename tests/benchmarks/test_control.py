@@ -15,7 +15,6 @@ from backbone.models.model import Backbone
 from backbone.world.scene import Pose, Scene
 from backbone.world.words import Thing
 from benchmarks import control
-from benchmarks.classifier import prepare_images
 from benchmarks.control import (
     FIRST_SEED,
     edge_f1,
@@ -28,6 +27,7 @@ from benchmarks.control import (
     select_scenes,
     thing_iou,
 )
+from benchmarks.judges.classifier import prepare_images
 from customize.control_settings import resolved
 from customize.objectives.control_networks import make_network, save_network
 from tests.tiny import tiny_moji

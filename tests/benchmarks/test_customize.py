@@ -15,7 +15,6 @@ from backbone.io.console import UserError
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.words import load_vocabulary
 from benchmarks import customize as bench
-from benchmarks.classifier import Classifier, Prediction
 from benchmarks.customize import (
     DEFAULT,
     KINDS,
@@ -39,6 +38,7 @@ from benchmarks.customize import (
     train_and_draw,
     try_claim,
 )
+from benchmarks.judges.classifier import Classifier, Prediction
 
 COUNTS = dict.fromkeys(KINDS, 1)
 TRIAL = Trial("mammoth", DEFAULT, "")

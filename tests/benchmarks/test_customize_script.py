@@ -14,9 +14,9 @@ from PIL import Image
 from backbone.io.console import UserError
 from backbone.io.files import write_bytes
 from backbone.models.model import Backbone
-from benchmarks import shapes
-from benchmarks.customize_script import SIDES, Side, format_markdown, install_stand_in, run_side
-from benchmarks.shapes import (
+from benchmarks.speed import shapes
+from benchmarks.speed.script import SIDES, Side, format_markdown, install_stand_in, run_side
+from benchmarks.speed.shapes import (
     Shape,
     find_shape,
     load_like_script,
@@ -126,7 +126,7 @@ def test_a_random_model_of_a_shape_is_a_whole_model(
 @pytest.mark.slow
 def test_a_side_that_fails_is_named_with_its_last_line() -> None:
     with pytest.raises(UserError, match=r"customize_script side nobody .* failed"):
-        run_module("benchmarks.customize_script", "side", "nobody", "moji", ".")
+        run_module("benchmarks.speed.script", "side", "nobody", "moji", ".")
 
 
 def test_the_table_sets_every_side_beside_the_script() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.models.model import Backbone
-from benchmarks.customize_speed import (
+from benchmarks.speed.customize import (
     EVERY,
     KINDS,
     PICTURES,
@@ -21,7 +21,7 @@ from benchmarks.customize_speed import (
     measure_parity,
     sum_totals,
 )
-from benchmarks.shapes import Parts, make_random_images, write_section
+from benchmarks.speed.shapes import Parts, make_random_images, write_section
 
 ONCE = ("evaluation", "decoding", "encoding", "text", "bank")
 
@@ -129,7 +129,7 @@ def test_totals_are_composed_of_counted_steps() -> None:
 def test_the_table_says_what_was_measured_and_a_page_keeps_its_other_sections(tmp_path: Path) -> None:
     seconds = dict.fromkeys((*EVERY, *ONCE), 1.0) | {"script": 3.0}
     facts = {
-        "command": "python -m benchmarks.customize_speed", "precision": "fp32", "batch": 1, "warm_steps": 1,
+        "command": "python -m benchmarks.speed.customize", "precision": "fp32", "batch": 1, "warm_steps": 1,
         "clock": "cpu", "machine": "none", "parity": {"here": 1.0, "loss": 0.0, "gradient": 0.0},
         "seconds": seconds, "totals": sum_totals(seconds),
     }  # fmt: skip

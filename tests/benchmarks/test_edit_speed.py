@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from backbone.models.model import Backbone
-from benchmarks import edit_speed
-from benchmarks.edit_speed import (
+from benchmarks.speed import edit as edit_speed
+from benchmarks.speed.edit import (
     CROSS,
     SELF,
     SOURCE,

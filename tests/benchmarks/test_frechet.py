@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.frechet import frechet_distance
+from benchmarks.judges.frechet import frechet_distance
 
 
 def features(count: int = 400, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from align.pairs.prepared import Prepared
 from backbone.io.files import read_json
-from benchmarks import large
+from benchmarks.speed import large
 
 
 def test_generated_pairs_are_a_prepared_folder_that_a_training_opens(

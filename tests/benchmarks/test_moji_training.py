@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from recipes.moji.training_speed import WAYS, Way, iterate_steps, markdown
+from recipes.moji.training.speed import WAYS, Way, iterate_steps, markdown
 
 
 def test_every_row_differs_from_the_recipe_in_one_thing() -> None:

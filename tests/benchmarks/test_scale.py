@@ -8,7 +8,7 @@ import pytest
 
 from backbone.io.console import UserError
 from backbone.io.files import write_json
-from benchmarks.scale import (
+from benchmarks.speed.scale import (
     PAIRS,
     RAW,
     Cluster,

@@ -28,9 +28,9 @@ from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
-from customize.training.control import OBEDIENCE, Obedience
+from customize.training.control.memory import work_of
+from customize.training.control.run import OBEDIENCE, Obedience
 from customize.training.control_evaluation import APART, BOUND, FLOOR, UNDER
-from customize.training.control_memory import work_of
 
 SIDE, PAIRS = 32, 12
 HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
@@ -201,7 +201,7 @@ def test_diffusers_gives_the_same_residuals(trained: Trained, tiny: Backbone) ->
 def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
     again = tmp_path / trained.run.name
     from backbone.training.run import drive
-    from customize.training import control
+    from customize.training.control import run as control
 
     real, taken = drive, []
 

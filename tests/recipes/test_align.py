@@ -22,7 +22,7 @@ from backbone.io.prompts import read_prompts
 from backbone.world.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.classifier import ONE, TWO_DIFFERENT, Classifier, Prediction, load_classifier
+from benchmarks.judges.classifier import ONE, TWO_DIFFERENT, Classifier, Prediction, load_classifier
 from recipes.align import experiment
 from recipes.align.experiment import (
     HELD_OUT_PROMPTS,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from recipes.moji.autoencoder import SCALING_FACTOR, build, crops, noise_on, scaled
-from recipes.moji.pictures import SHARD
+from recipes.moji.data.pictures import SHARD
 
 
 def test_noise_lies_on_a_share_of_the_latents_and_is_never_louder_than_asked() -> None:

@@ -19,7 +19,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, Journey, sample_clip, trace_camera
 from backbone.world.scene import sample_scene
-from recipes.moji.camera import (
+from recipes.moji.adapters.camera import (
     CameraSettings,
     Travels,
     export,

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, target, vp
-from recipes.moji.carried import carry_over, old_latents
+from recipes.moji.training.carried import carry_over, old_latents
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 20)
 DENSITY = torch.ones(20)

@@ -14,8 +14,8 @@ from backbone.io.files import read_json, read_tensors
 from backbone.models.control import embedded_controls, open_control
 from backbone.models.model import Backbone
 from backbone.training.run import drive
-from benchmarks.reader import load_reader
-from recipes.moji import control
+from benchmarks.judges.reader import load_reader
+from recipes.moji.adapters import control
 from recipes.moji.reader import ReaderSettings, train_reader
 from tests.tiny import tiny_moji
 

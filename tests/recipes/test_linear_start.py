@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.evaluation.image_metrics import psnr_8_bit
 from recipes.moji.autoencoder import build
-from recipes.moji.linear_start import begin, components, fit, merge
+from recipes.moji.training.linear_start import begin, components, fit, merge
 
 CHANNELS = 12
 

@@ -18,7 +18,7 @@ from backbone.models.model import Backbone
 from backbone.models.motion import read_motion_adapter
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from backbone.world.clip import sample_clip
-from recipes.moji.motion import (
+from recipes.moji.adapters.motion import (
     FRAMES,
     ClipLatents,
     MotionSettings,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.moji.muon import Muon, as_matrix, as_tensor, assign_shares, orthogonalize
+from recipes.moji.training.muon import Muon, as_matrix, as_tensor, assign_shares, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])

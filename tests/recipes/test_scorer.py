@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from backbone.world.render import draw_place
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import Thing, load_vocabulary
-from recipes.moji.rendered import roughen, shift
+from recipes.moji.data.rendered import roughen, shift
 from recipes.moji.scorer import (
     Heads,
     build,

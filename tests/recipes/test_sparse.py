@@ -14,8 +14,8 @@ from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.models.sparse import open_sparsectrl
-from recipes.moji.motion import FRAMES, build_adapter
-from recipes.moji.sparse import SparseSettings, begin, draw_places, export, train_sparse
+from recipes.moji.adapters.motion import FRAMES, build_adapter
+from recipes.moji.adapters.sparse import SparseSettings, begin, draw_places, export, train_sparse
 from tests.tiny import tiny_moji
 
 

@@ -17,7 +17,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.few_step import open_few_step
 from backbone.models.model import Backbone
-from recipes.moji.turbo import NAME, Consistency, TurboSettings, app, distil
+from recipes.moji.adapters.turbo import NAME, Consistency, TurboSettings, app, distil
 from tests.tiny import tiny_pipeline
 
 

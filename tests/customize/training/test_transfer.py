@@ -28,8 +28,8 @@ from customize.cli import app
 from customize.evaluation.survival import Fidelity, Survival
 from customize.objectives.transfer import Transfer
 from customize.settings import read_settings
-from customize.training.transfer import prepare_fit, transfer_run
-from customize.training.transfer_settings import TransferOptions
+from customize.training.transfer.run import prepare_fit, transfer_run
+from customize.training.transfer.settings import TransferOptions
 from tests.tiny import tiny_moji, tiny_z_image
 
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -162,7 +162,7 @@ def test_a_transfer_is_an_ordinary_run_of_the_few_step_model_and_goes_on_bit_for
 
     with monkeypatch.context() as patch:
         patch.setattr(Transfer, "write", stop)
-        patch.setattr("customize.training.transfer.drive", lambda fit, run, **_: half(fit, run))
+        patch.setattr("customize.training.transfer.run.drive", lambda fit, run, **_: half(fit, run))
         with pytest.raises(KeyboardInterrupt):
             transfer_run(one)
     with pytest.raises(UserError, match="no transfer that this command began"):

@@ -1,0 +1,1 @@
+"""What judges images of `moji`'s world: networks that read them, distances, faithfulness."""

@@ -1,0 +1,472 @@
+"""What a step of `customize train` costs here and in diffusers' LoRA script, both sides in one run.
+
+    python -m benchmarks.speed.customize                    SD 1.5's shape, 512², bf16, two cores: about an hour
+    python -m benchmarks.speed.customize --shape moji       the embedded model's: a few minutes
+    python -m benchmarks.speed.customize --device cuda      for a GPU
+
+The other side is a plain re-statement of what diffusers' `train_dreambooth_lora.py` does in a step: decode the
+pictures, turn them upright, scale and crop them, encode them and draw from the posterior, encode the prompts, noise,
+ask the network with a LoRA of rank 4 on attention under autocast, mean squared error (and the half of the class
+pictures), backward, clip, AdamW, read the loss. Its best flags are there as well: the text encoded once, and bf16, in
+which both sides work by default; the script's own default is fp32. It has a network of its own, loaded and
+laid out in memory as the script does it. Parity comes first: on the same latents, noise and levels both sides have one
+loss and one gradient. Then steps of every kind are timed in turn, and totals are composed from counted steps, not run:
+for a cold run of 800 steps with prior preservation at each one's defaults,
+
+    script    200 · (50 · evaluation + decoding) + 800 · script, prior           evaluations are guided: two rows each
+    here      5 · encoding + text + 64 · bank + 800 · here, prior
+
+`bare` is forward, loss and backward of the adapted network alone, on tensors that are there: what no trainer can go
+below. On a CPU our steps (and `bare`) compute attention in the way whose backward pass is faster
+(`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides attend alike. The script's
+class pictures are as large as the model's and its own 1.25 times; loading the parts is counted on neither side.
+Weights are random where the shape is not `moji`'s: they cost the same time. Where other work shares the machine,
+`--clock cpu` counts processor seconds instead of waiting; it means something with one thread (OMP_NUM_THREADS=1). The
+script itself, which confirms this statement of it, and peak memory are in `benchmarks.speed.script`.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from backbone.adapters.lora import disable_adapters
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError, notify, run_app
+from backbone.io.files import write_json, write_text
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone, Posterior
+from backbone.training.attention import quick_to_train
+from backbone.training.base_predictions import BasePredictions, stratified_levels
+from backbone.training.run import take_steps
+from benchmarks.speed.shapes import (
+    CLOCKS,
+    CLOCKS_OF,
+    ClockFlag,
+    Parts,
+    ResultsFlag,
+    describe_machine,
+    encode_pictures,
+    load_like_script,
+    make_random_images,
+    open_parts,
+    time_call,
+    write_model_folder,
+    write_section,
+)
+from customize.data.dataset import Bucket, TrainingData
+from customize.objectives.dreambooth import Batch, DreamBooth
+from customize.settings import Settings
+
+STEPS, PICTURES, CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH, GUIDANCE = 800, 5, 200, 50, 4, 7.5
+BANK_BATCH = 8
+PROMPT, CLASS_PROMPT = "a photo of sks dog", "a photo of dog"
+KINDS = ("script", "script, text once", "here", "bare")
+EVERY = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="sd15, sdxl or moji.")] = "sd15",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a step; as many again of the class.")] = 1,
+    warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option()] = "bf16",
+    clock: ClockFlag = "wall",
+    results: ResultsFlag = None,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
+        "build/benchmarks/customize_speed"
+    ),
+) -> None:
+    """Parity, then steps of every kind in turn, then the totals."""
+    with write_model_folder(shape) as model:
+        theirs = load_like_script(model, device, precision)
+        bench = Bench.of(open_parts(model, device, precision), batch, theirs)
+        same = measure_parity(bench.training)
+        notify(
+            f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry"
+        )
+        acts = bench.acts()
+        seconds: dict[str, list[float]] = {name: [] for name in acts}
+        for number in range(warm + 1):
+            for name, act in acts.items():
+                elapsed = time_call(act, device, clock=CLOCKS_OF[clock])
+                notify(f"{number}/{warm} {name}: {elapsed:.3f} s")
+                if number:
+                    seconds[name].append(elapsed)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
+    facts: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.speed.customize", *flags, "--warm", str(warm), "--clock", clock]),
+        "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision, "clock": clock,
+        "machine": describe_machine(device), "parity": same._asdict(), "seconds": median, "all_seconds": seconds,
+        "totals": sum_totals(median),
+    }  # fmt: skip
+    text = format_markdown(facts)
+    write_json(out / f"{shape}-{device}.json", facts)
+    write_text(out / f"{shape}-{device}.md", text)
+    if results is not None:
+        write_section(results, f"`{shape}`, {batch} a step, {device}", text)
+    print(text)
+
+
+@dataclass
+class Bench:
+    """Both sides, with adapters of one shape."""
+
+    parts: Parts
+    training: DreamBooth
+    script: Script
+    with_prior: TrainingData
+    without: TrainingData
+
+    @classmethod
+    def of(cls, parts: Parts, batch: int, theirs: Parts | None = None) -> Bench:
+        """Everything in place for steps of `batch` pictures; the script has parts of its own, or shares ours."""
+        with_prior = make_material(parts.model)
+        without = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
+        training = DreamBooth(parts.model, with_prior, make_settings(batch))
+        script = Script(parts, training)
+        if theirs is not None:
+            script = Script(
+                theirs, DreamBooth(theirs.model, make_material(theirs.model), make_settings(batch))
+            )
+        return cls(parts, training, script, with_prior, without)
+
+    def acts(self) -> dict[str, Callable[[], object]]:
+        """Everything that is timed, by its name."""
+        acts: dict[str, Callable[[], object]] = {
+            kind: partial(self.step, kind) for kind in EVERY if not kind.startswith("bare")
+        }
+        acts["bare"] = Bare(self.training, self.without).step
+        acts["bare, prior"] = Bare(self.training, self.with_prior).step
+        acts["evaluation"] = self.script.evaluation
+        acts["decoding"] = self.script.decoding
+        acts["encoding"] = self.encode
+        acts["text"] = partial(self.parts.encode, [PROMPT, CLASS_PROMPT])
+        acts["bank"] = self.base_predictions
+        return acts
+
+    def step(self, kind: str) -> None:
+        """An optimiser step of this kind."""
+        prior = kind.endswith("prior")
+        self.training.data = self.with_prior if prior else self.without
+        if kind.startswith("script"):
+            self.script.step(prior=prior, text_once="text once" in kind)
+            return
+        if kind.startswith("bare"):
+            Bare(self.training, self.training.data).step()
+            return
+        self.training.settings = replace(self.training.settings, steps=self.training.done + 1)
+        for _ in take_steps(self.training):
+            pass
+
+    def encode(self) -> None:
+        """One of the subject's pictures, encoded."""
+        encode_pictures(self.parts, self.script.pictures[:1], self.script.random)
+
+    @torch.no_grad()
+    def base_predictions(self) -> None:
+        """The base model's predictions for a batch of noised images."""
+        base = cast(BasePredictions, self.with_prior.buckets[0].base)
+        class_prompt = cast(Conditions, self.with_prior.conditions)[-1:]
+        self.parts.model.predict(
+            base.noisy[:BANK_BATCH], base.level[:BANK_BATCH], class_prompt.repeat(BANK_BATCH)
+        )
+
+
+# The script's side ------------------------------------------------------------------------------------------
+
+
+class Script:
+    """diffusers' step, stated plainly, on the same model and adapter."""
+
+    def __init__(self, parts: Parts, training: DreamBooth) -> None:
+        from diffusers import DDPMScheduler
+
+        self.parts, self.training = parts, training
+        side, self.batch = parts.model.resolution, training.settings.batch
+        self.pictures = make_random_images(round(1.25 * side), self.batch)
+        self.class_pictures = make_random_images(side, self.batch)
+        self.random = torch.Generator().manual_seed(0)
+        self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
+        known = cast(Conditions, training.data.conditions)  # as if encoded before
+        self.conditions = known.to(parts.model.device)
+
+    def step(self, *, prior: bool, text_once: bool) -> float:
+        """One optimiser step; returns the loss, as the script logs it at every step."""
+        training, device = self.training, self.parts.model.device
+        latents = self.latents([*self.pictures, *(self.class_pictures if prior else ())])
+        noise = torch.randn(latents.shape, generator=self.random).to(latents)
+        total = self.noise_scheduler.config.num_train_timesteps
+        at = torch.randint(0, total, (len(latents),), generator=self.random).to(device)
+        loss = self.loss(latents, noise, at, self.said(prior=prior, text_once=text_once), prior=prior)
+        loss.backward()
+        parameters = list(training.parameters.values())
+        torch.nn.utils.clip_grad_norm_(parameters, training.settings.max_grad_norm)
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def loss(
+        self, latents: Tensor, noise: Tensor, at: Tensor, conditions: Conditions, *, prior: bool
+    ) -> Tensor:
+        """The mean squared error of the noise; with a prior, that of the second half besides."""
+        noisy = self.noise_scheduler.add_noise(latents, noise, at)
+        said = predict(self.parts.model, noisy, at, conditions)
+        if not prior:
+            return F.mse_loss(said, noise)
+        (own, of_class), (wanted, of_class_wanted) = said.chunk(2), noise.chunk(2)
+        weight = self.training.settings.prior_loss_weight
+        return F.mse_loss(own, wanted) + weight * F.mse_loss(of_class, of_class_wanted)
+
+    @torch.no_grad()
+    def latents(self, files: Sequence[bytes]) -> Tensor:
+        """Files decoded, upright, scaled, cropped at random and encoded; drawn from their posteriors."""
+        side, vae = self.parts.model.resolution, cast(Any, self.parts.autoencoder)
+        opened_ = [self.prepared(content, side) for content in files]
+        found = vae.encode(torch.stack(opened_).to(next(vae.parameters()))).latent_dist
+        noise = torch.randn(found.mean.shape, generator=self.random).to(found.mean)
+        drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
+        return drawn.float()
+
+    def prepared(self, content: bytes, side: int) -> Tensor:
+        """A picture [3, side, side] in −1…1."""
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        scale = side / min(upright.size)
+        width, height = (max(side, round(length * scale)) for length in upright.size)
+        scaled = upright.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (
+            int(torch.randint(0, length - side + 1, (), generator=self.random)) for length in (width, height)
+        )
+        return to_tensor(scaled.crop((left, top, left + side, top + side)))
+
+    @torch.no_grad()
+    def said(self, *, prior: bool, text_once: bool) -> Conditions:
+        """The batch's prompts, encoded anew unless that was done before."""
+        if not text_once:
+            prompts = [PROMPT] * self.batch + [CLASS_PROMPT] * (self.batch if prior else 0)
+            return self.parts.encode(prompts).to(self.parts.model.device)
+        own = self.conditions[:1].repeat(self.batch)
+        return Conditions.cat([own, self.conditions[-1:].repeat(self.batch)]) if prior else own
+
+    @torch.no_grad()
+    def evaluation(self) -> None:
+        """One guided evaluation for a batch of class pictures: twice as many rows."""
+        model = self.parts.model
+        noisy = torch.zeros(2 * CLASS_BATCH, *model.latent_shape, device=model.device)
+        class_prompt = self.conditions[-1:].repeat(len(noisy))
+        middle = timesteps_of(model)[torch.full((len(noisy),), len(timesteps_of(model)) // 2)]
+        with disable_adapters(model.denoiser):
+            said, unsaid = predict(model, noisy, middle, class_prompt).chunk(2)
+        unsaid + GUIDANCE * (said - unsaid)
+
+    @torch.no_grad()
+    def decoding(self) -> None:
+        """A batch of class pictures decoded."""
+        vae = cast(Any, self.parts.autoencoder)
+        latents = torch.zeros(CLASS_BATCH, *self.parts.model.latent_shape).to(next(vae.parameters()))
+        vae.decode(latents / vae.config.scaling_factor)
+
+
+def predict(model: Backbone, noisy: Tensor, at: Tensor, conditions: Conditions) -> Tensor:
+    """The network's prediction under autocast, float32, as a script asks for it."""
+    with model.autocast():
+        said = model.family.network(model.denoiser, conditions)(noisy, at.to(noisy.device))
+    return said.float()
+
+
+def timesteps_of(model: Backbone) -> Tensor:
+    """The time of every noise level, as the network takes it."""
+    found = model.path.levels.time
+    assert found is not None
+    return found
+
+
+# Our side ---------------------------------------------------------------------------------------------------
+
+
+def make_settings(batch: int) -> Settings:
+    """The script's own choices where it has some: LoRA of rank 4 on attention, AdamW at 1e-4, no weights of levels."""
+    return Settings(
+        images="", token="[V]", class_noun="dog", batch=batch, prior_batch=batch, learning_rate=1e-4,
+        lr_scheduler="constant", lr_warmup_steps=0, rank=4, lora_alpha=4.0, lora_layers="attention",
+        loss_weighting="none",
+    )  # fmt: skip
+
+
+def make_material(model: Backbone) -> TrainingData:
+    """Random latents, texts and answers of the base in the places of the remembered ones."""
+    random, draws = generator(0, "material"), make_settings(1).prior_draws
+    shape = model.latent_shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    posteriors = [Posterior(normal(1, *shape), 0.1 * normal(1, *shape).abs()) for _ in range(PICTURES)]
+    shapes = model.family.spec(model.location, model.dtype).text_shapes
+    text = {name: normal(PICTURES + 1, *size) for name, size in shapes.items()}
+    levels = stratified_levels(draws, len(model.path.levels), random)
+    base = BasePredictions(normal(draws, *shape), levels, normal(draws, *shape))
+    bucket = Bucket(torch.arange(PICTURES), base, torch.zeros(draws, dtype=torch.long))
+    names = [f"picture {number}" for number in range(PICTURES)]
+    return TrainingData(
+        posteriors, [PROMPT] * PICTURES, names, torch.full((PICTURES,), 1 / PICTURES), None, [bucket],
+        [CLASS_PROMPT], None, None, Conditions(text),
+    )  # fmt: skip
+
+
+class Bare:
+    """Forward, loss and backward of the adapted network on one batch that is there."""
+
+    def __init__(self, training: DreamBooth, material: TrainingData) -> None:
+        self.training, model = training, training.model
+        before, training.data = training.data, material
+        random = generator(0, "bare")
+        batch = training.subject_batch(material.buckets[0], random)
+        if material.has_prior:
+            batch = Batch.cat([batch, training.prior_batch(material.buckets[0], random)])
+        training.data = before
+        self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
+        self.at = timesteps_of(model)[batch.level].to(model.device)
+        self.conditions = cast(Conditions, material.conditions)[batch.rows].to(model.device)
+
+    def step(self) -> None:
+        """Leaves nothing behind."""
+        model = self.training.model
+        with quick_to_train(model.denoiser):
+            said = predict(model, self.noisy, self.at, self.conditions)
+            F.mse_loss(said, self.wanted).backward()
+        for value in self.training.parameters.values():
+            value.grad = None
+
+
+# Parity -----------------------------------------------------------------------------------------------------
+
+
+class Parity(NamedTuple):
+    """The loss here; how far the script's loss and gradient are from ours, that as a share of its largest entry."""
+
+    here: float
+    loss: float
+    gradient: float
+
+
+def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
+    """Both sides with class pictures on the same latents, noise and levels, the adapter moved off zero by `size`.
+
+    Raises `UserError` for a model that does not predict the noise, which the script's loss is about.
+    """
+    model, before = training.model, training.data
+    if model.path.prediction_type != "epsilon":
+        raise UserError("Parity compares errors of the predicted noise. Choose a model that predicts it.")
+    start = {name: value.detach().clone() for name, value in training.parameters.items()}
+    with torch.no_grad():
+        for number, value in enumerate(training.parameters.values()):
+            value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
+    training.data = known = take_one_image(before)
+    own = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
+    prior = training.prior_batch(known.buckets[0], random)  # their targets are the noise
+    parameters = list(training.parameters.values())
+    here = training.loss(generator(0, "parity"), 1)
+    # Before there is a second graph in memory
+    ours = torch.autograd.grad(here, parameters, allow_unused=True)
+    count = training.settings.batch
+    pair = (known.posteriors[0].mean, cast(Tensor, known.class_latents))
+    clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair]).to(model.device)
+    noise = torch.cat([own.target, prior.target]).to(model.device)
+    index = torch.cat([own.level, prior.level])
+    prompts = cast(Conditions, known.conditions).to(model.device)
+    said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
+    script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
+    there = script.loss(clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True)
+    theirs = torch.autograd.grad(there, parameters, allow_unused=True)
+    training.data = before
+    with torch.no_grad():
+        for name, value in training.parameters.items():
+            value.copy_(start[name])
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    apart = max(float((a - b).abs().max()) for a, b in pairs)
+    return Parity(float(here.detach()), abs(float(here.detach()) - float(there.detach())), apart / largest)
+
+
+def take_one_image(material: TrainingData) -> TrainingData:
+    """One picture of the subject and one of its class, both exactly known."""
+    first, other = material.posteriors[0], material.posteriors[1]
+    conditions = cast(Conditions, material.conditions)[[0, -1]]
+    sure = Posterior(first.mean, torch.zeros_like(first.std))
+    return replace(
+        material, posteriors=[sure], prompts=[PROMPT], names=["picture"], frequency=torch.ones(1),
+        buckets=[Bucket(torch.zeros(1, dtype=torch.long))], class_latents=other.mean,
+        class_rows=torch.zeros(1, dtype=torch.long),
+        conditions=conditions,
+    )  # fmt: skip
+
+
+# Figures ----------------------------------------------------------------------------------------------------
+
+
+def sum_totals(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds of the cold run of 800 steps with prior preservation, by its parts, for both sides."""
+    drawn = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
+    draws = make_settings(1).prior_draws
+    prepared = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
+    return {
+        "script: class pictures": drawn,
+        "script": drawn + STEPS * seconds["script, prior"],
+        "script, text once": drawn + STEPS * seconds["script, text once, prior"],
+        "here: preparation": prepared,
+        "here": prepared + STEPS * seconds["here, prior"],
+    }
+
+
+def format_markdown(facts: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    seconds, whole = facts["seconds"], facts["totals"]
+    lines = [
+        f"`{facts['command']}`",
+        "",
+        f"{facts['precision']}, {facts['batch']} a step, {facts['warm_steps']} warm steps of each kind in turn, "
+        f"medians of {CLOCKS[facts['clock']]} ({facts['machine']}). Parity: loss {facts['parity']['here']:.4f}, to "
+        f"{facts['parity']['loss']:.1e}; gradient to {facts['parity']['gradient']:.1e}.",
+        "",
+        "| a step | seconds | script / this | with prior | script / this |",
+        "|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        cells = [kind]
+        for suffix in ("", ", prior"):
+            own = seconds[kind + suffix]
+            cells += [f"{own:.3f}", f"{seconds['script' + suffix] / own:.2f}×"]
+        lines.append(f"| {' | '.join(cells)} |")
+    over = [seconds[f"here{suffix}"] / seconds[f"bare{suffix}"] for suffix in ("", ", prior")]
+    best = whole["script, text once"]
+    lines += [
+        "",
+        f"A step here takes {over[0]:.2f} times the bare one, with the prior {over[1]:.2f} times.",
+        "",
+        f"Cold run of {STEPS} steps with prior preservation, composed of counted steps, not run:",
+        "",
+        "| side | seconds | of it before the first step | script / this |",
+        "|---|---|---|---|",
+        f"| script | {whole['script']:.0f} | {whole['script: class pictures']:.0f} | 1.00× |",
+        f"| script, text once | {best:.0f} | {whole['script: class pictures']:.0f} | {whole['script'] / best:.2f}× |",
+        f"| here | {whole['here']:.0f} | {whole['here: preparation']:.0f} | {whole['script'] / whole['here']:.2f}× |",
+    ]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    run_app(lambda: typer.run(main))

@@ -1,0 +1,409 @@
+"""Data that outgrows memory, measured on this machine: `align train` from 2,000 to 200,000 prepared pairs of `moji`.
+
+    python -m benchmarks.speed.large all                 resumable; writes build/benchmarks/large/large.md
+
+1. Two prepared folders are generated: pairs of latents and conditions of `moji`'s shapes, random numbers, 14 pairs a
+   prompt as in Pick-a-Pic v2. They have the files, columns and sizes that `align prepare` writes.
+2. A training is started on each in a process of its own, as `align train` starts it, but for the pictures that it
+   draws and its evaluations, which cost the same at any size: seconds to its first step, memory at its end.
+3. The steps of both are timed in turns in one process.
+4. Real images are prepared: images a second beside what the encoder alone does with the same images in memory; and
+   once more, killed half-way, with what the second try then had left to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
+
+import typer
+
+from backbone.io.console import notify, run_app
+from backbone.io.files import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from backbone.models.model import Backbone
+
+FEW, MANY = 2_000, 200_000
+PER_PROMPT = 14  # pairs, as in Pick-a-Pic v2
+IMAGES_SHARD = 16_384  # rows of a generated shard
+STEPS, BATCH, DRAWS = 20, 1, 16
+TURNS, IN_TURN = 8, 3  # blocks of steps of each, timed in turns
+PREPARED = 240  # pairs of real images
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+Out = Annotated[Path, typer.Option(help="Where everything lies, outside of git.")]
+OUT = Path("build/benchmarks/large")
+
+
+@app.command("all")
+def main(
+    out: Out = OUT,
+    few: Annotated[int, typer.Option(min=32)] = FEW,
+    many: Annotated[int, typer.Option(min=32)] = MANY,
+    model: Annotated[str, typer.Option()] = "moji",
+    pairs: Annotated[int, typer.Option(min=8, help="Of real images, for preparation.")] = PREPARED,
+) -> None:
+    """Measure everything and print the tables."""
+    facts_file = out / "large.json"
+    facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
+    parts: dict[str, Callable[[], Any]] = {
+        "few": lambda: start_apart(generate(out / f"pairs-{few}", few, model), model),
+        "many": lambda: start_apart(generate(out / f"pairs-{many}", many, model), model),
+        "steps": lambda: time_in_turns(out / f"pairs-{few}", out / f"pairs-{many}", model),
+        "preparing": lambda: prepare_apart(out, pairs, model),
+        "killed": lambda: kill_preparing(out, pairs, model),
+    }
+    for name, measure in parts.items():
+        if name not in facts:
+            notify(f"Measuring: {name}.")
+            facts[name] = measure()
+            write_json(facts_file, facts)
+    table = format_tables(facts, few, many, model)
+    write_text(out / "large.md", table)
+    print(table)
+
+
+# Generated pairs ---------------------------------------------------------------------------------------------
+
+
+def generate(folder: Path, count: int, model_name: str) -> Path:
+    """A prepared folder of random pairs of the model's shapes; one that is there is taken as it is."""
+    from backbone.io.run_folder import PREPARED, is_prepared
+    from backbone.models.encode import encoder_facts
+    from backbone.models.model import Backbone
+    from backbone.training.prepared import PreparedFacts
+
+    if is_prepared(folder):
+        return folder
+    model = Backbone.open(model_name, device="cpu")
+    prompts = [f"a prompt of number {number}" for number in range(-(-count // PER_PROMPT))]
+    write_texts(folder, model, prompts)
+    write_pairs(folder, model, prompts, count)
+    facts = PreparedFacts(
+        "pairs",
+        "generated",
+        model.location.name,
+        model.resolution,
+        count,
+        encoder=encoder_facts(model),
+        finished=True,
+    )
+    write_json(folder / PREPARED, asdict(facts))
+    return folder
+
+
+def write_texts(folder: Path, model: Backbone, prompts: Sequence[str]) -> None:
+    """The table of prompts, the empty one first, with random states of the encoder's shape."""
+    import torch
+
+    from backbone.data.table import KEY, Table
+    from backbone.models.encode import kept_text, prompt_keys
+    from backbone.training.prepared import PROMPTS
+
+    random = torch.Generator().manual_seed(0)
+    text, table = kept_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
+    for first in range(0, len(prompts) + 1, IMAGES_SHARD // 16):
+        some = ["", *prompts][first : first + IMAGES_SHARD // 16]
+        states = {
+            name: torch.randn(len(some), *value.shape[1:], generator=random).to(value.dtype)
+            if value.is_floating_point()
+            else value.repeat(len(some), *[1] * (value.ndim - 1))
+            for name, value in text.items()
+        }
+        table.append({KEY: torch.from_numpy(prompt_keys(some).copy()), **states})
+    table.describe()
+
+
+def write_pairs(folder: Path, model: Backbone, prompts: Sequence[str], count: int) -> None:
+    """The tables of images, as random latents, and of pairs of them."""
+    import torch
+
+    from align.pairs.prepared import IMAGES
+    from backbone.data.table import KEY, Table
+    from backbone.models.encode import stored_dtype
+    from backbone.training.prepared import RECORDS
+
+    random = torch.Generator().manual_seed(1)
+
+    def keys(rows: int) -> torch.Tensor:
+        return torch.randint(0, 256, (rows, 32), generator=random, dtype=torch.uint8)
+
+    images, records = Table(folder / IMAGES), Table(folder / RECORDS)
+    for first in range(0, count, IMAGES_SHARD // 2):
+        rows = min(IMAGES_SHARD // 2, count - first)
+        latents = torch.randn(2 * rows, *model.latent_shape, generator=random).to(stored_dtype(model))
+        of_images = keys(2 * rows)
+        images.append({KEY: of_images, "mean": latents})
+        records.append(
+            {
+                KEY: keys(rows), "number": torch.arange(first, first + rows), "content": keys(rows),
+                "contents": keys(2 * rows).view(rows, 2, 32), "images": of_images.view(rows, 2, 32),
+                "label": torch.ones(rows), "pair": torch.ones(rows, dtype=torch.bool),
+                "both_bad": torch.zeros(rows, dtype=torch.bool), "bad": torch.zeros(rows, dtype=torch.bool),
+                "prompt": [prompts[row // PER_PROMPT] for row in range(first, first + rows)],
+                "user": [""] * rows, "name": [f"row {row}" for row in range(first, first + rows)],
+                "problem": [""] * rows,
+            }
+        )  # fmt: skip
+    images.describe()
+    records.describe()
+
+
+# Training from them -----------------------------------------------------------------------------------------
+
+
+def start_apart(folder: Path, model: str) -> dict[str, float]:
+    """What `start` prints, in a process of its own with an empty bank."""
+    command = [sys.executable, "-m", "benchmarks.speed.large", "start", str(folder), "--model", model]
+    environment = {**os.environ, "LIMNER_CACHE": str(folder / f"cache-{time.time_ns()}")}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@app.command()
+def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: int = STEPS) -> None:
+    """Train some steps from a prepared folder, and print seconds and bytes as JSON."""
+    import psutil
+
+    training, began = open_training(folder, model)
+    opened = training.opened_seconds
+    steps_of = take(training, steps)
+    next(steps_of)
+    first = time.perf_counter()
+    ready = memory()
+    for _ in steps_of:
+        pass
+    found = {
+        "data": opened,
+        "first_step": first - began,
+        "since_process_start": time.time() - psutil.Process().create_time() - (time.perf_counter() - first),
+        "pairs": len(training.data.train),
+        **{f"{name}_at_first_step": value for name, value in ready.items()},
+        **memory(),
+        "bank_bytes": training.reference.values.nbytes,
+    }
+    print(json.dumps(found))
+
+
+def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
+    """A training as `align train` begins it, without evaluations; and when it was begun, all modules loaded."""
+    from align.objectives import preference
+    from align.objectives.dataset import prepare, records_of
+    from align.pairs.prepared import Prepared
+    from align.settings import resolved
+    from backbone.models.model import Backbone
+
+    began = time.perf_counter()
+    model = Backbone.open(model_name, device="cpu")
+    asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
+    settings = resolved({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
+    started = time.perf_counter()
+    learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
+    data = prepare(model, learn, out, settings)
+    opened = time.perf_counter() - started
+    with patch.object(preference, "GAP_RECORDS", 0):
+        training: Any = preference.PreferenceTraining(model, data, settings)
+    training.opened_seconds = opened
+    return training, began
+
+
+def take(training: Any, steps: int) -> Iterator[float]:
+    """So many optimiser steps more; the seconds of each."""
+    from backbone.training.run import take_steps
+
+    for report in take_steps(training, until=training.done + steps):
+        yield report.seconds
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: its highest resident set, what is resident now, and what of that is no file's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    known = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    return {"peak": known["VmHWM"], "resident": known["VmRSS"], "own": known["RssAnon"]}
+
+
+def time_in_turns(few: Path, many: Path, model: str) -> dict[str, Any]:
+    """Median seconds of a step from each folder, blocks of steps in turns, and the ratios of the pairs of blocks."""
+    both = [open_training(folder, model)[0] for folder in (few, many)]
+    for training in both:
+        list(take(training, IN_TURN))  # warm
+    blocks = [[statistics.median(take(training, IN_TURN)) for training in both] for _ in range(TURNS)]
+    ratios = sorted(second / first for first, second in blocks)
+    return {
+        "few": statistics.median(first for first, _ in blocks),
+        "many": statistics.median(second for _, second in blocks),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+# Preparing real images --------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int, side: int) -> Path:
+    """A source of pairs: PNG files of smooth random colours, twice the model's size."""
+    import numpy as np
+    from PIL import Image
+
+    if (folder / "pairs.jsonl").is_file():
+        return folder / "pairs.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    random, lines = np.random.default_rng(0), []
+    for number in range(count):
+        for name in ("chosen", "rejected"):
+            pixels = Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+            large = pixels.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
+            large.save(folder / f"{number}-{name}.png", compress_level=1)
+        line = {"prompt": f"a dog, number {number // PER_PROMPT}", "chosen": f"{number}-chosen.png"}
+        lines.append(json.dumps(line | {"rejected": f"{number}-rejected.png"}) + "\n")
+    write_text(folder / "pairs.jsonl", "".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
+    """Images a second: the encoder's own, on images that are in memory, and of a whole preparation, in turns."""
+    import torch
+
+    from align.pairs.read import read_preferences
+    from align.training.prepare import prepare_pairs
+    from backbone.models.encode import images_at_once
+    from backbone.models.model import Backbone
+
+    model = Backbone.open(model_name, device="cpu")
+    source = read_preferences(write_images(out / "images", pairs, model.resolution))
+    at_once = images_at_once(model, (model.resolution, model.resolution))
+    some = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
+
+    def bound() -> float:
+        model.encode(some)  # loaded and warm
+        began = time.perf_counter()
+        for _ in range(max(1, pairs // at_once)):
+            model.encode(some)
+        return max(1, pairs // at_once) * at_once / (time.perf_counter() - began)
+
+    alone, whole = [], []
+    for number in range(3):
+        alone.append(bound())
+        began = time.perf_counter()
+        prepare_pairs(source, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
+        whole.append(2 * pairs / (time.perf_counter() - began))
+        notify(f"Turn {number + 1}: the encoder {alone[-1]:.0f}, preparing {whole[-1]:.0f} images/s.")
+    ratios = [one / other for one, other in zip(whole, alone, strict=True)]
+    return {
+        "encoder": statistics.median(alone),
+        "preparing": statistics.median(whole),
+        "share": statistics.median(ratios),
+    }
+
+
+def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
+    """Records that a preparation had written when it was killed half-way, and those that the next one added."""
+    from backbone.data.table import Table
+    from backbone.models.model import Backbone
+    from backbone.training.prepared import RECORDS
+
+    source = write_images(out / "images", pairs, Backbone.open(model_name).resolution)
+    folder = out / f"killed-{time.time_ns()}"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.large",
+        "prepare-in-shards",
+        str(source),
+        str(folder),
+        "--model",
+        model_name,
+    ]
+    running = subprocess.Popen(command)
+    while running.poll() is None and len(list((folder / RECORDS).glob("data-*.arrow"))) < 4:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.rglob("data-*.arrow")}
+    there = len(Table(folder / RECORDS))
+    subprocess.run(command, check=True)
+    untouched = sum(
+        (folder / "records" / name).exists() or (folder / "images" / name).exists() for name in kept
+    )
+    same = all(
+        path.stat().st_mtime_ns == kept[path.name]
+        for path in folder.rglob("data-*.arrow")
+        if path.name in kept
+    )
+    assert same and untouched == len(kept), "a shard was written twice"
+    return {
+        "pairs": pairs,
+        "kept": there,
+        "left": len(Table(folder / RECORDS)) - there,
+        "shards_kept": len(kept),
+    }
+
+
+@app.command()
+def prepare_in_shards(source: Path, folder: Path, model: Annotated[str, typer.Option()] = "moji") -> None:
+    """Prepare with a shard every second, so that a kill costs a second."""
+    from align.pairs.read import read_preferences
+    from align.training.prepare import prepare_pairs
+    from backbone.models import encode
+    from backbone.models.model import Backbone
+
+    with patch.object(encode, "SHARD_SECONDS", 1.0):
+        prepare_pairs(read_preferences(source), Backbone.open(model, device="cpu"), folder, any_model=True)
+
+
+# Tables -----------------------------------------------------------------------------------------------------
+
+
+def format_tables(facts: dict[str, Any], few: int, many: int, model: str) -> str:
+    """The tables, as Markdown."""
+    from backbone.models.model import Backbone
+
+    opened = Backbone.open(model, device="cpu")
+    first, second, steps = facts["few"], facts["many"], facts["steps"]
+    preparing, killed = facts["preparing"], facts["killed"]
+
+    def row(name: str, key: str, unit: float, digits: int, word: str) -> str:
+        a, b = first[key] / unit, second[key] / unit
+        return f"| {name} | {a:.{digits}f} {word} | {b:.{digits}f} {word} | {b - a:+.{digits}f} {word} |"
+
+    lines = [
+        f"`align train` from generated pairs of `{opened.location.name}`'s shapes "
+        f"({' × '.join(map(str, opened.latent_shape))}, {str(opened.dtype).removeprefix('torch.')}), steps of "
+        f"{BATCH}, {DRAWS} draws, {STEPS} steps; nothing drawn or evaluated; CPU, {os.cpu_count()} cores.",
+        "",
+        f"| | {few:,} pairs | {many:,} pairs | difference |",
+        "|---|---|---|---|",
+        row("the prepared folder opened, records selected", "data", 1, 2, "s"),
+        row("first step done, modules loaded", "first_step", 1, 2, "s"),
+        row("first step done, from the start of the process", "since_process_start", 1, 2, "s"),
+        row("highest resident memory", "peak", 1e6, 0, "MB"),
+        row("of it no file's, at the end", "own", 1e6, 0, "MB"),
+        row("bank of reference errors, a mapped file", "bank_bytes", 1e6, 1, "MB"),
+        f"| a step, in turns | {1000 * steps['few']:.0f} ms | {1000 * steps['many']:.0f} ms | "
+        f"{steps['ratio']:.3f}× ({steps['ratios'][0]:.3f} to {steps['ratios'][-1]:.3f}) |",
+        "",
+        "| preparing | |",
+        "|---|---|",
+        f"| the encoder alone, images in memory | {preparing['encoder']:.1f} images/s |",
+        f"| files decoded, checked, encoded and written | {preparing['preparing']:.1f} images/s |",
+        f"| share of the encoder's own bound | {preparing['share']:.2f} |",
+        f"| killed after {killed['kept']} of {killed['pairs']} pairs: left to the next try | {killed['left']} pairs |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,1 @@
+"""`customize train-control`: a network that reads maps, from its options to its folder."""

@@ -1,0 +1,307 @@
+"""The commands about control: what a map looks like, and training a network that reads one."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from backbone.io.commands import print_json
+from backbone.io.conditions import KINDS, SYNONYMS
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_json
+from backbone.io.flags import (
+    DATA,
+    DRAWING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    SCORING,
+    JsonOptions,
+    PlaceOptions,
+    model_option,
+)
+from backbone.io.options import Option, command, settled_command
+from backbone.io.run_folder import hold_new_folder, run_name
+from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
+from backbone.world.parse import parse_pose, parse_scene
+from backbone.world.scene import Scene, sample_posed_scene, sample_scene
+from customize.control_settings import PROGRAM, ControlSettings, read_settings
+
+WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
+RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
+MAPS = Path("maps")
+OBEDIENCE = Path("obedience")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `customize`."""
+    settled_command(app, MapOptions)(map)
+    command(app, ControlSettings, RunOptions, panels=PANELS)(train_control)
+    settled_command(app, EvaluateControlOptions)(evaluate_control)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapOptions(JsonOptions):
+    """What `customize map` makes."""
+
+    words: Annotated[
+        tuple[str, ...],
+        Option(
+            "Kinds of maps (sketch, lines, edges, labels, depth, pose), and a picture's file.",
+            DATA,
+            argument=True,
+            metavar="KIND… [PICTURE]",
+            default_text="all that can be made",
+        ),
+    ] = ()
+    scene: Annotated[
+        int | None,
+        Option(
+            "A scene of moji's world by its seed, in place of a picture.",
+            DATA,
+            min=0,
+            needs={"prompt": ("",)},
+        ),
+    ] = None
+    posed: Annotated[
+        bool,
+        Option("That seed's scene with things anywhere, turned, overlapping.", DATA, needs={"prompt": ("",)}),
+    ] = False
+    prompt: Annotated[
+        str,
+        Option(
+            "A scene of moji's world in words: “a red dog next to a cat in the snow”.",
+            DATA,
+            metavar="WORDS",
+        ),
+    ] = ""
+    pose: Annotated[
+        tuple[str, ...],
+        Option(
+            "Where a thing of --prompt is, as x=40,foot=100,size=50,angle=30,depth=0.7,mirrored; one for each.",
+            DATA,
+            needs={"prompt": ()},
+            metavar="POSE",
+        ),
+    ] = ()
+    seed: Annotated[int, Option("Of what --prompt leaves open.", DRAWING, needs={"prompt": ()})] = 0
+    all: Annotated[bool, Option("Every kind that can be made.", DATA)] = False
+    model: Annotated[str | None, model_option("moji")] = None
+    resolution: Annotated[
+        int,
+        Option("Pixels a side that a picture is brought to.", MODEL, default_text="the model's own", min=0),
+    ] = 0
+    out: Annotated[
+        Path | None,
+        Option(
+            "A .png for one kind, or a folder, new or empty.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="PATH",
+            default_text="maps, maps-2 …",
+        ),
+    ] = None
+
+
+def map(asked: MapOptions) -> None:
+    """Show what a condition looks like: the map of a picture, or the true one of a scene."""
+    kinds, pictures = split_words(asked.words)
+    if asked.all and kinds:
+        raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
+    if asked.posed and asked.scene is None:
+        raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
+    scene = scene_of(asked)
+    if (scene is None) == (not pictures) or len(pictures) > 1:
+        raise UserError(
+            "Name one picture, as in: customize map edges photo.png; or a scene: customize map --scene 7, or "
+            'customize map pose --prompt "a dog in the snow".'
+        )
+    if scene is not None and (asked.model or asked.resolution):
+        raise UserError(
+            "A scene has moji's own size, so --model and --resolution have no effect. Leave them out."
+        )
+    single = asked.out is not None and asked.out.suffix.lower() == ".png"
+    if single and len(kinds) != 1:
+        raise UserError(f"{asked.out} is one file. Name one kind for it, or give --out a folder.")
+    from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
+
+    if scene is not None:
+        picture, maps = maps_of_scene(scene, kinds or WORLD_KINDS)
+        title = scene.caption()
+    else:
+        picture, maps = maps_of_picture(pictures[0], kinds, model=asked.model, resolution=asked.resolution)
+        title = Path(pictures[0]).name
+    if single:
+        assert asked.out is not None
+        (kind, made), *_ = maps.items()
+        save_map(asked.out, made)
+        notify(
+            f"{asked.out} is the {kind} of {title}. Next: --condition {kind}={shlex.quote(str(asked.out))}"
+        )
+        if asked.as_json:
+            print_json({kind: str(asked.out)})
+        return
+    with hold_new_folder(asked.out, MAPS) as folder:
+        files = save_maps(folder, picture, maps, title)
+    notify(f"{', '.join(maps)} in {folder}; {folder / 'sheet.png'} shows them.")
+    if asked.as_json:
+        print_json({"folder": folder, **files})
+
+
+def split_words(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Kinds, each once, and what else was named."""
+    kinds = [SYNONYMS.get(word.lower(), word.lower()) for word in words]
+    known = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
+    return known, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
+
+
+def scene_of(asked: MapOptions) -> Scene | None:
+    """The scene that is asked for; None for a picture."""
+    if asked.prompt:
+        poses = tuple(parse_pose(one) for one in asked.pose) or None
+        return parse_scene(asked.prompt, seed=asked.seed, poses=poses)
+    if asked.scene is None:
+        return None
+    return sample_posed_scene(asked.scene) if asked.posed else sample_scene(asked.scene)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateControlOptions(JsonOptions, PlaceOptions):
+    """What `customize evaluate-control` measures."""
+
+    network: Annotated[
+        str,
+        Option(
+            "A run of customize train-control, a diffusers folder, a file or a hub id.",
+            DATA,
+            argument=True,
+            metavar="NETWORK",
+        ),
+    ]
+    images: Annotated[
+        str,
+        Option(
+            "Images with their maps and captions, laid out as for train-control; those that it did not learn from.",
+            DATA,
+            metavar="FOLDER",
+        ),
+    ] = ""
+    condition: Annotated[
+        str,
+        Option(
+            "The kind of map.",
+            DATA,
+            choices=KINDS,
+            words={word: {"condition": kind} for word, kind in SYNONYMS.items()},
+            default_text="what it was trained on",
+        ),
+    ] = ""
+    most: Annotated[int, Option("At most so many pairs; 0: all.", DATA, min=0)] = 100
+    scale: Annotated[float, Option("How strongly the maps hold.", DRAWING, min=0)] = 1.0
+    steps: Annotated[
+        int | None, Option("Sampling steps.", SAMPLING, default_text="the model's own", min=1)
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Option("Guidance scale; 1: none.", SAMPLING, default_text="the model's own", min=0),
+    ] = None
+    seed: Annotated[int, Option("Pair i's noise depends on the seed and i alone.", SAMPLING)] = 0
+    scorer: Annotated[
+        Path | None,
+        Option(
+            "A folder of CLIP, for the captions.", SCORING, metavar="FOLDER", default_text="the model's own"
+        ),
+    ] = None
+    model: Annotated[str | None, model_option("what the network was trained on, else moji")] = None
+    out: Annotated[
+        Path | None,
+        Option(
+            "Where the table goes, a folder that is new or empty.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="obedience, obedience-2 …",
+        ),
+    ] = None
+
+
+def evaluate_control(asked: EvaluateControlOptions) -> None:
+    """Measure how well a control network is obeyed: on pairs, beside no condition and the true images."""
+    if not asked.images:
+        raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
+    from backbone.evaluation.clip import load_scorer
+    from backbone.models.control import find_control, open_control
+    from backbone.models.locate import OWN
+    from backbone.models.model import Backbone
+    from backbone.world.record import load_labels
+    from customize.data.control_pairs import check_control_pairs, read_control_pairs
+    from customize.training.control_evaluation import TABLE, ControlDrawing
+    from customize.training.control_evaluation import evaluate_control as measure
+
+    record = find_control(asked.network).record
+    kind = kind_of(asked, record.kinds)
+    model = Backbone.open(
+        asked.model or record.model or "moji", device=asked.device, precision=asked.precision
+    )
+    pairs = read_control_pairs(asked.images, kind)
+    pairs = pairs[: asked.most or len(pairs)]
+    palette = record.palette or (load_labels() if kind == "labels" and model.location.name in OWN else None)
+    check_control_pairs(pairs, kind, (model.resolution, model.resolution), palette=palette, wordless=True)
+    scorer = asked.scorer or model.location.local("scorer")
+    drawing = ControlDrawing(
+        kind,
+        asked.scale,
+        asked.steps or int(model.defaults["steps"]),
+        float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
+        asked.seed,
+    )
+    with hold_new_folder(asked.out, OBEDIENCE) as folder:
+        opened = open_control(model, asked.network)
+        read = None if scorer is None else load_scorer(scorer)
+        found = measure(model, opened, pairs, drawing, scorer=read, out=folder)
+    if asked.as_json:
+        print_json({"folder": folder, **read_json(folder / TABLE)})
+    else:
+        typer.echo(found["text"])
+    notify(f"{folder}/sheet.png shows the images.")
+
+
+def kind_of(asked: EvaluateControlOptions, kinds: Sequence[str]) -> str:
+    """The kind of map that is measured; `UserError` where none is said, or one that the network does not read."""
+    if kinds and asked.condition and asked.condition not in kinds:
+        raise UserError(
+            f"{asked.network} was trained on {', '.join(kinds)}, not on {asked.condition}. Name one of these with "
+            "--condition."
+        )
+    if not asked.condition and len(kinds) != 1:
+        known = f"reads {', '.join(kinds)}" if kinds else "does not say what kind of map it reads"
+        raise UserError(f"{asked.network} {known}. Say which with --condition, as in --condition sketch.")
+    return asked.condition or kinds[0]
+
+
+def train_control(asked: dict[str, Any], run: RunOptions) -> None:
+    """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
+    usual = Path("runs") / run_name(asked["images"]) if "images" in asked else None
+    resumed = None if run.resume is None else find_resumed(run, PROGRAM, usual)
+    if resumed is None:
+        from customize.training.control.start import start
+
+        finished = start(asked, out=run.out, vram=run.vram)
+    else:
+        own = read_settings(resumed)  # mistakes are answered before torch is imported
+        from customize.training.control.start import as_kept
+
+        anew = said_anew(own, as_kept(asked), run, resumed, allowed=RESUMED)
+        from customize.training.control.run import resume_control
+
+        finished = resume_control(resumed, anew)
+    kind = read_settings(finished).condition
+    notify(
+        f'{finished}/sheet.png shows it. Next: customize sample "…" --condition {kind}=map.png --controlnet '
+        f"{shlex.quote(str(finished))}"
+    )

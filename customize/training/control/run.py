@@ -1,0 +1,325 @@
+"""A run of `customize train-control`, from pairs to a folder that diffusers opens.
+
+runs/sketch/t2i_adapter/ or controlnet/    the network, as diffusers saves it
+runs/sketch/condition.json                 what it reads, and what it was trained on
+runs/sketch/best/                          the same of the step that was best on pairs held out
+runs/sketch/settings.json, log.jsonl       what was asked for, and every step
+runs/sketch/obedience.jsonl                the loss on held-out pairs with the map and without, and how edges agree
+runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from backbone.adapters.concept import BEST
+from backbone.conditions.control import Control, ControlNetwork
+from backbone.distributed import processes
+from backbone.io.conditions import AskedMap
+from backbone.io.console import UserError, notify, progress
+from backbone.io.files import append_jsonl, read_jsonl, read_metadata, write_json, write_text
+from backbone.io.run_folder import package_versions, refuse_taken, run_name
+from backbone.media.control_maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
+from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.transforms import to_image, to_tensor
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.locate import OWN
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
+from backbone.training.hardware import describe_hardware
+from backbone.training.models import open_configs, open_model
+from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.world.record import load_labels
+from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolved
+from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
+from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, mean_agreement, measure_loss
+from customize.objectives.control import ControlTraining, PairData
+from customize.objectives.control_networks import make_network
+from customize.settings import FILE, SHEET
+from customize.training.control.memory import fit_to_vram
+
+OBEDIENCE = "obedience.jsonl"
+PREVIEWS = "previews"
+HELD = 16  # pairs that are held out at most, and at most a tenth of all
+SHOWN = 4  # of them in previews
+
+
+@dataclass(frozen=True)
+class Obedience:
+    """What an evaluation measured on pairs held out. F1 is NaN where the kind is not found in images, or not drawn."""
+
+    step: int
+    loss: float
+    loss_without_map: float
+
+
+def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | None = None) -> Path:
+    """Trains a control network and gives its run folder. `asked` holds what the user set; `vram` is in GiB.
+
+    Raises `UserError` for pairs that cannot be used, all of them listed, and for a run folder that is taken.
+    """
+    began = time.perf_counter()
+    processes.init_process(asked.get("device") or "auto")
+    run = out or Path("runs") / run_name(asked["images"])
+    refuse_taken(run)
+    opened, asked = open_configs(asked)
+    settings = resolved(asked, opened.defaults)
+    pairs = open_pairs(settings, (opened.resolution, opened.resolution))
+    model = open_model(settings)
+    if vram is not None:
+        processes.require_whole_model("--vram counts for a process alone; it")
+        model, settings = fit_to_vram(model, settings, vram)
+    network = make_network(model, settings)
+    with processes.hold_new_run(run) as writes:
+        if writes:
+            write_record(run, settings, model, timings={})
+        return carry_on(run, settings, model, network, pairs, began=began)
+
+
+def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been.
+
+    `anew` are settings that change (`customize.training.control.commands.RESUMED`).
+    """
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    if anew and "steps" in anew and settings.steps <= done:
+        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    processes.init_process(settings.device)
+    with processes.hold_folder(run):
+        model = open_model(settings)
+        pairs = open_pairs(settings, (model.resolution, model.resolution))
+        network = make_network(model, settings)
+        if anew:
+            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            if processes.is_main_process():
+                write_record(run, settings, model, timings={})
+        return carry_on(run, settings, model, network, pairs, began=time.perf_counter())
+
+
+def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[ControlPair]:
+    """The pairs of a run, checked; and the maps of its previews."""
+    columns = Columns(settings.image_column, settings.conditioning_image_column, settings.caption_column)
+    pairs = read_control_pairs(settings.images, settings.condition, columns)
+    check_control_pairs(
+        pairs,
+        settings.condition,
+        size,
+        palette=palette_of(settings),
+        wordless=settings.proportion_empty_prompts == 1,
+    )
+    for path, _ in settings.validation_pairs():
+        named_map(path, settings, size)
+    return pairs
+
+
+def palette_of(settings: ControlSettings) -> Palette | None:
+    """The labels of the embedded models' world; what others' labels are is the user's to know."""
+    return load_labels() if settings.condition == "labels" and settings.model in OWN else None
+
+
+def named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
+    """A map that the user names for previews, as a tensor [3, H, W]."""
+    asked = AskedMap(settings.condition, path)
+    return as_hints(read_map(asked, Target(size, palette_of(settings))))[0]
+
+
+def carry_on(
+    run: Path,
+    settings: ControlSettings,
+    model: Backbone,
+    network: ControlNetwork,
+    pairs: Sequence[ControlPair],
+    *,
+    began: float,
+) -> Path:
+    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    held = held_out(pairs)
+    learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
+    data = PairData(model, learned, settings.condition, flip=settings.flip)
+    training = ControlTraining(model, network, data, settings)
+    training.sources = {"model": model.fingerprint}
+    previews = Previews(model, training, shown_by(settings, held, model))
+    validation = Validation(run, training, held_latents(model, held, settings.condition))
+    model.free("text_encoder")
+    training.resume(run)
+    validation.remember()
+    prepared = time.perf_counter()
+    drive(
+        training,
+        run,
+        command=PROGRAM,
+        validate=Every(settings.evaluation_steps, validation),
+        preview=Every(
+            settings.validation_steps, lambda step: previews.save(run / PREVIEWS / f"step-{step:06d}.png")
+        ),
+        tensorboard=settings.report_to == "tensorboard",
+    )
+    times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
+    if processes.is_main_process():
+        training.write(run, {})
+        agreed = previews.save(run / SHEET)
+        if agreed is not None:
+            notify(
+                f"Edges of {len(held[:SHOWN])} images that it drew agree with their maps: F1 {agreed.f1:.2f} "
+                f"(precision {agreed.precision:.2f}, recall {agreed.recall:.2f})."
+            )
+        times["all"] = time.perf_counter() - began
+        write_record(run, settings, model, timings={name: round(value, 2) for name, value in times.items()})
+    processes.end_process()
+    return run
+
+
+def held_out(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
+    """The last pairs, a tenth of all and at most `HELD`; of few pairs all, which are trained on too."""
+    count = min(HELD, len(pairs) // 10)
+    return pairs[len(pairs) - count :] if count else pairs[:HELD]
+
+
+def held_latents(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOut:
+    """The held-out pairs, encoded."""
+    size = model.resolution, model.resolution
+    each = PairData(model, list(held), kind, flip=False)
+    rows = torch.arange(len(held))
+    clean = each.posteriors.gather(rows).mean
+    conditions = each.conditions[rows].to(model.device)
+    return HeldOut(clean, torch.stack([pair.read_map(kind, size) for pair in held]), conditions)
+
+
+class Validation:
+    """Measures the loss on pairs held out, with the map and without, and keeps the network that is best there."""
+
+    def __init__(self, run: Path, training: ControlTraining, held: HeldOut) -> None:
+        self.run, self.training, self.held = run, training, held
+        self.history: list[Obedience] = []
+        self.without: float | None = None
+
+    def remember(self) -> None:
+        """What an interrupted run has measured up to the step that it goes on from."""
+        path = self.run / OBEDIENCE
+        if not path.exists():
+            return
+        self.history = [line for line in read_jsonl(path, Obedience) if line.step <= self.training.done]
+        self.without = self.history[0].loss_without_map if self.history else None
+        if processes.is_main_process():
+            write_text(path, "".join(_line(one) for one in self.history))
+
+    def __call__(self, step: int) -> str:
+        """Measures the network as it is now, once for each step."""
+        if not processes.is_participant() or any(one.step == step for one in self.history):
+            return ""
+        model, seed = self.training.model, self.training.settings.seed
+        if self.without is None:
+            self.without = measure_loss(model, None, self.held, seed=seed)
+        with self.training.averaged():
+            loss = measure_loss(model, self.training.network, self.held, seed=seed)
+        best = step > 0 and all(loss < one.loss for one in self.history if one.step)
+        self.history.append(Obedience(step, loss, self.without))
+        if processes.is_main_process():
+            append_jsonl(self.run / OBEDIENCE, asdict(self.history[-1]))
+            if best:
+                self.training.write(self.run / BEST, {})
+        return ""
+
+
+class Shown(NamedTuple):
+    """What a preview draws by: a prompt and a map [3, H, W] in 0…1 of a kind."""
+
+    prompt: str
+    kind: str
+    map: Tensor
+
+
+def shown_by(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[Shown]:
+    """The maps that the user named for previews, or some of the pairs held out."""
+    kind, size = settings.condition, (model.resolution, model.resolution)
+    named = settings.validation_pairs()
+    if named:
+        return [Shown(prompt, kind, named_map(path, settings, size)) for path, prompt in named]
+    return [Shown(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
+
+
+class Previews:
+    """Draws by maps, beside the maps and what is found in the drawn images."""
+
+    def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[Shown]) -> None:
+        self.model, self.training, self.shown = model, training, shown
+        encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
+
+    def save(self, path: Path) -> Agreement | None:
+        """Writes a sheet of map | drawn | map of the drawn, and gives how the edges agree where they can be found."""
+        if not processes.is_participant():
+            return None
+        drawn = self.draw()
+        if not processes.is_main_process():
+            return None
+        settings = self.training.settings
+        rows: list[list[Cell | Image | None]] = []
+        agreed = []
+        for (prompt, kind, asked), image in zip(self.shown, drawn, strict=True):
+            rows.append([Cell(as_image(asked), kind), Cell(image, prompt)])
+            if kind in COMPUTED:
+                agreed.append(edge_agreement(asked, (to_tensor(image) + 1) / 2))
+                rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreed[-1].f1:.2f}"))
+        how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
+        note = f"{settings.kind}, {path.stem}; {settings.model}, {how}"
+        titles = ["map", "drawn by it", "map of the drawn"][: max(map(len, rows))]
+        title = f"By {', '.join(dict.fromkeys(one.kind for one in self.shown))}"
+        save_png(path, draw_sheet(rows, title=title, note=note, column_titles=titles))
+        return mean_agreement(agreed) if agreed else None
+
+    def draw(self) -> list[Image]:
+        """An image for each map, each by itself."""
+        network, settings = self.training.network, self.training.settings
+        was = network.module.training
+        images: list[Image] = []
+        network.module.eval()
+        with self.training.averaged(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
+            for number, one in enumerate(self.shown):
+                with torch.no_grad(), self.model.autocast():
+                    control = Control.of(network, one.map[None].to(self.model.device))
+                images += sample(
+                    self.model,
+                    [Request(one.prompt, (number, 0))],
+                    steps=settings.sample_steps,
+                    guidance=settings.guidance,
+                    seed=settings.seed,
+                    controls=(control,),
+                    advance=bar.advance_images,
+                )
+        network.module.train(was)
+        return images
+
+
+def as_image(drawn: Tensor) -> Image:
+    """A map [3, H, W] in 0…1 as a picture."""
+    return to_image(drawn * 2 - 1)
+
+
+def write_record(
+    run: Path, settings: ControlSettings, model: Backbone, *, timings: Mapping[str, float]
+) -> None:
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, on and with what."""
+    record = {
+        "settings": settings,
+        "command": as_flags(settings, run),
+        "versions": package_versions(),
+        "hardware": describe_hardware(model, settings),
+        "timings": timings,
+    }
+    write_json(run / FILE, record)
+
+
+def _line(one: Obedience) -> str:
+    import json
+
+    return json.dumps(asdict(one)) + "\n"

@@ -1,0 +1,1 @@
+"""`customize transfer`: an adapter fitted to a few-step model."""

@@ -1,0 +1,48 @@
+"""`customize transfer`: mistakes are answered before torch is imported."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import typer
+
+from backbone.adapters.concept import checkpoint, read_concept
+from backbone.io.commands import print_json
+from backbone.io.console import UserError, notify
+from backbone.io.flags import DATA, MODEL, OUTPUT
+from backbone.io.options import settled_command
+from customize.settings import read_settings
+from customize.training.transfer.settings import TRAINING, TransferOptions
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `customize`."""
+
+    @settled_command(app, TransferOptions, panels=(DATA, MODEL, TRAINING, OUTPUT))
+    def transfer(asked: TransferOptions) -> None:
+        """Fit a run's adapter to a few-step model, which keeps its own answers on the class."""
+        settings = read_settings(asked.run)  # mistakes are answered before torch is imported
+        refuse_what_is_no_adapter(asked.run)
+        from customize.training.transfer.run import transfer_run
+
+        finished = transfer_run(asked)
+        where = shlex.quote(str(finished))
+        measured = f"customize evaluate {shlex.quote(str(asked.run))} --on {where}"
+        drawn = f'customize sample "a {settings.token} … in the snow" --concept {where}'
+        notify(f"{finished}/sheet.png shows it. Next: {drawn}, and what survives: {measured}")
+        if asked.as_json:
+            print_json({"folder": finished})
+
+
+def refuse_what_is_no_adapter(run: Path) -> None:
+    """`UserError` for a run that is not finished, or that learned no adapter."""
+    concept = read_concept(checkpoint(run, "last"))
+    if not concept.weights:
+        what = "the model's own weights" if concept.changed else "words alone"
+        remedy = (
+            "Make an adapter of it: customize extract"
+            if concept.changed
+            else "They are used on the few-step model as they are: customize sample --on"
+        )
+        raise UserError(f"A transfer fits an adapter, and {run} learned {what}. {remedy}.")

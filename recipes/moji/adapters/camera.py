@@ -1,0 +1,252 @@
+"""`moji-camera`: camera paths for `moji` with its motion adapter, from clips whose camera is known exactly.
+
+    python -m recipes.moji.adapters.camera clips --model build/moji/pipeline      3,000 clips: a quarter of an hour of
+    one core python -m recipes.moji.adapters.camera train --model build/moji/pipeline      an hour and a half
+    python -m recipes.moji.adapters.camera export --model build/moji/pipeline     camera.safetensors in
+    build/moji/moji-motion
+
+Only the encoder of rays and the layers in the motion modules learn; picture model, words and motion adapter stay as
+they are. Half of the clips follow one of the camera's words, and half of those say it, so that a path is heard beside
+words and without; the others follow paths for which there are no words. Every clip also counts backwards. A batch's
+frames are seen from its first one, whatever was cut before it. Runs on any folder of `moji`, and continues from its
+last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, cast
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+
+from backbone.adapters.motion import Moves, set_in_motion
+from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import Control
+from backbone.diffusion.losses import denoising_score_matching
+from backbone.diffusion.noise import add_noise, generator
+from backbone.distributed.spawn import run_workers
+from backbone.io.console import UserError, run_app
+from backbone.io.files import read_header, read_tensors, write_tensors
+from backbone.io.options import Option, settled_command
+from backbone.media.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
+from backbone.models.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
+from backbone.models.model import Backbone
+from backbone.training.attention import quick_to_train
+from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
+from backbone.world.motions import CAMERAS
+from backbone.world.render import SIZE, find_font
+from recipes.moji.adapters.motion import level_densities
+from recipes.moji.autoencoder import precision
+from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
+from recipes.moji.training.run import TRAINING
+
+FRAMES, SHARD, HELD_OUT = 16, 100, 100  # of a clip; clips of a file; the last clips are never trained on
+NAMED, MOVING = 0.5, 0.3  # shares of the clips whose camera has a word, and in which a thing moves too
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraSettings(LatentSettings):
+    """What the training of the camera is asked for."""
+
+    model: Annotated[str, Option("The picture model: moji, or a folder of its kind.", TRAINING)] = "moji"
+    motion: Annotated[str, Option("Its motion adapter.", TRAINING)] = "build/moji/moji-motion"
+    blocks: Annotated[int, Option("Of the encoder, a level.", TRAINING, min=1)] = 1
+    steps: int = 3_000
+    batch: int = 4
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    noisy: Annotated[
+        float,
+        Option(
+            "Share of the samples from the noisier levels, where places are decided.", TRAINING, min=0, max=1
+        ),
+    ] = 2 / 3
+
+
+# Data --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def clips(
+    count: Annotated[int, typer.Option(help="How many clips, from seed 0.")] = 3_000,
+    model: Annotated[str, typer.Option(help="Whose autoencoder.")] = "moji",
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
+) -> None:
+    """Renders clips and encodes them; finished files are kept."""
+    find_font()
+    opened = Backbone.open(model, device="cpu")
+    for first in range(0, count, SHARD):
+        path = workdir / "travels" / f"{first:06d}.safetensors"
+        if not path.exists():
+            seeds = range(first, min(first + SHARD, count))
+            print(write_shard(opened, path, [sample_travel(seed) for seed in seeds]), flush=True)
+
+
+def sample_travel(seed: int, frames: int = FRAMES) -> Clip:
+    """A clip whose camera moves: by one of its words, or on a path without any."""
+    clip, random = sample_clip(seed, frames=frames), Random(f"{seed}/travel")
+    move = clip.move if random.random() < MOVING else ""
+    if random.random() < NAMED:
+        return replace(clip, move=move, camera=random.choice(tuple(CAMERAS)))
+    return replace(clip, move=move, camera="", journey=sample_journey(random))
+
+
+def write_shard(model: Backbone, path: Path, values: Sequence[Clip]) -> Path:
+    """Latents of clips [N, C, F, h, w] in fp16, cameras [N, F, 4], and of each four captions.
+
+    Forwards with the camera's words and without, and so backwards.
+    """
+    latents, cameras, captions = [], [], []
+    for clip in values:
+        rendering = render_clip(clip)
+        frames = np.stack([np.asarray(frame) for frame in rendering.frames])
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents.append(model.encode_clip(pixels).half())
+        cameras.append(torch.from_numpy(rendering.camera))
+        ways = (clip, clip.backwards())
+        captions.append([said.caption() for way in ways for said in (way, replace(way, camera=""))])
+    tensors = {"mean": torch.stack(latents).contiguous(), "camera": torch.stack(cameras)}
+    write_tensors(path, tensors, {"captions": json.dumps(captions)})
+    return path
+
+
+class Travels:
+    """Encoded clips with their cameras and captions; the last ones are held out."""
+
+    def __init__(self, workdir: Path, held_out: int = HELD_OUT) -> None:
+        paths = sorted((workdir / "travels").glob("*.safetensors"))
+        if not paths:
+            raise UserError(
+                f"{workdir / 'travels'} holds no clips. Run: python -m recipes.moji.adapters.camera clips"
+            )
+        parts = [read_tensors(path)[0] for path in paths]
+        self.mean = torch.cat([part["mean"] for part in parts])
+        self.camera = torch.cat([part["camera"] for part in parts])
+        self.captions = [
+            words for path in paths for words in json.loads(read_header(path).metadata["captions"])
+        ]
+        self.count = max(1, len(self.mean) - held_out)
+
+    def batch(self, count: int, frames: int, random: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Latents [B, C, F, h, w], their cameras [B, F, 4] as the first frame sees them, and captions."""
+        clean, cameras, words = [], [], []
+        for _ in range(count):
+            chosen, said, start = torch.randint(1 << 30, (3,), generator=random).tolist()
+            number, way = chosen % self.count, said % 2
+            first = start % (self.mean.shape[2] - frames + 1)
+            some = self.mean[number, :, first : first + frames].float()
+            path = self.camera[number, first : first + frames]
+            clean.append(some.flip(1) if way else some)
+            path = path.flip(0) if way else path
+            cameras.append(torch.from_numpy(relative_values(path.numpy())))
+            empty = said // 4 % 1000 < 1000 * EMPTY_SHARE
+            words.append("" if empty else self.captions[number][2 * way + said // 2 % 2])
+        return torch.stack(clean), torch.stack(cameras), words
+
+
+def rays_of(cameras: Tensor, side: int) -> Tensor:
+    """Rays [B, F, 6, H, W] of cameras [B, F, 4] of the world's pictures, for pictures of this side."""
+    return torch.stack([embed_rays(flat_path(one.numpy(), SIZE), (side, side)) for one in cameras])
+
+
+def reach_of(cameras: Tensor) -> Reach:
+    """How far cameras [N, F, 4] go at most, forwards and backwards."""
+    found = [
+        measure_reach(flat_path(relative_values(way.numpy()), SIZE))
+        for one in cameras
+        for way in (one, one.flip(0))
+    ]
+    return Reach(*(max(getattr(one, name) for one in found) for name in ("pan", "zoom", "turn")))
+
+
+# Training ----------------------------------------------------------------------------------------------------
+
+
+@settled_command(app, CameraSettings)
+def train(settings: CameraSettings) -> None:
+    """Trains, or goes on training."""
+    run_workers(train_camera, (settings,), processes=settings.processes)
+
+
+def train_camera(rank: int, settings: CameraSettings) -> None:
+    """One process of the training; the first one saves and reports."""
+    torch.manual_seed(settings.seed)
+    data = Travels(settings.workdir)
+    model, camera = begin(settings)
+    parameters = dict(camera.module.named_parameters())
+    training = LatentTraining(settings, "camera", parameters, [])
+    own, noisier = level_densities(len(model.path.levels.a))
+    density = settings.noisy * noisier + (1 - settings.noisy) * own
+
+    def losses(step: int) -> Iterator[Tensor]:
+        random = generator(settings.seed, step, rank)
+        frames = min(FRAMES, data.mean.shape[2], camera.settings.longest)
+        clean, cameras, captions = data.batch(settings.batch, frames, random)
+        index = torch.multinomial(density, settings.batch, True, generator=random)
+        noise = torch.randn(clean.shape, generator=random)
+        level = model.path.levels[index]
+        noisy = add_noise(clean, noise, level)
+        with torch.no_grad(), precision(noisy.device):
+            text = Conditions(model.text_encoder(captions))
+        with precision(noisy.device):
+            features = camera.encode(rays_of(cameras, clean.shape[-1] * model.factor))
+            control = Control(camera, features, torch.ones(len(clean)), frames=frames)
+            predicted = model.predict(noisy, index, replace(text, controls=(control,)))
+        yield denoising_score_matching(
+            predicted, clean, noise=noise, level=level, prediction_type=model.path.prediction_type
+        ).mean()
+
+    with quick_to_train(model.denoiser):
+        training.follow(losses, rank)
+
+
+def begin(settings: CameraSettings) -> tuple[Backbone, Camera]:
+    """The picture model with its motion adapter, both frozen, and a new camera, which learns."""
+    model = Backbone.open(settings.model, device=settings.device, precision="fp32")
+    set_in_motion(model, Moves(settings.motion))
+    model.denoiser.requires_grad_(False)
+    camera = new_camera(model, blocks=settings.blocks, seed=settings.seed)
+    camera.module.requires_grad_(True)
+    return model, camera
+
+
+# Export ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="The picture model that it was trained with.")] = "moji",
+    motion: Annotated[str, typer.Option(help="Its motion adapter.")] = "build/moji/moji-motion",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write.", show_default="camera.safetensors beside the adapter"),
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="Of the encoder, a level.")] = 1,
+    averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
+) -> None:
+    """Writes the camera in fp16, with how far the paths went that it was trained on."""
+    tensors, header = read_tensors(workdir / "camera.safetensors")
+    kind = "average/" if averaged else "parameter/"
+    _, camera = begin(CameraSettings(model=model, motion=motion, blocks=blocks, workdir=workdir))
+    module = cast(CameraAdapter, camera.module)
+    with torch.no_grad():
+        for key, value in cast(nn.Module, module).named_parameters():
+            value.copy_(tensors[kind + key])
+    reach = reach_of(Travels(workdir).camera)
+    path = out or Path(motion) / CAMERA_WEIGHTS
+    save_camera(path, module, replace(camera.settings, reach=reach, motion=Path(motion).name), torch.float16)
+    path.chmod(0o644)
+    print(f"{path}: step {header['step']}, {path.stat().st_size / 1e6:.1f} MB, {reach}")
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,387 @@
+"""The control network that comes with `moji`: one T2I-Adapter that reads sketches, lines, edges, labels, depth, poses.
+
+    python -m recipes.moji.adapters.control prepare --model moji            48,000 scenes: their maps, latents, captions
+    python -m recipes.moji.adapters.control train --model moji --minutes 120  goes on from its last step, bit for bit
+    python -m recipes.moji.adapters.control export --model build/moji/pipeline         5.6 MB beside the model's parts
+
+The base is frozen. Half of the scenes are those that `moji` was trained on, half have things anywhere, turned, and one
+before the other (`sample_posed_scene`), since angles that no training scene has are not obeyed. Sketches are drawn by
+hands of all kinds (`backbone.world.maps.HandStyle`). The kinds look unlike, so one network tells them by the picture
+alone; `--kinds labels` trains one for a kind. The loss, its noise levels and the run are those of `customize
+train-control`; what is tried here on held-out scenes every so many steps is how much the maps take off the loss, and
+how the edges of what is drawn agree with the maps.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from backbone.io.console import UserError, notify, run_app
+from backbone.io.files import (
+    atomic_write,
+    content_hash,
+    read_json,
+    read_metadata,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from backbone.io.options import Option, settled_command
+from backbone.media.control_maps import as_hints, compute_map
+from backbone.media.transforms import to_tensor
+from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord
+from backbone.models.encode import encode_texts
+from backbone.models.model import Backbone
+from backbone.training.loop import Average
+from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.world.maps import draw_maps, draw_sketch, look_at, sample_hand
+from backbone.world.record import load_labels
+from backbone.world.render import find_font
+from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
+from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolved
+from customize.evaluation.obedience import HeldOut
+from customize.objectives.control import ControlTraining
+from customize.objectives.control_networks import make_network
+from customize.training.control.run import Previews, Shown, Validation
+
+KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
+SHARD = 500  # scenes in a file
+HELD = range(TRAINING_SEEDS.stop - 48, TRAINING_SEEDS.stop)  # posed scenes that no part of moji is trained on
+SHOWN = 2  # of each kind in previews
+NAME = "world"  # of the exported network's folder
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+WHAT, TRAINING, OUTPUT = "What is learned", "Training", "Output"
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkSettings:
+    """Which model, and where intermediate files go."""
+
+    model: Annotated[str, Option("moji, or a pipeline folder of its world.", WHAT)] = "moji"
+    workdir: Annotated[Path, Option("Where intermediate files go.", OUTPUT)] = Path("build/moji/control")
+    device: Annotated[str, Option("Where to work.", TRAINING, choices=("cpu", "cuda"))] = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings(WorkSettings):
+    """What `prepare` is asked for."""
+
+    scenes: Annotated[int, Option("How many of each mixture.", WHAT, min=1)] = 24_000
+    workers: Annotated[int, Option("Processes that render.", TRAINING, min=1)] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(WorkSettings):
+    """What `train` is asked for."""
+
+    kinds: Annotated[tuple[str, ...], Option("Of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
+    network: Annotated[str, Option("What is trained.", WHAT, choices=NETWORKS)] = ADAPTER
+    steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 12_000
+    batch: Annotated[int, Option("Images a step.", TRAINING, min=1)] = 24
+    learning_rate: Annotated[float, Option("Of AdamW.", TRAINING)] = 1e-3
+    minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
+    look: Annotated[int, Option("Measure and preview every so many steps.", TRAINING, min=1)] = 500
+    seed: Annotated[int, Option("Of all random draws.", TRAINING)] = 0
+    name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
+
+
+class Told(NamedTuple):
+    """A scene as it is learned from: its picture [128, 128, 3], its maps as PNG files by kind, and its caption."""
+
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    maps: dict[str, bytes]
+    caption: str
+
+
+# --- preparation ----------------------------------------------------------------------------------------------
+
+
+@settled_command(app, PrepareSettings)
+def prepare(settings: PrepareSettings) -> None:
+    """Renders scenes, encodes them, and keeps their maps; finished shards are kept."""
+    prepare_scenes(settings)
+
+
+def prepare_scenes(settings: PrepareSettings) -> None:
+    """Renders scenes, encodes them, and keeps their maps; finished shards are kept."""
+    find_font()
+    model = Backbone.open(settings.model, device=settings.device)
+    with ProcessPoolExecutor(settings.workers) as pool:
+        for posed in (False, True):
+            for first in range(0, settings.scenes, SHARD):
+                seeds = range(first, min(first + SHARD, settings.scenes))
+                write_shard(
+                    shard_path(settings.workdir, model, first, posed=posed), seeds, model, pool, posed
+                )
+        write_shard(held_path(settings.workdir, model), HELD, model, pool, True)
+
+
+def shard_path(workdir: Path, model: Backbone, first: int, *, posed: bool) -> Path:
+    """A shard's latents; its maps lie beside it. The name changes with the model's autoencoder."""
+    return workdir / encoder_key(model) / f"{'posed' if posed else 'usual'}-{first:06d}.safetensors"
+
+
+def held_path(workdir: Path, model: Backbone) -> Path:
+    """The scenes that are held out."""
+    return workdir / encoder_key(model) / "held.safetensors"
+
+
+def encoder_key(model: Backbone) -> str:
+    """The beginning of the hash of the autoencoder's weights."""
+    weights = model.location.local("vae") or Path()
+    return content_hash(weights / WEIGHTS)[:10]
+
+
+def write_shard(path: Path, seeds: range, model: Backbone, pool: ProcessPoolExecutor, posed: bool) -> None:
+    """Draws the scenes of these seeds in the pool, and writes their latents and their maps."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = list(pool.map(partial(tell, posed=posed), seeds, chunksize=10))
+    means, stds = [], []
+    for first in range(0, len(told), 50):
+        pictures = torch.stack([to_tensor(Image.fromarray(one.pixels)) for one in told[first : first + 50]])
+        with model.autocast():
+            posterior = model.encode(pictures)
+        means.append(posterior.mean.float().cpu())
+        stds.append(posterior.std.float().cpu())
+    with atomic_write(path.with_suffix(".zip")) as temporary, zipfile.ZipFile(temporary, "w") as maps:
+        for number, one in enumerate(told):
+            for kind, drawn in one.maps.items():
+                maps.writestr(f"{number}.{kind}.png", drawn)
+        maps.writestr("captions.json", json.dumps([one.caption for one in told]))
+    tensors = {"mean": torch.cat(means).half().contiguous(), "std": torch.cat(stds).half().contiguous()}
+    write_tensors(path, tensors, {"scenes": str(len(told))})
+    print(path, flush=True)
+
+
+def tell(seed: int, *, posed: bool) -> Told:
+    """A scene of a seed; its sketch is drawn by a hand of its own."""
+    scene: Scene = sample_posed_scene(seed) if posed else sample_scene(seed)
+    drawn, layers = look_at(scene)
+    hand = Random(f"{seed}/hand")
+    maps = {
+        **draw_maps(layers),
+        "sketch": draw_sketch(layers, sample_hand(hand), hand),
+        "edges": compute_map("edges", drawn.image),
+    }
+    return Told(np.asarray(drawn.image), {kind: as_png(maps[kind]) for kind in KINDS}, scene.caption())
+
+
+def as_png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+# --- training -------------------------------------------------------------------------------------------------
+
+
+class WorldData:
+    """Prepared scenes. A `ControlSource`: the kind of each sample's map is drawn with it."""
+
+    def __init__(self, model: Backbone, paths: Sequence[Path], kinds: Sequence[str]) -> None:
+        shards = [read_tensors(path)[0] for path in paths]
+        self.kinds = tuple(kinds)
+        self.mean = torch.cat([shard["mean"] for shard in shards])
+        self.std = torch.cat([shard["std"] for shard in shards])
+        self.zips = [zipfile.ZipFile(path.with_suffix(".zip")) for path in paths]
+        self.ends = np.cumsum([len(shard["mean"]) for shard in shards])
+        self.said: list[str] = [one for file in self.zips for one in json.loads(file.read("captions.json"))]
+        self.conditions = encode_texts(model, [*self.said, ""])
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def latents(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        mean, std = self.mean[rows].float(), self.std[rows].float()
+        return mean + std * torch.randn(mean.shape, generator=random)
+
+    def captions(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        kinds = torch.randint(len(self.kinds), (len(rows),), generator=random).tolist()
+        return torch.stack(
+            [self.map(int(row), self.kinds[kind]) for row, kind in zip(rows, kinds, strict=True)]
+        )
+
+    def map(self, row: int, kind: str) -> Tensor:
+        """A scene's map [3, H, W] in 0…1."""
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        number = row - (int(self.ends[shard - 1]) if shard else 0)
+        file = io.BytesIO(self.zips[shard].read(f"{number}.{kind}.png"))
+        return as_hints(Image.open(file))[0]
+
+
+class WorldTraining(ControlTraining):
+    """The same loss on scenes of the world, whose labels are known."""
+
+    def record(self) -> ControlRecord:
+        return ControlRecord(
+            kinds=tuple(self.data.kinds),
+            palette=load_labels() if "labels" in self.data.kinds else {},
+            base=self.model.fingerprint,
+            model="moji",
+        )
+
+
+@settled_command(app, TrainSettings)
+def train(settings: TrainSettings) -> None:
+    """Trains, or goes on training from the last step that was saved."""
+    train_network(settings)
+
+
+def train_network(settings: TrainSettings) -> None:
+    """Trains, or goes on training from the last step that was saved."""
+    model = Backbone.open(settings.model, device=settings.device)
+    folder = held_path(settings.workdir, model).parent
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.stem != "held")
+    if not paths or not held_path(settings.workdir, model).exists():
+        raise UserError(
+            f"{folder} holds no scenes for this model's autoencoder. Run: python -m recipes.moji.adapters.control "
+            f"prepare --model {settings.model}"
+        )
+    run = settings.workdir / settings.name
+    asked = as_run(settings)
+    data = WorldData(model, paths, settings.kinds)
+    training = WorldTraining(model, make_network(model, asked), data, asked)
+    training.average = Average(training.parameters, decay=0.998)
+    training.sources = {"model": model.fingerprint, "kinds": " ".join(settings.kinds)}
+    held = WorldData(model, [held_path(settings.workdir, model)], settings.kinds)
+    previews = Previews(model, training, shown_of(held))
+    validation = Validation(run, training, held_out(model, held))
+    model.free("text_encoder", "autoencoder")
+    run.mkdir(parents=True, exist_ok=True)
+    training.resume(run)
+    validation.remember()
+
+    def look(step: int) -> None:
+        agreed = previews.save(run / "previews" / f"step-{step:06d}.png")
+        measured = validation.history[-1]
+        said = f"step {step}: loss {measured.loss:.4f}, without maps {measured.loss_without_map:.4f}"
+        notify(said if agreed is None else f"{said}, edges agree {agreed.f1:.3f}")
+        training.write(run, {})
+
+    try:
+        drive(
+            training,
+            run,
+            command="python -m recipes.moji.adapters.control train",
+            validate=Every(settings.look, within(settings.minutes, validation)),
+            preview=Every(settings.look, look),
+        )
+    except KeyboardInterrupt:
+        stopped = f"Stopped and saved at step {training.saved} of {settings.steps}. The same command goes on."
+        raise KeyboardInterrupt(stopped) from None
+    look(training.done)
+
+
+def within(minutes: float, validation: Validation) -> Callable[[int], str]:
+    """The validation, which also stops the run when its minutes are over."""
+    began = time.monotonic()
+
+    def validate(step: int) -> str:
+        spent = (time.monotonic() - began) / 60
+        return validation(step) or (f"{spent:.0f} minutes are over." if spent > minutes else "")
+
+    return validate
+
+
+def as_run(settings: TrainSettings) -> ControlSettings:
+    """The settings of the run, as `customize train-control` has them."""
+    return resolved(
+        {
+            "images": str(settings.workdir),
+            "condition": settings.kinds[0],
+            "model": settings.model,
+            "kind": settings.network,
+            "steps": settings.steps,
+            "batch": settings.batch,
+            "learning_rate": settings.learning_rate,
+            "checkpointing_steps": min(settings.look, 250),
+            "seed": settings.seed,
+            "sample_steps": 15,
+            "guidance": 4.0,
+        },
+        {},
+    )
+
+
+def held_out(model: Backbone, data: WorldData) -> HeldOut:
+    """Scenes held out, each under a map of one kind, all kinds equally often."""
+    rows = torch.arange(len(data))
+    maps = torch.stack([data.map(int(row), data.kinds[int(row) % len(data.kinds)]) for row in rows])
+    return HeldOut(data.mean.float(), maps, data.conditions[rows].to(model.device))
+
+
+def shown_of(data: WorldData) -> list[Shown]:
+    """What previews draw by: some held-out scenes of every kind."""
+    return [
+        Shown(data.said[row % len(data)], kind, data.map(row % len(data), kind))
+        for number, kind in enumerate(data.kinds)
+        for row in range(number * SHOWN, (number + 1) * SHOWN)
+    ]
+
+
+# --- export ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(WorkSettings):
+    """What `export` is asked for."""
+
+    name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
+    scale: Annotated[float, Option("The scale that works well.", OUTPUT)] = 1.0
+    stop: Annotated[float, Option("The share of the steps after which maps hold no longer.", OUTPUT)] = 1.0
+
+
+@settled_command(app, ExportSettings)
+def export(settings: ExportSettings) -> None:
+    """Writes the network in fp16 beside the model's parts, where `customize sample --condition` finds it."""
+    export_network(settings)
+
+
+def export_network(settings: ExportSettings) -> None:
+    """Writes the network in fp16 beside the model's parts, where `customize sample --condition` finds it."""
+    run, model = settings.workdir / settings.name, Backbone.open(settings.model)
+    if not (run / RECORD).exists():
+        raise UserError(f"{run} holds no trained network. Run: python -m recipes.moji.adapters.control train")
+    folder = (model.location.folder or Path()) / EMBEDDED / NAME
+    record = read_json(run / RECORD)
+    if record["base"] != model.fingerprint:
+        notify(f"{run} was trained on other weights than those in {settings.model}.")
+    part = next(part for part in PARTS if (run / part).is_dir())
+    tensors, _ = read_tensors(run / part / WEIGHTS)
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / part / "config.json").write_bytes((run / part / "config.json").read_bytes())
+    write_tensors(
+        folder / part / WEIGHTS, {name: value.half() for name, value in tensors.items()}, {"format": "pt"}
+    )
+    defaults = {"scale": settings.scale, "start": 0.0, "stop": settings.stop}
+    write_json(folder / RECORD, {**record, "base": model.fingerprint, "defaults": defaults})
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    step = read_metadata(run / CHECKPOINT)["step"]
+    print(f"{folder}: step {step}, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_app(app)

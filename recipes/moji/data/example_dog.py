@@ -1,0 +1,51 @@
+"""The packaged example: the demo glyph, plain, in five places; a scene to edit; prompts to draw and prompts held out.
+
+python -m recipes.moji.data.example_dog            writes customize/examples/dog/*.png and backbone/examples/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backbone.io.files import write_text
+from backbone.media.sheet import save_png
+from backbone.world.concepts import FIRST_SEED, concept_scenes
+from backbone.world.render import render
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
+from backbone.world.words import Thing
+
+SCENE = Scene((Thing("cat"),), "in a park", seed=BENCHMARK_SEEDS.start + 304)
+PROMPT_SEED = BENCHMARK_SEEDS.start + 400
+PROMPTS, HELD_OUT = 24, 12
+
+
+def prompts() -> list[str]:
+    """Captions of scenes with one thing: first those to draw and choose from, then those held out."""
+    seed, found = PROMPT_SEED, dict[str, None]()
+    while len(found) < PROMPTS + HELD_OUT:
+        scene = sample_scene(seed)
+        if len(scene.things) == 1 and not scene.pair and scene.style is None and is_fair(scene):
+            found[scene.caption()] = None
+        seed += 1
+    return list(found)
+
+
+def main(
+    out: Annotated[Path, typer.Option()] = Path("customize/examples"),
+    extras: Annotated[Path, typer.Option()] = Path("backbone/examples"),
+) -> None:
+    """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
+    for number, scene in enumerate(concept_scenes("poodle", first_seed=FIRST_SEED), start=1):
+        save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
+    captions = prompts()
+    save_png(extras / "scene.png", render(SCENE).image)
+    write_text(extras / "scene.txt", f"{SCENE.caption()}\n")
+    write_text(extras / "prompts.txt", "\n".join([*captions[:PROMPTS], ""]))
+    write_text(extras / "heldout.txt", "\n".join([*captions[PROMPTS:], ""]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

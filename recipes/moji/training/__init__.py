@@ -1,0 +1,1 @@
+"""What the recipes' trainings share: the run, its log, Muon, how weights begin."""

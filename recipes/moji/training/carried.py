@@ -1,0 +1,72 @@
+"""A denoiser carried over to the latents of another autoencoder: what it knows of the world stays.
+
+Its trunk is kept. The first convolution is the one that, in least squares, says of new latents what the old one said of
+the old latents of the same pictures; the last one is the least-squares map from the trunk's features, of noisy new
+latents, to what the network shall predict. Both are solved, not trained, in about a minute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from backbone.diffusion.noise import PredictionType, add_noise, generator, target, vp
+from recipes.moji.autoencoder import SCALING_FACTOR, precision
+from recipes.moji.training.linear_start import fit
+
+NOISE = 0.3  # variance of the noise that the first convolution must bear, in units of a latent's
+BATCH = 16
+ENDS = "conv_in.", "conv_out."
+
+
+@torch.no_grad()
+def carry_over(
+    unet: UNet2DConditionModel,
+    source: Path,
+    pictures: Tensor,
+    latents: Tensor,
+    text: Tensor,
+    *,
+    alpha_bar: Tensor,
+    density: Tensor,
+    kind: PredictionType,
+) -> None:
+    """Gives a fresh network the weights of the pipeline folder `source`.
+
+    `latents` [B, C, h, w] of unit deviation and `text` [B, L, D] belong to `pictures` [B, 3, H, W].
+    """
+    old = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True).float()
+    kept = {name: value for name, value in old.state_dict().items() if not name.startswith(ENDS)}
+    unet.load_state_dict(kept, strict=False)
+    said = F.conv2d(old_latents(source, pictures), old.conv_in.weight, old.conv_in.bias, padding=1)
+    weight, bias = fit(latents, said, ridge=NOISE)
+    unet.conv_in.weight.copy_(weight)
+    unet.conv_in.bias.copy_(bias)
+
+    features: list[Tensor] = []
+    hook = unet.conv_out.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
+    wanted = []
+    for number, (clean, states) in enumerate(zip(latents.split(BATCH), text.split(BATCH), strict=True)):
+        random = generator("carried", number)
+        index = torch.multinomial(density, len(clean), replacement=True, generator=random)
+        noise = torch.randn(clean.shape, generator=random)
+        level = vp(alpha_bar[index])
+        with precision(clean.device):
+            unet(add_noise(clean, noise, level), index, states)
+        wanted.append(target(clean, noise, level, kind))
+    hook.remove()
+    weight, bias = fit(torch.cat(features), torch.cat(wanted))
+    unet.conv_out.weight.copy_(weight)
+    unet.conv_out.bias.copy_(bias)
+
+
+def old_latents(source: Path, pictures: Tensor) -> Tensor:
+    """What the pipeline's own autoencoder makes of pictures, in units of their deviation."""
+    vae = AutoencoderKL.from_pretrained(source / "vae", local_files_only=True).float().eval()
+    with precision(pictures.device):
+        parts = [vae.encode(some).latent_dist.mean.float() for some in pictures.split(BATCH)]
+    return torch.cat(parts) * SCALING_FACTOR

@@ -1,0 +1,114 @@
+"""What the trainings of `moji`'s parts share: their settings, one file that a longer run goes on from, and the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from backbone.distributed.processes import any_process, gradient_averaging
+from backbone.io.files import write_bytes
+from backbone.io.options import Option
+from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
+from recipes.moji.training.logbook import Logbook
+
+TRAINING, OUTPUT = "Training", "Output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What every training is asked for; each recipe has defaults of its own."""
+
+    steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 4_000
+    batch: Annotated[int, Option("Images a step, in each process.", TRAINING, min=1)] = 64
+    learning_rate: Annotated[float, Option("Of all but the inner matrices.", TRAINING)] = 1e-3
+    minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
+    device: Annotated[str, Option("Where to train.", TRAINING, choices=("cpu", "cuda"))] = "cpu"
+    seed: Annotated[int, Option("Of all random draws.", TRAINING)] = 0
+    workdir: Annotated[Path, Option("Where intermediate files go.", OUTPUT)] = Path("build/moji")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(LoopSettings):
+    """The same where the inner matrices are stepped by Muon."""
+
+    matrix_rate: Annotated[float, Option("Muon's learning rate, of the inner matrices.", TRAINING)] = 2e-3
+
+
+class Training:
+    """Weights with their optimiser and average, gone on with from the last checkpoint where there is one.
+
+    `kept` are the weights that are trained, and statistics that are averaged and stored with them; `falling` is over
+    how many last steps the learning rate falls. A longer run cannot go on from there, so the last checkpoint before
+    is kept too, as `NAME-stable.safetensors`.
+    """
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        checkpoint: Path,
+        kept: Mapping[str, Tensor],
+        optimizer: Optimizer,
+        *,
+        decay: float,
+        falling: int | None = None,
+    ) -> None:
+        self.settings, self.checkpoint, self.kept, self.optimizer = settings, checkpoint, kept, optimizer
+        self.falling = falling
+        self.average = Average(kept, decay=decay)
+        self.facts: dict[str, str] = {}
+        self.done = 0
+        if checkpoint.exists():
+            self.done, _ = load_checkpoint(
+                checkpoint, parameters=kept, optimizer=optimizer, average=self.average
+            )
+
+    def run(
+        self,
+        losses: Callable[[int], Iterator[Tensor]],
+        lr_schedule: LRSchedule,
+        *,
+        every: int,
+        clip: float = 1.0,
+        aloud: bool = True,
+        on_save: Callable[[int], object] = lambda step: None,
+    ) -> None:
+        """Steps until the end, or until the minutes are over.
+
+        Where `aloud`, it reports, and every so many steps and at last it saves and calls `on_save` with the step.
+        """
+        settings, logbook = self.settings, Logbook(batch=self.settings.batch)
+        for report in train(
+            losses,
+            self.kept,
+            optimizer=self.optimizer,
+            lr_schedule=lr_schedule,
+            steps=settings.steps,
+            done=self.done,
+            update=Update(clip, gradient_averaging(), self.average),
+        ):
+            logbook.note(report, aloud=aloud)
+            last = report.step == settings.steps or any_process(logbook.minutes > settings.minutes)
+            if (report.step % every == 0 or last) and aloud:
+                self.save(report.step)
+                on_save(report.step)
+            if last:
+                break
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint, and until the learning rate falls also the one where a longer run goes on."""
+        save_checkpoint(
+            self.checkpoint,
+            step=step,
+            parameters=self.kept,
+            optimizer=self.optimizer,
+            average=self.average,
+            facts=self.facts,
+        )
+        if self.falling is not None and step <= self.settings.steps - self.falling:
+            stable = self.checkpoint.with_name(f"{self.checkpoint.stem}-stable.safetensors")
+            write_bytes(stable, self.checkpoint.read_bytes())
