@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from backbone.world.edits import OF_ONE, OF_TWO, WORDINGS, sample_edits, write_instruction
+from backbone.world.render import place_figures
 from backbone.world.render import render as draw
 from backbone.world.scene import Scene, is_fair, sample_scene
 from backbone.world.words import Thing, choose_article, load_vocabulary, pluralize
@@ -90,6 +91,11 @@ def drawn(scene: Scene) -> np.ndarray:
 def test_a_scene_is_drawn_the_same_every_time() -> None:
     assert np.array_equal(drawn(PLAIN), drawn(PLAIN))
     assert drawn(PLAIN).shape == (128, 128, 3)
+
+
+def test_things_look_the_way_that_the_font_draws_them() -> None:
+    scenes = [sample_scene(seed) for seed in range(50)]
+    assert not any(figure.mirrored for scene in scenes for figure in place_figures(scene, 80.0))
 
 
 @pytest.mark.font

@@ -18,7 +18,7 @@ from backbone.world.scene import Pose, Scene, sample_posed_scene, sample_scene
 from backbone.world.words import Thing, load_vocabulary
 
 FONT = "e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec"  # that the pinned pictures were drawn with
-PINNED = "f45d8362451646010f81ae0b5f66e1313244071a401cd48730f59b99049eeff3"
+PINNED = "edd8f18e77d9c3fe88ceb6b772fcc3fd93c004a647a7c7b856ba9f3e989812e4"
 WHITE = Scene((Thing("car"),), "on a white background", seed=5, poses=(Pose(64, 96, 60),))
 TWO = Scene(
     (Thing("apple"), Thing("car")),
