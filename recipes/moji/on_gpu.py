@@ -44,7 +44,7 @@ from recipes.moji.denoiser import DenoiserSettings
 from recipes.moji.flow import FlowSettings
 from recipes.moji.training.run import RecipeSettings
 
-VAE = Path(__file__).with_name("second_edition") / "vae"
+VAE = EMBEDDED / "vae"
 LARGEST = 15 * 2**20  # bytes of a file that is carried away
 SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
 PACE = 0.1  # of a part's time, in which its pace is measured
