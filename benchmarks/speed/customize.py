@@ -222,12 +222,14 @@ class Script:
     def loss(
         self, latents: Tensor, noise: Tensor, at: Tensor, conditions: Conditions, *, prior: bool
     ) -> Tensor:
-        """The mean squared error of the noise; with a prior, that of the second half besides."""
+        """The mean squared error of what the model predicts, ε or v; with a prior, that of the second half besides."""
         noisy = self.noise_scheduler.add_noise(latents, noise, at)
         said = predict(self.parts.model, noisy, at, conditions)
+        is_velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
+        target = self.noise_scheduler.get_velocity(latents, noise, at) if is_velocity else noise
         if not prior:
-            return F.mse_loss(said, noise)
-        (own, of_class), (wanted, of_class_wanted) = said.chunk(2), noise.chunk(2)
+            return F.mse_loss(said, target)
+        (own, of_class), (wanted, of_class_wanted) = said.chunk(2), target.chunk(2)
         weight = self.training.settings.prior_loss_weight
         return F.mse_loss(own, wanted) + weight * F.mse_loss(of_class, of_class_wanted)
 
@@ -366,18 +368,20 @@ class Parity(NamedTuple):
 def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     """Both sides with class pictures on the same latents, noise and levels, the adapter moved off zero by `size`.
 
-    Raises `UserError` for a model that does not predict the noise, which the script's loss is about.
+    Raises `UserError` for a model that predicts neither ε nor v, the script's targets.
     """
     model, before = training.model, training.data
-    if model.path.prediction_type != "epsilon":
-        raise UserError("Parity compares errors of the predicted noise. Choose a model that predicts it.")
+    if model.path.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            "The script's loss is about predicted noise or v. Choose a model that predicts one of them."
+        )
     start = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
     training.data = known = take_one_image(before)
     own = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
-    prior = training.prior_batch(known.buckets[0], random)  # their targets are the noise
+    prior = training.prior_batch(known.buckets[0], random)
     parameters = list(training.parameters.values())
     here = training.loss(generator(0, "parity"), 1)
     # Before there is a second graph in memory
@@ -387,6 +391,9 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair]).to(model.device)
     noise = torch.cat([own.target, prior.target]).to(model.device)
     index = torch.cat([own.level, prior.level])
+    if model.path.prediction_type == "v_prediction":  # v = a·ε − b·x0
+        a, b = model.path.levels[index].broadcast_like(clean)
+        noise = (noise + b * clean) / a
     prompts = cast(Conditions, known.conditions).to(model.device)
     said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)

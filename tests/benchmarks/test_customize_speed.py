@@ -22,6 +22,7 @@ from benchmarks.speed.customize import (
     sum_totals,
 )
 from benchmarks.speed.shapes import Parts, make_random_images, write_section
+from tests.tiny import tiny_pipeline
 
 ONCE = ("evaluation", "decoding", "encoding", "text", "bank")
 
@@ -43,6 +44,15 @@ def asked(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bo
 
     monkeypatch.setattr(tiny.denoiser, "forward", counted)
     return found
+
+
+def test_both_sides_have_one_loss_of_predicted_v_too(tmp_path: Path) -> None:
+    folder = tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    found = measure_parity(
+        Bench.of(Parts(model, model.autoencoder, model.encode_prompts), 2).training, size=1e-2
+    )
+    assert found.here > 0.1 and found.loss < 1e-3 and found.gradient < 1e-3
 
 
 def test_both_sides_have_one_loss_and_one_gradient(bench: Bench) -> None:
