@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 from backbone.io.console import UserError
 
 DEEPEST = 64  # levels of lists and objects in each other
+# What a JSON text has that stands for a NUL or for half of a surrogate pair, or for both halves
+ODD = re.compile(r"[\0\ud800-\udfff]|\\u(0000|[dD][89a-fA-F])")
 LONGEST_SHOWN = 60  # characters of a value in a message
 Kind = TypeVar("Kind")
 NAMES = {
@@ -50,7 +52,9 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
         RecursionError,
     ) as error:  # no JSON, no UTF-8, a number of thousands of digits, a deep nest
         raise UserError(f"{where} is not JSON ({_reason(error)}). Repair or delete it.") from error
-    return plain(value, f"{where} is not JSON")
+    if ODD.search(decoded) or decoded.count("[") + decoded.count("{") > DEEPEST:
+        return plain(value, f"{where} is not JSON")
+    return value
 
 
 def plain(value: Kind, complaint: str) -> Kind:
