@@ -52,9 +52,8 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
         RecursionError,
     ) as error:  # no JSON, no UTF-8, a number of thousands of digits, a deep nest
         raise UserError(f"{where} is not JSON ({_reason(error)}). Repair or delete it.") from error
-    if ODD.search(decoded) or decoded.count("[") + decoded.count("{") > DEEPEST:
-        return plain(value, f"{where} is not JSON")
-    return value
+    # A tokenizer's hundred thousand texts need not be looked at one by one.
+    return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
 def plain(value: Kind, complaint: str) -> Kind:
@@ -84,6 +83,17 @@ def inside(folder: Path, name: str, where: str | Path) -> Path:
             f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder}."
         )
     return folder / plain
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other DEEPEST levels deep."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(DEEPEST):
+        inner = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [one for part in inner for one in part if isinstance(one, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, int]]:
