@@ -12,7 +12,7 @@ from align.settings import ComparisonSettings, PairSampling
 from align.training import cli as train_cli
 from backbone.io import flags
 from backbone.io.commands import command_group, print_json
-from backbone.io.console import UserError, is_main_rank, notify, run_app
+from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
 from backbone.io.options import Option, settled_command
@@ -119,7 +119,8 @@ def sample(asked: SampleOptions) -> None:
 
     drawn = sample_pairs(prompts, out, asked, concepts=concepts)
     whole = len(prompts) * asked.count
-    notify(f"{whole} images of {len(prompts)} prompts in {out} ({drawn} new). Next: align label {out}")
+    images, asked_of = count_of(whole, "image"), count_of(len(prompts), "prompt")
+    notify(f"{images} of {asked_of} in {out} ({drawn} new). Next: align label {out}")
     if asked.as_json and is_main_rank():
         print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
 
@@ -203,7 +204,8 @@ def rank(
     count = rank_samples(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
-    notify(f"{count} pairs of {len(prompts)} prompts by {', '.join(scorer)}. Next: align train {folder}")
+    pairs, asked_of = count_of(count, "pair"), count_of(len(prompts), "prompt")
+    notify(f"{pairs} of {asked_of} by {', '.join(scorer)}. Next: align train {folder}")
 
 
 @app.command()

@@ -263,7 +263,7 @@ def sample(asked: SampleOptions) -> None:
     on, beside = OWN if asked.fast else asked.on, Beside(asked.references, controls)
     sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, beside=beside, on=on)
     folder = sheet.parent
-    notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
+    notify(f"{count_of(len(prompts) * asked.count, 'image')} in {folder}; {sheet} shows all.")
     if asked.as_json and is_main_rank():
         print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
 

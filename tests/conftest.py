@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from backbone.models.cache import VARIABLE
-from backbone.models.model import Backbone
+from backbone.io.console import GC_THRESHOLD
 
-# As `tests.check` has it: several threads round a batch of one and of eight differently.
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from backbone.models.model import Backbone
+
+# As the commands have it. Nothing here imports torch: xdist's first process loads this file and runs no test.
+gc.set_threshold(GC_THRESHOLD, 20, 100)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """As `tests.check` has it: several threads round a batch of one and of eight differently."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or writes the user's cache."""
+    from backbone.models.cache import VARIABLE
+
     patch = pytest.MonkeyPatch()
     patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
@@ -34,6 +47,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Backbone:
     """The random pipeline, opened in fp32 on the CPU."""
+    from backbone.models.model import Backbone
+
     return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
 
 
@@ -47,6 +62,11 @@ def subject(tmp_path: Path) -> Path:
         pixels = random.integers(0, 255, (70, 80, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage need not go through it again and again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

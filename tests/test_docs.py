@@ -2,8 +2,8 @@
 
 Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
 Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser and autoencoder, the
-numbers in `LARGEST` are lowered, and what `ADDED` says is added. A block that cannot run here is marked
-`<!-- not run: why -->`, and its commands are parsed instead.
+numbers in `LARGEST` are lowered, validations draw in as few steps, and what `ADDED` says is added. A block that cannot
+run here is marked `<!-- not run: why -->`, and its commands are parsed instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 import typer.main
 
 from backbone.models import locate
+from customize.evaluation import metrics
 from tests.tiny import tiny_moji
 
 ROOT = Path(__file__).parents[1]
@@ -150,13 +151,14 @@ OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that do
 
 @pytest.fixture(scope="session")
 def small_moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_moji(tmp_path_factory.mktemp("models") / "moji")
+    return tiny_moji(tmp_path_factory.mktemp("models") / "moji", side=64)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> Path:
-    """An empty folder in which `moji` is the small model."""
+    """An empty folder in which `moji` is the small model, and a validation draws in two steps."""
     monkeypatch.setitem(locate.OWN, "moji", small_moji)
+    monkeypatch.setattr(metrics, "SAMPLING_STEPS", LARGEST["--steps"])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -596,17 +596,19 @@ def tiny_vision_language(width: int) -> dict[str, Any]:
     return {"text_config": text, "vision_config": eye}
 
 
-def tiny_moji(folder: Path) -> Path:
-    """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay."""
+def tiny_moji(folder: Path, *, side: int = 128) -> Path:
+    """`moji` with a small random denoiser and autoencoder, and few steps of everything; its words and scorer stay.
+
+    `side` is that of its pictures in pixels, eight times that of its latents.
+    """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     for part in EMBEDDED.iterdir():
         if part.name not in ("unet", "vae", "limner.json"):
             (folder / part.name).symlink_to(part)
-    tiny_unet(sample_size=16, in_channels=8, out_channels=8, cross_attention_dim=256).save_pretrained(
-        folder / "unet"
-    )
-    tiny_autoencoder(latent_channels=8, sample_size=128).save_pretrained(folder / "vae")
+    unet = tiny_unet(sample_size=side // 8, in_channels=8, out_channels=8, cross_attention_dim=256)
+    unet.save_pretrained(folder / "unet")
+    tiny_autoencoder(latent_channels=8, sample_size=side).save_pretrained(folder / "vae")
     defaults = json.loads((EMBEDDED / "limner.json").read_text())
     few = {"steps": 2, "train_steps": 2, "rank": 2, "batch": 1, "prior_batch": 1}
     defaults["sheet_prompts"] = defaults["sheet_prompts"][:2]

@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 from backbone.io.console import UserError
 
 DEEPEST = 64  # levels of lists and objects in each other
+# What a JSON text has that stands for a NUL or for half of a surrogate pair, or for both halves
+ODD = re.compile(r"[\0\ud800-\udfff]|\\u(0000|[dD][89a-fA-F])")
 LONGEST_SHOWN = 60  # characters of a value in a message
 Kind = TypeVar("Kind")
 NAMES = {
@@ -50,7 +52,8 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
         RecursionError,
     ) as error:  # no JSON, no UTF-8, a number of thousands of digits, a deep nest
         raise UserError(f"{where} is not JSON ({_reason(error)}). Repair or delete it.") from error
-    return plain(value, f"{where} is not JSON")
+    # A tokenizer's hundred thousand texts need not be looked at one by one.
+    return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
 def plain(value: Kind, complaint: str) -> Kind:
@@ -80,6 +83,17 @@ def inside(folder: Path, name: str, where: str | Path) -> Path:
             f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder}."
         )
     return folder / plain
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other DEEPEST levels deep."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(DEEPEST):
+        inner = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [one for part in inner for one in part if isinstance(one, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, int]]:

@@ -60,14 +60,16 @@ def training_step_bytes(
     counted as it computes.
     """
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
-    with quick_to_train(network, device=device), _checkpointed(network, device, autocast, checkpointing):
-        saved = _count_saved(forward, weights, lambda: _emulate(network, device, autocast))
-        with LiveStorageTracker(weights, inputs) as alive:
-            with _emulate(network, device, autocast):
-                loss = forward().float().square().mean()
-            loss.backward()
+    with (
+        quick_to_train(network, device=device),
+        _checkpointed(network, device, autocast, checkpointing),
+        LiveStorageTracker(weights, inputs) as alive,
+    ):
+        with _emulate(network, device, autocast), _count_saved(weights) as saved:
+            loss = forward().float().square().mean()
+        loss.backward()
     network.zero_grad(set_to_none=True)
-    return StepBytes(saved, alive.peak)
+    return StepBytes(sum(saved.values()), alive.peak)
 
 
 @torch.no_grad()
@@ -195,22 +197,22 @@ class _FusedAttention(torch.autograd.Function):
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _count_saved(forward: Forward, weights: set[int], like: Callable[[], AbstractContextManager[Any]]) -> int:
-    """Bytes that a forward pass saves for the backward pass, each storage once."""
-    seen: dict[int, int] = {}
+@contextmanager
+def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
+    """The bytes of each storage that a forward pass inside saves for the backward pass, by its address."""
+    sizes: dict[int, int] = {}
     kept: list[Any] = []
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in seen:
-            seen[storage._cdata] = storage.nbytes()
+        if storage._cdata not in weights and storage._cdata not in sizes:
+            sizes[storage._cdata] = storage.nbytes()
             kept.append(storage)  # so that its address is not given to another
         return tensor
 
-    with like(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        prediction = forward()
-        prediction.float().square().mean()
-    return sum(seen.values())
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        yield sizes
+    kept.clear()  # the backward pass frees them one by one
 
 
 def _emulate(network: nn.Module, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:

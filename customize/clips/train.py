@@ -109,7 +109,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
         learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
         learning.resume(run)
         write_json(run / "settings.json", describe(asked, films))
-        notify(f"Learning from {count_of(len(films), 'clip')}: {asked.steps} steps.")
+        notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(asked.steps, 'step')}.")
         drive(learning, run, command="customize train-motion")
         learning.write(run, {"limner_token": asked.token, "base_model": asked.model})
         write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})

@@ -272,8 +272,8 @@ class EditValidation:
             else f"Stopped at step {last.step}: no better rating since step {best.step}."
         )
         notify(
-            f"The best of {len(history)} evaluations is step {best.step}, in {self.report.run / BEST}: its edits are "
-            f"{best.rating:+.1f} dB nearer to the true ones than the sources are. {why}"
+            f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.report.run / BEST}: its "
+            f"edits are {best.rating:+.1f} dB nearer to the true ones than the sources are. {why}"
         )
         self.report.finish(why, best.step)
 

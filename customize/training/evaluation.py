@@ -16,7 +16,7 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
-from backbone.io.console import notify, progress
+from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.few_step import Drawing, usual_drawing
@@ -137,7 +137,9 @@ class Validation:
             if stopped
             else f"All {settings.steps} steps were taken."
         )
-        notify(f"The best of {len(history)} evaluations is step {best.step}, in {self.run / BEST}. {why}")
+        notify(
+            f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.run / BEST}. {why}"
+        )
         self.report.finish(why, best.step)
 
     def _remember(self) -> None:

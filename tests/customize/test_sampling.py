@@ -238,7 +238,7 @@ def test_stdout_is_json_and_nothing_else(
     sampled = json.loads(done.stdout)
     assert (sampled["folder"], sampled["sheet"]) == (str(out), str(out / "sheet.png"))
     assert [one["file"] for one in sampled["pictures"]] == ["p00-s00.png"]
-    assert "1 images in" in done.stderr
+    assert "1 image in" in done.stderr
 
 
 def test_a_mistake_leaves_stdout_empty(tmp_path: Path) -> None:

@@ -1,24 +1,28 @@
-"""`customize train` and `customize sample`, on a random tiny model, through the real commands."""
+"""`customize train` and `customize sample`, on a random tiny model, as their console script runs them."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 
 from backbone.adapters.lora import LORA_WEIGHTS
-from backbone.io.files import read_jsonl, read_tensors
+from backbone.io.files import append_jsonl, read_jsonl, read_tensors
 from backbone.training.loop import Report
 from backbone.training.run import log_to_tensorboard
-from tests.commands import Started, run_command
+from tests.commands import Started, run_command, run_here
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -29,7 +33,7 @@ def customize(tmp_path: Path) -> Command:
     """Runs `customize` in an empty folder."""
 
     def call(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return run_command("customize", *arguments, cwd=tmp_path, check=check)
+        return run_here("customize", *arguments, cwd=tmp_path, check=check)
 
     return call
 
@@ -69,43 +73,38 @@ def test_a_run_leaves_everything_that_it_should(
     )
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(
+def test_a_run_that_was_stopped_by_a_signal_goes_on_bit_for_bit(
     customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:
-    flags = [
-        *TRAIN,
-        "--images",
-        str(subject),
-        "--model",
-        str(tiny_folder),
-        "--steps",
-        "24",
-        "--checkpointing_steps",
-        "5",
-    ]
+    flags = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder)]
+    flags += ["--steps", "12", "--checkpointing_steps", "5"]
     customize(*flags, "--out", "whole")
-    stopped = Started("customize", *flags, "--out", "parts", cwd=tmp_path)
     log = tmp_path / "parts" / "log.jsonl"
-    deadline = time.time() + 60
-    while time.time() < deadline and (not log.exists() or len(read_jsonl(log)) < 8):
-        time.sleep(0.02)
-    stopped.send_signal(signal.SIGTERM)
-    _, said = stopped.communicate()
-    assert stopped.returncode == 130, said
-    assert "customize train --resume parts" in said
-    assert not (tmp_path / "parts" / LORA_WEIGHTS).exists()
+
+    def terminate(path: Path, line: Any) -> None:
+        append_jsonl(path, line)
+        if line["step"] == 7:
+            assert callable(signal.getsignal(signal.SIGTERM)), "this process would end"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch("backbone.training.run.append_jsonl", terminate):
+        stopped = customize(*flags, "--out", "parts", check=False)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "customize train --resume parts" in stopped.stderr
+    assert 7 <= len(read_jsonl(log)) < 12 and not (tmp_path / "parts" / LORA_WEIGHTS).exists()
     customize("train", "--resume", "parts")
     one, other = (read_tensors(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))
     assert set(one) == set(other)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert [line["step"] for line in read_jsonl(log)] == list(range(1, 25))
+    assert [line["step"] for line in read_jsonl(log)] == list(range(1, 13))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [20])
 def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_that_was_not(
-    customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path, kills: int
+    tmp_path: Path, subject: Path, tiny_folder: Path, kills: int
 ) -> None:
+    customize = partial(run_command, "customize", cwd=tmp_path)
     asked = [*TRAIN, "--images", str(subject), "--model", str(tiny_folder), "--optimizer", "adamw"]
     asked += ["--checkpointing_steps", "3", "--steps", str(20 * kills), "--ema_decay", "0.9"]
     customize(*asked, "--out", "whole")

@@ -344,7 +344,10 @@ def record(folder: str) -> dict[str, Any]:
     return found
 
 
-@each
+@pytest.mark.parametrize(
+    "name",
+    ["xl", "flux-dev", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "pixart")), *SLOWLY],
+)
 def test_every_command_works_on_every_family(
     edit: Callable[..., int], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbone.distributed import processes
+from backbone.distributed import processes, spawn
 from backbone.distributed.spawn import run_workers
 from backbone.io import console
 from backbone.io.console import UserError
@@ -150,7 +150,9 @@ def work_together(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    run_workers(work_together, (folder,), processes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spawn, "PRELOADED", ["torch"])  # nothing here needs diffusers or peft
+        run_workers(work_together, (folder,), processes=2)
     return folder
 
 

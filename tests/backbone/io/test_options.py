@@ -500,7 +500,7 @@ def test_help_of_train_answers_in_less_than_two_fifths_of_a_second(tmp_path: Pat
 
     for program in TRAINS:
         seconds(program)
-        assert min(seconds(program) for _ in range(5)) < 0.4
+        assert any(seconds(program) < 0.4 for _ in range(5))
 
 
 def test_settings_may_be_changed_and_are_checked_again() -> None:

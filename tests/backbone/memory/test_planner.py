@@ -210,7 +210,10 @@ def test_the_batch_is_counted_although_nothing_looks_at_it() -> None:
     assert counted.peak - bare.peak == 4000 + 48 and counted.saved == bare.saved
 
 
-@every
+@pytest.mark.parametrize(
+    "name",  # the UNet of xl is sd's but for its blocks
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in (*NEWER, "xl"))) for name in WRITERS],
+)
 def test_more_rows_need_more_and_checkpointing_less(
     models: dict[str, Backbone], name: str, request: pytest.FixtureRequest
 ) -> None:
