@@ -120,7 +120,7 @@ def test_a_folder_an_animation_a_still_and_a_clip_to_look_at_give_a_map_a_frame(
     tiny: Backbone, net: Path, walk: Path
 ) -> None:
     control, folder = opened(tiny, net, f"sketch={walk / 'maps'}")
-    assert control.frames == 4 and control.hints[0].shape == (1, 4, 3, 64, 64) and len(set(folder)) == 4
+    assert control.frames == 4 and control.hints[0].shape[:2] == (1, 4) and len(set(folder)) == 4
     assert opened(tiny, net, f"sketch={walk / 'walk.webp'}")[1] == folder
     assert opened(tiny, net, f"sketch={walk / 'still.png'}")[1] == folder[:1] * 4
     film = [Image.open(walk / "maps" / f"{number}.png").convert("RGB") for number in range(4)]
