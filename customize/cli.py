@@ -223,6 +223,10 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
             metavar="IMAGE",
         ),
     ] = ()
+    vram: Annotated[
+        float | None,
+        Option("Plan for a device with so many GiB, and draw so that it fits.", MODEL, min=0.1),
+    ] = None
     out: Annotated[
         Path | None,
         Option(
@@ -261,7 +265,9 @@ def sample(asked: SampleOptions) -> None:
     from customize.sampling import OWN, RECORD, Beside, sample_to_folder
 
     on, beside = OWN if asked.fast else asked.on, Beside(asked.references, controls)
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, beside=beside, on=on)
+    sheet = sample_to_folder(
+        prompts, asked, asked.out, concepts=concepts, beside=beside, on=on, vram=asked.vram
+    )
     folder = sheet.parent
     notify(f"{len(prompts) * asked.count} images in {folder}; {sheet} shows them all.")
     if asked.as_json and is_main_rank():

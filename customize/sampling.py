@@ -27,7 +27,13 @@ from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import Condition, describe_conditions, open_conditions, together
+from backbone.models.control import (
+    Condition,
+    describe_conditions,
+    name_networks,
+    open_conditions,
+    together,
+)
 from backbone.models.few_step import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.references import Reference, encode_references, refuse_too_many
@@ -74,13 +80,15 @@ def sample_to_folder(
     concepts: Sequence[Concept] = (),
     beside: Beside = NOTHING_BESIDE,
     on: str = "",
+    vram: float | None = None,
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
     `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
-    one that is known to go with it. The maps of conditions on the layout are written as `condition-0-sketch.png` … and
+    one that is known to go with it. `vram` is the device's memory in GiB to plan for.
+    The maps of conditions on the layout are written as `condition-0-sketch.png` … and
     stand beside the images in the sheet. Image (i, j) depends on the seed, i and j alone, and several processes share
     the work.
 
@@ -96,6 +104,8 @@ def sample_to_folder(
     refuse_too_many(backbone, len(beside.references))
     if out is not None:
         refuse_filled(out)
+    if vram is not None:
+        backbone = _fit(backbone, asked, (rows, columns), beside, vram)
     conditions = open_conditions(
         backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
     )
@@ -136,6 +146,19 @@ def _open_model(
         return backbone, concepts, name
     few = open_few_step(backbone, name_few_step(name) if on == OWN else on)
     return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
+
+
+def _fit(
+    model: Backbone, asked: DrawingOptions, places: tuple[int, int], beside: Beside, vram: float
+) -> Backbone:
+    """The model as it draws on a device of so many GiB; `UserError` where it cannot."""
+    from backbone.memory.drawing import Drawn, fit_drawing
+
+    processes.require_whole_model("--vram counts for a process alone; it")
+    assert asked.guidance is not None
+    networks = name_networks(model, beside.controls)
+    work = Drawn(asked.batch, places, asked.guidance, len(beside.references), networks)
+    return fit_drawing(model, work, vram)
 
 
 def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:

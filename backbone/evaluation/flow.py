@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-WINDOW, ROUNDS, SMALLEST = 7, 4, 16  # pixels of a window, fits at each size, pixels a side of the coarsest one
+WINDOW, ROUNDS, SMALLEST = (
+    7,
+    4,
+    16,
+)  # pixels of a window, fits at each size, pixels a side of the coarsest one
 RIGID = 4.0  # grey levels² a pixel: what a window without contrast is held in its place by
 AWAY, ALONG = 0.5, 0.01  # pixels², and the share of both ways, by which they may miss
 
@@ -54,7 +58,8 @@ def _fit(here: Tensor, there: Tensor) -> Tensor:
     """The step [B, 2, H, W] that brings one picture nearer to another, by least squares about every pixel."""
     dx, dy = _slopes((here + there) / 2)
     change = here - there
-    xx, xy, yy, xt, yt = (_smooth(one) for one in (dx * dx, dx * dy, dy * dy, dx * change, dy * change))
+    products = torch.cat([dx * dx, dx * dy, dy * dy, dx * change, dy * change], 1)
+    xx, xy, yy, xt, yt = _smooth(products).split(1, 1)
     xx, yy = xx + RIGID, yy + RIGID
     area = xx * yy - xy * xy
     step = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / area
@@ -69,7 +74,8 @@ def _slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 def _smooth(values: Tensor) -> Tensor:
     half = WINDOW // 2
-    return F.avg_pool2d(F.pad(values, (half,) * 4, mode="replicate"), WINDOW, 1)
+    padded = F.pad(values, (half,) * 4, mode="replicate")
+    return F.avg_pool2d(F.avg_pool2d(padded, (1, WINDOW), 1), (WINDOW, 1), 1)
 
 
 def carry(values: Tensor, flow: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
     grays = [_smooth(np.asarray(frame.convert("L"), dtype=np.float32)) for frame in frames]
     height, width = grays[0].shape
     middle, size = np.array([(width - 1) / 2, (height - 1) / 2]), np.array([width, height])
-    at = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) * size - 0.5  # of the outermost pixels' edges
+    at = (
+        np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) * size - 0.5
+    )  # of the outermost pixels' edges
     found = [at]
     for here, there in pairwise(grays):
         x, y, growth, turn = _fit_similarity(here, there, _border(here.shape))

@@ -150,6 +150,9 @@ class SplitFileFamily:
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return self.files.find_parts(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return ""
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
             return load_transformer(self.transformer_kind, self.files, location, dtype)

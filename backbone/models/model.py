@@ -39,7 +39,7 @@ from backbone.families.latents import LatentSpace, latent_channels, latent_space
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet import UNetFamily, widen_input
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
 from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
@@ -148,6 +148,8 @@ class Backbone:
     @cached_property
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
+        if licence := self.family.licence(self.location):
+            notify_once(licence)
         with progress(None, f"loading {self.location.name}", brief=True):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
             if self.location.few_step is not None:

@@ -40,6 +40,7 @@ from customize.clips.sparse import describe_given_frames, given_frames, open_giv
 
 RECORD = "run.json"
 REPORT = "report.html"
+PATH_FILE = "camera.txt"  # the path of the clips' camera, as lines
 CLIPS = Path("clips")
 
 
@@ -100,7 +101,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         }
         maps = write_maps(folder, conditions, asked)
         if path is not None:
-            write_text(folder / "camera.txt", as_lines(path, asked.fps))
+            write_text(folder / PATH_FILE, as_lines(path, asked.fps))
         publish(folder, requests, prompts, films, record, maps)
     return folder
 

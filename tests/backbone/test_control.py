@@ -199,17 +199,18 @@ def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
     assert torch.equal(plain[0], under[0]) and not torch.allclose(plain[1], under[1], atol=1e-3)
 
 
-def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets) -> None:
-    for name, inner in ((nets.controlnets[0], "controlnet_cond_embedding"), (nets.adapters[0], "adapter")):
-        network = open_control(nets.model, name).network
-        asked: list[int] = []
-        handle = network.module.get_submodule(inner).register_forward_hook(lambda *call: asked.append(1))
-        control = Control.of(network, maps(1))
-        drawn(nets.model, [control], steps=3)
-        handle.remove()
-        assert len(asked) == 1, inner
-        same_layout = [hint.is_contiguous(memory_format=torch.channels_last) for hint in control.hints]
-        assert all(same_layout) or inner != "adapter"  # so that adding them is no copy
+@pytest.mark.parametrize("inner", ["controlnet_cond_embedding", "adapter"])
+def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets, inner: str) -> None:
+    name = nets.adapters[0] if inner == "adapter" else nets.controlnets[0]
+    network = open_control(nets.model, name).network
+    asked: list[int] = []
+    handle = network.module.get_submodule(inner).register_forward_hook(lambda *call: asked.append(1))
+    control = Control.of(network, maps(1))
+    drawn(nets.model, [control], steps=3)
+    handle.remove()
+    assert len(asked) == 1
+    same_layout = [hint.is_contiguous(memory_format=torch.channels_last) for hint in control.hints]
+    assert all(same_layout) or inner != "adapter"  # so that adding them is no copy
 
 
 def test_a_net_that_reads_colours_from_blue_to_red_answers_as_in_diffusers(

@@ -1,0 +1,116 @@
+"""What drawing images asks of memory, and the cheapest savings with which it fits a device (`--vram`).
+
+Everything stays loaded while images are drawn: text encoders, denoiser, control networks, autoencoder. On top come, one
+after the other, the encoding of references, a guided call of the denoiser, the decoding. Bytes are counted from the
+configs alone, as for a training run; an adapter's, which are few beside these, are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backbone.conditions.control import Control
+from backbone.memory.planner import (
+    MemoryEstimator,
+    MemorySettings,
+    Phase,
+    Workload,
+    fit,
+    precision_name,
+)
+from backbone.models.control import controlled_family, outline_control
+from backbone.models.model import Backbone
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn.
+
+    batch       so many images together
+    places      the latents' size (H, W)
+    guidance    its scale; 1 is none
+    references  images beside each prompt
+    networks    control networks by their names, one for each condition
+    """
+
+    batch: int
+    places: tuple[int, int]
+    guidance: float
+    references: int = 0
+    networks: Sequence[str] = ()
+
+
+class DrawingEstimator(MemoryEstimator):
+    """Counts the bytes of drawing images."""
+
+    def __init__(self, model: Backbone, drawn: Drawn, *, device: str = "cuda") -> None:
+        work = Workload(lambda denoiser: (), drawn.batch, queries_base=False, references=drawn.references)
+        super().__init__(model, work, device=device)
+        self.drawn = drawn
+        self.latent_shape = (*model.latent_shape[:-2], *drawn.places)
+        self.outlines = {name: outline_control(model, name) for name in drawn.networks}
+
+    def phases(self, choice: MemorySettings) -> dict[str, Phase]:
+        """The phases, in order."""
+        precision, placement = choice.precision, choice.placement
+        sizes = self.model_sizes(precision)
+        text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
+        networks = sum(one.bytes_in(choice.dtype) for one in self.outlines.values())
+        resident = self.denoiser_bytes(choice) + networks + sizes.autoencoder + text_encoders
+        batch = 1 if placement.one_by_one else self.drawn.batch
+        rows = batch * (2 if self.is_called_twice(precision) else 1)
+        found = {}
+        if self.drawn.references:
+            encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
+            found["references"] = Phase(resident, encoding)
+        drawing = self.forward_bytes(precision, rows) + self.unpacked_layer_bytes(choice)
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+        return found | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
+
+    def is_called_twice(self, precision: str) -> bool:
+        """Whether guidance takes a second row for each image."""
+        if self.drawn.guidance == 1:
+            return False
+        blank = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
+        network = self.meta_denoiser(precision)
+        return self.model.family.embed_guidance(network, blank, self.drawn.guidance) is None
+
+    def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
+        if not self.outlines:
+            return ()
+        family, factor = controlled_family(self.model), self.model.factor
+        sides = [places * factor for places in self.drawn.places]
+        dtype = next(network.parameters()).dtype
+
+        def encode(maps: Tensor, *, shifted: bool) -> Tensor:
+            return maps.new_zeros(len(maps), *self.latent_shape)
+
+        controls = []
+        for name in self.drawn.networks:
+            module = self.outlines[name].module
+            if module is None:
+                continue
+            control = family.control_network(nn.Module.to(module, dtype), network, encode)
+            controls.append(Control.of(control, torch.zeros(rows, 3, *sides, device="meta")))
+        return tuple(controls)
+
+    def ways_out(self) -> list[str]:
+        return [
+            *(["leave a --reference out"] if self.drawn.references else []),
+            *(["leave a --condition out"] if self.drawn.networks else []),
+            "draw smaller images",
+        ]
+
+
+def fit_drawing(model: Backbone, drawn: Drawn, size: float) -> Backbone:
+    """The (unloaded) model as it draws on its device of `size` GiB, by a plan that is printed.
+
+    Raises `UserError` where nothing fits.
+    """
+    start = MemorySettings(precision_name(model), placement=model.placement)
+    placed, _ = fit(DrawingEstimator(model, drawn, device=model.device.type), size, start)
+    return placed

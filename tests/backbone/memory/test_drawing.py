@@ -1,0 +1,113 @@
+"""Bytes of drawing: control networks and references are counted as they are, and what cannot fit is told beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from backbone.conditions.control import Control
+from backbone.io.console import UserError
+from backbone.io.files import read_json, write_json, write_tensors
+from backbone.memory.count import forward_peak_bytes, tensor_bytes
+from backbone.memory.drawing import DrawingEstimator, Drawn
+from backbone.memory.planner import MemorySettings
+from backbone.models.control import open_control
+from backbone.models.model import Backbone
+from backbone.models.placement import Placement
+from customize.cli import app
+from tests import tiny as models
+from tests.backbone.memory.test_planner import PUBLISHED
+from tests.backbone.test_control import adapter, controlnet
+
+PLAIN = MemorySettings("fp32")
+
+
+@pytest.fixture(params=["controlnet", "adapter"])
+def network(request: pytest.FixtureRequest, tiny: Backbone, tmp_path: Path) -> Path:
+    if request.param == "adapter":
+        return adapter(tmp_path / "net", 0)
+    return controlnet(tiny.denoiser, tmp_path / "net", 0)
+
+
+def drawn(**more: object) -> Drawn:
+    return replace(Drawn(2, (8, 8), 4.0), **more)  # type: ignore[arg-type]
+
+
+def test_a_plan_counts_a_control_network_and_its_answer_as_a_real_call_has_them(
+    tiny: Backbone, network: Path
+) -> None:
+    plain = DrawingEstimator(tiny, drawn(), device="cpu").phases(PLAIN)["drawing"]
+    counted = DrawingEstimator(tiny, drawn(networks=(str(network),)), device="cpu").phases(PLAIN)["drawing"]
+    control = open_control(tiny, str(network)).network
+    assert counted.resident_bytes - plain.resident_bytes == tensor_bytes(control.module.parameters())
+    rows = 4  # two images, each with a row without its prompt
+    text = tiny.family.spec(tiny.location, tiny.dtype).blank_text(rows, "cpu")
+    under = replace(text, controls=(Control.of(control, torch.zeros(rows, 3, 64, 64)),))
+    noisy, time = torch.zeros(rows, *tiny.latent_shape), torch.zeros(rows)
+    inside = [*tiny.denoiser.parameters(), *control.module.parameters()]
+    weights = torch.nn.Module()
+    weights.weights = torch.nn.ParameterList(inside)
+    real = forward_peak_bytes(
+        weights,
+        lambda: tiny.family.network(tiny.denoiser, under)(noisy, time),
+        device="cpu",
+        inputs=[noisy, *under.tensors()],
+    )
+    assert counted.transient_bytes == pytest.approx(real, rel=0.02) and real > plain.transient_bytes
+
+
+def test_a_network_in_a_file_is_counted_by_its_header(tiny: Backbone, network: Path) -> None:
+    module = open_control(tiny, str(network)).network.module
+    file = network.with_suffix(".safetensors")
+    write_tensors(file, {name: value.contiguous() for name, value in module.state_dict().items()}, {})
+    one, other = (
+        DrawingEstimator(tiny, drawn(networks=(str(name),)), device="cpu").phases(PLAIN)["drawing"]
+        for name in (network, file)
+    )
+    assert one.resident_bytes == other.resident_bytes
+
+
+def test_guidance_takes_a_second_row_and_a_larger_picture_more(tiny: Backbone) -> None:
+    usual, alone, wide, small = (
+        DrawingEstimator(tiny, one, device="cpu").phases(choice)["drawing"].transient_bytes
+        for one, choice in (
+            (drawn(), PLAIN),
+            (drawn(guidance=1.0), PLAIN),
+            (drawn(places=(8, 16)), PLAIN),
+            (drawn(), MemorySettings("fp32", placement=Placement(one_by_one=True))),
+        )
+    )
+    assert alone == small < usual < wide
+
+
+def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> None:
+    model = Backbone.open(str(models.tiny_flux2_klein(tmp_path / "m")), device="cpu", precision="fp32")
+    none, two = (
+        DrawingEstimator(model, drawn(places=model.latent_shape[-2:], references=count)).phases(PLAIN)
+        for count in (0, 2)
+    )
+    assert "references" in two and "references" not in none
+    assert two["drawing"].transient_bytes > none["drawing"].transient_bytes
+
+
+def test_what_does_not_fit_is_told_before_anything_is_loaded(tmp_path: Path, tiny_folder: Path) -> None:
+    write_json(tmp_path / "sd15" / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    for part in ("unet", "vae", "text_encoder"):  # no weights at all
+        write_json(tmp_path / "sd15" / part / "config.json", read_json(PUBLISHED / part / "config.json"))
+
+    def call(model: Path, *more: object) -> Any:
+        words = ("sample", "a dog", "--model", model, "--steps", 1, "--device", "cpu", "--precision", "fp32")
+        return CliRunner().invoke(app, [str(one) for one in (*words, *more, "--out", tmp_path / "out")])
+
+    done = call(tmp_path / "sd15", "--vram", 0.5)
+    assert isinstance(done.exception, UserError)
+    assert "does not fit 0.5 GiB: with every saving enabled, drawing needs" in str(done.exception)
+    assert "raw smaller images" in str(done.exception) and not (tmp_path / "out").exists()
+    done = call(tiny_folder, "--vram", 1)
+    assert done.exit_code == 0 and "drawing" in done.stderr
+    assert (tmp_path / "out" / "p00-s00.png").exists()
