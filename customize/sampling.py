@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def sample_to_folder(
     if out is not None:
         refuse_filled(out)
     if vram is not None:
-        backbone = _fit(backbone, asked, (rows, columns), beside, vram)
+        together = min(asked.batch, len(prompts) * asked.count)
+        backbone = _fit(backbone, replace(asked, batch=together), (rows, columns), beside, vram)
     conditions = open_conditions(
         backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
     )

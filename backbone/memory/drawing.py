@@ -1,16 +1,18 @@
-"""What drawing images asks of memory, and the cheapest savings with which it fits a device (`--vram`).
+"""What drawing images and clips asks of memory, and the cheapest savings with which it fits a device (`--vram`).
 
-Everything stays loaded while images are drawn: text encoders, denoiser, control networks, autoencoder. On top come, one
-after the other, the encoding of references, a guided call of the denoiser, the decoding. Bytes are counted from the
-configs alone, as for a training run; an adapter's, which are few beside these, are not.
+Everything stays loaded meanwhile: text encoders, denoiser, motion adapter, control networks, autoencoder. On top come,
+one after the other, the encoding of references, a guided call of the denoiser, the decoding. Bytes are counted from the
+configs alone, as for a training run; a LoRA's, which are few beside these, are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers import MotionAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.control import Control
@@ -23,18 +25,21 @@ from backbone.memory.planner import (
     precision_name,
 )
 from backbone.models.control import controlled_family, outline_control
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, decoded_together
+from backbone.models.motion import attach_motion, clip_of
 
 
 @dataclass(frozen=True)
 class Drawn:
     """What is drawn.
 
-    batch       so many images together
+    batch       so many images or clips together
     places      the latents' size (H, W)
     guidance    its scale; 1 is none
     references  images beside each prompt
     networks    control networks by their names, one for each condition
+    frames      of a clip that go through the network together; 0: images
+    motion      the adapter that links them
     """
 
     batch: int
@@ -42,13 +47,15 @@ class Drawn:
     guidance: float
     references: int = 0
     networks: Sequence[str] = ()
+    frames: int = 0
+    motion: MotionAdapter | None = None
 
 
 class DrawingEstimator(MemoryEstimator):
     """Counts the bytes of drawing images."""
 
     def __init__(self, model: Backbone, drawn: Drawn, *, device: str = "cuda") -> None:
-        work = Workload(lambda denoiser: (), drawn.batch, queries_base=False, references=drawn.references)
+        work = Workload(self._attach, drawn.batch, queries_base=False, references=drawn.references)
         super().__init__(model, work, device=device)
         self.drawn = drawn
         self.latent_shape = (*model.latent_shape[:-2], *drawn.places)
@@ -60,15 +67,16 @@ class DrawingEstimator(MemoryEstimator):
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
         networks = sum(one.bytes_in(choice.dtype) for one in self.outlines.values())
-        resident = self.denoiser_bytes(choice) + networks + sizes.autoencoder + text_encoders
-        batch = 1 if placement.one_by_one else self.drawn.batch
-        rows = batch * (2 if self.is_called_twice(precision) else 1)
+        resident = self.denoiser_bytes(choice) + sizes.beside + networks + sizes.autoencoder + text_encoders
+        pictures = (1 if placement.one_by_one else self.drawn.batch) * max(1, self.drawn.frames)
+        rows = pictures * (2 if self.is_called_twice(precision) else 1)
         found = {}
         if self.drawn.references:
             encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
             found["references"] = Phase(resident, encoding)
         drawing = self.forward_bytes(precision, rows) + self.unpacked_layer_bytes(choice)
-        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+        together = min(pictures, decoded_together(self.drawn.places, self.model.factor))
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
         return found | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
 
     def is_called_twice(self, precision: str) -> bool:
@@ -78,6 +86,25 @@ class DrawingEstimator(MemoryEstimator):
         blank = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
         network = self.meta_denoiser(precision)
         return self.model.family.embed_guidance(network, blank, self.drawn.guidance) is None
+
+    def make_call(
+        self, network: nn.Module, precision: str, rows: int
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        forward, inputs = super().make_call(network, precision, rows)
+
+        def call() -> Tensor:
+            with clip_of(network, self.drawn.frames):
+                return forward()
+
+        return call, inputs
+
+    def _attach(self, denoiser: nn.Module) -> tuple[Tensor, ...]:
+        """Put the motion adapter into a denoiser on `meta`; nothing learns."""
+        if self.drawn.motion is not None:
+            with torch.device("meta"):
+                adapter: Any = MotionAdapter.from_config(self.drawn.motion.config)
+            attach_motion(denoiser, adapter.requires_grad_(False))
+        return ()
 
     def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
         if not self.outlines:
@@ -102,6 +129,7 @@ class DrawingEstimator(MemoryEstimator):
         return [
             *(["leave a --reference out"] if self.drawn.references else []),
             *(["leave a --condition out"] if self.drawn.networks else []),
+            *(["ask for fewer --frames at once"] if self.drawn.frames else []),
             "draw smaller images",
         ]
 

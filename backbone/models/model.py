@@ -10,6 +10,7 @@ Parts load when first used and can be freed again, so a training run never holds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -58,6 +59,11 @@ USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is 
 }
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
+
+
+def decoded_together(places: Sequence[int], factor: int) -> int:
+    """How many latents of so many places are decoded in one call."""
+    return max(1, DECODED_AT_ONCE // (math.prod(places) * factor**2))
 
 
 class Posterior(NamedTuple):
@@ -398,8 +404,8 @@ class Backbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
-        pixels = latents[0, 0].numel() * self.factor**2  # of one sample, all its frames
-        portions = latents.split(max(1, DECODED_AT_ONCE // pixels))
+        # Of one sample, all its frames
+        portions = latents.split(decoded_together(latents[0, 0].shape, self.factor))
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
     def encode_clip(self, clip: Tensor) -> Tensor:

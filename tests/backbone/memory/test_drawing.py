@@ -18,6 +18,7 @@ from backbone.memory.drawing import DrawingEstimator, Drawn
 from backbone.memory.planner import MemorySettings
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
+from backbone.models.motion import attach_motion, clip_of, detach_motion
 from backbone.models.placement import Placement
 from customize.cli import app
 from tests import tiny as models
@@ -83,6 +84,28 @@ def test_guidance_takes_a_second_row_and_a_larger_picture_more(tiny: Backbone) -
         )
     )
     assert alone == small < usual < wide
+
+
+def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) -> None:
+    adapter = models.tiny_motion_adapter()
+    clip = drawn(batch=1, frames=4, motion=adapter)
+    counted = DrawingEstimator(tiny, clip, device="cpu").phases(PLAIN)["drawing"]
+    stills = DrawingEstimator(tiny, drawn(batch=4), device="cpu").phases(PLAIN)["drawing"]
+    assert counted.resident_bytes - stills.resident_bytes == tensor_bytes(adapter.parameters())
+    rows = 8  # four frames, each with a row without its prompt
+    text = tiny.family.spec(tiny.location, tiny.dtype).blank_text(rows, "cpu")
+    noisy, time = torch.zeros(rows, *tiny.latent_shape), torch.zeros(rows)
+    attach_motion(tiny.denoiser, adapter)
+    with clip_of(tiny.denoiser, 4):
+        real = forward_peak_bytes(
+            tiny.denoiser,
+            lambda: tiny.family.network(tiny.denoiser, text)(noisy, time),
+            device="cpu",
+            inputs=[noisy, *text.tensors()],
+        )
+    detach_motion(tiny.denoiser)
+    assert counted.transient_bytes == pytest.approx(real, rel=0.02)
+    assert real > stills.transient_bytes
 
 
 def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> None:
