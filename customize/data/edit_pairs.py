@@ -19,6 +19,7 @@ from typing import Any
 
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
+from backbone.io.prompts import is_caption
 from backbone.io.records import inside, parse_json, read_as
 from backbone.media.decode import BadImageError
 from backbone.media.pictures import ImageRecord, list_images
@@ -43,7 +44,6 @@ CLOSELY = 256  # … at so many pixels
 HELD_OUT = 8  # pairs at most, where no number is asked for
 EQUAL = 48.0  # dB: closer images are the same
 ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
-VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
         found.append(
             f"All pairs have the instruction “{told[0]}”: what the model learns answers to any words."
         )
-    captions = [one for one in set(told) if one.split()[0].lower() in VERBLESS]
+    captions = [one for one in sorted(set(told)) if is_caption(one)]
     if told and 2 * len(captions) > len(set(told)):
         found.append(
             f"“{captions[0]}” describes an image and says not what to do. Write instructions: “make it snow”."
