@@ -146,7 +146,9 @@ def check_pairs(asked: CheckOptions) -> None:
         notify(f"Warning: {warning}")
     if wrong:
         lines = "\n".join(f"  {sentence}" for sentence in wrong)
-        raise UserError(f"{count_of(len(wrong), 'pair')} of {len(pairs)} cannot be used:\n{lines}")
+        raise UserError(
+            f"The {len(pairs)} pairs in {asked.pairs} cannot be learned from as they are:\n{lines}"
+        )
     notify(f"{count_of(len(pairs), 'pair')} in {asked.pairs} can be used.")
     if asked.as_json:
         print_json({"pairs": len(pairs), "warnings": doubtful})

@@ -157,8 +157,8 @@ def _fit(
 
     processes.require_whole_model("--vram counts for a process alone; it")
     assert asked.guidance is not None
-    networks = name_networks(model, beside.controls)
-    work = Drawn(asked.batch, places, asked.guidance, len(beside.references), networks)
+    conditions = name_networks(model, beside.controls)
+    work = Drawn(asked.batch, places, asked.guidance, len(beside.references), conditions)
     return fit_drawing(model, work, vram)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.files import IS_GGUF, content_hash, read_json, write_json
 from backbone.io.records import inside, read_as
 
 CONCEPT_FILE = "concept.json"
@@ -96,6 +96,8 @@ def _why_no_run(folder: Path) -> str:
     if not folder.exists():
         return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     if folder.is_file():
+        if folder.suffix.lower() == ".gguf":
+            return f"{folder} {IS_GGUF}"
         return (
             f"{folder} is a file, not a run folder. Make one of it: customize import {folder} --out runs/NAME"
         )

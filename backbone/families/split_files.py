@@ -22,7 +22,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.families import loading, text_encoders
 from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
-from backbone.families.latents import latent_channels, pixels_per_latent
+from backbone.families.latents import has_frames, latent_channels, patch_size, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
@@ -40,6 +40,7 @@ NOT_TEXT = (
     r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
 )
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
+NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
 SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
 
 
@@ -195,6 +196,49 @@ def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: to
     return build_network(kind, location, TRANSFORMER, converted)
 
 
+def refuse_other_parts(location: Location) -> None:
+    """`UserError` where a component's file is told by its header to be another model's, before anything is loaded.
+
+    Looked at are the width and the number of layers of a text encoder, and the latents of an autoencoder.
+    """
+    if TEXT in location.parts:
+        header = read_header(location.parts[TEXT])
+        said = location.config(TEXT)
+        inner = said.get("text_config", said)
+        width, layers = (
+            ("hidden_size", "num_hidden_layers") if "hidden_size" in inner else ("d_model", "num_layers")
+        )
+        wanted = inner.get(width), inner.get(layers)
+        if None not in wanted and size_of_text(header) != wanted:
+            raise other_part(location, TEXT)
+    if VAE in location.parts:
+        header, config = read_header(location.parts[VAE]), location.config(VAE)
+        kernel = next((s for n, s in header.shapes.items() if n.endswith(AUTOENCODER_MARKS[:2])), ())
+        channels = latent_channels(config) // patch_size(config) ** 2
+        if len(kernel) > 3 and (kernel[1] != channels or (len(kernel) == 5) != has_frames(config)):
+            raise other_part(location, VAE)
+
+
+def size_of_text(header: Header) -> tuple[int, int]:
+    """The width and the number of layers of a language model, or T5's, of a file that has more beside it."""
+    prefix = text_prefix(header) or ""
+    own = {n.removeprefix(prefix): s for n, s in header.shapes.items() if not re.search(NOT_TEXT, n)}
+    marks = (T5_MARK, "embed_tokens.weight")
+    width = next(shape[1] for name, shape in own.items() if name.endswith(marks))
+    layers = {found[1] for name in own if (found := re.search(r"(?:^|\.)(?:layers|block)\.(\d+)\.", name))}
+    return width, len(layers)
+
+
+def other_part(location: Location, part: str) -> UserError:
+    """The `UserError` for a component's file that does not fit the component's config."""
+    config = location.local(f"{part}/config.json")
+    return UserError(
+        f"The {NAMES[part]} in {location.file_of(part)} is not built as {config} says: it is that of another model, or of "
+        f"another size. Give the one that {location.file_of(TRANSFORMER)} was published with, or put its "
+        f"{part}/config.json beside that file."
+    )
+
+
 def load_autoencoder(
     kind: Any, location: Location, dtype: torch.dtype, convert: Convert | None = None
 ) -> nn.Module:
@@ -265,11 +309,7 @@ def load_text_model(
     beside = NOT_TEXT if not whole else r"lm_head\."
     tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
     if {name: value.shape for name, value in tensors.items()} != expected:
-        raise UserError(
-            f"The text encoder in {file} is not built as {location.local(f'{TEXT}/config.json')} says: it is that of "
-            f"another model, or of another size. Give the one that {location.name} was published with, or put its "
-            f"{TEXT}/config.json beside the file."
-        )
+        raise other_part(location, TEXT)
     with refuse_damaged(location.name, TEXT):
         return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 

@@ -261,8 +261,10 @@ def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
     """`UserError` for what is not white lines on black."""
     name, kind = asked.path, asked.kind
     ink = drawn.mean(2) / 255
-    if drawn.min() > 127:
+    if drawn.min() > 215:
         raise UserError(f"{name} is white everywhere, so it says nothing. Draw white lines on black.")
+    if drawn.min() > 127:
+        refuse_empty(drawn, asked)
     grey = float(((ink > GREY[0]) & (ink < GREY[1])).mean())
     if grey > MOST_GREY or saturation(drawn) > MOST_COLOUR:
         raise UserError(

@@ -28,6 +28,8 @@ from backbone.models.control import controlled_family, outline_control
 from backbone.models.model import Backbone, decoded_together
 from backbone.models.motion import attach_motion, clip_of
 
+PART = "control"  # of the planned denoiser: control networks are counted with it
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -37,7 +39,7 @@ class Drawn:
     places      the latents' size (H, W)
     guidance    its scale; 1 is none
     references  images beside each prompt
-    networks    control networks by their names, one for each condition
+    conditions  the kind of each map and the name of the network that reads it
     frames      of a clip that go through the network together; 0: images
     motion      the adapter that links them
     """
@@ -46,7 +48,7 @@ class Drawn:
     places: tuple[int, int]
     guidance: float
     references: int = 0
-    networks: Sequence[str] = ()
+    conditions: Sequence[tuple[str, str]] = ()
     frames: int = 0
     motion: MotionAdapter | None = None
 
@@ -59,15 +61,15 @@ class DrawingEstimator(MemoryEstimator):
         super().__init__(model, work, device=device)
         self.drawn = drawn
         self.latent_shape = (*model.latent_shape[:-2], *drawn.places)
-        self.outlines = {name: outline_control(model, name) for name in drawn.networks}
+        self.outlines = {name: outline_control(model, name) for _, name in drawn.conditions}
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """The phases, in order."""
         precision, placement = choice.precision, choice.placement
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
-        networks = sum(one.bytes_in(choice.dtype) for one in self.outlines.values())
-        resident = self.denoiser_bytes(choice) + sizes.beside + networks + sizes.autoencoder + text_encoders
+        files = choice.dtype.itemsize * sum(one.numbers for one in self.outlines.values())
+        resident = self.denoiser_bytes(choice) + sizes.beside + files + sizes.autoencoder + text_encoders
         pictures = (1 if placement.one_by_one else self.drawn.batch) * max(1, self.drawn.frames)
         rows = pictures * (2 if self.is_called_twice(precision) else 1)
         found = {}
@@ -99,11 +101,15 @@ class DrawingEstimator(MemoryEstimator):
         return call, inputs
 
     def _attach(self, denoiser: nn.Module) -> tuple[Tensor, ...]:
-        """Put the motion adapter into a denoiser on `meta`; nothing learns."""
+        """Put the motion adapter and the control networks into a denoiser on `meta`; nothing learns."""
         if self.drawn.motion is not None:
             with torch.device("meta"):
                 adapter: Any = MotionAdapter.from_config(self.drawn.motion.config)
             attach_motion(denoiser, adapter.requires_grad_(False))
+        dtype = next(denoiser.parameters()).dtype
+        for number, one in enumerate(self.outlines.values()):
+            if one.spec is not None:
+                denoiser.add_module(f"{PART}_{number}", nn.Module.to(one.spec.instantiate(), dtype))
         return ()
 
     def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
@@ -111,24 +117,23 @@ class DrawingEstimator(MemoryEstimator):
             return ()
         family, factor = controlled_family(self.model), self.model.factor
         sides = [places * factor for places in self.drawn.places]
-        dtype = next(network.parameters()).dtype
 
         def encode(maps: Tensor, *, shifted: bool) -> Tensor:
             return maps.new_zeros(len(maps), *self.latent_shape)
 
         controls = []
-        for name in self.drawn.networks:
-            module = self.outlines[name].module
-            if module is None:
+        for kind, name in self.drawn.conditions:
+            if self.outlines[name].spec is None:
                 continue
-            control = family.control_network(nn.Module.to(module, dtype), network, encode)
+            part = network.get_submodule(f"{PART}_{list(self.outlines).index(name)}")
+            control = family.control_network(part, network, encode).for_kind(kind)
             controls.append(Control.of(control, torch.zeros(rows, 3, *sides, device="meta")))
         return tuple(controls)
 
     def ways_out(self) -> list[str]:
         return [
             *(["leave a --reference out"] if self.drawn.references else []),
-            *(["leave a --condition out"] if self.drawn.networks else []),
+            *(["leave a --condition out"] if self.drawn.conditions else []),
             *(["ask for fewer --frames at once"] if self.drawn.frames else []),
             "draw smaller images",
         ]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork
-from backbone.families.base import diffusers_spec
+from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.loading import WEIGHTS, load_network
 from backbone.families.location import Location, find_hub_file
@@ -216,7 +216,7 @@ def _open(
     opened: dict[str, OpenedControl],
 ) -> tuple[Condition, ...]:
     """The conditions, a row for each map that `read` gives of one."""
-    named = name_networks(model, asked)
+    named = [name for _, name in name_networks(model, asked)]
     found = {name: find_control(name) for name in named}
     ready = []
     for said, name in zip(asked, named, strict=True):
@@ -386,14 +386,10 @@ def _fetch(repository: str) -> Path:
 
 @dataclass(frozen=True)
 class ControlOutline:
-    """A control network that is not loaded: its module on `meta`, or None and the numbers in a file of it."""
+    """A control network that is not loaded: how to construct it, or None and how many numbers its file holds."""
 
-    module: nn.Module | None
-    numbers: int
-
-    def bytes_in(self, dtype: torch.dtype) -> int:
-        """Of its weights."""
-        return self.numbers * dtype.itemsize
+    spec: ModuleSpec | None
+    numbers: int = 0
 
 
 def outline_control(model: Backbone, name: str) -> ControlOutline:
@@ -403,16 +399,20 @@ def outline_control(model: Backbone, name: str) -> ControlOutline:
         shapes = read_header(found.place).shapes.values()
         return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
     kind, location, part = _class_of(model, controlled_family(model).control_classes, found)
-    module = diffusers_spec(kind, location, part, model.dtype).instantiate()
-    return ControlOutline(module, sum(value.numel() for value in module.parameters()))
+    return ControlOutline(diffusers_spec(kind, location, part, model.dtype))
 
 
-def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[str]:
-    """The network of each condition: the one that was named, or the model's own; `UserError` where there is none."""
+def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[tuple[str, str]]:
+    """The kind of each map and its network: the one that was named, or the model's own.
+
+    Raises `UserError` where there is none, and for a kind that it does not read.
+    """
     if not asked:
         return []
     controlled_family(model)
-    return [one.network or _embedded(model, one.map.kind) for one in asked]
+    named = [one.network or _embedded(model, one.map.kind) for one in asked]
+    known = (_of_known_kind(one, find_control(name)) for one, name in zip(asked, named, strict=True))
+    return [(one.map.kind, name) for one, name in zip(known, named, strict=True)]
 
 
 def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.Module:

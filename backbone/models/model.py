@@ -145,6 +145,10 @@ class Backbone:
                 )  # fmt: skip
                 opened.refuse_other_task(by_instruction=by_instruction, from_picture=from_picture)
                 opened.refuse_resolution()
+                if location.parts:
+                    from backbone.families.split_files import refuse_other_parts  # diffusers' converters
+
+                    refuse_other_parts(location)
                 return opened
         served = ", ".join(family.name for family in families())
         raise UserError(

@@ -122,7 +122,7 @@ def fit(model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int
         min(asked.batch, count),
         places,
         asked.guidance,
-        networks=name_networks(model, asked.controls),
+        conditions=name_networks(model, asked.controls),
         frames=min(asked.frames, asked.context_length or asked.frames),
         motion=read_motion_adapter(asked.motion) if asked.motion else None,
     )

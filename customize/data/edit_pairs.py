@@ -202,10 +202,11 @@ def _from_folders(folder: Path) -> list[EditPair]:
 def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
     """(what has to be mended, what may be a mistake): sentences, each with the file.
 
-    Opens every image. A pair has to have one shape, differ, lie pixel on pixel, and say what was done.
+    Opens every image. A pair has to have one shape, differ, lie pixel on pixel, and say what was done; what has to be
+    mended is what `usable_pairs` refuses.
     """
-    wrong: list[str] = []
-    doubtful = check_instructions(pairs)
+    wrong = check_instructions(pairs)
+    doubtful: list[str] = []
     seen: dict[str, str] = {}
     with progress(len(pairs), "comparing", brief=True) as bar:
         for pair in pairs:
@@ -213,8 +214,8 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
                 found = compare_pair(pair)
             except BadImageError as error:
                 found = Found(wrong=[f"{error.name} {error.reason}."])
-            wrong += found.wrong
-            doubtful += [*found.drifted, *found.doubtful]
+            wrong += [*found.wrong, *found.drifted]
+            doubtful += found.doubtful
             both = pair.source.content_hash + pair.target.content_hash if not found.wrong else pair.name
             if both in seen:
                 doubtful.append(f"{pair.name} and {seen[both]} are the same pair. Keep one of them.")

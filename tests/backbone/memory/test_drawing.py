@@ -43,7 +43,9 @@ def test_a_plan_counts_a_control_network_and_its_answer_as_a_real_call_has_them(
     tiny: Backbone, network: Path
 ) -> None:
     plain = DrawingEstimator(tiny, drawn(), device="cpu").phases(PLAIN)["drawing"]
-    counted = DrawingEstimator(tiny, drawn(networks=(str(network),)), device="cpu").phases(PLAIN)["drawing"]
+    counted = DrawingEstimator(tiny, drawn(conditions=(("edges", str(network)),)), device="cpu").phases(
+        PLAIN
+    )["drawing"]
     control = open_control(tiny, str(network)).network
     assert counted.resident_bytes - plain.resident_bytes == tensor_bytes(control.module.parameters())
     rows = 4  # two images, each with a row without its prompt
@@ -67,7 +69,9 @@ def test_a_network_in_a_file_is_counted_by_its_header(tiny: Backbone, network: P
     file = network.with_suffix(".safetensors")
     write_tensors(file, {name: value.contiguous() for name, value in module.state_dict().items()}, {})
     one, other = (
-        DrawingEstimator(tiny, drawn(networks=(str(name),)), device="cpu").phases(PLAIN)["drawing"]
+        DrawingEstimator(tiny, drawn(conditions=(("edges", str(name)),)), device="cpu").phases(PLAIN)[
+            "drawing"
+        ]
         for name in (network, file)
     )
     assert one.resident_bytes == other.resident_bytes

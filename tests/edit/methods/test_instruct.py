@@ -128,7 +128,14 @@ def test_guidance_is_over_three_predictions(model: Backbone) -> None:
 
 def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: Path) -> None:
     photo().save(tmp_path / "photo.png")
-    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "a green dog", "--then", "make it snow"]
+    words = [
+        "instruct",
+        str(tmp_path / "photo.png"),
+        "--instruction",
+        "a green dog",
+        "--then",
+        "make it snow",
+    ]
     out = tmp_path / "run"
     more = ["--model", str(folder), "--steps", "2", "--keep", "none", "--no-metrics", "--out", str(out)]
     said = CliRunner().invoke(app, [*words, *more])
