@@ -233,8 +233,8 @@ def other_part(location: Location, part: str) -> UserError:
     """The `UserError` for a component's file that does not fit the component's config."""
     config = location.local(f"{part}/config.json")
     return UserError(
-        f"The {NAMES[part]} in {location.file_of(part)} is not built as {config} says: it is that of another model, or of "
-        f"another size. Give the one that {location.file_of(TRANSFORMER)} was published with, or put its "
+        f"The {NAMES[part]} in {location.file_of(part)} is not built as {config} says: it is that of another model, or "
+        f"of another size. Give the one that {location.file_of(TRANSFORMER)} was published with, or put its "
         f"{part}/config.json beside that file."
     )
 

@@ -161,7 +161,7 @@ def compute_map(kind: str, picture: Image.Image) -> Image.Image:
     """The map of a picture, RGB of its size; `UserError` for a kind that another network has to find."""
     if kind not in COMPUTED:
         raise UserError(
-            f"{kind.capitalize()} of a picture are found by another network, which is not here. Give the map itself: "
+            f"A map of {kind} is found by another network, which is not here. Give the map itself: "
             f"--condition {kind}=map.png; without a network there are {', '.join(COMPUTED)}."
         )
     pixels = as_hints(picture)[0]
