@@ -60,10 +60,12 @@ SHAPES = {
 class Row(NamedTuple):
     """Bytes of the training step as it comes, and the plan for a smaller device: what it changes, its largest phase.
 
-    changes  None where nothing fits
+    parameters  of the network
+    changes     None where nothing fits
     """
 
     name: str
+    parameters: int
     training: int
     changes: Sequence[str] | None
     planned: int
@@ -88,12 +90,13 @@ def count(model: Backbone, size: float) -> Row:
     estimator = MemoryEstimator(model, work_of(model, resolved(asked, model.defaults)))
     start = MemorySettings("bf16", checkpointing=True, placement=Placement())
     training = estimator.phases(start)["training"].total_bytes
+    parameters = sum(value.numel() for value in estimator.meta_denoiser("bf16").parameters())
     try:
         plan = plan_memory(estimator, size, start, library=True)
     except UserError:
-        return Row(model.location.name, training, None, 0)
+        return Row(model.location.name, parameters, training, None, 0)
     planned = max(phase.total_bytes for phase in plan.phases.values())
-    return Row(model.location.name, training, tuple(plan.reasons), planned)
+    return Row(model.location.name, parameters, training, tuple(plan.reasons), planned)
 
 
 def main(
@@ -117,14 +120,15 @@ def main(
 
 def table_of(rows: Sequence[Row], size: float) -> str:
     """The rows in GiB."""
-    lines = [f"| | training, GiB | `--vram {size:g}` |", "|---|---|---|"]
-    for name, training, changes, planned in rows:
+    lines = [f"| | network, billions | training, GiB | `--vram {size:g}` |", "|---|---|---|---|"]
+    for name, parameters, training, changes, planned in rows:
         said = (
             "does not fit"
             if changes is None
             else f"{', '.join(changes) or 'as it comes'}: {planned / GIB:.1f}"
         )
-        lines.append(f"| {name if ' ' in name else f'`{name}`'} | {training / GIB:.1f} | {said} |")
+        shown = name if " " in name else f"`{name}`"
+        lines.append(f"| {shown} | {parameters / 1e9:.2f} | {training / GIB:.1f} | {said} |")
     return "\n".join([*lines, ""])
 
 

@@ -229,8 +229,8 @@ def _unknown_names(path: Path, unknown: list[str], network: Network | None) -> U
         )
     if all(_SVD.search(stem) for stem in unknown):
         return UserError(
-            f"{path} adapts Stable Video Diffusion, for which no adapter is read. Use the model without it: customize clip "
-            "--image PICTURE --model svd."
+            f"{path} adapts Stable Video Diffusion, for which no adapter is read. Use the model without it: customize "
+            "clip --image PICTURE --model svd."
         )
     others = f", though its others are of {NETWORK_NAMES[network]}" if network else ""
     return UserError(

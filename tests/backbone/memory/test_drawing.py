@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from backbone.models.motion import attach_motion, clip_of, detach_motion
 from backbone.models.placement import Placement
 from customize.cli import app
 from tests import tiny as models
-from tests.backbone.memory.test_planner import PUBLISHED
 from tests.backbone.test_control import adapter, controlnet
 
 PLAIN = MemorySettings("fp32")
@@ -52,11 +52,9 @@ def test_a_plan_counts_a_control_network_and_its_answer_as_a_real_call_has_them(
     text = tiny.family.spec(tiny.location, tiny.dtype).blank_text(rows, "cpu")
     under = replace(text, controls=(Control.of(control, torch.zeros(rows, 3, 64, 64)),))
     noisy, time = torch.zeros(rows, *tiny.latent_shape), torch.zeros(rows)
-    inside = [*tiny.denoiser.parameters(), *control.module.parameters()]
-    weights = torch.nn.Module()
-    weights.weights = torch.nn.ParameterList(inside)
+    tiny.denoiser.add_module("under", control.module)  # whose weights are no part of the peak either
     real = forward_peak_bytes(
-        weights,
+        tiny.denoiser,
         lambda: tiny.family.network(tiny.denoiser, under)(noisy, time),
         device="cpu",
         inputs=[noisy, *under.tensors()],
@@ -123,15 +121,15 @@ def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> No
 
 
 def test_what_does_not_fit_is_told_before_anything_is_loaded(tmp_path: Path, tiny_folder: Path) -> None:
-    write_json(tmp_path / "sd15" / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    for part in ("unet", "vae", "text_encoder"):  # no weights at all
-        write_json(tmp_path / "sd15" / part / "config.json", read_json(PUBLISHED / part / "config.json"))
+    shutil.copytree(tiny_folder, tmp_path / "wide", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = read_json(tmp_path / "wide" / "unet" / "config.json")
+    write_json(tmp_path / "wide" / "unet" / "config.json", config | {"block_out_channels": [2048, 2048]})
 
     def call(model: Path, *more: object) -> Any:
         words = ("sample", "a dog", "--model", model, "--steps", 1, "--device", "cpu", "--precision", "fp32")
         return CliRunner().invoke(app, [str(one) for one in (*words, *more, "--out", tmp_path / "out")])
 
-    done = call(tmp_path / "sd15", "--vram", 0.5)
+    done = call(tmp_path / "wide", "--vram", 0.5)
     assert isinstance(done.exception, UserError)
     assert "does not fit 0.5 GiB: with every saving enabled, drawing needs" in str(done.exception)
     assert "raw smaller images" in str(done.exception) and not (tmp_path / "out").exists()
