@@ -22,7 +22,13 @@ from backbone.conditions.conditions import Conditions
 from backbone.families import loading, text_encoders
 from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
-from backbone.families.latents import has_frames, latent_channels, patch_size, pixels_per_latent
+from backbone.families.latents import (
+    has_frames,
+    is_batch_normed,
+    latent_channels,
+    patch_size,
+    pixels_per_latent,
+)
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
@@ -199,7 +205,7 @@ def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: to
 def refuse_other_parts(location: Location) -> None:
     """`UserError` where a component's file is told by its header to be another model's, before anything is loaded.
 
-    Looked at are the width and the number of layers of a text encoder, and the latents of an autoencoder.
+    Looked at are the width and the number of layers of a text encoder, and an autoencoder's latents.
     """
     if TEXT in location.parts:
         header = read_header(location.parts[TEXT])
@@ -211,12 +217,18 @@ def refuse_other_parts(location: Location) -> None:
         wanted = inner.get(width), inner.get(layers)
         if None not in wanted and size_of_text(header) != wanted:
             raise other_part(location, TEXT)
-    if VAE in location.parts:
-        header, config = read_header(location.parts[VAE]), location.config(VAE)
-        kernel = next((s for n, s in header.shapes.items() if n.endswith(AUTOENCODER_MARKS[:2])), ())
-        channels = latent_channels(config) // patch_size(config) ** 2
-        if len(kernel) > 3 and (kernel[1] != channels or (len(kernel) == 5) != has_frames(config)):
-            raise other_part(location, VAE)
+    if VAE in location.parts and not is_like(read_header(location.parts[VAE]), location.config(VAE)):
+        raise other_part(location, VAE)
+
+
+def is_like(header: Header, config: Mapping[str, Any]) -> bool:
+    """Whether an autoencoder's file has the latents, frames and batch norm that a config says."""
+    kernel = next((s for n, s in header.shapes.items() if n.endswith(AUTOENCODER_MARKS[:2])), ())
+    channels = latent_channels(config) // patch_size(config) ** 2
+    normed = any(name.endswith("bn.running_mean") for name in header.shapes)
+    if normed != is_batch_normed(config):
+        return False
+    return len(kernel) < 4 or (kernel[1] == channels and (len(kernel) == 5) == has_frames(config))
 
 
 def size_of_text(header: Header) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> No
 def test_what_does_not_fit_is_told_before_anything_is_loaded(tmp_path: Path, tiny_folder: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "wide", ignore=shutil.ignore_patterns("*.safetensors"))
     config = read_json(tmp_path / "wide" / "unet" / "config.json")
-    write_json(tmp_path / "wide" / "unet" / "config.json", config | {"block_out_channels": [2048, 2048]})
+    write_json(tmp_path / "wide" / "unet" / "config.json", config | {"block_out_channels": [8192, 8192]})
 
     def call(model: Path, *more: object) -> Any:
         words = ("sample", "a dog", "--model", model, "--steps", 1, "--device", "cpu", "--precision", "fp32")
