@@ -16,7 +16,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_tensors
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.drawing import DrawingEstimator, Drawn
-from backbone.memory.planner import MemorySettings
+from backbone.memory.planner import MemoryEstimator, MemorySettings
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.models.motion import attach_motion, clip_of, detach_motion
@@ -35,10 +35,23 @@ def network(request: pytest.FixtureRequest, tiny: Backbone, tmp_path: Path) -> P
     return controlnet(tiny.denoiser, tmp_path / "net", 0)
 
 
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoencoder's own tensors, which take a while to count, are left out."""
+    monkeypatch.setattr(MemoryEstimator, "_count_autoencoder", lambda *call: 0)
+
+
+@pytest.fixture
+def weights_alone(no_decoding: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the denoiser's calls too."""
+    monkeypatch.setattr(MemoryEstimator, "_count_forward", lambda *call: 0)
+
+
 def drawn(**more: object) -> Drawn:
     return replace(Drawn(2, (8, 8), 4.0), **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_a_plan_counts_a_control_network_and_its_answer_as_a_real_call_has_them(
     tiny: Backbone, network: Path
 ) -> None:
@@ -62,6 +75,7 @@ def test_a_plan_counts_a_control_network_and_its_answer_as_a_real_call_has_them(
     assert counted.transient_bytes == pytest.approx(real, rel=0.02) and real > plain.transient_bytes
 
 
+@pytest.mark.usefixtures("weights_alone")
 def test_a_network_in_a_file_is_counted_by_its_header(tiny: Backbone, network: Path) -> None:
     module = open_control(tiny, str(network)).network.module
     file = network.with_suffix(".safetensors")
@@ -75,6 +89,7 @@ def test_a_network_in_a_file_is_counted_by_its_header(tiny: Backbone, network: P
     assert one.resident_bytes == other.resident_bytes
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_guidance_takes_a_second_row_and_a_larger_picture_more(tiny: Backbone) -> None:
     usual, alone, wide, small = (
         DrawingEstimator(tiny, one, device="cpu").phases(choice)["drawing"].transient_bytes
@@ -88,6 +103,7 @@ def test_guidance_takes_a_second_row_and_a_larger_picture_more(tiny: Backbone) -
     assert alone == small < usual < wide
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) -> None:
     adapter = models.tiny_motion_adapter()
     clip = drawn(batch=1, frames=4, motion=adapter)
@@ -110,6 +126,7 @@ def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) 
     assert real > stills.transient_bytes
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> None:
     model = Backbone.open(str(models.tiny_flux2_klein(tmp_path / "m")), device="cpu", precision="fp32")
     none, two = (
@@ -120,6 +137,7 @@ def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> No
     assert two["drawing"].transient_bytes > none["drawing"].transient_bytes
 
 
+@pytest.mark.usefixtures("weights_alone")
 def test_what_does_not_fit_is_told_before_anything_is_loaded(tmp_path: Path, tiny_folder: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "wide", ignore=shutil.ignore_patterns("*.safetensors"))
     config = read_json(tmp_path / "wide" / "unet" / "config.json")
