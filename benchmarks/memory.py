@@ -12,18 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, NamedTuple
 
-import torch
 import typer
 
-from backbone.families.location import Location
-from backbone.families.registry import families
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.io.console import UserError, progress, run_app
-from backbone.io.files import write_json, write_text
-from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, Placement, plan_memory
+from backbone.io.files import read_json, write_json, write_text
+from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, plan_memory
 from backbone.models.model import Backbone
+from backbone.models.placement import Placement
 from customize.settings import resolved
 from customize.training.memory import work_of
 
@@ -71,18 +70,24 @@ class Row(NamedTuple):
     planned: int
 
 
-def open_shape(name: str) -> Backbone:
-    """A published model as its configs have it, without weights; `UserError` for a name that there is not."""
+def open_shape(name: str, place: Path) -> Backbone:
+    """A published model as its configs have it, laid into a folder without weights.
+
+    Raises `UserError` for a name that there is not.
+    """
     if name not in SHAPES:
         raise UserError(f"There is no published shape {name}. Choose of {', '.join(SHAPES)}.")
-    shape = SHAPES[name]
-    folders = tuple(PUBLISHED_CONFIGS / folder for folder in shape.folders)
-    family = next(one for one in families() if shape.pipeline in one.pipeline_classes)
-    location = Location(name, f"{name}.safetensors", {"_class_name": shape.pipeline}, folders)
-    return Backbone(location, family, device=torch.device("cpu"), dtype=torch.bfloat16)
+    shape, index = SHAPES[name], dict[str, object]()
+    for folder in reversed(shape.folders):  # those that count first are laid over the others
+        for config in sorted((PUBLISHED_CONFIGS / folder).glob("*/*.json")):
+            part = config.parent.name
+            write_json(place / part / config.name, read_json(config))
+            index[part] = ["transformers" if part.startswith("text") else "diffusers", ""]
+    write_json(place / "model_index.json", {**index, "_class_name": shape.pipeline})
+    return Backbone.open(str(place), device="cpu", precision="bf16", by_instruction="Edit" in shape.pipeline)
 
 
-def count(model: Backbone, size: float) -> Row:
+def count(name: str, model: Backbone, size: float) -> Row:
     """A row of the table, for a GPU of `size` GiB."""
     asked = {"images": "", "token": "[V]", "class_noun": "dog", "rank": 8, "batch": 1, "prior": "off"}
     if model.edits_by_instruction:
@@ -94,9 +99,9 @@ def count(model: Backbone, size: float) -> Row:
     try:
         plan = plan_memory(estimator, size, start, library=True)
     except UserError:
-        return Row(model.location.name, parameters, training, None, 0)
+        return Row(name, parameters, training, None, 0)
     planned = max(phase.total_bytes for phase in plan.phases.values())
-    return Row(model.location.name, parameters, training, tuple(plan.reasons), planned)
+    return Row(name, parameters, training, tuple(plan.reasons), planned)
 
 
 def main(
@@ -107,11 +112,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/memory"),
 ) -> None:
     """Counts and writes the table."""
-    rows = []
-    chosen = [open_shape(name) for name in names or SHAPES]
-    with progress(len(chosen), "counting") as bar:
-        for model in chosen:
-            rows.append(count(model, vram))
+    rows, chosen = [], list(names or SHAPES)
+    with TemporaryDirectory() as place, progress(len(chosen), "counting") as bar:
+        models = {name: open_shape(name, Path(place) / str(number)) for number, name in enumerate(chosen)}
+        for name, model in models.items():
+            rows.append(count(name, model, vram))
             bar.advance()
     write_text(out / "memory.md", table_of(rows, vram))
     write_json(out / "memory.json", {"vram": vram, "rows": [row._asdict() for row in rows]})

@@ -196,5 +196,5 @@ def _cat(values: Sequence[Tensor]) -> Tensor:
     """Hints one behind the other, in the memory layout of the first one's own rows."""
     row = values[0][:1]
     last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)
-    joined = torch.cat(values)
+    joined = torch.cat([*values])
     return joined.contiguous(memory_format=torch.channels_last) if last else joined

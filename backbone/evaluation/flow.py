@@ -65,7 +65,7 @@ def _fit(here: Tensor, there: Tensor) -> Tensor:
     xx, xy, yy, xt, yt = _smooth(products).split(1, 1)
     xx, yy = xx + RIGID, yy + RIGID
     area = xx * yy - xy * xy
-    step = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / area
+    step: Tensor = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / area
     return step.clamp(-1, 1)
 
 

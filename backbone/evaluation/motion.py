@@ -62,7 +62,8 @@ def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         at = middle + [x, y] + np.exp(growth) * (at - middle) @ rotation.T
         found.append(at)
-    return (np.stack(found) + 0.5) / size
+    corners: NDArray[np.float64] = (np.stack(found) + 0.5) / size
+    return corners
 
 
 def corner_error(frames: Sequence[Image.Image], asked: NDArray[np.float64]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from PIL import Image
 
 from backbone.evaluation.motion import PARTS, is_right, measure_moved
 from backbone.io.files import read_json
-from backbone.models.camera import CAMERA_WEIGHTS, new_camera, save_camera
+from backbone.models.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
 from backbone.models.model import Backbone
 from backbone.models.motion import attach_motion
 from backbone.world.clip import render_clip
@@ -95,7 +95,8 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     tiny_motion_adapter().save_pretrained(tmp_path / "motion")
     attach_motion(tiny.denoiser, tiny_motion_adapter())
     camera = new_camera(tiny)
-    save_camera(tmp_path / "motion" / CAMERA_WEIGHTS, camera.module, camera.settings, torch.float32)
+    module = cast(CameraAdapter, camera.module)
+    save_camera(tmp_path / "motion" / CAMERA_WEIGHTS, module, camera.settings, torch.float32)
     chosen = [clip for clip in select_clips(40, 2) if clip.move][:1] + [
         clip for clip in select_clips(40, 2) if clip.camera
     ][:1]

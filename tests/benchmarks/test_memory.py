@@ -13,8 +13,8 @@ from benchmarks.memory import SHAPES, Row, main, open_shape, table_of
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_published_shape_opens_without_weights(name: str) -> None:
-    model = open_shape(name)
+def test_every_published_shape_opens_without_weights(name: str, tmp_path: Path) -> None:
+    model = open_shape(name, tmp_path)
     assert model.resolution in (512, 768, 1024) and model.latent_shape[-1] * model.factor == model.resolution
     assert {"steps", "guidance"} <= model.defaults.keys()
 
