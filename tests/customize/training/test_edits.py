@@ -24,6 +24,7 @@ from backbone.models.model import Backbone
 from customize.cli import app
 from customize.data.edit_pairs import hold_out, read_edit_pairs
 from customize.evaluation.edits import HeldOut, changed_place, measure_edits
+from customize.formats.convert import import_adapter
 from customize.objectives.instruction_edits import draw_dropout
 from customize.settings import resolved
 from edit.methods.instruct import instruct
@@ -104,6 +105,15 @@ def test_edits_have_a_learning_rate_of_their_own() -> None:
         (words | {"pairs": ""}, moji, moji["learning_rate"]),
     ):
         assert resolved(asked, usual).learning_rate == rate
+
+
+def test_its_adapter_alone_is_none_of_the_text_to_image_model(
+    run: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = run / "pytorch_lora_weights.safetensors"
+    with pytest.raises(UserError, match=r"was learned from edits\. .* reads no image beside the prompt"):
+        import_adapter(file, tmp_path / "out", model=str(tiny_folder), token_words="sks")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
