@@ -14,6 +14,7 @@ from PIL import Image
 from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import (
     Concept,
+    needs_whole_base,
     resolve_placeholder_tokens,
     summarize_concepts,
     trained_resolution,
@@ -27,6 +28,7 @@ from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.memory.drawing import Drawn, fit_drawing
 from backbone.models.control import (
     Condition,
     describe_conditions,
@@ -106,7 +108,9 @@ def sample_to_folder(
         refuse_filled(out)
     if vram is not None:
         together = min(asked.batch, len(prompts) * asked.count)
-        backbone = _fit(backbone, replace(asked, batch=together), (rows, columns), beside, vram)
+        whole = any(map(needs_whole_base, concepts))
+        work = _count(backbone, replace(asked, batch=together), (rows, columns), beside, whole=whole)
+        backbone = fit_drawing(backbone, work, vram)
     conditions = open_conditions(
         backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
     )
@@ -149,17 +153,20 @@ def _open_model(
     return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
 
 
-def _fit(
-    model: Backbone, asked: DrawingOptions, places: tuple[int, int], beside: Beside, vram: float
-) -> Backbone:
-    """The model as it draws on a device of so many GiB; `UserError` where it cannot."""
-    from backbone.memory.drawing import Drawn, fit_drawing
-
+def _count(
+    model: Backbone, asked: DrawingOptions, places: tuple[int, int], beside: Beside, *, whole: bool
+) -> Drawn:
+    """What is drawn, as a plan counts it."""
     processes.require_whole_model("--vram counts for a process alone; it")
     assert asked.guidance is not None
-    conditions = name_networks(model, beside.controls)
-    work = Drawn(asked.batch, places, asked.guidance, len(beside.references), conditions)
-    return fit_drawing(model, work, vram)
+    return Drawn(
+        asked.batch,
+        places,
+        asked.guidance,
+        references=len(beside.references),
+        conditions=name_networks(model, beside.controls),
+        whole=whole,
+    )
 
 
 def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import IS_GGUF, content_hash, read_json, write_json
+from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import inside, read_as
 
 CONCEPT_FILE = "concept.json"
@@ -84,6 +84,14 @@ def read_concept(folder: str | Path) -> Concept:
     for name in filter(None, (concept.weights, concept.words, concept.changed)):
         inside(path.parent, name, path)
     return concept
+
+
+def needs_whole_base(concept: Concept) -> bool:
+    """Whether it changes more than low-rank factors beside the layers of a base, as they are."""
+    if concept.changed or not concept.weights_path.is_file():  # which is told where it is loaded
+        return bool(concept.changed)
+    names = read_header(concept.weights_path).shapes
+    return not all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
 def is_run(folder: Path) -> bool:

@@ -42,6 +42,7 @@ class Drawn:
     conditions  the kind of each map and the name of the network that reads it
     frames      of a clip that go through the network together; 0: images
     motion      the adapter that links them
+    whole       concepts change the network's weights, which therefore stay as they are: not in fewer bits, nor lent
     """
 
     batch: int
@@ -51,13 +52,20 @@ class Drawn:
     conditions: Sequence[tuple[str, str]] = ()
     frames: int = 0
     motion: MotionAdapter | None = None
+    whole: bool = False
 
 
 class DrawingEstimator(MemoryEstimator):
     """Counts the bytes of drawing images."""
 
     def __init__(self, model: Backbone, drawn: Drawn, *, device: str = "cuda") -> None:
-        work = Workload(self._attach, drawn.batch, queries_base=False, references=drawn.references)
+        work = Workload(
+            self._attach,
+            drawn.batch,
+            supports_compressed_base=not drawn.whole,
+            queries_base=False,
+            references=drawn.references,
+        )
         super().__init__(model, work, device=device)
         self.drawn = drawn
         self.latent_shape = (*model.latent_shape[:-2], *drawn.places)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from backbone.adapters.concept import (
     Concept,
+    needs_whole_base,
     resolve_placeholder_tokens,
     summarize_concepts,
     trained_resolution,
@@ -70,7 +71,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     if asked.out is not None:
         refuse_filled(asked.out)
     if asked.vram is not None:
-        model = fit(model, asked, (rows, columns), len(prompts) * asked.count)
+        whole = any(map(needs_whole_base, concepts))
+        model = fit(model, asked, (rows, columns), len(prompts) * asked.count, whole=whole)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = given_frames(asked)
     began = time.perf_counter()
@@ -115,7 +117,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     return folder
 
 
-def fit(model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int) -> Backbone:
+def fit(model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, *, whole: bool) -> Backbone:
     """The model as it draws so many clips on a device of `asked.vram` GiB; `UserError` where it cannot."""
     assert asked.guidance is not None and asked.vram is not None
     drawn = Drawn(
@@ -125,6 +127,7 @@ def fit(model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int
         conditions=name_networks(model, asked.controls),
         frames=min(asked.frames, asked.context_length or asked.frames),
         motion=read_motion_adapter(asked.motion) if asked.motion else None,
+        whole=whole,
     )
     return fit_drawing(model, drawn, asked.vram)
 
