@@ -79,7 +79,7 @@ class DrawingEstimator(MemoryEstimator):
         files = choice.dtype.itemsize * sum(one.numbers for one in self.outlines.values())
         resident = self.denoiser_bytes(choice) + sizes.beside + files + sizes.autoencoder + text_encoders
         pictures = (1 if placement.one_by_one else self.drawn.batch) * max(1, self.drawn.frames)
-        rows = pictures * (2 if self.is_called_twice(precision) else 1)
+        rows = pictures * self.count_calls(precision)
         found = {}
         if self.drawn.references:
             encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
@@ -89,13 +89,16 @@ class DrawingEstimator(MemoryEstimator):
         decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
         return found | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
 
-    def is_called_twice(self, precision: str) -> bool:
-        """Whether guidance takes a second row for each image."""
+    def count_calls(self, precision: str) -> int:
+        """The rows of a call for each image: with the prompt, with none, and with neither prompt nor reference."""
+        if self.model.reads_as_channels:
+            return 3
         if self.drawn.guidance == 1:
-            return False
+            return 1
         blank = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
         network = self.meta_denoiser(precision)
-        return self.model.family.embed_guidance(network, blank, self.drawn.guidance) is None
+        distilled = self.model.family.embed_guidance(network, blank, self.drawn.guidance) is not None
+        return 1 if distilled else 2
 
     def make_call(
         self, network: nn.Module, precision: str, rows: int

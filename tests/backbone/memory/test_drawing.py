@@ -126,6 +126,13 @@ def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) 
     assert real > stills.transient_bytes
 
 
+@pytest.mark.usefixtures("weights_alone")
+def test_an_image_as_channels_takes_three_rows(tmp_path: Path) -> None:
+    folder = models.tiny_instruct_pix2pix(tmp_path / "m")
+    model = Backbone.open(str(folder), device="cpu", precision="fp32", by_instruction=True)
+    assert DrawingEstimator(model, drawn(batch=1, references=1), device="cpu").count_calls("fp32") == 3
+
+
 @pytest.mark.usefixtures("no_decoding")
 def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> None:
     model = Backbone.open(str(models.tiny_flux2_klein(tmp_path / "m")), device="cpu", precision="fp32")

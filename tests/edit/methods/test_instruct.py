@@ -150,6 +150,19 @@ def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: 
     assert first == second
 
 
+def test_the_command_plans_for_a_device_and_repeats_it(folder: Path, tmp_path: Path) -> None:
+    photo().save(tmp_path / "photo.png")
+    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it snow", "--model", str(folder)]
+    more = ["--steps", "1", "--keep", "none", "--no-metrics", "--precision", "fp32", "--device", "cpu"]
+    out = tmp_path / "run"
+    said = CliRunner().invoke(app, [*words, *more, "--vram", "1", "--out", str(out)])
+    assert said.exit_code == 0 and "references" in said.output and "drawing" in said.output
+    again = CliRunner().invoke(app, ["replay", str(out), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0 and "Memory of the device: 1 GiB" in again.output
+    first, second = (Image.open(place / "edit_0.png").tobytes() for place in (out, tmp_path / "again"))
+    assert first == second
+
+
 def test_models_of_either_kind_are_refused_at_the_other_s_door(folder: Path, tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="edit instruct"):
         Backbone.open(str(folder))
