@@ -173,7 +173,7 @@ def test_the_baked_model_is_diffusers_pipeline_and_gives_the_same_edit(
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "whole")
     pipeline.set_progress_bar_config(disable=True)
     photo = to_image(picture(3)).resize((64, 64))
-    loaded = load_model(concepts=[str(run)], device="cpu", precision="fp32", by_instruction=True).model
+    loaded = load_model(concepts=[str(run)], device="cpu", precision="fp32", shown=1).model
     noise = torch.randn((1, *loaded.latent_shape), generator=generator(0, 0, "instruct"))
     theirs = pipeline(
         "a red dog", image=(to_tensor(photo)[None] + 1) / 2, latents=noise, num_inference_steps=3,
