@@ -46,6 +46,7 @@ NOT_TEXT = (
     r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
 )
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
+FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
 NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
 SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
 
@@ -228,7 +229,8 @@ def is_like(header: Header, config: Mapping[str, Any]) -> bool:
     normed = any(name.endswith("bn.running_mean") for name in header.shapes)
     if normed != is_batch_normed(config):
         return False
-    return len(kernel) < 4 or (kernel[1] == channels and (len(kernel) == 5) == has_frames(config))
+    over_time = has_frames(config) and config.get("_class_name") != FLAT
+    return len(kernel) < 4 or (kernel[1] == channels and (len(kernel) == 5) == over_time)
 
 
 def size_of_text(header: Header) -> tuple[int, int]:
