@@ -7,10 +7,10 @@ adapter is left out and every frame is a picture by itself, and the bound, the t
 the adapter brings a camera with it (`camera.safetensors`), its clips are drawn once more with the camera's words left
 out and its path in their place. What moves is measured from the pixels alone, by a similarity fitted to each pair of
 frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
-direction is right where its part is the word's, and by more than the least that counts. The camera's error is how far
-the first frame's corners are from where they are in the true clip, measured alike, and flicker is what is left of it
-along the flow. True clips need the emoji font; without it the bound and the camera's error are left out. Writes
-`table.md` and `table.json`.
+direction is right where its part is the word's, and by more than the least that counts. The track's error is how far
+what moves is from where it is in the true clip, measured alike; the camera's, how far the first frame's corners are.
+Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound and both errors are
+left out. Writes `table.md` and `table.json`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from backbone.evaluation.motion import (
     follow_border,
     is_right,
     measure_moved,
+    trace_moved,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
@@ -53,7 +54,7 @@ from backbone.world.render import find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
 
-Corners = NDArray[np.float64]
+Floats = NDArray[np.float64]
 Way = Callable[[int, Clip], list[Image.Image]]
 
 
@@ -65,6 +66,7 @@ class Row:
     still    None where something is to move
     flicker  mean change of a pixel from frame to frame, along the flow
     corners  pixels from the true clip's, None where the camera stands or there is no true clip
+    track    the same of what moves, None where nothing is to
     """
 
     move: str
@@ -72,6 +74,7 @@ class Row:
     still: bool | None
     flicker: float
     corners: float | None
+    track: float | None
     nouns: float
     places: float
 
@@ -79,8 +82,23 @@ class Row:
 # Measuring ---------------------------------------------------------------------------------------------------
 
 
-def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, true: Corners | None = None) -> Row:
-    """Everything of one clip; `true` is where its corners are [F, 4, 2]."""
+@dataclass(frozen=True)
+class Truth:
+    """How a true clip moves: its first frame's corners [F, 4, 2] where its camera does, else the things' track [F, 4]."""
+
+    corners: Floats | None = None
+    track: Floats | None = None
+
+    @classmethod
+    def of(cls, clip: Clip) -> Truth:
+        """Measured as those of drawn clips are."""
+        if clip.camera:
+            return cls(corners=follow_border(render_clip(clip).frames))
+        return cls(track=trace_moved(render_clip(clip).frames)) if clip.move else cls()
+
+
+def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
+    """Everything of one clip."""
     said = clip.camera or clip.move
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in drawn]
     moved = measure_moved(frames, camera=bool(clip.camera))
@@ -91,10 +109,17 @@ def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, true: C
         right=is_right(said, moved) if said in PARTS else None,
         still=None if said else bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames)),
         flicker=warped_flicker(frames),
-        corners=None if true is None else corner_error(frames, true),
+        corners=None if truth.corners is None else corner_error(frames, truth.corners),
+        track=None if truth.track is None else track_error(trace_moved(frames), truth.track),
         nouns=float(np.mean([one.glyph == glyph for one in seen])),
         places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in seen])),
     )
+
+
+def track_error(track: Floats, true: Floats) -> float:
+    """Root mean square distance, in pixels, of what moves from where it should be, relative to the first frame."""
+    apart = track[1:, :2] - true[1:, :2]
+    return float(np.sqrt((apart**2).sum(1).mean()))
 
 
 # Clips -------------------------------------------------------------------------------------------------------
@@ -132,9 +157,9 @@ def main(
     rows: dict[str, list[Row]] = defaultdict(list)
     with progress(len(chosen) * len(ways), "measuring clips") as bar:
         for number, clip in enumerate(chosen):
-            corners = follow_border(render_clip(clip).frames) if true and clip.camera else None
+            truth = Truth.of(clip) if true else Truth()
             for name, way in ways.items():
-                rows[name].append(measure(clip, way(number, clip), judge, corners))
+                rows[name].append(measure(clip, way(number, clip), judge, truth))
                 bar.advance()
     write_text(out / "table.md", table_of(rows))
     write_json(out / "table.json", {name: [row.__dict__ for row in found] for name, found in rows.items()})
@@ -146,7 +171,9 @@ def has_font() -> bool:
     try:
         find_font()
     except UserError as error:
-        notify(f"{error} Without it there are no true clips, so neither the bound nor the camera's error.")
+        notify(
+            f"{error} Without it there are no true clips, so neither the bound nor errors of tracks and cameras."
+        )
         return False
     return True
 
@@ -200,8 +227,9 @@ def draw(
 def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
     """Shares with 95 % intervals, in per cent; pixels of 128 a side; flicker is of 255."""
     lines = [
-        "| clips | things' direction | camera's direction | camera's error, px | stillness | noun | place | flicker |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| clips | things' direction | their track, px off | camera's direction | camera, px off | stillness | noun | "
+        "place | flicker |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in rows.items():
         things = [row.right for row in found if row.right is not None and row.move in MOTIONS]
@@ -209,12 +237,12 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
         still = [row.still for row in found if row.still is not None]
         means = {
             key: [value for row in found if (value := getattr(row, key)) is not None]
-            for key in ("corners", "nouns", "places", "flicker")
+            for key in ("track", "corners", "nouns", "places", "flicker")
         }
-        corners, nouns, places, flicker = (
+        track, corners, nouns, places, flicker = (
             _mean(values, 100 if key in ("nouns", "places") else 1) for key, values in means.items()
         )
-        cells = (_share(things), _share(camera), corners, _share(still), nouns, places, flicker)
+        cells = (_share(things), track, _share(camera), corners, _share(still), nouns, places, flicker)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -18,7 +18,7 @@ from backbone.models.motion import attach_motion
 from backbone.world.clip import render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
 from benchmarks import clips
-from benchmarks.clips import Row, select_clips, table_of
+from benchmarks.clips import Row, select_clips, table_of, track_error
 from tests.tiny import tiny_motion_adapter
 
 
@@ -58,6 +58,11 @@ def test_a_still_clip_has_not_moved() -> None:
     assert measure_moved(moved_blobs(3)) == (0, 0, 0, 0)
 
 
+def test_a_track_is_off_by_the_root_mean_square_of_its_distances() -> None:
+    true = np.zeros((3, 4))
+    assert track_error(true + np.array([[9, 9, 0, 0], [3, 4, 1, 1], [0, 0, 1, 1]]), true) == np.sqrt(25 / 2)
+
+
 def test_the_clips_are_chosen_evenly() -> None:
     found = select_clips(96, 8)
     said = [clip.camera or clip.move for clip in found]
@@ -77,14 +82,23 @@ def test_true_clips_do_what_their_words_say() -> None:
 
 def test_the_table_has_shares_with_intervals() -> None:
     rows = [
-        Row(move, index % 4 > 0, None, 1.0, 2.0 if move in CAMERAS else None, 1.0, 0.5)
+        Row(
+            move,
+            index % 4 > 0,
+            None,
+            1.0,
+            2.0 if move in CAMERAS else None,
+            None if move in CAMERAS else 3.0,
+            1.0,
+            0.5,
+        )
         for index, move in enumerate((*MOTIONS, *CAMERAS))
     ]
-    rows.append(Row("", None, True, 1.0, None, 1.0, 0.5))
+    rows.append(Row("", None, True, 1.0, None, None, 1.0, 0.5))
     table = table_of({"moji-motion": rows})
     assert "| – |" in table_of({"nothing still": rows[:1]})
     assert "71.4 (45.4–88.3) of 14" in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table
-    assert "| 2.0 (2.0–2.0) |" in table
+    assert "| 2.0 (2.0–2.0) |" in table and "| 3.0 (3.0–3.0) |" in table
 
 
 @pytest.mark.parametrize("font", [False, pytest.param(True, marks=pytest.mark.font)])
@@ -106,9 +120,9 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     clips.main(**places, clips=2, frames=2, steps=1, guidance=2.0, out=tmp_path / "out")
     rows = read_json(tmp_path / "out" / "table.json")
     assert len(rows) == 3 + font and all(len(found) == 2 for found in rows.values())
-    corners = {
-        row["corners"] is not None for found in rows.values() for row in found if row["move"] in CAMERAS
-    }
-    assert corners == {font}
+    for name, moves in (("corners", CAMERAS), ("track", MOTIONS)):
+        assert {
+            row[name] is not None for found in rows.values() for row in found if row["move"] in moves
+        } == {font}
     bound = rows.get("true clips, decoded", [{"flicker": 0.0}])
     assert min(row["flicker"] for row in rows["without an adapter"]) > bound[0]["flicker"]
