@@ -84,7 +84,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Truth:
-    """How a true clip moves: its first frame's corners [F, 4, 2] where its camera does, else the things' track [F, 4]."""
+    """How a true clip moves: its corners [F, 4, 2] where its camera does, else the track [F, 4] of its things."""
 
     corners: Floats | None = None
     track: Floats | None = None
