@@ -16,7 +16,8 @@ from backbone.io.console import UserError
 from backbone.media.camera import as_lines, read_camera
 from backbone.media.clips import Film, encode_webp
 from customize.cli import app
-from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, measure
+from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, gather, measure
+from customize.clips.settings import EvaluateClipOptions
 from tests.tiny import tiny_motion_adapter
 
 
@@ -89,12 +90,12 @@ def test_clips_are_compared_with_the_path_of_their_record_or_the_one_that_is_sai
     path = read_camera("pan-right=20px", 5, (128, 128))
     (tmp_path / "drawn" / "camera.txt").write_text(as_lines(path))
 
-    def corners(*more: str) -> float:
-        answer = call(tmp_path / "drawn", "--json", "--out", tmp_path / f"out{len(more)}", *more)
-        assert answer.exit_code == 0, answer.exception
-        return float(json.loads(answer.stdout)["figures"]["corners"]["value"])
+    def corners(camera: str = "") -> float:
+        asked = EvaluateClipOptions(what=str(tmp_path / "drawn"), camera=camera)
+        (shown,) = gather(tmp_path / "drawn", asked)
+        return float(measure(shown, ScoredWords(None)).corners or 0)
 
-    assert corners() < 0.5 and corners("--camera", "pan-left=20px") == pytest.approx(25, abs=0.5)
+    assert 0 < corners() < 0.5 and corners("pan-left=20px") == pytest.approx(25, abs=0.5)
     answer = call(tmp_path / "drawn", "--camera", "pan-nowhere", "--out", tmp_path / "none")
     assert isinstance(answer.exception, UserError) and "there is no pan-nowhere" in str(answer.exception)
     assert not (tmp_path / "none").exists()

@@ -28,7 +28,7 @@ from tests.backbone.test_control import adapter, controlnet
 PLAIN = MemorySettings("fp32")
 
 
-@pytest.fixture(params=["controlnet", "adapter"])
+@pytest.fixture(params=["controlnet", pytest.param("adapter", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest, tiny: Backbone, tmp_path: Path) -> Path:
     if request.param == "adapter":
         return adapter(tmp_path / "net", 0)
@@ -90,19 +90,23 @@ def test_a_network_in_a_file_is_counted_by_its_header(tiny: Backbone, network: P
 
 
 @pytest.mark.usefixtures("no_decoding")
-def test_guidance_takes_a_second_row_and_a_larger_picture_more(tiny: Backbone) -> None:
-    usual, alone, wide, small = (
-        DrawingEstimator(tiny, one, device="cpu").phases(choice)["drawing"].transient_bytes
-        for one, choice in (
-            (drawn(), PLAIN),
-            (drawn(guidance=1.0), PLAIN),
-            (drawn(places=(8, 16)), PLAIN),
-            (drawn(), MemorySettings("fp32", placement=Placement(one_by_one=True))),
-        )
-    )
-    assert alone == small < usual < wide
+def test_guidance_takes_a_second_row_and_a_saving_one_image_at_a_time(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryEstimator, "_count_forward", lambda self, precision, rows: rows)
+    one_by_one = MemorySettings("fp32", placement=Placement(one_by_one=True))
+    for asked, choice, rows in (
+        (drawn(), PLAIN, 4),
+        (drawn(guidance=1.0), PLAIN, 2),
+        (drawn(), one_by_one, 2),
+        (drawn(frames=4), PLAIN, 16),
+    ):
+        phases = DrawingEstimator(tiny, asked, device="cpu").phases(choice)
+        assert phases["drawing"].transient_bytes == rows
+    assert DrawingEstimator(tiny, drawn(places=(8, 16))).latent_shape == (*tiny.latent_shape[:-2], 8, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_decoding")
 def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) -> None:
     adapter = models.tiny_motion_adapter()
@@ -133,6 +137,7 @@ def test_an_image_as_channels_takes_three_rows(tmp_path: Path) -> None:
     assert DrawingEstimator(model, drawn(batch=1, references=1), device="cpu").count_calls("fp32") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_decoding")
 def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> None:
     model = Backbone.open(str(models.tiny_flux2_klein(tmp_path / "m")), device="cpu", precision="fp32")

@@ -150,6 +150,7 @@ def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: 
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_command_plans_for_a_device_and_repeats_it(folder: Path, tmp_path: Path) -> None:
     photo().save(tmp_path / "photo.png")
     words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it snow", "--model", str(folder)]
