@@ -89,10 +89,9 @@ def sample_to_folder(
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
     `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
-    one that is known to go with it. `vram` is the device's memory in GiB to plan for.
-    The maps of conditions on the layout are written as `condition-0-sketch.png` … and
-    stand beside the images in the sheet. Image (i, j) depends on the seed, i and j alone, and several processes share
-    the work.
+    one that is known to go with it. `vram` is the device's memory in GiB to plan for. The maps of conditions on
+    the layout are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends
+    on the seed, i and j alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
@@ -108,8 +107,7 @@ def sample_to_folder(
         refuse_filled(out)
     if vram is not None:
         together = min(asked.batch, len(prompts) * asked.count)
-        whole = any(map(needs_whole_base, concepts))
-        work = _count(backbone, replace(asked, batch=together), (rows, columns), beside, whole=whole)
+        work = _count(backbone, replace(asked, batch=together), (rows, columns), beside, concepts)
         backbone = fit_drawing(backbone, work, vram)
     conditions = open_conditions(
         backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
@@ -132,8 +130,7 @@ def sample_to_folder(
                 "seconds": round(time.perf_counter() - began, 2),
                 "versions": package_versions(),
             }
-            drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
-            note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+            note = _say_how(name, asked, concepts)
             columns = asked.count if asked.count > 1 else 4
             maps = _write_maps(folder, conditions)
             write_index(folder, requests, prompts, record, note=note, columns=columns, beside=maps)
@@ -154,7 +151,11 @@ def _open_model(
 
 
 def _count(
-    model: Backbone, asked: DrawingOptions, places: tuple[int, int], beside: Beside, *, whole: bool
+    model: Backbone,
+    asked: DrawingOptions,
+    places: tuple[int, int],
+    beside: Beside,
+    concepts: Sequence[Concept],
 ) -> Drawn:
     """What is drawn, as a plan counts it."""
     processes.require_whole_model("--vram counts for a process alone; it")
@@ -165,8 +166,14 @@ def _count(
         asked.guidance,
         references=len(beside.references),
         conditions=name_networks(model, beside.controls),
-        whole=whole,
+        whole=any(map(needs_whole_base, concepts)),
     )
+
+
+def _say_how(name: str, asked: DrawingOptions, concepts: Sequence[Concept]) -> str:
+    """By what and how the images of a sheet were drawn."""
+    drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
+    return f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
 
 
 def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:

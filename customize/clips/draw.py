@@ -71,8 +71,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     if asked.out is not None:
         refuse_filled(asked.out)
     if asked.vram is not None:
-        whole = any(map(needs_whole_base, concepts))
-        model = fit(model, asked, (rows, columns), len(prompts) * asked.count, whole=whole)
+        model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = given_frames(asked)
     began = time.perf_counter()
@@ -110,14 +109,15 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        maps = write_maps(folder, conditions, asked)
         if path is not None:
             write_text(folder / PATH_FILE, as_lines(path, asked.fps))
-        publish(folder, requests, prompts, films, record, maps)
+        publish(folder, requests, prompts, films, record, write_maps(folder, conditions, asked))
     return folder
 
 
-def fit(model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, *, whole: bool) -> Backbone:
+def fit(
+    model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
+) -> Backbone:
     """The model as it draws so many clips on a device of `asked.vram` GiB; `UserError` where it cannot."""
     assert asked.guidance is not None and asked.vram is not None
     drawn = Drawn(
@@ -127,7 +127,7 @@ def fit(model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int
         conditions=name_networks(model, asked.controls),
         frames=min(asked.frames, asked.context_length or asked.frames),
         motion=read_motion_adapter(asked.motion) if asked.motion else None,
-        whole=whole,
+        whole=any(map(needs_whole_base, concepts)),
     )
     return fit_drawing(model, drawn, asked.vram)
 
