@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,7 @@ def sample_to_folder(
     if out is not None:
         refuse_filled(out)
     if vram is not None:
-        together = min(asked.batch, len(prompts) * asked.count)
-        work = _count(backbone, replace(asked, batch=together), (rows, columns), beside, concepts)
+        work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
     conditions = open_conditions(
         backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
@@ -121,8 +120,7 @@ def sample_to_folder(
     with _hold_folder(out) as folder:
         shown = encode_references(backbone, [open_rgb(path) for path in beside.references])
         facts = {"model": name, **asked.facts(), **_brief(concepts, asked.scale, conditions)}
-        drawing = Drawing(prompts, asked, facts, conditions, shown)
-        _write_images(backbone, requests, folder, drawing)
+        _write_images(backbone, requests, folder, Drawing(prompts, asked, facts, conditions, shown))
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
@@ -156,12 +154,13 @@ def _count(
     places: tuple[int, int],
     beside: Beside,
     concepts: Sequence[Concept],
+    prompts: int,
 ) -> Drawn:
-    """What is drawn, as a plan counts it."""
+    """What is drawn of so many prompts, as a plan counts it."""
     processes.require_whole_model("--vram counts for a process alone; it")
     assert asked.guidance is not None
     return Drawn(
-        asked.batch,
+        min(asked.batch, prompts * asked.count),
         places,
         asked.guidance,
         references=len(beside.references),

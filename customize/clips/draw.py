@@ -70,8 +70,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     rows, columns = latent_size(model, asked.size)
     if asked.out is not None:
         refuse_filled(asked.out)
-    if asked.vram is not None:
-        model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
+    model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = given_frames(asked)
     began = time.perf_counter()
@@ -118,8 +117,13 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
 def fit(
     model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
 ) -> Backbone:
-    """The model as it draws so many clips on a device of `asked.vram` GiB; `UserError` where it cannot."""
-    assert asked.guidance is not None and asked.vram is not None
+    """The model as it draws so many clips on a device of `asked.vram` GiB, if that is asked for.
+
+    Raises `UserError` where it cannot.
+    """
+    if asked.vram is None:
+        return model
+    assert asked.guidance is not None
     drawn = Drawn(
         min(asked.batch, count),
         places,
