@@ -1,50 +1,80 @@
-"""Whether clips do what their words say: direction, stillness, flicker, and what a judge names in every frame.
+"""Whether clips do what their words say: direction, stillness, camera, flicker, and what a judge names in every frame.
 
     python -m benchmarks.clips --motion moji-motion --clips 300        an hour on two cores
 
 Clips of the world's benchmark seeds are drawn from their captions and measured beside two others: the floor, where the
-adapter is left out and every frame is a picture by itself, and the bound, the true clip through the autoencoder (which
-needs the emoji font). What moves is measured from the pixels alone, by a similarity fitted to each pair of frames
-(Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
-direction is right where its part is the word's, and by more than the least that counts. Writes `table.md` and
-`table.json`.
+adapter is left out and every frame is a picture by itself, and the bound, the true clip through the autoencoder. Where
+the adapter brings a camera with it (`camera.safetensors`), its clips are drawn once more with the camera's words left
+out and its path in their place. What moves is measured from the pixels alone, by a similarity fitted to each pair of
+frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
+direction is right where its part is the word's, and by more than the least that counts. The track's error is how far
+what moves is from where it is in the true clip, measured alike; the camera's, how far the first frame's corners are.
+Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound and both errors are
+left out. Writes `table.md` and `table.json`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.adapters.motion import Moves, set_in_motion
-from backbone.evaluation.motion import DRIFT, PARTS, is_right, measure_moved
-from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
-from backbone.io.console import progress, run_app
+from backbone.conditions.control import Control
+from backbone.evaluation.flow import warped_flicker
+from backbone.evaluation.motion import (
+    DRIFT,
+    PARTS,
+    SIDE,
+    corner_error,
+    follow_border,
+    is_right,
+    measure_moved,
+    trace_moved,
+)
+from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
+from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import write_json, write_text
+from backbone.media.camera import embed_rays, flat_path
 from backbone.media.transforms import to_image
+from backbone.models.camera import CAMERA_WEIGHTS, Camera, open_camera
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
-from backbone.world.clip import Clip, render_clip
+from backbone.world.clip import Clip, render_clip, trace_camera
 from backbone.world.motions import CAMERAS, MOTIONS
+from backbone.world.render import find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
+
+Floats = NDArray[np.float64]
+Way = Callable[[int, Clip], list[Image.Image]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured of a clip."""
+    """What is measured of a clip.
+
+    right    None where no word names a direction
+    still    None where something is to move
+    flicker  mean change of a pixel from frame to frame, along the flow
+    corners  pixels from the true clip's, None where the camera stands or there is no true clip
+    track    the same of what moves, None where nothing is to
+    """
 
     move: str
-    right: bool | None  # None where no word names a direction
-    still: bool | None  # None where something is to move
+    right: bool | None
+    still: bool | None
     flicker: float
+    corners: float | None
+    track: float | None
     nouns: float
     places: float
 
@@ -52,21 +82,44 @@ class Row:
 # Measuring ---------------------------------------------------------------------------------------------------
 
 
-def measure(clip: Clip, frames: Sequence[Image.Image], judge: Classifier) -> Row:
+@dataclass(frozen=True)
+class Truth:
+    """How a true clip moves: its corners [F, 4, 2] where its camera does, else the track [F, 4] of its things."""
+
+    corners: Floats | None = None
+    track: Floats | None = None
+
+    @classmethod
+    def of(cls, clip: Clip) -> Truth:
+        """Measured as those of drawn clips are."""
+        if clip.camera:
+            return cls(corners=follow_border(render_clip(clip).frames))
+        return cls(track=trace_moved(render_clip(clip).frames)) if clip.move else cls()
+
+
+def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
     """Everything of one clip."""
     said = clip.camera or clip.move
+    frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in drawn]
     moved = measure_moved(frames, camera=bool(clip.camera))
-    pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in frames])
-    seen = judge.classify(list(frames))
+    seen = judge.classify(frames)
     glyph = clip.scene.things[0].noun
     return Row(
         move=said,
         right=is_right(said, moved) if said in PARTS else None,
         still=None if said else bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames)),
-        flicker=float(np.abs(np.diff(pixels, axis=0)).mean()),
+        flicker=warped_flicker(frames),
+        corners=None if truth.corners is None else corner_error(frames, truth.corners),
+        track=None if truth.track is None else track_error(trace_moved(frames), truth.track),
         nouns=float(np.mean([one.glyph == glyph for one in seen])),
         places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in seen])),
     )
+
+
+def track_error(track: Floats, true: Floats) -> float:
+    """Root mean square distance, in pixels, of what moves from where it should be, relative to the first frame."""
+    apart = track[1:, :2] - true[1:, :2]
+    return float(np.sqrt((apart**2).sum(1).mean()))
 
 
 # Clips -------------------------------------------------------------------------------------------------------
@@ -92,32 +145,55 @@ def select_clips(count: int, frames: int) -> list[Clip]:
 def main(
     model: Annotated[str, typer.Option(help="The picture model.")] = "moji",
     motion: Annotated[str, typer.Option(help="The motion adapter; none: the floor and the bound.")] = "",
-    clips: Annotated[int, typer.Option(help="How many clips.")] = 300,
-    frames: Annotated[int, typer.Option(help="Frames of each.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    clips: Annotated[int, typer.Option(help="How many clips.", min=1)] = 300,
+    frames: Annotated[int, typer.Option(help="Frames of each.", min=2)] = 16,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.", min=1)] = 4.0,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/clips"),
 ) -> None:
     """Draws, measures and writes the table."""
-    chosen, judge = select_clips(clips, frames), load_classifier()
-    floor = Backbone.open(model, device="cpu")
-    ways: dict[str, Callable[[int, Clip], list[Image.Image]]] = {
-        "true clips, decoded": lambda _, clip: through_autoencoder(floor, clip),
-        "without an adapter": lambda i, clip: draw(floor, i, clip, steps, guidance),
-    }
-    if motion:
-        moving = Backbone.open(model, device="cpu")
-        set_in_motion(moving, Moves(motion))
-        ways[motion] = lambda i, clip: draw(moving, i, clip, steps, guidance)
+    chosen, judge, true = select_clips(clips, frames), load_classifier(), has_font()
+    ways = ways_to_draw(model, motion, steps, guidance, true=true)
     rows: dict[str, list[Row]] = defaultdict(list)
     with progress(len(chosen) * len(ways), "measuring clips") as bar:
         for number, clip in enumerate(chosen):
+            truth = Truth.of(clip) if true else Truth()
             for name, way in ways.items():
-                rows[name].append(measure(clip, way(number, clip), judge))
+                rows[name].append(measure(clip, way(number, clip), judge, truth))
                 bar.advance()
     write_text(out / "table.md", table_of(rows))
     write_json(out / "table.json", {name: [row.__dict__ for row in found] for name, found in rows.items()})
     typer.echo((out / "table.md").read_text())
+
+
+def has_font() -> bool:
+    """Whether true clips can be drawn; that they cannot is said."""
+    try:
+        find_font()
+    except UserError as error:
+        notify(
+            f"{error} Without it there are no true clips, so neither the bound nor errors of tracks and cameras."
+        )
+        return False
+    return True
+
+
+def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: bool) -> dict[str, Way]:
+    """How each row of the table has its clips: (number, clip) → frames."""
+    floor, ways = Backbone.open(model, device="cpu"), dict[str, Way]()
+    if true:
+        ways["true clips, decoded"] = lambda _, clip: through_autoencoder(floor, clip)
+    ways["without an adapter"] = lambda i, clip: draw(floor, i, clip, steps, guidance)
+    if motion:
+        moving = Backbone.open(model, device="cpu")
+        set_in_motion(moving, Moves(motion))
+        ways[motion] = lambda i, clip: draw(moving, i, clip, steps, guidance)
+        if (file := Path(motion).expanduser() / CAMERA_WEIGHTS).is_file():
+            camera = open_camera(moving, file)
+            ways[f"{motion}, its camera on a path"] = lambda i, clip: draw(
+                moving, i, clip, steps, guidance, camera=camera
+            )
+    return ways
 
 
 def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
@@ -127,32 +203,55 @@ def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
     return [to_image(frame) for frame in model.decode_clip(model.encode_clip(pixels)).cpu()]
 
 
-def draw(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
-    """A clip drawn from its caption."""
-    request = [Request(clip.caption(), (number, 0))]
+def draw(
+    model: Backbone, number: int, clip: Clip, steps: int, guidance: float, *, camera: Camera | None = None
+) -> list[Image.Image]:
+    """A clip drawn from its caption; with a `camera` that is told the path, what the camera does is not said."""
+    said, controls = clip, list[Control]()
+    if camera is not None and clip.camera:
+        path = flat_path(trace_camera(clip), SIDE)
+        rays = embed_rays(path, (model.resolution, model.resolution))
+        said, controls = replace(clip, camera=""), [Control.of(camera, rays).as_clip()]
     (latents,) = sample_latents(
-        model, request, steps=steps, guidance=guidance, seed=0, frames=Frames(clip.frames)
+        model,
+        [Request(said.caption(), (number, 0))],
+        steps=steps,
+        guidance=guidance,
+        seed=0,
+        frames=Frames(clip.frames),
+        controls=controls,
     )
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
 
 def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Shares with 95 % intervals, in per cent; flicker is the mean change of a pixel from frame to frame, of 255."""
+    """Shares with 95 % intervals, in per cent; pixels of 128 a side; flicker is of 255."""
     lines = [
-        "| clips | things' direction | camera's direction | stillness | noun | place | flicker |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| clips | things' direction | their track, px off | camera's direction | camera, px off | stillness | noun | "
+        "place | flicker |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in rows.items():
         things = [row.right for row in found if row.right is not None and row.move in MOTIONS]
         camera = [row.right for row in found if row.right is not None and row.move in CAMERAS]
         still = [row.still for row in found if row.still is not None]
-        means = [
-            bootstrap_mean([getattr(row, key) for row in found]) for key in ("nouns", "places", "flicker")
-        ]
-        cells = [_share(flags) for flags in (things, camera, still)]
-        cells += [f"{100 * one.value:.1f} ({100 * one.low:.1f}–{100 * one.high:.1f})" for one in means[:2]]
-        lines.append(f"| {name} | {' | '.join(cells)} | {means[2].value:.2f} |")
+        means = {
+            key: [value for row in found if (value := getattr(row, key)) is not None]
+            for key in ("track", "corners", "nouns", "places", "flicker")
+        }
+        track, corners, nouns, places, flicker = (
+            _mean(values, 100 if key in ("nouns", "places") else 1) for key, values in means.items()
+        )
+        cells = (_share(things), track, _share(camera), corners, _share(still), nouns, places, flicker)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _mean(values: Sequence[float], scale: float) -> str:
+    if not values:
+        return "–"
+    found: Interval = bootstrap_mean(values)
+    return f"{scale * found.value:.1f} ({scale * found.low:.1f}–{scale * found.high:.1f})"
 
 
 def _share(flags: Sequence[bool]) -> str:

@@ -60,6 +60,7 @@ def sample(
     concept: str | Path | Run | Sequence[str | Path | Run] = (),
     references: Sequence[str | Path] = (),
     on: str = "",
+    vram: float | None = None,
     out: str | Path | None = None,
     **settings: Any,
 ) -> Images:
@@ -71,7 +72,8 @@ def sample(
     and j.
 
     `references` are files of images beside every prompt, for a model that reads some. `on` is a few-step model that
-    draws in place of the one that the concepts were trained on (`own`: that which goes with it).
+    draws in place of the one that the concepts were trained on (`own`: that which goes with it). `vram` is the memory
+    in GiB of the device that is planned for.
 
     Raises `UserError`, naming the argument, for what is not known, a token that no concept owns, a size that the model
     cannot draw, or a map that is none.
@@ -85,7 +87,7 @@ def sample(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else Path(out)
         beside = Beside(tuple(map(str, references)), controls)
-        sheet = sample_to_folder(asked, drawing, folder, concepts=concepts, beside=beside, on=on)
+        sheet = sample_to_folder(asked, drawing, folder, concepts=concepts, beside=beside, on=on, vram=vram)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 

@@ -146,7 +146,9 @@ def check_pairs(asked: CheckOptions) -> None:
         notify(f"Warning: {warning}")
     if wrong:
         lines = "\n".join(f"  {sentence}" for sentence in wrong)
-        raise UserError(f"{count_of(len(wrong), 'pair')} of {len(pairs)} cannot be used:\n{lines}")
+        raise UserError(
+            f"The {len(pairs)} pairs in {asked.pairs} cannot be learned from as they are:\n{lines}"
+        )
     notify(f"{count_of(len(pairs), 'pair')} in {asked.pairs} can be used.")
     if asked.as_json:
         print_json({"pairs": len(pairs), "warnings": doubtful})
@@ -223,6 +225,10 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
             metavar="IMAGE",
         ),
     ] = ()
+    vram: Annotated[
+        float | None,
+        Option("Plan for a device with so many GiB, and draw so that it fits.", MODEL, min=0.1),
+    ] = None
     out: Annotated[
         Path | None,
         Option(
@@ -261,7 +267,9 @@ def sample(asked: SampleOptions) -> None:
     from customize.sampling import OWN, RECORD, Beside, sample_to_folder
 
     on, beside = OWN if asked.fast else asked.on, Beside(asked.references, controls)
-    sheet = sample_to_folder(prompts, asked, asked.out, concepts=concepts, beside=beside, on=on)
+    sheet = sample_to_folder(
+        prompts, asked, asked.out, concepts=concepts, beside=beside, on=on, vram=asked.vram
+    )
     folder = sheet.parent
     notify(f"{count_of(len(prompts) * asked.count, 'image')} in {folder}; {sheet} shows all.")
     if asked.as_json and is_main_rank():

@@ -14,6 +14,7 @@ from PIL import Image
 from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import (
     Concept,
+    needs_whole_base,
     resolve_placeholder_tokens,
     summarize_concepts,
     trained_resolution,
@@ -27,7 +28,14 @@ from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import Condition, describe_conditions, open_conditions, together
+from backbone.memory.drawing import Drawn, fit_drawing
+from backbone.models.control import (
+    Condition,
+    describe_conditions,
+    name_networks,
+    open_conditions,
+    together,
+)
 from backbone.models.few_step import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.references import Reference, encode_references, refuse_too_many
@@ -74,15 +82,16 @@ def sample_to_folder(
     concepts: Sequence[Concept] = (),
     beside: Beside = NOTHING_BESIDE,
     on: str = "",
+    vram: float | None = None,
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
     `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
-    one that is known to go with it. The maps of conditions on the layout are written as `condition-0-sketch.png` … and
-    stand beside the images in the sheet. Image (i, j) depends on the seed, i and j alone, and several processes share
-    the work.
+    one that is known to go with it. `vram` is the device's memory in GiB to plan for. The maps of conditions on
+    the layout are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends
+    on the seed, i and j alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
@@ -96,6 +105,9 @@ def sample_to_folder(
     refuse_too_many(backbone, len(beside.references))
     if out is not None:
         refuse_filled(out)
+    if vram is not None:
+        work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
+        backbone = fit_drawing(backbone, work, vram)
     conditions = open_conditions(
         backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
     )
@@ -108,8 +120,7 @@ def sample_to_folder(
     with _hold_folder(out) as folder:
         shown = encode_references(backbone, [open_rgb(path) for path in beside.references])
         facts = {"model": name, **asked.facts(), **_brief(concepts, asked.scale, conditions)}
-        drawing = Drawing(prompts, asked, facts, conditions, shown)
-        _write_images(backbone, requests, folder, drawing)
+        _write_images(backbone, requests, folder, Drawing(prompts, asked, facts, conditions, shown))
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
@@ -117,8 +128,7 @@ def sample_to_folder(
                 "seconds": round(time.perf_counter() - began, 2),
                 "versions": package_versions(),
             }
-            drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
-            note = f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+            note = _say_how(name, asked, concepts)
             columns = asked.count if asked.count > 1 else 4
             maps = _write_maps(folder, conditions)
             write_index(folder, requests, prompts, record, note=note, columns=columns, beside=maps)
@@ -136,6 +146,33 @@ def _open_model(
         return backbone, concepts, name
     few = open_few_step(backbone, name_few_step(name) if on == OWN else on)
     return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
+
+
+def _count(
+    model: Backbone,
+    asked: DrawingOptions,
+    places: tuple[int, int],
+    beside: Beside,
+    concepts: Sequence[Concept],
+    prompts: int,
+) -> Drawn:
+    """What is drawn of so many prompts, as a plan counts it."""
+    processes.require_whole_model("--vram counts for a process alone; it")
+    assert asked.guidance is not None
+    return Drawn(
+        min(asked.batch, prompts * asked.count),
+        places,
+        asked.guidance,
+        references=len(beside.references),
+        conditions=name_networks(model, beside.controls),
+        whole=any(map(needs_whole_base, concepts)),
+    )
+
+
+def _say_how(name: str, asked: DrawingOptions, concepts: Sequence[Concept]) -> str:
+    """By what and how the images of a sheet were drawn."""
+    drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
+    return f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
 
 
 def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:

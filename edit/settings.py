@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from backbone.io.conditions import CONTROL, ClipControlOptions, ControlOptions
-from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, ConceptOptions
+from backbone.io.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, ConceptOptions
 from backbone.io.options import Option
 from backbone.io.sampling import GuidanceOption
 
@@ -419,6 +419,10 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
         float,
         Option("How closely the image is followed.", SAMPLING, aliases=("image-guidance-scale",), min=0),
     ] = 1.5
+    vram: Annotated[
+        float | None,
+        Option("Plan for a device with so many GiB, and edit so that it fits.", MODEL, min=0.1),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import inside, read_as
 
 CONCEPT_FILE = "concept.json"
@@ -86,6 +86,14 @@ def read_concept(folder: str | Path) -> Concept:
     return concept
 
 
+def needs_whole_base(concept: Concept) -> bool:
+    """Whether it changes more than low-rank factors beside the layers of a base, as they are."""
+    if concept.changed or not concept.weights_path.is_file():  # which is told where it is loaded
+        return bool(concept.changed)
+    names = read_header(concept.weights_path).shapes
+    return not all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
 def is_run(folder: Path) -> bool:
     """Whether a training wrote this folder, be it finished or not."""
     return (folder / CONCEPT_FILE).is_file() or (folder / "settings.json").is_file()
@@ -96,6 +104,8 @@ def _why_no_run(folder: Path) -> str:
     if not folder.exists():
         return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     if folder.is_file():
+        if folder.suffix.lower() == ".gguf":
+            return f"{folder} {IS_GGUF}"
         return (
             f"{folder} is a file, not a run folder. Make one of it: customize import {folder} --out runs/NAME"
         )

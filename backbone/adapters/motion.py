@@ -38,6 +38,7 @@ FACTORS = (  # of a layer's name, its ends as they are written, and ours
 OURS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
 
+OF_SVD = "temporal_transformer_blocks"  # in the names of a LoRA for Stable Video Diffusion
 MOTION = "motion"  # the kind of a concept that is one
 
 
@@ -119,6 +120,10 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     check_tensors(path, tensors)
     found: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
+    if any(OF_SVD in name for name in tensors):
+        raise UserError(
+            f"{path} adapts Stable Video Diffusion and no motion adapter. Name a motion LoRA, or leave it out."
+        )
     for name, value in tensors.items():
         plain = rename_original(name.removeprefix("unet."))
         if plain.endswith(".alpha"):

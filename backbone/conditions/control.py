@@ -187,6 +187,14 @@ def join_controls(parts: Sequence[tuple[tuple[Control, ...], int]]) -> tuple[Con
 def _joined(column: Sequence[Control]) -> Control:
     first = column[0]
     assert all(first.is_like(other) for other in column), "rows under different networks in one batch"
-    hints = zip(*(control.hints for control in column), strict=True)
+    hints = (_cat(values) for values in zip(*(control.hints for control in column), strict=True))
     scale = torch.cat([control.scale for control in column])
-    return replace(first, hints=tuple(torch.cat(values) for values in hints), scale=scale)
+    return replace(first, hints=tuple(hints), scale=scale)
+
+
+def _cat(values: Sequence[Tensor]) -> Tensor:
+    """Hints one behind the other, in the memory layout of the first one's own rows."""
+    row = values[0][:1]
+    last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)
+    joined = torch.cat([*values])
+    return joined.contiguous(memory_format=torch.channels_last) if last else joined

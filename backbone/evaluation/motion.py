@@ -1,7 +1,8 @@
 """What moves in a clip, measured from its pixels alone, and whether it is what a word says.
 
 A similarity is fitted to each pair of frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for
-things, of its border for the camera. Its parts add up over the clip to a track.
+things, of its border for the camera. Its parts add up over the clip to a track; joined one behind the other they carry
+the first frame's corners through the clip, which is how a camera is compared with its path.
 """
 
 from __future__ import annotations
@@ -45,6 +46,33 @@ def trace_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> NDArr
         weight = _border(here.shape) if camera else None
         track[number] = track[number - 1] + _fit_similarity(here, there, weight)
     return track
+
+
+def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
+    """Where the first frame's corners are in every frame [F, 4, 2], as its border moves; shares of width and height."""
+    grays = [_smooth(np.asarray(frame.convert("L"), dtype=np.float32)) for frame in frames]
+    height, width = grays[0].shape
+    middle, size = np.array([(width - 1) / 2, (height - 1) / 2]), np.array([width, height])
+    at = (
+        np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) * size - 0.5
+    )  # of the outermost pixels' edges
+    found = [at]
+    for here, there in pairwise(grays):
+        x, y, growth, turn = _fit_similarity(here, there, _border(here.shape))
+        rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        at = middle + [x, y] + np.exp(growth) * (at - middle) @ rotation.T
+        found.append(at)
+    corners: NDArray[np.float64] = (np.stack(found) + 0.5) / size
+    return corners
+
+
+def corner_error(frames: Sequence[Image.Image], asked: NDArray[np.float64]) -> float:
+    """How far the corners are from where they were `asked` to be [F, 4, 2], in pixels of 128 a side: the mean.
+
+    The first frame, which fits by itself, is not counted, and corners that are no numbers are not either.
+    """
+    apart = np.linalg.norm((follow_border(frames) - asked)[1:], axis=-1) * SIDE
+    return float(np.nanmean(apart)) if np.isfinite(apart).any() else math.nan
 
 
 def measure_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> Moved:

@@ -193,6 +193,10 @@ class Family(Protocol):
         """The most latents a side that the network has places for; None where it takes any."""
         ...
 
+    def licence(self, location: Location) -> str:
+        """What the published weights may not be used for: "FLUX.2 dev's published weights are under …"; else ""."""
+        ...
+
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         """Sampling settings that differ from the project's defaults: `steps`, `guidance` …"""
         ...

@@ -22,7 +22,13 @@ from backbone.conditions.conditions import Conditions
 from backbone.families import loading, text_encoders
 from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
-from backbone.families.latents import latent_channels, pixels_per_latent
+from backbone.families.latents import (
+    has_frames,
+    is_batch_normed,
+    latent_channels,
+    patch_size,
+    pixels_per_latent,
+)
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
@@ -40,6 +46,8 @@ NOT_TEXT = (
     r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
 )
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
+FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
+NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
 SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
 
 
@@ -150,6 +158,9 @@ class SplitFileFamily:
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return self.files.find_parts(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return ""
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
             return load_transformer(self.transformer_kind, self.files, location, dtype)
@@ -190,6 +201,56 @@ def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: to
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise config_mismatch(location, TRANSFORMER) from error
     return build_network(kind, location, TRANSFORMER, converted)
+
+
+def refuse_other_parts(location: Location) -> None:
+    """`UserError` where a component's file is told by its header to be another model's, before anything is loaded.
+
+    Looked at are the width and the number of layers of a text encoder, and an autoencoder's latents.
+    """
+    if TEXT in location.parts:
+        header = read_header(location.parts[TEXT])
+        said = location.config(TEXT)
+        inner = said.get("text_config", said)
+        width, layers = (
+            ("hidden_size", "num_hidden_layers") if "hidden_size" in inner else ("d_model", "num_layers")
+        )
+        wanted = inner.get(width), inner.get(layers)
+        if None not in wanted and size_of_text(header) != wanted:
+            raise other_part(location, TEXT)
+    if VAE in location.parts and not is_like(read_header(location.parts[VAE]), location.config(VAE)):
+        raise other_part(location, VAE)
+
+
+def is_like(header: Header, config: Mapping[str, Any]) -> bool:
+    """Whether an autoencoder's file has the latents, frames and batch norm that a config says."""
+    kernel = next((s for n, s in header.shapes.items() if n.endswith(AUTOENCODER_MARKS[:2])), ())
+    channels = latent_channels(config) // patch_size(config) ** 2
+    normed = any(name.endswith("bn.running_mean") for name in header.shapes)
+    if normed != is_batch_normed(config):
+        return False
+    over_time = has_frames(config) and config.get("_class_name") != FLAT
+    return len(kernel) < 4 or (kernel[1] == channels and (len(kernel) == 5) == over_time)
+
+
+def size_of_text(header: Header) -> tuple[int, int]:
+    """The width and the number of layers of a language model, or T5's, of a file that has more beside it."""
+    prefix = text_prefix(header) or ""
+    own = {n.removeprefix(prefix): s for n, s in header.shapes.items() if not re.search(NOT_TEXT, n)}
+    marks = (T5_MARK, "embed_tokens.weight")
+    width = next(shape[1] for name, shape in own.items() if name.endswith(marks))
+    layers = {found[1] for name in own if (found := re.search(r"(?:^|\.)(?:layers|block)\.(\d+)\.", name))}
+    return width, len(layers)
+
+
+def other_part(location: Location, part: str) -> UserError:
+    """The `UserError` for a component's file that does not fit the component's config."""
+    config = location.local(f"{part}/config.json")
+    return UserError(
+        f"The {NAMES[part]} in {location.file_of(part)} is not built as {config} says: it is that of another model, or "
+        f"of another size. Give the one that {location.file_of(TRANSFORMER)} was published with, or put its "
+        f"{part}/config.json beside that file."
+    )
 
 
 def load_autoencoder(
@@ -262,11 +323,7 @@ def load_text_model(
     beside = NOT_TEXT if not whole else r"lm_head\."
     tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
     if {name: value.shape for name, value in tensors.items()} != expected:
-        raise UserError(
-            f"The text encoder in {file} is not built as {location.local(f'{TEXT}/config.json')} says: it is that of "
-            f"another model, or of another size. Give the one that {location.name} was published with, or put its "
-            f"{TEXT}/config.json beside the file."
-        )
+        raise other_part(location, TEXT)
     with refuse_damaged(location.name, TEXT):
         return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 

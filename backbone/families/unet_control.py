@@ -1,13 +1,14 @@
 """Control networks of the UNet families: ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024).
 
 A ControlNet is a copy of the UNet's encoder with zero convolutions; it hears text and time, and its answer is added to
-the skip connections. A T2I-Adapter hears the map alone, so it is asked once for a picture, and its features are added
-inside the encoder.
+the skip connections. Its first layers embed the map alone, so they are asked once for a picture and not at every step.
+A T2I-Adapter hears nothing else, so all of it is asked once, and its features are added inside the encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ UNION_TYPES = {  # of the published SDXL nets
     "labels": 5,
     "tile": 6,
 }
+EMBEDDING = "controlnet_cond_embedding"  # a ControlNet's layers that hear the map alone
 GREY = (0.299, 0.587, 0.114)  # Rec. 601 luma, as Pillow's mode L
 
 
@@ -50,18 +52,27 @@ class UNetControlNet:
         return self
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        return (maps,)
+        network = cast(Any, self.module)
+        if is_bgr(network):
+            maps = maps.flip(1)
+        return (network.controlnet_cond_embedding(maps.to(network.dtype)),)
 
     def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """The arguments of the network that the denoiser has not."""
-        return {"controlnet_cond": hints[0].to(dtype)}
+        # Turned round here, since such a network turns round what it is given
+        return {"controlnet_cond": hints[0].flip(1) if is_bgr(self.module) else hints[0]}
+
+    def already_embedded(self) -> AbstractContextManager[None]:
+        """Inside the `with` the network takes what `read` gave as it is."""
+        return instead_of(self.module, EMBEDDING, nn.Identity())
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network = cast(Any, self.module)
         given = as_dtype(inputs, network.dtype)
         # Without an image beside the latents
         given["sample"] = given["sample"][:, : network.config.in_channels]
-        skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
+        with self.already_embedded():
+            skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
         if guess and not self.prompted_only:
             *ramp, last = torch.logspace(-1, 0, len(skips) + 1).tolist()
             skips = [skip * share for skip, share in zip(skips, ramp, strict=True)]
@@ -113,6 +124,12 @@ class UNetUnion(UNetControlNet):
         joined = self.asked_for(types, scales)
         return replace(controls[0], network=joined, hints=hints, scale=torch.ones_like(controls[0].scale))
 
+    def read(self, maps: Tensor) -> tuple[Tensor, ...]:
+        return (maps,)  # which kinds are heard with it decides what its embedding becomes
+
+    def already_embedded(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         network = cast(Any, self.module)
         chosen = torch.zeros(len(hints[0]), network.config.num_control_type, device=hints[0].device)
@@ -140,10 +157,30 @@ class UNetAdapter:
         network = cast(Any, self.module)
         if network.config.in_channels == 1:
             maps = (maps * maps.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
-        return tuple(network(maps.to(network.dtype)))
+        # In the layout of the UNet's own tensors, so that adding them is no copy
+        return tuple(
+            feature.contiguous(memory_format=torch.channels_last)
+            for feature in network(maps.to(network.dtype))
+        )
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         return {INNER: list(hints)}
+
+
+def is_bgr(module: nn.Module) -> bool:
+    """Whether a ControlNet reads the colours of a map from blue to red."""
+    return bool(cast(Any, module).config.controlnet_conditioning_channel_order == "bgr")
+
+
+@contextmanager
+def instead_of(module: nn.Module, name: str, other: nn.Module) -> Iterator[None]:
+    """Inside the `with` another module stands in the place of one of a module's own."""
+    own = module._modules[name]
+    module._modules[name] = other
+    try:
+        yield
+    finally:
+        module._modules[name] = own
 
 
 def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

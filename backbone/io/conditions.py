@@ -13,6 +13,7 @@ from backbone.io.options import Option
 CONTROL = "Control"
 LINE_KINDS = ("sketch", "lines", "edges")
 KINDS = (*LINE_KINDS, "labels", "depth", "pose", "normal", "tile")
+INVERTIBLE = (*LINE_KINDS, "depth")  # which are white on black, or white where it is near
 SYNONYMS = {
     **dict.fromkeys(("scribble", "hed", "softedge", "pidi"), "sketch"),
     **dict.fromkeys(("lineart", "mlsd"), "lines"),
@@ -206,6 +207,11 @@ def parse_map(said: str) -> AskedMap:
         return AskedMap(kind, "", AUTO)
     for how in (AUTO, INVERTED):
         if path.endswith(f":{how}"):
+            if how == INVERTED and kind not in (*INVERTIBLE, ANY):
+                raise UserError(
+                    f"--condition {said} turns the colours of {kind} round, so that they say something else. Leave "
+                    ":inverted out."
+                )
             return AskedMap(kind, path.removesuffix(f":{how}"), how)
     return AskedMap(kind, path)
 

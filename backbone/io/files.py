@@ -29,6 +29,7 @@ from backbone.io.records import parse_json, read_as
 if TYPE_CHECKING:
     import torch
 
+IS_GGUF = "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8."
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 ABANDONED_SECONDS = 24 * 3600  # a temporary file of another machine that is older was left behind
 WHOLE = ".whole"  # ends the name of a temporary folder that only has to be moved
@@ -399,6 +400,8 @@ def _check_safetensors_path(path: str | Path) -> Path:
         )
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a safetensors file. Name the file in it.")
+    if path.suffix.lower() == ".gguf" and path.exists():
+        raise UserError(f"{path} {IS_GGUF}")
     if not path.exists():
         raise FileNotFoundError(2, os.strerror(2), str(path))
     return path
@@ -408,6 +411,8 @@ def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
     """Raise a `UserError` that says what the file is instead of safetensors."""
     with path.open("rb") as file:
         start = file.read(64)
+    if start.startswith(b"GGUF"):
+        raise UserError(f"{path} {IS_GGUF}") from error
     if start.startswith(b"version https://git-lfs"):
         raise UserError(
             f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` beside it."

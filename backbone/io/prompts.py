@@ -17,6 +17,9 @@ SUFFIXES = (".txt", ".jsonl")
 TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
 
+VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What to draw, the group that it is counted in, and hard negatives: prompts whose images compete with its own.
@@ -28,6 +31,11 @@ class Prompt:
     text: str
     category: str = ""
     hard_negatives: tuple[str, ...] = ()
+
+
+def is_caption(words: str) -> bool:
+    """Whether words seem to describe an image, where an instruction says what to do."""
+    return (words.split() or [""])[0].lower() in VERBLESS
 
 
 def prompts_of(given: Sequence[str]) -> list[Prompt]:

@@ -144,6 +144,22 @@ def relative_values(values: ArrayLike) -> Floats:
     return np.stack([across, down, zoom / zoom[0], roll - roll[0]], axis=-1)
 
 
+def trace_corners(path: CameraPath) -> Floats:
+    """Where the first picture's corners are in every frame [F, 4, 2], in shares of its width and height.
+
+    They lie on a plane at depth 1 before the first camera; one that comes behind a camera is no number.
+    """
+    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    focus, middle = path.intrinsics[:, None, :2], path.intrinsics[:, None, 2:]
+    rays = np.concatenate([(corners - middle[0]) / focus[0], np.ones((4, 1))], axis=1)
+    first, poses = path.poses[0], path.poses
+    points = (rays - first[:, 3]) @ first[:, :3]  # in the world
+    seen = np.einsum("fij,cj->fci", poses[:, :, :3], points) + poses[:, None, :, 3]
+    depth = np.where(seen[..., 2:] > 1e-6, seen[..., 2:], np.nan)
+    found: Floats = seen[..., :2] / depth * focus + middle
+    return found
+
+
 # As it is asked for ------------------------------------------------------------------------------------------
 
 

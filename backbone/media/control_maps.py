@@ -161,7 +161,7 @@ def compute_map(kind: str, picture: Image.Image) -> Image.Image:
     """The map of a picture, RGB of its size; `UserError` for a kind that another network has to find."""
     if kind not in COMPUTED:
         raise UserError(
-            f"{kind.capitalize()} of a picture are found by another network, which is not here. Give the map itself: "
+            f"A map of {kind} is found by another network, which is not here. Give the map itself: "
             f"--condition {kind}=map.png; without a network there are {', '.join(COMPUTED)}."
         )
     pixels = as_hints(picture)[0]
@@ -261,8 +261,10 @@ def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
     """`UserError` for what is not white lines on black."""
     name, kind = asked.path, asked.kind
     ink = drawn.mean(2) / 255
-    if drawn.min() > 127:
+    if drawn.min() > 215:
         raise UserError(f"{name} is white everywhere, so it says nothing. Draw white lines on black.")
+    if drawn.min() > 127:
+        refuse_empty(drawn, asked)
     grey = float(((ink > GREY[0]) & (ink < GREY[1])).mean())
     if grey > MOST_GREY or saturation(drawn) > MOST_COLOUR:
         raise UserError(

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
+from backbone.conditions.control import Control
 from backbone.distributed.device import PRECISIONS
 from backbone.families.latents import latent_space
 from backbone.io.console import UserError, notify
 from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, decoded_together
 from backbone.models.placement import (
     INSTALL,
     KINDS,
@@ -119,6 +120,7 @@ class MemoryEstimator:
 
     def __init__(self, model: Backbone, work: Workload, *, device: str = "cuda") -> None:
         self.model, self.work = model, work
+        self.latent_shape = model.latent_shape
         self.device = "cpu" if device == "cpu" else "cuda"
         self.meta_denoiser = lru_cache(self._build_meta_denoiser)
         self.meta_trainable = lru_cache(self._build_meta_trainable)
@@ -132,7 +134,7 @@ class MemoryEstimator:
         work, precision, placement = self.work, choice.precision, choice.placement
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
-        denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers)
+        denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers) + sizes.beside
         batch = 1 if placement.one_by_one else SAMPLING_BATCH
 
         # Images are encoded one at a time.
@@ -154,7 +156,8 @@ class MemoryEstimator:
         # Images are sampled while the optimiser's state is in memory
         resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
         sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
-        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+        together = min(batch, decoded_together(self.latent_shape[-2:], self.model.factor))
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
         transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
         phases["previews"] = Phase(resident, transient)
         return phases
@@ -187,6 +190,13 @@ class MemoryEstimator:
         """Bytes that tensors can have on a device of `size` GiB."""
         return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
 
+    def ways_out(self) -> list[str]:
+        """What the user may ask for instead where nothing fits."""
+        return [
+            *(["train an adapter instead of all weights"] if self.work.full_finetuning else []),
+            *(["lower --batch"] if self.work.batch_size > 2 else []),
+        ]
+
     # Counting ------------------------------------------------------------------------------------------------
 
     def _build_meta_denoiser(self, precision: str) -> nn.Module:
@@ -203,8 +213,11 @@ class MemoryEstimator:
         layers = [tensor_bytes(layer.parameters()) for layer in find_offloadable_layers(network)]
         text = sum(tensor_bytes(part.instantiate().parameters()) for part in spec.text_encoders.values())
         autoencoder = tensor_bytes(spec.autoencoder.instantiate().parameters())
-        trained = sum(value.numel() for value in self.meta_trainable(precision)[1])
-        return ModelSizes(denoiser, sum(linear), max(layers, default=0), autoencoder, text, trained)
+        with_them, learning = self.meta_trainable(precision)
+        trained = sum(value.numel() for value in learning)
+        whole = tensor_bytes(with_them.parameters()) - tensor_bytes(learning)
+        beside = max(0, whole - denoiser)  # of a denoiser that learns itself nothing is
+        return ModelSizes(denoiser, sum(linear), max(layers, default=0), autoencoder, text, trained, beside)
 
     def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
         """The denoiser on `meta` and its trained tensors."""
@@ -238,9 +251,9 @@ class MemoryEstimator:
     ) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """A call of the denoiser with blank latents and prompts, and these."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        noisy = torch.zeros(rows, *self.model.latent_shape, device="meta")
+        noisy = torch.zeros(rows, *self.latent_shape, device="meta")
         shown = tuple(torch.zeros_like(noisy) for _ in range(self.work.references))
-        conditions = replace(spec.blank_text(rows), references=shown)
+        conditions = replace(spec.blank_text(rows), references=shown, controls=self.controls(network, rows))
         for value in conditions.tensors():
             value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
@@ -251,15 +264,19 @@ class MemoryEstimator:
 
         return forward, [noisy, *conditions.tensors()]
 
+    def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
+        """The controls of so many rows, which are there throughout a call."""
+        return ()
+
     def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
         """The peak of the autoencoder itself, encoding or decoding."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
         network: Any = spec.autoencoder.instantiate()
-        side = self.model.resolution
         if tiles:
-            enable_tiling(network, side // 2)
+            enable_tiling(network, self.model.resolution // 2)
         space, dtype = latent_space(network), spec.autoencoder.dtype
-        shape = (3, side, side) if way == "encode" else self.model.latent_shape
+        sides = [latents * self.model.factor for latents in self.latent_shape[-2:]]
+        shape = (3, *sides) if way == "encode" else self.latent_shape
         given = torch.zeros(count, *shape, dtype=dtype, device="meta")
         if way == "encode":
             return forward_peak_bytes(network, lambda: space.encode(network, given), device=self.device)
@@ -267,7 +284,10 @@ class MemoryEstimator:
 
 
 class ModelSizes(NamedTuple):
-    """Bytes of a model's components; `linear_parameters` (quantisable) and `trained_parameters` are counts."""
+    """Bytes of a model's components; `linear_parameters` (quantisable) and `trained_parameters` are counts.
+
+    `beside` are frozen weights that were added with what learns: the copied encoder of a control-LoRA.
+    """
 
     denoiser: int
     linear_parameters: int
@@ -275,6 +295,7 @@ class ModelSizes(NamedTuple):
     autoencoder: int
     text_encoders: int
     trained_parameters: int
+    beside: int = 0
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -336,9 +357,7 @@ EIGHT_BIT_OPTIMIZER = _setting_saving(
 GRADIENT_CHECKPOINTING = _setting_saving(
     "gradient checkpointing", "a third more time", "checkpointing", True, False
 )
-SINGLE_IMAGE_SAMPLING = _placement_saving(
-    "sampling one image at a time", "slower previews", "one_by_one", True, False
-)
+SINGLE_IMAGE_SAMPLING = _placement_saving("sampling one image at a time", "slower", "one_by_one", True, False)
 VAE_TILING = _placement_saving("VAE tiling", "faint seams are possible", "tiling", True, False)
 TEXT_ON_CPU = _placement_saving(
     "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
@@ -430,8 +449,13 @@ def fit_to_memory(
     model: Backbone, work: Workload, size: float, start: MemorySettings
 ) -> tuple[Backbone, MemorySettings]:
     """Plan for the model's device of `size` GiB, print the plan, and return the (unloaded) model with its settings."""
+    return fit(MemoryEstimator(model, work, device=model.device.type), size, start)
+
+
+def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple[Backbone, MemorySettings]:
+    """The same for what the estimator counts."""
+    model = estimator.model
     on_gpu = model.device.type == "cuda"
-    estimator = MemoryEstimator(model, work, device=model.device.type)
     plan = plan_memory(estimator, size, start, library=on_gpu and has_bitsandbytes())
     for line in plan.lines():
         notify(line)
@@ -524,8 +548,7 @@ def _describe_misfit(
     larger = next((gib for gib in DEVICE_SIZES if estimator.usable_bytes(gib) >= least), None)
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if hint else []),
-        *(["train an adapter instead of all weights"] if estimator.work.full_finetuning else []),
-        *(["lower --batch"] if estimator.work.batch_size > 2 else []),
+        *estimator.ways_out(),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"

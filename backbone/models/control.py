@@ -6,6 +6,7 @@ conditions = replace(text, controls=(Control.of(network, maps),))
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork
+from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.loading import WEIGHTS, load_network
 from backbone.families.location import Location, find_hub_file
@@ -214,10 +216,7 @@ def _open(
     opened: dict[str, OpenedControl],
 ) -> tuple[Condition, ...]:
     """The conditions, a row for each map that `read` gives of one."""
-    if not asked:
-        return ()
-    controlled_family(model)
-    named = [one.network or _embedded(model, one.map.kind) for one in asked]
+    named = [name for _, name in name_networks(model, asked)]
     found = {name: find_control(name) for name in named}
     ready = []
     for said, name in zip(asked, named, strict=True):
@@ -385,6 +384,37 @@ def _fetch(repository: str) -> Path:
     raise UserError(f"{repository} has no safetensors weights on the hub. Name another control network.")
 
 
+@dataclass(frozen=True)
+class ControlOutline:
+    """A control network that is not loaded: how to construct it, or None and how many numbers its file holds."""
+
+    spec: ModuleSpec | None
+    numbers: int = 0
+
+
+def outline_control(model: Backbone, name: str) -> ControlOutline:
+    """A control network by its config alone, or by its file's header; `UserError` as `open_control`."""
+    found = find_control(name)
+    if not found.place.is_dir():
+        shapes = read_header(found.place).shapes.values()
+        return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
+    kind, location, part = _class_of(model, controlled_family(model).control_classes, found)
+    return ControlOutline(diffusers_spec(kind, location, part, model.dtype))
+
+
+def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[tuple[str, str]]:
+    """The kind of each map and its network: the one that was named, or the model's own.
+
+    Raises `UserError` where there is none, and for a kind that it does not read.
+    """
+    if not asked:
+        return []
+    controlled_family(model)
+    named = [one.network or _embedded(model, one.map.kind) for one in asked]
+    known = (_of_known_kind(one, find_control(name)) for one, name in zip(asked, named, strict=True))
+    return [(one.map.kind, name) for one, name in zip(known, named, strict=True)]
+
+
 def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.Module:
     """The network in a folder, if it is of one of the family's classes, or in a file, if its UNet's files are read."""
     with progress(None, f"loading {found.name}", brief=True):
@@ -402,6 +432,12 @@ def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.
 
 
 def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
+    kind, location, part = _class_of(model, classes, found)
+    return load_network(kind, location, part, model.dtype)
+
+
+def _class_of(model: Backbone, classes: Sequence[Any], found: FoundControl) -> tuple[Any, Location, str]:
+    """The class of a folder's network, and where its config lies; `UserError` for one that is not among `classes`."""
     location = Location(found.name, str(found.place.parent), {})
     part = found.place.name
     said = location.config(part).get("_class_name", "")
@@ -411,4 +447,4 @@ def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -
             f"{found.name} is a {said or 'network of unknown kind'}, and {model.location.name} is controlled by "
             f"{' or '.join(one.__name__ for one in classes)}. Name one of these."
         )
-    return load_network(kind, location, part, model.dtype)
+    return kind, location, part

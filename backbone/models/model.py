@@ -10,6 +10,7 @@ Parts load when first used and can be freed again, so a training run never holds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -39,7 +40,7 @@ from backbone.families.latents import LatentSpace, latent_channels, latent_space
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet import UNetFamily, widen_input
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
 from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
@@ -58,6 +59,11 @@ USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is 
 }
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
+
+
+def decoded_together(places: Sequence[int], factor: int) -> int:
+    """How many latents of so many places are decoded in one call."""
+    return max(1, DECODED_AT_ONCE // (math.prod(places) * factor**2))
 
 
 class Posterior(NamedTuple):
@@ -139,6 +145,10 @@ class Backbone:
                 )  # fmt: skip
                 opened.refuse_other_task(by_instruction=by_instruction, from_picture=from_picture)
                 opened.refuse_resolution()
+                if location.parts:
+                    from backbone.families.split_files import refuse_other_parts  # diffusers' converters
+
+                    refuse_other_parts(location)
                 return opened
         served = ", ".join(family.name for family in families())
         raise UserError(
@@ -148,6 +158,8 @@ class Backbone:
     @cached_property
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
+        if licence := self.family.licence(self.location):
+            notify_once(licence)
         with progress(None, f"loading {self.location.name}", brief=True):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
             if self.location.few_step is not None:
@@ -396,8 +408,8 @@ class Backbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
-        pixels = latents[0, 0].numel() * self.factor**2  # of one sample, all its frames
-        portions = latents.split(max(1, DECODED_AT_ONCE // pixels))
+        # Of one sample, all its frames
+        portions = latents.split(decoded_together(latents[0, 0].shape, self.factor))
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
     def encode_clip(self, clip: Tensor) -> Tensor:

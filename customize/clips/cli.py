@@ -15,7 +15,6 @@ from backbone.io.files import read_json, refuse_filled
 from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.io.options import settled_command
 from backbone.io.records import read_as
-from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import (
     ADAPTER_FILE,
@@ -24,6 +23,7 @@ from customize.clips.settings import (
     ClipOptions,
     EvaluateClipOptions,
     TrainMotionOptions,
+    refuse_other_camera,
 )
 
 
@@ -84,16 +84,6 @@ def report_clips(folder: Path, count: int, asked: ClipOptions) -> None:
     notify(f"{count_of(count, 'clip')} in {folder}; {folder}/report.html plays them.")
     if asked.as_json:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
-
-
-def refuse_other_camera(prompt: str, camera: str) -> None:
-    """`UserError` where a prompt's words move the camera otherwise than the path's."""
-    said = find_moves(prompt)[1]
-    words = [word for word in CAMERAS if word in camera.lower()]
-    if said and words and said not in words:
-        raise UserError(
-            f"“{prompt}” says {said} and --camera {camera}: they contradict each other. Say the same, or leave one out."
-        )
 
 
 def train_motion(asked: TrainMotionOptions) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from backbone.adapters.concept import (
     Concept,
+    needs_whole_base,
     resolve_placeholder_tokens,
     summarize_concepts,
     trained_resolution,
@@ -30,16 +31,24 @@ from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.memory.drawing import Drawn, fit_drawing
 from backbone.models.camera import CAMERA_WEIGHTS, open_camera
-from backbone.models.control import Condition, describe_conditions, open_clip_conditions, together
+from backbone.models.control import (
+    Condition,
+    describe_conditions,
+    name_networks,
+    open_clip_conditions,
+    together,
+)
 from backbone.models.model import Backbone
-from backbone.models.motion import Motion
+from backbone.models.motion import Motion, read_motion_adapter
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import describe_given_frames, given_frames, open_given_frames
 
 RECORD = "run.json"
 REPORT = "report.html"
+PATH_FILE = "camera.txt"  # the path of the clips' camera, as lines
 CLIPS = Path("clips")
 
 
@@ -61,6 +70,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     rows, columns = latent_size(model, asked.size)
     if asked.out is not None:
         refuse_filled(asked.out)
+    model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = given_frames(asked)
     began = time.perf_counter()
@@ -98,11 +108,32 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
-        maps = write_maps(folder, conditions, asked)
         if path is not None:
-            write_text(folder / "camera.txt", as_lines(path, asked.fps))
-        publish(folder, requests, prompts, films, record, maps)
+            write_text(folder / PATH_FILE, as_lines(path, asked.fps))
+        publish(folder, requests, prompts, films, record, write_maps(folder, conditions, asked))
     return folder
+
+
+def fit(
+    model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
+) -> Backbone:
+    """The model as it draws so many clips on a device of `asked.vram` GiB, if that is asked for.
+
+    Raises `UserError` where it cannot.
+    """
+    if asked.vram is None:
+        return model
+    assert asked.guidance is not None
+    drawn = Drawn(
+        min(asked.batch, count),
+        places,
+        asked.guidance,
+        conditions=name_networks(model, asked.controls),
+        frames=min(asked.frames, asked.context_length or asked.frames),
+        motion=read_motion_adapter(asked.motion) if asked.motion else None,
+        whole=any(map(needs_whole_base, concepts)),
+    )
+    return fit_drawing(model, drawn, asked.vram)
 
 
 def follow_camera(

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept
 from backbone.evaluation.clip import Scorer, VisionEncoder, load_image_encoder, text_scores
+from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.image_metrics import psnr
 from backbone.evaluation.motion import (
     DRIFT,
     PARTS,
     SIDE,
     Moved,
+    corner_error,
     is_right,
     measure_moved,
     trace_moved,
@@ -36,6 +38,7 @@ from backbone.io.options import as_command
 from backbone.io.records import inside
 from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder
+from backbone.media.camera import CameraPath, read_camera, trace_corners
 from backbone.media.clips import Film, choose_strip, encode_webp, read_film
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -43,8 +46,8 @@ from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.model import Backbone
 from backbone.world.motions import CAMERAS, find_moves
 from backbone.world.words import choose_article, load_vocabulary
-from customize.clips.draw import RECORD, draw_clips
-from customize.clips.settings import ADAPTER_FILE, ClipOptions, EvaluateClipOptions
+from customize.clips.draw import PATH_FILE, RECORD, draw_clips
+from customize.clips.settings import ADAPTER_FILE, ClipOptions, EvaluateClipOptions, refuse_other_camera
 from customize.clips.train import list_films
 
 TABLE, EVALUATION = "table.json", "evaluation"
@@ -59,11 +62,13 @@ SHARES = {  # of clips, or of their frames, by what they are called
 }
 MEANS = {
     "flicker": "flicker, of 255",
+    "along": "flicker along the flow, of 255",
     "jitter": "jitter, of 255",
     "identity": "similarity to the first frame",
     "words": "similarity to the words",
     "track": "correlation with the learned track",
     "first_frame_db": "first frame, dB",
+    "corners": "corners off the camera's path, px",
 }
 
 
@@ -73,13 +78,15 @@ class Shown:
 
     words    "" where nothing says them
     picture  what its first frame is
-    camera   the path that the camera was to follow
+    camera   the path that the camera was to follow, as it was asked for
+    path     the same, if its file is still there
     """
 
     film: Film
     words: str = ""
     picture: Image.Image | None = None
     camera: str = ""
+    path: CameraPath | None = None
 
 
 @dataclass(frozen=True)
@@ -90,18 +97,21 @@ class Row:
     direction       whether it is the word's
     stillness       whether it stands still, where no word of motion is said
     flicker         mean change of a pixel from frame to frame
+    along           the same along the flow, which motion has none of
     jitter          the same of the change itself, which an even motion has little of
     identity        cosine of the frames' vectors with the first one's
     words           cosine of the frames' vectors with the words'
     nouns, places   share of the frames in which the scorer names them
     track           correlation with what was to be learned
     first_frame_db  PSNR of the first frame to the picture
+    corners         how far the camera is from its path, where the first frame's corners are
     """
 
     file: str
     prompt: str
     moved: Moved
     flicker: float
+    along: float
     jitter: float
     direction: bool | None = None
     stillness: bool | None = None
@@ -111,6 +121,7 @@ class Row:
     places: float | None = None
     track: float | None = None
     first_frame_db: float | None = None
+    corners: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,7 @@ def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> R
         words,
         moved,
         flicker=float(np.abs(changes).mean()),
+        along=warped_flicker(frames),
         jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
         direction=is_right(said, moved) if said in PARTS else None,
         stillness=bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames))
@@ -187,6 +199,8 @@ def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> R
     if shown.picture is not None:
         given = to_tensor(crop_and_resize(shown.picture, film.size))
         row = replace(row, first_frame_db=psnr(to_tensor(film.frames[0]), given))
+    if shown.path is not None:
+        row = replace(row, corners=corner_error(frames, trace_corners(shown.path)))
     return replace(row, **scores.measure(film.frames, words))
 
 
@@ -241,16 +255,22 @@ class ScoredWords:
 def gather(folder: Path, asked: EvaluateClipOptions) -> list[Shown]:
     """The clips of a folder with their words: of customize clip by its record, of others by the texts beside them."""
     picture = None if asked.image is None else open_rgb(asked.image)
-    if folder.is_file():
-        return [Shown(read_film(folder), asked.caption, picture)]
     record = folder / RECORD
     said = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
-    if said.clips:
-        return [
-            Shown(read_film(inside(folder, one.file, record)), one.prompt, picture, said.camera)
-            for one in said.clips
-        ]
-    return [Shown(one.film, one.caption or asked.caption, picture) for one in list_films(str(folder))]
+    if folder.is_file():
+        found = [(read_film(folder), asked.caption)]
+    elif said.clips:
+        found = [(read_film(inside(folder, one.file, record)), one.prompt) for one in said.clips]
+    else:
+        found = [(one.film, one.caption or asked.caption) for one in list_films(str(folder))]
+    lines = folder / PATH_FILE
+    camera = asked.camera or said.camera
+    place = asked.camera or (str(lines) if said.camera and lines.is_file() else "")
+
+    def path_of(film: Film) -> CameraPath | None:
+        return read_camera(place, len(film.frames), film.size) if place else None
+
+    return [Shown(film, words, picture, camera, path_of(film)) for film, words in found]
 
 
 def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Path] | None:
@@ -270,11 +290,13 @@ def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Pa
             "--caption says what clips without one show. For clips that are drawn, give --prompts."
         )
     concepts: list[Concept] = [read_concept(place)] if run else []
+    for prompt in asked.prompts if asked.camera else ():
+        refuse_other_camera(prompt, asked.camera)
     if asked.prompts:
         prompts = list(asked.prompts)
-    elif run:
-        token = next(iter(concepts[0].tokens))
-        prompts = [f"{choose_article(noun)} {noun} in a park, {token}" for noun in NOUNS]
+    elif run or asked.camera:
+        tail = f", {next(iter(concepts[0].tokens))}" if run else ""
+        prompts = [f"{choose_article(noun)} {noun} in a park{tail}" for noun in NOUNS]
     else:
         prompts = [
             f"{choose_article(noun)} {noun} in a park{tail}"
@@ -285,6 +307,7 @@ def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Pa
     settings = ClipOptions(
         model=asked.model, motion=motion, frames=asked.frames, count=asked.count, steps=asked.steps,
         guidance=asked.guidance, seed=asked.seed, device=asked.device, precision=asked.precision,
+        camera=asked.camera,
     )  # fmt: skip
     return lambda folder: draw_clips(prompts, replace(settings, out=folder), concepts=concepts)
 

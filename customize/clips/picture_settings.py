@@ -11,7 +11,7 @@ from backbone.io.flags import MODEL
 from backbone.io.options import Option
 
 PICTURE = "A picture that begins to move"
-ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance", "vram")  # of models without words
+ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance")  # of models without words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class PictureOptions:
 
     images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip
     image_at                 at which frames these are
-    motion_bucket_id … vram  of a model that reads a picture and no words (Stable Video Diffusion)
+    motion_bucket_id …       of a model that reads a picture and no words (Stable Video Diffusion)
     sparsectrl …             the network that reads frames beside words (SparseCtrl)
     """
 
@@ -78,7 +78,7 @@ class PictureOptions:
     ] = 1.0
     vram: Annotated[
         float | None,
-        Option("SVD: plan for a device with so many GiB.", MODEL, min=0.1),
+        Option("Plan for a device with so many GiB, and draw so that it fits.", MODEL, min=0.1),
     ] = None
 
     def check_pictures(self, *, words: bool) -> None:

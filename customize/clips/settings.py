@@ -21,6 +21,7 @@ from backbone.io.flags import (
 )
 from backbone.io.options import Option, check_values
 from backbone.io.sampling import DrawingOptions
+from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PictureOptions
 
 MOTION, TRAINING = "Motion", "Training"
@@ -291,6 +292,16 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
     image: Annotated[
         Path | None, Option("The picture with which all clips begin.", DATA, metavar="PICTURE")
     ] = None
+    camera: Annotated[
+        str,
+        Option(
+            "The path that the camera of all clips was to follow, as in customize clip; drawn clips follow it.",
+            DATA,
+            aliases=("camera-path", "trajectory-file", "pose-file"),
+            metavar="PATH",
+            default_text="the path that customize clip drew them on",
+        ),
+    ] = ""
     prompts: Annotated[
         tuple[str, ...],
         Option(
@@ -328,3 +339,13 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+def refuse_other_camera(prompt: str, camera: str) -> None:
+    """`UserError` where a prompt's words move the camera otherwise than the path's."""
+    said = find_moves(prompt)[1]
+    words = [word for word in CAMERAS if word in camera.lower()]
+    if said and words and said not in words:
+        raise UserError(
+            f"“{prompt}” says {said} and --camera {camera}: they contradict each other. Say the same, or leave one out."
+        )

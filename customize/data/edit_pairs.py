@@ -19,6 +19,7 @@ from typing import Any
 
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
+from backbone.io.prompts import is_caption
 from backbone.io.records import inside, parse_json, read_as
 from backbone.media.decode import BadImageError
 from backbone.media.pictures import ImageRecord, list_images
@@ -43,7 +44,6 @@ CLOSELY = 256  # … at so many pixels
 HELD_OUT = 8  # pairs at most, where no number is asked for
 EQUAL = 48.0  # dB: closer images are the same
 ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
-VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,11 @@ def _from_folders(folder: Path) -> list[EditPair]:
 def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
     """(what has to be mended, what may be a mistake): sentences, each with the file.
 
-    Opens every image. A pair has to have one shape, differ, lie pixel on pixel, and say what was done.
+    Opens every image. A pair has to have one shape, differ, lie pixel on pixel, and say what was done; what has to be
+    mended is what `usable_pairs` refuses.
     """
-    wrong: list[str] = []
-    doubtful = check_instructions(pairs)
+    wrong = check_instructions(pairs)
+    doubtful: list[str] = []
     seen: dict[str, str] = {}
     with progress(len(pairs), "comparing", brief=True) as bar:
         for pair in pairs:
@@ -213,8 +214,8 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
                 found = compare_pair(pair)
             except BadImageError as error:
                 found = Found(wrong=[f"{error.name} {error.reason}."])
-            wrong += found.wrong
-            doubtful += [*found.drifted, *found.doubtful]
+            wrong += [*found.wrong, *found.drifted]
+            doubtful += found.doubtful
             both = pair.source.content_hash + pair.target.content_hash if not found.wrong else pair.name
             if both in seen:
                 doubtful.append(f"{pair.name} and {seen[both]} are the same pair. Keep one of them.")
@@ -360,7 +361,7 @@ def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
         found.append(
             f"All pairs have the instruction “{told[0]}”: what the model learns answers to any words."
         )
-    captions = [one for one in set(told) if one.split()[0].lower() in VERBLESS]
+    captions = [one for one in sorted(set(told)) if is_caption(one)]
     if told and 2 * len(captions) > len(set(told)):
         found.append(
             f"“{captions[0]}” describes an image and says not what to do. Write instructions: “make it snow”."

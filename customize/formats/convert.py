@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import Concept, check_token
+from backbone.adapters.concept import EDITS, Concept, check_token
 from backbone.adapters.embeddings import split_by_encoder
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, notify
@@ -229,7 +229,11 @@ def import_adapter(
         raise UserError(
             f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
         )
-    opened = Backbone.open(model_name, device="cpu", precision="fp32")
+    edits = adapter.metadata.get("limner_kind") == EDITS
+    try:
+        opened = Backbone.open(model_name, device="cpu", precision="fp32", by_instruction=edits)
+    except UserError as error:
+        raise UserError(f"{file} was learned from edits. {error}" if edits else str(error)) from error
     weights = ModelWeights(opened.location)
     refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, weights, str(file))
     adapter = fit_to_model(adapter, weights, file)
@@ -242,7 +246,7 @@ def import_adapter(
             f"Write `{token}` in a prompt; the model reads “{words}”.\n",
         )
         Concept(
-            kind="lora",
+            kind=EDITS if edits else "lora",
             model=model_name,
             fingerprint=opened.fingerprint,
             tokens={token: words},

@@ -48,6 +48,7 @@ PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
     "text_encoders.clip_g.transformer.": ("text_encoder_2", ("clip",)),
 }
 PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
+_SVD = re.compile(r"temporal_transformer_blocks|time_stack|time_mix")  # between a picture model's own layers
 _T5 = re.compile(
     r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
 )
@@ -225,6 +226,11 @@ def _unknown_names(path: Path, unknown: list[str], network: Network | None) -> U
     if all(_T5.search(stem) for stem in unknown):
         return UserError(
             f"{path} adapts T5 in {len(unknown)} layers ({shown}), which is not read here. Export it again without T5."
+        )
+    if all(_SVD.search(stem) for stem in unknown):
+        return UserError(
+            f"{path} adapts Stable Video Diffusion, for which no adapter is read. Use the model without it: customize "
+            "clip --image PICTURE --model svd."
         )
     others = f", though its others are of {NETWORK_NAMES[network]}" if network else ""
     return UserError(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.keywords import takes
 from backbone.io.options import build
+from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
     IMAGE_GUIDANCE,
@@ -88,6 +89,7 @@ def instruct(
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
     guidances = Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative)
     refuse_unread(model, 1 + len(asked.references), guidances)
+    say_captions(instructions)
     encoded = encode_image(model, image)
     more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
@@ -126,6 +128,15 @@ def instruct(
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(), facts=facts, layout=layout,
     )  # fmt: skip
+
+
+def say_captions(instructions: Sequence[str]) -> None:
+    """Say which instructions read like captions: such a model may change little by them."""
+    for caption in filter(is_caption, instructions):
+        notify_once(
+            f"“{caption}” seems to describe an image and not to say what to do. If little changes, write an "
+            "instruction: “make it snow”."
+        )
 
 
 def as_reference(model: Backbone, image: EncodedImage) -> Reference:

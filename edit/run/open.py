@@ -10,6 +10,7 @@ from typing import Any
 from backbone.adapters.concept import (
     EDITS,
     Concept,
+    needs_whole_base,
     read_concept,
     resolve_placeholder_tokens,
     summarize_concepts,
@@ -28,7 +29,7 @@ from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike
 
 FRAMES = 12
-OPENING = ("model", "concepts", "scale", "precision", "device")
+OPENING = ("model", "concepts", "scale", "precision", "device", "vram")
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,14 @@ def load_model(
     precision: str | None = None,
     device: str | None = None,
     inversion: str | None = None,
-    by_instruction: bool = False,
+    vram: float | None = None,
+    shown: int = 0,
 ) -> ModelWithConcepts:
-    """The model with its concepts; without a name the one that the inversion or the first concept was made with."""
+    """The model with its concepts; without a name the one that the inversion or the first concept was made with.
+
+    It reads `shown` images beside an instruction, 0: none. `vram` is the device's memory in GiB to plan for then.
+    """
+    by_instruction = shown > 0
     read = tuple(read_concept(folder) for folder in concepts)
     name = model or (read[0].model if read else None)
     if name is None and inversion is not None:
@@ -95,11 +101,22 @@ def load_model(
         widen=by_instruction and bool(editors),
         resolution=trained_resolution(editors) if by_instruction else 0,
     )
+    if vram is not None:
+        backbone = fit_editor(backbone, shown, vram, whole=any(map(needs_whole_base, read)))
     if read:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 
         load_concepts(backbone, read, scale=scale)
     return ModelWithConcepts(backbone, read, scale)
+
+
+def fit_editor(model: Backbone, shown: int, vram: float, *, whole: bool) -> Backbone:
+    """The model as it edits an image by an instruction on a device of `vram` GiB; `UserError` where it cannot."""
+    from backbone.memory.drawing import Drawn, fit_drawing
+
+    height, width = model.latent_shape[-2:]
+    guidance = float(model.defaults["guidance"])
+    return fit_drawing(model, Drawn(1, (height, width), guidance, references=shown, whole=whole), vram)
 
 
 @dataclass(frozen=True)

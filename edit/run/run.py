@@ -41,7 +41,8 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(("method", "word", "first_prompt", "second_prompt", "instruction", "background"), str),
     **dict.fromkeys(("steps", "seed", "iterations", "count", "draws"), int | None),
     **dict.fromkeys(
-        ("scale", "strength", "guidance", "image_guidance", "source_guidance", "threshold"), float | None
+        ("vram", "scale", "strength", "guidance", "image_guidance", "source_guidance", "threshold"),
+        float | None,
     ),
     **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
     **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then", "references"), list[str]),
@@ -77,10 +78,14 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
     """
 
     def load() -> ModelWithConcepts:
-        by_instruction = COMMANDS[name].by_instruction
-        return load_model(**pick(wishes, (*OPENING, "inversion")), by_instruction=by_instruction)
+        return load_model(**pick(wishes, (*OPENING, "inversion")), shown=count_shown(name, wishes))
 
     return _run(name, wishes, load, out=out, said=said)
+
+
+def count_shown(name: str, wishes: Mapping[str, Any]) -> int:
+    """How many images the model reads beside an instruction; 0 where the command gives it none."""
+    return 1 + len(wishes.get("references", ())) if COMMANDS[name].by_instruction else 0
 
 
 def replay(record: Path, *, out: Path | None) -> Path:
@@ -107,7 +112,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
 
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}
-        loaded = load_model(**asked, by_instruction=COMMANDS[recorded.command].by_instruction)
+        loaded = load_model(**asked, shown=count_shown(recorded.command, wishes))
         if loaded.identity != recorded.identity:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "

@@ -191,12 +191,49 @@ def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
     assert torch.equal(drawn(nets.model, controls, steps=3), drawn(nets.model, [], steps=3))
     (control,), _ = controls_of(nets.model, nets.controlnets, 1, {})
     text = encode_prompts_cached(nets.model, [PROMPT, PROMPT])
-    half = replace(control, hints=(maps(2),), scale=torch.tensor([0.0, 1.0]))
+    half = Control.of(control.network, maps(2), scale=torch.tensor([0.0, 1.0]))
     noisy = torch.randn(2, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
     index = torch.tensor([500, 500])
     plain = nets.model.predict(noisy, index, text)
     under = nets.model.predict(noisy, index, replace(text, controls=(half,)))
     assert torch.equal(plain[0], under[0]) and not torch.allclose(plain[1], under[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("inner", ["controlnet_cond_embedding", "adapter"])
+def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets, inner: str) -> None:
+    name = nets.adapters[0] if inner == "adapter" else nets.controlnets[0]
+    network = open_control(nets.model, name).network
+    asked: list[int] = []
+    handle = network.module.get_submodule(inner).register_forward_hook(lambda *call: asked.append(1))
+    control = Control.of(network, maps(1))
+    drawn(nets.model, [control], steps=3)
+    handle.remove()
+    assert len(asked) == 1
+    same_layout = [hint.is_contiguous(memory_format=torch.channels_last) for hint in control.hints]
+    assert all(same_layout) or inner != "adapter"  # so that adding them is no copy
+
+
+def test_a_net_that_reads_colours_from_blue_to_red_answers_as_in_diffusers(
+    nets: Nets, tmp_path: Path
+) -> None:
+    order = {"controlnet_conditioning_channel_order": "bgr"}
+    network = open_control(
+        nets.model, str(controlnet(nets.model.denoiser, tmp_path / "bgr", 5, **order))
+    ).network
+    text, seen = encode_prompts_cached(nets.model, [PROMPT]), []
+    noisy = torch.randn(1, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    handle = nets.model.denoiser.register_forward_pre_hook(
+        lambda module, call, named: seen.append(named), with_kwargs=True
+    )
+    conditions = replace(text, controls=(Control.of(network, maps(1)),))
+    nets.model.predict(noisy, torch.tensor([500]), conditions)
+    handle.remove()
+    (given,) = seen
+    ours = [*given.pop("down_block_additional_residuals"), given.pop("mid_block_additional_residual")]
+    with torch.no_grad():
+        module: Any = network.module
+        skips, middle = module(**given | {"return_dict": False, "controlnet_cond": maps(1)})
+    torch.testing.assert_close(ours, [*skips, middle], rtol=0, atol=1e-6)
 
 
 def test_rows_joined_with_uncontrolled_ones_keep_their_own_control(nets: Nets) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,35 @@ def test_the_text_encoder_of_flux2_dev_is_transformers_own_mistral_small() -> No
     assert {key: own[key] for key in said if key != "rope_theta"} == {
         key: value for key, value in said.items() if key != "rope_theta"
     }
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "folders", "licence"),
+    [
+        ("StableDiffusionPipeline", ("stable-diffusion-1",), ""),
+        ("StableDiffusionXLPipeline", ("stable-diffusion-xl",), ""),
+        ("StableDiffusion3Pipeline", ("stable-diffusion-3.5-medium",), "large companies"),
+        ("FluxPipeline", ("flux-dev",), "FLUX.1-dev's published weights .* non-commercial"),
+        ("FluxPipeline", ("flux-schnell",), ""),
+        ("Flux2KleinPipeline", ("flux2-klein",), ""),
+        ("Flux2KleinPipeline", ("flux2-klein-9b", "flux2-klein"), "klein 9B's published .* non-commercial"),
+        ("Flux2Pipeline", ("flux2-dev", "flux2-klein"), "FLUX.2 dev's published weights .* non-commercial"),
+        ("ZImagePipeline", ("z-image",), ""),
+        ("QwenImagePipeline", ("qwen-image",), ""),
+        ("QwenImage21Pipeline", ("qwen-image-2.1",), "research"),
+        ("Krea2Pipeline", ("krea2",), "large companies"),
+        ("ChromaPipeline", ("chroma",), ""),
+        ("StableVideoDiffusionPipeline", (), "large companies"),
+    ],
+)
+def test_a_licence_that_forbids_some_use_is_known(
+    pipeline: str, folders: tuple[str, ...], licence: str
+) -> None:
+    places = tuple(PUBLISHED_CONFIGS / folder for folder in folders)
+    location = Location(pipeline, "none.safetensors", {"_class_name": pipeline}, places)
+    family = next(one for one in families() if pipeline in one.pipeline_classes)
+    found = family.licence(location)
+    assert bool(found) == bool(licence) and re.search(licence, found)
 
 
 @pytest.mark.parametrize(

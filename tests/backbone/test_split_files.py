@@ -426,16 +426,33 @@ def test_what_is_missing_or_of_no_use_is_named_with_the_remedy(
         locate(str(tmp_path / "z.gguf"))
 
 
-def test_the_text_encoder_of_another_model_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_component_of_another_model_is_told_before_anything_is_loaded(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer, vae, text = three_files(tmp_path / "own", "z-image", folders["z-image"])
+    _, other_vae, other_text = three_files(tmp_path / "other", "flux2", folders["flux2"])
+    monkeypatch.setattr(split_files, "read_weights", lambda *call, **named: pytest.fail("weights are read"))
+    for files, said in (
+        ((transformer, vae, other_text), f"The text encoder in {other_text} .* of another model"),
+        ((transformer, other_vae, text), f"The autoencoder in {other_vae} .* of another model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Backbone.open(join_files(*map(str, files)), device="cpu", precision="fp32")
+
+
+def test_a_text_encoder_that_differs_in_a_layer_and_a_missing_tokenizer_are_told(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     transformer, vae, text = three_files(tmp_path, "z-image", folders["z-image"])
-    write_tensors(text, text_of(folders["flux2"]))
-    model = Backbone.open(join_files(str(transformer), str(vae), str(text)), device="cpu", precision="fp32")
+    tensors = text_of(folders["z-image"])
+    spelt = join_files(str(transformer), str(vae), str(text))
+    name = next(one for one in tensors if one.endswith("mlp.up_proj.weight"))
+    write_tensors(text, tensors | {name: tensors[name][:-2].contiguous()})
     with pytest.raises(UserError, match="that of another model, or of another size"):
-        model.text_encoder  # noqa: B018
+        Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
     shutil.rmtree(transformer.parent / "tokenizer")
-    model = Backbone.open(join_files(str(transformer), str(vae), str(text)), device="cpu", precision="fp32")
     with pytest.raises(UserError, match="carries no tokenizer"):
-        model.text_encoder  # noqa: B018
+        Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
 
 
 def test_the_options_name_the_files_at_every_door(

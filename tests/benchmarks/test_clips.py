@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, cast
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from backbone.evaluation.motion import PARTS, is_right, measure_moved
+from backbone.io.files import read_json
+from backbone.models.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
+from backbone.models.model import Backbone
+from backbone.models.motion import attach_motion
 from backbone.world.clip import render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
-from benchmarks.clips import Row, select_clips, table_of
+from benchmarks import clips
+from benchmarks.clips import Row, select_clips, table_of, track_error
+from tests.tiny import tiny_motion_adapter
 
 
 def moved_blobs(
@@ -48,26 +58,71 @@ def test_a_still_clip_has_not_moved() -> None:
     assert measure_moved(moved_blobs(3)) == (0, 0, 0, 0)
 
 
+def test_a_track_is_off_by_the_root_mean_square_of_its_distances() -> None:
+    true = np.zeros((3, 4))
+    assert track_error(true + np.array([[9, 9, 0, 0], [3, 4, 1, 1], [0, 0, 1, 1]]), true) == np.sqrt(25 / 2)
+
+
 def test_the_clips_are_chosen_evenly() -> None:
-    clips = select_clips(96, 8)
-    said = [clip.camera or clip.move for clip in clips]
+    found = select_clips(96, 8)
+    said = [clip.camera or clip.move for clip in found]
     assert said.count("") == 16 and {said.count(move) for move in PARTS} == {5}
-    assert all(not clip.scene.pair and len(clip.scene.things) == 1 for clip in clips)
+    assert all(not clip.scene.pair and len(clip.scene.things) == 1 for clip in found)
 
 
 @pytest.mark.font
 def test_true_clips_do_what_their_words_say() -> None:
-    clips = [clip for clip in select_clips(58, 8) if clip.move or clip.camera]
+    chosen = [clip for clip in select_clips(58, 8) if clip.move or clip.camera]
     right = [
         is_right(clip.camera or clip.move, measure_moved(render_clip(clip).frames, camera=bool(clip.camera)))
-        for clip in clips
+        for clip in chosen
     ]
     assert np.mean(right) > 0.9  # 77 of 80, which bounds what a model can reach
 
 
 def test_the_table_has_shares_with_intervals() -> None:
-    rows = [Row(move, index % 4 > 0, None, 1.0, 1.0, 0.5) for index, move in enumerate((*MOTIONS, *CAMERAS))]
-    rows.append(Row("", None, True, 1.0, 1.0, 0.5))
+    rows = [
+        Row(
+            move,
+            index % 4 > 0,
+            None,
+            1.0,
+            2.0 if move in CAMERAS else None,
+            None if move in CAMERAS else 3.0,
+            1.0,
+            0.5,
+        )
+        for index, move in enumerate((*MOTIONS, *CAMERAS))
+    ]
+    rows.append(Row("", None, True, 1.0, None, None, 1.0, 0.5))
     table = table_of({"moji-motion": rows})
     assert "| – |" in table_of({"nothing still": rows[:1]})
     assert "71.4 (45.4–88.3) of 14" in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table
+    assert "| 2.0 (2.0–2.0) |" in table and "| 3.0 (3.0–3.0) |" in table
+
+
+@pytest.mark.parametrize("font", [False, pytest.param(True, marks=pytest.mark.font)])
+def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
+    font: bool, tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny model, its adapter and the camera beside it; the word of the second clip is the camera's."""
+    tiny_motion_adapter().save_pretrained(tmp_path / "motion")
+    attach_motion(tiny.denoiser, tiny_motion_adapter())
+    camera = new_camera(tiny)
+    module = cast(CameraAdapter, camera.module)
+    save_camera(tmp_path / "motion" / CAMERA_WEIGHTS, module, camera.settings, torch.float32)
+    chosen = [clip for clip in select_clips(40, 2) if clip.move][:1] + [
+        clip for clip in select_clips(40, 2) if clip.camera
+    ][:1]
+    monkeypatch.setattr(clips, "select_clips", lambda count, frames: chosen[:count])
+    monkeypatch.setattr(clips, "has_font", lambda: font)
+    places: dict[str, Any] = {"model": tiny.location.source, "motion": str(tmp_path / "motion")}
+    clips.main(**places, clips=2, frames=2, steps=1, guidance=2.0, out=tmp_path / "out")
+    rows = read_json(tmp_path / "out" / "table.json")
+    assert len(rows) == 3 + font and all(len(found) == 2 for found in rows.values())
+    for name, moves in (("corners", CAMERAS), ("track", MOTIONS)):
+        assert {
+            row[name] is not None for found in rows.values() for row in found if row["move"] in moves
+        } == {font}
+    bound = rows.get("true clips, decoded", [{"flicker": 0.0}])
+    assert min(row["flicker"] for row in rows["without an adapter"]) > bound[0]["flicker"]

@@ -92,7 +92,7 @@ def test_what_a_picture_alone_cannot_become_is_said_and_nothing_is_written(
 
 
 def test_what_belongs_to_pictures_alone_is_refused_beside_words(video_folder: Path, photo: Path) -> None:
-    assert "read a picture and no words (SVD)" in refusal(call("a dog", "--vram", "8"))
+    assert "read a picture and no words (SVD)" in refusal(call("a dog", "--min-guidance", "2"))
     told = ("a dog", "--image", photo, "--sparsectrl", "x", "--noise-aug-strength", "1")
     assert "read a picture and no words (SVD)" in refusal(call(*told))
     assert "reads no words, so it cannot be used here" in refusal(

@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from backbone.evaluation.motion import trace_moved, track_correlation
 from backbone.io.console import UserError
+from backbone.media.camera import as_lines, read_camera
 from backbone.media.clips import Film, encode_webp
 from customize.cli import app
-from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, measure
+from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, gather, measure
+from customize.clips.settings import EvaluateClipOptions
 from tests.tiny import tiny_motion_adapter
 
 
@@ -48,7 +51,54 @@ def test_flicker_is_the_mean_change_of_a_pixel_and_jitter_that_of_the_change() -
     grey = [Image.new("RGB", (16, 16), (level,) * 3) for level in (100, 110, 120, 130)]
     assert (row(grey, "").flicker, row(grey, "").jitter) == (10, 0)
     blinking = [Image.new("RGB", (16, 16), (level,) * 3) for level in (100, 110, 100, 110)]
-    assert (row(blinking, "").flicker, row(blinking, "").jitter) == (10, 20)
+    found = row(blinking, "")
+    assert (found.flicker, found.jitter, found.along) == (10, 20, 10)
+
+
+def across_a_texture(step: int, count: int = 5, flicker: int = 0) -> list[Image.Image]:
+    """Frames of a blotchy plane over which the camera pans to the right, every other one so much lighter."""
+    noise = np.random.default_rng(0).integers(60, 190, (40, 40, 3), dtype=np.uint8)
+    plane = Image.fromarray(noise).resize((240, 240), Image.Resampling.BICUBIC)
+    frames = [plane.crop((50 + step * t, 56, 178 + step * t, 184)) for t in range(count)]
+    return [one if t % 2 == 0 else Image.eval(one, flicker.__add__) for t, one in enumerate(frames)]
+
+
+def test_flicker_along_the_flow_is_none_of_a_pan_and_all_of_what_blinks() -> None:
+    moving, blinking = (row(across_a_texture(6, flicker=more), "") for more in (0, 12))
+    assert moving.flicker > 10 and moving.along < 1.5
+    assert 9 < blinking.along < 13  # a little of which is taken for movement
+
+
+def test_a_camera_is_compared_with_its_path_where_the_corners_are() -> None:
+    frames = across_a_texture(5)
+    right, left, far = (
+        row(frames, "", camera=said, path=read_camera(said, 5, (128, 128))).corners
+        for said in ("pan-right=20px", "pan-left=20px", "pan-right=40px")
+    )
+    assert right < 0.5 and row(frames, "").corners is None
+    assert left == pytest.approx(
+        25, abs=0.5
+    )  # 10, 20, 30, 40 pixels apart in the four frames behind the first
+    assert far == pytest.approx(12.5, abs=0.5)
+
+
+def test_clips_are_compared_with_the_path_of_their_record_or_the_one_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "p00-s00.webp").write_bytes(encode_webp(across_a_texture(5), 8))
+    record = {"clips": [{"file": "p00-s00.webp", "prompt": ""}], "camera": "of-then.json"}
+    (tmp_path / "drawn" / "run.json").write_text(json.dumps(record))
+    path = read_camera("pan-right=20px", 5, (128, 128))
+    (tmp_path / "drawn" / "camera.txt").write_text(as_lines(path))
+
+    def corners(camera: str = "") -> float:
+        asked = EvaluateClipOptions(what=str(tmp_path / "drawn"), camera=camera)
+        (shown,) = gather(tmp_path / "drawn", asked)
+        return float(measure(shown, ScoredWords(None)).corners or 0)
+
+    assert 0 < corners() < 0.5 and corners("pan-left=20px") == pytest.approx(25, abs=0.5)
+    answer = call(tmp_path / "drawn", "--camera", "pan-nowhere", "--out", tmp_path / "none")
+    assert isinstance(answer.exception, UserError) and "there is no pan-nowhere" in str(answer.exception)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_first_frame_is_compared_with_the_picture_that_it_was_to_be() -> None:

@@ -74,6 +74,10 @@ class Flux:
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
+    def licence(self, location: Location) -> str:
+        free = not has_guidance_embedding(location)  # schnell
+        return "" if free else "FLUX.1-dev's published weights are under a licence for non-commercial use."
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
             return checkpoint.load_transformer(location, dtype)

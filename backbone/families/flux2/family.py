@@ -112,12 +112,15 @@ class Flux2(SplitFileFamily):
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         network = super().denoiser(location, dtype)
         cast(Any, network).is_distilled = is_distilled(location)
-        config = cast(Any, network).config
-        sizes = {KLEIN_9B: "klein 9B", DEV_WIDTH: "dev"}
-        size = sizes.get(config.num_attention_heads * config.attention_head_dim)
-        if size is not None:
-            notify_once(f"The weights of FLUX.2 {size} are under a licence for non-commercial use.")
         return network
+
+    def licence(self, location: Location) -> str:
+        config = location.config("transformer")
+        heads, width = (int(config.get(name, 0)) for name in ("num_attention_heads", "attention_head_dim"))
+        size = {KLEIN_9B: "klein 9B", DEV_WIDTH: "dev"}.get(heads * width)
+        return (
+            f"FLUX.2 {size}'s published weights are under a licence for non-commercial use." if size else ""
+        )
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         source = language_models if location.file is None else split_files

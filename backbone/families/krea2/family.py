@@ -75,6 +75,9 @@ class Krea2(SplitFileFamily):
         "all": ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down"),
     }
 
+    def licence(self, location: Location) -> str:
+        return "Krea 2's published weights are under a licence that large companies have to buy."
+
     def text_encoder(self, location: Location, dtype: torch.dtype) -> PaddedInside:
         from transformers import Qwen3VLModel, Qwen3VLTextModel  # slow to import
 

@@ -52,6 +52,9 @@ class PixArt:
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return ""
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         return loading.load_network(PixArtTransformer2DModel, location, "transformer", dtype)
 

@@ -84,12 +84,14 @@ class QwenImage21(SplitFileFamily):
     }
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        notify_once("The weights of Qwen-Image 2.1 are under a licence for research, not for commercial use.")
         if location.index.get("sample_sigmas"):
             notify_once(
                 f"{location.name} names sample_sigmas of its own, which are not used: the levels are those of --steps."
             )
         return super().denoiser(location, dtype)
+
+    def licence(self, location: Location) -> str:
+        return "Qwen-Image 2.1's published weights are under a licence for research, not for commercial use."
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> BeforeTheNorm:
         from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel  # slow to import

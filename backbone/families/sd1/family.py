@@ -44,6 +44,9 @@ class StableDiffusion(UNetFamily):
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return ""
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         return load_part(UNet2DConditionModel, location, "unet", checkpoint.PREFIXES["unet"], dtype)
 

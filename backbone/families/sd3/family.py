@@ -67,6 +67,9 @@ class StableDiffusion3:
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return "Stable Diffusion 3's published weights are under a licence that large companies have to buy."
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.file is not None:
             network = checkpoint.load_transformer(location, dtype)

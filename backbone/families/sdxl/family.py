@@ -53,6 +53,9 @@ class StableDiffusionXL(UNetFamily):
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return ""
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":
             raise UserError(

@@ -68,6 +68,11 @@ class StableVideo:
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
+    def licence(self, location: Location) -> str:
+        return (
+            "Stable Video Diffusion's published weights are under a licence that large companies have to buy."
+        )
+
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         check_configs(location)
         return loading.load_network(UNetSpatioTemporalConditionModel, location, "unet", dtype)

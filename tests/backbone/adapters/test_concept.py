@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from backbone.adapters.concept import (
     Concept,
     check_token,
     choose_rare_words,
+    needs_whole_base,
     read_concept,
     resolve_placeholder_tokens,
 )
 from backbone.io.console import UserError
+from backbone.io.files import write_tensors
 from tests.tiny import RARE, tiny_tokenizer
 
 
@@ -110,3 +114,22 @@ def test_an_ordinary_word_cannot_be_a_token() -> None:
     with pytest.raises(UserError, match="ordinary word"):
         check_token("dog", vocabulary)
     check_token("[V]", vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("names", "changed", "whole"),
+    [
+        (("unet.a.lora_A.weight", "unet.a.lora_B.weight"), "", False),
+        (("unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector.weight"), "", True),
+        (("lora_unet_a.lokr_w1", "lora_unet_a.lokr_w2"), "", True),
+        (("unet.a.lora_A.weight", "unet.a.lora_B.weight"), "delta.safetensors", True),
+        ((), "", False),
+    ],
+)
+def test_low_rank_factors_alone_leave_a_base_in_few_bits(
+    names: tuple[str, ...], changed: str, whole: bool, tmp_path: Path
+) -> None:
+    if names:
+        write_tensors(tmp_path / "w.safetensors", {name: torch.zeros(2) for name in names})
+    one = replace(concept(), changed=changed, folder=tmp_path)
+    assert needs_whole_base(one) is whole

@@ -23,6 +23,7 @@ from backbone.io.files import (
     fill_folder,
     make_empty_folder,
     make_numbered_folder,
+    read_header,
     read_json,
     read_jsonl,
     read_metadata,
@@ -165,6 +166,15 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(UserError, match="git lfs pull"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors"])
+def test_gguf_is_told_by_its_name_and_by_its_first_bytes(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"GGUF\x03" + bytes(60))
+    for read in (read_header, read_tensors):
+        with pytest.raises(UserError, match=r"is GGUF, which is not read\. Take its \.safetensors"):
+            read(path)
 
 
 def test_a_missing_tensor_file_is_missing_and_not_damaged(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from backbone.media.camera import (
     read_camera,
     refuse_beyond,
     relative_values,
+    trace_corners,
 )
 from backbone.world.clip import PAN, ROLL, ZOOM, Clip, trace_camera
 from backbone.world.motions import CAMERAS
@@ -164,3 +165,25 @@ def test_a_path_that_leaves_the_world_is_refused_with_how_far_it_goes() -> None:
     ):
         with pytest.raises(UserError, match=f"leaves the world that it knows.*{answer}"):
             refuse_beyond(read_camera(said, 4, SQUARE), reach, "it")
+
+
+@pytest.mark.parametrize(
+    ("said", "first", "last"),
+    [
+        ("pan-right=40px", (-40, 0), (88, 128)),
+        ("zoom-in=1.5", (-32, -32), (160, 160)),
+        ("roll-left=90deg", (128, 0), (0, 128)),
+    ],
+)
+def test_corners_go_where_the_camera_does_not(
+    said: str, first: tuple[float, float], last: tuple[float, float]
+) -> None:
+    corners = 128 * trace_corners(read_camera(said, 3, (128, 128)))
+    np.testing.assert_allclose(corners[0], [(0, 0), (128, 0), (0, 128), (128, 128)], atol=1e-9)
+    np.testing.assert_allclose(corners[-1][[0, 3]], [first, last], atol=1e-9)
+
+
+def test_a_corner_behind_the_camera_is_no_number() -> None:
+    path = flat_path(np.tile([0.0, 0.0, 1.0, 0.0], (2, 1)), 128)
+    path.poses[1, 2, 3] = -2.0  # two depths forwards
+    assert np.isnan(trace_corners(path)[1]).all()

@@ -122,6 +122,7 @@ def test_a_photograph_is_no_map_of_lines(kind: str, tmp_path: Path) -> None:
         (Image.new("RGB", SIZE), "pose", "shows nothing"),
         (Image.new("RGB", SIZE, "white"), "sketch", "is white everywhere"),
         (Image.new("L", SIZE, 128), "depth", "one colour everywhere"),
+        (Image.new("L", SIZE, 150), "sketch", "one colour everywhere"),
         (Image.new("RGB", SIZE, PALETTE["dog"]), "labels", "one colour everywhere"),
         (photograph(), "depth", "is in colours, and a depth map is grey"),
         (photograph(), "pose", "no pose on black"),
@@ -161,6 +162,8 @@ def test_conditions_are_understood_in_the_words_of_other_tools() -> None:
         ("sketch", "names no map"),
         ("sketch=", "names no map"),
         ("smell=a.png", "no condition smell"),
+        ("labels=a.png:inverted", "turns the colours of labels round"),
+        ("openpose=a.png:inverted", "turns the colours of pose round"),
     ):
         with pytest.raises(UserError, match=words):
             parse_map(said)

@@ -77,7 +77,8 @@ def test_off_is_the_base_bit_for_bit_and_a_still_is_a_map_for_every_frame(
     network = open_control(tiny, str(net)).network
     assert torch.equal(drawn(tiny, Control.of(network, maps, scale=0.0).as_clip()), drawn(tiny))
     still = drawn(tiny, Control.of(network, maps[:1]))
-    assert torch.equal(drawn(tiny, Control.of(network, maps[:1].expand(4, -1, -1, -1)).as_clip()), still)
+    repeated = drawn(tiny, Control.of(network, maps[:1].expand(4, -1, -1, -1)).as_clip())
+    torch.testing.assert_close(repeated, still, rtol=0, atol=1e-5)  # embedded four at a time, and alone
     assert (still - drawn(tiny, Control.of(network, maps).as_clip())).abs().max() > 0.01
 
 
@@ -120,7 +121,7 @@ def test_a_folder_an_animation_a_still_and_a_clip_to_look_at_give_a_map_a_frame(
     tiny: Backbone, net: Path, walk: Path
 ) -> None:
     control, folder = opened(tiny, net, f"sketch={walk / 'maps'}")
-    assert control.frames == 4 and control.hints[0].shape == (1, 4, 3, 64, 64) and len(set(folder)) == 4
+    assert control.frames == 4 and control.hints[0].shape[:2] == (1, 4) and len(set(folder)) == 4
     assert opened(tiny, net, f"sketch={walk / 'walk.webp'}")[1] == folder
     assert opened(tiny, net, f"sketch={walk / 'still.png'}")[1] == folder[:1] * 4
     film = [Image.open(walk / "maps" / f"{number}.png").convert("RGB") for number in range(4)]

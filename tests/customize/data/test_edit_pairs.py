@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from customize.cli import app
-from customize.data.edit_pairs import check_edit_pairs, plain_name, read_edit_pairs
+from customize.data.edit_pairs import check_edit_pairs, plain_name, read_edit_pairs, usable_pairs
 from tests.backbone.media.test_registration import moved, picture
 
 Lay = Callable[[Path], None]
@@ -149,16 +149,35 @@ def shift(folder: Path) -> None:
     ("change", "complaint"),
     [
         (shift, "+3.0 px to the right"),
-        (lambda f: to_image(-picture(8)).save(f / "target/0.png"), "perhaps they are no pair"),
-        (
-            lambda f: Image.open(f / "target/0.png").resize((192, 160)).save(f / "target/0.png"),
-            "scaled down",
-        ),
         (lambda f: (f / "target/0.txt").unlink(), "1 of 2 pairs say nothing"),
         (lambda f: (f / "target/0.txt").write_text(TOLD[1]), "All pairs have the instruction"),
         (
             lambda f: [(f / f"target/{k}.txt").write_text(f"a photo of a dog {k}") for k in (0, 1)],
             "describes an image",
+        ),
+        (
+            lambda f: [(f / f"target/{k}.txt").rename(f / f"source/{k}.txt") for k in (0, 1)],
+            "Swap the two folders",
+        ),
+    ],
+)
+def test_what_training_refuses_has_to_be_mended(
+    change: Callable[[Path], object], complaint: str, tmp_path: Path
+) -> None:
+    wrong, doubtful = changed(tmp_path, change)
+    assert any(complaint in sentence for sentence in wrong) and not doubtful
+    with pytest.raises(UserError) as refused:
+        usable_pairs(read_edit_pairs(tmp_path))
+    assert complaint in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda f: to_image(-picture(8)).save(f / "target/0.png"), "perhaps they are no pair"),
+        (
+            lambda f: Image.open(f / "target/0.png").resize((192, 160)).save(f / "target/0.png"),
+            "scaled down",
         ),
         (
             lambda f: [

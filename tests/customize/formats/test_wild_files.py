@@ -217,6 +217,10 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
         (["lora_unet_blocks_0_new_kind_q", "lora_unet_blocks_0_new_kind_k"], "lora_unet_blocks_0_new_kind_k"),
         (["transformer.layers.0.attention.to_p"], "transformer.layers.0.attention.to_p"),
         (["lora_unet_conv_in", "lora_unet_conv_inn"], "1 layers that no supported model has"),
+        (
+            ["unet.down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"],
+            "adapts Stable Video Diffusion",
+        ),
         (["lora_te3_encoder_block_0_layer_0_SelfAttention_q"], "T5"),
         (["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"], "T5"),
     ],

@@ -24,6 +24,7 @@ from backbone.models.model import Backbone
 from customize.cli import app
 from customize.data.edit_pairs import hold_out, read_edit_pairs
 from customize.evaluation.edits import HeldOut, changed_place, measure_edits
+from customize.formats.convert import import_adapter
 from customize.objectives.instruction_edits import draw_dropout
 from customize.settings import resolved
 from edit.methods.instruct import instruct
@@ -106,6 +107,15 @@ def test_edits_have_a_learning_rate_of_their_own() -> None:
         assert resolved(asked, usual).learning_rate == rate
 
 
+def test_its_adapter_alone_is_none_of_the_text_to_image_model(
+    run: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = run / "pytorch_lora_weights.safetensors"
+    with pytest.raises(UserError, match=r"was learned from edits\. .* reads no image beside the prompt"):
+        import_adapter(file, tmp_path / "out", model=str(tiny_folder), token_words="sks")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     run: Path, pairs: Path, tiny_folder: Path, tmp_path: Path
@@ -163,7 +173,7 @@ def test_the_baked_model_is_diffusers_pipeline_and_gives_the_same_edit(
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "whole")
     pipeline.set_progress_bar_config(disable=True)
     photo = to_image(picture(3)).resize((64, 64))
-    loaded = load_model(concepts=[str(run)], device="cpu", precision="fp32", by_instruction=True).model
+    loaded = load_model(concepts=[str(run)], device="cpu", precision="fp32", shown=1).model
     noise = torch.randn((1, *loaded.latent_shape), generator=generator(0, 0, "instruct"))
     theirs = pipeline(
         "a red dog", image=(to_tensor(photo)[None] + 1) / 2, latents=noise, num_inference_steps=3,

@@ -128,17 +128,39 @@ def test_guidance_is_over_three_predictions(model: Backbone) -> None:
 
 def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: Path) -> None:
     photo().save(tmp_path / "photo.png")
-    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "a red dog", "--then", "a cat"]
+    words = [
+        "instruct",
+        str(tmp_path / "photo.png"),
+        "--instruction",
+        "a green dog",
+        "--then",
+        "make it snow",
+    ]
     out = tmp_path / "run"
     more = ["--model", str(folder), "--steps", "2", "--keep", "none", "--no-metrics", "--out", str(out)]
     said = CliRunner().invoke(app, [*words, *more])
     assert said.exit_code == 0, said.output or repr(said.exception)
     record = json.loads((out / "run.json").read_text())
-    assert [edit["prompt"] for edit in record["edits"]] == ["a red dog", "a cat"]
+    assert [edit["prompt"] for edit in record["edits"]] == ["a green dog", "make it snow"]
+    assert "“a green dog” seems to describe an image" in said.output and "snow” seems" not in said.output
     assert record["drift"] == []
     again = CliRunner().invoke(app, ["replay", str(out), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, repr(again.exception)
     first, second = (Image.open(place / "edit_1.png").tobytes() for place in (out, tmp_path / "again"))
+    assert first == second
+
+
+@pytest.mark.slow
+def test_the_command_plans_for_a_device_and_repeats_it(folder: Path, tmp_path: Path) -> None:
+    photo().save(tmp_path / "photo.png")
+    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it snow", "--model", str(folder)]
+    more = ["--steps", "1", "--keep", "none", "--no-metrics", "--precision", "fp32", "--device", "cpu"]
+    out = tmp_path / "run"
+    said = CliRunner().invoke(app, [*words, *more, "--vram", "1", "--out", str(out)])
+    assert said.exit_code == 0 and "references" in said.output and "drawing" in said.output
+    again = CliRunner().invoke(app, ["replay", str(out), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0 and "Memory of the device: 1 GiB" in again.output
+    first, second = (Image.open(place / "edit_0.png").tobytes() for place in (out, tmp_path / "again"))
     assert first == second
 
 

@@ -1,0 +1,104 @@
+"""Where every pixel of a frame goes in the next one, and how much a clip flickers along that way.
+
+Flow is found coarse to fine by least squares in a window about each pixel (Lucas & Kanade 1981, Bouguet 2000). A pixel
+is covered in the other frame where the way there and back do not meet (Sundaram, Brox & Keutzer 2010, equation 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+WINDOW, ROUNDS, SMALLEST = (
+    7,
+    4,
+    16,
+)  # pixels of a window, fits at each size, pixels a side of the coarsest one
+RIGID = 4.0  # grey levels² a pixel: what a window without contrast is held in its place by
+AWAY, ALONG = 0.5, 0.01  # pixels², and the share of both ways, by which they may miss
+
+
+def warped_flicker(frames: Sequence[Image.Image]) -> float:
+    """The mean change of a pixel, of 255, from the frame before, carried along the flow; what is newly seen left out.
+
+    A motion by itself has none of it, and neither has what is covered or uncovered by one (Lai et al. 2018, section 4).
+    """
+    colours = torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))) for frame in frames])
+    pixels = colours.permute(0, 3, 1, 2).float()
+    grays = pixels.mean(1, keepdim=True)
+    small = F.avg_pool2d(grays, 2)  # fine enough for where things go, and four times as quick
+    back, there = (
+        2 * F.interpolate(estimate_flow(*pair), grays.shape[-2:], mode="bilinear", align_corners=False)
+        for pair in ((small[1:], small[:-1]), (small[:-1], small[1:]))
+    )
+    missed = (back + carry(there, back)).square().sum(1)
+    far = back.square().sum(1) + carry(there, back).square().sum(1)
+    seen = (missed <= ALONG * far + AWAY) & is_inside(back)
+    changed = (pixels[1:] - carry(pixels[:-1], back)).abs().mean(1)
+    return float(changed[seen].mean()) if bool(seen.any()) else 0.0
+
+
+def estimate_flow(here: Tensor, there: Tensor) -> Tensor:
+    """The flow [B, 2, H, W], pixels to the right and down, by which pictures [B, 1, H, W] in 0…255 go to others."""
+    levels = [(here, there)]
+    while min(levels[-1][0].shape[-2:]) >= 2 * SMALLEST:
+        levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))
+    flow = here.new_zeros(len(here), 2, *levels[-1][0].shape[-2:])
+    for one, other in reversed(levels):
+        if flow.shape[-2:] != one.shape[-2:]:
+            flow = 2 * F.interpolate(flow, one.shape[-2:], mode="bilinear", align_corners=False)
+        for _ in range(ROUNDS):
+            flow = _smooth(flow + _fit(one, carry(other, flow)))
+    return flow
+
+
+def _fit(here: Tensor, there: Tensor) -> Tensor:
+    """The step [B, 2, H, W] that brings one picture nearer to another, by least squares about every pixel."""
+    dx, dy = _slopes((here + there) / 2)
+    change = here - there
+    products = torch.cat([dx * dx, dx * dy, dy * dy, dx * change, dy * change], 1)
+    xx, xy, yy, xt, yt = _smooth(products).split(1, 1)
+    xx, yy = xx + RIGID, yy + RIGID
+    area = xx * yy - xy * xy
+    step: Tensor = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / area
+    return step.clamp(-1, 1)
+
+
+def _slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
+    padded = F.pad(picture, (1, 1, 1, 1), mode="replicate")
+    across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    return across, (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+
+
+def _smooth(values: Tensor) -> Tensor:
+    half = WINDOW // 2
+    padded = F.pad(values, (half,) * 4, mode="replicate")
+    return F.avg_pool2d(F.avg_pool2d(padded, (1, WINDOW), 1), (WINDOW, 1), 1)
+
+
+def carry(values: Tensor, flow: Tensor) -> Tensor:
+    """What `values` [B, C, H, W] have at the places to which a flow [B, 2, H, W] goes."""
+    x, y = _places(flow)
+    height, width = flow.shape[-2:]
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+    return F.grid_sample(values, grid, "bilinear", padding_mode="border", align_corners=False)
+
+
+def is_inside(flow: Tensor) -> Tensor:
+    """Where a flow [B, 2, H, W] stays in the picture [B, H, W]."""
+    x, y = _places(flow)
+    height, width = flow.shape[-2:]
+    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+
+
+def _places(flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and rows [B, H, W] to which a flow goes."""
+    height, width = flow.shape[-2:]
+    rows = torch.arange(height, dtype=flow.dtype, device=flow.device)[:, None]
+    columns = torch.arange(width, dtype=flow.dtype, device=flow.device)
+    return flow[:, 0] + columns, flow[:, 1] + rows
