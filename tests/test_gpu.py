@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backbone.models.model import Backbone
-from backbone.training.compiled import CompiledBlocks
+from backbone.models.compiled import CompiledBlocks
 from backbone.training.loop import (
     READ_EVERY,
     NotFiniteError,

@@ -45,7 +45,7 @@ from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, has_bi
 from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.training.compiled import CompiledBlocks
+from backbone.models.compiled import CompiledBlocks
 from backbone.training.hardware import use_tensor_cores
 from backbone.training.run import take_steps
 from benchmarks import align as preference

@@ -30,7 +30,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
-from backbone.training.compiled import CompiledBlocks
+from backbone.models.compiled import CompiledBlocks
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
