@@ -31,7 +31,10 @@ class CompiledBlocks:
 
     def __init__(self, networks: Sequence[nn.Module], *, backend: Backend = "inductor") -> None:
         # (diffusers' `_repeated_blocks` names those of some networks only)
-        names = {*BLOCKS, *(name for one in networks for name in getattr(one, "_repeated_blocks", None) or ())}
+        names = {
+            *BLOCKS,
+            *(name for one in networks for name in getattr(one, "_repeated_blocks", None) or ()),
+        }
         every = {id(module): module for network in networks for module in network.modules()}
         self.blocks = [module for module in every.values() if type(module).__name__ in names]
         config: Any = torch._dynamo.config

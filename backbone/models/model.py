@@ -128,8 +128,8 @@ class Backbone:
         `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. `by_instruction` asks for one
         that reads an image beside the prompt and edits it; without it such a model is refused. With `widen` a UNet that
         reads none is given input channels for one, whose weights begin at zero. `from_picture` lets in one that makes a
-        clip of a picture and reads no words. With `compile` every prediction runs the denoiser's repeated blocks compiled;
-        None: on a GPU.
+        clip of a picture and reads no words. With `compile` every prediction runs the denoiser's repeated blocks
+        compiled; None: on a GPU.
 
         Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
         resolution.

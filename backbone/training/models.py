@@ -19,9 +19,9 @@ def open_configs(
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read yet, and what was asked.
 
-    Where nobody said whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A model that lies on this
-    machine is named there by its absolute path, so that a run finds it from anywhere. `by_instruction` asks for one
-    that reads an image beside the prompt, or can be made to.
+    Where nobody said whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A model that lies
+    on this machine is named there by its absolute path, so that a run finds it from anywhere. `by_instruction` asks for
+    one that reads an image beside the prompt, or can be made to.
     """
     model = Backbone.open(
         asked.get("model", "moji"),

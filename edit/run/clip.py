@@ -100,9 +100,7 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConc
 
     read = tuple(read_concept(folder) for folder in concepts)
     name = asked.model or (read[0].model if read else "moji")
-    model = Backbone.open(
-        name, device=asked.device, precision=asked.precision, compile=asked.compile
-    )
+    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
     return ModelWithConcepts(model, read, asked.scale)
 

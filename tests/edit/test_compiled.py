@@ -1,4 +1,4 @@
-"""Drawing and editing with compiled blocks: the same pictures, and one compilation a shape, whatever the step or prompt.
+"""Drawing and editing with compiled blocks: the same latents, one compilation a shape, whatever the step or prompt.
 
 The backend is `aot_eager`, which traces as inductor does and then runs the traced operations.
 """
@@ -47,7 +47,9 @@ def change(model: Backbone, source: str, *targets: str, steps: int = 3) -> Tenso
     return edit.replace(inversion, targets, settings).latents
 
 
-def check(model: Backbone, act: Callable[..., Tensor], first: tuple[str, ...], other: tuple[str, ...]) -> None:
+def check(
+    model: Backbone, act: Callable[..., Tensor], first: tuple[str, ...], other: tuple[str, ...]
+) -> None:
     plain, plain_other = act(model, *first), act(model, *other)
     with compiled(model) as counting:
         torch.testing.assert_close(act(model, *first), plain, atol=1e-5, rtol=1e-5)

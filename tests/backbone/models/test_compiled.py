@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from backbone.adapters.lora import add_lora, lora_parameters
-from backbone.models.model import Backbone
 from backbone.models.compiled import CompiledBlocks
+from backbone.models.model import Backbone
 from backbone.training.run import Objective, take_steps
 from customize.objectives.dreambooth import DreamBooth
 from tests.customize.test_methods import begun
