@@ -11,13 +11,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import edit
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
+from edit.attention.control import Control
+from edit.attention.install import control_attention
 from tests.backbone.models.test_compiled import Counting
 from tests.edit.conftest import Open
 
@@ -62,10 +65,37 @@ def check(
     assert counting.graphs == graphs  # and outside the blocks run as they are
 
 
+def test_a_block_under_changing_control_is_the_same_and_compiles_once() -> None:
+    torch.manual_seed(0)
+    network = nn.ModuleList([BasicTransformerBlock(8, 1, 8, cross_attention_dim=4)])
+    x, text = torch.randn(3, 16, 8), torch.randn(3, 5, 4)
+
+    def steps() -> list[Tensor]:
+        """Of an edit: the targets' attention the source's, then their own; and of a prediction without one."""
+        found = []
+        control = Control(targets=1)
+        with torch.no_grad(), control_attention(network, control):
+            for control.self_attention in ("layout", "contents", "own"):
+                found.append(network[0](x, encoder_hidden_states=text))
+        return [*found, network[0](x, encoder_hidden_states=text).detach()]
+
+    plain, counting = steps(), Counting()
+    assert not torch.equal(plain[0], plain[2])
+    compiled = CompiledBlocks([network], backend=counting)
+    graphs = []
+    for _ in range(3):
+        with compiled.active():
+            torch.testing.assert_close(steps(), plain, atol=1e-5, rtol=1e-5)
+        graphs.append(counting.graphs)
+    assert 0 < graphs[0] == graphs[1] == graphs[2]  # other edits have other controls
+
+
+@pytest.mark.slow
 def test_samples_of_compiled_blocks_are_the_same_and_compile_once(tiny: Backbone) -> None:
     check(tiny, draw, ("a dog", "a red cat"), ("a bird in the snow", "a"))
 
 
+@pytest.mark.slow
 def test_edits_by_compiled_blocks_are_the_same_and_compile_once(tiny: Backbone) -> None:
     check(tiny, change, ("a cat in the snow", "a dog in the snow"), ("a bird on a hill", "a fish on a hill"))
 
