@@ -42,8 +42,11 @@ def draw(model: Backbone, *prompts: str, steps: int = 3) -> Tensor:
     return torch.cat(list(sample_latents(model, requests, steps=steps, guidance=4.0, seed=0)))
 
 
-def change(model: Backbone, source: str, *targets: str, steps: int = 3) -> Tensor:
-    """The latents of a picture's edits, under control of every layer's attention."""
+def change(model: Backbone, source: str, *targets: str, steps: int = 5) -> Tensor:
+    """The latents of a picture's edits, under control of every layer's attention.
+
+    How many rows a step predicts follows from the number of steps, which stays the same.
+    """
     settings = edit.ReplaceSettings(cross=0.6, self_attention=0.6, blend=("auto",))
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     inversion = edit.invert(model, Image.fromarray(pixels), source, steps=steps)

@@ -104,6 +104,16 @@ def test_blocks_of_one_shape_share_a_graph_and_run_compiled_inside_alone() -> No
     assert counting.graphs == 2  # outside nothing is compiled
 
 
+def test_blocks_run_as_they_did_before_inside_and_outside() -> None:
+    network: Any = nn.ModuleList([BasicTransformerBlock(8, 1, 8)])
+    outer, inner = CompiledBlocks([network], backend="eager"), CompiledBlocks([network], backend="eager")
+    with outer.active():
+        with inner.active():
+            assert network[0]._compiled_call_impl is inner.calls[0]
+        assert network[0]._compiled_call_impl is outer.calls[0]
+    assert network[0]._compiled_call_impl is None
+
+
 @pytest.mark.slow
 def test_compiled_steps_have_the_gradients_of_plain_ones_and_compile_once(
     tiny: Backbone, subject: Path
