@@ -43,9 +43,9 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, has_bitsandbytes, plan_memory
 from backbone.models.cache import VARIABLE
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.hardware import use_tensor_cores
 from backbone.training.run import take_steps
 from benchmarks import align as preference

@@ -141,7 +141,7 @@ def _open_model(
 ) -> tuple[Backbone, Sequence[Concept], str]:
     """The model that draws with its name, and the concepts, carried over where it is not their own."""
     name = asked.model or (concepts[0].model if concepts else "moji")
-    backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     if not on:
         return backbone, concepts, name
     few = open_few_step(backbone, name_few_step(name) if on == OWN else on)

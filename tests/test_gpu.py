@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.loop import (
     READ_EVERY,
     NotFiniteError,

@@ -58,7 +58,7 @@ def sample_pairs(
     for text in [*texts, asked.negative]:
         _expand_tokens(text, concepts)  # mistakes are answered before any weights load
     name = asked.model or (concepts[0].model if concepts else "moji")
-    backbone = Backbone.open(name, device=asked.device, precision=asked.precision)
+    backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, backbone, concepts)
     if asked.redraw and asked.steps is not None:
         count_skipped_steps(asked.redraw, asked.steps)

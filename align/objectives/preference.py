@@ -63,9 +63,9 @@ from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, write_tensors
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 

@@ -29,10 +29,10 @@ from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.prompts import Prompt
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
 from backbone.training.attention import quick_to_train
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 

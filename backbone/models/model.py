@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.diffusion.transfer import send
+from backbone.distributed import processes
 from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families import checkpoint as single_file
 from backbone.families.base import (
@@ -43,6 +44,7 @@ from backbone.families.unet import UNetFamily, widen_input
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.motion import clip_of, frames_as_rows, rows_as_frames
@@ -92,6 +94,7 @@ class Backbone:
         placement: Placement | None = None,
         resolution: int = 0,
         widened: bool = False,
+        compile: bool | None = False,
     ) -> None:
         self.location = location
         self.family = family
@@ -100,6 +103,8 @@ class Backbone:
         self.placement = placement or Placement()
         self.asked_resolution = resolution
         self.widened = widened  # a text-to-image UNet with input channels for an image's latents
+        self.asked_compile = compile
+        self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     def __repr__(self) -> str:
@@ -119,6 +124,7 @@ class Backbone:
         by_instruction: bool = False,
         widen: bool = False,
         from_picture: bool = False,
+        compile: bool | None = False,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
@@ -128,7 +134,8 @@ class Backbone:
         `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. `by_instruction` asks for one
         that reads an image beside the prompt and edits it; without it such a model is refused. With `widen` a UNet that
         reads none is given input channels for one, whose weights begin at zero. `from_picture` lets in one that makes a
-        clip of a picture and reads no words.
+        clip of a picture and reads no words. With `compile` every prediction runs the denoiser's repeated blocks
+        compiled; None: on a GPU.
 
         Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
         resolution.
@@ -142,6 +149,7 @@ class Backbone:
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution,
                     widened=widen and isinstance(family, UNetFamily) and found not in family.reads_images,
+                    compile=compile,
                 )  # fmt: skip
                 opened.refuse_other_task(by_instruction=by_instruction, from_picture=from_picture)
                 opened.refuse_resolution()
@@ -166,6 +174,25 @@ class Backbone:
                 fuse_lora(self.location.few_step / ADAPTER, loaded)
             return place_denoiser(self.widen(loaded), self.placement, self.device)
 
+    @property
+    def compiles_usually(self) -> bool:
+        """Whether blocks are compiled where nobody says: on a GPU, where the base lies there as it is."""
+        held = self.placement.quantize or self.placement.offload or processes.is_sharded()
+        return self.device.type == "cuda" and not held
+
+    @property
+    def compiles(self) -> bool:
+        """Whether every prediction runs the denoiser's blocks compiled."""
+        return self.compiles_usually if self.asked_compile is None else self.asked_compile
+
+    def compiled_blocks(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the blocks of this network run compiled if the model was opened so; each is compiled once."""
+        if not self.compiles:
+            return nullcontext()
+        if self._compiled is None or self._compiled[0] is not denoiser:
+            self._compiled = denoiser, CompiledBlocks([denoiser])
+        return self._compiled[1].active()
+
     def widen(self, denoiser: nn.Module) -> nn.Module:
         """A denoiser of this model's kind, with input channels for an image where this model was given them."""
         return widen_input(denoiser, latent_channels(self.autoencoder_config)) if self.widened else denoiser
@@ -175,6 +202,8 @@ class Backbone:
         """Pictures to latents and back."""
         with progress(None, "loading the autoencoder", brief=True):
             loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
+        if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
+            notify_once(f"The autoencoder of {self.location.name} works in fp32: in fp16 it overflows.")
         if self.placement.tiling:
             enable_tiling(loaded, self.resolution // 2)
         return loaded.to(self.device)
@@ -255,6 +284,8 @@ class Backbone:
             assert part in PARTS
             if part != "text_encoder" or not self.text_learned:
                 self.__dict__.pop(part, None)
+        if "denoiser" in parts:
+            self._compiled = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -482,7 +513,7 @@ class Backbone:
             noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
             conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
-        with self.autocast(), clip_of(denoiser, frames, controls):
+        with self.autocast(), clip_of(denoiser, frames, controls), self.compiled_blocks(denoiser):
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction
 

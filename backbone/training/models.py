@@ -11,7 +11,6 @@ from backbone.distributed.device import resolve_device
 from backbone.models.locate import is_path, join_files, split_files
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from backbone.training.compiled import compiles_usually
 from backbone.training.hardware import use_tensor_cores
 
 
@@ -20,9 +19,9 @@ def open_configs(
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read yet, and what was asked.
 
-    Where nobody said whether its blocks are compiled, the device does (`compiles_usually`). A model that lies on this
-    machine is named there by its absolute path, so that a run finds it from anywhere. `by_instruction` asks for one
-    that reads an image beside the prompt, or can be made to.
+    Where nobody said whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A model that lies
+    on this machine is named there by its absolute path, so that a run finds it from anywhere. `by_instruction` asks for
+    one that reads an image beside the prompt, or can be made to.
     """
     model = Backbone.open(
         asked.get("model", "moji"),
@@ -33,7 +32,7 @@ def open_configs(
         widen=by_instruction,
     )
     held = bool(asked.get("quantize") or asked.get("cpu_offload"))
-    asked = {"compile": compiles_usually(model) and not held, **asked}
+    asked = {"compile": model.compiles_usually and not held, **asked}
     if is_path(model.location.name):
         files = split_files(model.location.name)
         return model, {

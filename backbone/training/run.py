@@ -23,7 +23,7 @@ from backbone.distributed import processes
 from backbone.io.console import ProgressBar, UserError, notify, progress
 from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
-from backbone.training.compiled import CompiledBlocks
+from backbone.models.compiled import CompiledBlocks
 from backbone.training.loop import (
     Average,
     Monitor,

@@ -8,7 +8,8 @@
    draws and its evaluations, which cost the same at any size: seconds to its first step, memory at its end.
 3. The steps of both are timed in turns in one process.
 4. Real images are prepared: images a second beside what the encoder alone does with the same images in memory; and
-   once more, killed half-way, with what the second try then had left to do.
+   once more, killed half-way, with what the second try then had left to do. Beside the seconds stands the processor
+   time of all processes: where both sides fill every core it is what bounds them, and other work does not count in it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest.mock import patch
@@ -273,7 +275,11 @@ def write_images(folder: Path, count: int, side: int) -> Path:
 
 
 def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
-    """Images a second: the encoder's own, on images that are in memory, and of a whole preparation, in turns."""
+    """Images a second and milliseconds of processor an image, in turns: the encoder's own and a whole preparation's.
+
+    The encoder alone works on images that are in memory. Processor time is of one image more: the difference of
+    preparing all and a quarter of them, so that what is loaded first is not in it.
+    """
     import torch
 
     from align.pairs.read import read_preferences
@@ -286,26 +292,57 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
     at_once = images_at_once(model, (model.resolution, model.resolution))
     some = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
 
-    def bound() -> float:
-        model.encode(some)  # loaded and warm
-        began = time.perf_counter()
-        for _ in range(max(1, pairs // at_once)):
+    def encode_all() -> None:
+        for _ in range(-(-2 * pairs // at_once)):
             model.encode(some)
-        return max(1, pairs // at_once) * at_once / (time.perf_counter() - began)
 
-    alone, whole = [], []
+    def prepare(records: int = pairs) -> None:
+        some = replace(source, pairs=source.pairs[:records])
+        prepare_pairs(some, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
+
+    def measure(act: Callable[[], None]) -> tuple[float, float]:
+        began, used = time.perf_counter(), processor_seconds()
+        act()
+        seconds, used = time.perf_counter() - began, processor_seconds() - used
+        return 2 * pairs / seconds, 1000 * used / (2 * pairs)
+
+    encode_all()  # loaded and warm
+    turns, few = [], pairs // 4
     for number in range(3):
-        alone.append(bound())
-        began = time.perf_counter()
-        prepare_pairs(source, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
-        whole.append(2 * pairs / (time.perf_counter() - began))
-        notify(f"Turn {number + 1}: the encoder {alone[-1]:.0f}, preparing {whole[-1]:.0f} images/s.")
-    ratios = [one / other for one, other in zip(whole, alone, strict=True)]
+        alone, alone_used = measure(encode_all)
+        fixed = measure(partial(prepare, few))[1]  # a quarter of them, and all of what is loaded first
+        whole, used = measure(prepare)
+        used = (used - fixed) * pairs / (pairs - few)
+        turns.append((alone, alone_used, whole, used))
+        notify(
+            f"Turn {number + 1}: the encoder {alone:.0f} images/s, {alone_used:.1f} ms of processor; preparing "
+            f"{whole:.0f}, {used:.1f} ms."
+        )
+    alone, alone_used, whole, used = (statistics.median(column) for column in zip(*turns, strict=True))
     return {
-        "encoder": statistics.median(alone),
-        "preparing": statistics.median(whole),
-        "share": statistics.median(ratios),
+        "encoder": alone,
+        "preparing": whole,
+        "share": statistics.median(turn[2] / turn[0] for turn in turns),
+        "encoder_processor": alone_used,
+        "processor": used,
+        "processor_share": statistics.median(turn[1] / turn[3] for turn in turns),
     }
+
+
+@app.command()
+def preparing(
+    out: Out = OUT,
+    model: Annotated[str, typer.Option()] = "moji",
+    pairs: Annotated[int, typer.Option(min=8)] = PREPARED,
+) -> None:
+    """Only the throughput of preparation, as JSON."""
+    print(json.dumps(prepare_apart(out, pairs, model)))
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and of those that it started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
@@ -398,7 +435,10 @@ def format_tables(facts: dict[str, Any], few: int, many: int, model: str) -> str
         "|---|---|",
         f"| the encoder alone, images in memory | {preparing['encoder']:.1f} images/s |",
         f"| files decoded, checked, encoded and written | {preparing['preparing']:.1f} images/s |",
-        f"| share of the encoder's own bound | {preparing['share']:.2f} |",
+        f"| share of the encoder's own bound, by the clock | {preparing['share']:.2f} |",
+        f"| the encoder alone, processor time | {preparing['encoder_processor']:.1f} ms an image |",
+        f"| the whole preparation, of all its processes | {preparing['processor']:.1f} ms an image |",
+        f"| share of the encoder's own bound, by processor time | {preparing['processor_share']:.2f} |",
         f"| killed after {killed['kept']} of {killed['pairs']} pairs: left to the next try | {killed['left']} pairs |",
         "",
     ]

@@ -65,7 +65,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     name = asked.model or (concepts[0].model if concepts else "moji")
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
-    model = Backbone.open(name, device=asked.device, precision=asked.precision)
+    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     rows, columns = latent_size(model, asked.size)
     if asked.out is not None:

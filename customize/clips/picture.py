@@ -90,7 +90,11 @@ def draw_pictures(asked: ClipOptions) -> Path:
 def open_for_pictures(asked: ClipOptions) -> Backbone:
     """The model; `UserError` for one that is told in words what to draw, and for settings that do nothing here."""
     model = Backbone.open(
-        asked.model or "moji", device=asked.device, precision=asked.precision, from_picture=True
+        asked.model or "moji",
+        device=asked.device,
+        precision=asked.precision,
+        from_picture=True,
+        compile=asked.compile,
     )
     name = model.location.name
     if model.reads_words:

@@ -25,13 +25,13 @@ from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.files import write_json
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.control import RECORD, ControlRecord
 from backbone.models.encode import Posteriors, Prompts, View, encode_texts, encode_views
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 from backbone.world.record import load_labels

@@ -27,10 +27,10 @@ from backbone.diffusion.noise import Level, PredictionType, add_noise, generator
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.base_predictions import stratified_levels
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective

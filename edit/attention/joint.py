@@ -50,6 +50,7 @@ class JointProcessor:
         self.name = name
         self.read = read
 
+    @torch.compiler.disable  # its control changes from step to step: compiled blocks run it as it is
     def __call__(
         self,
         attn: Any,

@@ -21,6 +21,7 @@ class Processor:
         self.plain = plain
         self.name = name
 
+    @torch.compiler.disable  # its control changes from step to step: compiled blocks run it as it is
     def __call__(
         self,
         attn: Any,

@@ -93,13 +93,14 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConc
             scale=asked.scale,
             precision=asked.precision,
             device=asked.device,
+            compile=asked.compile,
         )
     from backbone.adapters.motion import Moves, set_in_motion
     from backbone.models.model import Backbone
 
     read = tuple(read_concept(folder) for folder in concepts)
     name = asked.model or (read[0].model if read else "moji")
-    model = Backbone.open(name, device=asked.device, precision=asked.precision)
+    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
     return ModelWithConcepts(model, read, asked.scale)
 

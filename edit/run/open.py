@@ -29,7 +29,7 @@ from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike
 
 FRAMES = 12
-OPENING = ("model", "concepts", "scale", "precision", "device", "vram")
+OPENING = ("model", "concepts", "scale", "precision", "device", "compile", "vram")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def load_model(
     scale: float = 1.0,
     precision: str | None = None,
     device: str | None = None,
+    compile: bool | None = None,
     inversion: str | None = None,
     vram: float | None = None,
     shown: int = 0,
@@ -97,6 +98,7 @@ def load_model(
         name or "moji",
         device=device or "auto",
         precision=precision or "auto",
+        compile=compile,
         by_instruction=by_instruction,
         widen=by_instruction and bool(editors),
         resolution=trained_resolution(editors) if by_instruction else 0,

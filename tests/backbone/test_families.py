@@ -570,18 +570,23 @@ def test_no_prompt_is_zeros_where_the_model_says_so(folders: dict[str, Path], tm
     torch.testing.assert_close(ours.text["pooled"], pooled)
 
 
-def test_the_autoencoder_of_xl_stays_in_fp32_unless_it_was_repaired(
-    folders: dict[str, Path], tmp_path: Path
+def test_an_autoencoder_is_in_bf16_and_in_fp16_only_where_that_does_not_overflow(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def dtype(folder: Path) -> torch.dtype:
-        model = Backbone.open(str(folder), device="cpu", precision="bf16")
+    def dtype(folder: Path, precision: str) -> torch.dtype:
+        model = Backbone.open(str(folder), device="cpu", precision=precision)
         return next(model.autoencoder.parameters()).dtype
 
-    assert dtype(folders["xl"]) is torch.float32
+    for name in ("xl", "sd3-without-t5", "flux-dev"):
+        assert dtype(folders[name], "bf16") is torch.bfloat16
+    assert "fp32" not in capsys.readouterr().err
+    assert dtype(folders["xl"], "fp16") is torch.float32
+    assert "works in fp32: in fp16 it overflows." in capsys.readouterr().err
     other = shutil.copytree(folders["xl"], tmp_path / "other")
     config = read_json(other / "vae" / "config.json")
     write_json(other / "vae" / "config.json", {**config, "force_upcast": False})
-    assert dtype(other) is torch.bfloat16
+    assert dtype(other, "fp16") is torch.float16
+    assert "overflows" not in capsys.readouterr().err
 
 
 def test_a_flow_is_converted_at_its_noisiest_end(folders: dict[str, Path]) -> None:

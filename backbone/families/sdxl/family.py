@@ -65,9 +65,7 @@ class StableDiffusionXL(UNetFamily):
         return load_part(UNet2DConditionModel, location, "unet", single_file.UNET, dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        """Load the VAE in fp32, except for one that was fixed for half precision (`force_upcast` false)."""
-        if location.config("vae").get("force_upcast", True):
-            dtype = torch.float32
+        dtype = loading.autoencoder_dtype(location, dtype)
         return load_part(AutoencoderKL, location, "vae", single_file.AUTOENCODER, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
@@ -80,11 +78,11 @@ class StableDiffusionXL(UNetFamily):
         return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
-        config, upcast = location.config("unet"), location.config("vae").get("force_upcast", True)
+        config = location.config("unet")
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return ModelSpec(
             diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
-            diffusers_spec(AutoencoderKL, location, "vae", torch.float32 if upcast else dtype),
+            diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
             {
                 "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
                 "text_encoder_2": transformers_spec(CLIPTextModelWithProjection, location, "text_encoder_2"),

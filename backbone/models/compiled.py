@@ -1,9 +1,10 @@
-"""Regional compilation of a denoiser in training: its repeated blocks, adapters included, by `torch.compile`.
+"""Regional compilation of a denoiser: its repeated blocks, adapters included, by `torch.compile`.
 
 A transformer is the same block many times over, so one graph a shape serves all of them, and compiling takes seconds
 where a whole network takes minutes. Blocks are compiled for the shapes that they meet, never for shapes in general:
 prompts are padded to one length and images come in few sizes, so that nothing is compiled again after the first steps.
-Outside of a step (a preview, an evaluation) the same blocks run as they are.
+In a training a preview or an evaluation runs the same blocks as they are; a model that was opened to draw or to edit
+(`Backbone.open(…, compile=True)`) compiles them in every prediction.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from backbone.distributed import processes
-from backbone.models.model import Backbone
 
 BLOCKS = (  # diffusers' classes that a denoiser repeats
     *("BasicTransformerBlock", "JointTransformerBlock"),
@@ -33,8 +31,12 @@ class CompiledBlocks:
 
     def __init__(self, networks: Sequence[nn.Module], *, backend: Backend = "inductor") -> None:
         # (diffusers' `_repeated_blocks` names those of some networks only)
+        names = {
+            *BLOCKS,
+            *(name for one in networks for name in getattr(one, "_repeated_blocks", None) or ()),
+        }
         every = {id(module): module for network in networks for module in network.modules()}
-        self.blocks = [module for module in every.values() if type(module).__name__ in BLOCKS]
+        self.blocks = [module for module in every.values() if type(module).__name__ in names]
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, GRAPHS)
         how: dict[str, Any] = {"backend": backend, "dynamic": False}
@@ -44,18 +46,13 @@ class CompiledBlocks:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the `with`, the blocks run compiled; afterwards as they are."""
+        """Inside the `with`, the blocks run compiled; afterwards as they did before."""
         blocks: list[Any] = list(self.blocks)
+        before = [block._compiled_call_impl for block in blocks]
         for block, call in zip(blocks, self.calls, strict=True):
             block._compiled_call_impl = call
         try:
             yield
         finally:
-            for block in blocks:
-                block._compiled_call_impl = None
-
-
-def compiles_usually(model: Backbone) -> bool:
-    """Whether a training of this model is compiled where nobody says: on a GPU, where the base lies there as it is."""
-    held = model.placement.quantize or model.placement.offload or processes.is_sharded()
-    return model.device.type == "cuda" and not held
+            for block, call in zip(blocks, before, strict=True):
+                block._compiled_call_impl = call

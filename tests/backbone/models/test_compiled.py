@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from backbone.adapters.lora import add_lora, lora_parameters
+from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.compiled import CompiledBlocks
 from backbone.training.run import Objective, take_steps
 from customize.objectives.dreambooth import DreamBooth
 from tests.customize.test_methods import begun
@@ -102,6 +102,16 @@ def test_blocks_of_one_shape_share_a_graph_and_run_compiled_inside_alone() -> No
     x, text = torch.randn(5, 6, 8), torch.randn(5, 3, 4)
     step()
     assert counting.graphs == 2  # outside nothing is compiled
+
+
+def test_blocks_run_as_they_did_before_inside_and_outside() -> None:
+    network: Any = nn.ModuleList([BasicTransformerBlock(8, 1, 8)])
+    outer, inner = CompiledBlocks([network], backend="eager"), CompiledBlocks([network], backend="eager")
+    with outer.active():
+        with inner.active():
+            assert network[0]._compiled_call_impl is inner.calls[0]
+        assert network[0]._compiled_call_impl is outer.calls[0]
+    assert network[0]._compiled_call_impl is None
 
 
 @pytest.mark.slow
