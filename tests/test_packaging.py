@@ -97,12 +97,19 @@ def names(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.fixture
-def offline(wheel: Path, tmp_path: Path) -> Offline:
-    """A folder far from the source whose Python finds the unpacked wheel first."""
+@pytest.fixture(scope="session")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what lies in the wheel."""
+    folder = tmp_path_factory.mktemp("unpacked")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "unpacked")
-    return Offline(tmp_path, python_path=(tmp_path / "unpacked",))
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def offline(unpacked: Path, tmp_path: Path) -> Offline:
+    """A folder far from the source whose Python finds the unpacked wheel first."""
+    return Offline(tmp_path, python_path=(unpacked,))
 
 
 def test_the_wheel_holds_the_five_packages_and_nothing_else(names: set[str]) -> None:

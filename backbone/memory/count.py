@@ -36,6 +36,10 @@ AUTOCAST_FP32 = {  # what autocast computes in fp32, by device
     "cpu": frozenset[Any](),
 }
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides, dtype
+
+# What operations on `meta` make, by what they are given; nothing where they have to be called
+_OUTPUTS: dict[Any, tuple[Layout, ...]] = {}
 
 
 class StepBytes(NamedTuple):
@@ -111,7 +115,7 @@ class LiveStorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        outputs = func(*args, **(kwargs or {}))
+        outputs = _call(func, args, kwargs or {})
         for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
             if isinstance(output, Tensor):
                 self._track(output.untyped_storage())
@@ -213,6 +217,59 @@ def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         yield sizes
     kept.clear()  # the backward pass frees them one by one
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operation; on `meta`, where the like has been called before, only make what it makes.
+
+    Most operations of `meta` are decomposed in Python, which takes much longer than to make an empty tensor.
+    """
+    given: list[Tensor] = []
+    try:
+        key = (func, _describe(args, given), _describe(kwargs, given))
+        known = _OUTPUTS.get(key)
+    except TypeError:  # an argument that is not hashable
+        return func(*args, **kwargs)
+    if not given or not all(tensor.is_meta for tensor in given):
+        return func(*args, **kwargs)
+    if known:
+        made = [
+            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known
+        ]
+        return tuple(made) if len(made) > 1 else made[0]
+    outputs = func(*args, **kwargs)
+    if known is None:
+        _OUTPUTS[key] = _layouts(given, outputs)
+    return outputs
+
+
+def _describe(value: Any, given: list[Tensor]) -> Any:
+    """What decides the layout of the outputs, hashable; its tensors are appended to `given`."""
+    if isinstance(value, Tensor):
+        given.append(value)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple([_describe(item, given) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _describe(item, given)) for name, item in value.items()])
+    return type(value), value
+
+
+def _layouts(given: Sequence[Tensor], outputs: Any) -> tuple[Layout, ...]:
+    """The outputs' layouts; none unless every one is a tensor on `meta` that fills a new storage of its own."""
+    tensors = outputs if type(outputs) is tuple else (outputs,)
+    if not all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
+        return ()
+    taken = {tensor.untyped_storage()._cdata for tensor in given}
+    layouts: list[Layout] = []
+    for tensor in tensors:
+        storage, size, stride = tensor.untyped_storage(), tensor.shape, tensor.stride()
+        like = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta").untyped_storage()
+        if storage._cdata in taken or like.nbytes() != storage.nbytes():
+            return ()
+        taken.add(storage._cdata)
+        layouts.append((size, stride, tensor.dtype))
+    return tuple(layouts)
 
 
 def _emulate(network: nn.Module, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:

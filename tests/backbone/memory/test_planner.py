@@ -15,6 +15,7 @@ from backbone.adapters.lora import add_lora
 from backbone.families import checkpoint as single_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
+from backbone.memory import count
 from backbone.memory.count import StepBytes, training_step_bytes
 from backbone.memory.planner import (
     GIB,
@@ -198,6 +199,18 @@ def test_a_step_of_a_newer_family_keeps_what_is_counted(models: dict[str, Backbo
     )
     assert bare.saved == pytest.approx(real.saved, rel=0.02)
     assert bare.peak == pytest.approx(real.peak, rel=0.03)
+
+
+def test_operations_that_are_known_are_counted_as_those_that_are_called(
+    models: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[object, object] = {}
+    monkeypatch.setattr(count, "_OUTPUTS", known)
+    first, second = (
+        counted(models["sd"], "meta", torch.bfloat16, checkpointing=True, rows=1) for _ in range(2)
+    )
+    assert first == second
+    assert any(known.values()) and not all(known.values())  # views are called
 
 
 def test_the_batch_is_counted_although_nothing_looks_at_it() -> None:
