@@ -26,8 +26,7 @@ from backbone.training.loop import (
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import take_steps
 from benchmarks.align import build_training
-from benchmarks.speed.customize import make_material, make_settings
-from benchmarks.speed.gpu import (
+from benchmarks.gpu import (
     Bench,
     compare_compiled,
     compare_pictures,
@@ -35,6 +34,7 @@ from benchmarks.speed.gpu import (
     draw_edit,
     draw_samples,
 )
+from benchmarks.speed.customize import make_material, make_settings
 from benchmarks.speed.shapes import Parts
 from customize.objectives.dreambooth import DreamBooth
 

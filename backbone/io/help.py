@@ -12,7 +12,8 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import typer
@@ -50,6 +51,38 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))
+
+
+class ReadLater(Command):
+    """A command whose options are read from `read()`, a function with a signature, when they are first looked at.
+
+    A group's help shows names and first lines alone, and a command needs its own options, not those of all others.
+    """
+
+    def __init__(self, read: Callable[[], Callable[..., None]], **settings: Any) -> None:
+        self._read = read
+        super().__init__(**settings)
+
+    @cached_property
+    def _whole(self) -> Any:
+        info = typer.models.CommandInfo(callback=self._read())
+        return typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
+
+    @property
+    def params(self) -> list[Any]:
+        known: list[Any] = self._whole.params
+        return known
+
+    @params.setter
+    def params(self, none: list[Any]) -> None: ...
+
+    @property
+    def callback(self) -> Callable[..., Any] | None:
+        called: Callable[..., Any] | None = self._whole.callback
+        return called
+
+    @callback.setter
+    def callback(self, none: Callable[..., Any] | None) -> None: ...
 
 
 class Group(TyperGroup):

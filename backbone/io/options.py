@@ -25,7 +25,7 @@ import reprlib
 import shlex
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,7 @@ import typer
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.help import Command
+from backbone.io.help import ReadLater
 from backbone.io.records import RunRecord, parse_json, plain, read_as
 
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
@@ -185,7 +185,9 @@ def command(
         )
         function(own, *(each(**values) for each, values in zip(others, more, strict=True)))
 
-    known = {name: one for each in (declared, *others) for name, one in fields_of(each).items()}
+    def known() -> dict[str, Field]:
+        return {name: one for each in (declared, *others) for name, one in fields_of(each).items()}
+
     return _registering(app, known, panels, called, _parameters)
 
 
@@ -205,44 +207,60 @@ def settled_command(
         refuse_idle(settings, asked)
         function(settings)
 
-    # What is the command's own stands before what it shares with others
-    known = fields_of(declared)
-    own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in known]
-    return _registering(app, {name: known[name] for name in own}, panels, called, _settled_parameters)
+    def known() -> dict[str, Field]:
+        """What is the command's own stands before what it shares with others."""
+        fields = fields_of(declared)
+        own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in fields]
+        return {name: fields[name] for name in own}
+
+    return _registering(app, known, panels, called, _settled_parameters)
 
 
 def _registering(
     app: typer.Typer,
-    known: Mapping[str, Field],
+    fields: Callable[[], Mapping[str, Field]],
     panels: Sequence[str],
     called: Callable[[Callable[..., None], dict[str, Any]], None],
     parameters: Callable[[Sequence[Field]], list[inspect.Parameter]],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that makes a function a command with these fields.
+    """A decorator that makes a function a command with these fields, which are looked up when it is called.
 
     `called` hands it what was asked of them; `parameters` makes of them what typer reads.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        def door(config: str | None = None, **given: Any) -> None:
-            asked = values_from_flags(given, known)
-            if config is not None:
-                asked = {**values_from_file(Path(config), known, asked), **asked}
-            called(function, join_values(asked, given, known))
+        def read() -> Callable[..., None]:
+            known = fields()
 
-        order = {panel: place for place, panel in enumerate(panels)}
+            def door(config: str | None = None, **given: Any) -> None:
+                asked = values_from_flags(given, known)
+                if config is not None:
+                    asked = {**values_from_file(Path(config), known, asked), **asked}
+                called(function, join_values(asked, given, known))
 
-        def place(one: Field) -> tuple[bool, int, bool]:
-            needed = one.default is MISSING
-            return not one.option.argument, order.get(one.option.panel, len(order)), not needed
+            door.__name__ = function.__name__
+            door.__signature__ = inspect.Signature(parameters(_in_panels(known, panels)))  # type: ignore[attr-defined]
+            return door
 
-        shown = sorted(known.values(), key=place)
-        door.__doc__, door.__name__ = function.__doc__, function.__name__
-        door.__signature__ = inspect.Signature(parameters(shown))  # type: ignore[attr-defined]
-        app.command(cls=Command, context_settings={"token_normalize_func": hyphens})(door)
+        def named() -> None: ...
+
+        named.__doc__, named.__name__ = function.__doc__, function.__name__
+        settings = {"token_normalize_func": hyphens}
+        app.command(cls=cast(Any, partial(ReadLater, read)), context_settings=settings)(named)
         return function
 
     return register
+
+
+def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]:
+    """Words first, then options in the panels' order, the required ones at the head of each."""
+    order = {panel: place for place, panel in enumerate(panels)}
+
+    def place(one: Field) -> tuple[bool, int, bool]:
+        needed = one.default is MISSING
+        return not one.option.argument, order.get(one.option.panel, len(order)), not needed
+
+    return sorted(known.values(), key=place)
 
 
 def hyphens(name: str) -> str:

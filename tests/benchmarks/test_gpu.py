@@ -9,8 +9,8 @@ import pytest
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from benchmarks.speed import gpu
-from benchmarks.speed.gpu import ROWS, Bench, Row, format_markdown, main
+from benchmarks import gpu
+from benchmarks.gpu import ROWS, Bench, Row, format_markdown, main
 
 
 def check_rows(out: Path, keys: Sequence[str]) -> None:

@@ -66,5 +66,5 @@ def test_the_table_gives_every_side_its_share_of_the_base_s(
 
 
 def test_a_base_without_a_few_step_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipes\.moji\.turbo"):
+    with pytest.raises(UserError, match=r"recipes\.moji\.adapters\.turbo"):
         survival.main(SurvivalSettings(concepts=("mammoth",), model="sd15", out=tmp_path))

@@ -21,7 +21,7 @@ from tests.tiny import tiny_moji
 
 
 def test_without_scenes_it_says_how_they_are_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipes\.moji\.control prepare"):
+    with pytest.raises(UserError, match=r"recipes\.moji\.adapters\.control prepare"):
         control.train_network(control.TrainSettings(workdir=tmp_path))
 
 

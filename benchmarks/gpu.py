@@ -1,7 +1,7 @@
 """Everything that a GPU has to show, in one command, for the day when there is one.
 
-    python -m benchmarks.speed.gpu --minutes 8 --out build/benchmarks/gpu
-    python -m benchmarks.speed.gpu --tiny --device cpu             every row in small, in seconds: does it run?
+    python -m benchmarks.gpu --minutes 8 --out build/benchmarks/gpu
+    python -m benchmarks.gpu --tiny --device cpu             every row in small, in seconds: does it run?
 
 No network and no file of weights: models of the true shapes get random weights on the device
 (`benchmarks.speed.on_device`). Rows run in the order of their importance until the minutes are over; each is written
@@ -686,7 +686,7 @@ def format_markdown(out: Path) -> str:
             continue
         facts = dict(read_json(path))
         machine = facts.pop("machine")
-        lines += [f"## {facts.pop('title')}", "", f"`python -m benchmarks.speed.gpu --only {row.key}`", ""]
+        lines += [f"## {facts.pop('title')}", "", f"`python -m benchmarks.gpu --only {row.key}`", ""]
         if "failed" in facts:
             lines += [f"Failed: {facts['failed']}", ""]
             continue
