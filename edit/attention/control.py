@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,12 @@ MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where w
 UNET = AttentionLayout()
 CPU = torch.device("cpu")
 OVER_TIME = ".motion_modules."  # in the names of layers in which a place attends over a clip's frames
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def never_traced(call: Call) -> Call:
+    """A processor's call that runs as it is inside of a compiled block: its control changes from step to step."""
+    return cast(Call, torch.compiler.disable(call))
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.families.base import JointAttentionInputs
-from edit.attention.control import read_columns
+from edit.attention.control import never_traced, read_columns
 
 if TYPE_CHECKING:
     from edit.attention.control import Control, Cross
@@ -50,7 +50,7 @@ class JointProcessor:
         self.name = name
         self.read = read
 
-    @torch.compiler.disable  # its control changes from step to step: compiled blocks run it as it is
+    @never_traced
     def __call__(
         self,
         attn: Any,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit.attention.control import OVER_TIME, Control, Cross, Maps, read_columns
+from edit.attention.control import OVER_TIME, Control, Cross, Maps, never_traced, read_columns
 
 
 class Processor:
@@ -21,7 +21,7 @@ class Processor:
         self.plain = plain
         self.name = name
 
-    @torch.compiler.disable  # its control changes from step to step: compiled blocks run it as it is
+    @never_traced
     def __call__(
         self,
         attn: Any,

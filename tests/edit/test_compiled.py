@@ -19,7 +19,7 @@ import edit
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
-from edit.attention.control import Control
+from edit.attention.control import Control, SelfAttention
 from edit.attention.install import control_attention
 from tests.backbone.models.test_compiled import Counting
 from tests.edit.conftest import Open
@@ -68,6 +68,7 @@ def check(
     assert counting.graphs == graphs  # and outside the blocks run as they are
 
 
+@torch.no_grad()
 def test_a_block_under_changing_control_is_the_same_and_compiles_once() -> None:
     torch.manual_seed(0)
     network = nn.ModuleList([BasicTransformerBlock(8, 1, 8, cross_attention_dim=4)])
@@ -77,10 +78,11 @@ def test_a_block_under_changing_control_is_the_same_and_compiles_once() -> None:
         """Of an edit: the targets' attention the source's, then their own; and of a prediction without one."""
         found = []
         control = Control(targets=1)
-        with torch.no_grad(), control_attention(network, control):
-            for control.self_attention in ("layout", "contents", "own"):
+        kinds: tuple[SelfAttention, ...] = ("layout", "contents", "own")
+        with control_attention(network, control):
+            for control.self_attention in kinds:
                 found.append(network[0](x, encoder_hidden_states=text))
-        return [*found, network[0](x, encoder_hidden_states=text).detach()]
+        return [*found, network[0](x, encoder_hidden_states=text)]
 
     plain, counting = steps(), Counting()
     assert not torch.equal(plain[0], plain[2])
