@@ -107,14 +107,12 @@ class ConceptOptions(ModelOptions):
     """Which concepts are loaded into which model, and whether its blocks are compiled."""
 
     compile: Annotated[
-        bool | None,
+        bool,
         Option(
             "Compile the denoiser's repeated blocks: quicker steps after a slow first one.",
             MODEL,
-            by_model=True,
-            default_text="on a GPU",
         ),
-    ] = None
+    ] = False
     model: Annotated[str | None, model_option("the concept's, else moji")] = None
     concepts: Annotated[
         tuple[Path, ...],

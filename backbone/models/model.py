@@ -135,7 +135,7 @@ class Backbone:
         that reads an image beside the prompt and edits it; without it such a model is refused. With `widen` a UNet that
         reads none is given input channels for one, whose weights begin at zero. `from_picture` lets in one that makes a
         clip of a picture and reads no words. With `compile` every prediction runs the denoiser's repeated blocks
-        compiled; None: on a GPU.
+        compiled.
 
         Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
         resolution.
@@ -182,8 +182,8 @@ class Backbone:
 
     @property
     def compiles(self) -> bool:
-        """Whether every prediction runs the denoiser's blocks compiled."""
-        return self.compiles_usually if self.asked_compile is None else self.asked_compile
+        """Whether every prediction runs the denoiser's blocks compiled: where it is asked for."""
+        return bool(self.asked_compile)
 
     def compiled_blocks(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Inside, the blocks of this network run compiled if the model was opened so; each is compiled once."""

@@ -163,7 +163,7 @@ def write_pipeline(
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def build_transformer(channels: int = 8) -> SD3Transformer2DModel:
+def build_transformer(channels: int = 24) -> SD3Transformer2DModel:
     """12 M parameters: five joint blocks of width 256 over 8 × 8 patches of 2 × 2 latents and the prompt's tokens."""
     return SD3Transformer2DModel(
         sample_size=16,

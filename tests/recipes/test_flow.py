@@ -51,7 +51,7 @@ def test_one_token_counted_often_is_as_good_as_the_pipeline_s_many() -> None:
     network = build_transformer().eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    noisy, hidden, pooled = torch.randn(2, 8, 16, 16), torch.randn(2, 7, 384), torch.randn(2, 384)
+    noisy, hidden, pooled = torch.randn(2, 24, 16, 16), torch.randn(2, 7, 384), torch.randn(2, 384)
 
     def velocity(tokens: int) -> torch.Tensor:
         with torch.no_grad():

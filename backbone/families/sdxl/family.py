@@ -65,7 +65,8 @@ class StableDiffusionXL(UNetFamily):
         return load_part(UNet2DConditionModel, location, "unet", single_file.UNET, dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        dtype = loading.autoencoder_dtype(location, dtype)
+        """Load the VAE in fp32, except for one that was fixed for half precision (`force_upcast` false)."""
+        dtype = autoencoder_dtype(location, dtype)
         return load_part(AutoencoderKL, location, "vae", single_file.AUTOENCODER, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
@@ -82,7 +83,7 @@ class StableDiffusionXL(UNetFamily):
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return ModelSpec(
             diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
-            diffusers_spec(AutoencoderKL, location, "vae", loading.autoencoder_dtype(location, dtype)),
+            diffusers_spec(AutoencoderKL, location, "vae", autoencoder_dtype(location, dtype)),
             {
                 "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
                 "text_encoder_2": transformers_spec(CLIPTextModelWithProjection, location, "text_encoder_2"),
@@ -144,3 +145,8 @@ class TwoClips(loading.MultiTextEncoder):
             non_empty = send(torch.tensor([bool(prompt) for prompt in prompts]), hidden.device)
             hidden, pooled = hidden * non_empty[:, None, None], pooled * non_empty[:, None]
         return {"hidden": hidden, "pooled": pooled}
+
+
+def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
+    """fp32 unless it was fixed for half precision: what bf16 costs its images has not been measured."""
+    return torch.float32 if location.config("vae").get("force_upcast", True) else dtype
