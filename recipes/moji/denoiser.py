@@ -45,7 +45,7 @@ from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_ten
 from recipes.moji.data.pictures import SHARD, load, load_captions
 from recipes.moji.training.carried import carry_over
 from recipes.moji.training.muon import Muon
-from recipes.moji.training.run import TRAINING, RecipeSettings, Training
+from recipes.moji.training.run import TRAINING, RecipeSettings, Training, read_trained
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by
@@ -275,15 +275,14 @@ def export(
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
     """Writes an ordinary diffusers folder in fp16."""
-    tensors, header = read_tensors(workdir / "denoiser.safetensors")
-    kind = "average/" if averaged else "parameter/"
+    trained, header = read_trained(workdir / "denoiser.safetensors", averaged=averaged)
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
     vae = AutoencoderKL.from_pretrained(workdir / "vae")
     unet, text_encoder = build_unet(vae.config.latent_channels), build_text_encoder(tokenizer)
     for name, model in (("unet", unet), ("text_encoder", text_encoder)):
-        start = f"{kind}{name}."
+        start = f"{name}."
         model.load_state_dict(
-            {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            {key.removeprefix(start): value for key, value in trained.items() if key.startswith(start)}
         )
     pipeline = StableDiffusionPipeline(
         vae=vae,

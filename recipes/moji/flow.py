@@ -36,12 +36,13 @@ from backbone.diffusion.noise import add_noise, flow, generator
 from backbone.distributed.spawn import run_workers
 from backbone.families.sd3.family import use_repeated_zero_token
 from backbone.io.console import run_app
-from backbone.io.files import read_json, read_tensors, write_json, write_text
+from backbone.io.files import read_json, write_json, write_text
 from backbone.io.options import settled_command
 from backbone.models.locate import EMBEDDED
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
 from recipes.moji.denoiser import WORKDIR, Latents, LatentSettings, LatentTraining
+from recipes.moji.training.run import fill, read_trained
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
@@ -121,13 +122,10 @@ def export(
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
     """Writes an ordinary diffusers folder in fp16."""
-    tensors, header = read_tensors(workdir / "flow.safetensors")
+    trained, header = read_trained(workdir / "flow.safetensors", averaged=averaged)
     channels = read_json(workdir / "vae" / "config.json")["latent_channels"]
     network, second = build_transformer(channels), build_second_encoder(load_tokenizer(EMBEDDED))
-    kind = "average/" if averaged else "parameter/"
-    with torch.no_grad():
-        for name, parameter in list_trained_parameters(network, second).items():
-            parameter.copy_(tensors[kind + name])
+    fill(list_trained_parameters(network, second), trained)
     write_pipeline(network, second, out, vae=workdir / "vae")
     write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")

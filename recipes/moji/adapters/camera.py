@@ -1,9 +1,8 @@
 """`moji-camera`: camera paths for `moji` with its motion adapter, from clips whose camera is known exactly.
 
-    python -m recipes.moji.adapters.camera clips --model build/moji/pipeline      3,000 clips: a quarter of an hour of
-    one core python -m recipes.moji.adapters.camera train --model build/moji/pipeline      an hour and a half
-    python -m recipes.moji.adapters.camera export --model build/moji/pipeline     camera.safetensors in
-    build/moji/moji-motion
+    python -m recipes.moji.adapters.camera clips --model build/moji/pipeline      a quarter of an hour of one core
+    python -m recipes.moji.adapters.camera train --model build/moji/pipeline      an hour and a half
+    python -m recipes.moji.adapters.camera export --model build/moji/pipeline     beside the motion adapter
 
 Only the encoder of rays and the layers in the motion modules learn; picture model, words and motion adapter stay as
 they are. Half of the clips follow one of the camera's words, and half of those say it, so that a path is heard beside
@@ -21,7 +20,6 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, cast
 
-import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
@@ -42,12 +40,11 @@ from backbone.training.attention import quick_to_train
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
 from backbone.world.motions import CAMERAS
 from backbone.world.render import SIZE, find_font
-from recipes.moji.adapters.motion import level_densities
+from recipes.moji.adapters.motion import FRAMES, HELD_OUT, encode_frames, level_densities, write_shards
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
-from recipes.moji.training.run import TRAINING
+from recipes.moji.training.run import TRAINING, fill, read_trained
 
-FRAMES, SHARD, HELD_OUT = 16, 100, 100  # of a clip; clips of a file; the last clips are never trained on
 NAMED, MOVING = 0.5, 0.3  # shares of the clips whose camera has a word, and in which a thing moves too
 app = typer.Typer(add_completion=False)
 
@@ -82,12 +79,7 @@ def clips(
 ) -> None:
     """Renders clips and encodes them; finished files are kept."""
     find_font()
-    opened = Backbone.open(model, device="cpu")
-    for first in range(0, count, SHARD):
-        path = workdir / "travels" / f"{first:06d}.safetensors"
-        if not path.exists():
-            seeds = range(first, min(first + SHARD, count))
-            print(write_shard(opened, path, [sample_travel(seed) for seed in seeds]), flush=True)
+    write_shards(Backbone.open(model, device="cpu"), workdir / "travels", count, sample_travel, write_shard)
 
 
 def sample_travel(seed: int, frames: int = FRAMES) -> Clip:
@@ -107,9 +99,7 @@ def write_shard(model: Backbone, path: Path, values: Sequence[Clip]) -> Path:
     latents, cameras, captions = [], [], []
     for clip in values:
         rendering = render_clip(clip)
-        frames = np.stack([np.asarray(frame) for frame in rendering.frames])
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append(model.encode_clip(pixels).half())
+        latents.append(encode_frames(model, rendering.frames))
         cameras.append(torch.from_numpy(rendering.camera))
         ways = (clip, clip.backwards())
         captions.append([said.caption() for way in ways for said in (way, replace(way, camera=""))])
@@ -234,13 +224,10 @@ def export(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the camera in fp16, with how far the paths went that it was trained on."""
-    tensors, header = read_tensors(workdir / "camera.safetensors")
-    kind = "average/" if averaged else "parameter/"
+    trained, header = read_trained(workdir / "camera.safetensors", averaged=averaged)
     _, camera = begin(CameraSettings(model=model, motion=motion, blocks=blocks, workdir=workdir))
     module = cast(CameraAdapter, camera.module)
-    with torch.no_grad():
-        for key, value in cast(nn.Module, module).named_parameters():
-            value.copy_(tensors[kind + key])
+    fill(dict(cast(nn.Module, module).named_parameters()), trained)
     reach = reach_of(Travels(workdir).camera)
     path = out or Path(motion) / CAMERA_WEIGHTS
     save_camera(path, module, replace(camera.settings, reach=reach, motion=Path(motion).name), torch.float16)

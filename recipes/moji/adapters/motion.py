@@ -1,8 +1,8 @@
 """`moji-motion`: a motion adapter for `moji`, and the LoRA by which its words of motion are heard.
 
     python -m recipes.moji.adapters.motion clips --model build/moji/pipeline      6,000 clips: half an hour of one core
-    OMP_NUM_THREADS=1 python -m recipes.moji.adapters.motion train --model build/moji/pipeline --processes 2      three
-    hours python -m recipes.moji.adapters.motion export --model build/moji/pipeline --out build/moji/moji-motion
+    OMP_NUM_THREADS=1 python -m recipes.moji.adapters.motion train --model build/moji/pipeline --processes 2
+    python -m recipes.moji.adapters.motion export --model build/moji/pipeline --out build/moji/moji-motion
 
 A frozen picture model hardly hears words of motion (`moving left` for `moving right` changes its prediction by less
 than a hundredth), and motion layers have no cross-attention: so a LoRA of rank 16 on the cross-attention and the text
@@ -10,14 +10,15 @@ encoder is trained with them. The layers' last matrices begin at zero, so that t
 Noise: nine tenths of its variance are shared by the frames at first (Ge et al. 2023, PYoCo), none from the middle on,
 since whoever draws a clip gives every frame noise of its own. Levels: two thirds are noisy ones, where places are
 decided, until the last third, in which all count alike and clips have all 16 frames. Every clip also counts backwards,
-with the opposite words. Runs on any folder of `moji`, and continues from its last checkpoint.
+with the opposite words. Runs on any folder of `moji`, three hours, and continues from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import typer
 from diffusers import MotionAdapter
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
@@ -42,7 +44,7 @@ from backbone.world.clip import Clip, render_clip, sample_clip
 from backbone.world.render import find_font
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
-from recipes.moji.training.run import TRAINING
+from recipes.moji.training.run import TRAINING, fill, read_trained
 
 FRAMES, SHARD, HELD_OUT = 16, 100, 100  # of a clip; clips of a file; the last clips are never trained on
 RANK, NAME = 16, "words"
@@ -90,21 +92,36 @@ def clips(
 ) -> None:
     """Renders clips and encodes them; finished files are kept."""
     find_font()
-    opened = Backbone.open(model, device="cpu")
+    draw = partial(sample_clip, frames=FRAMES)
+    write_shards(Backbone.open(model, device="cpu"), workdir / "clips", count, draw, write_shard)
+
+
+def write_shards(
+    model: Backbone,
+    folder: Path,
+    count: int,
+    draw: Callable[[int], Clip],
+    write: Callable[[Backbone, Path, Sequence[Clip]], Path],
+) -> None:
+    """Write clips of seeds from 0 in files of SHARD; finished files are kept."""
     for first in range(0, count, SHARD):
-        path = workdir / "clips" / f"{first:06d}.safetensors"
+        path = folder / f"{first:06d}.safetensors"
         if not path.exists():
             seeds = range(first, min(first + SHARD, count))
-            print(write_shard(opened, path, [sample_clip(seed, frames=FRAMES) for seed in seeds]), flush=True)
+            print(write(model, path, [draw(seed) for seed in seeds]), flush=True)
+
+
+def encode_frames(model: Backbone, frames: Sequence[Image]) -> Tensor:
+    """The latents of a clip [C, F, h, w] in fp16."""
+    pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
+    return model.encode_clip(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).half()
 
 
 def write_shard(model: Backbone, path: Path, values: Sequence[Clip]) -> Path:
     """The latents of clips [N, C, F, h, w] in fp16, and four captions of each: two forwards, two backwards."""
     latents, captions = [], []
     for clip in values:
-        frames = np.stack([np.asarray(frame) for frame in render_clip(clip).frames])
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append(model.encode_clip(pixels).half())
+        latents.append(encode_frames(model, render_clip(clip).frames))
         captions.append([words for way in (clip, clip.backwards()) for words in both_captions(way)])
     write_tensors(path, {"mean": torch.stack(latents).contiguous()}, {"captions": json.dumps(captions)})
     return path
@@ -253,12 +270,9 @@ def export(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the adapter and the LoRA beside it, in fp16."""
-    tensors, header = read_tensors(workdir / "motion.safetensors")
-    kind = "average/" if averaged else "parameter/"
+    trained, header = read_trained(workdir / "motion.safetensors", averaged=averaged)
     opened, adapter, parameters = begin(MotionSettings(model=model, workdir=workdir))
-    with torch.no_grad():
-        for key, value in parameters.items():
-            value.copy_(tensors[kind + key])
+    fill(parameters, trained)
     detach_motion(opened.denoiser)
     nn.Module.to(adapter, torch.float16)
     adapter.save_pretrained(out)

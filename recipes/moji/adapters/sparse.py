@@ -1,14 +1,15 @@
 """`moji-sparse`: a SparseCtrl for `moji` and its motion adapter, by which a picture begins to move as words say.
 
-    python -m recipes.moji.adapters.motion clips                                  the same clips as the motion adapter's
-    OMP_NUM_THREADS=1 python -m recipes.moji.adapters.sparse train --motion build/moji/moji-motion --processes 2     two
-    hours python -m recipes.moji.adapters.sparse export --out build/moji/moji-sparse
+    python -m recipes.moji.adapters.motion clips               the same clips as the motion adapter's
+    OMP_NUM_THREADS=1 python -m recipes.moji.adapters.sparse train --motion build/moji/moji-motion --processes 2
+    python -m recipes.moji.adapters.sparse export --out build/moji/moji-sparse
     customize clip "a cat in a park, moving right" --image cat.png --motion build/moji/moji-motion \\
         --sparsectrl build/moji/moji-sparse
 
 Guo et al. 2023 (SparseCtrl): the network begins as the UNet's encoder, its layers over time as the adapter's, and what
 it adds as zero; everything else is frozen. It reads latents. In nine of ten clips the first frame is given, in others
-the first and the last, or any three. Runs on any folder of `moji`, and continues from its last checkpoint.
+the first and the last, or any three. Runs on any folder of `moji`, two hours, and continues from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
 from backbone.families.unet_control_files import plain_weights
 from backbone.io.console import UserError, run_app
-from backbone.io.files import read_tensors, write_text
+from backbone.io.files import write_text
 from backbone.io.options import Option, settled_command
 from backbone.models.model import Backbone
 from backbone.models.motion import motion_of
@@ -39,13 +40,11 @@ from backbone.training.attention import quick_to_train
 from recipes.moji.adapters.motion import FRAMES, ClipLatents, level_densities
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import LatentSettings, LatentTraining
-from recipes.moji.training.run import TRAINING
+from recipes.moji.training.run import TRAINING, fill, read_trained
 
 GIVEN = 3  # frames of a clip, at most
-ONLY_FIRST, AND_LAST = (
-    0.9,
-    0.95,
-)  # shares of the clips whose first frame is given, and up to here the last one too
+# Shares of the clips whose first frame is given, and up to here the last one too
+ONLY_FIRST, AND_LAST = 0.9, 0.95
 CARD = """# moji-sparse
 
 A SparseCtrl for `moji` with a motion adapter (diffusers' `SparseControlNetModel`, fp16), from optimiser step {step}:
@@ -54,7 +53,7 @@ A SparseCtrl for `moji` with a motion adapter (diffusers' `SparseControlNetModel
     pipeline = AnimateDiffSparseControlNetPipeline.from_pretrained("moji", motion_adapter=…, controlnet=controlnet)
 
 Trained on clips of `backbone/world/clip.py`, as latents. diffusers' own pipeline takes latents of 4 channels, and
-`moji`'s have 8, so it is drawn with `customize clip --sparsectrl`.
+`moji`'s have more, so it is drawn with `customize clip --sparsectrl`.
 Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
 app = typer.Typer(add_completion=False)
@@ -178,12 +177,9 @@ def export(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the network, in fp16."""
-    tensors, header = read_tensors(workdir / "sparse.safetensors")
-    kind = "average/" if averaged else "parameter/"
+    trained, header = read_trained(workdir / "sparse.safetensors", averaged=averaged)
     network, parameters = begin(SparseSettings(model=model, motion=motion, workdir=workdir))
-    with torch.no_grad():
-        for key, value in parameters.items():
-            value.copy_(tensors[kind + key])
+    fill(parameters, trained)
     cast(Any, nn.Module.to(network.module, torch.float16)).save_pretrained(out)
     write_text(out / "README.md", CARD.format(step=header["step"]))
     for path in out.rglob("*"):

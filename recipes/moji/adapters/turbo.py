@@ -37,7 +37,7 @@ from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import warm_stable_decay
 from recipes.moji.denoiser import Latents
-from recipes.moji.training.run import TRAINING, LoopSettings, Training
+from recipes.moji.training.run import TRAINING, LoopSettings, Training, fill, read_trained
 
 NAME = "few_step"  # of the adapter
 LARGEST = 10 * 10**6  # bytes of what is carried along
@@ -168,18 +168,14 @@ def export(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the adapter in fp16, its scheduler and how it is drawn with; `UserError` where it is too large."""
-    tensors, header = read_tensors(workdir / "turbo.safetensors")
+    kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
     base = json.loads(header["facts"])["model"]
     model = Backbone.open(base, device="cpu")
-    kind = "average/" if averaged else "parameter/"
-    kept = {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
     rank = next(len(value) for key, value in kept.items() if ".lora_A." in key)
     parameters = add_lora(
         model.denoiser, NAME, rank=rank, alpha=float(rank), targets=model.family.lora_targets["all"]
     )
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.copy_(kept[name])
+    fill(parameters, kept)
     save_lora(out / LORA_WEIGHTS, model.denoiser, NAME)
     whole, said = read_tensors(out / LORA_WEIGHTS)
     write_tensors(out / LORA_WEIGHTS, {key: value.half() for key, value in whole.items()}, said)

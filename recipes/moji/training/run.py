@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.distributed.processes import any_process, gradient_averaging
-from backbone.io.files import write_bytes
+from backbone.io.files import read_tensors, write_bytes
 from backbone.io.options import Option
 from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
 from recipes.moji.training.logbook import Logbook
@@ -37,6 +38,20 @@ class RecipeSettings(LoopSettings):
     """The same where the inner matrices are stepped by Muon."""
 
     matrix_rate: Annotated[float, Option("Muon's learning rate, of the inner matrices.", TRAINING)] = 2e-3
+
+
+def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a training kept, its moving averages or its last weights, by name, and the checkpoint's metadata."""
+    tensors, header = read_tensors(checkpoint)
+    kind = "average/" if averaged else "parameter/"
+    return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}, header
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """Copy trained weights into these, by name."""
+    for name, parameter in parameters.items():
+        parameter.copy_(trained[name])
 
 
 class Training:
