@@ -66,7 +66,7 @@ from benchmarks.speed.shapes import (
     open_parts,
     read_peak_memory,
     run_module,
-    time_call,
+    time_in_turns,
     write_model_folder,
 )
 
@@ -98,20 +98,13 @@ def steps(
             f"parity: loss {difference.here:.3f} differs by {difference.loss:.1e}, "
             f"gradients by {difference.gradient:.1e} of their largest entry"
         )
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        encoding = []
-        for number in range(warm + 1):
-            for kind in KINDS:
-                elapsed = time_call(
-                    partial(time_step, kind, training, script), device, clock=CLOCKS_OF[clock]
-                )
-                notify(f"{number}/{warm} {kind}: {elapsed:.2f} s")
-                if number:
-                    seconds[kind].append(elapsed)
-            elapsed = time_call(script.encode_once, device, clock=CLOCKS_OF[clock])
-            if number:
-                encoding.append(elapsed)
-        del parts, training, script
+        acts = {kind: partial(time_step, kind, training, script) for kind in KINDS}
+        seconds = time_in_turns(
+            {**acts, "encoding": script.encode_once}, warm, device, clock=CLOCKS_OF[clock],
+            say=lambda turn, kind, elapsed: notify(f"{turn}/{warm} {kind}: {elapsed:.2f} s"),
+        )  # fmt: skip
+        encoding = seconds.pop("encoding")
+        del acts, parts, training, script
         gc.collect()
         flags = ["--batch", str(batch), "--device", device, "--precision", precision]
         peaks = {kind: run_module("benchmarks.align", "peak", kind, model, *flags) for kind in IN_MEMORY}

@@ -35,7 +35,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.control import new_control
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
-from benchmarks.speed.shapes import time_call, write_model_folder
+from benchmarks.speed.shapes import time_in_turns, write_model_folder
 
 PROMPT = "a dog in the snow"
 Side = Callable[[], Any]
@@ -74,11 +74,8 @@ def time_sides(
         "a step": our_step(model, trained, batch),
         "a step, train_controlnet.py": their_step(model, trained, batch),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in (*pictures, *training)}
-    for _ in range(repeats + 1):  # the first warms up
-        for name, side in {**pictures, **training}.items():
-            seconds[name].append(time_call(side, model.device.type))
-    return {name: quartiles(values[1:]) for name, values in seconds.items()}
+    seconds = time_in_turns({**pictures, **training}, repeats, model.device.type)
+    return {name: quartiles(values) for name, values in seconds.items()}
 
 
 def blank(model: Backbone) -> Tensor:

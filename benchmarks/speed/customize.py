@@ -62,7 +62,7 @@ from benchmarks.speed.shapes import (
     load_like_script,
     make_random_images,
     open_parts,
-    time_call,
+    time_in_turns,
     write_model_folder,
     write_section,
 )
@@ -97,14 +97,10 @@ def main(
         notify(
             f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry"
         )
-        acts = bench.acts()
-        seconds: dict[str, list[float]] = {name: [] for name in acts}
-        for number in range(warm + 1):
-            for name, act in acts.items():
-                elapsed = time_call(act, device, clock=CLOCKS_OF[clock])
-                notify(f"{number}/{warm} {name}: {elapsed:.3f} s")
-                if number:
-                    seconds[name].append(elapsed)
+        seconds = time_in_turns(
+            bench.acts(), warm, device, clock=CLOCKS_OF[clock],
+            say=lambda turn, name, elapsed: notify(f"{turn}/{warm} {name}: {elapsed:.3f} s"),
+        )  # fmt: skip
     median = {name: statistics.median(values) for name, values in seconds.items()}
     flags = ["--shape", shape, "--batch", str(batch), "--device", device, "--precision", precision]
     facts: dict[str, Any] = {

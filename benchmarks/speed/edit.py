@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
-from benchmarks.speed.shapes import read_peak_memory, run_module, write_model_folder
+from benchmarks.speed.shapes import read_peak_memory, run_module, time_in_turns, write_model_folder
 from edit.attention.alignment import align, read_prompt, steps_inside
 from edit.attention.control import Control, cross_of
 from edit.attention.install import control_attention
@@ -480,21 +479,8 @@ class Steps:
 
 def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each call: one warm-up of each, then all of them in turn, `repeats` times."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            _wait()
-            began = time.perf_counter()
-            call()
-            _wait()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = time_in_turns(calls, repeats, "cuda" if torch.cuda.is_available() else "cpu")
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def count_rows(steps: int) -> dict[str, int]:

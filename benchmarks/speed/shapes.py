@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +220,25 @@ def time_call(
     if device == "cuda":
         torch.cuda.synchronize()
     return clock() - began
+
+
+def time_in_turns(
+    acts: Mapping[str, Callable[[], object]],
+    turns: int,
+    device: str,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    say: Callable[[int, str, float], object] = lambda turn, name, seconds: None,
+) -> dict[str, list[float]]:
+    """Seconds of every act in so many turns, after one that is not counted; `say` is told of that one too."""
+    found: dict[str, list[float]] = {name: [] for name in acts}
+    for turn in range(turns + 1):
+        for name, act in acts.items():
+            seconds = time_call(act, device, clock=clock)
+            say(turn, name, seconds)
+            if turn:
+                found[name].append(seconds)
+    return found
 
 
 def read_peak_memory(device: str) -> float:
