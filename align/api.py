@@ -10,8 +10,7 @@ from align.settings import ComparisonSettings, PairSampling, Settings
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.io.console import UserError
-from backbone.io.keywords import takes
+from backbone.io.keywords import build_drawing, takes
 from backbone.io.options import build, refuse_idle
 from backbone.io.prompts import prompts_of, unique_prompts
 from backbone.io.run import Run
@@ -33,16 +32,9 @@ def sample(
     """
     from align.collect.sample import sample_pairs
 
-    if "concepts" in settings:
-        raise UserError("There is no setting concepts. Give the run folders as concept.")
+    how = build_drawing(PairSampling, settings, concept)
     asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
-    known = {name: value for name, value in settings.items() if value is not None}
-    if "model" in known:
-        known["model"] = str(known["model"])
-    runs = tuple(Path(str(folder)) for folder in concept)
-    how = build(PairSampling, {"concepts": runs, **known})
-    refuse_idle(how, known)
-    concepts = [read_concept(find_checkpoint(run, how.checkpoint)) for run in runs]
+    concepts = [read_concept(find_checkpoint(run, how.checkpoint)) for run in how.concepts]
     sample_pairs(asked, Path(out), how, concepts=concepts)
     return Path(out)
 

@@ -11,10 +11,9 @@ from typing import Any
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.io.conditions import AskedControl, ControlOptions, refuse_from_source
-from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.keywords import takes
-from backbone.io.options import build, refuse_idle
+from backbone.io.keywords import build_drawing, takes
+from backbone.io.options import build
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
 from backbone.io.run_folder import hold_new_folder
@@ -99,8 +98,6 @@ def _drawing_of(
 
     Of a condition each keyword may be one or several.
     """
-    if "concepts" in settings:
-        raise UserError("There is no setting concepts. Give the run folders as concept.")
     names = {one.name for one in fields(ControlOptions)}
     known = {name: value for name, value in settings.items() if value is not None}
     control = {
@@ -110,14 +107,10 @@ def _drawing_of(
     }
     if "controlnet" in control:
         control["controlnet"] = tuple(map(str, control["controlnet"]))
-    own = {name: value for name, value in known.items() if name not in names}
-    if "model" in own:
-        own["model"] = str(own["model"])
     controls = build(ControlOptions, control).controls
     refuse_from_source(controls)
-    drawing = build(DrawingOptions, {"concepts": runs, **own})
-    refuse_idle(drawing, own)
-    return drawing, controls
+    own = {name: value for name, value in settings.items() if name not in names}
+    return build_drawing(DrawingOptions, own, runs), controls
 
 
 def _several(given: Any) -> tuple[Any, ...]:

@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-WINDOW, ROUNDS, SMALLEST = (
-    7,
-    4,
-    16,
-)  # pixels of a window, fits at each size, pixels a side of the coarsest one
+# Pixels of a window, fits at each size, pixels a side of the coarsest one
+WINDOW, ROUNDS, SMALLEST = 7, 4, 16
 RIGID = 4.0  # grey levels² a pixel: what a window without contrast is held in its place by
 AWAY, ALONG = 0.5, 0.01  # pixels², and the share of both ways, by which they may miss
 

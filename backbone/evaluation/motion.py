@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from backbone.media.camera import CORNERS
+
 LEAST = {"x": 6.0, "y": 5.0, "growth": 0.08, "turn": 6.0}  # pixels, log of a ratio, degrees
 DRIFT = 1.0  # pixels a frame, up to which a clip stands still
 SIDE, BORDER = 128, 20  # of pictures of so many pixels a border in which the camera's movement is seen
@@ -53,9 +55,7 @@ def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
     grays = [_smooth(np.asarray(frame.convert("L"), dtype=np.float32)) for frame in frames]
     height, width = grays[0].shape
     middle, size = np.array([(width - 1) / 2, (height - 1) / 2]), np.array([width, height])
-    at = (
-        np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) * size - 0.5
-    )  # of the outermost pixels' edges
+    at = CORNERS * size - 0.5  # of the outermost pixels' edges
     found = [at]
     for here, there in pairwise(grays):
         x, y, growth, turn = _fit_similarity(here, there, _border(here.shape))

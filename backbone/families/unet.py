@@ -37,6 +37,9 @@ class UNetFamily:
         "StableDiffusionXLInstructPix2PixPipeline": ImageInput(1),
     }
 
+    def licence(self, location: Location) -> str:
+        return ""
+
     def control_network(
         self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:

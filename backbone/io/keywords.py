@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from backbone.io.console import UserError
+from backbone.io.options import build, refuse_idle
+
 Function = TypeVar("Function", bound=Callable[..., Any])
+Made = TypeVar("Made")
 
 
 def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
@@ -35,6 +40,22 @@ def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Fun
         return function
 
     return show
+
+
+def build_drawing(kind: Callable[..., Made], settings: Mapping[str, Any], concepts: Sequence[Any]) -> Made:
+    """The settings of drawing with these concepts (run folders), where None is as good as left out.
+
+    Raises `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
+    """
+    if "concepts" in settings:
+        raise UserError("There is no setting concepts. Give the run folders as concept.")
+    known = {name: value for name, value in settings.items() if value is not None}
+    if "model" in known:
+        known["model"] = str(known["model"])
+    runs = tuple(Path(str(one)) for one in concepts)
+    made = build(kind, {"concepts": runs, **known})
+    refuse_idle(made, known)
+    return made
 
 
 def _parameter(one: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

@@ -25,12 +25,8 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 
-PAN, RISE, ZOOM, ROLL = (
-    0.3125,
-    0.1875,
-    1.35,
-    20.0,
-)  # widths sideways and up, times, degrees: where nothing is said
+# Widths sideways and up, times, degrees: where nothing is said
+PAN, RISE, ZOOM, ROLL = 0.3125, 0.1875, 1.35, 20.0
 WORDS = {  # what each moves by 1: (x, y) of the camera in widths, log of the zoom, degrees clockwise for the picture
     "pan-left": ("pan", (-1.0, 0.0, 0.0, 0.0)), "pan-right": ("pan", (1.0, 0.0, 0.0, 0.0)),
     "pan-up": ("rise", (0.0, -1.0, 0.0, 0.0)), "pan-down": ("rise", (0.0, 1.0, 0.0, 0.0)),
@@ -39,6 +35,7 @@ WORDS = {  # what each moves by 1: (x, y) of the camera in widths, log of the zo
 }  # fmt: skip
 USUAL = {"pan": PAN, "rise": RISE, "zoom": math.log(ZOOM), "roll": ROLL}
 EASE = "ease"
+CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of a picture, in shares of its sides
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(px|%|deg|x)?")
 UNITS = {"pan": ("", "px", "%"), "rise": ("", "px", "%"), "zoom": ("", "x"), "roll": ("", "deg")}
 NUMBERS = 19  # of a line: time, fx, fy, cx, cy, 0, 0, and 3 × 4
@@ -149,9 +146,8 @@ def trace_corners(path: CameraPath) -> Floats:
 
     They lie on a plane at depth 1 before the first camera; one that comes behind a camera is no number.
     """
-    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     focus, middle = path.intrinsics[:, None, :2], path.intrinsics[:, None, 2:]
-    rays = np.concatenate([(corners - middle[0]) / focus[0], np.ones((4, 1))], axis=1)
+    rays = np.concatenate([(CORNERS - middle[0]) / focus[0], np.ones((4, 1))], axis=1)
     first, poses = path.poses[0], path.poses
     points = (rays - first[:, 3]) @ first[:, :3]  # in the world
     seen = np.einsum("fij,cj->fci", poses[:, :, :3], points) + poses[:, None, :, 3]

@@ -61,7 +61,7 @@ def open_few_step(base: Backbone, name: str) -> Backbone:
         precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[base.dtype],
         placement=base.placement,
         resolution=base.asked_resolution,
-        compile=base.asked_compile,
+        compile=base.compiles,
     )
     refuse_unlike(base, few)
     return few

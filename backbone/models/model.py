@@ -94,7 +94,7 @@ class Backbone:
         placement: Placement | None = None,
         resolution: int = 0,
         widened: bool = False,
-        compile: bool | None = False,
+        compile: bool = False,
     ) -> None:
         self.location = location
         self.family = family
@@ -103,7 +103,7 @@ class Backbone:
         self.placement = placement or Placement()
         self.asked_resolution = resolution
         self.widened = widened  # a text-to-image UNet with input channels for an image's latents
-        self.asked_compile = compile
+        self.compiles = compile  # every prediction runs the denoiser's blocks compiled
         self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
@@ -124,7 +124,7 @@ class Backbone:
         by_instruction: bool = False,
         widen: bool = False,
         from_picture: bool = False,
-        compile: bool | None = False,
+        compile: bool = False,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
@@ -176,14 +176,9 @@ class Backbone:
 
     @property
     def compiles_usually(self) -> bool:
-        """Whether blocks are compiled where nobody says: on a GPU, where the base lies there as it is."""
+        """Whether a training's blocks are compiled where nobody says: on a GPU, where the base lies there as it is."""
         held = self.placement.quantize or self.placement.offload or processes.is_sharded()
         return self.device.type == "cuda" and not held
-
-    @property
-    def compiles(self) -> bool:
-        """Whether every prediction runs the denoiser's blocks compiled: where it is asked for."""
-        return bool(self.asked_compile)
 
     def compiled_blocks(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Inside, the blocks of this network run compiled if the model was opened so; each is compiled once."""

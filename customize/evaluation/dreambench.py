@@ -142,18 +142,16 @@ def evaluate_run(
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
     base_class_images = sample_images(model, class_requests, settings, seed, "drawing the base's class")
     texts = [prompt.format(settings.class_noun) for prompt in prompts]
+    subject = embed_subject(scorers, settings)
     untrained: dict[str, list[float]] = {}
     if against_references:
         drawn = draw_from_references(model, settings, prompts, per_prompt, seed)
-        untrained = score_prompts(
-            scorers, embed_subject(scorers, settings), drawn, texts, per_prompt=per_prompt
-        )
+        untrained = score_prompts(scorers, subject, drawn, texts, per_prompt=per_prompt)
         out.mkdir(parents=True, exist_ok=True)
         save_png(out / "references.png", draw_sheet(split_rows(drawn, 10), title="From references", cell=112))
     load_concepts(model, [concept])
     images = sample_images(model, subject_requests, settings, seed, "drawing the subject")
     class_images = sample_images(model, class_requests, settings, seed, "drawing the class")
-    subject = embed_subject(scorers, settings)
     trained = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
     metrics = summarize(scorers, subject, trained)
     for name, drawn in (("PRES", class_images), ("PRES of the base", base_class_images)):

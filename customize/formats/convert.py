@@ -93,13 +93,8 @@ def export_adapter(
     )
 
 
-NEWER = (
-    "zimage",
-    "flux2",
-    "qwen",
-    "krea2",
-    "qwen21",
-)  # of which diffusers reads kohya's form by their own code
+# Of which diffusers reads kohya's form by their own code
+NEWER = ("zimage", "flux2", "qwen", "krea2", "qwen21")
 
 
 def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, family: BaseFamily) -> None:

@@ -33,9 +33,8 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
     # All parts are as high as the layer is wide, but FLUX's fourth (its MLP), which takes the remaining rows.
     rows, width = layer.shape
     heights = [width] * min(count, 3) + [rows - 3 * width] * (count - 3)
-    if target.layers[0].endswith(
-        ".gate_layer"
-    ):  # Qwen-Image 2.1's gate and what it multiplies are equally high
+    if target.layers[0].endswith(".gate_layer"):
+        # Qwen-Image 2.1's gate and what it multiplies are equally high
         heights = [rows // 2] * 2
     if sum(heights) != rows or min(heights) <= 0:
         raise UserError(

@@ -147,9 +147,8 @@ def translate(
         for network in DENOISERS
         if denoiser and len(explained[network]) == len(denoiser) and misfits[network] == min(misfits.values())
     ]
-    if (
-        "flux" in possible and "chroma" in possible
-    ):  # whose names are FLUX.1's: a file's metadata may say it is that
+    if "flux" in possible and "chroma" in possible:
+        # Whose names are FLUX.1's: a file's metadata may say it is that
         possible.remove("chroma")
     return Translation(found, possible[0] if len(possible) == 1 else None)
 

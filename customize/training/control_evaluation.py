@@ -72,8 +72,10 @@ def evaluate_control(
         FLOOR: draw_pairs(model, pairs, drawing),
         BOUND: [round_trip(model, image) for image in true],
     }
+    edges = [_lines("edges", image) for image in true]
     values = {
-        name: measure_images(drawn, true, maps, pairs, drawing.kind, scorer) for name, drawn in images.items()
+        name: measure_images(drawn, edges, maps, pairs, drawing.kind, scorer)
+        for name, drawn in images.items()
     }
     rows = summarize(values)
     facts = {"network": opened.name, "model": model.location.name, "pairs": len(pairs), **vars(drawing)}
@@ -122,18 +124,18 @@ def round_trip(model: Backbone, image: Image) -> Image:
 
 def measure_images(
     drawn: Sequence[Image],
-    true: Sequence[Image],
+    edges: Sequence[torch.Tensor],
     maps: torch.Tensor,
     pairs: Sequence[ControlPair],
     kind: str,
     scorer: Scorer | None,
 ) -> Values:
-    """The measures of one image for each pair."""
-    edges = [
-        agreement(_lines("edges", real), _lines("edges", image)).f1
-        for real, image in zip(true, drawn, strict=True)
-    ]
-    found: Values = {"edges": list(edges)}
+    """The measures of one image for each pair; `edges` [H, W] are those of the pairs' own images."""
+    found: Values = {
+        "edges": [
+            agreement(real, _lines("edges", image)).f1 for real, image in zip(edges, drawn, strict=True)
+        ]
+    }
     if kind in COMPUTED:
         asked = [one.amax(0) > 0.5 for one in maps]
         found["map"] = [

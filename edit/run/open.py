@@ -79,7 +79,7 @@ def load_model(
     scale: float = 1.0,
     precision: str | None = None,
     device: str | None = None,
-    compile: bool | None = None,
+    compile: bool = False,
     inversion: str | None = None,
     vram: float | None = None,
     shown: int = 0,

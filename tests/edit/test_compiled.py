@@ -29,12 +29,12 @@ from tests.edit.conftest import Open
 def compiled(model: Backbone) -> Iterator[Counting]:
     """Inside, every prediction runs compiled blocks, as of a model that was opened with `compile`."""
     counting = Counting()
-    model.asked_compile = True
+    model.compiles = True
     model._compiled = model.denoiser, CompiledBlocks([model.denoiser], backend=counting)
     try:
         yield counting
     finally:
-        model.asked_compile, model._compiled = False, None
+        model.compiles, model._compiled = False, None
 
 
 def draw(model: Backbone, *prompts: str, steps: int = 3) -> Tensor:

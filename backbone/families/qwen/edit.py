@@ -9,7 +9,6 @@ through like words (its issue 14194).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,5 +192,5 @@ class QwenImageEditPlus(QwenImageEdit):
 
 def name_part(name: str) -> str:
     """A tensor's name in the whole model: files have the eye beside the language model, or within it."""
-    inner = re.sub(r"^(model\.|language_model\.)+", "", name)
+    inner = split_files.name_inner(name)
     return inner if inner.startswith(("visual.", "lm_head.")) else f"language_model.{inner}"

@@ -44,16 +44,11 @@ class StableDiffusion(UNetFamily):
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
-    def licence(self, location: Location) -> str:
-        return ""
-
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         return load_part(UNet2DConditionModel, location, "unet", checkpoint.PREFIXES["unet"], dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
-        from diffusers import (
-            AutoencoderKL,
-        )  # a second's work, which a training from prepared data does not need
+        from diffusers import AutoencoderKL  # slow to import, and not needed by a training from prepared data
 
         dtype = loading.autoencoder_dtype(location, dtype)
         return load_part(AutoencoderKL, location, "vae", checkpoint.PREFIXES["vae"], dtype)

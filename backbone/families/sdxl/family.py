@@ -53,9 +53,6 @@ class StableDiffusionXL(UNetFamily):
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
 
-    def licence(self, location: Location) -> str:
-        return ""
-
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":
             raise UserError(
@@ -66,7 +63,7 @@ class StableDiffusionXL(UNetFamily):
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         """Load the VAE in fp32, except for one that was fixed for half precision (`force_upcast` false)."""
-        dtype = autoencoder_dtype(location, dtype)
+        dtype = fp32_unless_repaired(location, dtype)
         return load_part(AutoencoderKL, location, "vae", single_file.AUTOENCODER, dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
@@ -83,7 +80,7 @@ class StableDiffusionXL(UNetFamily):
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return ModelSpec(
             diffusers_spec(UNet2DConditionModel, location, "unet", dtype),
-            diffusers_spec(AutoencoderKL, location, "vae", autoencoder_dtype(location, dtype)),
+            diffusers_spec(AutoencoderKL, location, "vae", fp32_unless_repaired(location, dtype)),
             {
                 "text_encoder": transformers_spec(CLIPTextModel, location, "text_encoder"),
                 "text_encoder_2": transformers_spec(CLIPTextModelWithProjection, location, "text_encoder_2"),
@@ -147,6 +144,6 @@ class TwoClips(loading.MultiTextEncoder):
         return {"hidden": hidden, "pooled": pooled}
 
 
-def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
-    """fp32 unless it was fixed for half precision: what bf16 costs its images has not been measured."""
+def fp32_unless_repaired(location: Location, dtype: torch.dtype) -> torch.dtype:
+    """The autoencoder's dtype: what bf16 costs the images of the published one has not been measured."""
     return torch.float32 if location.config("vae").get("force_upcast", True) else dtype
