@@ -50,12 +50,21 @@ class ClipChoice:
 
 
 class ClipEstimator:
-    """Counts the bytes of the phases of a clip of `frames` frames of latents `places` (H, W)."""
+    """Counts the bytes of the phases of a clip of `frames` frames of latents `places` (H, W).
+
+    `beside` are bytes that lie in the network besides its own: its LoRAs.
+    """
 
     def __init__(
-        self, model: Backbone, *, frames: int, places: tuple[int, int], device: str = "cuda"
+        self,
+        model: Backbone,
+        *,
+        frames: int,
+        places: tuple[int, int],
+        device: str = "cuda",
+        beside: int = 0,
     ) -> None:
-        self.model, self.frames, self.places = model, frames, places
+        self.model, self.frames, self.places, self.beside = model, frames, places, beside
         self.device = "cpu" if device == "cpu" else "cuda"
         self.spec = model.family.spec(model.location, model.dtype)
         self.denoiser = self.spec.denoiser.instantiate()
@@ -69,7 +78,7 @@ class ClipEstimator:
         vae = tensor_bytes(self.spec.autoencoder.instantiate().parameters())
         offload = choice.placement.offload
         lent = [tensor_bytes(one.parameters()) for one in find_offloadable_layers(self.denoiser, offload)]
-        own = tensor_bytes(self.denoiser.parameters()) - sum(lent) * bool(offload)
+        own = tensor_bytes(self.denoiser.parameters()) - sum(lent) * bool(offload) + self.beside
         unpacked = 2 * max(lent, default=0) * bool(offload)
         rows = 1 if choice.placement.one_by_one else 2
         return {

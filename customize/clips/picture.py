@@ -26,6 +26,7 @@ from backbone.models.animate import Still, animate, condition_on_stills
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, latent_size
 from customize.clips.draw import CLIPS, film_name, publish
+from customize.clips.picture_lora import count_bytes, load_loras, read_loras
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import say_crop
 
@@ -70,9 +71,11 @@ def draw_pictures(asked: ClipOptions) -> Path:
             f"{model.location.name} was trained on {model.latent_shape[1]} frames together: {asked.frames} may hold "
             "together less."
         )
+    loras = read_loras(model, asked.lora)
     if asked.vram is not None:
-        model, asked = plan_for(model, asked, asked.vram)
+        model, asked = plan_for(model, asked, asked.vram, beside=count_bytes(loras))
     began = time.perf_counter()
+    load_loras(model.denoiser, loras, scale=asked.scale)
     with hold_new_folder(asked.out, CLIPS) as folder:
         keys = [(i, j) for i in range(len(pictures)) for j in range(asked.count)]
         latents = draw_latents(model, show_pictures(asked, pictures), keys, asked)
@@ -181,11 +184,18 @@ def draw_latents(
     return list(latents)
 
 
-def plan_for(model: Backbone, asked: ClipOptions, size: float) -> tuple[Backbone, ClipOptions]:
-    """The model and the settings for a device of `size` GiB, as the plan, which is said, has them."""
+def plan_for(
+    model: Backbone, asked: ClipOptions, size: float, *, beside: int = 0
+) -> tuple[Backbone, ClipOptions]:
+    """The model and the settings for a device of `size` GiB, as the plan, which is said, has them.
+
+    `beside` are the bytes of its LoRAs.
+    """
     assert asked.width is not None and asked.height is not None
     places = (asked.height // model.factor, asked.width // model.factor)
-    estimator = ClipEstimator(model, frames=asked.frames, places=places, device=model.device.type)
+    estimator = ClipEstimator(
+        model, frames=asked.frames, places=places, device=model.device.type, beside=beside
+    )
     plan = plan_clip(estimator, size, ClipChoice(asked.decode_chunk_size or asked.frames))
     for line in plan.lines():
         notify(line)
@@ -210,6 +220,7 @@ def describe(model: Backbone, asked: ClipOptions, seconds: float) -> dict[str, A
         "motion_bucket_id": asked.motion_bucket_id,
         "noise_aug_strength": asked.noise_aug_strength,
         "min_guidance": asked.min_guidance,
+        **({"lora": [str(path) for path in asked.lora], "scale": asked.scale} if asked.lora else {}),
         **asked.facts(),
         "guided": list(asked.guided),
         "seconds": round(seconds, 2),

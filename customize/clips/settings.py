@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from backbone.io.conditions import ClipControlOptions
 from backbone.io.console import UserError
@@ -14,6 +15,7 @@ from backbone.io.flags import (
     OUTPUT,
     SAMPLING,
     SCORING,
+    WITH_CONCEPTS,
     JsonOptions,
     PlaceOptions,
     PromptWords,
@@ -36,6 +38,8 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
     Raises `UserError`, naming the argument, for what does not fit.
     """
+
+    NEEDS: ClassVar[Mapping[str, Any]] = {"scale": (WITH_CONCEPTS, {"lora": (), "images": ()})}
 
     words: PromptWords = ()
     prompts: Annotated[
@@ -68,10 +72,10 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     lora: Annotated[
         tuple[Path, ...],
         Option(
-            "A motion LoRA's file, or a run of train-motion; repeatable.",
+            "A motion LoRA's file, or a run of train-motion; of SVD a LoRA of its own, as strong as --scale.",
             MOTION,
             aliases=("motion-lora",),
-            needs={"motion": ()},
+            needs=({"motion": ()}, {"images": ()}),
             metavar="FILE",
         ),
     ] = ()
@@ -151,6 +155,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         if not self.by_picture_alone:
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
             object.__setattr__(self, "fps", self.fps or USUAL_FPS)
+        self._check_scales()
         if self.context_length and self.context_length < SHORTEST:
             raise UserError(
                 f"--context-length {self.context_length} is no clip. Give {SHORTEST} or more, or 0."
@@ -163,6 +168,15 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         if self.camera and self.context_length and self.context_length < self.frames:
             raise UserError(
                 "A camera's path is drawn in one window. Leave --context-length out, or ask for fewer --frames."
+            )
+
+    def _check_scales(self) -> None:
+        """`UserError` for the strength of LoRAs that there are not: motion LoRAs are beside words, others without."""
+        if self.by_picture_alone and self.motion_scale != 1:
+            raise UserError("--motion-scale is of motion LoRAs, and this one is of SVD. Give --scale.")
+        if self.scale != 1 and not self.by_picture_alone and not self.concepts:
+            raise UserError(
+                "--scale is of concepts, and the LoRA here is of a motion adapter. Give --motion-scale."
             )
 
     @property

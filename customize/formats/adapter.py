@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from customize.formats.factors import LayerUpdate
-from customize.formats.known_layers import DENOISERS, Network, is_known
+from customize.formats.known_layers import DENOISERS, UNETS, Network, is_known
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal[
@@ -24,6 +24,7 @@ BaseFamily = Literal[
     "krea2",
     "chroma",
     "qwen21",
+    "svd",
     "other",
 ]
 BASE_NAMES: dict[BaseFamily, str] = {
@@ -39,6 +40,7 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "krea2": "Krea 2",
     "chroma": "Chroma",
     "qwen21": "Qwen-Image 2.1",
+    "svd": "Stable Video Diffusion",
     "other": "another architecture",
 }
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
@@ -83,6 +85,7 @@ PIPELINES: dict[str, BaseFamily] = {
     "Krea2Pipeline": "krea2",
     "ChromaPipeline": "chroma",
     "QwenImage21Pipeline": "qwen21",
+    "StableVideoDiffusionPipeline": "svd",
 }
 
 
@@ -125,7 +128,7 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
         possible = [
             network
             for network in DENOISERS
-            if network != "unet" and all(is_known(network, name) for name in transformer)
+            if network not in UNETS and all(is_known(network, name) for name in transformer)
         ]
         widths = {
             layer.shape[1]

@@ -60,7 +60,7 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
     weights = ModelWeights(location)
     for part in parts:
         shapes = {name: layer.shape for name, layer in part.adapter.layers.items()}
-        refuse_mismatch(shapes, weights, str(part.source))
+        refuse_mismatch(shapes, weights.shapes, str(part.source), model)
         for name, value in part.weight_deltas.items():
             if not _fits(weights.shapes.get(name), name, value):
                 raise UserError(

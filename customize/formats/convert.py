@@ -71,7 +71,10 @@ def export_adapter(
             )
         base_weights = ModelWeights(locate(model_name))
         refuse_mismatch(
-            {name: layer.shape for name, layer in adapter.layers.items()}, base_weights, str(source)
+            {name: layer.shape for name, layer in adapter.layers.items()},
+            base_weights.shapes,
+            str(source),
+            model_name,
         )
         weights = LayerWeights(base_weights)
     with atomic_write(out) as unfinished:  # it is there when its embeddings are
@@ -212,6 +215,11 @@ def import_adapter(
         check_output(out)
         worst = write_adapter(out, adapter, "peft", metadata=metadata)
         return f"{out}: {len(adapter.layers)} layers (largest relative difference {worst:.0e})."
+    if adapter.base == "svd":
+        raise UserError(
+            f"{file} adapts {BASE_NAMES['svd']}, which reads no words, so no run is made of it. Draw clips with it as "
+            f"it is: customize clip --image PICTURE --model svd --lora {file}"
+        )
     model_name = model or adapter.metadata.get("base_model")
     if model_name is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
@@ -230,8 +238,9 @@ def import_adapter(
     except UserError as error:
         raise UserError(f"{file} was learned from edits. {error}" if edits else str(error)) from error
     weights = ModelWeights(opened.location)
-    refuse_mismatch({name: layer.shape for name, layer in adapter.layers.items()}, weights, str(file))
-    adapter = fit_to_model(adapter, weights, file)
+    layers = {name: layer.shape for name, layer in adapter.layers.items()}
+    refuse_mismatch(layers, weights.shapes, str(file), model_name)
+    adapter = fit_to_model(adapter, weights.shapes, file)
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
     with fill_folder(out) as unfinished:
         weights_file = _write_loadable(unfinished, adapter, opened, metadata)
@@ -264,8 +273,8 @@ def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata:
     return name
 
 
-def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> AdapterFile:
-    """The adapter in a form that a run holds on this model: factors shaped as its layers, one algorithm.
+def fit_to_model(adapter: AdapterFile, shapes: Mapping[str, tuple[int, ...]], file: Path) -> AdapterFile:
+    """The adapter in a form that a run holds on a model of these tensors: factors shaped as its layers, one algorithm.
 
     A matrix becomes a 1 × 1 kernel and the reverse; where peft has no form (a DoRA of a LoHa, several algorithms in one
     network) a layer becomes the LoRA with the same ΔW. Raises `UserError` for DoRA over inputs, which no run holds.
@@ -285,7 +294,7 @@ def fit_to_model(adapter: AdapterFile, weights: ModelWeights, file: Path) -> Ada
     fitted: dict[str, LayerUpdate] = {}
     converted = 0
     for name, layer in adapter.layers.items():
-        shape = weights.shapes[name + WEIGHT_SUFFIX]
+        shape = shapes[name + WEIGHT_SUFFIX]
         if layer.algorithm != "lora" and (layer.magnitude is not None or mixed):
             layer, converted = layer.to_lora(shape[2:]), converted + 1
         fitted[name] = layer.reshape(shape)

@@ -18,11 +18,12 @@ import backbone.families
 from customize.formats.layer_names import TEXT_MODEL_PREFIX
 
 Network = Literal[
-    "unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21", "clip"
+    "unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21", "svd", "clip"
 ]
 DENOISERS: tuple[Network, ...] = (
-    *("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21"),
+    *("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21", "svd"),
 )
+UNETS: tuple[Network, ...] = ("unet", "svd")  # the rest are transformers
 NETWORK_NAMES: dict[Network, str] = {
     "unet": "Stable Diffusion's UNets",
     "sd3": "Stable Diffusion 3",
@@ -34,6 +35,7 @@ NETWORK_NAMES: dict[Network, str] = {
     "krea2": "Krea 2",
     "chroma": "Chroma",
     "qwen21": "Qwen-Image 2.1",
+    "svd": "Stable Video Diffusion",
     "clip": "CLIP",
 }
 CONFIGS = Path(backbone.families.__file__).parent / "configs"
@@ -130,6 +132,8 @@ def _build(network: Network) -> list[nn.Module]:
         return [diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=1)]
     if network == "qwen21":
         return [diffusers.QwenImage21Transformer2DModel(num_layers=1)]
+    if network == "svd":
+        return [diffusers.UNetSpatioTemporalConditionModel(layers_per_block=1)]
     if network == "krea2":
         return [
             diffusers.Krea2Transformer2DModel(

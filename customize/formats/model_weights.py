@@ -90,11 +90,15 @@ def canonical_name(component: str, stored: str) -> str:
     return f"{component}.{stored.removeprefix(TEXT_MODEL_PREFIX) if is_text_encoder(component) else stored}"
 
 
-def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights, source: str) -> None:
-    """Raise `UserError` unless the model has all these layers, of these shapes [out, in·k·k]."""
-    name = weights.location.name
+def refuse_mismatch(
+    layers: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
+    model: str,
+) -> None:
+    """Raise `UserError` unless the model's tensors `shapes` have all these layers, of these shapes [out, in·k·k]."""
     for layer, (rows, columns) in layers.items():
-        shape = weights.shapes.get(layer + WEIGHT_SUFFIX)
+        shape = shapes.get(layer + WEIGHT_SUFFIX)
         if shape is None:
             what = f"it changes {layer}, which that model does not have"
         elif (shape[0], math.prod(shape[1:])) != (rows, columns):
@@ -102,7 +106,7 @@ def refuse_mismatch(layers: Mapping[str, tuple[int, int]], weights: ModelWeights
         else:
             continue
         raise UserError(
-            f"{source} was made for another model than {name}: {what}. Give the --model that it fits."
+            f"{source} was made for another model than {model}: {what}. Give the --model that it fits."
         )
 
 

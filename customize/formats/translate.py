@@ -18,6 +18,7 @@ from customize.formats.known_layers import (
     DENOISERS,
     LISTS,
     NETWORK_NAMES,
+    UNETS,
     Network,
     generalize,
     is_known,
@@ -27,7 +28,7 @@ from customize.formats.known_layers import (
 from customize.formats.layer_names import TEXT_MODEL_PREFIX, from_original, to_original
 from customize.formats.originals import Swap, original_layers
 
-TRANSFORMERS = DENOISERS[1:]
+TRANSFORMERS = tuple(network for network in DENOISERS if network not in UNETS)
 # What names of layers begin with → the component, and the networks that it may be; the longest prefix counts.
 PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
     "lora_unet_": ("denoiser", DENOISERS),
@@ -48,7 +49,8 @@ PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
     "text_encoders.clip_g.transformer.": ("text_encoder_2", ("clip",)),
 }
 PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
-_SVD = re.compile(r"temporal_transformer_blocks|time_stack|time_mix")  # between a picture model's own layers
+_SVD = re.compile(r"time_stack|time_mix|temporal_res_block")  # its original names, and convolutions over time
+_MOTION = re.compile(r"motion_modules[._]")
 _T5 = re.compile(
     r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
 )
@@ -136,7 +138,7 @@ def translate(
         for network in DENOISERS
     }
     network = max(DENOISERS, key=lambda network: (len(explained[network]), -misfits[network]))
-    component = "unet" if network == "unet" else "transformer"
+    component = "unet" if network in UNETS else "transformer"
     for stem, target in explained[network].items():
         found[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
     unknown += [stem for stem in denoiser if stem not in explained[network]]
@@ -228,8 +230,13 @@ def _unknown_names(path: Path, unknown: list[str], network: Network | None) -> U
         )
     if all(_SVD.search(stem) for stem in unknown):
         return UserError(
-            f"{path} adapts Stable Video Diffusion, for which no adapter is read. Use the model without it: customize "
-            "clip --image PICTURE --model svd."
+            f"{path} adapts Stable Video Diffusion in {len(unknown)} layers that are not read here ({shown}). Export "
+            "it again in diffusers' names, of linear layers alone."
+        )
+    if all(_MOTION.search(stem) for stem in unknown):
+        return UserError(
+            f"{path} is a motion LoRA, of an AnimateDiff adapter ({shown}). Draw clips with it: customize clip "
+            f"--motion ADAPTER --lora {path}"
         )
     others = f", though its others are of {NETWORK_NAMES[network]}" if network else ""
     return UserError(

@@ -148,6 +148,11 @@ def to_state_dict(
                 "of it with `customize resize`, or bake it into a pipeline with `customize merge --bake`."
             )
         return _to_peft(adapter)
+    if (base or adapter.base) == "svd":
+        raise UserError(
+            f"{file_format}'s format has no names for layers over time, which {BASE_NAMES['svd']} has. Export --to "
+            "diffusers."
+        )
     return _to_kohya(adapter, file_format, base or adapter.base, weights)
 
 

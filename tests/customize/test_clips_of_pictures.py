@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from typer.testing import CliRunner
 
+from backbone.adapters.config import CONFIG_KEY
+from backbone.adapters.lora import activate_adapters
+from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.media.clips import read_film
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
 from backbone.models.sparse import build_sparsectrl
 from customize.cli import app
+from customize.clips.picture_lora import load_loras, read_loras
 from customize.clips.sparse import place_frames
+from customize.formats.convert import export_adapter, import_adapter, inspect_adapter
+from customize.formats.read import read_adapter
+from customize.formats.write import compare_updates
 from tests.tiny import tiny_motion_adapter, tiny_stable_video
 
 GIB = 2**30
@@ -192,3 +203,135 @@ def test_pictures_without_a_place_are_spread_from_the_first_frame_to_the_last() 
     assert place_frames((-1, 2), 2, 16) == [15, 2]
     with pytest.raises(UserError, match="Two pictures are at one frame"):
         place_frames((3, -1), 2, 4)
+
+
+LAYERS = (  # of Stable Video Diffusion's network: over space, over time, between the blocks
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+    "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q",
+    "up_blocks.1.attentions.1.temporal_transformer_blocks.0.attn1.to_out.0",
+    "mid_block.attentions.0.proj_in",
+)
+
+
+def write_video_lora(folder: Path, video_folder: Path, style: str, layers: tuple[str, ...] = LAYERS) -> Path:
+    """A LoRA of rank 2 and α 3 in another tool's names."""
+    network: Any = Backbone.open(
+        str(video_folder), device="cpu", precision="fp32", from_picture=True
+    ).denoiser
+    random, tensors = torch.Generator().manual_seed(0), {}
+    name = {
+        "diffusers": "unet.{}.lora_{}.weight",
+        "peft": "base_model.model.{}.lora_{}.weight",
+        "kohya": "lora_unet_{}.lora_{}.weight",
+    }[style]
+    for layer in layers:
+        rows, columns = network.get_submodule(layer).weight.shape
+        written = layer.replace(".", "_") if style == "kohya" else layer
+        down, up = ("down", "up") if style == "kohya" else ("A", "B")
+        tensors[name.format(written, down)] = torch.randn(2, columns, generator=random)
+        tensors[name.format(written, up)] = torch.randn(rows, 2, generator=random)
+        if style == "kohya":
+            tensors[f"lora_unet_{written}.alpha"] = torch.tensor(3.0)
+    folder.mkdir()
+    if style == "peft":
+        write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 3})
+    config = {"unet.r": 2, "unet.lora_alpha": 3, "unet.target_modules": list(layers)}
+    header = {CONFIG_KEY: json.dumps(config)} if style == "diffusers" else {}
+    path = folder / ("adapter_model.safetensors" if style == "peft" else "one.safetensors")
+    write_tensors(path, tensors, header)
+    return folder if style == "peft" else path
+
+
+@pytest.mark.parametrize("style", ["diffusers", "peft", "kohya"])
+def test_a_lora_of_every_tool_changes_a_prediction_as_peft_does_in_diffusers_network(
+    style: str, video_folder: Path, tmp_path: Path
+) -> None:
+    path = write_video_lora(tmp_path / style, video_folder, style)
+    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", from_picture=True)
+    assert set(load_loras(model.denoiser, read_loras(model, [path]), scale=0.5)) == {"lora_0"}
+    theirs: Any = UNetSpatioTemporalConditionModel.from_pretrained(video_folder / "unet")
+    known = read_tensors(write_video_lora(tmp_path / "known", video_folder, "diffusers"))[0]
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=list(LAYERS)), theirs, "one")
+    set_peft_model_state_dict(
+        theirs, {name.removeprefix("unet."): value for name, value in known.items()}, "one"
+    )
+    for module in theirs.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale("one", 0.5)
+    noisy, picture = torch.randn(1, 4, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    conditions = Conditions(
+        {"hidden": torch.randn(1, 1, 16), "ids": torch.tensor([[6.0, 127.0, 0.02]])}, references=(picture,)
+    )
+    index = torch.tensor([500])
+    time = 0.25 * model.path.levels[index].sigma.float().log()
+    given = torch.cat([noisy, picture[:, :, None].expand_as(noisy)], 1).transpose(1, 2)
+    wanted = theirs(given, time, conditions.text["hidden"], added_time_ids=conditions.text["ids"]).sample
+    found = model.predict(noisy, index, conditions)
+    torch.testing.assert_close(found, wanted.transpose(1, 2), atol=1e-5, rtol=0)
+    activate_adapters(model.denoiser, [])
+    assert (model.predict(noisy, index, conditions) - found).abs().max() > 1e-3
+
+
+def test_a_clip_is_drawn_with_a_lora_at_its_strength(video_folder: Path, photo: Path, tmp_path: Path) -> None:
+    path = write_video_lora(tmp_path / "lora", video_folder, "kohya")
+    usual = ("--image", photo, "--model", video_folder, "--precision", "fp32", "--steps", "1")
+    films = {}
+    for name, more in {
+        "without": (),
+        "half": ("--lora", path, "--scale", "0.5"),
+        "none": ("--lora", path, "--lora-scale", "0"),
+    }.items():
+        answer = call(*usual, *more, "--out", tmp_path / name)
+        assert answer.exit_code == 0, answer.exception
+        films[name] = read_film(tmp_path / name / "p00-s00.webp").frames[1].tobytes()
+    assert films["none"] == films["without"] != films["half"]
+    record = read_json(tmp_path / "half" / "run.json")
+    assert record["lora"] == [str(path)] and record["scale"] == 0.5 and "--scale 0.5" in record["command"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "said"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q", (64, 64), "is a LoRA of"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (32, 768), "Stable Diffusion 1.x"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (32, 8), "is 32 × 8 there and 32 × 16"),
+        ("unet.down_blocks.3.resnets.0.spatial_res_block.conv1", (8, 8), "does not have"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", (8, 8), "of a model that reads words"),
+        ("unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q", (8, 8), "is a motion LoRA"),
+        ("", (8, 8), "named twice"),
+    ],
+)  # fmt: skip
+def test_a_lora_of_another_model_is_refused_before_anything_is_written(
+    layer: str, shape: tuple[int, int], said: str, video_folder: Path, photo: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    if layer:
+        tensors = {
+            f"{layer}.lora_A.weight": torch.ones(2, shape[1]),
+            f"{layer}.lora_B.weight": torch.ones(shape[0], 2),
+        }
+        write_tensors(path, tensors)
+    else:
+        path = write_video_lora(tmp_path / "lora", video_folder, "kohya")
+    twice = () if layer else ("--lora", path)
+    answer = call("--image", photo, "--model", video_folder, "--lora", path, *twice, "--out", tmp_path / "o")
+    assert said in refusal(answer) and not (tmp_path / "o").exists()
+
+
+def test_the_strength_of_loras_that_there_are_not_is_refused(photo: Path) -> None:
+    assert "Give --scale" in refusal(call("--image", photo, "--lora", "x", "--motion-scale", "2"))
+    told = ("a dog", "--image", photo, "--sparsectrl", "x", "--motion", "y", "--lora", "z", "--scale", "2")
+    assert "Give --motion-scale" in refusal(call(*told))
+
+
+def test_a_lora_of_svd_is_described_and_written_for_diffusers_alone(
+    video_folder: Path, tmp_path: Path
+) -> None:
+    path = write_video_lora(tmp_path / "lora", video_folder, "kohya")
+    assert inspect_adapter(path)["base"] == "Stable Video Diffusion"
+    export_adapter(path, tmp_path / "out.safetensors", "diffusers")
+    assert compare_updates(read_adapter(path), read_adapter(tmp_path / "out.safetensors"))[0] < 1e-6
+    with pytest.raises(UserError, match="no names for layers over time"):
+        export_adapter(path, tmp_path / "k.safetensors", "kohya")
+    with pytest.raises(UserError, match="reads no words, so no run is made of it"):
+        import_adapter(path, tmp_path / "run", model=str(video_folder), token_words="sks")

@@ -1,0 +1,77 @@
+"""LoRAs of a model that reads a picture and no words: `customize clip --image PICTURE --model svd --lora FILE`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from backbone.adapters.config import read_adapter_configs
+from backbone.adapters.lora import activate_adapters, load_factors
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily
+from customize.formats.convert import fit_to_model
+from customize.formats.layer_names import split_component
+from customize.formats.model_weights import refuse_mismatch
+from customize.formats.read import read_adapter
+from customize.formats.write import to_state_dict
+
+# Of names and widths that are Stable Video Diffusion's too, which began as Stable Diffusion 2.1
+POSSIBLE: tuple[BaseFamily, ...] = ("svd", "sd2", "other")
+
+
+def read_loras(model: Backbone, files: Sequence[Path]) -> Mapping[Path, AdapterFile]:
+    """The LoRAs of files, of every tool's names, in the form in which the model's layers take them.
+
+    Raises `UserError`, before weights of the model load, for one that cannot be read, one of another family, and one
+    of layers or widths that the model does not have.
+    """
+    if not files:
+        return {}
+    network = model.family.spec(model.location, model.dtype).denoiser.instantiate()
+    shapes = {f"unet.{name}": tuple(value.shape) for name, value in network.named_parameters()}
+    found: dict[Path, AdapterFile] = {}
+    for path in files:
+        if path in found:
+            raise UserError(f"{path} is named twice. Name it once, with another --scale.")
+        adapter = read_adapter(path)
+        refuse_other_family(adapter, path, model.location.name)
+        layers = {name: layer.shape for name, layer in adapter.layers.items()}
+        refuse_mismatch(layers, shapes, str(path), model.location.name)
+        found[path] = fit_to_model(adapter, shapes, path)
+    return found
+
+
+def refuse_other_family(adapter: AdapterFile, path: Path, model: str) -> None:
+    """`UserError` for an adapter that is for words or for another network, as its layers or its header say."""
+    others = {split_component(name)[0] for name in adapter.layers} - {"unet"}
+    if adapter.base in POSSIBLE and not others:
+        return
+    of = BASE_NAMES[adapter.base] if adapter.base not in POSSIBLE else "a model that reads words"
+    raise UserError(
+        f"{path} is a LoRA of {of}, and {model} is {BASE_NAMES['svd']}. Give one that was made for it, or leave --lora "
+        "out."
+    )
+
+
+def load_loras(denoiser: nn.Module, loras: Mapping[Path, AdapterFile], *, scale: float = 1.0) -> list[str]:
+    """Load what `read_loras` gave into the network, beside one another; returns their names there."""
+    names = []
+    for number, (path, adapter) in enumerate(loras.items()):
+        tensors, header = to_state_dict(adapter, "peft")
+        names.append(f"lora_{number}")
+        load_factors(path, denoiser, names[-1], tensors, read_adapter_configs(path, header), scale=scale)
+    if names:
+        activate_adapters(denoiser, names)
+    return names
+
+
+def count_bytes(loras: Mapping[Path, AdapterFile]) -> int:
+    """Bytes of their factors in a network, which are fp32."""
+    factors = [
+        value for one in loras.values() for layer in one.layers.values() for value in layer.factors.values()
+    ]
+    return sum(value.numel() for value in factors) * torch.float32.itemsize
