@@ -30,6 +30,7 @@ CONFIG_FILES = (
     *("text_encoder_3/config.json", "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"),
     *("transformer/config.json", "tokenizer_2/spiece.model", "tokenizer_3/spiece.model"),
     *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
+    *("image_encoder/config.json", "feature_extractor/preprocessor_config.json"),
 )
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -121,17 +122,38 @@ def load_casting(
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if read_header(file).shapes != shapes:
         return None
+    fill_casting(
+        network, file, {name: name for name in shapes}, dtype, kept=kept, memory_format=memory_format
+    )
+    return network.eval()
+
+
+def fill_casting(
+    network: nn.Module,
+    file: Path,
+    stored: Mapping[str, str],
+    dtype: torch.dtype,
+    *,
+    kept: Collection[str] = (),
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> None:
+    """Read a file in chunks into a network on `meta`, casting each to `dtype`; what is `kept` stays in fp32.
+
+    `stored` are the network's names and those in the file, of tensors of as many numbers.
+    """
+    shapes = {name: value.shape for name, value in network.state_dict().items() if name in stored}
     for names in _split_by_size(shapes):
-        tensors, _ = read_tensors(file, names=names)
-        for name, tensor in tensors.items():
-            lower = torch.float32 if kept & set(name.split(".")) else dtype
+        found, _ = read_tensors(file, names={stored[name] for name in names})
+        tensors = {}
+        for name in names:
+            tensor = found[stored[name]].reshape(shapes[name])
+            lower = torch.float32 if set(kept) & set(name.split(".")) else dtype
             tensors[name] = tensor.to(
                 lower if tensor.is_floating_point() else tensor.dtype,
                 memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
             )
         network.load_state_dict(tensors, strict=False, assign=True)
-        del tensor, tensors  # frees what was read of the file
-    return network.eval()
+        del tensor, tensors, found  # frees what was read of the file
 
 
 def _split_by_size(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:

@@ -110,7 +110,7 @@ def test_the_text_encoder_of_flux2_dev_is_transformers_own_mistral_small() -> No
         ("QwenImage21Pipeline", ("qwen-image-2.1",), "research"),
         ("Krea2Pipeline", ("krea2",), "large companies"),
         ("ChromaPipeline", ("chroma",), ""),
-        ("StableVideoDiffusionPipeline", (), "large companies"),
+        ("StableVideoDiffusionPipeline", ("stable-video-diffusion",), "large companies"),
     ],
 )
 def test_a_licence_that_forbids_some_use_is_known(

@@ -62,11 +62,11 @@ def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoder
     )
 
 
-def convert_openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_openclip(tensors: dict[str, Tensor], prefix: str = SECOND) -> dict[str, Tensor]:
     """Rename OpenCLIP's tensors to transformers' keys, with all layers and the text projection."""
     named = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix(SECOND)
+        name = name.removeprefix(prefix)
         if name == "text_projection":
             named["text_projection.weight"] = tensor.T.contiguous()
             continue

@@ -33,11 +33,11 @@ from backbone.families.base import (
     transformers_spec,
 )
 from backbone.families.location import Location
+from backbone.families.stable_video import checkpoint
 from backbone.families.stable_video.picture import ClipPictureEncoder
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
-ORIGINAL = ".time_stack."  # in the names of the published single files
 TRAINED_LEVELS = 1000  # quantiles of the density of ln σ
 LOG_SIGMA = (1.0, 1.6)  # its mean and deviation (Blattmann et al. 2023, appendix D.2)
 IDS = 3  # frames a second, motion bucket, noise on the picture
@@ -58,12 +58,8 @@ class StableVideo:
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     }
 
-    def match_checkpoint(self, header: Header) -> None:
-        if any(ORIGINAL in name for name in header.shapes):
-            raise UserError(
-                f"{header.path} is Stable Video Diffusion in one file, which is read from diffusers' folders. Name "
-                "the folder or hub id (--model svd, svd-xt)."
-            )
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return checkpoint.match_checkpoint(header)
 
     def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
         return refuse_beside(header, beside)
@@ -75,10 +71,14 @@ class StableVideo:
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         check_configs(location)
+        if location.file is not None:
+            return checkpoint.load_denoiser(location, dtype)
         return loading.load_network(UNetSpatioTemporalConditionModel, location, "unet", dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
         dtype = loading.autoencoder_dtype(location, dtype)
+        if location.file is not None:
+            return checkpoint.load_autoencoder(location, dtype)
         return loading.load_network(AutoencoderKLTemporalDecoder, location, "vae", dtype)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TextEncoder:

@@ -13,6 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 from backbone.diffusion.transfer import send
 from backbone.families import loading
 from backbone.families.location import Location, find_hub_file
+from backbone.families.stable_video import checkpoint
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import read_as
@@ -32,11 +33,16 @@ class ClipPictureEncoder:
     @classmethod
     def load(cls, location: Location, dtype: torch.dtype) -> ClipPictureEncoder:
         """From `image_encoder/` and `feature_extractor/`; `UserError` where one is damaged."""
-        module = loading.load_pretrained(
-            CLIPVisionModelWithProjection, location, "image_encoder", dtype=dtype
-        )
+        if location.file is not None:
+            module = checkpoint.load_tower(location, dtype)
+        else:
+            module = loading.load_pretrained(
+                CLIPVisionModelWithProjection, location, "image_encoder", dtype=dtype
+            )
         path = location.local(SETTINGS) or (
-            None if location.folder else find_hub_file(location.source, SETTINGS, location.revision)
+            None
+            if location.folder or location.file
+            else find_hub_file(location.source, SETTINGS, location.revision)
         )
         said = read_json(path) if path else {}
         colours = [

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from backbone.families.stable_video.picture import resize_smoothed
 from backbone.io.console import UserError
-from backbone.io.files import write_tensors
 from backbone.media.transforms import to_tensor
 from backbone.models.animate import (
     Still,
@@ -135,16 +134,10 @@ def test_a_picture_that_becomes_smaller_is_blurred_first() -> None:
 
 
 def test_a_model_without_words_is_opened_for_clips_of_pictures_alone(
-    video_folder: Path, tmp_path: Path
+    video_folder: Path,
 ) -> None:
     with pytest.raises(UserError, match="reads no words, so it cannot be used here"):
         Backbone.open(str(video_folder), device="cpu")
-    write_tensors(
-        tmp_path / "svd.safetensors",
-        {"model.diffusion_model.input_blocks.1.0.time_stack.in.weight": torch.ones(1)},
-    )
-    with pytest.raises(UserError, match="in one file, which is read from diffusers' folders"):
-        Backbone.open(str(tmp_path / "svd.safetensors"), device="cpu", from_picture=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,245 @@
+"""Single-file Stable Video Diffusion checkpoints (`svd.safetensors`, `svd_xt.safetensors`): recognition and loading.
+
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`). A file says nothing of the number of frames that
+it was trained on; its name does. The picture is encoded by the autoencoder in its conditioner, and frames are decoded
+by the first stage's, which is another one; what is written anew may hold the first stage's alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from backbone.families import loading
+from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.location import Location
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.sdxl.checkpoint import convert_openclip
+from backbone.io.console import UserError, notify
+from backbone.io.files import Header, read_header, read_tensors
+from backbone.io.weights import refuse_damaged
+
+MARK = f"{UNET}input_blocks.1.0.time_stack.in_layers.0.weight"
+TOWER = "conditioner.embedders.0.open_clip.model.visual."
+PICTURE = "conditioner.embedders.3.encoder."  # the autoencoder by which the picture is encoded
+IDS = f"{UNET}label_emb.0.0.weight"
+PUBLISHED_WIDTH, PUBLISHED_IDS = 320, 768  # of the first layer, and of the ids
+Rules = tuple[tuple[str, str], ...]
+
+RESNET: Rules = (
+    (r"^norm1", "in_layers.0"),
+    (r"^conv1", "in_layers.2"),
+    (r"^time_emb_proj", "emb_layers.1"),
+    (r"^norm2", "out_layers.0"),
+    (r"^conv2", "out_layers.3"),
+    (r"^conv_shortcut", "skip_connection"),
+)
+ATTENTION: Rules = (
+    (r"^temporal_transformer_blocks", "time_stack"),
+    (r"^time_pos_embed.linear_1", "time_pos_embed.0"),
+    (r"^time_pos_embed.linear_2", "time_pos_embed.2"),
+)
+OUTER: Rules = (
+    (r"^time_embedding.linear_1", "time_embed.0"),
+    (r"^time_embedding.linear_2", "time_embed.2"),
+    (r"^add_embedding.linear_1", "label_emb.0.0"),
+    (r"^add_embedding.linear_2", "label_emb.0.2"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^conv_norm_out", "out.0"),
+    (r"^conv_out", "out.2"),
+)
+CODER: Rules = (  # of an encoder or decoder, outside its blocks over time
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"mid_block\.attentions\.0\.to_", "mid.attn_1."),
+    (r"conv_norm_out", "norm_out"),
+    (r"time_conv_out", "conv_out.time_mix_conv"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"spatial_res_block\.", ""),
+    (r"time_mixer\.", ""),
+)
+TOWER_NAMES: Rules = (
+    (r"^class_embedding", "embeddings.class_embedding"),
+    (r"^conv1", "embeddings.patch_embedding"),
+    (r"^ln_pre", "pre_layrnorm"),
+    (r"^ln_post", "post_layernorm"),
+)
+
+
+def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
+    """The config folders of a Stable Video Diffusion checkpoint, or None for any other file.
+
+    Raises `UserError` for one that lacks a part, and for a model that was made of it for other conditions.
+    """
+    if MARK not in header.shapes:
+        return None
+    marks = {
+        "picture's encoder (CLIP's tower)": f"{TOWER}conv1.weight",
+        "autoencoder": f"{AUTOENCODER}decoder.conv_out.time_mix_conv.weight",
+    }
+    missing = [what for what, mark in marks.items() if mark not in header.shapes]
+    if missing:
+        raise UserError(
+            f"{header.path} holds the UNet of Stable Video Diffusion without its {' and '.join(missing)}. Take the "
+            "whole file, or name the model's diffusers folder or hub id (--model svd, svd-xt)."
+        )
+    refuse_other_ids(header)
+    beside = (header.path.with_suffix(""), header.path.parent)
+    published = ["stable-video-diffusion"]
+    if not any((folder / "unet" / "config.json").exists() for folder in beside):
+        is_xt = "xt" in header.path.stem.lower()
+        published = ["stable-video-diffusion-xt"] * is_xt + published
+        notify(
+            f"{header.path} does not say how many frames it was trained on: by its name {25 if is_xt else 14}. "
+            "--frames asks for others."
+        )
+    return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
+
+
+def refuse_other_ids(header: Header) -> None:
+    """`UserError` for a network of the published size that is told something else than speed, motion and noise."""
+    width, ids = (header.shapes.get(name, ()) for name in (f"{UNET}input_blocks.0.0.weight", IDS))
+    if width[:1] == (PUBLISHED_WIDTH,) and ids[1:] != (PUBLISHED_IDS,):
+        raise UserError(
+            f"{header.path} is made of Stable Video Diffusion for other conditions (as SV3D's camera): its ids are "
+            f"{' × '.join(map(str, ids[1:])) or 'missing'} and not {PUBLISHED_IDS} numbers. Name another model."
+        )
+
+
+# Loading -----------------------------------------------------------------------------------------------------
+
+
+def load_denoiser(location: Location, dtype: torch.dtype) -> nn.Module:
+    """The UNet of a file; `UserError` where it is not built as its config says."""
+    network = build(UNetSpatioTemporalConditionModel, location, "unet")
+    return fill(network, location, "unet", name_unet_layers(network), dtype)
+
+
+def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
+    """The encoder of the conditioner's autoencoder, where the file holds that, and the first stage's decoder."""
+    network = build(AutoencoderKLTemporalDecoder, location, "vae")
+    held = read_header(location.source).shapes
+    prefix = PICTURE if f"{PICTURE}encoder.conv_in.weight" in held else AUTOENCODER
+    stored = name_coder_layers(network, prefix)
+    if f"{prefix}quant_conv.weight" in held:
+        return fill(network, location, "vae", stored, dtype)
+    channels = 2 * int(cast(Any, network).config.latent_channels)
+    cast(Any, network).quant_conv = quant = nn.Conv2d(channels, channels, 1, dtype=dtype)
+    nn.init.dirac_(quant.weight)  # the encoder's last layer has it in itself
+    nn.init.zeros_(quant.bias)
+    return fill(network, location, "vae", {k: v for k, v in stored.items() if "quant_conv" not in k}, dtype)
+
+
+def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
+    """CLIP's tower with its projection, from OpenCLIP's tensors."""
+    with refuse_damaged(location.name, "image_encoder"), init_empty_weights():
+        model = CLIPVisionModelWithProjection(
+            CLIPVisionConfig.from_dict(location.config("image_encoder"))  # type: ignore[no-untyped-call]
+        )
+    tensors, _ = read_tensors(location.source, prefix=TOWER)
+    projection = tensors.pop(f"{TOWER}proj", torch.empty(0, 0))
+    named = {rename(name, TOWER_NAMES): value for name, value in convert_openclip(tensors, TOWER).items()}
+    level = "vision_model." if hasattr(model, "vision_model") else ""
+    state = {f"{level}{name}": value.to(dtype) for name, value in named.items()}
+    state["visual_projection.weight"] = projection.T.to(dtype, memory_format=torch.contiguous_format)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise config_mismatch(location, "image_encoder") from error
+    return model.eval()
+
+
+def build(kind: Any, location: Location, part: str) -> nn.Module:
+    """A network on `meta`, as its config says."""
+    config = location.config(part)
+    config.refuse_other_kinds(kind)
+    with refuse_damaged(location.name, part), init_empty_weights():
+        return cast(nn.Module, kind.from_config(config))
+
+
+def fill(
+    network: nn.Module, location: Location, part: str, stored: Mapping[str, str], dtype: torch.dtype
+) -> nn.Module:
+    """Load the tensors `stored` (a network's names and the file's); `UserError` where one does not fit."""
+    held = read_header(location.source).shapes
+    own = {name: value.shape for name, value in network.state_dict().items() if name in stored}
+    if any(
+        stored[name] not in held or prod(held[stored[name]]) != shape.numel() for name, shape in own.items()
+    ):
+        raise config_mismatch(location, part)
+    loading.fill_casting(network, Path(location.source), stored, dtype)
+    return network.eval()
+
+
+# Names -------------------------------------------------------------------------------------------------------
+
+
+def name_unet_layers(network: nn.Module) -> dict[str, str]:
+    """diffusers' names of the UNet's tensors, and those in a file."""
+    names = list(network.state_dict())
+    per_block = 1 + int(cast(Any, network).config.layers_per_block)
+    attends = {name.split(".")[1] for name in names if re.match(r"up_blocks\.\d+\.attentions", name)}
+    return {name: UNET + name_unet_layer(name, per_block, attends) for name in names}
+
+
+def name_unet_layer(name: str, per_block: int, attends: Collection[str]) -> str:
+    """The original name of one tensor; `per_block` layers and one resampling are a block, `attends` those above."""
+    if middle := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
+        place = 1 if middle[1] == "attentions" else 2 * int(middle[2])
+        return f"middle_block.{place}.{name_inside(middle[1], middle[3])}"
+    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
+    if found is None:
+        return rename(name, OUTER)
+    way, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    first = block * per_block + (way == "down")
+    if kind == "downsamplers":
+        return f"input_blocks.{first + per_block - 1}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + per_block - 1}.{2 if found[2] in attends else 1}.{rest}"
+    side = "input_blocks" if way == "down" else "output_blocks"
+    return f"{side}.{first + layer}.{int(kind == 'attentions')}.{name_inside(kind, rest)}"
+
+
+def name_inside(kind: str, rest: str) -> str:
+    """The original name of a tensor inside a layer."""
+    if kind == "attentions":
+        return rename(rest, ATTENTION)
+    if rest.startswith("temporal_res_block."):
+        return f"time_stack.{rename(rest.removeprefix('temporal_res_block.'), RESNET)}"
+    return rename(rest.removeprefix("spatial_res_block."), RESNET)
+
+
+def name_coder_layers(network: nn.Module, encoder: str) -> dict[str, str]:
+    """diffusers' names of the autoencoder's tensors, and those in a file, whose encoder's begin with `encoder`."""
+    levels = len(cast(Any, network).config.block_out_channels)
+    return {
+        name: (AUTOENCODER if name.startswith("decoder.") else encoder) + name_coder_layer(name, levels)
+        for name in network.state_dict()
+    }
+
+
+def name_coder_layer(name: str, levels: int) -> str:
+    """The original name of one tensor; the levels above are counted from the picture."""
+    if found := re.fullmatch(r"(.+)\.temporal_res_block\.(.+)", name):
+        return f"{name_coder_layer(found[1], levels)}.time_stack.{rename(found[2], RESNET)}"
+    name = rename(name, CODER)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
+    name = name.replace("down_blocks.", "down.").replace(".resnets.", ".block.")
+    return re.sub(r"(down|up)samplers\.0", r"\1sample", name)
+
+
+def rename(name: str, rules: Rules) -> str:
+    """A name after all rules, pattern and replacement."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
