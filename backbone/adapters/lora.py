@@ -243,6 +243,12 @@ def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that work in a model now."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
 def denoiser_prefix(model: nn.Module) -> str:
     """The prefix of the denoiser's keys in a diffusers LoRA file: `unet.` or `transformer.`."""
     return DENOISER_PREFIXES[0] if hasattr(model, "down_blocks") else DENOISER_PREFIXES[1]

@@ -92,7 +92,9 @@ def train_motion(asked: TrainMotionOptions) -> None:
 
     run = learn(asked)
     where = shlex.quote(str(run))
-    notify(f'Next: customize clip "a dog in a park, {asked.token}" --concept {where}')
+    concept = (run / ADAPTER_FILE).is_file()
+    how = f'"a dog in a park, {asked.token}" --concept' if concept else '"a dog in a park" --motion'
+    notify(f"Next: customize clip {how} {where}")
 
 
 def evaluate_clip(asked: EvaluateClipOptions) -> None:

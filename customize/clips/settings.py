@@ -12,6 +12,7 @@ from backbone.io.console import UserError
 from backbone.io.flags import (
     DATA,
     DRAWING,
+    MODEL,
     OUTPUT,
     SAMPLING,
     SCORING,
@@ -29,6 +30,8 @@ from customize.clips.picture_settings import PictureOptions
 MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
 SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
+OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
+USUAL_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
 USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that are told in words
 
 
@@ -202,13 +205,22 @@ class TrainMotionOptions(PlaceOptions):
     motion: Annotated[
         str,
         Option(
-            "The motion adapter whose layers learn.",
+            "The motion adapter whose layers learn; --method full begins a new one without.",
             MOTION,
             aliases=("motion-adapter",),
             metavar="ADAPTER",
             default_text="that of --resume",
         ),
     ] = ""
+    method: Annotated[
+        str,
+        Option(
+            "What learns: a LoRA in the layers over time (lora), or all of their weights, a motion adapter (full).",
+            MOTION,
+            choices=("lora", "full"),
+            switches={"whole": "full"},
+        ),
+    ] = "lora"
     out: Annotated[
         Path | None,
         Option("The run folder, new or empty.", OUTPUT, aliases=("output-dir",), default_text="runs/NAME"),
@@ -219,15 +231,24 @@ class TrainMotionOptions(PlaceOptions):
     ] = None
     model: Annotated[str, model_option("moji")] = "moji"
     token: Annotated[
-        str, Option("What you will write in prompts for the motion.", MOTION, metavar="TOKEN")
+        str,
+        Option("What you will write in prompts for the motion.", MOTION, metavar="TOKEN", needs=OF_A_LORA),
     ] = "[M]"
-    token_words: Annotated[str, Option("The words that the model reads for it.", MOTION)] = (
+    token_words: Annotated[str, Option("The words that the model reads for it.", MOTION, needs=OF_A_LORA)] = (
         "moving in its own way"
     )
     prompt: Annotated[str, Option("What clips without a caption show.", DATA)] = "a clip, [M]"
     frames: Annotated[int, Option("Frames of a step's clip.", TRAINING, min=SHORTEST)] = 16
     steps: Annotated[int, Option("Optimiser steps.", TRAINING, aliases=("max-train-steps",), min=1)] = 300
-    learning_rate: Annotated[float, Option("Of AdamW, after the warm-up.", TRAINING, min=0)] = 5e-4
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            "Of AdamW, after the warm-up.",
+            TRAINING,
+            min=0,
+            default_text=f"{USUAL_RATES['lora']:g}; of --method full {USUAL_RATES['full']:g}",
+        ),
+    ] = None
     lr_scheduler: Annotated[
         str,
         Option("The learning rate's course after the warm-up.", TRAINING, choices=("constant", "cosine")),
@@ -235,7 +256,9 @@ class TrainMotionOptions(PlaceOptions):
     lr_warmup_steps: Annotated[int, Option("Steps in which it rises.", TRAINING, min=0)] = 10
     weight_decay: Annotated[float, Option("Of AdamW.", TRAINING, min=0)] = 1e-2
     max_grad_norm: Annotated[float, Option("Longer gradients are cut; 0: never.", TRAINING, min=0)] = 1.0
-    rank: Annotated[int, Option("Of the LoRA.", TRAINING, aliases=("network-dim",), min=1)] = 16
+    rank: Annotated[
+        int, Option("Of the LoRAs, over time and of the looks.", TRAINING, aliases=("network-dim",), min=1)
+    ] = 16
     debiased: Annotated[float, Option("Weight of the loss without the looks; 0: none.", TRAINING, min=0)] = (
         1.0
     )
@@ -250,6 +273,7 @@ class TrainMotionOptions(PlaceOptions):
             TRAINING,
             choices=("base", "off"),
             switches={"with-prior-preservation": "base"},
+            needs=OF_A_LORA,
             off="off",
         ),
     ] = "base"
@@ -268,12 +292,21 @@ class TrainMotionOptions(PlaceOptions):
     ] = 4
     checkpointing_steps: Annotated[int, Option("A checkpoint every so many steps.", OUTPUT, min=1)] = 100
     seed: Annotated[int, Option("Everything random follows from it.", TRAINING)] = 0
+    gradient_checkpointing: Annotated[bool, Option("Less memory, a third more time.", MODEL)] = False
+    vram: Annotated[
+        float | None,
+        Option("Plan for a device with so many GiB, and learn so that it fits.", MODEL, min=0.1),
+    ] = None
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.resume is not None and (self.clips or self.motion or self.out):
+        if self.method == "full":
+            object.__setattr__(self, "prior", "off")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", USUAL_RATES[self.method])
+        if self.resume is not None and (self.clips or self.motion or self.out or self.method != "lora"):
             raise UserError("A run that goes on has its clips and its adapter. Give --resume alone.")
-        for flag, value in (("--clips", self.clips), ("--motion", self.motion)):
+        for flag, value in (("--clips", self.clips), ("--motion", self.motion or self.method == "full")):
             if self.resume is None and not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
         if (

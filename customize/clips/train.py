@@ -1,4 +1,4 @@
-"""`customize train-motion`: a motion `[M]` from a few clips, as a LoRA of a motion adapter's layers.
+"""`customize train-motion`: a motion `[M]` from a few clips, as a LoRA of a motion adapter's layers, or all of these.
 
 The split of MotionDirector (Zhao et al. 2023, section 3.2): a LoRA in the layers over space learns single frames, and
 is thrown away; beside it one in the layers over time learns clips, so that it need not learn their looks. Its loss has
@@ -8,29 +8,47 @@ a part without them: what all frames have in common is taken off by that of one 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbone.adapters.concept import Concept, read_concept
-from backbone.adapters.lora import LORA_WEIGHTS, activate_adapters, add_lora, save_lora
+from backbone.adapters.concept import Concept
+from backbone.adapters.lora import (
+    LORA_WEIGHTS,
+    activate_adapters,
+    active_adapters,
+    add_lora,
+    save_lora,
+)
 from backbone.adapters.motion import MOTION, Moves, set_in_motion
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
+from backbone.families.loading import WEIGHTS
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json
 from backbone.io.options import as_command, read_settings
 from backbone.io.run_folder import CHECKPOINT, hold_folder, package_versions, refuse_taken, run_name
 from backbone.media.clips import Film, read_film
 from backbone.media.transforms import crop_square, to_tensor
+from backbone.memory.motion import LearnedMotion, MotionEstimator
+from backbone.memory.planner import MemorySettings, fit, precision_name
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.motion import (
+    attach_motion,
+    clip_of,
+    motion_of,
+    new_motion_adapter,
+    read_motion_adapter,
+    save_motion_adapter,
+)
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import quick_to_train
 from backbone.training.run import Objective, drive
@@ -79,6 +97,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
     """
     held = hold_folder if asked.resume else processes.hold_new_run
     run, asked = open_run(asked)
+    whole = asked.method == "full"
     if processes.world_size() > 1:
         raise UserError("customize train-motion learns in one process. Start it without a launcher.")
     films = list_films(asked.clips)
@@ -87,36 +106,85 @@ def train_motion(asked: TrainMotionOptions) -> Path:
         raise UserError(
             f"{short[0].name} has {len(short[0].frames)} frames, and --frames is {asked.frames}. Ask for fewer."
         )
-    model = Backbone.open(asked.model, device=asked.device, precision=asked.precision)
-    motion = set_in_motion(model, Moves(asked.motion))
-    if motion is not None and asked.frames > motion.longest:
-        raise UserError(
-            f"{asked.motion} has positions for {motion.longest} frames, and --frames is {asked.frames}. Ask for fewer."
-        )
+    model, settled = open_model(asked)
     concept = Concept(MOTION, asked.model, model.fingerprint, {asked.token: asked.token_words}, "")
-    latents = []
-    with progress(len(films), "encoding clips", brief=True) as bar:
-        for one in films:
-            pixels = [to_tensor(crop_square(frame, model.resolution)) for frame in one.film.frames]
-            latents.append(model.encode_clip(torch.stack(pixels)).cpu())
-            bar.advance()
-    prompts = [(one.caption or asked.prompt).replace(asked.token, asked.token_words) for one in films]
+    latents = encode_films(model, films)
+    captions = [one.caption or asked.prompt for one in films]
+    if whole:
+        prompts = [without_token(caption, asked.token) for caption in captions]
+    else:
+        prompts = [caption.replace(asked.token, asked.token_words) for caption in captions]
     conditions = encode_prompts_cached(model, [*prompts, ""])
-    kept = draw_prior(model, [one.caption or asked.prompt for one in films], asked)
+    kept = draw_prior(model, captions, asked)
     model.free("autoencoder", "text_encoder")
     with held(run):
-        learning = MotionLearning(model, latents, conditions, asked, kept)
+        kind = WholeMotionLearning if whole else MotionLearning
+        learning = kind(model, latents, conditions, settled, kept)
         learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
         learning.resume(run)
         write_json(run / "settings.json", describe(asked, films))
         notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(asked.steps, 'step')}.")
         drive(learning, run, command="customize train-motion")
         learning.write(run, {"limner_token": asked.token, "base_model": asked.model})
-        write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})
-        Concept(**{**concept.__dict__, "weights": LORA_WEIGHTS, "resolution": model.asked_resolution}).write(
-            run
+        if not whole:
+            write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})
+            replace(concept, weights=LORA_WEIGHTS, resolution=model.asked_resolution).write(run)
+    return run
+
+
+def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:
+    """The model with the motion adapter that learns, or a new one, as the plan for `asked.vram` places it.
+
+    Its settings beside: with what that plan saves. Raises `UserError` for an adapter of another model, one that has no
+    positions for so many frames, and a device that it does not fit.
+    """
+    model = Backbone.open(asked.model, device=asked.device, precision=asked.precision)
+    if asked.motion:
+        adapter = read_motion_adapter(asked.motion)
+    else:
+        outline = model.family.spec(model.location, model.dtype).denoiser.instantiate()
+        if not hasattr(outline, "down_blocks"):
+            raise UserError(
+                f"Motion is learned in a UNet, and {asked.model} is a transformer. Give a --model that has a UNet."
+            )
+        adapter = new_motion_adapter(cast(Any, outline).config, seed=asked.seed, frames=max(32, asked.frames))
+        count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
+        notify(
+            f"A new motion adapter of {count:.1f} M parameters: it knows no motion yet, and few clips do not teach it "
+            "one. With --motion an adapter that knows some learns on."
         )
-    return read_concept(run).folder
+    longest = int(cast(Any, adapter).config.motion_max_seq_length)
+    if asked.frames > longest:
+        raise UserError(
+            f"{asked.motion} has positions for {longest} frames, and --frames is {asked.frames}. Ask for fewer."
+        )
+    settled = asked
+    if asked.vram is not None:
+        learned = LearnedMotion(
+            asked.frames,
+            cast(Any, adapter).config,
+            lambda network: learned_tensors(network, asked).values(),
+            asked.prior == "base",
+        )
+        start = MemorySettings(precision_name(model), asked.gradient_checkpointing, fixed_optimizer=True)
+        model, choice = fit(MotionEstimator(model, learned, device=model.device.type), asked.vram, start)
+        settled = replace(asked, gradient_checkpointing=choice.checkpointing)
+    if asked.motion:
+        set_in_motion(model, Moves(asked.motion))
+    else:
+        attach_motion(model.denoiser, adapter)
+    return model, settled
+
+
+def encode_films(model: Backbone, films: Sequence[Captioned]) -> list[Tensor]:
+    """The latents [C, F, h, w] of clips."""
+    latents = []
+    with progress(len(films), "encoding clips", brief=True) as bar:
+        for one in films:
+            pixels = [to_tensor(crop_square(frame, model.resolution)) for frame in one.film.frames]
+            latents.append(model.encode_clip(torch.stack(pixels)).cpu())
+            bar.advance()
+    return latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,23 +267,16 @@ class MotionLearning(Objective):
         self.model, self.clips, self.conditions, self.settings = model, clips, conditions, settings
         self.prior = prior
         self.figures = {}
-        names = [name for name, _ in model.denoiser.named_modules() if name.endswith(LAYERS)]
-        over_time = [name for name in names if ".motion_modules." in name]
-        over_space = [name for name in names if ".attentions." in name and name not in over_time]
-        rank, alpha = settings.rank, float(settings.rank)
-        looks = add_lora(
-            model.denoiser, LOOKS, rank=rank, alpha=alpha, targets=over_space, seed=settings.seed
-        )
-        moves = add_lora(
-            model.denoiser, MOTION, rank=rank, alpha=alpha, targets=over_time, seed=settings.seed
-        )
-        self.looks = list(looks.values())
-        self.parameters = looks | moves
-        activate_adapters(model.denoiser, [LOOKS, MOTION])  # adding the second one put the first to rest
-        for value in self.parameters.values():
-            value.requires_grad_(True)
+        self.beside = active_adapters(model.denoiser)  # by which an adapter hears its words
+        self.parameters = learned_tensors(model.denoiser, settings)
+        self.looks = [value for name, value in self.parameters.items() if f".{LOOKS}." in name]
+        self._activate([LOOKS, MOTION], [True] * len(self.parameters))  # adding one put the others to rest
+        if settings.gradient_checkpointing:
+            cast(Any, model.denoiser).enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            list(self.parameters.values()),
+            lr=cast(float, settings.learning_rate),
+            weight_decay=settings.weight_decay,
         )
 
     @property
@@ -245,9 +306,12 @@ class MotionLearning(Objective):
         said, wanted = self.predict(moving, text, random)
         anchor = frame % self.settings.frames
         apart = without_looks(said, anchor) - without_looks(wanted, anchor)
-        yield (said - wanted).square().mean() + self.settings.debiased * apart.square().mean()
+        # A backward pass that computes it again has to meet the same frames and adapters
+        with clip_of(self.model.denoiser, self.settings.frames):
+            yield (said - wanted).square().mean() + self.settings.debiased * apart.square().mean()
         if self.prior is not None:
-            yield self.settings.prior_loss_weight * self.drift(self.prior, random)
+            with clip_of(self.model.denoiser, self.settings.frames), self.working([MOTION]):
+                yield self.settings.prior_loss_weight * self.drift(self.prior, random)
         for value in self.looks:
             value.requires_grad_(True)
 
@@ -266,15 +330,16 @@ class MotionLearning(Objective):
     @contextmanager
     def working(self, names: Sequence[str]) -> Iterator[None]:
         """Inside the `with` these adapters alone work; what learns stays what learns."""
-        learns = [value.requires_grad for value in self.parameters.values()]
+        before, learns = self.names, [value.requires_grad for value in self.parameters.values()]
         try:
             self._activate(names, learns)
             yield
         finally:
-            self._activate([LOOKS, MOTION], learns)
+            self._activate(before, learns)
 
     def _activate(self, names: Sequence[str], learns: Sequence[bool]) -> None:
-        activate_adapters(self.model.denoiser, names)
+        self.names = names
+        activate_adapters(self.model.denoiser, [*self.beside, *names])
         for value, own in zip(self.parameters.values(), learns, strict=True):
             value.requires_grad_(own)
 
@@ -291,6 +356,37 @@ class MotionLearning(Objective):
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         save_lora(run / LORA_WEIGHTS, self.model.denoiser, MOTION, metadata=header)
         return {"weights": LORA_WEIGHTS}
+
+
+class WholeMotionLearning(MotionLearning):
+    """The same of all weights of the motion adapter, which is what is kept."""
+
+    def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
+        motion = motion_of(self.model.denoiser)
+        assert motion is not None
+        words = Path(self.settings.motion).expanduser() / LORA_WEIGHTS
+        if self.settings.motion and words.is_file():  # by which it was trained to hear words
+            shutil.copyfile(words, run / LORA_WEIGHTS)
+        save_motion_adapter(run, motion.adapter)
+        return {"weights": WEIGHTS}
+
+
+def learned_tensors(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str, Tensor]:
+    """What learns of a UNet that a motion adapter is attached to, by name, all fp32.
+
+    A LoRA of the looks in the layers over space, and one of the motion in those over time, or these themselves.
+    """
+    names = [name for name, _ in denoiser.named_modules() if name.endswith(LAYERS)]
+    over_time = [name for name in names if ".motion_modules." in name]
+    over_space = [name for name in names if ".attentions." in name and name not in over_time]
+    how: dict[str, Any] = {"rank": settings.rank, "alpha": float(settings.rank), "seed": settings.seed}
+    looks = add_lora(denoiser, LOOKS, targets=over_space, **how)
+    if settings.method == "lora":
+        return looks | add_lora(denoiser, MOTION, targets=over_time, **how)
+    motion = motion_of(denoiser)
+    assert motion is not None
+    whole = cast(nn.Module, motion.adapter).float().requires_grad_(True)
+    return looks | {f"{MOTION}.{name}": value for name, value in whole.named_parameters()}
 
 
 def without_looks(prediction: Tensor, anchor: int, beta: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AnimateDiffPipeline, MotionAdapter
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
@@ -24,9 +26,16 @@ from backbone.io.files import read_json, write_tensors
 from backbone.media.clips import encode_webp, read_film
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
+from backbone.models.motion import read_motion_adapter
 from customize.cli import app
 from customize.clips.settings import TrainMotionOptions
-from customize.clips.train import MotionLearning, draw_prior, without_looks, without_token
+from customize.clips.train import (
+    MotionLearning,
+    Prior,
+    draw_prior,
+    without_looks,
+    without_token,
+)
 from tests.tiny import tiny_motion_adapter
 
 LAYER = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
@@ -288,6 +297,165 @@ def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     nothing = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path)])
     assert "holds no run of train-motion" in str(nothing.exception)
+
+
+WHOLE = ("--method", "full", "--frames", "3", "--prior", "off")
+
+
+def learn_whole(model: Path, walks: Path, out: Path, *words: str | Path) -> Any:
+    usual = (
+        "--model",
+        model,
+        "--clips",
+        walks,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--rank",
+        "2",
+    )
+    precision = () if "--precision" in words else ("--precision", "fp32")
+    return CliRunner().invoke(app, ["train-motion", *map(str, (*usual, *precision, *WHOLE, *words))])
+
+
+def test_all_weights_of_an_adapter_are_learned_into_one_that_diffusers_draws_with(
+    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path
+) -> None:
+    answer = learn_whole(tiny_folder, walks, tmp_path / "run", "--motion", adapter, "--learning-rate", "0.01")
+    assert answer.exit_code == 0, answer.exception
+    run = tmp_path / "run"
+    assert f'customize clip "a dog in a park" --motion {run}' in answer.output
+    assert not (run / "concept.json").exists()
+    learned, before = (MotionAdapter.from_pretrained(folder) for folder in (run, adapter))
+    moved = {
+        name: bool((value != before.state_dict()[name]).any()) for name, value in learned.state_dict().items()
+    }
+    assert all(changed for name, changed in moved.items() if name.endswith("proj_out.weight"))
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    set_in_motion(model, Moves(str(run)))
+    theirs: Any = AnimateDiffPipeline.from_pretrained(tiny_folder, motion_adapter=learned)
+    conditions = encode_prompts_cached(model, ["a dog"])
+    clip, index = torch.randn(1, 4, 3, 8, 8), torch.tensor([500])
+    words = conditions.text["hidden"].repeat_interleave(3, 0)
+    wanted = theirs.unet(clip, index, encoder_hidden_states=words).sample
+    torch.testing.assert_close(model.predict(clip, index, conditions), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_new_adapter_is_begun_from_the_model_s_widths_and_keeps_pictures(
+    tiny_folder: Path, walks: Path, tmp_path: Path
+) -> None:
+    answer = learn_whole(tiny_folder, walks, tmp_path / "run", "--precision", "bf16")
+    assert answer.exit_code == 0, answer.exception
+    assert "A new motion adapter of 0.1 M parameters: it knows no motion yet" in answer.output
+    learned = read_motion_adapter(str(tmp_path / "run"))
+    assert all(value.dtype is torch.float32 for value in learned.state_dict().values())
+    answer = call(
+        *("a dog", "--model", tiny_folder, "--motion", tmp_path / "run", "--frames", "2", "--steps", "1"),
+        *("--device", "cpu", "--out", tmp_path / "drawn"),
+    )
+    assert answer.exit_code == 0, answer.exception
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--gradient-checkpointing",), ("--vram", "1")])
+def test_a_whole_adapter_that_was_stopped_goes_on_to_the_same_weights(
+    more: tuple[str, ...],
+    tiny_folder: Path,
+    adapter: Path,
+    walks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--motion", adapter, "--checkpointing-steps", "1", *more)
+    assert learn_whole(tiny_folder, walks, tmp_path / "whole", *words).exit_code == 0
+    plain = MotionLearning.losses
+
+    def stopped(self: MotionLearning, step: int) -> Iterator[torch.Tensor]:
+        if step == 2:
+            raise UserError("stopped")
+        return plain(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MotionLearning, "losses", stopped)
+        assert learn_whole(tiny_folder, walks, tmp_path / "parts", *words).exit_code != 0
+    assert not (tmp_path / "parts" / "config.json").exists()
+    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts")])
+    assert answer.exit_code == 0, answer.exception
+    whole, parts = (read_motion_adapter(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_computing_again_in_the_backward_pass_gives_the_same_gradients(
+    method: str, tiny_folder: Path, adapter: Path
+) -> None:
+    found = []
+    for again in (False, True):
+        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        set_in_motion(model, Moves(str(adapter)))
+        asked = TrainMotionOptions(clips="x", motion="y", method=method, frames=3, rank=2)
+        asked = replace(asked, gradient_checkpointing=again)
+        clips = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+        conditions = encode_prompts_cached(model, ["a dog", ""])
+        prior = Prior(clips, conditions) if method == "lora" else None
+        learning = MotionLearning(model, clips, conditions, asked, prior)
+        for name, value in learning.parameters.items():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(1))
+        for loss in learning.losses(0):
+            loss.backward()
+        found.append({name: value.grad for name, value in learning.parameters.items()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-6, rtol=1e-4)
+    assert any(
+        value is not None and value.any() for name, value in found[0].items() if "motion_modules" in name
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--token", "[W]"), "--token has no effect without --method lora"),
+        (("--prior", "base"), "--prior"),
+        (("--frames", "9", "--motion", "{adapter}"), "has 5 frames, and --frames is 9"),
+        (("--motion", "nowhere"), "no motion adapter nowhere"),
+        (("--vram", "0.1", "--clips", "nowhere"), "There is no folder nowhere"),
+    ],
+)
+def test_what_a_whole_adapter_cannot_learn_is_said_and_nothing_is_written(
+    words: tuple[str, ...], said: str, tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path
+) -> None:
+    given = [word.format(adapter=adapter) for word in words]
+    usual = ("--model", tiny_folder, "--method", "full", "--device", "cpu", "--out", tmp_path / "run")
+    clips = () if "--clips" in words else ("--clips", walks)
+    frames = () if "--frames" in words else ("--frames", "3")
+    answer = CliRunner().invoke(app, ["train-motion", *map(str, (*usual, *clips, *frames, *given))])
+    message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
+    assert answer.exit_code != 0 and said in message and not (tmp_path / "run").exists()
+
+
+def test_the_words_of_an_adapter_are_heard_while_its_motion_is_learned(
+    tiny_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "worded")
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    torch.nn.init.normal_(
+        add_lora(model.denoiser, "words", rank=2, alpha=2.0, targets=[layer])[f"{layer}.lora_B.words.weight"]
+    )
+    save_lora(tmp_path / "worded" / LORA_WEIGHTS, model.denoiser, "words")
+    said = []
+    for name in ("worded", "plain"):
+        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        set_in_motion(model, Moves(str(adapter if name == "plain" else tmp_path / name)))
+        asked = TrainMotionOptions(clips="x", motion="y", frames=3, rank=2)
+        clip = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        learning = MotionLearning(model, [clip[0]], encode_prompts_cached(model, ["a dog", ""]), asked)
+        said.append(learning.predict(clip, learning.conditions[[0]], torch.Generator().manual_seed(1))[0])
+    assert (said[0] - said[1]).abs().max() > 1e-4
 
 
 def test_what_all_frames_have_in_common_is_no_part_of_the_loss_without_looks() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
-from backbone.models.motion import read_motion_adapter
+from backbone.models.motion import new_motion_adapter, read_motion_adapter
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from backbone.world.clip import sample_clip
 from recipes.moji.adapters.motion import (
@@ -23,7 +23,6 @@ from recipes.moji.adapters.motion import (
     ClipLatents,
     MotionSettings,
     begin,
-    build_adapter,
     export,
     mixed_noise,
     train_motion,
@@ -102,7 +101,7 @@ def drawn(data: ClipLatents) -> Iterator[tuple[Tensor, list[str]]]:
 
 def test_a_new_adapter_is_small_enough_for_the_wheel_and_changes_nothing_yet() -> None:
     widths = {"block_out_channels": (64, 160, 320), "layers_per_block": 1, "norm_num_groups": 32}
-    adapter = build_adapter(widths)
+    adapter = new_motion_adapter(widths)
     count = sum(value.numel() for value in adapter.parameters())
     assert count == pytest.approx(8.75e6, rel=0.01)  # 17.5 MB in fp16; the words' LoRA has 1.1
     assert not any(value.any() for key, value in adapter.named_parameters() if ".proj_out." in key)

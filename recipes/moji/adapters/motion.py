@@ -16,7 +16,7 @@ with the opposite words. Runs on any folder of `moji`, three hours, and continue
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors, write_text
 from backbone.io.options import Option, settled_command
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, detach_motion
+from backbone.models.motion import attach_motion, detach_motion, new_motion_adapter
 from backbone.training.attention import quick_to_train
 from backbone.world.clip import Clip, render_clip, sample_clip
 from backbone.world.render import find_font
@@ -217,31 +217,12 @@ def begin(settings: MotionSettings) -> tuple[Backbone, MotionAdapter, dict[str, 
         layers = [name for name, _ in module.named_modules() if name.endswith(targets)]
         values = add_lora(module, NAME, rank=RANK, alpha=RANK, targets=layers, seed=settings.seed)
         parameters |= {f"{NAME}.{part}.{key}": value for key, value in values.items()}
-    adapter = build_adapter(cast(Any, model.denoiser).config, settings.seed)
+    adapter = new_motion_adapter(cast(Any, model.denoiser).config, seed=settings.seed)
     attach_motion(model.denoiser, adapter)
     adapter.requires_grad_(True)
     parameters |= {f"motion.{key}": value for key, value in adapter.named_parameters()}
     model.text_learned = True
     return model, adapter, parameters
-
-
-def build_adapter(unet: Mapping[str, Any], seed: int = 0) -> MotionAdapter:
-    """A new adapter for a UNet, 8.75 M parameters at moji's widths, that changes nothing yet."""
-    widths = tuple(unet["block_out_channels"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapter = MotionAdapter(
-            block_out_channels=widths,
-            motion_layers_per_block=unet["layers_per_block"],
-            motion_num_attention_heads=tuple(max(1, width // 80) for width in widths),
-            motion_norm_num_groups=unet["norm_num_groups"],
-            motion_max_seq_length=32,
-            use_motion_mid_block=False,
-        )
-    for key, value in adapter.named_parameters():
-        if ".proj_out." in key:
-            nn.init.zeros_(value)
-    return adapter
 
 
 def level_densities(levels: int) -> tuple[Tensor, Tensor]:
