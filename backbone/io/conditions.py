@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from backbone.io.console import UserError, notify
 from backbone.io.options import Option
@@ -22,6 +22,7 @@ SYNONYMS = {
     "openpose": "pose",
     **dict.fromkeys(("normals", "normalbae"), "normal"),
 }
+RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a clip
 ANY = "map"  # the kind of a map of which nothing is said
 AUTO, INVERTED = "auto", "inverted"
 MOST, MUCH = 2.0, 1.5  # of a scale; beyond the second, details burn
@@ -69,6 +70,8 @@ class AskedControl:
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
     """Conditions on the layout. None and () stand for what the network's own settings say, else 1, 0 and 1."""
+
+    READ: ClassVar[tuple[str, ...]] = KINDS  # kinds of maps that there are here
 
     condition: Annotated[
         tuple[str, ...],
@@ -138,7 +141,7 @@ class ControlOptions:
     @property
     def controls(self) -> tuple[AskedControl, ...]:
         """What was asked, condition by condition; `UserError` for what does not fit."""
-        maps = [parse_map(said) for said in self.condition]
+        maps = [parse_map(said, self.READ) for said in self.condition]
         count = len(maps)
         if self.guess_mode and not count:
             spread([True], 0, "--guess-mode")
@@ -191,7 +194,7 @@ def spread(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
     return values
 
 
-def parse_map(said: str) -> AskedMap:
+def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     """`KIND=MAP` in its parts; other tools' words for a kind are understood. `UserError` for anything else."""
     kind, equals, path = said.partition("=")
     kind = kind.strip().lower()
@@ -201,8 +204,8 @@ def parse_map(said: str) -> AskedMap:
         kind, path = ANY, said
     elif not equals or not path:
         raise UserError(f"--condition {said} names no map. Give KIND=MAP.png, as in sketch=drawing.png.")
-    elif kind not in KINDS:
-        raise UserError(f"There is no condition {kind}. Choose one of {', '.join(KINDS)}.")
+    elif kind not in kinds:
+        raise UserError(f"There is no condition {kind}. Choose one of {', '.join(kinds)}.")
     if path == AUTO:
         return AskedMap(kind, "", AUTO)
     for how in (AUTO, INVERTED):

@@ -9,6 +9,7 @@ Two more are for ControlNets alone: `normal` (a surface's directions as colours)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,9 +89,57 @@ def refuse_other_count(asked: AskedMap, found: int, frames: int) -> None:
     """`UserError` for another number of maps than the clip has frames."""
     if found != frames:
         raise UserError(
-            f"{asked.path} has {found} maps and the clip {frames} frames. Give a map for each frame, or one still for "
-            "all."
+            f"{asked.path} has {found} maps and the clip {frames} frames. Give a map for each frame, one still for "
+            "all, or a network that reads maps of some frames (customize clip --sparsectrl)."
         )
+
+
+def number_maps(path: str, frames: int) -> dict[int, Path]:
+    """The maps of a folder by the frame that each is of, which is the last number in its name: `dog_0012.png` is 12's.
+
+    Raises `UserError` for a folder without maps, a name without a number, a number that is none of the clip's `frames`,
+    and two maps of one frame.
+    """
+    if not Path(path).expanduser().is_dir():
+        raise UserError(
+            f"There is no folder {path}. SparseCtrl takes one whose files are named by their frames, as 0000.png."
+        )
+    found: dict[int, Path] = {}
+    for record in list_images(path):
+        file = Path(str(record.path))
+        numbers = re.findall(r"\d+", file.stem)
+        if not numbers:
+            raise UserError(
+                f"{file} has no number in its name. Name it by the frame that it is of, as 0012.png."
+            )
+        number = int(numbers[-1])
+        if number >= frames:
+            raise UserError(
+                f"{file} is of frame {number}, and a clip of {frames} frames has none of that number: the first is 0, "
+                f"the last {frames - 1}. Ask for more --frames, or take it out."
+            )
+        if number in found:
+            raise UserError(f"{file} and {found[number].name} are of one frame, {number}. Take one out.")
+        found[number] = file
+    return dict(sorted(found.items()))
+
+
+def read_numbered_maps(asked: AskedMap, target: Target, frames: int) -> dict[int, Image.Image]:
+    """The maps of some frames of a clip (see `number_maps`), as their network reads them.
+
+    Raises `UserError` as `read_map`, and for maps of unlike size.
+    """
+    found, sizes = {}, {}
+    for number, file in number_maps(asked.path, frames).items():
+        sizes[open_rgb(file).size] = file
+        if len(sizes) > 1:
+            (one, first), (other, second) = sizes.items()
+            raise UserError(
+                f"{first.name} and {second.name} in {asked.path} are of unlike size: {one[0]} × {one[1]} and "
+                f"{other[0]} × {other[1]} pixels. Make them alike."
+            )
+        found[number] = read_map(replace(asked, path=str(file)), target)
+    return found
 
 
 def prepare_map(asked: AskedMap, target: Target, picture: Image.Image) -> Image.Image:

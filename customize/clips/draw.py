@@ -44,7 +44,13 @@ from backbone.models.model import Backbone
 from backbone.models.motion import Motion, read_motion_adapter
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
 from customize.clips.settings import ClipOptions
-from customize.clips.sparse import describe_given_frames, given_frames, open_given_frames
+from customize.clips.sparse import (
+    describe_given_frames,
+    given_frames,
+    open_given_frames,
+    open_sparse_condition,
+    split_controls,
+)
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -68,6 +74,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     rows, columns = latent_size(model, asked.size)
+    controls, sparse = split_controls(asked)
     if asked.out is not None:
         refuse_filled(asked.out)
     model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
@@ -78,7 +85,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
     size = (columns * model.factor, rows * model.factor)
-    conditions = open_clip_conditions(model, asked.controls, size, asked.frames)
+    conditions = open_clip_conditions(model, controls, size, asked.frames)
+    conditions += open_sparse_condition(model, sparse, asked)
     path, camera = follow_camera(model, asked, size)
     given = open_given_frames(model, pictures, places, asked)
     requests = [
@@ -128,7 +136,7 @@ def fit(
         min(asked.batch, count),
         places,
         asked.guidance,
-        conditions=name_networks(model, asked.controls),
+        conditions=name_networks(model, split_controls(asked)[0]),
         frames=min(asked.frames, asked.context_length or asked.frames),
         motion=read_motion_adapter(asked.motion) if asked.motion else None,
         whole=any(map(needs_whole_base, concepts)),

@@ -46,10 +46,11 @@ class PictureOptions:
     sparsectrl: Annotated[
         str,
         Option(
-            "A SparseCtrl network that reads them: a folder, a .safetensors, or a hub id.",
+            "A SparseCtrl network that reads them, or maps of some frames (--condition): a folder, a .safetensors, or "
+            "a hub id.",
             PICTURE,
             aliases=("sparse-control",),
-            needs={"images": ()},
+            needs=({"images": ()}, {"condition": ()}),
             metavar="NETWORK",
         ),
     ] = ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io.conditions import ClipControlOptions
+from backbone.io.conditions import KINDS, RGB, ClipControlOptions
 from backbone.io.console import UserError
 from backbone.io.flags import (
     DATA,
@@ -42,6 +42,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     Raises `UserError`, naming the argument, for what does not fit.
     """
 
+    READ: ClassVar[tuple[str, ...]] = (*KINDS, RGB)
     NEEDS: ClassVar[Mapping[str, Any]] = {"scale": (WITH_CONCEPTS, {"lora": (), "images": ()})}
 
     words: PromptWords = ()

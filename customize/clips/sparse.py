@@ -1,21 +1,29 @@
-"""Pictures at some frames of a clip that is told in words: `customize clip … --image PICTURE --sparsectrl NETWORK`."""
+"""Pictures or maps at some frames of a clip that is told in words: `customize clip … --sparsectrl NETWORK`.
+
+`--image PICTURE` are frames, `--condition KIND=FOLDER` are maps, whose files are named by the frames that they are of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from backbone.conditions.control import Control
+from backbone.io.conditions import ANY, RGB, AskedControl
 from backbone.io.console import UserError, notify
-from backbone.media.control_maps import as_hints
+from backbone.media.control_maps import Target, as_hints, number_maps, read_numbered_maps
 from backbone.media.decode import open_rgb
+from backbone.media.pictures import list_images
 from backbone.media.transforms import crop_and_resize, crop_box
+from backbone.models.control import Condition, describe_asked
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
-from backbone.models.sparse import open_sparsectrl
+from backbone.models.sparse import SparseControl, open_sparsectrl
 from customize.clips.settings import ClipOptions
 
 CROPPED = 0.01  # of a picture, from which on it is said
@@ -28,13 +36,18 @@ def given_frames(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
     """
     if not asked.images:
         return [], []
+    refuse_windows(asked)
+    places = place_frames(asked.image_at, len(asked.images), asked.frames)
+    return [open_rgb(path) for path in asked.images], places
+
+
+def refuse_windows(asked: ClipOptions) -> None:
+    """`UserError` for frames that do not go through the network together."""
     if asked.context_length and asked.context_length < asked.frames:
         raise UserError(
             "SparseCtrl carries pictures through all frames together, and --context-length draws them in windows. "
             "Leave it out, and ask for no more --frames than fit."
         )
-    places = place_frames(asked.image_at, len(asked.images), asked.frames)
-    return [open_rgb(path) for path in asked.images], places
 
 
 def place_frames(asked: Sequence[int], count: int, frames: int) -> list[int]:
@@ -67,17 +80,103 @@ def open_given_frames(
     """
     if not pictures:
         return ()
+    network = open_network(model, asked)
+    height, width = (side * model.factor for side in latent_size(model, asked.size))
+    for path, picture in zip(asked.images, pictures, strict=True):
+        say_crop(path.name, picture.size, (width, height))
+    maps = torch.cat([as_hints(crop_and_resize(picture, (width, height))) for picture in pictures])
+    return (network.of(maps, places, scale=asked.sparsectrl_scale),)
+
+
+def open_network(model: Backbone, asked: ClipOptions) -> SparseControl:
+    """The SparseCtrl; `UserError` for one of another model, and more frames than it has positions for."""
     network = open_sparsectrl(model, asked.sparsectrl)
     if asked.frames > network.longest:
         raise UserError(
             f"{asked.sparsectrl} has positions for {network.longest} frames, and {asked.frames} are asked for. Ask for "
             "fewer."
         )
+    return network
+
+
+# Maps --------------------------------------------------------------------------------------------------------
+
+
+def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedControl | None]:
+    """The conditions that have a map for each frame, and the one that `--sparsectrl` reads: that of some frames.
+
+    A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
+    anything is loaded, where that is not one condition, and as `number_maps`.
+    """
+    every = asked.controls
+    if asked.sparsectrl and asked.images and any(lacks_frames(one.map.path, asked.frames) for one in every):
+        raise UserError(
+            "--sparsectrl reads pictures at some frames (--image) or maps of some (--condition), and here are both. "
+            "Leave one out."
+        )
+    if not asked.sparsectrl or asked.images:
+        rgb = next((one for one in every if one.map.kind == RGB), None)
+        if rgb is not None:
+            raise UserError(
+                f"--condition {rgb.map} are pictures at frames, which SparseCtrl reads. Name its network with "
+                "--sparsectrl, and leave --image out."
+            )
+        return every, None
+    chosen = [one for one in every if one.map.kind == RGB or lacks_frames(one.map.path, asked.frames)]
+    chosen = chosen or [one for one in every if len(every) == 1 and not asked.controlnet]
+    if len(chosen) != 1:
+        raise UserError(
+            f"--sparsectrl reads the maps of one --condition, which has some frames' only, and here are {len(chosen)} "
+            "such. Give one, or leave --sparsectrl out."
+        )
+    (sparse,) = chosen
+    if sparse.scale is not None and asked.sparsectrl_scale != 1:
+        raise UserError(
+            "--condition-scale and --sparsectrl-scale both say how strong it is. Give one of them."
+        )
+    if sparse.guess:
+        raise UserError("SparseCtrl knows no guess mode. Leave --guess-mode out.")
+    refuse_windows(asked)
+    number_maps(sparse.map.path, asked.frames)
+    return tuple(one for one in every if one is not sparse), sparse
+
+
+def lacks_frames(path: str, frames: int) -> bool:
+    """Whether this is a folder of fewer maps than the clip has frames."""
+    return bool(path) and Path(path).expanduser().is_dir() and len(list_images(path)) < frames
+
+
+def open_sparse_condition(
+    model: Backbone, condition: AskedControl | None, asked: ClipOptions
+) -> tuple[Condition, ...]:
+    """The condition by maps of some frames; nothing without any.
+
+    Raises `UserError` for maps that are none of their kind, a network that reads others, and as `open_network`.
+    """
+    if condition is None:
+        return ()
     height, width = (side * model.factor for side in latent_size(model, asked.size))
-    for path, picture in zip(asked.images, pictures, strict=True):
-        say_crop(path.name, picture.size, (width, height))
-    maps = torch.cat([as_hints(crop_and_resize(picture, (width, height))) for picture in pictures])
-    return (network.of(maps, places, scale=asked.sparsectrl_scale),)
+    found = read_numbered_maps(condition.map, Target((width, height)), asked.frames)
+    network = open_network(model, asked)
+    if condition.map.kind != ANY and network.reads_latents != (condition.map.kind == RGB):
+        reads = "pictures (rgb=FOLDER)" if network.reads_latents else "lines, white on black (sketch=FOLDER)"
+        raise UserError(
+            f"{asked.sparsectrl} reads {reads}, and --condition {condition.map} holds something else. Give these, or "
+            "another network."
+        )
+    scale = asked.sparsectrl_scale if condition.scale is None else condition.scale
+    start, stop = condition.start or 0.0, 1.0 if condition.stop is None else condition.stop
+    control = network.of(torch.cat([as_hints(one) for one in found.values()]), list(found), scale=scale)
+    facts = {"network": asked.sparsectrl, "scale": scale, "start": start, "stop": stop, "frames": list(found)}
+    shown = [found.get(number, Image.new("RGB", (width, height))) for number in range(asked.frames)]
+    return (
+        Condition(
+            replace(control, start=start, stop=stop),
+            next(iter(found.values())),
+            describe_asked(condition.map) | facts,
+            tuple(shown),
+        ),
+    )
 
 
 def say_crop(name: str, picture: tuple[int, int], clip: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNetSpatioTemporalConditionModel
+from diffusers import (
+    AnimateDiffSparseControlNetPipeline,
+    MotionAdapter,
+    SparseControlNetModel,
+    UNetSpatioTemporalConditionModel,
+)
+from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -18,6 +24,7 @@ from typer.testing import CliRunner
 
 from backbone.adapters.config import CONFIG_KEY
 from backbone.adapters.lora import activate_adapters
+from backbone.adapters.motion import Moves, set_in_motion
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
@@ -25,14 +32,17 @@ from backbone.media.clips import read_film
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
+from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from backbone.models.sparse import build_sparsectrl
 from customize.cli import app
 from customize.clips.picture_lora import load_loras, read_loras
-from customize.clips.sparse import place_frames
+from customize.clips.settings import ClipOptions
+from customize.clips.sparse import open_sparse_condition, place_frames, split_controls
 from customize.formats.convert import export_adapter, import_adapter, inspect_adapter
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates
-from tests.tiny import tiny_motion_adapter, tiny_stable_video
+from tests.backbone.test_control import controlnet
+from tests.tiny import tiny_motion_adapter, tiny_stable_video, tiny_unet
 
 GIB = 2**30
 
@@ -145,13 +155,19 @@ def networks(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder = tmp_path_factory.mktemp("networks")
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     tiny_motion_adapter().save_pretrained(folder / "motion")
-    sparse: Any = build_sparsectrl(model.denoiser, motion_max_seq_length=6)
-    for value in sparse.controlnet_cond_embedding.parameters():
-        torch.nn.init.normal_(value, std=0.3)
-    for block in (*sparse.controlnet_down_blocks, sparse.controlnet_mid_block):
-        torch.nn.init.normal_(block.weight, std=0.3)
-    sparse.save_pretrained(folder / "sparse")
-    return {name: folder / name for name in ("motion", "sparse")}
+    pixels: dict[str, Any] = {
+        "conditioning_channels": 3,
+        "use_simplified_condition_embedding": False,
+        "conditioning_embedding_out_channels": (4, 4, 8, 8),
+    }
+    for name, settings in {"sparse": {}, "scribble": pixels}.items():
+        sparse: Any = build_sparsectrl(model.denoiser, motion_max_seq_length=6, **settings)
+        for value in sparse.controlnet_cond_embedding.parameters():
+            torch.nn.init.normal_(value, std=0.3)
+        for block in (*sparse.controlnet_down_blocks, sparse.controlnet_mid_block):
+            torch.nn.init.normal_(block.weight, std=0.3)
+        sparse.save_pretrained(folder / name)
+    return {name: folder / name for name in ("motion", "sparse", "scribble")}
 
 
 def tell(tiny_folder: Path, networks: dict[str, Path], out: Path, *words: str | Path) -> Any:
@@ -203,6 +219,154 @@ def test_pictures_without_a_place_are_spread_from_the_first_frame_to_the_last() 
     assert place_frames((-1, 2), 2, 16) == [15, 2]
     with pytest.raises(UserError, match="Two pictures are at one frame"):
         place_frames((3, -1), 2, 4)
+
+
+def draw_maps(folder: Path, *names: str, size: tuple[int, int] = (64, 64)) -> Path:
+    """White bars on black, each at another place."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        image = Image.new("RGB", size)
+        image.paste((255, 255, 255), (8 * number + 6, 10, 8 * number + 10, 50))
+        image.save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "network"), [("sketch", "scribble"), ("rgb", "sparse")])
+def test_maps_of_some_frames_hold_as_in_diffusers_pipeline(
+    kind: str,
+    network: str,
+    tiny_folder: Path,
+    networks: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maps = draw_maps(tmp_path / "maps", "bar_0003.png", "bar_0001.png")
+    asked = ClipOptions(
+        prompts=("a dog",),
+        frames=4,
+        motion=str(networks["motion"]),
+        condition=(f"{kind}={maps}",),
+        sparsectrl=str(networks[network]),
+        sparsectrl_scale=0.7,
+    )
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    set_in_motion(model, Moves(asked.motion))
+    dense, sparse = split_controls(asked)
+    (condition,) = open_sparse_condition(model, sparse, asked)
+    assert dense == () and condition.facts["frames"] == [1, 3] and len(condition.maps) == 4
+    (ours,) = sample_latents(
+        model,
+        [Request("a dog", (0, 0))],
+        steps=2,
+        guidance=3.0,
+        seed=0,
+        frames=Frames(4),
+        controls=(condition.control,),
+    )
+    pipeline = AnimateDiffSparseControlNetPipeline.from_pretrained(
+        tiny_folder,
+        motion_adapter=MotionAdapter.from_pretrained(networks["motion"]),
+        controlnet=SparseControlNetModel.from_pretrained(networks[network]),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    # diffusers draws the latents of the given frames at random; here they are the posterior's mean
+    monkeypatch.setattr(
+        pipeline_animatediff_sparsectrl, "retrieve_latents", lambda encoded: encoded.latent_dist.mode()
+    )
+    theirs = pipeline(
+        "a dog",
+        latents=initial_noise(model, 0, 0, 0, frames=Frames(4))[None],
+        num_frames=4,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        conditioning_frames=[Image.open(maps / f"bar_000{number}.png") for number in (1, 3)],
+        controlnet_frame_indices=[1, 3],
+        controlnet_conditioning_scale=0.7,
+        output_type="latent",
+    ).frames
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_maps_of_some_frames_stand_in_the_record_beside_maps_of_all(
+    tiny_folder: Path, networks: dict[str, Path], tmp_path: Path
+) -> None:
+    some = draw_maps(tmp_path / "some", "0.png", "2.png")
+    every = draw_maps(tmp_path / "every", *(f"{number}.png" for number in range(4)))
+    controlnet(tiny_unet(), tmp_path / "net", 0)
+    both = (
+        "--condition",
+        f"sketch={some}",
+        "--condition",
+        f"lines={every}",
+        "--controlnet",
+        tmp_path / "net",
+    )
+    usual = ("--sparsectrl", networks["scribble"])
+    answer = tell(tiny_folder, networks, tmp_path / "both", *both, *usual)
+    assert answer.exit_code == 0, answer.exception
+    lines, sketch = read_json(tmp_path / "both" / "run.json")["conditions"]
+    assert (lines["kind"], sketch["kind"], sketch["frames"]) == ("lines", "sketch", [0, 2])
+    shown = read_film(tmp_path / "both" / "condition-1-sketch.webp").frames
+    assert [frame.getbbox() is not None for frame in shown] == [True, False, True, False]
+    off = tell(tiny_folder, networks, tmp_path / "off", *both[:2], *usual, "--sparsectrl-scale", "0")
+    plain = call(*("a dog", "--model", tiny_folder, "--motion", networks["motion"], "--frames", "4", "--steps", "2"),
+                 "--precision", "fp32", "--out", tmp_path / "plain")  # fmt: skip
+    assert off.exit_code == plain.exit_code == 0
+    frames = [
+        read_film(tmp_path / name / "p00-s00.webp").frames[1].tobytes() for name in ("off", "plain", "both")
+    ]
+    assert frames[0] == frames[1] != frames[2]
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "said"),
+    [
+        (("0.png", "4.png"), (), "4.png is of frame 4, and a clip of 4 frames has none of that number"),
+        ((), (), "holds no images"),
+        (("one.png",), (), "one.png has no number in its name"),
+        (("1.png", "a_01.png"), (), "are of one frame, 1"),
+        (("1.png", "wide.2.png"), (), "are of unlike size: 64 × 64 and 96 × 64 pixels"),
+        (("1.png",), ("--sparsectrl", "{sparse}"), "reads pictures (rgb=FOLDER)"),
+        (("1.png",), ("--condition", "rgb={maps}"), "here are 2 such"),
+        (("1.png",), ("--condition-scale", "0.5", "--sparsectrl-scale", "0.5"), "Give one of them"),
+        (("1.png",), ("--guess-mode",), "knows no guess mode"),
+        (("1.png",), ("--frames", "7"), "has positions for 6 frames, and 7"),
+        (("1.png",), ("--frames", "7", "--context-length", "6"), "draws them in windows"),
+        (("1.png",), ("--image", "{maps}/1.png"), "and here are both. Leave one out"),
+    ],
+)
+def test_maps_of_some_frames_that_cannot_be_read_are_said_and_nothing_is_written(
+    names: tuple[str, ...],
+    words: tuple[str, ...],
+    said: str,
+    tiny_folder: Path,
+    networks: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    maps = draw_maps(tmp_path / "maps", *names)
+    if any(name.startswith("wide") for name in names):
+        Image.new("RGB", (96, 64), "white").save(maps / "wide.2.png")
+    given = [word.format(maps=maps, sparse=networks["sparse"]) for word in words]
+    network = () if "--sparsectrl" in words else ("--sparsectrl", networks["scribble"])
+    answer = tell(tiny_folder, networks, tmp_path / "out", "--condition", f"sketch={maps}", *network, *given)
+    assert said in refusal(answer) and not (tmp_path / "out").exists()
+
+
+def test_pictures_at_frames_without_their_network_are_refused(
+    tiny_folder: Path, networks: dict[str, Path], tmp_path: Path
+) -> None:
+    maps = draw_maps(tmp_path / "maps", "0.png")
+    usual = ("a dog", "--model", tiny_folder, "--motion", networks["motion"], "--frames", "4")
+    assert "Name its network with --sparsectrl" in refusal(call(*usual, "--condition", f"rgb={maps}"))
+    assert "customize clip --sparsectrl" in refusal(
+        call(
+            *usual,
+            "--condition",
+            f"sketch={maps}",
+            "--controlnet",
+            controlnet(tiny_unet(), tmp_path / "net", 0),
+        )
+    )
 
 
 LAYERS = (  # of Stable Video Diffusion's network: over space, over time, between the blocks
