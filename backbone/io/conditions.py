@@ -206,10 +206,16 @@ def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
         raise UserError(f"--condition {said} names no map. Give KIND=MAP.png, as in sketch=drawing.png.")
     elif kind not in kinds:
         raise UserError(f"There is no condition {kind}. Choose one of {', '.join(kinds)}.")
+    if path == AUTO and kind == RGB:
+        raise UserError(f"--condition {said} names no pictures. Give rgb=FOLDER.")
     if path == AUTO:
         return AskedMap(kind, "", AUTO)
     for how in (AUTO, INVERTED):
         if path.endswith(f":{how}"):
+            if how == AUTO and kind == RGB:
+                raise UserError(
+                    f"--condition {said} are pictures, which are read as they are. Leave :auto out."
+                )
             if how == INVERTED and kind not in (*INVERTIBLE, ANY):
                 raise UserError(
                     f"--condition {said} turns the colours of {kind} round, so that they say something else. Leave "

@@ -102,7 +102,7 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
     """
     if not Path(path).expanduser().is_dir():
         raise UserError(
-            f"There is no folder {path}. SparseCtrl takes one whose files are named by their frames, as 0000.png."
+            f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png."
         )
     found: dict[int, Path] = {}
     for record in list_images(path):

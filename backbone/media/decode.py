@@ -70,7 +70,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     """Open an image file; `BadImageError` for one that cannot be opened."""
     try:
         if path.is_dir():
-            raise BadImageError(str(path), "is a folder with a picture's name")
+            raise BadImageError(str(path), "is a folder, not a picture")
         file = path.open("rb")
     except FileNotFoundError as error:
         near = nearest_path(path)

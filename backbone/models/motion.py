@@ -129,7 +129,11 @@ def _read_original(path: Path) -> MotionAdapter:
     names = {name: rename_original(name) for name in header.shapes}
     factor = next((name for name in names if "lora" in name), None)
     if factor is not None:
-        raise UserError(f"{path} is a LoRA ({factor} …), not a motion adapter. Give it with --lora.")
+        moves = any("motion_modules" in name for name in names.values())
+        remedy = "Give it with --lora." if moves else "Make a run of it with customize import, for --concept."
+        raise UserError(
+            f"{path} is a LoRA{'' if moves else ' of pictures'} ({factor} …), not a motion adapter. {remedy}"
+        )
     layers = {new: header.shapes[old] for old, new in names.items() if ".motion_modules." in new}
     if not layers or len(layers) != len(names):
         foreign = next((old for old, new in names.items() if new not in layers), "nothing")

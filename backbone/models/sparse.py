@@ -151,7 +151,9 @@ def _load(model: Backbone, name: str) -> nn.Module:
     location = Location(name, str(path.parent), {})
     said = location.config(path.name).get("_class_name", "")
     if said != SparseControlNetModel.__name__:
-        raise UserError(f"{name} is a {said or 'network of unknown kind'}, and a SparseCtrl is needed.")
+        raise UserError(
+            f"{name} is a {said or 'network of unknown kind'}, and a SparseCtrl is needed. Name one with --sparsectrl."
+        )
     return load_network(SparseControlNetModel, location, path.name, model.dtype)
 
 

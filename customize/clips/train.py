@@ -74,7 +74,8 @@ def list_films(folder: str) -> list[Captioned]:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"There is no folder {folder}. Name one that holds clips.")
+        what = f"{folder} is a file" if path.is_file() else f"There is no folder {folder}"
+        raise UserError(f"{what}. Name a folder that holds clips.")
     inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
     stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]

@@ -60,7 +60,7 @@ def perform_clip(
     Raises `UserError` for every mistake of the wishes, before the folder is taken.
     """
     began = time.perf_counter()
-    loaded = load_in_motion(asked, concepts)
+    loaded = load_in_motion(asked, concepts, film)
     layout = open_clip_layout(loaded.model, film, asked.controls)
     usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, usual) as folder:
@@ -84,8 +84,11 @@ def perform_clip(
     return folder
 
 
-def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConcepts:
-    """The model with its concepts and, where one is named, a motion adapter."""
+def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> ModelWithConcepts:
+    """The model with its concepts and, where one is named, a motion adapter.
+
+    Raises `UserError` for an adapter that does not fit the model, or has no positions for so many frames.
+    """
     if not asked.motion:
         return load_model(
             model=asked.model,
@@ -101,7 +104,12 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str]) -> ModelWithConc
     read = tuple(read_concept(folder) for folder in concepts)
     name = asked.model or (read[0].model if read else "moji")
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
+    motion = set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
+    if motion is not None and len(film.frames) > motion.longest:
+        raise UserError(
+            f"{asked.motion} has positions for {motion.longest} frames, and {film.name} has {len(film.frames)}. Cut "
+            "the clip, or leave --motion out: attention alone links any number."
+        )
     return ModelWithConcepts(model, read, asked.scale)
 
 

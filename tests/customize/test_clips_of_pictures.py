@@ -330,6 +330,8 @@ def test_maps_of_some_frames_stand_in_the_record_beside_maps_of_all(
         (("1.png",), ("--condition", "rgb={maps}"), "here are 2 such"),
         (("1.png",), ("--condition-scale", "0.5", "--sparsectrl-scale", "0.5"), "Give one of them"),
         (("1.png",), ("--guess-mode",), "knows no guess mode"),
+        (("1.png",), ("--condition", "rgb=auto"), "names no pictures. Give rgb=FOLDER"),
+        (("1.png",), ("--condition", "rgb={maps}:auto"), "Leave :auto out"),
         (("1.png",), ("--frames", "7"), "has positions for 6 frames, and 7"),
         (("1.png",), ("--frames", "7", "--context-length", "6"), "draws them in windows"),
         (("1.png",), ("--image", "{maps}/1.png"), "and here are both. Leave one out"),

@@ -238,7 +238,7 @@ def test_what_is_no_motion_adapter_for_this_model_is_said_with_its_numbers(
     assert "without config.json" in refused(lambda: read_motion_adapter(str(tiny_folder)))
     assert "is a UNet2DConditionModel" in refused(lambda: read_motion_adapter(str(tiny_folder / "unet")))
     write_tensors(tmp_path / "lora.safetensors", {"unet.down_blocks.0.lora_A.weight": torch.ones(2, 2)})
-    assert "--lora" in refused(lambda: read_motion_adapter(str(tmp_path / "lora.safetensors")))
+    assert "customize import" in refused(lambda: read_motion_adapter(str(tmp_path / "lora.safetensors")))
     write_tensors(
         tmp_path / "cut.safetensors", {"down_blocks.0.motion_modules.0.proj_in.weight": torch.ones(16, 16)}
     )

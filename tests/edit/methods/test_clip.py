@@ -226,6 +226,7 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
         (("{clip}", "--target", "a cat", "--target", "a dog"), "Without --source one clip"),
         (("{clip}", "--target", "a cat", "--condition", "sketch={still}"), "nothing reads sketch maps"),
         (("{clip}", "--target", "a cat", "--motion", "nowhere"), "no motion adapter nowhere"),
+        (("{clip}", "--target", "a cat", "--motion", "{short}"), "has positions for 2 frames, and"),
     ],
 )
 def test_what_is_no_clip_or_has_no_effect_is_said(
@@ -237,7 +238,9 @@ def test_what_is_no_clip_or_has_no_effect_is_said(
     (tmp_path / "unlike").mkdir()
     for number, frame in enumerate((film.frames[0], film.frames[1].resize((32, 64)))):
         frame.save(tmp_path / "unlike" / f"{number}.png")
+    tiny_motion_adapter(motion_max_seq_length=2).save_pretrained(tmp_path / "short")
     names = {"clip": "clip.webp", "still": "still.png", "unlike": "unlike", "text": "text.gif"}
+    names["short"] = "short"
     places = {name: tmp_path / place for name, place in names.items()}
     out = tmp_path / "out"
     answer = call(*(word.format(**places) for word in words), "--model", tiny_folder, "--out", out)
