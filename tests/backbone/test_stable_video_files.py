@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
 from backbone.families.location import Location
@@ -15,8 +16,6 @@ from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.stable_video.checkpoint import (
     PICTURE,
     TOWER,
-    AutoencoderKLTemporalDecoder,
-    UNetSpatioTemporalConditionModel,
     build,
     name_coder_layers,
     name_unet_layers,

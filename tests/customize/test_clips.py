@@ -370,7 +370,7 @@ def test_a_whole_adapter_that_was_stopped_goes_on_to_the_same_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ("--motion", adapter, "--checkpointing-steps", "1", *more)
+    words: tuple[str | Path, ...] = ("--motion", adapter, "--checkpointing-steps", "1", *more)
     assert learn_whole(tiny_folder, walks, tmp_path / "whole", *words).exit_code == 0
     plain = MotionLearning.losses
 
@@ -409,10 +409,12 @@ def test_computing_again_in_the_backward_pass_gives_the_same_gradients(
         for loss in learning.losses(0):
             loss.backward()
         found.append({name: value.grad for name, value in learning.parameters.items()})
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, atol=1e-6, rtol=1e-4)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
     assert any(
-        value is not None and value.any() for name, value in found[0].items() if "motion_modules" in name
+        gradient is not None and gradient.any()
+        for name, gradient in found[0].items()
+        if "motion_modules" in name
     )
 
 

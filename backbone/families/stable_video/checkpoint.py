@@ -133,7 +133,7 @@ def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
     if f"{prefix}quant_conv.weight" in held:
         return fill(network, location, "vae", stored, dtype)
     channels = 2 * int(cast(Any, network).config.latent_channels)
-    cast(Any, network).quant_conv = quant = nn.Conv2d(channels, channels, 1, dtype=dtype)
+    cast(Any, network).quant_conv = quant = cast(Any, nn.Conv2d)(channels, channels, 1, dtype=dtype)
     nn.init.dirac_(quant.weight)  # the encoder's last layer has it in itself
     nn.init.zeros_(quant.bias)
     return fill(network, location, "vae", {k: v for k, v in stored.items() if "quant_conv" not in k}, dtype)
@@ -142,9 +142,8 @@ def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
 def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
     """CLIP's tower with its projection, from OpenCLIP's tensors."""
     with refuse_damaged(location.name, "image_encoder"), init_empty_weights():
-        model = CLIPVisionModelWithProjection(
-            CLIPVisionConfig.from_dict(location.config("image_encoder"))  # type: ignore[no-untyped-call]
-        )
+        config = CLIPVisionConfig.from_dict(location.config("image_encoder"))
+        model: nn.Module = CLIPVisionModelWithProjection(config)
     tensors, _ = read_tensors(location.source, prefix=TOWER)
     projection = tensors.pop(f"{TOWER}proj", torch.empty(0, 0))
     named = {rename(name, TOWER_NAMES): value for name, value in convert_openclip(tensors, TOWER).items()}
