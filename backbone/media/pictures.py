@@ -108,17 +108,17 @@ class DatasetRow:
             stored, name = value.get("bytes"), value.get("path")
             value = stored
             if stored is None and isinstance(name, str) and name:
-                value = self.read_file(name, where)
+                value = self._file(name, where).read_bytes()
         if not isinstance(value, bytes):
             raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
         return value
 
-    def read_file(self, name: str, where: str) -> bytes:
+    def _file(self, name: str, where: str) -> Path:
         """A file that a row names: one beside the table, or one that `datasets` itself has fetched."""
         plain = Path(os.path.normpath(name))
         if self.fetched is not None and "\0" not in name and plain.is_relative_to(self.fetched):
-            return plain.read_bytes()
-        return inside(self.folder, name, where).read_bytes()
+            return plain
+        return inside(self.folder, name, where)
 
 
 def list_images(

@@ -83,7 +83,8 @@ class Stream:
         at = first
         try:
             for row in table.skip(first) if first else table:
-                yield {new: _value(row, old) for old, new in self.names.items()}
+                values = {new: _value(row, old) for old, new in self.names.items()}
+                yield values | {name: self._fetch(values[name]) for name in self.pictures}
                 at += 1
         except unreadable() as error:
             raise UserError(
@@ -98,23 +99,19 @@ class Stream:
     def picture(self, row: Mapping[str, Any], column: str, shard: int, number: int) -> ImageRecord:
         """The image in a column of the row of this number; it needs nothing of the stream any more."""
         path = Path(self.source) / f"{shard:05d}-{number:06d}-{column}"
-        held = StreamedRow({number: {column: row[column]}}, column, number, source=self.source)
-        return ImageRecord(path, row=held)
+        value = row[column]
+        stored = value.get("bytes") if isinstance(value, Mapping) else value  # a path may name anything
+        return ImageRecord(path, row=DatasetRow({number: {column: stored}}, column, number))
 
-
-@dataclass(frozen=True)
-class StreamedRow(DatasetRow):
-    """A row that has come: its bytes, or the name of a file in the dataset's own repository."""
-
-    source: str = field(default="", kw_only=True)
-
-    def read_file(self, name: str, where: str) -> bytes:
-        if f"hf://datasets/{self.source}@" not in name:
-            raise UserError(f"{where} names {name}, which is no file of {self.source}. Remove the row.")
+    def _fetch(self, value: Any) -> Any:
+        """An image's value with its bytes, where it names a file of the dataset's own repository instead."""
+        name = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
+        if not isinstance(name, str) or f"hf://datasets/{self.source}@" not in name:
+            return value
         from datasets.utils.file_utils import xopen
 
         with xopen(name, "rb") as file:
-            return bytes(file.read())
+            return {"bytes": file.read()}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ There is no hub here: the one place where a name becomes a dataset gives local s
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from backbone.training.prepared import Cuts
 from backbone.training.sources import Streamed
 from customize.data.prepared import PreparedImages
 from customize.training.prepare import prepare_images
+from tests.align.conftest import encoded
 from tests.commands import run_here
 from tests.shards import served, write_parquet, write_tar
 
@@ -189,6 +191,43 @@ def test_a_shard_that_breaks_off_is_one_sentence_and_what_came_before_is_kept(
     read.clear()
     assert len(streamed(tiny_folder, tmp_path / "out").pictures) == sum(SIZES)
     assert read[0][0] == 1 and read[0][1] > 0
+
+
+def test_a_row_may_name_a_file_of_its_own_repository_and_no_other(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from datasets.utils import file_utils
+
+    own = f"hf://datasets/{NAME}@commit-1/dog.png"
+    (tmp_path / "here.png").write_bytes(encoded(1))
+    names = [
+        own,
+        str(tmp_path / "here.png"),
+        "here.png",
+        "hf://datasets/somebody/dogs-of-others@main/dog.png",
+    ]
+    features = datasets.Features({"image": datasets.Image()})
+    rows = [{"image": {"bytes": None, "path": name}} for name in names]
+    table = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(streams, "from_hub", lambda named: (table, "commit-1"))
+    monkeypatch.setattr(
+        file_utils, "xopen", lambda name, mode: io.BytesIO(encoded(0)) if name == own else None
+    )
+    with pytest.raises(
+        UserError, match=r"3 of 4 images cannot be used(.|\n)*Row 1 has no image in its column"
+    ):
+        streamed(tiny_folder, tmp_path / "out")
+    (found,) = streamed(tiny_folder, tmp_path / "out", skip_bad=True).pictures
+    assert found.read() == encoded(0)
+
+    def lost(name: str, mode: str) -> None:
+        raise ConnectionError("the hub went away")
+
+    monkeypatch.setattr(file_utils, "xopen", lost)
+    with pytest.raises(UserError, match=r"row 0 of shard 0 .* \(the hub went away\)"):  # it is no bad row
+        streamed(tiny_folder, tmp_path / "other", skip_bad=True)
 
 
 def test_going_on_reads_the_commit_that_it_was_begun_with_and_another_dataset_is_refused(
