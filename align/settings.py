@@ -361,11 +361,7 @@ class PreparePairs(PrepareOptions, JsonOptions):
 
     pairs: Annotated[str, Option(SOURCE_HELP, DATA, argument=True, metavar="PAIRS")]
     user: Annotated[str, Option("Only this person's choices.", DATA, default_text="everybody's")] = ""
-    limit: Annotated[
-        int,
-        Option("Only the first so many rows; a dataset is then streamed.", DATA, default_text="all", min=1),
-    ] = 0
-    split: Annotated[str, Option("Of a dataset on the hub.", DATA)] = "train"
+    limit: Annotated[int, Option("Only the first so many rows.", DATA, default_text="all", min=1)] = 0
     any_model: Annotated[bool, Option("Learn from images that another model drew.", DATA)] = False
     random_crop: Annotated[
         int,

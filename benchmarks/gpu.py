@@ -3,6 +3,8 @@
     python -m benchmarks.gpu --minutes 8 --out build/benchmarks/gpu
     python -m benchmarks.gpu --tiny --device cpu             every row in small, in seconds: does it run?
 
+Nothing is compiled there, which would take most of the time, unless `--backend` names one.
+
 No network and no file of weights: models of the true shapes get random weights on the device
 (`benchmarks.speed.on_device`). Rows run in the order of their importance until the minutes are over; each is written
 when it is done, with what was compared beside what was timed, and a second call goes on with the rows that are missing.
@@ -105,7 +107,8 @@ class Bench:
     def parts(self, shape: str) -> Parts:
         """A model of this shape; the one before is let go."""
         if self.built is None or self.built[0] != shape:
-            self.free()
+            if self.built is not None:
+                self.free()
             folder = write_configs(shape, self.out / "configs" / shape, tiny=self.tiny)
             resolution = 512 if shape == "flux" and not self.tiny else 0  # as diffusers' script has it
             self.built = (
@@ -170,15 +173,18 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="Networks as small as they get.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     backend: Annotated[
-        str, typer.Option(help="Of torch.compile; none: blocks run as they are.")
-    ] = "inductor",
+        str,
+        typer.Option(
+            help="Of torch.compile; none: blocks run as they are. Left out: inductor on a GPU, else none."
+        ),
+    ] = "",
     only: Annotated[list[str] | None, typer.Option(help="Rows whose key begins so; repeatable.")] = None,
 ) -> None:
     """Measures the rows that are missing, and writes the table."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no GPU here. Add --device cpu --tiny to see whether the rows run.")
     began = time.monotonic()
-    bench = Bench(device, tiny, out, backend)
+    bench = Bench(device, tiny, out, backend or ("inductor" if device == "cuda" else "none"))
     use_tensor_cores(torch.device(device))
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(out / "cache")
@@ -292,10 +298,10 @@ def draw_samples(model: Backbone, steps: int = 10) -> list[Image.Image]:
     return list(sample(model, requests, steps=steps, guidance=4.0, seed=0))
 
 
-def draw_edit(model: Backbone, steps: int = 10) -> list[Image.Image]:
-    """An inversion and an edit of it."""
+def draw_edit(model: Backbone, steps: int = 10, targets: int = 2) -> list[Image.Image]:
+    """An inversion and an edit of it to each target."""
     inversion = invert(model, sample_image(model), SOURCE, steps=steps)
-    return replace_words(inversion, TARGETS[:2], ReplaceSettings(cross=0.5, self_attention=0.5)).images
+    return replace_words(inversion, TARGETS[:targets], ReplaceSettings(cross=0.5, self_attention=0.5)).images
 
 
 def parity_step(bench: Bench) -> Facts:
@@ -307,7 +313,7 @@ def parity_sample(bench: Bench) -> Facts:
 
 
 def parity_edit(bench: Bench) -> Facts:
-    return compare_pictures(bench, lambda model: draw_edit(model, 2 if bench.tiny else 10))
+    return compare_pictures(bench, lambda model: draw_edit(model, *((2, 1) if bench.tiny else (10, 2))))
 
 
 def count_waits(bench: Bench) -> Facts:

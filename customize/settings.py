@@ -589,7 +589,7 @@ class PrepareImages(PrepareOptions, JsonOptions):
         Option(
             "A folder of images, .parquet, .tar or a dataset's id.",
             DATA,
-            aliases=("instance-data-dir", "train-data-dir"),
+            aliases=("instance-data-dir", "train-data-dir", "dataset-name"),
             metavar="FOLDER",
         ),
     ]

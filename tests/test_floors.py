@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ ROOMS = {
 }
 
 Tree = dict[str, ast.Module]  # module name → source
+Imports = dict[str, set[str]]  # module name → what it imports
 
 
 def source_of(root: Path) -> Tree:
@@ -83,7 +85,7 @@ def imported(statement: ast.AST, tree: Tree) -> list[str]:
     return []
 
 
-def imports_of(tree: Tree) -> dict[str, set[str]]:
+def imports_of(tree: Tree) -> Imports:
     """For every module the modules that it names in any import: at the top, in functions, for types."""
     return {
         name: {target for statement in ast.walk(module) for target in imported(statement, tree)} - {name}
@@ -102,10 +104,10 @@ def on_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from on_import(child)
 
 
-def upward_between_packages(tree: Tree) -> list[str]:
+def upward_between_packages(imports: Imports) -> list[str]:
     """`module imports module` for every import from a lower package into a higher one, or beside it."""
     found = []
-    for name, targets in imports_of(tree).items():
+    for name, targets in imports.items():
         package = name.split(".")[0]
         for target in sorted(targets):
             top = target.split(".")[0]
@@ -130,14 +132,16 @@ def room_of(name: str) -> str:
     return ".".join(name.split(".")[1:2])
 
 
-def upward_between_rooms(tree: Tree, rooms: Mapping[str, tuple[tuple[str, ...], ...]] = ROOMS) -> list[str]:
+def upward_between_rooms(
+    imports: Imports, rooms: Mapping[str, tuple[tuple[str, ...], ...]] = ROOMS
+) -> list[str]:
     """`module imports module` for every import into a room of the same or a higher floor of a package."""
     floors = {
         package: {room: floor for floor, row in enumerate(rows) for room in row}
         for package, rows in rooms.items()
     }
     found = []
-    for name, targets in imports_of(tree).items():
+    for name, targets in imports.items():
         package, room = name.split(".")[0], room_of(name)
         if package not in floors or not room or room.startswith("__"):
             continue
@@ -150,11 +154,9 @@ def upward_between_rooms(tree: Tree, rooms: Mapping[str, tuple[tuple[str, ...], 
     return found
 
 
-def circles(tree: Tree) -> list[set[str]]:
+def circles(imports: Imports) -> list[set[str]]:
     """Sets of modules that reach each other by imports of any kind (Tarjan 1972)."""
-    edges = {
-        name: {target for target in targets if target in tree} for name, targets in imports_of(tree).items()
-    }
+    edges = {name: {target for target in targets if target in imports} for name, targets in imports.items()}
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -199,7 +201,23 @@ def heavy_on_import(start: str, tree: Tree) -> list[str]:
     return chains
 
 
-PROJECT = source_of(ROOT)
+@cache
+def project() -> Tree:
+    """This one."""
+    return source_of(ROOT)
+
+
+@cache
+def project_imports() -> Imports:
+    """Its imports."""
+    return imports_of(project())
+
+
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("cli.py")
+)
 
 
 def written(folder: Path, files: Mapping[str, str]) -> Tree:
@@ -211,26 +229,26 @@ def written(folder: Path, files: Mapping[str, str]) -> Tree:
 
 
 def test_packages_import_downwards_only() -> None:
-    assert upward_between_packages(PROJECT) == []
+    assert upward_between_packages(project_imports()) == []
 
 
 def test_rooms_import_downwards_only() -> None:
-    assert upward_between_rooms(PROJECT) == []
+    assert upward_between_rooms(project_imports()) == []
 
 
 def test_the_table_of_floors_names_every_room_and_no_other() -> None:
     for package, rows in ROOMS.items():
-        rooms = {room_of(name) for name in PROJECT if name.startswith(f"{package}.")}
+        rooms = {room_of(name) for name in project() if name.startswith(f"{package}.")}
         assert {room for room in rooms if not room.startswith("__")} == {room for row in rows for room in row}
 
 
 def test_no_imports_run_in_a_circle() -> None:
-    assert circles(PROJECT) == []
+    assert circles(project_imports()) == []
 
 
-@pytest.mark.parametrize("name", sorted(name for name in PROJECT if name.endswith(".cli")))
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_answers_without_the_heavy_libraries(name: str) -> None:
-    assert heavy_on_import(name, PROJECT) == []
+    assert heavy_on_import(name, project()) == []
 
 
 @pytest.mark.parametrize(
@@ -255,7 +273,7 @@ def test_help_answers_without_the_heavy_libraries(name: str) -> None:
 def test_an_import_of_a_higher_package_is_named(
     tmp_path: Path, where: str, line: str, complaint: str
 ) -> None:
-    assert upward_between_packages(written(tmp_path, {where: line})) == [complaint]
+    assert upward_between_packages(imports_of(written(tmp_path, {where: line}))) == [complaint]
 
 
 def test_what_the_floors_allow_is_not_complained_about(tmp_path: Path) -> None:
@@ -271,14 +289,14 @@ def test_what_the_floors_allow_is_not_complained_about(tmp_path: Path) -> None:
             "recipes/small.py": "from benchmarks import pie",
         },
     )
-    assert upward_between_packages(tree) == []
+    assert upward_between_packages(imports_of(tree)) == []
 
 
 @pytest.mark.parametrize("line", ["import edit.high", "def f() -> None:\n    from edit.high import x"])
 def test_an_import_of_a_higher_room_is_named(tmp_path: Path, line: str) -> None:
     tree = written(tmp_path, {"edit/low/page.py": line, "edit/high.py": "from edit.low.page import x"})
     rooms = {"edit": (("low",), ("high",))}
-    assert upward_between_rooms(tree, rooms) == ["edit.low.page imports edit.high"]
+    assert upward_between_rooms(imports_of(tree), rooms) == ["edit.low.page imports edit.high"]
 
 
 def test_circles_are_found_through_functions_and_types(tmp_path: Path) -> None:
@@ -294,7 +312,7 @@ def test_circles_are_found_through_functions_and_types(tmp_path: Path) -> None:
             "edit/apart.py": "import edit.one",
         },
     )
-    assert circles(tree) == [{"edit.one", "edit.two", "edit.three"}]
+    assert circles(imports_of(tree)) == [{"edit.one", "edit.two", "edit.three"}]
 
 
 def test_a_heavy_import_is_found_through_others_and_only_where_it_runs(tmp_path: Path) -> None:

@@ -173,6 +173,9 @@ class PreferenceTraining(Objective):
             finally:
                 self.model.denoiser.eval()
 
+    def rest(self) -> None:
+        self.batches.close()
+
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of a step's micro-batches.
 

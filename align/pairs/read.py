@@ -15,8 +15,8 @@ nothing is ever written into a source.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import inside, parse_json
 from backbone.io.run_folder import is_prepared
-from backbone.media.pictures import DatasetRow, ImageRecord, list_images
+from backbone.media.pictures import DatasetRow, ImageRecord, could_be_dataset, list_images
+from backbone.media.stream import Stream
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
@@ -51,7 +52,7 @@ def read_preferences(
         preferences = _read_folder(path, limit)
     elif path.is_file():
         preferences = _read_file(path, limit)
-    elif re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)) and not path.parent.exists():
+    elif could_be_dataset(str(source)):
         preferences = _read_table(load_hub_table(str(source), split or "train", limit), str(source), limit)
     else:
         raise UserError(
@@ -226,10 +227,8 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
 # Tables -----------------------------------------------------------------------------------------------------
 
 
-def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
-    names = table.column_names
-    image_columns = {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"}
-    pictures = {name for name in names if name in image_columns}
+def _picture_columns(names: Sequence[str], source: str) -> set[str]:
+    """The columns of a table that hold pictures; `UserError` where the columns are no pairs'."""
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
     required = (
         {"jpg_0", "jpg_1", "label_0"},
@@ -242,6 +241,12 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
             f"{source} has the columns {', '.join(names)}. Pairs need caption with jpg_0, jpg_1, label_0 (Pick-a-Pic), "
             "prompt with chosen and rejected, or prompt with image and label."
         )
+    return {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"} & set(names)
+
+
+def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
+    names = table.column_names
+    pictures = _picture_columns(names, source)
     preferences = Preferences(source)
     other_columns = [name for name in names if name not in pictures]
     for index, row in enumerate(table.values(other_columns)):
@@ -259,6 +264,37 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
     return preferences
 
 
+@dataclass(frozen=True)
+class PairStream:
+    """The preferences of a dataset that is streamed, of one `user` or of all."""
+
+    stream: Stream
+    pictures: Set[str]
+    user: str | None
+
+    def read(self, row: Mapping[str, Any], shard: int, number: int) -> Record | str | None:
+        """A row's record, or the problem with it; None for one without a label, and one of another user."""
+
+        def to_picture(column: Any) -> ImageRecord:
+            return self.stream.picture(row, str(column), shard, number)
+
+        named = {**row, **{name: name for name in self.pictures}}
+        record = _read_row(named, self.stream.where(shard, number), to_picture)
+        if self.user is not None and not isinstance(record, str) and record and record.user != self.user:
+            return None
+        return record
+
+    def refuse_none(self, found: int) -> None:
+        """`UserError` where nothing was found of the user that was asked for."""
+        if self.user is not None and not found:
+            raise UserError(f"{self.stream.source} has no choices by {self.user}. Ask for another --user.")
+
+
+def stream_preferences(stream: Stream, *, user: str | None = None) -> PairStream:
+    """The preferences of a stream. `UserError` where its columns are no pairs'."""
+    return PairStream(stream, _picture_columns(stream.column_names, stream.source), user)
+
+
 # A row of any of them ---------------------------------------------------------------------------------------
 
 
@@ -269,32 +305,38 @@ def _add_row(
     to_picture: Callable[[Any], ImageRecord | None],
 ) -> None:
     """Add one row as a pair or a single image, or its problem; `to_picture` reads an image column."""
-    prompt = next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), "")
-    prompt = " ".join(prompt.split())
-    user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
-    if row.get("has_label") is False or row.get("are_different") is False:  # Pick-a-Pic's unlabelled rows
+    record = _read_row(row, where, to_picture)
+    if record is None:
         preferences.skipped += 1
-        return
-    columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
-    record: Record | str
-    try:
-        if columns is not None:
-            pictures = [to_picture(row[name]) for name in columns]
-            record = _labelled_pair(row, pictures, prompt, where, user)
-        elif "chosen" in row and "rejected" in row:
-            pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
-            record = _chosen_pair(row, pictures, prompt, where, user)
-        else:
-            column = next((name for name in ("image", "file_name") if name in row), None)
-            record = _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
-    except UserError as error:  # a name outside the folder
-        record = str(error)
-    if isinstance(record, str):
+    elif isinstance(record, str):
         preferences.problems.append(record)
     elif isinstance(record, Pair):
         preferences.pairs.append(record)
     else:
         preferences.singles.append(record)
+
+
+def _read_row(
+    row: Mapping[str, Any], where: str, to_picture: Callable[[Any], ImageRecord | None]
+) -> Record | str | None:
+    """One row as a pair or a single image, the problem with it, or None where it has no label."""
+    prompt = next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), "")
+    prompt = " ".join(prompt.split())
+    user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
+    if row.get("has_label") is False or row.get("are_different") is False:  # Pick-a-Pic's unlabelled rows
+        return None
+    columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
+    try:
+        if columns is not None:
+            pictures = [to_picture(row[name]) for name in columns]
+            return _labelled_pair(row, pictures, prompt, where, user)
+        if "chosen" in row and "rejected" in row:
+            pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
+            return _chosen_pair(row, pictures, prompt, where, user)
+        column = next((name for name in ("image", "file_name") if name in row), None)
+        return _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
+    except UserError as error:  # a name outside the folder
+        return str(error)
 
 
 def _labelled_pair(

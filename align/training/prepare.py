@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from align.objectives.dataset import crop_place
 from align.pairs.prepared import IMAGES, MIRRORED, Prepared
+from align.pairs.read import PairStream
 from align.pairs.records import (
     PROBLEMS_SHOWN,
     Pair,
@@ -55,13 +56,12 @@ from backbone.training.prepared import (
     RECORDS,
     Cuts,
     PreparedFacts,
-    chunks_left,
     finish,
     hold_prepared,
     list_bad,
     usable_rows,
-    write_shards,
 )
+from backbone.training.sources import Listed, Source, Streamed, write_shards
 
 NOTHING = "00" * 32  # the key in the place of a second image that a single one has not
 
@@ -70,28 +70,26 @@ NOTHING = "00" * 32  # the key in the place of a second image that a single one 
 class Plan:
     """How a source is prepared: which records, how their images are cut."""
 
-    records: Sequence[Record]
+    records: Source[Record | str]
     size: tuple[int, int]
     random_crop: int
     seed: int
 
-    def read(self, numbers: Sequence[int]) -> Chunk:
-        """The records of these numbers, their images decoded and cut."""
+    def read(self, chunk: Any) -> Chunk:
+        """The records of a chunk, their images decoded and cut."""
         pixels: dict[str, Tensor] = {}
-        rows = [self._row(number, pixels) for number in numbers]
+        rows = [self._row(number, record, pixels) for number, record in self.records.open(chunk)]
         images = torch.stack(list(pixels.values())) if pixels else torch.empty(0, 3, *self.size[::-1])
         return Chunk(rows, list(pixels), images)
 
-    def record(self, number: int) -> Record:
-        """A record, the better one of a pair first."""
-        record = self.records[number]
-        return record.ordered if isinstance(record, Pair) else record
-
-    def _row(self, number: int, pixels: dict[str, Tensor]) -> Row:
-        record = self.record(number)
+    def _row(self, number: int, record: Record | str, pixels: dict[str, Tensor]) -> Row:
+        if isinstance(record, str):  # what is wrong with a row that gives none
+            return Row(number, Said(), record)
+        record = record.ordered if isinstance(record, Pair) else record  # the better one first
         images, problems = open_record(record, at_least=max(self.size))
+        said = Said.of(record)
         if problems:
-            return Row(number, "; ".join(problems))
+            return Row(number, said, "; ".join(problems))
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
         places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
@@ -100,13 +98,32 @@ class Plan:
             for view, image in zip(place, images, strict=True):
                 if view.key not in pixels:
                     pixels[view.key] = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
-        return Row(number, "", key, hashes, [[view.key for view in place] for place in views])
+        return Row(number, said, "", key, hashes, [[view.key for view in place] for place in views])
+
+
+class Said(NamedTuple):
+    """What the source says of a record beside its images."""
+
+    label: float = 0.0
+    pair: bool = True
+    both_bad: bool = False
+    prompt: str = ""
+    user: str = ""
+    name: str = ""
+
+    @staticmethod
+    def of(record: Record) -> Said:
+        """What it says of this one."""
+        if isinstance(record, Pair):
+            return Said(record.label, True, record.both_bad, record.prompt, record.user, record.name)
+        return Said(float(record.good), False, False, record.prompt, record.user, record.name)
 
 
 class Row(NamedTuple):
     """What was seen of a record: what is wrong with it, or its keys and those of its images at each place."""
 
     number: int
+    said: Said
     problem: str
     key: str = NOTHING
     hashes: Sequence[str] = ()
@@ -122,7 +139,7 @@ class Chunk(NamedTuple):
 
 
 def prepare_pairs(
-    found: Preferences,
+    found: Preferences | PairStream,
     model: Backbone,
     out: Path,
     *,
@@ -134,35 +151,45 @@ def prepare_pairs(
 ) -> Prepared:
     """Prepares the records of a source for a model in the folder `out`, or goes on with it; gives what is there then.
 
-    `rows` says which rows of the source were read, which going on must say again. Raises `UserError` for records that
-    cannot be used, all of them counted, unless `skip_bad`; for a folder that is another preparation's, or another
-    process's.
+    A dataset of the hub is a stream, of which each process reads its share of the shards and keeps none. `rows` says
+    which rows of the source were read, which going on must say again. Raises `UserError` for records that cannot be
+    used, all of them counted, unless `skip_bad`; for a folder that is another preparation's, or another process's.
     """
-    if not any_model:
+    source, known, records = _open_source(found, out)
+    if isinstance(found, Preferences) and not any_model:
         refuse_another_model(found, model.location.name, model.fingerprint)
-    records = found.records
+    count = records.count + len(known) if records.count else 0
     facts = PreparedFacts(
-        "pairs", found.source, model.location.name, model.resolution, len(records) + len(found.problems),
-        encoder=encoder_facts(model), rows=dict(rows or {}), **asdict(cuts),
+        "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),
+        dataset=records.facts, rows=dict(rows or {}), **asdict(cuts),
     )  # fmt: skip
     plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
     with hold_prepared(out, facts):
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
-        bad = [*found.problems, *list_bad(table)]
+        bad = [*known, *list_bad(table)]
         if bad and not skip_bad:
-            shown = format_problems(found.source, facts.records, bad[:PROBLEMS_SHOWN], found=len(bad))
+            shown = format_problems(source, facts.records or len(table), bad[:PROBLEMS_SHOWN], found=len(bad))
             raise UserError(
                 f"{shown}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
             )
-        _refuse_useless(table, found)
+        if isinstance(found, PairStream):
+            found.refuse_none(len(table))
+        _refuse_useless(table, source, records.passed_over)
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")
         if processes.is_main_process():
-            finish(out, replace(facts, bad=len(bad), finished=True))
+            finish(out, replace(facts, bad=len(bad)))
         processes.barrier()
     return Prepared(out)
+
+
+def _open_source(found: Preferences | PairStream, out: Path) -> tuple[str, list[str], Source[Record | str]]:
+    """A source's name, what is known to be wrong with it, and its records."""
+    if isinstance(found, Preferences):
+        return found.source, found.problems, Listed(found.records, found.skipped)
+    return found.stream.source, [], Streamed(found, out)
 
 
 def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
@@ -174,15 +201,17 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     }
     table = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
-    own = chunks_left(_finished_numbers(table, images), len(plan.records), length, out)
+    own = plan.records.chunks(_finished_numbers(table, images), length, out)
     writers, written = {mirrored: ShardWriter(one) for mirrored, one in images.items()}, ShardWriter(table)
-    with progress(sum(map(len, own)), "preparing") as bar:
+    with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
         for chunk in work_ahead(plan.read, own, workers=workers):
             _add_images(model, chunk, writers)
-            written.add(_columns(chunk.rows, plan))
-            write_shards([*writers.values()], written, due=True)
+            if chunk.rows:
+                written.add(_columns(chunk.rows, plan.random_crop))
+            plan.records.took()
+            write_shards([*writers.values()], written, plan.records, due=True)
             bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
-    write_shards([*writers.values()], written)
+    write_shards([*writers.values()], written, plan.records)
     processes.barrier()
 
 
@@ -215,9 +244,9 @@ def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter])
         )
 
 
-def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:
+def _columns(rows: Sequence[Row], random_crop: int) -> dict[str, Tensor | list[str]]:
     """The rows of the table of records."""
-    size = 1 + plan.random_crop
+    size = 1 + random_crop
 
     def keys(of_row: Iterator[Sequence[str]] | Sequence[Sequence[str]], *shape: int) -> Tensor:
         flat = [key for row in of_row for key in row]
@@ -225,10 +254,9 @@ def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:
 
     two = [(NOTHING, NOTHING)]
     views = [[[*place, NOTHING][:2] for place in row.views] or two * size for row in rows]
-    records = [plan.record(row.number) for row in rows]
+    said = [row.said for row in rows]
     alone = [
-        [*(record_key(record.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2]
-        for record, row in zip(records, rows, strict=True)
+        [*(record_key(row.said.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2] for row in rows
     ]
     columns: dict[str, Tensor | list[str]] = {
         KEY: keys([[content_hash(f"{row.number}/{row.key}".encode())] for row in rows]),
@@ -236,28 +264,26 @@ def _columns(rows: Sequence[Row], plan: Plan) -> dict[str, Tensor | list[str]]:
         "content": keys([[row.key] for row in rows]),
         "contents": keys(alone, 2),
         "images": keys([place[0] for place in views], 2),
-        "label": torch.tensor([one.label if isinstance(one, Pair) else float(one.good) for one in records]),
-        "pair": torch.tensor([isinstance(one, Pair) for one in records]),
-        "both_bad": torch.tensor([isinstance(one, Pair) and one.both_bad for one in records]),
+        "label": torch.tensor([one.label for one in said]),
+        "pair": torch.tensor([one.pair for one in said]),
+        "both_bad": torch.tensor([one.both_bad for one in said]),
         "bad": torch.tensor([bool(row.problem) for row in rows]),
-        "prompt": [one.prompt for one in records],
-        "user": [one.user for one in records],
-        "name": [one.name for one in records],
+        "prompt": [one.prompt for one in said],
+        "user": [one.user for one in said],
+        "name": [one.name for one in said],
         "problem": [row.problem for row in rows],
     }
-    if plan.random_crop:
-        columns["cuts"] = keys(
-            [[key for place in row[1:] for key in place] for row in views], plan.random_crop, 2
-        )
+    if random_crop:
+        columns["cuts"] = keys([[key for place in row[1:] for key in place] for row in views], random_crop, 2)
     return columns
 
 
-def _refuse_useless(table: Table, found: Preferences) -> None:
+def _refuse_useless(table: Table, source: str, waiting: int) -> None:
     """`UserError` where nothing is left to learn from."""
     rows = usable_rows(table) if len(table) else np.zeros(0, np.int64)
     label = table.numbers("label")[rows] if len(rows) else np.zeros(0)
     pair = table.numbers("pair")[rows].astype(bool) if len(rows) else np.zeros(0, bool)
     counts = (int(pair.sum()), int((label[pair] == 0.5).sum()), int((~pair).sum()))
     good = int((label[~pair] > 0).sum())
-    for problem in general_problems(found.source, *counts, good, waiting=found.skipped):
+    for problem in general_problems(source, *counts, good, waiting=waiting):
         raise UserError(problem)

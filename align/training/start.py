@@ -92,11 +92,18 @@ def start_preparing(asked: PreparePairs) -> Prepared:
 
     Raises `UserError` for a source that cannot be read before torch is imported.
     """
-    from align.pairs.read import read_preferences
+    from align.pairs.read import PairStream, read_preferences, stream_preferences
+    from align.pairs.records import Preferences
+    from backbone.media.stream import Named, find_stream
 
     user, limit = asked.user or None, asked.limit or None
-    split = None if asked.split == "train" else asked.split
-    found = read_preferences(asked.pairs, user=user, limit=limit, split=split)
+    named = Named(asked.pairs, asked.dataset_config_name, asked.split)
+    stream = find_stream(named, out=asked.out, limit=asked.limit)
+    found: Preferences | PairStream
+    if stream is None:
+        found = read_preferences(asked.pairs, user=user, limit=limit)
+    else:
+        found = stream_preferences(stream, user=user)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
@@ -113,7 +120,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
         any_model=asked.any_model,
         skip_bad=asked.skip_bad,
         workers=asked.num_proc,
-        rows={"user": user, "limit": limit, "split": split},
+        rows={"user": user, "limit": limit},
     )
     processes.end_process()
     return prepared

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -33,13 +33,13 @@ Moved = TypeVar("Moved", bound=Movable)
 
 
 def work_ahead(
-    work: Callable[[Item], Result], items: Sequence[Item], *, workers: int = 0, pin: bool = False
+    work: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 0, pin: bool = False
 ) -> Iterator[Result]:
     """`work` of every item, in order; `workers` processes stay two items ahead each, 0: here, when it is asked for.
 
-    A worker is a fork of this process, so `work` and the items may be anything; results are sent, so they are values. A
-    `UserError` of a worker is raised here. `pin` gives tensors in memory from which a GPU copies by itself. Raises
-    `UserError` for workers on a system that does not fork.
+    A worker is a fork of this process, so `work` may be anything; items, which may be made as they are asked for, and
+    results are sent, so they are values. A `UserError` of a worker is raised here. `pin` gives tensors in memory from
+    which a GPU copies by itself. Raises `UserError` for workers on a system that does not fork.
     """
     if not workers and not pin:
         yield from map(work, items)
@@ -49,7 +49,8 @@ def work_ahead(
             "This system starts no process as a copy of another, so nothing works ahead. Ask for 0."
         )
     loader: DataLoader[Any] = DataLoader(
-        _Work(work, items),
+        _Work(work),
+        sampler=items,
         batch_size=None,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # or it would take a number from everybody's
@@ -132,17 +133,14 @@ class _Failure:
 
 
 class _Work(Dataset[Any]):
-    """The items as torch's loader asks for them."""
+    """What torch's loader asks with an item in the place of an index."""
 
-    def __init__(self, work: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.work, self.items = work, items
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work = work
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, item: Any) -> Any:
         try:
-            return self.work(self.items[number])
+            return self.work(item)
         except UserError as error:
             return _Failure(str(error))
 

@@ -7,6 +7,7 @@ uses a `Family` through this protocol and never asks which one it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.noise import Estimate, Level, PredictionType, Schedule, guide
+from backbone.families.empty import without_first_values
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import Header
@@ -282,7 +284,7 @@ class ModuleSpec:
 
     def instantiate(self, device: str = "meta") -> nn.Module:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
-        with torch.device(device):
+        with torch.device(device), without_first_values() if device == "meta" else nullcontext():
             network = self.build()
         nn.Module.to(network, device, self.dtype)  # what was made by torch.Tensor is not there yet
         for name, module in network.named_modules() if self.in_fp32 else ():

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
+from backbone.families.empty import without_weights
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import Header, content_hash, read_json, read_tensors
@@ -93,7 +93,7 @@ def load_single_file_part(
     assert settings is not None
     tensors, _ = read_tensors(location.source, prefix=prefix)
     tensors = {name: tensor for name, tensor in tensors.items() if not re.match(TRAINING_LEFTOVERS, name)}
-    with refuse_damaged(location.name, part), init_empty_weights():
+    with refuse_damaged(location.name, part), without_weights():
         expected = kind.from_config(location.config(part)).state_dict()
     if count_shapes(tensors.values()) != count_shapes(expected.values()):
         raise config_mismatch(location, part)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +23,7 @@ from backbone.diffusion.schedules import (
 )
 from backbone.diffusion.transfer import send
 from backbone.families.base import NoisePath, TextEncoderSlot
+from backbone.families.empty import without_weights
 from backbone.families.latents import has_frames
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
@@ -112,7 +112,7 @@ def load_casting(
         return None
     kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     try:
-        with refuse_damaged(location.name, part), init_empty_weights():
+        with refuse_damaged(location.name, part), without_weights():
             network = cast(nn.Module, kind.from_config(location.config(part)))
     except RuntimeError as error:  # nothing was read yet, and one layer is made at a time
         raise UserError(

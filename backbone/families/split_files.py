@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.families import loading, text_encoders
 from backbone.families.base import ImageInput, TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.empty import without_weights
 from backbone.families.latents import (
     has_frames,
     is_batch_normed,
@@ -315,7 +315,7 @@ def load_text_model(
         said = location.config(TEXT)
         whole = "text_config" in kind.config_class.sub_configs
         config = kind.config_class.from_dict(said if whole else said.get("text_config", said))
-        with init_empty_weights():
+        with without_weights():
             expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     tensors = {
         part_name(name): value for name, value in read_weights(location, prefix, dtype, part=TEXT).items()

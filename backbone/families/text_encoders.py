@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from backbone.families import loading
 from backbone.families.base import TextEncoderSlot
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, load_single_file_part
+from backbone.families.empty import without_weights
 from backbone.families.location import Location
 from backbone.families.sdxl.checkpoint import build_clip
 from backbone.io.console import UserError
@@ -100,7 +100,7 @@ def read_weights(location: Location, prefix: str, dtype: torch.dtype, *, part: s
 
 def build_network(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:
     """Build a diffusers network from its config with these tensors; `UserError` where they do not fit."""
-    with refuse_damaged(location.name, part), init_empty_weights():
+    with refuse_damaged(location.name, part), without_weights():
         model: nn.Module = kind.from_config(location.config(part))
     kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     tensors = {
@@ -152,7 +152,7 @@ def load_t5_below(prefix: str, location: Location, number: str, dtype: torch.dty
             if name in (SHARED, TIED) or name.startswith("encoder.")
         }
     tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
-    with refuse_damaged(location.name, part), init_empty_weights():
+    with refuse_damaged(location.name, part), without_weights():
         expected = T5EncoderModel(config).state_dict()
     if {name: value.shape for name, value in tensors.items()} != {
         name: value.shape for name, value in expected.items()

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor, nn
 
+from backbone.families.empty import without_weights
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors
 
@@ -61,7 +61,7 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
             "control-LoRA or a T2I-Adapter."
         )
     base = plain_weights(unet) if is_lora else {}
-    with init_empty_weights():
+    with without_weights():
         module = ControlNetModel.from_unet(
             cast(Any, unet),
             conditioning_embedding_out_channels=_hint_widths(tensors),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Literal
 
@@ -22,3 +23,20 @@ def hub_answers(repository: str, kind: Literal["model", "dataset"] = "model") ->
     except (httpx.HTTPError, OSError):
         return False
     return True
+
+
+def find_revision(repository: str, revision: str = "") -> str:
+    """The commit of a dataset that a branch, a tag or a commit is now; "": of its newest. Raises the hub's errors."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().dataset_info(repository, revision=revision or None, timeout=ANSWER_SECONDS)
+    return str(found.sha)
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """What reading from the hub raises beside `OSError`."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    aiohttp = sys.modules.get("aiohttp")  # which raises nothing where nothing has imported it
+    return httpx.HTTPError, DatasetsError, *((aiohttp.ClientError,) if aiohttp else ())

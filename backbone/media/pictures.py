@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -103,9 +103,7 @@ class DatasetRow:
         try:
             value = self.table[self.index][self.column]
         except ValueError as error:  # a damaged page of a Parquet file
-            raise UserError(
-                f"{where} cannot be read ({_first_line(error)}). Save the table again."
-            ) from error
+            raise UserError(f"{where} cannot be read ({first_line(error)}). Save the table again.") from error
         if isinstance(value, Mapping):
             stored, name = value.get("bytes"), value.get("path")
             value = stored
@@ -137,7 +135,7 @@ def list_images(
     cannot be loaded.
     """
     path = Path(source).expanduser()
-    columns = _Columns(caption_column, image_column)
+    columns = Columns(caption_column, image_column)
     named = caption_column or image_column
     if path.is_dir():
         if _is_dataset_folder(path):
@@ -168,7 +166,7 @@ def list_images(
         if named:
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
         return [_with_companions(path, _Companions(path.parent))]
-    if _could_be_dataset(str(source), path):
+    if could_be_dataset(str(source)):
         fetched = fetched_folder()
         return _list_table(_load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
     near = nearest_path(path)
@@ -214,9 +212,20 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
+    """The columns that the user has named, if any."""
+
     caption: str | None
     image: str | None
+
+    def choose(self, names: Sequence[str], pictures: Collection[str], where: str) -> tuple[str, str | None]:
+        """A table's image column, which may be any of `pictures`, and its caption column, if it has one."""
+        image = self.find("image", names, where) or next((name for name in names if name in pictures), None)
+        if image is None:
+            raise UserError(
+                f"{where} has no image column; it has {', '.join(names)}. Name one with image_column."
+            )
+        return image, self.find("caption", names, where)
 
     def find(self, wanted: str, names: Sequence[str], where: str) -> str | None:
         """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
@@ -231,7 +240,7 @@ class _Columns:
         return requested or next((name for name in defaults if name in names), None)
 
 
-def _list_folder(folder: Path, columns: _Columns) -> list[ImageRecord]:
+def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
     beside = {folder: _Companions(folder)}
     paths = {_normalize_name(file.name): file for file in beside[folder].images}
@@ -282,12 +291,12 @@ def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
             raise UserError(
                 f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them."
             )
-    caption = _join_lines(_read_text(captions[0])) if captions else None
+    caption = join_lines(_read_text(captions[0])) if captions else None
     mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
     return ImageRecord(path, caption, mask, caption_file=caption_file)
 
 
-def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, tuple[str | None, Path]]:
+def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[str | None, Path]]:
     """File name (relative, `/` between folders) → caption and where it stands, from metadata.jsonl or metadata.csv."""
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
@@ -307,7 +316,7 @@ def _read_metadata_captions(folder: Path, columns: _Columns) -> dict[str, tuple[
             name = inside(folder, name, where).relative_to(folder).as_posix()
             if name in captions:
                 raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
-            captions[name] = _join_lines(caption), metadata
+            captions[name] = join_lines(caption), metadata
     return captions
 
 
@@ -335,7 +344,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
 
 
-def _join_lines(caption: str | None) -> str | None:
+def join_lines(caption: str | None) -> str | None:
     return " ".join(caption.split()) or None if caption else None
 
 
@@ -435,9 +444,12 @@ def _is_dataset_folder(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _could_be_dataset(source: str, path: Path) -> bool:
-    """`org/name`, unless `org` is a folder here: then it is a mistyped path."""
-    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None and not path.parent.exists()
+def could_be_dataset(source: str) -> bool:
+    """`org/name`, unless that or `org` is here: then it is a path, if a mistyped one."""
+    path = Path(source).expanduser()
+    if path.exists() or path.parent.exists():
+        return False
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None
 
 
 def load_saved(path: Path) -> Any:
@@ -446,7 +458,7 @@ def load_saved(path: Path) -> Any:
         for record in path.rglob(name):
             for file in read_json(record, SavedTable)._data_files:
                 inside(record.parent, file.filename, record)
-    datasets = _import_datasets()
+    datasets = import_datasets()
     try:
         return datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -476,21 +488,17 @@ def load_tars(files: Sequence[Path]) -> Any:
     What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
     `text`, and the keys of `0001.json` are columns themselves.
     """
-    datasets = _import_datasets()
+    datasets = import_datasets()
     try:
         table = datasets.load_dataset(
             "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
         )
     except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{files[0]} is no readable tar file of samples ({_first_line(error)}). Pack it again."
+            f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
         ) from error
     table = table.flatten()
-    names: dict[str, str] = {}
-    for name in table.column_names:
-        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
-        new = TAR_COLUMNS.get(plain, plain)
-        names[name] = name if new in names.values() else new
+    names = name_tar_columns(table.column_names)
     table = table.rename_columns({old: new for old, new in names.items() if old != new})
     for name, kind in table.features.items():
         if isinstance(kind, datasets.Image):
@@ -498,13 +506,23 @@ def load_tars(files: Sequence[Path]) -> Any:
     return table
 
 
+def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
+    """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
+    names: dict[str, str] = {}
+    for name in found:
+        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
+        new = TAR_COLUMNS.get(plain, plain)
+        names[name] = name if new in names.values() else new
+    return names
+
+
 def _load_parquet(files: Sequence[Path]) -> Any:
-    datasets = _import_datasets()
+    datasets = import_datasets()
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{files[0]} is not a readable Parquet file ({_first_line(error)}). Save it again."
+            f"{files[0]} is not a readable Parquet file ({first_line(error)}). Save it again."
         ) from error
 
 
@@ -513,7 +531,7 @@ TABLES = {".parquet": _load_parquet, ".tar": load_tars}
 
 def _load_from_hub(source: str) -> Any:
     """Load a dataset of the hub; from the cache alone where there is no connection."""
-    datasets = _import_datasets()
+    datasets = import_datasets()
     notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(source, "dataset")
@@ -521,7 +539,7 @@ def _load_from_hub(source: str) -> Any:
         return datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{source} is no folder here, and no dataset of that name was loaded ({_first_line(error)}). "
+            f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
             "Check the spelling, or give a folder of images."
         ) from error
     finally:
@@ -530,49 +548,42 @@ def _load_from_hub(source: str) -> Any:
 
 def fetched_folder() -> Path:
     """Where `datasets` keeps what it has downloaded."""
-    return Path(_import_datasets().config.HF_CACHE_HOME)
+    return Path(import_datasets().config.HF_CACHE_HOME)
 
 
 def _list_table(
-    table: Any, source: str, columns: _Columns, *, folder: Path, fetched: Path | None = None
+    table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
 ) -> list[ImageRecord]:
-    datasets = _import_datasets()
+    datasets = import_datasets()
     if isinstance(table, dict):  # splits
         table = table["train"] if "train" in table else next(iter(table.values()))
-    names = list(table.column_names)
-    image_column = columns.find("image", names, source) or next(
-        (name for name in names if isinstance(table.features[name], datasets.Image)), None
-    )
-    if image_column is None:
-        raise UserError(
-            f"{source} has no image column; it has {', '.join(names)}. Name one with image_column."
-        )
-    if isinstance(table.features[image_column], datasets.Image):
+    pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
+    if image_column in pictures:
         table = table.cast_column(image_column, datasets.Image(decode=False))
-    caption_column = columns.find("caption", names, source)
     try:
         captions = list(table[caption_column]) if caption_column else [None] * len(table)
     except ValueError as error:  # bytes that are no UTF-8
         raise UserError(
-            f"{source} has captions that cannot be read ({_first_line(error)}). Save it again."
+            f"{source} has captions that cannot be read ({first_line(error)}). Save it again."
         ) from error
     if not captions:
         raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
     return [
         ImageRecord(
             Path(source) / f"{index:06d}",
-            _join_lines(caption) if isinstance(caption, str) else None,
+            join_lines(caption) if isinstance(caption, str) else None,
             row=DatasetRow(table, image_column, index, folder, fetched),
         )
         for index, caption in enumerate(captions)
     ]
 
 
-def _import_datasets() -> Any:
+def import_datasets() -> Any:
     import datasets
 
     return datasets
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,9 +8,9 @@ so a preparation that was killed goes on, and `datasets.load_from_disk` opens it
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,19 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
-from backbone.models.encode import ShardWriter, encoder_facts
+from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
 
 FORMAT = 1
 LEAST = 16  # records of a chunk: what is decoded and encoded together
 PROMPTS, RECORDS = "prompts", "records"
 ANOTHER = "Give what it was begun with, or another --out."
-WORDS = {"encoder": "encoder or precision", "rows": "choice of rows", "random_crop": "--random-crop"}
+WORDS = {
+    "encoder": "encoder or precision",
+    "rows": "choice of rows",
+    "random_crop": "--random-crop",
+    "dataset": "dataset or revision",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class PreparedFacts:
 
     kind      of the source: pairs or images
     encoder   what latents depend on (`encoder_facts`)   size   of the images, pixels a side
+    dataset   of the hub that was streamed: its name, config, split and commit, and how many shards that has
     rows      which rows of the source were asked for
-    records   of the source, of which `bad` cannot be used
+    records   of the source, of which `bad` cannot be used; 0: not counted yet
     """
 
     kind: str
@@ -61,6 +67,7 @@ class PreparedFacts:
     records: int
     format: int = FORMAT
     encoder: dict[str, str] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
     flip: bool = False
     random_crop: int = 0
@@ -151,7 +158,7 @@ def list_bad(records: Table) -> list[str]:
     bad = np.flatnonzero(records.numbers("bad"))
     names, problems = (records.strings(name).take(bad).to_pylist() for name in ("name", "problem"))
     lines = dict(zip(records.numbers("number")[bad].tolist(), zip(names, problems, strict=True), strict=True))
-    return [" ".join(lines[number]) for number in sorted(lines)]
+    return [" ".join(filter(None, lines[number])) for number in sorted(lines)]
 
 
 # Writing -----------------------------------------------------------------------------------------------------
@@ -189,6 +196,8 @@ def _begin(out: Path, facts: PreparedFacts) -> None:
         if now[name] == before[name]:
             continue
         if name == "records":
+            if not now[name]:
+                continue  # a stream's, which are counted at its end
             raise UserError(
                 f"{facts.source} had {before[name]} records when {out} was begun, and has {now[name]}. {ANOTHER}"
             )
@@ -207,15 +216,11 @@ def chunks_left(done: Numbers, count: int, length: int, out: Path) -> list[list[
     return processes.split_items(chunks, batch=1)
 
 
-def write_shards(images: Sequence[ShardWriter], records: ShardWriter, *, due: bool = False) -> None:
-    """Writes what was collected; with `due` only if one has enough. Images first: a record has its images."""
-    if not due or any(one.due for one in (*images, records)):
-        for writer in (*images, records):
-            writer.close()
-
-
 def finish(out: Path, facts: PreparedFacts) -> None:
-    """Writes what `datasets` reads, which shards there are, and that all is there."""
+    """Writes what `datasets` reads, which shards there are, and that all is there, now that it can be counted."""
+    facts = replace(
+        facts, records=facts.records or len(usable_rows(Table(out / RECORDS))) + facts.bad, finished=True
+    )
     names = sorted(path.name for path in out.iterdir() if any(path.glob("data-*.arrow")))
     for name in names:
         Table(out / name).describe()

@@ -107,6 +107,10 @@ class Objective(ABC):
     def learning(self) -> AbstractContextManager[None]:
         """What holds while steps are taken: modes and attention of the networks."""
 
+    def rest(self) -> None:
+        """Ends the processes that work ahead of the steps, if there are any."""
+        return
+
     def stepping(self) -> AbstractContextManager[None]:
         """What holds inside a step alone, and not in what the caller does between two."""
         return nullcontext() if self.compiled is None else self.compiled.active()
@@ -283,13 +287,16 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
                 read_every,
             ),
         )
-        while True:
-            with objective.stepping():
-                step = next(taken, None)
-            if step is None:
-                return
-            objective.done = step.step
-            yield step
+        try:
+            while True:
+                with objective.stepping():
+                    step = next(taken, None)
+                if step is None:
+                    return
+                objective.done = step.step
+                yield step
+        finally:
+            objective.rest()  # left to the garbage collection, it waits for each of them until a timeout
 
 
 def _stopped(objective: Objective) -> str:

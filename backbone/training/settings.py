@@ -209,6 +209,10 @@ class PrepareOptions(ModelOptions):
         Path,
         Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
     ]
+    dataset_config_name: Annotated[
+        str, Option("Which of a hub dataset's configs.", DATA, default_text="its only one", metavar="NAME")
+    ] = ""
+    split: Annotated[str, Option("Of a dataset on the hub.", DATA)] = "train"
     flip: Annotated[bool, Option("Mirrored images too.", DATA, aliases=("random-flip", "flip-aug"))] = False
     skip_bad: Annotated[
         bool, Option("Leave out what cannot be used, and count it, instead of stopping.", DATA)

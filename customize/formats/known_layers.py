@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 import backbone.families
+from backbone.families.empty import without_first_values
 from customize.formats.layer_names import TEXT_MODEL_PREFIX
 
 Network = Literal[
@@ -74,7 +75,7 @@ def layer_names(network: Network) -> list[str]:
 def _layers(network: Network) -> list[tuple[str, Any]]:
     import torch
 
-    with torch.device("meta"):
+    with torch.device("meta"), without_first_values():
         models = _build(network)
     return [
         (name.removeprefix(TEXT_MODEL_PREFIX) if network == "clip" else name, module)

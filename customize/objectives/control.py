@@ -176,6 +176,9 @@ class ControlTraining(Objective):
                 held.enter_context(quick_to_train(self.network.module, side=side))
             yield
 
+    def rest(self) -> None:
+        self.batches.close()
+
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of one step's micro-batches."""
         for drawn in self.batches.at(step):

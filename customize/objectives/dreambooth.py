@@ -120,6 +120,9 @@ class DreamBooth(Objective):
         """Attention with a fast backward pass."""
         return quick_to_train(self.model.denoiser)
 
+    def rest(self) -> None:
+        self.batches.close()
+
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of one step's micro-batches."""
         progress = (step - 1) / self.settings.steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.decode import BadImageError
 from backbone.media.pictures import ImageRecord, refuse_bad_images
+from backbone.media.stream import ImageStream
 from backbone.media.transforms import bucket_sizes, crop_and_resize, nearest_bucket
 from backbone.models.encode import (
     Encoding,
@@ -39,12 +40,11 @@ from backbone.training.prepared import (
     RECORDS,
     Cuts,
     PreparedFacts,
-    chunks_left,
     finish,
     hold_prepared,
     usable_rows,
-    write_shards,
 )
+from backbone.training.sources import Listed, Source, Streamed, write_shards
 from customize.data.prepared import KEPT, PICTURES, PreparedImages, table_name
 
 NOTHING = "00" * 32  # the key of an image that cannot be used
@@ -54,7 +54,9 @@ class Seen(NamedTuple):
     """What was seen of an image: what is wrong with it, or its hash, its key and its bytes [3, H, W] as it is cut."""
 
     number: int
-    problem: str
+    path: str
+    caption: str
+    problem: str = ""
     hash: str = ""
     key: str = NOTHING
     size: tuple[int, int] = (0, 0)
@@ -65,30 +67,30 @@ class Seen(NamedTuple):
 class Plan:
     """How a source is prepared: which images, at which of these sizes (W, H)."""
 
-    pictures: Sequence[ImageRecord]
+    pictures: Source[ImageRecord]
     sizes: Sequence[tuple[int, int]]
 
-    def read(self, numbers: Sequence[int]) -> list[Seen]:
-        """The images of these numbers, decoded and cut."""
-        return [self._see(number) for number in numbers]
+    def read(self, chunk: Any) -> list[Seen]:
+        """The images of a chunk, decoded and cut."""
+        return [self._see(number, picture) for number, picture in self.pictures.open(chunk)]
 
-    def _see(self, number: int) -> Seen:
-        picture = self.pictures[number]
+    def _see(self, number: int, picture: ImageRecord) -> Seen:
+        seen = Seen(number, str(picture.path.absolute()), picture.caption or "")
         try:
             several = len(self.sizes) > 1  # then the image's own shape says which
             size = nearest_bucket(picture.open().size, self.sizes) if several else self.sizes[0]
             image = picture.open(at_least=max(size))
         except BadImageError as error:
-            return Seen(number, error.reason)
+            return seen._replace(problem=error.reason)
         except (OSError, UserError) as error:
-            return Seen(number, f"cannot be read ({error})")
+            return seen._replace(problem=f"cannot be read ({error})")
         view = View(picture, size)
         pixels = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
-        return Seen(number, "", picture.content_hash, view.key, view.size, pixels)
+        return seen._replace(hash=picture.content_hash, key=view.key, size=view.size, pixels=pixels)
 
 
 def prepare_images(
-    pictures: Sequence[ImageRecord],
+    pictures: Sequence[ImageRecord] | ImageStream,
     source: str,
     model: Backbone,
     out: Path,
@@ -100,36 +102,50 @@ def prepare_images(
 ) -> PreparedImages:
     """Prepares the images of a source for a model in the folder `out`, or goes on with it; gives what is there then.
 
-    Raises `UserError` for images that cannot be used, all of them counted, unless `skip_bad`; for masks, which are not
-    kept; and for a folder that is another preparation's, or another process's.
+    A dataset of the hub is a stream, of which each process reads its share of the shards and keeps none. Raises
+    `UserError` for images that cannot be used, all of them counted, unless `skip_bad`; for masks, which are not kept;
+    and for a folder that is another preparation's, or another process's.
     """
-    if masked := [one for one in pictures if one.mask is not None]:
+    listed = [] if isinstance(pictures, ImageStream) else pictures
+    if masked := [one for one in listed if one.mask is not None]:
         raise UserError(
             f"{masked[0].mask} is a mask, and a prepared folder holds none. Train from {source} itself, or take the "
             "masks away."
         )
+    images: Source[ImageRecord] = (
+        Streamed(pictures, out) if isinstance(pictures, ImageStream) else Listed(pictures)
+    )
     facts = PreparedFacts(
-        "images", source, model.location.name, model.resolution, len(pictures), encoder=encoder_facts(model),
-        rows=dict(rows or {}), **asdict(cuts),
+        "images", source, model.location.name, model.resolution, images.count, encoder=encoder_facts(model),
+        dataset=images.facts, rows=dict(rows or {}), **asdict(cuts),
     )  # fmt: skip
     sizes = bucket_sizes(model.resolution) if cuts.aspect_buckets else [(model.resolution, model.resolution)]
     with hold_prepared(out, facts):
-        _encode(model, Plan(pictures, sizes), out, flip=cuts.flip, workers=workers)
+        _encode(model, Plan(images, sizes), out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
-        bad = _list_bad(table)
+        if not len(table):
+            raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
+        usable, bad = usable_rows(table), _list_bad(table)
         try:
-            refuse_bad_images([] if skip_bad and len(bad) < len(pictures) else bad, len(pictures))
+            refuse_bad_images([] if skip_bad and len(usable) else bad, len(usable) + len(bad))
         except UserError as error:
             raise UserError(
                 f"{error} What can be used is prepared in {out}; --skip-bad finishes it at once."
             ) from error
         model.free("autoencoder")
         if processes.is_main_process():
-            for row, number in enumerate(table.numbers("number")[usable_rows(table)[:KEPT]]):
-                write_bytes(out / PICTURES / f"{row:06d}", pictures[int(number)].read())
-            finish(out, replace(facts, bad=len(bad), finished=True))
+            _keep_first(images, table.numbers("number")[usable[:KEPT]].tolist(), out / PICTURES)
+            finish(out, replace(facts, bad=len(bad)))
         processes.barrier()
     return PreparedImages(out)
+
+
+def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Path) -> None:
+    """Writes the images of these numbers as they were stored."""
+    names = [folder / f"{row:06d}" for row in range(len(numbers))]
+    missing = {number: name for number, name in zip(numbers, names, strict=True) if not name.is_file()}
+    for name, picture in zip(missing.values(), images.find([*missing]), strict=True):
+        write_bytes(name, picture.read())
 
 
 def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
@@ -144,18 +160,20 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     }
     records = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.sizes[0]))
-    own = chunks_left(_finished_numbers(records, tables, flips), len(plan.pictures), length, out)
+    own = plan.pictures.chunks(_finished_numbers(records, tables, flips), length, out)
     writers = {place: ShardWriter(table) for place, table in tables.items()}
     written = ShardWriter(records)
-    with progress(sum(map(len, own)), "preparing") as bar:
+    with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
         for chunk in work_ahead(plan.read, own, workers=workers):
             for size in sorted({one.size for one in chunk if not one.problem}):
                 of_size = {mirrored: writers[size, mirrored] for mirrored in flips}
                 _add_images(model, [one for one in chunk if one.size == size], of_size)
-            written.add(_columns(chunk, plan))
-            write_shards([*writers.values()], written, due=True)
+            if chunk:
+                written.add(_columns(chunk))
+            plan.pictures.took()
+            write_shards([*writers.values()], written, plan.pictures, due=True)
             bar.advance_images(len(chunk))
-    write_shards([*writers.values()], written)
+    write_shards([*writers.values()], written, plan.pictures)
     processes.barrier()
 
 
@@ -168,9 +186,8 @@ def _add_images(model: Backbone, seen: Sequence[Seen], writers: dict[bool, Shard
         add_encoded(model, keys_of([one.key for one in some]), pixels, writers, std=True)
 
 
-def _columns(seen: Sequence[Seen], plan: Plan) -> dict[str, Tensor | list[str]]:
+def _columns(seen: Sequence[Seen]) -> dict[str, Tensor | list[str]]:
     """The rows of the table of records."""
-    pictures = [plan.pictures[one.number] for one in seen]
     own = [content_hash(f"{one.number}/{one.key}".encode()) for one in seen]
     return {
         KEY: torch.from_numpy(keys_of(own).copy()),
@@ -179,8 +196,8 @@ def _columns(seen: Sequence[Seen], plan: Plan) -> dict[str, Tensor | list[str]]:
         "size": torch.tensor([one.size for one in seen]),
         "bad": torch.tensor([bool(one.problem) for one in seen]),
         "hash": [one.hash for one in seen],
-        "path": [str(picture.path.absolute()) for picture in pictures],
-        "caption": [picture.caption or "" for picture in pictures],
+        "path": [one.path for one in seen],
+        "caption": [one.caption for one in seen],
         "problem": [one.problem for one in seen],
     }
 

@@ -201,9 +201,11 @@ def start_preparing(asked: PrepareImages) -> PreparedImages:
     Raises `UserError` for a source that is none before torch is imported.
     """
     from backbone.media.pictures import list_images
+    from backbone.media.stream import Named, find_stream, stream_images
 
     columns = {"caption_column": asked.caption_column or None, "image_column": asked.image_column or None}
-    pictures = list_images(asked.images, **columns)
+    stream = find_stream(Named(asked.images, asked.dataset_config_name, asked.split), out=asked.out)
+    pictures = list_images(asked.images, **columns) if stream is None else stream_images(stream, **columns)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from backbone.distributed import processes
         from backbone.models.model import Backbone

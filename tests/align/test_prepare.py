@@ -20,7 +20,7 @@ from torch import Tensor
 from align.objectives.dataset import PreferenceData, prepare, read_again, records_of
 from align.objectives.preference import PreferenceTraining
 from align.pairs.prepared import IMAGES, Prepared
-from align.pairs.read import read_preferences
+from align.pairs.read import read_preferences, stream_preferences
 from align.pairs.records import check_preferences
 from align.settings import Settings
 from align.training.prepare import prepare_pairs
@@ -30,6 +30,8 @@ from backbone.data.table import Table
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_bytes
 from backbone.io.run_folder import hold_folder
+from backbone.media import stream as streams
+from backbone.media.stream import Named, find_stream
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
@@ -37,6 +39,7 @@ from backbone.training.prepared import RECORDS, Cuts
 from backbone.training.run import take_steps
 from tests.align.conftest import TRAIN, align, encoded, picture, refused, write_lines
 from tests.align.objectives.test_preference import opened, settings, weights
+from tests.shards import served, write_rows
 
 PLACE = ("--precision", "fp32", "--device", "cpu")
 
@@ -421,3 +424,77 @@ def test_tar_shards_and_parquet_are_prepared_as_folders_are(
     assert (one.train.keys == other.train.keys).all()
     assert len(check_preferences(read_preferences(source)).pairs) == 4
     assert Image.open(tmp_path / "plain" / "0.png").size == (64, 64)
+
+
+# A dataset of the hub, streamed ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Serves six of Pick-a-Pic's rows in two shards as `somebody/pairs`, one of them unlabelled; gives their folder."""
+    rows = [
+        {
+            "jpg_0": encoded(2 * number), "jpg_1": encoded(2 * number + 1),
+            "label_0": float(number % 2), "label_1": 1 - float(number % 2),
+            "caption": f"a dog number {number}", "user_id": number % 2, "has_label": number != 1,
+        }
+        for number in range(6)
+    ]  # fmt: skip
+    files = write_rows(tmp_path / "shards", (4, 2), rows)
+    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "shards"
+
+
+def streamed(folder: Path, out: Path, *, user: str | None = None, limit: int = 0, **changes: Any) -> Prepared:
+    stream = find_stream(Named("somebody/pairs"), out=out, limit=limit)
+    assert stream is not None
+    return prepare_pairs(stream_preferences(stream, user=user), opened(folder), out, **changes)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streamed_dataset_is_prepared_as_its_files_are(
+    tiny_folder: Path, pairs_hub: Path, tmp_path: Path, workers: int, small_shards: None
+) -> None:
+    asked = settings(held_out=0.0)
+    there = streamed(tiny_folder, tmp_path / "out", workers=workers)
+    assert there.facts.records == 5, "one has no label"
+    _, one = data_of(tiny_folder, there.folder, asked)
+    _, other = data_of(tiny_folder, prepared(tiny_folder, pairs_hub, tmp_path / "listed").folder, asked)
+    assert torch.equal(one.latents[one.train.pictures], other.latents[other.train.pictures])
+    assert (one.train.keys == other.train.keys).all()
+    assert torch.equal(one.train.preference, other.train.preference)
+
+
+def test_a_stream_is_of_one_user_or_of_its_first_rows(
+    tiny_folder: Path, pairs_hub: Path, tmp_path: Path
+) -> None:
+    assert streamed(tiny_folder, tmp_path / "first", limit=5).prompts == [
+        f"a dog number {n}" for n in (0, 2, 3, 4)
+    ]
+    odd = streamed(tiny_folder, tmp_path / "user", user="1")
+    assert odd.prompts == ["a dog number 3", "a dog number 5"]
+    with pytest.raises(UserError, match=r"somebody/pairs has no choices by 9\. Ask"):
+        streamed(tiny_folder, tmp_path / "none", user="9")
+
+
+def test_rows_of_a_stream_that_are_no_pairs_are_listed_and_its_columns_are_looked_at_first(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows: list[dict[str, Any]] = [
+        {"chosen": encoded(0), "rejected": encoded(1), "prompt": "a dog"},
+        {"chosen": encoded(2), "rejected": b"text", "prompt": "a dog"},
+        {"chosen": encoded(2), "rejected": None, "prompt": "a dog"},
+    ]
+    monkeypatch.setattr(streams, "from_hub", served("parquet", write_rows(tmp_path / "pairs", (3,), rows)))
+    with pytest.raises(
+        UserError, match=r"2 problems in 3 records:\n.*row 1 of shard 0 (.|\n)*row 2 of shard 0 "
+    ):
+        streamed(tiny_folder, tmp_path / "out")
+    assert streamed(tiny_folder, tmp_path / "out", skip_bad=True).facts.bad == 2
+    assert sum(counted) == 2
+    other = write_rows(tmp_path / "other", (3,), [{"picture": b"", "text": ""}] * 3)
+    monkeypatch.setattr(streams, "from_hub", served("parquet", other))
+    with pytest.raises(UserError, match=r"somebody/pairs has the columns picture, text\. Pairs need"):
+        streamed(tiny_folder, tmp_path / "columns")

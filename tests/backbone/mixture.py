@@ -28,11 +28,14 @@ class Mixture:
         """The exact E[x0 | x] and E[ε | x]; regular at a = 0 and b = 0."""
         a, b = level.a, level.b
         variance = (a * self.deviations) ** 2 + b**2  # of each mode at this level [K]
-        offset = noisy[:, None] - a * self.means  # [B, K, 2]
-        log_share = self.weights.log() - variance.log() - offset.square().sum(-1) / (2 * variance)
-        share = log_share.softmax(1)[..., None]  # how likely each mode is, given x [B, K, 1]
-        clean = self.means + (a * self.deviations**2 / variance)[:, None] * offset
-        return Estimate((share * clean).sum(1), (share * (b / variance)[:, None] * offset).sum(1))
+        x, y = offset = (
+            noisy.T[:, None] - a * self.means.T[..., None]
+        )  # [2, K, B]: sums over long rows are quick
+        log_share = (self.weights.log() - variance.log())[:, None] - (x**2 + y**2) / (2 * variance[:, None])
+        share = log_share.softmax(0)  # how likely each mode is, given x [K, B]
+        offset = share * offset
+        kept = (a * self.deviations**2 / variance)[:, None] * offset
+        return Estimate(share.T @ self.means + kept.sum(1).T, ((b / variance)[:, None] * offset).sum(1).T)
 
     def log_density(self, x: Tensor, level: Level) -> Tensor:
         """log p(x) at this level [B], up to the constant −log 2π."""

@@ -52,7 +52,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the subject's and the class's pictures, and a script."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
     for name in ("torchvision", "torchvision.transforms"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # so that the stand-in goes away at the end
+        monkeypatch.delitem(sys.modules, name)
     for name in ("subject", "class"):
         for number, content in enumerate(make_random_images(20, 2)):
             write_bytes(tmp_path / name / f"{number}.jpg", content)

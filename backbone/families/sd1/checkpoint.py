@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 
 from backbone.diffusion.noise import PredictionType
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, unet_and_latent_channels
+from backbone.families.empty import without_weights
 from backbone.families.location import Location, hub_file
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_tensors
@@ -93,7 +93,7 @@ def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]
     """Load (tokenizer, CLIP text encoder); `UserError` where one is missing or they do not fit together."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with refuse_damaged(location.name, "text_encoder"), init_empty_weights():
+    with refuse_damaged(location.name, "text_encoder"), without_weights():
         config = CLIPTextConfig.from_dict(location.config("text_encoder"))
         model = CLIPTextModel(config)
     tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.families import loading
 from backbone.families.base import TextEncoderSlot
 from backbone.families.checkpoint import config_mismatch, unet_and_latent_channels
+from backbone.families.empty import without_weights
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import (
     OPENCLIP_KEY_PATTERNS,
@@ -85,7 +85,7 @@ def build_clip(
 ) -> TextEncoderSlot:
     """Build a CLIP text encoder in fp32 with its tokenizer; `tensors` have transformers' keys without `text_model.`."""
     part = f"text_encoder{number}"
-    with refuse_damaged(location.name, part), init_empty_weights():
+    with refuse_damaged(location.name, part), without_weights():
         config = CLIPTextConfig.from_dict(location.config(part))
         model = kind(config)
     level = "text_model." if hasattr(model, "text_model") else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -153,8 +154,10 @@ def test_posteriors_on_disk_train_as_those_in_memory_do_however_many_make_batche
         if in_memory:
             ready = replace(ready, posteriors=list(ready.posteriors))
         training = DreamBooth(model, ready, asked)
+        before = set(multiprocessing.active_children())
         for _ in take_steps(training):
             pass
+        assert set(multiprocessing.active_children()) <= before, "nobody is left who works ahead"
         return {name: value.detach() for name, value in training.parameters.items()}
 
     whole = trained(in_memory=True, workers=0)
