@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,11 +278,9 @@ def test_the_class_is_what_a_prompt_says_without_the_token(prompt: str, said: st
 
 
 @pytest.mark.slow
-def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
-    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = ("--frames", "3", "--checkpointing-steps", "1")
-    assert learn(tiny_folder, adapter, walks, tmp_path / "whole", *few).exit_code == 0
+@contextmanager
+def stopped_at_the_second_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside the `with`, whatever learns a motion stops before its second step."""
     plain = MotionLearning.losses
 
     def stopped(self: MotionLearning, step: int) -> Iterator[torch.Tensor]:
@@ -291,6 +290,15 @@ def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patch:
         patch.setattr(MotionLearning, "losses", stopped)
+        yield
+
+
+def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
+    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--frames", "3", "--checkpointing-steps", "1")
+    assert learn(tiny_folder, adapter, walks, tmp_path / "whole", *few).exit_code == 0
+    with stopped_at_the_second_step(monkeypatch):
         assert learn(tiny_folder, adapter, walks, tmp_path / "parts", *few).exit_code != 0
     answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts")])
     assert answer.exit_code == 0, answer.exception
@@ -372,15 +380,7 @@ def test_a_whole_adapter_that_was_stopped_goes_on_to_the_same_weights(
 ) -> None:
     words: tuple[str | Path, ...] = ("--motion", adapter, "--checkpointing-steps", "1", *more)
     assert learn_whole(tiny_folder, walks, tmp_path / "whole", *words).exit_code == 0
-    plain = MotionLearning.losses
-
-    def stopped(self: MotionLearning, step: int) -> Iterator[torch.Tensor]:
-        if step == 2:
-            raise UserError("stopped")
-        return plain(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MotionLearning, "losses", stopped)
+    with stopped_at_the_second_step(monkeypatch):
         assert learn_whole(tiny_folder, walks, tmp_path / "parts", *words).exit_code != 0
     assert not (tmp_path / "parts" / "config.json").exists()
     answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts")])

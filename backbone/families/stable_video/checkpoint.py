@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from backbone.families import loading
 from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.empty import without_weights
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.sdxl.checkpoint import convert_openclip
@@ -141,7 +141,7 @@ def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
 
 def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
     """CLIP's tower with its projection, from OpenCLIP's tensors."""
-    with refuse_damaged(location.name, "image_encoder"), init_empty_weights():
+    with refuse_damaged(location.name, "image_encoder"), without_weights():
         config = CLIPVisionConfig.from_dict(location.config("image_encoder"))
         model: nn.Module = CLIPVisionModelWithProjection(config)
     tensors, _ = read_tensors(location.source, prefix=TOWER)
@@ -161,7 +161,7 @@ def build(kind: Any, location: Location, part: str) -> nn.Module:
     """A network on `meta`, as its config says."""
     config = location.config(part)
     config.refuse_other_kinds(kind)
-    with refuse_damaged(location.name, part), init_empty_weights():
+    with refuse_damaged(location.name, part), without_weights():
         return cast(nn.Module, kind.from_config(config))
 
 
