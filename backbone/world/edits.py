@@ -14,8 +14,8 @@ from random import Random
 
 from PIL import Image
 
-from backbone.world.render import render
-from backbone.world.scene import Scene, is_fair, sample_scene
+from backbone.world.render import FLOATING, place_figures, render
+from backbone.world.scene import Pose, Scene, is_fair, sample_scene
 from backbone.world.words import choose_article, load_vocabulary
 
 OF_ONE = ("noun", "colour", "accessory added", "accessory removed", "place", "style")  # thing in a scene
@@ -97,6 +97,12 @@ def sample_edit(seed: int) -> WorldEdit | None:
     before, after = _sides(kind, scene, thing, random)
     if not (is_fair(before) and is_fair(after)):
         return None
+    if (
+        kind == "place"
+        and after.place not in FLOATING
+        and any(p.foot < after.horizon for p in after.poses or ())
+    ):
+        return None  # what swam would hang in the air
     told = write_instruction(kind, before, after, thing=thing, random=random)
     return WorldEdit(
         kind,
@@ -120,6 +126,16 @@ def sample_edits(seeds: Iterable[int], count: int) -> list[WorldEdit]:
     return found
 
 
+def move_scene(scene: Scene, place: str) -> Scene:
+    """The scene in another place, its things where they are: every place by itself has a ground of its own."""
+    figures = place_figures(scene, scene.horizon)
+    poses = tuple(
+        Pose(one.x, one.foot, one.size, one.angle, one.mirrored, 0.5 if one.depth is None else one.depth)
+        for one in figures
+    )
+    return replace(scene, place=place, poses=poses)
+
+
 def _sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
     """The scene before and after an edit of its thing of this number."""
     words, thing = load_vocabulary(), scene.things[number]
@@ -129,7 +145,7 @@ def _sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene,
 
     match kind:
         case "place":
-            return scene, replace(scene, place=other(words.places, scene.place))
+            return scene, move_scene(scene, other(words.places, scene.place))
         case "style":
             return scene.plain(), replace(scene, style=other(words.styles))
         case "thing removed" | "thing added":

@@ -37,7 +37,8 @@ INSTRUCTIONS = ("instruction", "editprompt", "editinstruction", "prompt", "capti
 REFERENCES = ("references", "reference", "referenceimages", "referenceimage")
 LISTS = ("metadata.jsonl", "dataset.jsonl", "train.jsonl", "prompt.json")
 RECORD = "run.json"  # of a run of `edit`
-SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered
+SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered …
+BLURRED = 0.5  # … and pixels of its own: in a small picture another style's soft edges pull the fit that far
 COMPARED = 512
 REGISTERED = 48  # of the pairs of a training are looked at so closely …
 CLOSELY = 256  # … at so many pixels
@@ -331,7 +332,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         doubtful.append(
             f"{pair.name} and its source agree in {found.share:.0%} of the image: perhaps they are no pair."
         )
-    elif moved > SHIFTED * max(size) / COMPARED:
+    elif moved > max(SHIFTED * max(size) / COMPARED, BLURRED):
         drifted.append(
             f"{pair.name} lies {found.shift[0]:+.1f} px to the right of its source and {found.shift[1]:+.1f} px down, "
             f"at scale {found.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "

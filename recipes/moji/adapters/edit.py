@@ -66,7 +66,7 @@ def main(wanted: EditorSettings) -> None:
     steps = wanted.steps
     asked: dict[str, Any] = {
         "pairs": str(folder), "lora_layers": "all", "lr_warmup_steps": min(200, steps),
-        "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999,
+        "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "skip_bad": True,
         **{name: getattr(wanted, name) for name in TOLD},
     }  # fmt: skip
     run = start(asked, out=wanted.out)
