@@ -10,12 +10,12 @@ import typer
 
 from align.settings import ComparisonSettings, PairSampling
 from align.training import cli as train_cli
-from backbone.io import flags
-from backbone.io.commands import command_group, print_json
+from backbone.cli import flags
+from backbone.cli.commands import command_group, print_json
+from backbone.cli.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json
-from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
-from backbone.io.options import Option, settled_command
 from backbone.io.prompts import Prompt, prompts_of, unique_prompts
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")

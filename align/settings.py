@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io import options
+from backbone.cli import options
+from backbone.cli.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
+from backbone.cli.options import Option
+from backbone.cli.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
-from backbone.io.options import Option
 from backbone.io.records import RunRecord
-from backbone.io.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     WEIGHTINGS,

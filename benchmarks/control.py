@@ -40,11 +40,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import content_hash, read_json, write_json, write_text
-from backbone.io.options import Option, settled_command
 from backbone.media.control_maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import embedded_controls, open_control

@@ -39,11 +39,11 @@ import typer
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes

@@ -38,13 +38,13 @@ import typer
 from PIL import Image, ImageChops, ImageFilter
 
 from backbone.adapters.concept import is_run
+from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
+from backbone.cli.options import Option, settled_command
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
-from backbone.io.options import Option, settled_command
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor

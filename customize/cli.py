@@ -10,11 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from backbone.io.commands import command_group, print_json
-from backbone.io.conditions import CONTROL, ControlOptions, refuse_from_source
-from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
-from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import (
+from backbone.cli.commands import command_group, print_json
+from backbone.cli.conditions import CONTROL, ControlOptions, refuse_from_source
+from backbone.cli.flags import (
     CONCEPTS,
     DATA,
     DRAWING,
@@ -26,9 +24,11 @@ from backbone.io.flags import (
     ModelOptions,
     PromptWords,
 )
-from backbone.io.options import Option, command, settled_command
+from backbone.cli.options import Option, command, settled_command
+from backbone.cli.sampling import CountOption, DrawingOptions
+from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
+from backbone.io.files import read_json, refuse_filled
 from backbone.io.run_folder import hold_new_folder, run_name
-from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io.conditions import KINDS, SYNONYMS
+from backbone.cli.conditions import KINDS, SYNONYMS
+from backbone.cli.options import Option, as_command
 from backbone.io.console import UserError
-from backbone.io.options import Option, as_command
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
 PROGRAM = "customize train-control"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from backbone.cli.flags import DATA, JsonOptions
+from backbone.cli.options import Option, as_command
 from backbone.io.console import UserError
-from backbone.io.flags import DATA, JsonOptions
-from backbone.io.options import Option, as_command
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,

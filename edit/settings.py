@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from backbone.io.conditions import CONTROL, ClipControlOptions, ControlOptions
-from backbone.io.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, ConceptOptions
-from backbone.io.options import Option
-from backbone.io.sampling import GuidanceOption
+from backbone.cli.conditions import CONTROL, ClipControlOptions, ControlOptions
+from backbone.cli.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, ConceptOptions
+from backbone.cli.options import Option
+from backbone.cli.sampling import GuidanceOption
 
 # Sections of the help
 WORDS = "Words"

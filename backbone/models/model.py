@@ -26,7 +26,6 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimat
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.distributed.device import resolve_device, resolve_dtype
-from backbone.families import checkpoint as single_file
 from backbone.families.base import (
     NO_IMAGES,
     Family,
@@ -37,17 +36,18 @@ from backbone.families.base import (
     SeeingTextEncoder,
     TextEncoder,
 )
-from backbone.families.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
+from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.registry import families
-from backbone.families.unet import UNetFamily, widen_input
+from backbone.families.single_file import checkpoint as single_file
+from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
+from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
-from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
+from backbone.models.few_step.adapter import fuse_lora, hash_few_step, read_few_step
 from backbone.models.locate import ADAPTER, OWN, locate
-from backbone.models.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
@@ -154,7 +154,7 @@ class Backbone:
                 opened.refuse_other_task(by_instruction=by_instruction, from_picture=from_picture)
                 opened.refuse_resolution()
                 if location.parts:
-                    from backbone.families.split_files import refuse_other_parts  # diffusers' converters
+                    from backbone.families.single_file.split_files import refuse_other_parts
 
                     refuse_other_parts(location)
                 return opened

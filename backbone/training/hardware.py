@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from backbone.families.unet import UNetFamily
+from backbone.families.unet.family import UNetFamily
 from backbone.models.model import Backbone
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
+from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_metadata
-from backbone.io.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
-from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, absolute
 

@@ -32,13 +32,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, guide
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone

@@ -19,11 +19,11 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import refuse_filled, write_json, write_text
-from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
@@ -32,7 +32,8 @@ from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.memory.drawing import Drawn, fit_drawing
-from backbone.models.camera import CAMERA_WEIGHTS, open_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
+from backbone.models.clips.motion import Motion, read_motion_adapter
 from backbone.models.control import (
     Condition,
     describe_conditions,
@@ -41,7 +42,6 @@ from backbone.models.control import (
     together,
 )
 from backbone.models.model import Backbone
-from backbone.models.motion import Motion, read_motion_adapter
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (

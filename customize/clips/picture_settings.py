@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from backbone.cli.flags import MODEL
+from backbone.cli.options import Option
 from backbone.io.console import UserError
-from backbone.io.flags import MODEL
-from backbone.io.options import Option
 
 PICTURE = "A picture that begins to move"
 ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance")  # of models without words

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io.conditions import KINDS, RGB, ClipControlOptions
-from backbone.io.console import UserError
-from backbone.io.flags import (
+from backbone.cli.conditions import KINDS, RGB, ClipControlOptions
+from backbone.cli.flags import (
     DATA,
     DRAWING,
     MODEL,
@@ -22,8 +21,9 @@ from backbone.io.flags import (
     PromptWords,
     model_option,
 )
-from backbone.io.options import Option, check_values
-from backbone.io.sampling import DrawingOptions
+from backbone.cli.options import Option, check_values
+from backbone.cli.sampling import DrawingOptions
+from backbone.io.console import UserError
 from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PictureOptions
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.io import flags
-from backbone.io.commands import print_json
+from backbone.cli import flags
+from backbone.cli.commands import print_json
+from backbone.cli.flags import OUTPUT, option
 from backbone.io.console import UserError, notify
-from backbone.io.flags import OUTPUT, option
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -184,7 +184,7 @@ def merge(
     ] = None,
 ) -> None:
     """Add adapters up: exactly, or at a rank, or baked into a whole model."""
-    from customize.formats import merge as merging
+    from customize.formats.merging import merge as merging
 
     parts = merging.read_inputs(adapters)
     if bake:
@@ -193,7 +193,7 @@ def merge(
         place = model or next((part.concept.model for part in parts if part.concept is not None), None)
         if place is None:
             raise UserError("None of these files says which model it is for. Name one with --model.")
-        from customize.formats.bake import bake as bake_into_model
+        from customize.formats.merging.bake import bake as bake_into_model
 
         changed = bake_into_model(parts, place, out)
         notify(f"{out} is {place} with {changed} tensors changed.")
@@ -211,7 +211,7 @@ def merge(
     else:
         result, reduction = merging.merge_to_rank(parts, rank)
         notify(str(reduction))
-    from customize.formats.merged_run import save_merged
+    from customize.formats.merging.merged_run import save_merged
 
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
@@ -228,7 +228,7 @@ def extract(
     energy: Energy = None,
 ) -> None:
     """Take the difference of two models out as a LoRA."""
-    from customize.formats.merge import extract_lora
+    from customize.formats.merging.merge import extract_lora
     from customize.formats.metadata import build_metadata
     from customize.formats.write import check_output, write_adapter
 
@@ -246,7 +246,7 @@ def resize(
     energy: Energy = None,
 ) -> None:
     """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
-    from customize.formats.merge import resize_adapter
+    from customize.formats.merging.merge import resize_adapter
     from customize.formats.metadata import build_metadata
     from customize.formats.read import read_adapter
     from customize.formats.write import check_output, write_adapter

@@ -22,7 +22,7 @@ from backbone.adapters.concept import Concept
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, write_text
-from backbone.models.few_step import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
 from customize.evaluation.survival import Fidelity, Survival

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions
+from backbone.cli.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_json
-from backbone.io.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.run_folder import absolute, run_name
 from customize.settings import FILE, OWN_WORDS, PrepareImages, Settings, Subject, read_subject, resolved
 

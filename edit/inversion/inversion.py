@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached

@@ -28,7 +28,7 @@ from backbone.io.console import UserError
 from backbone.media.control_maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.motion import motion_of
+from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import Alignment

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify_once
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (

@@ -11,17 +11,17 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
-from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
-from backbone.models.sparse import open_sparsectrl
+from backbone.models.clips.sparse import open_sparsectrl
 from edit.inversion.inversion import Inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from backbone.io.conditions import ControlOptions
+from backbone.cli.conditions import ControlOptions
+from backbone.cli.options import UnknownSettingError
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
-from backbone.io.options import UnknownSettingError
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder
 from edit.layout import AskedLayout

@@ -25,9 +25,9 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
-from backbone.io.options import Option, settled_command
 from backbone.world.scene import Scene
 from benchmarks.judges.classifier import Classifier, load_classifier
 from recipes.align.experiment import (

@@ -31,10 +31,10 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.diffusion.noise import generator
 from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json
-from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_stable_decay
 from backbone.world.textures import Pixels
 from recipes.moji.data.pictures import load

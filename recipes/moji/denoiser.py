@@ -32,12 +32,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
-from backbone.io.options import Option, settled_command
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import sample_scene

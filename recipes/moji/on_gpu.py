@@ -30,10 +30,10 @@ import numpy as np
 import torch
 import typer
 
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.models.locate import EMBEDDED
 from backbone.world.render import find_font
 from backbone.world.textures import draw_texture

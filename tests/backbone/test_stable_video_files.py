@@ -22,7 +22,7 @@ from backbone.families.stable_video.checkpoint import (
 )
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
-from backbone.models.animate import Still, condition_on, encode_still
+from backbone.models.clips.animate import Still, condition_on, encode_still
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, initial_noise
 from tests.tiny import tiny_stable_video

@@ -29,10 +29,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.media.clips import read_film
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
+from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
-from backbone.models.sparse import build_sparsectrl
 from customize.cli import app
 from customize.clips.picture_lora import load_loras, read_loras
 from customize.clips.settings import ClipOptions

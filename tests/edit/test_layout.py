@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.io.conditions import AskedControl, parse_map
+from backbone.cli.conditions import AskedControl, parse_map
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.models.cache import encode_prompts_cached

@@ -22,7 +22,6 @@ from transformers import T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.transfer import send
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -33,10 +32,12 @@ from backbone.families.base import (
     diffusers_spec,
     transformers_spec,
 )
+from backbone.families.components import language_models, loading
 from backbone.families.flux import family as flux
 from backbone.families.flux.checkpoint import convert_to_diffusers as convert_flux
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 
 TOKENS = 512
 MARK = "distilled_guidance_layer.in_proj.weight"  # in the original names and in diffusers'

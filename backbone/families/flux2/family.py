@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import MistralModel, PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Model
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -37,9 +36,11 @@ from backbone.families.base import (
     NoisePath,
     diffusers_spec,
 )
-from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.components import language_models, loading
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 from backbone.io.files import Header
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -29,11 +28,13 @@ from backbone.families.base import (
     TextSegment,
     diffusers_spec,
 )
+from backbone.families.components import language_models, loading
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.flux.family import latent_image_ids, pack_latents, unpack_latents
-from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.qwen.family import TEMPLATE
-from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.console import UserError
 
 TOKENS, DROPPED, ENDING = 512, 34, 5  # what the network is given, the template's beginning and end

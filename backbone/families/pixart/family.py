@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -28,6 +27,7 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading
 from backbone.families.location import Location
 from backbone.io.files import Header
 

@@ -25,7 +25,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, guide
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -34,10 +33,12 @@ from backbone.families.base import (
     NoisePath,
     diffusers_spec,
 )
+from backbone.families.components import language_models, loading
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.flux.family import pack_latents, unpack_latents
-from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.files import Header
 
 READING = Reading(layers=(-1,), tokens=1024, dropped=34)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     ModelSpec,
@@ -30,9 +29,11 @@ from backbone.families.base import (
     TextEncoderSlot,
     diffusers_spec,
 )
-from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.components import language_models, loading
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 
 TOKENS = 1024

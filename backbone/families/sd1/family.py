@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import loading
 from backbone.families.base import (
     ModelSpec,
     Network,
@@ -21,10 +20,11 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint
-from backbone.families.unet import UNetFamily, beside_reference, load_part
-from backbone.families.unet_control import controlled
+from backbone.families.unet.control import controlled
+from backbone.families.unet.family import UNetFamily, beside_reference, load_part
 from backbone.io.files import Header
 
 

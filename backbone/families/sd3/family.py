@@ -23,7 +23,6 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.conditions.control import ControlNetwork
-from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -37,9 +36,11 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading
 from backbone.families.control import residuals_of
 from backbone.families.location import Location
 from backbone.families.sd3 import checkpoint, control
+from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS = 256

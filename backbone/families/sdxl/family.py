@@ -16,8 +16,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.transfer import send
-from backbone.families import checkpoint as single_file
-from backbone.families import loading
 from backbone.families.base import (
     ModelSpec,
     Network,
@@ -27,10 +25,12 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
-from backbone.families.unet import UNetFamily, beside_reference, load_part
-from backbone.families.unet_control import controlled
+from backbone.families.single_file import checkpoint as single_file
+from backbone.families.unet.control import controlled
+from backbone.families.unet.family import UNetFamily, beside_reference, load_part
 from backbone.io.console import UserError
 from backbone.io.files import Header
 

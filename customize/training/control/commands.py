@@ -10,11 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from backbone.io.commands import print_json
-from backbone.io.conditions import KINDS, SYNONYMS
-from backbone.io.console import UserError, notify
-from backbone.io.files import read_json
-from backbone.io.flags import (
+from backbone.cli.commands import print_json
+from backbone.cli.conditions import KINDS, SYNONYMS
+from backbone.cli.flags import (
     DATA,
     DRAWING,
     MODEL,
@@ -25,7 +23,9 @@ from backbone.io.flags import (
     PlaceOptions,
     model_option,
 )
-from backbone.io.options import Option, command, settled_command
+from backbone.cli.options import Option, command, settled_command
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder, run_name
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 from backbone.world.parse import parse_pose, parse_scene

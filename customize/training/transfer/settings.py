@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from backbone.cli.flags import DATA, MODEL, OUTPUT, JsonOptions
+from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
-from backbone.io.flags import DATA, MODEL, OUTPUT, JsonOptions
-from backbone.io.options import Option, check_values
 
 TRAINING = "Training"
 OF_THE_RUN = 0.25  # of the run's learning rate

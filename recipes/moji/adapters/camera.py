@@ -25,6 +25,7 @@ import typer
 from torch import Tensor, nn
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.losses import denoising_score_matching
@@ -32,9 +33,8 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors
-from backbone.io.options import Option, settled_command
 from backbone.media.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
-from backbone.models.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey

@@ -32,6 +32,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
     atomic_write,
@@ -42,7 +43,6 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
-from backbone.io.options import Option, settled_command
 from backbone.media.control_maps import as_hints, compute_map
 from backbone.media.transforms import to_tensor
 from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord

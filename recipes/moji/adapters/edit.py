@@ -22,10 +22,10 @@ from typing import Annotated, Any
 import typer
 
 from backbone.adapters.concept import CONCEPT_FILE, read_concept
+from backbone.cli.flags import DATA, MODEL, OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import write_text
-from backbone.io.flags import DATA, MODEL, OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.render import find_font
 from backbone.world.scene import TRAINING_SEEDS

@@ -26,12 +26,12 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora, use_adapters
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, add_noise, generator, guide
 from backbone.diffusion.schedules import DISTILLED
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_json, write_tensors, write_text
-from backbone.io.options import Option, settled_command
 from backbone.models.locate import FEW_STEP, OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train

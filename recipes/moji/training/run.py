@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from backbone.cli.options import Option
 from backbone.distributed.processes import any_process, gradient_averaging
 from backbone.io.files import read_tensors, write_bytes
-from backbone.io.options import Option
 from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
 from recipes.moji.training.logbook import Logbook
 

@@ -17,9 +17,9 @@ from backbone.io.files import read_json, write_json, write_tensors
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.drawing import DrawingEstimator, Drawn
 from backbone.memory.planner import MemoryEstimator, MemorySettings
+from backbone.models.clips.motion import attach_motion, clip_of, detach_motion
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, clip_of, detach_motion
 from backbone.models.placement import Placement
 from customize.cli import app
 from tests import tiny as models

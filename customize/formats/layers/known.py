@@ -1,0 +1,153 @@
+"""The layers of the supported networks, from the networks themselves: built on the meta device with one block of each.
+
+A name stands for all blocks of its kind: `transformer_blocks.7.attn.to_q` is known as `transformer_blocks.#.attn.to_q`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+import backbone.families
+from backbone.families.components.empty import without_first_values
+from customize.formats.layers.names import TEXT_MODEL_PREFIX
+
+Network = Literal[
+    "unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21", "svd", "clip"
+]
+DENOISERS: tuple[Network, ...] = (
+    *("unet", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21", "svd"),
+)
+UNETS: tuple[Network, ...] = ("unet", "svd")  # the rest are transformers
+NETWORK_NAMES: dict[Network, str] = {
+    "unet": "Stable Diffusion's UNets",
+    "sd3": "Stable Diffusion 3",
+    "flux": "FLUX.1",
+    "pixart": "PixArt-Σ",
+    "zimage": "Z-Image",
+    "flux2": "FLUX.2",
+    "qwen": "Qwen-Image",
+    "krea2": "Krea 2",
+    "chroma": "Chroma",
+    "qwen21": "Qwen-Image 2.1",
+    "svd": "Stable Video Diffusion",
+    "clip": "CLIP",
+}
+CONFIGS = Path(backbone.families.__file__).parent / "configs"
+LISTS = "blocks|resnets|attentions|downsamplers|upsamplers|layers|refiner"  # ends of the names of lists
+_NUMBER = re.compile(rf"(?:^|(?<=\.))(\w*(?:{LISTS}))\.\d+(?=\.|$)")
+
+
+def generalize(module: str) -> str:
+    """`transformer_blocks.7.attn.to_q` → `transformer_blocks.#.attn.to_q`: every block's number becomes #."""
+    return _NUMBER.sub(r"\1.#", module)
+
+
+def is_known(network: Network, module: str) -> bool:
+    """Whether a network of this kind has a layer of this name, in some block."""
+    return generalize(module) in known_layers(network)
+
+
+@cache
+def known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
+    """Generalised name of each linear layer and convolution of a kind of network → its kernel: () or (k, k).
+
+    None where the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
+    """
+    kernels: dict[str, set[tuple[int, ...]]] = {}
+    for name, module in _layers(network):
+        kernels.setdefault(generalize(name), set()).add(tuple(module.weight.shape[2:]))
+    return {name: found.pop() if len(found) == 1 else None for name, found in kernels.items()}
+
+
+def layer_names(network: Network) -> list[str]:
+    """The names of all linear layers and convolutions of networks of this kind, with the blocks that were built."""
+    return sorted({name for name, _ in _layers(network)})
+
+
+@cache
+def _layers(network: Network) -> list[tuple[str, Any]]:
+    import torch
+
+    with torch.device("meta"), without_first_values():
+        models = _build(network)
+    return [
+        (name.removeprefix(TEXT_MODEL_PREFIX) if network == "clip" else name, module)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+
+
+def _build(network: Network) -> list[nn.Module]:
+    """Networks of the published shapes with one block of each kind; UNets with all that these may have."""
+    import diffusers
+
+    if network == "unet":
+        optional = {
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 8,
+            "time_cond_proj_dim": 8,
+            "encoder_hid_dim": 8,
+        }
+        options: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("stable-diffusion-1", {}),
+            ("stable-diffusion-1", optional),
+            ("stable-diffusion-xl", {}),
+        )
+        return [
+            diffusers.UNet2DConditionModel.from_config(
+                _config(folder, "unet") | {"transformer_layers_per_block": 1} | more
+            )
+            for folder, more in options
+        ]
+    if network == "sd3":
+        config = _config("stable-diffusion-3.5-medium", "transformer")
+        return [
+            diffusers.SD3Transformer2DModel.from_config(
+                config | {"num_layers": 2, "dual_attention_layers": (0,)}
+            )
+        ]
+    if network == "flux":
+        config = _config("flux-dev", "transformer")
+        return [
+            diffusers.FluxTransformer2DModel.from_config(config | {"num_layers": 1, "num_single_layers": 1})
+        ]
+    if network == "pixart":
+        return [
+            diffusers.PixArtTransformer2DModel(
+                num_layers=1, sample_size=128, caption_channels=8, use_additional_conditions=True
+            )
+        ]
+    if network == "zimage":
+        return [diffusers.ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1)]
+    if network == "qwen":
+        return [diffusers.QwenImageTransformer2DModel(num_layers=1)]
+    if network == "chroma":
+        return [diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=1)]
+    if network == "qwen21":
+        return [diffusers.QwenImage21Transformer2DModel(num_layers=1)]
+    if network == "svd":
+        return [diffusers.UNetSpatioTemporalConditionModel(layers_per_block=1)]
+    if network == "krea2":
+        return [
+            diffusers.Krea2Transformer2DModel(
+                num_layers=1, num_layerwise_text_blocks=1, num_refiner_text_blocks=1
+            )
+        ]
+    if network == "flux2":  # of dev, which alone has an embedding of guidance
+        return [diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=1)]
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return [CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1))]
+
+
+def _config(folder: str, part: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((CONFIGS / folder / part / "config.json").read_text(encoding="utf-8"))
+    return config
