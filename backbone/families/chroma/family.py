@@ -32,7 +32,7 @@ from backbone.families.base import (
     diffusers_spec,
     transformers_spec,
 )
-from backbone.families.components import language_models, loading
+from backbone.families.components import language_models, loading, tokenization
 from backbone.families.flux import family as flux
 from backbone.families.flux.checkpoint import convert_to_diffusers as convert_flux
 from backbone.families.location import Location
@@ -116,7 +116,7 @@ class Chroma(SplitFileFamily):
         )
 
 
-class MaskedT5(loading.MultiTextEncoder):
+class MaskedT5(tokenization.MultiTextEncoder):
     """T5's last hidden states at 512 positions; the mask takes in one token of padding behind the prompt."""
 
     @property
@@ -126,8 +126,8 @@ class MaskedT5(loading.MultiTextEncoder):
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 512, D], mask [B, 512]; warns of truncated prompts."""
         (slot,) = self.slots
-        loading.warn_truncation(slot, prompts, TOKENS)
-        tokens = loading.tokenize(slot, prompts, TOKENS)
+        tokenization.warn_truncation(slot, prompts, TOKENS)
+        tokens = tokenization.tokenize(slot, prompts, TOKENS)
         hidden = slot.model(**tokens).last_hidden_state.float()
         places = torch.arange(TOKENS, device=hidden.device)
         return {"hidden": hidden, "mask": (places <= tokens["attention_mask"].sum(1, keepdim=True)).long()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Text
 from backbone.families.base import ModuleSpec, TextEncoderSlot, TextSegment
-from backbone.families.components import loading
+from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify_once
 from backbone.io.weights import refuse_damaged
@@ -46,7 +46,7 @@ class Reading:
     stacked: bool = False
 
 
-class LanguageModelEncoder(loading.MultiTextEncoder):
+class LanguageModelEncoder(tokenization.MultiTextEncoder):
     """Hidden states of a language model that is given the prompt in a template."""
 
     def __init__(
@@ -98,7 +98,7 @@ class LanguageModelEncoder(loading.MultiTextEncoder):
         self.warn_truncation(prompts, length)
         texts = [self.write(prompt) for prompt in prompts]
         padding: Literal["max_length", "longest"] = "max_length" if reading.padded else "longest"
-        tokens = loading.tokenize(slot, texts, length, padding=padding, special=False)
+        tokens = tokenization.tokenize(slot, texts, length, padding=padding, special=False)
         hidden = read_layers(slot.model, reading, tokens)
         if reading.padded:
             return {"hidden": hidden[:, reading.dropped :]}
@@ -112,7 +112,7 @@ class LanguageModelEncoder(loading.MultiTextEncoder):
         """Say which prompts are longer than what is read, once per prompt, quoting what is dropped."""
         before = len(self.tokenizer(self.frame[0], add_special_tokens=False, verbose=False)["input_ids"])
         for prompt in prompts:
-            loading.refuse_half_characters([prompt])
+            tokenization.refuse_half_characters([prompt])
             words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
             if before + len(words) > length:
                 dropped = self.tokenizer.decode(words[length - before :])

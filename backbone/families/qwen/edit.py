@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from backbone.conditions.conditions import Text
 from backbone.families.base import ImageInput, ModelSpec, ModuleSpec, TextEncoderSlot
-from backbone.families.components import language_models, loading
+from backbone.families.components import language_models, loading, tokenization
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.qwen.family import QwenImage, is_editor
@@ -107,7 +107,7 @@ class SeeingEncoder(LanguageModelEncoder):
         )
         self.warn_truncation(prompts, WORDS)
         texts = [self.write(before + prompt) for prompt in prompts]
-        tokens = loading.tokenize(
+        tokens = tokenization.tokenize(
             slot, texts, self.reading.tokens + DROPPED, padding="longest", special=False
         )
         states = self.model(

@@ -29,7 +29,7 @@ from backbone.families.base import (
     TextEncoderSlot,
     diffusers_spec,
 )
-from backbone.families.components import language_models, loading
+from backbone.families.components import language_models, loading, noise_paths
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
@@ -124,7 +124,7 @@ class QwenImage21(SplitFileFamily):
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        return loading.flow_path(location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps)
+        return noise_paths.flow_path(location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import ControlNetwork
 from backbone.families.base import AttentionLayout, ImageInput, NoisePath
-from backbone.families.components import loading
+from backbone.families.components import loading, noise_paths
 from backbone.families.location import Location
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.control import unet_control_network
@@ -56,7 +56,7 @@ class UNetFamily:
         return None
 
     def path(self, location: Location) -> NoisePath:
-        return loading.vp_path(location)
+        return noise_paths.vp_path(location)
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
         return AttentionLayout()
