@@ -72,7 +72,7 @@ from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.sdedit import sdedit
 from edit.run.figures import find_scorer
-from edit.run.open import load_model
+from edit.run.open import Opening, load_model
 
 KINDS = (
     *("noun", "colour", "accessory added", "accessory removed"),
@@ -437,7 +437,7 @@ def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = Non
 def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
     """Edits by instruction in place of prompts, on the autoencoder's copy of the background, and as they are drawn."""
     where: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
-    model = load_model(**where, device=device, precision=precision, shown=1).model
+    model = load_model(Opening(**where, device=device, precision=precision), shown=1).model
     return {
         BY_INSTRUCTION: for_each_case(make_instructed(model, "latents")),
         f"{BY_INSTRUCTION}, as drawn": for_each_case(make_instructed(model, "none")),

@@ -93,14 +93,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
-        films = []
-        for request, film in zip(
-            requests,
-            sample_films(model, requests, asked, frames, (*together(conditions), *camera, *given)),
-            strict=True,
-        ):
-            write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
-            films.append(film)
+        drawn = sample_films(model, requests, asked, frames, (*together(conditions), *camera, *given))
+        films = write_films(folder, requests, drawn, asked)
         kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
         record = {
             "command": as_command("customize clip", kept),
@@ -199,6 +193,17 @@ def sample_films(
         ):
             for clip in latents:
                 yield [to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()]
+
+
+def write_films(
+    folder: Path, requests: Sequence[Request], drawn: Iterator[list[Image.Image]], asked: ClipOptions
+) -> list[list[Image.Image]]:
+    """Write each clip as soon as it is drawn, and give them all."""
+    films = []
+    for request, film in zip(requests, drawn, strict=True):
+        write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
+        films.append(film)
+    return films
 
 
 def film_name(request: Request) -> str:

@@ -96,7 +96,7 @@ def open_for_pictures(asked: ClipOptions) -> Backbone:
         asked.model or "moji",
         device=asked.device,
         precision=asked.precision,
-        from_picture=True,
+        task="image-to-video",
         compile=asked.compile,
     )
     name = model.location.name

@@ -37,7 +37,7 @@ from edit.methods.clip import (
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
-from edit.run.open import ModelWithConcepts, load_model
+from edit.run.open import ModelWithConcepts, Opening, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
 
@@ -90,7 +90,7 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> M
     Raises `UserError` for an adapter that does not fit the model, or has no positions for so many frames.
     """
     if not asked.motion:
-        return load_model(
+        opening = Opening(
             model=asked.model,
             concepts=concepts,
             scale=asked.scale,
@@ -98,6 +98,7 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> M
             device=asked.device,
             compile=asked.compile,
         )
+        return load_model(opening)
     from backbone.adapters.motion import Moves, set_in_motion
     from backbone.models.model import Backbone
 

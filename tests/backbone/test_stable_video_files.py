@@ -130,7 +130,7 @@ def write_file(place: Path, folder: Path, tensors: dict[str, Tensor], *, configs
 
 
 def open_video(path: Path) -> Backbone:
-    return Backbone.open(str(path), device="cpu", precision="fp32", from_picture=True)
+    return Backbone.open(str(path), device="cpu", precision="fp32", task="image-to-video")
 
 
 def answers(model: Backbone) -> list[Tensor]:

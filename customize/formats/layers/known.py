@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -85,67 +85,64 @@ def _layers(network: Network) -> list[tuple[str, Any]]:
     ]
 
 
+# The class of a network in diffusers, the published config that it starts from, and the numbers of its blocks.
+ONE_BLOCK: Mapping[Network, tuple[str, str | None, dict[str, Any]]] = {
+    "sd3": (
+        *("SD3Transformer2DModel", "stable-diffusion-3.5-medium"),
+        {"num_layers": 2, "dual_attention_layers": (0,)},
+    ),
+    "flux": ("FluxTransformer2DModel", "flux-dev", {"num_layers": 1, "num_single_layers": 1}),
+    "pixart": (
+        *("PixArtTransformer2DModel", None),
+        {"num_layers": 1, "sample_size": 128, "caption_channels": 8, "use_additional_conditions": True},
+    ),
+    "zimage": ("ZImageTransformer2DModel", None, {"n_layers": 1, "n_refiner_layers": 1}),
+    "qwen": ("QwenImageTransformer2DModel", None, {"num_layers": 1}),
+    "chroma": (
+        *("ChromaTransformer2DModel", None),
+        {"num_layers": 1, "num_single_layers": 1, "approximator_layers": 1},
+    ),
+    "qwen21": ("QwenImage21Transformer2DModel", None, {"num_layers": 1}),
+    "svd": ("UNetSpatioTemporalConditionModel", None, {"layers_per_block": 1}),
+    "krea2": (
+        *("Krea2Transformer2DModel", None),
+        {"num_layers": 1, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1},
+    ),
+    # dev, which alone has an embedding of guidance
+    "flux2": ("Flux2Transformer2DModel", None, {"num_layers": 1, "num_single_layers": 1}),
+}
+UNET_OPTIONS = {  # layers that a UNet of another task or a distilled one has
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": 8,
+    "time_cond_proj_dim": 8,
+    "encoder_hid_dim": 8,
+}
+
+
 def _build(network: Network) -> list[nn.Module]:
     """Networks of the published shapes with one block of each kind; UNets with all that these may have."""
+    if network == "unet":
+        return [
+            _build_unet("stable-diffusion-1", {}),
+            _build_unet("stable-diffusion-1", UNET_OPTIONS),
+            _build_unet("stable-diffusion-xl", {}),
+        ]
+    if network == "clip":
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        return [CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1))]
     import diffusers
 
-    if network == "unet":
-        optional = {
-            "class_embed_type": "projection",
-            "projection_class_embeddings_input_dim": 8,
-            "time_cond_proj_dim": 8,
-            "encoder_hid_dim": 8,
-        }
-        options: tuple[tuple[str, dict[str, Any]], ...] = (
-            ("stable-diffusion-1", {}),
-            ("stable-diffusion-1", optional),
-            ("stable-diffusion-xl", {}),
-        )
-        return [
-            diffusers.UNet2DConditionModel.from_config(
-                _config(folder, "unet") | {"transformer_layers_per_block": 1} | more
-            )
-            for folder, more in options
-        ]
-    if network == "sd3":
-        config = _config("stable-diffusion-3.5-medium", "transformer")
-        return [
-            diffusers.SD3Transformer2DModel.from_config(
-                config | {"num_layers": 2, "dual_attention_layers": (0,)}
-            )
-        ]
-    if network == "flux":
-        config = _config("flux-dev", "transformer")
-        return [
-            diffusers.FluxTransformer2DModel.from_config(config | {"num_layers": 1, "num_single_layers": 1})
-        ]
-    if network == "pixart":
-        return [
-            diffusers.PixArtTransformer2DModel(
-                num_layers=1, sample_size=128, caption_channels=8, use_additional_conditions=True
-            )
-        ]
-    if network == "zimage":
-        return [diffusers.ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1)]
-    if network == "qwen":
-        return [diffusers.QwenImageTransformer2DModel(num_layers=1)]
-    if network == "chroma":
-        return [diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=1)]
-    if network == "qwen21":
-        return [diffusers.QwenImage21Transformer2DModel(num_layers=1)]
-    if network == "svd":
-        return [diffusers.UNetSpatioTemporalConditionModel(layers_per_block=1)]
-    if network == "krea2":
-        return [
-            diffusers.Krea2Transformer2DModel(
-                num_layers=1, num_layerwise_text_blocks=1, num_refiner_text_blocks=1
-            )
-        ]
-    if network == "flux2":  # of dev, which alone has an embedding of guidance
-        return [diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=1)]
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    name, published, blocks = ONE_BLOCK[network]
+    config = {} if published is None else _config(published, "transformer")
+    return [getattr(diffusers, name).from_config(config | blocks)]
 
-    return [CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1))]
+
+def _build_unet(folder: str, options: dict[str, Any]) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    config = _config(folder, "unet") | {"transformer_layers_per_block": 1} | options
+    return cast(nn.Module, UNet2DConditionModel.from_config(config))
 
 
 def _config(folder: str, part: str) -> dict[str, Any]:

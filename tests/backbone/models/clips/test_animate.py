@@ -38,7 +38,7 @@ def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def video(video_folder: Path) -> Backbone:
-    return Backbone.open(str(video_folder), device="cpu", precision="fp32", from_picture=True)
+    return Backbone.open(str(video_folder), device="cpu", precision="fp32", task="image-to-video")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,6 @@ def test_parts_that_do_not_belong_together_are_said(
     config = json.loads((video_folder / part).read_text())
     (tmp_path / part).unlink()
     (tmp_path / part).write_text(json.dumps(config | change))
-    model = Backbone.open(str(tmp_path), device="cpu", precision="fp32", from_picture=True)
+    model = Backbone.open(str(tmp_path), device="cpu", precision="fp32", task="image-to-video")
     with pytest.raises(UserError, match=said):
         cast(Tensor, (model.path, model.picture_encoder, model.denoiser))
