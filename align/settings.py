@@ -94,7 +94,7 @@ class Settings(TrainingSettings):
             min=1,
         ),
     ] = 0
-    split: Annotated[str, Option("Of a dataset on the hub.", "Data", needs=OFFLINE)] = "train"
+    split: Annotated[str, Option("Split of a dataset on the hub.", "Data", needs=OFFLINE)] = "train"
     skip_bad: Annotated[bool, Option("Leave bad records out instead of stopping.", "Data", needs=OFFLINE)] = (
         False
     )
@@ -102,11 +102,11 @@ class Settings(TrainingSettings):
         bool, Option("Learn from images that another model drew.", "Data", needs=OFFLINE)
     ] = False
     held_out: Annotated[
-        float, Option("Share of the prompts to judge by.", "Data", needs=OF_PAIRS, min=0, max=1)
+        float, Option("Share of the prompts held out for evaluation.", "Data", needs=OF_PAIRS, min=0, max=1)
     ] = 0.1
     flip: Annotated[
         bool,
-        Option("Mirrored pairs too.", "Data", aliases=("random-flip",), needs=OF_PAIRS),
+        Option("Train on mirrored pairs too.", "Data", aliases=("random-flip",), needs=OF_PAIRS),
     ] = False
     random_crop: Annotated[
         int,
@@ -122,7 +122,7 @@ class Settings(TrainingSettings):
     prompt_dropout: Annotated[
         float,
         Option(
-            "Share of the draws without their prompt; 0: none.",
+            "Share of the noise samples trained with the empty prompt; 0: none.",
             "Data",
             aliases=("proportion-empty-prompts",),
             needs=OF_PAIRS,
@@ -143,7 +143,7 @@ class Settings(TrainingSettings):
     beta: Annotated[
         float,
         Option(
-            "How far the model may leave the base; means the same for every loss.",
+            "β: larger keeps the model closer to the base; means the same for every loss.",
             "Preference",
             aliases=("beta-dpo",),
             by_model=True,
@@ -155,7 +155,7 @@ class Settings(TrainingSettings):
     ties: Annotated[
         str,
         Option(
-            "Leave ties out, or pull them level.",
+            "Skip ties, or train their two images to be equally likely.",
             "Preference",
             choices=("drop", "model"),
             needs=OF_PAIRS,
@@ -174,7 +174,13 @@ class Settings(TrainingSettings):
     ] = 0.0
     sft_weight: Annotated[
         float,
-        Option("Adds so much of the winners' error.", "Preference", needs={"loss": COMPARES}, off=0, min=0),
+        Option(
+            "Weight of the winners' denoising error, added to the loss (SFT).",
+            "Preference",
+            needs={"loss": COMPARES},
+            off=0,
+            min=0,
+        ),
     ] = 0.0
     safeguard: Annotated[
         float,
@@ -188,22 +194,26 @@ class Settings(TrainingSettings):
         ),
     ] = -1.0
     mapo_weight: Annotated[
-        float, Option("Of MaPO's margin.", "Preference", needs={"loss": ("mapo",)}, min=0)
+        float, Option("Weight of MaPO's margin.", "Preference", needs={"loss": ("mapo",)}, min=0)
     ] = 0.1
     dspo_pull: Annotated[
-        float, Option("Of DSPO's pull towards the base.", "Preference", needs={"loss": ("dspo",)}, min=0)
+        float,
+        Option(
+            "Weight of DSPO's term towards the base model.", "Preference", needs={"loss": ("dspo",)}, min=0
+        ),
     ] = 1.0
     reference: Annotated[
         str,
         Option(
-            "The base's errors: banked at fixed draws, asked each time, or of a copy.",
+            "Where the base model's errors come from: bank: fixed noise samples, computed once; live: every step "
+            "anew; copy: a frozen copy.",
             "Preference",
             choices=REFERENCES,
             default_text="bank; dspo and --online: live",
             needs=OF_PAIRS,
         ),
     ] = "bank"
-    draws: Annotated[int, Option("Noise draws of each pair.", "Preference", needs=OF_PAIRS, min=1)] = 16
+    draws: Annotated[int, Option("Noise samples of each pair.", "Preference", needs=OF_PAIRS, min=1)] = 16
     least_noise: Annotated[
         float,
         Option(
@@ -227,17 +237,25 @@ class Settings(TrainingSettings):
         ),
     ] = ""
     prompts: Annotated[
-        str, Option("What to draw: a prompt on each line.", "Online", needs={"online": ()}, metavar="FILE")
+        str,
+        Option("File of prompts to draw, one on each line.", "Online", needs={"online": ()}, metavar="FILE"),
     ] = ""
-    rounds: Annotated[int, Option("Of drawing and training.", "Online", needs=IN_ROUNDS, min=1)] = 4
+    rounds: Annotated[int, Option("Rounds of drawing and training.", "Online", needs=IN_ROUNDS, min=1)] = 4
     per_prompt: Annotated[
         int, Option("Images of each prompt in a round.", "Online", needs=IN_ROUNDS, min=2)
     ] = 4
     reward_steps: Annotated[
-        int, Option("draft: K, the last steps that learn.", "Online", needs={"loss": ("draft",)}, min=1)
+        int,
+        Option(
+            "draft: K, the last sampler steps that gradients flow through.",
+            "Online",
+            needs={"loss": ("draft",)},
+            min=1,
+        ),
     ] = 1
     clip_range: Annotated[
-        float, Option("ddpo: of the ratio.", "Online", needs={"loss": ("ddpo",)}, min=0)
+        float,
+        Option("ddpo: clipping range of the likelihood ratio.", "Online", needs={"loss": ("ddpo",)}, min=0),
     ] = 1e-4
     sample_steps: Annotated[
         int,
@@ -246,7 +264,7 @@ class Settings(TrainingSettings):
     guidance: Annotated[
         float,
         Option(
-            "Guidance scale; 1: none.",
+            "Guidance scale; 1: no guidance.",
             "Online",
             aliases=("guidance-scale",),
             default_text="by model",
@@ -259,10 +277,16 @@ class Settings(TrainingSettings):
         int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), by_model=True, min=1)
     ] = 300
     batch: Annotated[
-        int, Option("Pairs a step.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
+        int, Option("Pairs in a batch.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
     ] = 4
     micro_batch: Annotated[
-        int, Option("Pairs at once.", "Training", default_text="the whole batch", min=1)
+        int,
+        Option(
+            "Pairs in one forward pass; gradients accumulate to the batch.",
+            "Training",
+            default_text="the whole batch",
+            min=1,
+        ),
     ] = 0
     lr_scheduler: str = "constant"
     loss_weighting: Annotated[
@@ -274,7 +298,7 @@ class Settings(TrainingSettings):
     evaluation_steps: Annotated[
         int,
         Option(
-            "Evaluate every so many steps; --online: after each round.",
+            "Evaluate every N steps; --online: after each round.",
             "Evaluation",
             aliases=("evaluate-every",),
             needs=OFFLINE,
@@ -282,18 +306,25 @@ class Settings(TrainingSettings):
         ),
     ] = 50
     evaluation_draws: Annotated[
-        int, Option("Noise draws of each pair that is judged.", "Evaluation", needs=OF_PAIRS, min=1)
+        int, Option("Noise samples of each held-out pair.", "Evaluation", needs=OF_PAIRS, min=1)
     ] = 4
     winner_tolerance: Annotated[
-        float, Option("How far winners' error may rise.", "Evaluation", needs=OF_PAIRS, min=0)
+        float,
+        Option(
+            "How far the winners' denoising error may rise above the base model's, as a share of it.",
+            "Evaluation",
+            needs=OF_PAIRS,
+            min=0,
+        ),
     ] = 0.05
     on_winner_rise: Annotated[
-        str, Option("Beyond that.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS)
+        str,
+        Option("What to do when it rises further.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS),
     ] = "warn"
     checkpointing_steps: Annotated[
         int,
         Option(
-            "A checkpoint every so many steps; --online: after each round.",
+            "Save a checkpoint every N steps; --online: after each round.",
             "Output",
             aliases=("save-every-n-steps",),
             needs=(OFFLINE, {"loss": REWARD_LOSSES}),
@@ -367,7 +398,7 @@ class PreparePairs(PrepareOptions, JsonOptions):
         int,
         Option("Both images of a pair cut at so many places too.", DATA, default_text="at the centre", min=0),
     ] = 0
-    seed: Annotated[int, Option("Of those places.", DATA, needs={"random_crop": ()})] = 0
+    seed: Annotated[int, Option("Seed of the random crops.", DATA, needs={"random_crop": ()})] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

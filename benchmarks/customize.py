@@ -175,7 +175,7 @@ class TableSettings:
     script: Annotated[Path | None, Option("diffusers' train_dreambooth_lora.py.", "Table")] = None
     flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
     model: Annotated[str, Option("The base model.", "Training")] = "moji"
-    seed: Annotated[int, Option("Of training and pictures.", "Training")] = 0
+    seed: Annotated[int, Option("Seed of training and of the pictures.", "Training")] = 0
     count: Annotated[int, Option("Pictures in each of the seven places.", "Pictures", min=1)] = 3
     others: Annotated[int, Option("Pictures of each other prompt.", "Pictures", min=1)] = 2
     classifier: Annotated[Path, Option("The classifier's folder.", "Pictures")] = FOLDER

@@ -110,8 +110,10 @@ class EditBenchmark(PlaceOptions):
         tuple[str, ...], Option("Which ones; repeatable.", DATA, default_text="all", metavar="NAME")
     ] = ()
     model: Annotated[str, Option("moji, or a diffusers folder of its world.", MODEL)] = "moji"
-    steps: Annotated[int, Option("Of every walk.", SAMPLING, min=1)] = 50
-    guidance: Annotated[float | None, Option("Of the targets.", SAMPLING, default_text="by model")] = None
+    steps: Annotated[int, Option("Steps of every inversion and edit.", SAMPLING, min=1)] = 50
+    guidance: Annotated[
+        float | None, Option("Guidance scale of the targets.", SAMPLING, default_text="by model")
+    ] = None
     editor: Annotated[
         str | None,
         Option(

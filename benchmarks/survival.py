@@ -61,7 +61,7 @@ class SurvivalSettings:
     fit: Annotated[str, Option("More flags for customize transfer, in one string.", "Training")] = ""
     model: Annotated[str, Option("The base model.", MODEL)] = "moji"
     turbo: Annotated[str, Option("Its few-step model.", MODEL, default_text="the one that goes with it")] = ""
-    seed: Annotated[int, Option("Everything random follows from it.", DATA)] = 0
+    seed: Annotated[int, Option("Seed of everything random.", DATA)] = 0
     classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
     out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
 

@@ -83,7 +83,7 @@ class CheckOptions(ModelOptions, JsonOptions):
     vram: Annotated[
         float | None,
         Option(
-            "Plan for a GPU with so many GiB.",
+            "Plan for a GPU with so many GiB of memory.",
             MODEL,
             default_text="what the run needs here",
             min=0.1,
@@ -199,7 +199,7 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
     prompts: Annotated[
         tuple[str, ...],
         Option(
-            "The same as an option; repeatable.",
+            "Prompts given as an option; repeatable.",
             DRAWING,
             aliases=("prompt", "validation-prompt", "from-file"),
             metavar="PROMPTS",
@@ -227,7 +227,7 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
     ] = ()
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB, and draw so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
     out: Annotated[
         Path | None,
@@ -302,7 +302,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     on: Annotated[
         str,
         Option(
-            "What survives on this few-step model, or on a run of customize transfer, beside the run's model.",
+            "Also measure the concept on this few-step model, or on a run of customize transfer.",
             DRAWING,
             metavar="MODEL",
             default_text="the run's model alone",
@@ -312,7 +312,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     living: Annotated[
         bool,
         Option(
-            "Of the two lists of prompts_and_classes.txt, that for living beings instead of things.",
+            "Use the list for living subjects of prompts_and_classes.txt instead of that for objects.",
             DRAWING,
             switches={"thing": False},
             needs={"prompts": ()},
@@ -330,7 +330,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     against_references: Annotated[
         bool,
         Option(
-            "Beside the run: the base with the subject's own images as references, untrained.",
+            "Also measure the untrained base model with the subject's images as references.",
             DRAWING,
             needs={"images": (None,)},
         ),
@@ -338,7 +338,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     out: Annotated[
         Path | None,
         Option(
-            "Where the table goes, a folder that is new or empty.",
+            "The folder to write the table to, new or empty.",
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",

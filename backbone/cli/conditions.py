@@ -98,7 +98,7 @@ class ControlOptions:
     condition_scale: Annotated[
         tuple[float, ...],
         Option(
-            "How strongly it holds; 0: not at all. One for all, or one for each condition.",
+            "Conditioning scale of the control network; 0: without it. One for all, or one for each condition.",
             CONTROL,
             aliases=(
                 "controlnet-conditioning-scale",
@@ -112,7 +112,7 @@ class ControlOptions:
     condition_start: Annotated[
         tuple[float, ...],
         Option(
-            "Share of the steps before it begins.",
+            "Share of the steps before control begins.",
             CONTROL,
             aliases=("control-guidance-start", "start-percent"),
             default_text="0",
@@ -122,7 +122,7 @@ class ControlOptions:
     condition_stop: Annotated[
         tuple[float, ...],
         Option(
-            "Share of the steps after which it ends; below 1 details are freer of the map.",
+            "Share of the steps after which control ends; below 1, details follow the map less.",
             CONTROL,
             aliases=("control-guidance-end", "adapter-conditioning-factor", "end-percent"),
             default_text="1",

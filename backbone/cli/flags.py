@@ -85,7 +85,7 @@ class PlaceOptions:
     precision: Annotated[
         str,
         Option(
-            "Of its weights.",
+            "Precision of the weights.",
             MODEL,
             aliases=("mixed-precision",),
             choices=("auto", "fp32", "bf16", "fp16"),
@@ -135,7 +135,7 @@ class ConceptOptions(ModelOptions):
     checkpoint: Annotated[
         Checkpoint | None,
         Option(
-            "Of a run that kept its best checkpoint: that one, or the last.",
+            "Which weights of a run that kept its best checkpoint: those, or the last.",
             CONCEPTS,
             choices=get_args(Checkpoint),
             default_text="best",

@@ -43,7 +43,7 @@ class GuidanceOption:
     guidance: Annotated[
         float | None,
         Option(
-            "Classifier-free guidance; 1: none.",
+            "Scale of classifier-free guidance; 1: no guidance.",
             SAMPLING,
             aliases=("guidance-scale", "cfg-scale"),
             default_text="by model",
@@ -62,10 +62,16 @@ class SamplingSettings(GuidanceOption):
     """
 
     negative: Annotated[
-        str, Option("What to stay away from.", DRAWING, aliases=("negative-prompt",), metavar="PROMPT")
+        str,
+        Option(
+            "Negative prompt: what the image should not show.",
+            DRAWING,
+            aliases=("negative-prompt",),
+            metavar="PROMPT",
+        ),
     ] = ""
-    width: Annotated[int | None, Option("Pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
-    height: Annotated[int | None, Option("Pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
     resolution: Annotated[
         int | None, Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1)
     ] = None
@@ -83,12 +89,12 @@ class SamplingSettings(GuidanceOption):
         float, Option("Share of the steps before guidance begins.", SAMPLING, min=0, max=1)
     ] = 0.0
     guidance_stop: Annotated[
-        float, Option("Share of the steps after which it ends.", SAMPLING, min=0, max=1)
+        float, Option("Share of the steps after which guidance ends.", SAMPLING, min=0, max=1)
     ] = 1.0
     sampler: Annotated[
         Sampler | None,
         Option(
-            "How noise becomes an image.",
+            "Sampler: the method of the steps from noise to image.",
             SAMPLING,
             choices=get_args(Sampler),
             default_text="ddim, or by model",
@@ -98,7 +104,7 @@ class SamplingSettings(GuidanceOption):
     batch: Annotated[
         int,
         Option(
-            "Images drawn together; they do not depend on it.",
+            "Images drawn together; what is drawn does not depend on it.",
             SAMPLING,
             aliases=("sample-batch-size", "batch-size"),
             min=1,

@@ -72,7 +72,7 @@ class EditSpeedSettings:
         str, Option("Whole edits of moji, or composed steps.", "Edits", choices=("moji", "sd15"))
     ] = "moji"
     model: Annotated[str, Option("The model of whole edits.", "Edits", needs={"shape": ("moji",)})] = "moji"
-    steps: Annotated[int, Option("Of an edit.", "Edits", min=2)] = 50
+    steps: Annotated[int, Option("Steps of an edit.", "Edits", min=2)] = 50
     repeats: Annotated[int, Option("Edits, or timed steps, of each side.", "Edits", min=1)] = 5
     null_text: Annotated[bool, Option("It takes longest.", "Edits")] = True
     memory: Annotated[bool, Option("Also each side's peak.", "Edits")] = True

@@ -68,7 +68,7 @@ def export(
         Path, typer.Argument(metavar="RUN", help="A run folder of customize train, or any adapter's file.")
     ],
     out: Out,
-    to: Annotated[Target, option("--to", help="Whose form.", panel=RESULT)] = "diffusers",
+    to: Annotated[Target, option("--to", help="The format: of which tool.", panel=RESULT)] = "diffusers",
     base: Annotated[
         BaseFamily | None,
         option("--base", help="The family of the model.", panel=RESULT, show_default="told from the layers"),
@@ -78,7 +78,7 @@ def export(
         option(
             "--precision",
             "--save-precision",
-            help="Of the weights.",
+            help="Precision of the weights written.",
             panel=RESULT,
             show_default="as they are",
         ),
@@ -89,7 +89,7 @@ def export(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="The base, for DoRA in ComfyUI's form.",
+            help="The base model, which DoRA in ComfyUI's format needs.",
             panel=flags.MODEL,
             show_default="the run's",
         ),
@@ -129,7 +129,12 @@ def import_(
     ] = None,
     class_noun: Annotated[
         str,
-        option("--class", help="What it shows, in a word.", panel=RESULT, show_default="what the file says"),
+        option(
+            "--class",
+            help="Class of the subject, in a word (dog).",
+            panel=RESULT,
+            show_default="what the file says",
+        ),
     ] = "",
     model: Annotated[
         str | None,
@@ -137,7 +142,7 @@ def import_(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="The model that it is for.",
+            help="The base model that the adapter is for.",
             panel=flags.MODEL,
             show_default="what the file says",
         ),
@@ -169,7 +174,10 @@ def merge(
     out: Out,
     rank: Rank = None,
     bake: Annotated[
-        bool, option("--bake", help="Into a whole pipeline (a diffusers folder).", panel=RESULT)
+        bool,
+        option(
+            "--bake", help="Merge into the model's weights: writes a whole diffusers folder.", panel=RESULT
+        ),
     ] = False,
     model: Annotated[
         str | None,
@@ -177,7 +185,7 @@ def merge(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="With --bake: the model.",
+            help="With --bake: the base model.",
             panel=flags.MODEL,
             show_default="the run's",
         ),
@@ -220,9 +228,9 @@ def merge(
 
 def extract(
     tuned: Annotated[
-        str, typer.Argument(metavar="TUNED", help="The changed model: a folder or a checkpoint file.")
+        str, typer.Argument(metavar="TUNED", help="The fine-tuned model: a folder or a checkpoint file.")
     ],
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it came from.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model that it was fine-tuned from.")],
     out: Out,
     rank: Rank = None,
     energy: Energy = None,

@@ -53,7 +53,7 @@ class RecipeSettings:
 
     model: Annotated[str, Option("moji, or a diffusers folder.", PROMPTS)] = "moji"
     flags: Annotated[str, Option("More flags for align train, in one string.", TRAINING)] = ""
-    name: Annotated[str, Option("Of runs with other flags.", TRAINING)] = ""
+    name: Annotated[str, Option("Name of the experiment, where flags differ.", TRAINING)] = ""
     held_out: Annotated[int, Option("Held-out prompts, two images of each.", COMPARISON, min=2)] = 300
     development: Annotated[
         bool, Option("Judge by development prompts, to choose settings by.", COMPARISON)

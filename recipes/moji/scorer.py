@@ -76,7 +76,9 @@ class ScorerSettings(RecipeSettings):
     decoded: Annotated[
         int, Option("How many pictures also come as the autoencoder decodes them.", TRAINING, min=0)
     ] = 4_000
-    help_weight: Annotated[float, Option("Weight of the heads that are thrown away.", TRAINING)] = 0.5
+    help_weight: Annotated[
+        float, Option("Weight of the auxiliary heads, which are dropped after training.", TRAINING)
+    ] = 0.5
 
 
 @settled_command(app, ScorerSettings)

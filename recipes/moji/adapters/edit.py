@@ -47,10 +47,14 @@ class EditorSettings:
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
     pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 20_000
     steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 20_000
-    batch: Annotated[int, Option("Pairs a step.", "Training", min=1)] = 16
-    rank: Annotated[int, Option("Of the adapter.", "Training", min=1)] = 16
-    learning_rate: Annotated[float, Option("Of the adapter and the new channels.", "Training", min=0)] = 1e-3
-    held_out: Annotated[int, Option("Pairs that choose the best step.", DATA, min=0)] = 32
+    batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
+    rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 16
+    learning_rate: Annotated[
+        float, Option("Learning rate of the adapter and the new input channels.", "Training", min=0)
+    ] = 1e-3
+    held_out: Annotated[
+        int, Option("Held-out pairs, by which the best checkpoint is chosen.", DATA, min=0)
+    ] = 32
     device: Annotated[str, Option("cpu or cuda.", MODEL)] = "cpu"
     workdir: Annotated[Path, Option("Where the pairs are kept.", OUTPUT)] = Path("build/moji")
     tiny: Annotated[bool, Option("Few pairs and steps.", "Training")] = False

@@ -87,7 +87,7 @@ class MotionSettings(LatentSettings):
 @app.command()
 def clips(
     count: Annotated[int, typer.Option(help="How many clips, from seed 0.")] = 6_000,
-    model: Annotated[str, typer.Option(help="Whose autoencoder.")] = "moji",
+    model: Annotated[str, typer.Option(help="The model whose autoencoder encodes them.")] = "moji",
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Renders clips and encodes them; finished files are kept."""
