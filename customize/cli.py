@@ -1,4 +1,4 @@
-"""The command `customize`: example images, training, sampling, checking images."""
+"""The command `customize`: example images, checking and preparing images, training, sampling, evaluation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def example(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ModelOptions, JsonOptions):
-    """What `customize check` looks at."""
+    """Options of `customize check`."""
 
     images: Annotated[
         str,
@@ -177,7 +177,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     if resumed is None:
         finished = start(asked, out=run.out, vram=run.vram)
     else:
-        own = read_settings(resumed)  # mistakes are answered before torch is imported
+        own = read_settings(resumed)  # user errors are raised before torch is imported
         refuse_transferred(resumed)
         anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
         if own.pairs:
@@ -193,7 +193,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
-    """What `customize sample` draws."""
+    """Options of `customize sample`."""
 
     words: PromptWords = ()
     prompts: Annotated[
@@ -259,7 +259,7 @@ def sample(asked: SampleOptions) -> None:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
-        resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+        resolve_placeholder_tokens(prompt, concepts)  # user errors are raised before torch is imported
     controls = asked.controls
     refuse_from_source(controls)
     if asked.out is not None:
@@ -281,7 +281,7 @@ SURVIVAL = "survival"  # in a run folder
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(JsonOptions, CountOption):
-    """What `customize evaluate` measures."""
+    """Options of `customize evaluate`."""
 
     run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
     images: Annotated[
@@ -351,7 +351,7 @@ class EvaluateOptions(JsonOptions, CountOption):
 def evaluate(asked: EvaluateOptions) -> None:
     """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
     run = asked.run
-    read_settings(run)  # mistakes are answered before torch is imported
+    read_settings(run)  # user errors are raised before torch is imported
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer

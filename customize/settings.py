@@ -1,4 +1,4 @@
-"""What a run was asked for, resolved: every choice that changes the weights, in one frozen value."""
+"""The settings of `customize train`: every choice that changes the weights, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLASS_PROMPT = "a {class}"
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to learn: its pictures, its token with the words behind it, and what it is."""
+    """A subject to learn: its images, its token, the words that the text encoder reads for it, and its class."""
 
     images: str
     token: str
@@ -37,7 +37,7 @@ class Subject:
     token_words: str = ""
 
     def called(self) -> str:
-        """How a prompt calls it: `[V] dog`."""
+        """Its name in a prompt: `[V] dog`."""
         return tidy(f"{self.token} {self.class_noun}")
 
     def filled(self, template: str) -> str:
@@ -70,29 +70,29 @@ def read_subject(flag: str) -> Subject:
     return Subject(drive + parts[0], *parts[1:])
 
 
-METHODS = {  # what each trains; which classes do it: `customize.methods.registry`
+METHODS = {  # what each trains; the classes are in `customize.methods.registry`
     "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
     "full": "all of the denoiser's weights (DreamBooth)",
-    "textual-inversion": "a word of its own, nothing else",
-    "pivotal": "a word of its own first, then an adapter",
-    "custom-diffusion": "the cross-attention's keys and values, and a word of its own",
+    "textual-inversion": "an embedding for the token, nothing else",
+    "pivotal": "an embedding for the token first, then an adapter",
+    "custom-diffusion": "the cross-attention's keys and values, and an embedding for the token",
 }
 OWN_WORDS = (
     "textual-inversion",
     "pivotal",
     "custom-diffusion",
-)  # in which the token has embeddings of its own
+)  # which learn embeddings for the token
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
 WITH_WORDS = {"method": OWN_WORDS}
-A_CONCEPT = {"pairs": ("",)}  # what is learned has a token, and is not what an instruction does
+A_CONCEPT = {"pairs": ("",)}  # a subject with a token is learned, not edits from pairs
 OF_PAIRS: dict[str, tuple[Any, ...]] = {"pairs": ()}
 MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
 KEEPS_A_CLASS = {**A_CONCEPT, **MOVES_DENOISER}
-METHOD_RATES = {  # where the weights themselves move: as published
+METHOD_RATES = {  # learning rates as published, where the weights themselves are trained
     "full": 5e-6,
     "custom-diffusion": 1e-5,
     "pairs": 1e-4,
-    "pairs-full": 5e-5,  # of edits, as diffusers' scripts for them
+    "pairs-full": 5e-5,  # as diffusers' scripts for InstructPix2Pix
 }
 PATIENCE = 3  # evaluations, with --steps auto
 SHEET_PROMPTS = (
@@ -109,7 +109,7 @@ SHEET_PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
-    """The settings of `customize train`. A run is a function of these, the images and the model."""
+    """The settings of `customize train`. The trained weights are a function of these, the images and the model."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = dict.fromkeys(("rank", "lora_alpha", "lora_layers"), WITH_ADAPTER)
 
@@ -576,7 +576,7 @@ class Settings(TrainingSettings):
             )
 
     def subjects(self) -> list[Subject]:
-        """Every subject that is learned, the first one in front; none where edits are."""
+        """All subjects, the one of --images first; none where edits are learned."""
         if self.pairs:
             return []
         first = Subject(self.images, self.token, self.class_noun, self.token_words)
@@ -593,13 +593,13 @@ class Settings(TrainingSettings):
         return found
 
     def called(self) -> str:
-        """How a prompt calls the first subject: `[V] dog`."""
+        """The first subject's name in a prompt: `[V] dog`."""
         return self.subjects()[0].called()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """What `customize train` is told beside the settings."""
+    """Options of `customize train` that are not saved with its settings."""
 
     center_crop: Annotated[
         bool,
@@ -613,7 +613,7 @@ class TrainOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareImages(PrepareOptions, JsonOptions):
-    """What `customize prepare` is told."""
+    """Options of `customize prepare`."""
 
     images: Annotated[
         str,
@@ -651,15 +651,15 @@ class PrepareImages(PrepareOptions, JsonOptions):
 
 
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
-    """The settings of a run: what the user asked for over what works with the model (`usual`, of its `limner.json`).
+    """The settings of a run: what the user asked for, over the usual settings of the model (its `limner.json`).
 
-    Raises `UserError` for what is not known.
+    Raises `UserError` for an unknown setting.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
     rates = METHOD_RATES | usual.get("learning_rates", {})
-    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # room to stop in
+    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # early stopping ends it sooner
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
@@ -675,7 +675,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         "loss_weighting": usual.get("loss_weighting", "none"),
         "evaluation_steps": 50 if patient else Settings.evaluation_steps,
     }
-    if asked.get("optimizer") == "prodigy":  # which finds the step size; rates are factors of it
+    if asked.get("optimizer") == "prodigy":  # which finds the step size; learning rates are factors of it
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
     return resolve(Settings, from_model, asked)
 

@@ -1,4 +1,4 @@
-"""The doors of the command line: `customize`, `edit`, `align`, and `limner`, which holds the three.
+"""The programs of the command line: `customize`, `edit`, `align`, and `limner`, which groups the three.
 
     app = command_group("Change what the words say of an image, and nothing else.")
 
@@ -6,7 +6,7 @@
     def example(folder: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None: ...
 
 A command with many options, or with options that others have too, declares them as a dataclass
-(`backbone.cli.options`). All doors understand hyphens and underscores alike, have `--version` and shell completion, and
+(`backbone.cli.options`). All programs accept hyphens and underscores alike, have `--version` and shell completion, and
 show their help in panels (`backbone.cli.help`).
 """
 
@@ -40,12 +40,12 @@ def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
 
 
 def hyphens(name: str) -> str:
-    """An option's name with hyphens, so that the spelling with underscores serves too."""
+    """An option's name with hyphens, so that the spelling with underscores works too."""
     return name.replace("_", "-")
 
 
 def typed(program: str) -> list[str]:
-    """The command line as `program` reads it: `limner edit sdedit …` is `edit sdedit …`."""
+    """The command line as `program` gets it: of `limner edit sdedit …`, `edit sdedit …`."""
     words = sys.argv[1:]
     return [program, *(words[1:] if words[:1] == [program] else words)]
 

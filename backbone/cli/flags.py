@@ -1,7 +1,6 @@
-"""The options that several commands share, each declared once: one word for one thing in all three programs.
+"""Options that several commands share, each declared once: one name for one thing in all three programs.
 
-An option's name is ours and the one that `--help` shows. Its aliases are what diffusers' scripts and kohya's call the
-same thing; they are understood too.
+`--help` shows the name. The aliases are the names in diffusers' and kohya's scripts, and are accepted too.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ WITH_CONCEPTS: dict[str, tuple[Any, ...]] = {"concepts": ()}
 
 
 def model_option(default_text: str) -> Option:
-    """Which model; where none is named, what `default_text` says."""
+    """The option --model, with its default in words."""
     return Option(
         MODEL_HELP,
         MODEL,
@@ -71,7 +70,7 @@ PromptWords = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class JsonOptions:
-    """Of a command whose result a program may want to read."""
+    """The option of a command that can print its result as JSON."""
 
     as_json: Annotated[
         bool, Option("Print the result as JSON on stdout, and nothing else there.", OUTPUT, flag="json")

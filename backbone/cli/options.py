@@ -1,4 +1,4 @@
-"""Settings said once: a dataclass's fields are the command line, `--help`, a file's keys, and the repeating command.
+"""Settings declared once: a dataclass gives the command line, `--help`, config-file keys, and the repeating command.
 
     @dataclass(frozen=True, kw_only=True)
     class Settings:
@@ -7,9 +7,9 @@
     @command(app, Settings)
     def train(asked: dict[str, Any]) -> None: ...
 
-`asked` holds what was said, by field; what was not said is not in it. A subclass that gives a field another default
-keeps the Option that its parent gave it, and its `NEEDS` say of inherited fields when they have an effect. Where no
-default depends on the model, the function gets the settings made:
+`asked` holds the values that the user gave, by field name, and nothing else. A subclass that gives a field another
+default keeps its parent's Option, and its `NEEDS` say when inherited fields have an effect. Where no default depends on
+the model, the function gets the finished settings:
 
     @settled_command(app, SampleOptions)
     def sample(asked: SampleOptions) -> None: ...
@@ -48,28 +48,28 @@ Made = TypeVar("Made")
 
 
 class UnknownSettingError(UserError):
-    """A setting of a name that there is not."""
+    """A setting that does not exist."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of one setting.
+    """The metadata of one setting: help text, spellings, allowed values, and when it has an effect.
 
     flag          its name on the command line, where that is not the field's
-    aliases       other spellings that are understood and not shown
+    aliases       other spellings, accepted but not shown
     default_text  the default in words, where the value itself says little
-    by_model      the default comes from the model, so the repeating command always names the value
-    choices       the values that there are
-    needs         the other settings without which this one has no effect, each with the values that will do (none: any
-                  that is set); a tuple of such for alternatives
-    implies       other settings that follow from this one, where they are not said
-    switches      flags without a value that stand for a value of this one
-    words         values that stand for other settings
-    argument      it is a plain word on the command line, without a flag before it
-    off           the value that switches a thing off, which may be said wherever that thing is off already
-    packages      by value, the package that it needs and that comes with no installation
-    code          it may name a Python file, which will be run: never one that only a file of settings names
-    joined        other options, with their help, whose values follow this one's behind a +
+    by_model      the default depends on the model, so the repeating command always names the value
+    choices       the allowed values
+    needs         the other settings without which this one has no effect, each with the values that it needs (none:
+                  any that is set); a tuple of such mappings for alternatives
+    implies       other settings that this one sets, unless they are given
+    switches      flags that set this one to a fixed value, as --use-dora sets --adapter dora
+    words         values that set other settings instead, as --steps auto sets --patience
+    argument      a positional argument
+    off           the value that switches a feature off, allowed where the feature is off already
+    packages      the optional package that a value needs, by value
+    code          it may name a Python file, which will be run; refused when it comes from a config file alone
+    joined        other options, with their help, whose values are appended to this one's with a +
     """
 
     help: str
@@ -96,7 +96,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Field:
-    """A field with its Option: its type (of one value, where it holds many) and its default."""
+    """A field with its Option, its type (of one value, where it holds several) and its default."""
 
     name: str
     kind: type
@@ -111,7 +111,7 @@ class Field:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """All names by which it is known in a file, with underscores."""
+        """All its names in a config file, with underscores."""
         names = (self.name, self.flag[2:], *self.option.aliases)
         return tuple(dict.fromkeys(name.replace("-", "_") for name in names))
 
@@ -145,7 +145,7 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
 
 @cache
 def _own_hints(declared: Hashable) -> dict[str, Any]:
-    """The types of the fields that a class itself says, evaluated once for all classes that inherit them."""
+    """The types of the fields that a class itself declares, evaluated once for all its subclasses."""
     assert isinstance(declared, type)
     names = vars(import_module(declared.__module__))
     fields = {one.name for one in dataclasses.fields(declared)}
@@ -174,8 +174,8 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a function a command of the app, with the options of these dataclasses and `--config FILE`.
 
-    The function gets what was asked of the first one's fields, as a dictionary, and the others made. `panels` is the
-    order in which `--help` shows them. Raises `UserError`, when called, for values that do not fit.
+    The function gets the values given for the first one's fields, as a dictionary, and instances of the others.
+    `panels` is the order of the sections in `--help`. Raises `UserError`, when called, for values that do not fit.
     """
 
     def called(function: Callable[..., None], asked: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def command(
 def settled_command(
     app: typer.Typer, declared: type, *, panels: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command that gets this dataclass made of what was asked.
+    """Makes a function a command that gets an instance of this dataclass.
 
     Raises `UserError`, when called, for values that do not fit, are missing, or have no effect beside the others.
     """
@@ -208,7 +208,7 @@ def settled_command(
         function(settings)
 
     def known() -> dict[str, Field]:
-        """What is the command's own stands before what it shares with others."""
+        """The command's own options, before those that it shares with others."""
         fields = fields_of(declared)
         own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in fields]
         return {name: fields[name] for name in own}
@@ -232,15 +232,15 @@ def _registering(
         def read() -> Callable[..., None]:
             known = fields()
 
-            def door(config: str | None = None, **given: Any) -> None:
+            def run(config: str | None = None, **given: Any) -> None:
                 asked = values_from_flags(given, known)
                 if config is not None:
                     asked = {**values_from_file(Path(config), known, asked), **asked}
                 called(function, join_values(asked, given, known))
 
-            door.__name__ = function.__name__
-            door.__signature__ = inspect.Signature(parameters(_in_panels(known, panels)))  # type: ignore[attr-defined]
-            return door
+            run.__name__ = function.__name__
+            run.__signature__ = inspect.Signature(parameters(_in_panels(known, panels)))  # type: ignore[attr-defined]
+            return run
 
         def named() -> None: ...
 
@@ -253,7 +253,7 @@ def _registering(
 
 
 def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]:
-    """Words first, then options in the panels' order, the required ones at the head of each."""
+    """Positional arguments first, then options in the panels' order, the required ones at the top of each."""
     order = {panel: place for place, panel in enumerate(panels)}
 
     def place(one: Field) -> tuple[bool, int, bool]:
@@ -305,7 +305,7 @@ def _parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
 
 
 def _typed(one: Field) -> tuple[Any, Any]:
-    """A field's type for typer, which only tells the words apart, and its typer.Option."""
+    """A field's type for typer, which only splits the command line, and its typer.Option."""
     option = one.option
     text = help_text(one)
     if option.argument:

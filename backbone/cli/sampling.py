@@ -1,4 +1,4 @@
-"""How images are sampled: what every command and function that draws is told. No torch."""
+"""How images are sampled: the settings of every command and function that draws. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a training, opened twice: for what its configs say is usual, then as the run's settings hold it."""
+"""The model of a training, opened twice: its configs, for the usual settings; then in the placement of the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from backbone.training.hardware import use_tensor_cores
 def open_configs(
     asked: Mapping[str, Any], *, task: Task = "text-to-image"
 ) -> tuple[Backbone, dict[str, Any]]:
-    """The model that was asked for, of which only configs are read yet, and what was asked.
+    """The model that was asked for, of which only configs are read, and the settings that were asked for.
 
-    Where nobody said whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A model that lies
-    on this machine is named there by its absolute path, so that a run finds it from anywhere. `task` is what it is
-    trained for.
+    Where the settings do not say whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A path
+    becomes absolute, so that the run finds the model from any folder. `task` is what the model is trained for.
     """
     model = Backbone.open(
         asked.get("model", "moji"),

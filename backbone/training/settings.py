@@ -1,4 +1,4 @@
-"""The settings that every training has, each said once: its default, its help, its place, its other spellings."""
+"""Settings that all training commands share, each declared once: default, help text, panel, aliases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What `customize train` and `align train` are both told. A subclass says the defaults that it wants otherwise.
+    """Settings of `customize train` and of `align train`. A subclass overrides defaults.
 
     Raises `UserError`, naming the argument, for a value that its Option does not allow.
     """
@@ -192,7 +192,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a training command is told beside the settings, and does not keep with them."""
+    """Options of a training command that are not saved with its settings."""
 
     out: Annotated[
         Path | None,
@@ -226,7 +226,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(ModelOptions):
-    """What `customize prepare` and `align prepare` are both told."""
+    """Options of `customize prepare` and of `align prepare`."""
 
     out: Annotated[
         Path,
@@ -263,9 +263,9 @@ Made = TypeVar("Made", bound=TrainingSettings)
 
 
 def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
-    """The settings of a run: what was asked for over what is usual for the model and the method.
+    """The settings of a run: the values that were asked for, over the usual ones of the model and the method.
 
-    Nothing is left of what is usual and has no effect beside the rest. Raises `UserError` for what is not known.
+    Usual values that have no effect with the rest are dropped. Raises `UserError` for an unknown setting.
     """
     merged = {**usual, **asked}
     merged.setdefault("lora_alpha", float(merged["rank"]))
@@ -288,7 +288,7 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
 
 
 def find_resumed(said: RunOptions, program: str, usual: Path | None) -> Path | None:
-    """The run folder that `--resume` means, or None where that is to begin.
+    """The run folder that `--resume` names, or None where the run is yet to start.
 
     `latest`, as diffusers' scripts have it, is the folder of --out, or `usual`, the one that the same command takes
     without --out; so a command can be repeated until it is done, and begins where no step was saved yet. Where nothing
@@ -341,9 +341,9 @@ def said_anew(
     *,
     allowed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What is asked for beside `--resume` and differs from the run's `own` settings.
+    """The settings given beside `--resume` that differ from the run's `own`.
 
-    `UserError` for any of it that is not `allowed`: it would have no effect.
+    Raises `UserError` for any that is not `allowed` to change: it would have no effect.
     """
     known = fields_of(type(own)) | fields_of(type(said))
     anew = {name: value for name, value in asked.items() if not _is_same(value, getattr(own, name))}
@@ -361,7 +361,7 @@ def said_anew(
 
 
 def _is_same(value: Any, own: Any) -> bool:
-    """Whether a value is the run's own, which has whole paths."""
+    """Whether a value equals the run's own, where paths are absolute."""
     if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)):
         return len(value) == len(own) and all(map(_is_same, value, own))
     return bool(value == own or (isinstance(value, (str, Path)) and absolute(str(value)) == str(own)))
