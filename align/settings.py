@@ -95,9 +95,7 @@ class Settings(TrainingSettings):
         ),
     ] = 0
     split: Annotated[str, Option("Split of a dataset on the hub.", "Data", needs=OFFLINE)] = "train"
-    skip_bad: Annotated[bool, Option("Leave bad records out instead of stopping.", "Data", needs=OFFLINE)] = (
-        False
-    )
+    skip_bad: Annotated[bool, Option("Skip bad records instead of stopping.", "Data", needs=OFFLINE)] = False
     any_model: Annotated[
         bool, Option("Learn from images that another model drew.", "Data", needs=OFFLINE)
     ] = False
@@ -111,7 +109,7 @@ class Settings(TrainingSettings):
     random_crop: Annotated[
         int,
         Option(
-            "Cut both images of a pair at one of so many places.",
+            "Crop both images of a pair at one of N places.",
             "Data",
             default_text="at the centre",
             needs=OF_PAIRS,
@@ -134,7 +132,7 @@ class Settings(TrainingSettings):
     loss: Annotated[
         str,
         Option(
-            "draft (reward gradients) and ddpo (policy gradients) are with --online alone.",
+            "The loss; draft (reward gradients) and ddpo (policy gradients) need --online.",
             "Preference",
             aliases=("loss-type",),
             choices=LOSSES,
@@ -164,7 +162,7 @@ class Settings(TrainingSettings):
     label_smoothing: Annotated[
         float,
         Option(
-            "The share of wrong labels; 0: none.",
+            "Assumed share of wrong labels; 0: none.",
             "Preference",
             needs={"loss": ("dpo", "ipo", "hinge", "mapo", "sft")},
             off=0,
@@ -217,7 +215,7 @@ class Settings(TrainingSettings):
     least_noise: Annotated[
         float,
         Option(
-            "Train above this share of the noise path.",
+            "Train only on noise levels above this share of the noise path.",
             "Preference",
             by_model=True,
             needs=OF_PAIRS,
@@ -229,7 +227,7 @@ class Settings(TrainingSettings):
     online: Annotated[
         str,
         Option(
-            "Draw, let this scorer rank, train, again.",
+            "Train online, in rounds: draw images, rank them by this scorer, train on the pairs.",
             "Online",
             default_text="off",
             metavar="SCORER",
@@ -272,7 +270,7 @@ class Settings(TrainingSettings):
             min=0,
         ),
     ] = -1.0
-    full: Annotated[bool, Option("All weights of the denoiser instead of a LoRA.", "Method")] = False
+    full: Annotated[bool, Option("Train all weights of the denoiser instead of a LoRA.", "Method")] = False
     steps: Annotated[
         int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), by_model=True, min=1)
     ] = 300

@@ -349,7 +349,7 @@ class EvaluateOptions(JsonOptions, CountOption):
 
 @settled_command(app, EvaluateOptions)
 def evaluate(asked: EvaluateOptions) -> None:
-    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
+    """Measure a run by the DreamBench protocol: subject and prompt fidelity, prior preservation, diversity."""
     run = asked.run
     read_settings(run)  # user errors are raised before torch is imported
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run

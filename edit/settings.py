@@ -30,7 +30,7 @@ INVERTED: dict[str, tuple[Any, ...]] = {
 OF_INVERSION: dict[str, tuple[Any, ...]] = {"source": ()}
 MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
 SOURCE_HELP = "What the image shows, in words or in a file."
-STRENGTH_HELP = "Share of the way that is walked again."
+STRENGTH_HELP = "Share of the steps that are sampled again; below 1 the edit starts from a less noisy state."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class ReportOptions(RunFolder):
     scorer: Annotated[
         str | None,
         Option(
-            "A CLIP folder that measures.",
+            "Folder of a CLIP model for the metrics.",
             SCORING,
             metavar="FOLDER",
             default_text="the model's own",
@@ -144,7 +144,11 @@ class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption
     image: Annotated[
         str | None,
         Option(
-            "The image; not with --inversion.", WORDS, argument=True, metavar="IMAGE", default_text="none"
+            "The image to edit; leave it out with --inversion.",
+            WORDS,
+            argument=True,
+            metavar="IMAGE",
+            default_text="none",
         ),
     ] = None
     source: Annotated[
@@ -177,7 +181,7 @@ class TargetOptions:
     targets: Annotated[
         tuple[str, ...],
         Option(
-            "What it should show, in words or in a file; repeatable, done in one batch.",
+            "Target prompt: what the edited image should show, in words or in a file; repeatable, one batch.",
             WORDS,
             flag="target",
             aliases=("target-prompt",),
@@ -270,19 +274,19 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     blend: Annotated[
         tuple[str, ...],
         Option(
-            "Change only where this word stands; auto: the words that differ; none: everywhere.",
+            "Change only the region of this word; auto: of the words that differ; none: change everything.",
             WHERE,
             metavar="WORD",
             default_text="by control",
         ),
     ] = ()
     keep: Annotated[
-        tuple[str, ...], Option("Never change where this word stands.", WHERE, metavar="WORD")
+        tuple[str, ...], Option("Keep the region of this word unchanged.", WHERE, metavar="WORD")
     ] = ()
     threshold: Annotated[
         float | None,
         Option(
-            "Share of the greatest difference that lets a place change.",
+            "Threshold of the blend mask, as a share of its maximum.",
             WHERE,
             default_text="0.25",
             min=0,
@@ -292,7 +296,7 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     control: Annotated[
         Way,
         Option(
-            "What holds the image: masactrl for what bends, plug-and-play for a new look.",
+            "Attention control; masactrl: for a new pose or shape; plug-and-play: for a new style.",
             HOW,
             choices=get_args(Way),
         ),
@@ -322,7 +326,12 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     ] = None
     windows: Annotated[
         tuple[str, ...],
-        Option("cat=0.2:0.8: cross-attention's window of one word.", HOW, flag="window", metavar="WORD=A:B"),
+        Option(
+            "cat=0.2:0.8: window of the steps for the cross-attention of one word.",
+            HOW,
+            flag="window",
+            metavar="WORD=A:B",
+        ),
     ] = ()
     strength: Annotated[float, Option(STRENGTH_HELP, HOW, min=0, max=1)] = 1.0
     heatmaps: Annotated[
@@ -349,7 +358,12 @@ class SDEditOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, Cou
 
     prompt: Annotated[
         str,
-        Option("What it should show, in words or in a file.", WORDS, aliases=("prompts",), metavar="PROMPT"),
+        Option(
+            "Target prompt: what the edited image should show, in words or in a file.",
+            WORDS,
+            aliases=("prompts",),
+            metavar="PROMPT",
+        ),
     ]
     strength: Annotated[
         float,

@@ -77,7 +77,7 @@ class ControlOptions:
         tuple[str, ...],
         Option(
             "A map of the layout: KIND=MAP.png, with KIND sketch, lines, edges, labels, depth or pose; repeatable. "
-            "MAP.png:inverted is black on white, PHOTO.png:auto is a picture in which it is found.",
+            "MAP.png:inverted is black on white, PHOTO.png:auto finds the map in a picture.",
             CONTROL,
             aliases=("control-image", "conditioning-image", "validation-image"),
             metavar="KIND=MAP",
@@ -86,7 +86,7 @@ class ControlOptions:
     controlnet: Annotated[
         tuple[str, ...],
         Option(
-            "The network that reads it: a run of train-control, a diffusers folder, a file, or a hub id; one for all, "
+            "The control network: a run of train-control, a diffusers folder, a file, or a hub id; one for all, "
             "or one for each condition.",
             CONTROL,
             aliases=("controlnet-model-name-or-path", "t2i-adapter", "control-net-name"),
@@ -132,7 +132,7 @@ class ControlOptions:
     guess_mode: Annotated[
         bool,
         Option(
-            "ControlNets act without a prompt too weakly and on the prompted rows alone, to be used without a prompt.",
+            "ControlNets' guess mode, to draw without a prompt: control of the conditional rows alone, and weaker.",
             CONTROL,
             needs=NEEDS,
         ),
