@@ -9,6 +9,7 @@ from typing import Any
 
 from backbone.adapters.concept import (
     EDITS,
+    OWN_EDITOR,
     Concept,
     needs_whole_base,
     read_concept,
@@ -94,6 +95,10 @@ def load_model(
     if name is None and inversion is not None:
         name = read_metadata(inversion).get("model")
     editors = [concept for concept in read if concept.kind == EDITS]
+    if by_instruction and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
+        notify("moji follows instructions with moji-edit (another one: --concept RUN, or --model).")
+        editors = [read_concept(OWN_EDITOR)]
+        read += tuple(editors)
     backbone = Backbone.open(
         name or "moji",
         device=device or "auto",
