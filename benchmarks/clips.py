@@ -2,8 +2,9 @@
 
     python -m benchmarks.clips --motion moji-motion --clips 300        an hour on two cores
 
-Clips of the world's benchmark seeds are drawn from their captions and measured beside two others: the floor, where the
-adapter is left out and every frame is a picture by itself, and the bound, the true clip through the autoencoder. Where
+Clips of the world's benchmark seeds are drawn from their captions and measured beside others: the floor, where the
+adapter is left out and every frame is a picture by itself, the bound, the true clip through the autoencoder, and where
+the model has a network for poses, clips whose motion is planned from the words (`customize.clips.plan`). Where
 the adapter brings a camera with it (`camera.safetensors`), its clips are drawn once more with the camera's words left
 out and its path in their place. What moves is measured from the pixels alone, by a similarity fitted to each pair of
 frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
@@ -46,6 +47,8 @@ from backbone.io.files import write_json, write_text
 from backbone.media.camera import embed_rays, flat_path
 from backbone.media.transforms import to_image
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
+from backbone.models.clips.frames import link_frames
+from backbone.models.control import condition_clips, embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, render_clip, trace_camera
@@ -53,7 +56,9 @@ from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.render import find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
+from customize.clips.plan import POSE, plan_motion
 
+PLANNED = "planned from the words"
 Floats = NDArray[np.float64]
 Way = Callable[[int, Clip], list[Image.Image]]
 
@@ -184,6 +189,8 @@ def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: 
     if true:
         ways["true clips, decoded"] = lambda _, clip: through_autoencoder(floor, clip)
     ways["without an adapter"] = lambda i, clip: draw(floor, i, clip, steps, guidance)
+    if POSE in embedded_controls(floor):
+        ways[PLANNED] = lambda i, clip: draw_planned(floor, i, clip, steps, guidance)
     if motion:
         moving = Backbone.open(model, device="cpu")
         set_in_motion(moving, Moves(motion))
@@ -221,6 +228,23 @@ def draw(
         frames=Frames(clip.frames),
         controls=controls,
     )
+    return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
+
+
+def draw_planned(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
+    """A clip as `customize clip` draws it without a motion adapter: by a pose in each frame, under noise they share."""
+    said, _, maps = plan_motion(replace(clip, camera="").caption(), clip.frames)
+    planned = [condition_clips(model, POSE, maps, (SIDE, SIDE)).control] if maps else []
+    with link_frames(model.denoiser, clip.frames):
+        (latents,) = sample_latents(
+            model,
+            [Request(said, (number, 0))],
+            steps=steps,
+            guidance=guidance,
+            seed=0,
+            frames=Frames(clip.frames, shared=1.0),
+            controls=planned,
+        )
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
 

@@ -433,12 +433,12 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
         str,
         Option(
             "What stands where nothing was to change: the image's own pixels, its autoencoder's copy (latents), or "
-            "what the model draws (none).",
+            "what the model draws (none). auto: pixels, and all that is drawn where nearly everything changes.",
             WHERE,
             flag="keep",
-            choices=("pixels", "latents", "none"),
+            choices=("auto", "pixels", "latents", "none"),
         ),
-    ] = "pixels"
+    ] = "auto"
     mask: Annotated[
         str | None,
         Option(
@@ -447,7 +447,7 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
             aliases=("mask-image",),
             metavar="IMAGE",
             default_text="where the edit differs",
-            needs={"background": ("pixels", "latents")},
+            needs={"background": ("auto", "pixels", "latents")},
         ),
     ] = None
     image_guidance: Annotated[

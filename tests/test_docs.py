@@ -40,6 +40,7 @@ LARGEST = {
     "--evaluation-steps": 2,
     "--rank": 4,
     "--batch": 2,
+    "--frames": 2,
 }
 # What a command is given beside what is printed, unless it is printed or the command does not have it.
 ADDED = {
@@ -47,6 +48,7 @@ ADDED = {
     "customize train-control": ("--validation-steps", "0", "--sample-steps", "2", "--evaluation-steps", "2"),
     "customize evaluate": ("--count", "1"),
     "customize sample": ("--steps", "2"),
+    "customize clip": ("--steps", "2"),
     "align sample": ("--steps", "2"),
     "align train": ("--steps", "2", "--evaluation-draws", "1"),
     "align compare": ("--steps", "2", "--count", "1"),

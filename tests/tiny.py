@@ -34,6 +34,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -604,10 +605,15 @@ def tiny_moji(folder: Path, *, side: int = 128) -> Path:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     for part in EMBEDDED.iterdir():
-        if part.name not in ("unet", "vae", "limner.json"):
+        if part.name not in ("unet", "vae", "control", "limner.json"):
             (folder / part.name).symlink_to(part)
     unet = tiny_unet(sample_size=side // 8, in_channels=8, out_channels=8, cross_attention_dim=256)
     unet.save_pretrained(folder / "unet")
+    control = folder / "control" / "world"
+    adapter = T2IAdapter(channels=list(unet.config.block_out_channels), num_res_blocks=1, downscale_factor=8)
+    adapter.save_pretrained(control / "t2i_adapter")
+    record = json.loads((EMBEDDED / "control" / "world" / "condition.json").read_text())
+    (control / "condition.json").write_text(json.dumps({**record, "base": ""}))
     tiny_autoencoder(latent_channels=8, sample_size=side).save_pretrained(folder / "vae")
     defaults = json.loads((EMBEDDED / "limner.json").read_text())
     few = {"steps": 2, "train_steps": 2, "rank": 2, "batch": 1, "prior_batch": 1}

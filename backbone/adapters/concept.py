@@ -20,6 +20,9 @@ from backbone.io.records import inside, read_as
 CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 EDITS = "edits"  # the kind of what was learned from pairs: an image and an instruction to an edited image
+OWN_EDITOR = (
+    Path(__file__).parents[1] / "moji-edit"
+)  # carried along: an adapter by which `moji` follows instructions
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
@@ -66,8 +69,13 @@ class Concept:
 
 
 def read_concept(folder: str | Path) -> Concept:
-    """Read the concept of a run folder, or of its `concept.json`; `UserError` if there is none."""
+    """Read the concept of a run folder, or of its `concept.json`; `UserError` if there is none.
+
+    `moji-edit` is the one that is carried along, where there is no folder of that name.
+    """
     folder = Path(folder)
+    if str(folder) == OWN_EDITOR.name and not folder.exists():
+        folder = OWN_EDITOR
     path = folder / CONCEPT_FILE if folder.is_dir() else folder
     if not path.is_file() or path.name != CONCEPT_FILE:
         raise UserError(_why_no_run(folder))

@@ -207,6 +207,19 @@ def open_clip_conditions(
     return tuple(replace(one, control=one.control.as_clip()) for one in found)
 
 
+def condition_clips(
+    model: Backbone, kind: str, maps: Sequence[Image.Image], size: tuple[int, int]
+) -> Condition:
+    """The condition of clips on maps that are at hand, one a frame, by the model's own network for their kind.
+
+    Raises `UserError` where the model has none.
+    """
+    opened = open_control(model, _embedded(model, kind))
+    fitting = [one if one.size == size else one.resize(size) for one in maps]
+    found = _condition(model, AskedControl(AskedMap(kind, "planned")), opened, fitting)
+    return replace(found, control=found.control.as_clip())
+
+
 def _open(
     model: Backbone,
     asked: Sequence[AskedControl],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from random import Random
 
 MOTIONS: dict[str, tuple[str, ...]] = {  # the canonical phrase first
@@ -61,6 +63,9 @@ OPPOSITES = {  # what a clip shows that is played backwards; the others look the
     "zoom-in": "zoom-out",
     "roll-left": "roll-right",
 }
+WHERE_SAID = (  # words of motion: behind a comma, the thing that moves before them, or behind the thing itself
+    r"(?:, the (\w[\w ]*?) |,? )(?:is )?{}(?: (slowly|fast))?(?=$|[,.]| (?:in|on|at|under|over|through|across)\b)"
+)
 OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 
@@ -89,6 +94,46 @@ def find_moves(prompt: str) -> tuple[str, str]:
     camera, rest = _longest(said, CAMERAS)
     motion, _ = _longest(rest, MOTIONS)
     return motion, camera
+
+
+@dataclass(frozen=True)
+class SaidMotion:
+    """What a prompt says of a motion, of `MOTIONS` and `SPEEDS`, and the prompt without these words.
+
+    whose  the thing that moves, where the words name one (“the dog moving left”)
+    """
+
+    rest: str
+    move: str = ""
+    speed: str = ""
+    whose: str = ""
+
+
+def cut_motion(prompt: str) -> SaidMotion:
+    """Take the words of motion out of a prompt: `a dog moving left fast in a park` → `a dog in a park`, left, fast."""
+    move, match = _find_said(prompt, MOTIONS)
+    if match is None:
+        return SaidMotion(prompt)
+    return SaidMotion(_without(prompt, match), move, (match[2] or "").lower(), (match[1] or "").lower())
+
+
+def cut_camera(prompt: str) -> tuple[str, str]:
+    """Take the words of the camera out of a prompt: `a dog, camera zooming in` → `a dog`, zoom-in."""
+    camera, match = _find_said(prompt, CAMERAS)
+    return (prompt if match is None else _without(prompt, match)), camera
+
+
+def _find_said(prompt: str, known: dict[str, tuple[str, ...]]) -> tuple[str, re.Match[str] | None]:
+    """What a prompt says, by the longest phrase, and where."""
+    said = [(words, move) for move, ways in known.items() for words in ways]
+    for words, move in sorted(said, key=lambda pair: -len(pair[0])):
+        if match := re.search(WHERE_SAID.format(words), prompt, re.IGNORECASE):
+            return move, match
+    return "", None
+
+
+def _without(prompt: str, match: re.Match[str]) -> str:
+    return (prompt[: match.start()] + prompt[match.end() :]).strip(" ,")
 
 
 def _longest(said: str, known: dict[str, tuple[str, ...]]) -> tuple[str, str]:

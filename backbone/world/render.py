@@ -198,7 +198,11 @@ def stick_of(figure: Figure) -> Stick:
     """How a figure is held, its accessory apart."""
     body = load_glyph(load_vocabulary().glyph(figure.thing.noun))
     scale = figure.size / max(body.size)
-    width, height = body.width * scale, body.height * scale
+    return span_stick(figure, body.width * scale, body.height * scale)
+
+
+def span_stick(figure: Figure, width: float, height: float) -> Stick:
+    """How a figure of this width and height is held, whatever its glyph."""
     angle = math.radians(figure.angle)
     upwards = height / 2 * math.sin(angle), -height / 2 * math.cos(angle)
     own = -width / 2 if figure.mirrored else width / 2

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def clip(asked: ClipOptions) -> None:
-    """Draw clips from prompts with a motion adapter, with concepts or without, or let a picture move."""
+    """Draw clips from prompts, with a motion adapter and concepts or without, or let a picture move."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
@@ -53,10 +53,13 @@ def clip(asked: ClipOptions) -> None:
         asked = replace(
             asked, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
         )
-    if not asked.motion:
+    if not asked.motion and asked.camera:
         raise UserError(
-            "Without a motion adapter every frame is another picture. Name one with --motion (a folder, an original "
-            "AnimateDiff file, or a hub id like guoyww/animatediff-motion-adapter-v1-5-3 for sd15)."
+            "A camera's path is followed by a motion adapter. Name one with --motion, or leave --camera out."
+        )
+    if not asked.motion and asked.sparsectrl:
+        raise UserError(
+            "SparseCtrl works beside a motion adapter. Name one with --motion, or leave --sparsectrl out."
         )
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported

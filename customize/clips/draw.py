@@ -1,9 +1,10 @@
-"""`customize clip`: sample clips of prompts with a motion adapter, with concepts applied, into a folder."""
+"""`customize clip`: sample clips of prompts, with a motion adapter or without, with concepts applied, into a folder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import refuse_filled, write_json, write_text
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
@@ -33,16 +34,19 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.memory.drawing import Drawn, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
+from backbone.models.clips.frames import link_frames, refuse_joint_attention
 from backbone.models.clips.motion import Motion, read_motion_adapter
 from backbone.models.control import (
     Condition,
     describe_conditions,
+    embedded_controls,
     name_networks,
     open_clip_conditions,
     together,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
+from customize.clips.plan import POSE, PlannedClip, plan_clip
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (
     describe_given_frames,
@@ -69,9 +73,10 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     if asked.mp4:
         import_av("--mp4")
     name = asked.model or (concepts[0].model if concepts else "moji")
-    expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
+    if not asked.motion:
+        refuse_joint_attention(model)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
@@ -89,12 +94,20 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     conditions += open_sparse_condition(model, sparse, asked)
     path, camera = follow_camera(model, asked, size)
     given = open_given_frames(model, pictures, places, asked)
+    controls = (*together(conditions), *camera, *given)
+    plans = plan_clips(model, prompts, asked, concepts, size)
+    conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     requests = [
-        Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
+        Request(resolve_placeholder_tokens(plan.prompt, concepts), (i, j), negative)
+        for i, plan in enumerate(plans)
+        for j in range(asked.count)
+    ]
+    scenes = [
+        (requests[i * asked.count : (i + 1) * asked.count], (*controls, *plan.controls))
+        for i, plan in enumerate(plans)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
-        drawn = sample_films(model, requests, asked, frames, (*together(conditions), *camera, *given))
-        films = write_films(folder, requests, drawn, asked)
+        films = write_films(folder, requests, sample_films(model, scenes, asked, frames), asked)
         kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
         record = {
             "command": as_command("customize clip", kept),
@@ -171,28 +184,58 @@ def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
             f"{asked.motion} has positions for {motion.longest} frames, and {min(at_once, asked.frames)} are asked for "
             f"at once. Add --context-length {motion.longest} (or less), or ask for fewer --frames."
         )
-    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.shared_noise)
+    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise)
+
+
+def plan_clips(
+    model: Backbone,
+    prompts: Sequence[str],
+    asked: ClipOptions,
+    concepts: Sequence[Concept],
+    size: tuple[int, int],
+) -> list[PlannedClip]:
+    """What the picture model is told for each prompt: the prompt alone where an adapter or maps say what moves.
+
+    Elsewhere the words of motion become maps of poses, if the model has a network that reads them.
+    """
+    if asked.motion or asked.condition:
+        return [PlannedClip(prompt) for prompt in prompts]
+    if POSE not in embedded_controls(model):
+        notify_once(
+            f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
+            "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
+        )
+        return [PlannedClip(prompt) for prompt in prompts]
+    known = {token: "" for concept in concepts for token in concept.tokens}
+    return [plan_clip(model, prompt, asked.frames, size, known) for prompt in prompts]
 
 
 def sample_films(
     model: Backbone,
-    requests: Sequence[Request],
+    scenes: Sequence[tuple[Sequence[Request], Sequence[Control]]],
     asked: ClipOptions,
     frames: Frames,
-    controls: Sequence[Control] = (),
 ) -> Iterator[list[Image.Image]]:
-    """The requested clips, in order, as their frames."""
-    with progress(len(requests) * frames.count, "drawing frames") as bar:
-        for latents in sample_latents(
-            model,
-            requests,
-            **asked.for_sampler(),
-            frames=frames,
-            controls=controls,
-            advance=lambda clips: bar.advance_images(clips * frames.count),
-        ):
-            for clip in latents:
-                yield [to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()]
+    """The requested clips of each scene under its controls, in order, as their frames.
+
+    Without a motion adapter the frames look at one another through the picture model's own attention.
+    """
+    count = sum(len(requests) for requests, _ in scenes) * frames.count
+    linked = nullcontext() if asked.motion else link_frames(model.denoiser, frames.count)
+    with progress(count, "drawing frames") as bar, linked:
+        for requests, controls in scenes:
+            for latents in sample_latents(
+                model,
+                requests,
+                **asked.for_sampler(),
+                frames=frames,
+                controls=controls,
+                advance=lambda clips: bar.advance_images(clips * frames.count),
+            ):
+                for clip in latents:
+                    yield [
+                        to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()
+                    ]
 
 
 def write_films(
@@ -221,7 +264,7 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
         facts |= {"camera": asked.camera, "camera_scale": asked.camera_scale}
     if asked.context_length:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
-    return facts | ({"shared_noise": asked.shared_noise} if asked.shared_noise else {})
+    return facts | ({"shared_noise": asked.common_noise} if asked.common_noise else {})
 
 
 def write_maps(

@@ -163,7 +163,7 @@ def draw_latents(
         for one in shown
     ]  # fmt: skip
     conditions = condition_on_stills(model, stills, keys, asked.seed)
-    frames = Frames(asked.frames, shared=asked.shared_noise)
+    frames = Frames(asked.frames, shared=asked.shared_noise or 0.0)
     with progress(len(keys) * asked.frames, "drawing frames") as bar:
         drawn = animate(
             model,

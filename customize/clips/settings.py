@@ -127,9 +127,15 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         Option("Frames between two windows.", MOTION, min=1, needs={"context_length": ()}),
     ] = 4
     shared_noise: Annotated[
-        float,
-        Option("Share of the starting noise that all frames have in common.", MOTION, min=0, max=1),
-    ] = 0.0
+        float | None,
+        Option(
+            "Share of the starting noise that all frames have in common.",
+            MOTION,
+            min=0,
+            max=1,
+            default_text="0; without --motion 1",
+        ),
+    ] = None
     decode_chunk_size: Annotated[
         int, Option("Frames decoded together; 0: as many as fit.", SAMPLING, min=0)
     ] = 0
@@ -182,6 +188,13 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             raise UserError(
                 "--scale is of concepts, and the LoRA here is of a motion adapter. Give --motion-scale."
             )
+
+    @property
+    def common_noise(self) -> float:
+        """The share of the starting noise that frames have in common: all of it where no adapter links them."""
+        if self.shared_noise is not None:
+            return self.shared_noise
+        return 0.0 if self.motion else 1.0
 
     @property
     def by_picture_alone(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbone.models.clips.frames import first_and_previous
 from edit.attention.control import OVER_TIME, Control, Cross, Maps, never_traced, read_columns
 
 
@@ -226,7 +227,7 @@ class _Layer:
 
     def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if self.frames:
-            key, value = self._from_other_frames(key), self._from_other_frames(value)
+            key, value = first_and_previous(key, self.frames), first_and_previous(value, self.frames)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.attn.scale)
 
     def project(self, attended: Tensor) -> Tensor:
@@ -241,10 +242,3 @@ class _Layer:
 
     def _heads(self, x: Tensor) -> Tensor:
         return cast(Tensor, x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2))
-
-    def _from_other_frames(self, x: Tensor) -> Tensor:
-        """Keys or values [B·F, heads, T, D] → [B·F, heads, 2·T, D], of the first frame and the one before."""
-        clips = x.unflatten(0, (-1, self.frames))
-        first = clips[:, :1].expand_as(clips)
-        before = torch.cat([clips[:, :1], clips[:, :-1]], 1)
-        return torch.cat([first, before], -2).flatten(0, 1)

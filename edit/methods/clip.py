@@ -29,6 +29,7 @@ from backbone.io.console import UserError
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.frames import refuse_joint_attention
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
@@ -127,15 +128,6 @@ def link_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
     control = Control(0, clips=clips, across_frames=True)
     with control_attention(model.denoiser, control):
         yield control
-
-
-def refuse_joint_attention(model: Backbone) -> None:
-    """`UserError` for a transformer over text and picture jointly, in which frames are not linked."""
-    if not hasattr(model.denoiser, "down_blocks"):
-        raise UserError(
-            f"The frames of a clip are linked in a UNet's attention, and {model.location.name} is a transformer. Give "
-            "a --model that has a UNet (moji, sd15, sdxl)."
-        )
 
 
 def invert_film(

@@ -28,6 +28,7 @@ from backbone.io.console import UserError
 from backbone.media.control_maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.frames import refuse_joint_attention
 from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
@@ -36,7 +37,7 @@ from edit.attention.control import Control
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
-from edit.methods.clip import ClipEdit, ClipResult, find_places, link_frames, refuse_joint_attention
+from edit.methods.clip import ClipEdit, ClipResult, find_places, link_frames
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.replace import align_prompts
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings

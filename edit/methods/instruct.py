@@ -18,7 +18,7 @@ from torch import Tensor
 from backbone.cli.keywords import takes
 from backbone.cli.options import build
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
@@ -35,12 +35,12 @@ from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import load_pixel_mask
-from edit.methods.keep_background import KeptBackground, keep_background
+from edit.methods.keep_background import KeptBackground, NoBackgroundError, keep_background
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.result import Result
 from edit.sampling import Frames, guidance_of, schedule_of
 
-Keep = Literal["pixels", "latents", "none"]
+Keep = Literal["auto", "pixels", "latents", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +48,8 @@ class InstructSettings:
     """How an image is edited by instructions.
 
     references      further images, for a model that reads several
-    keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn
+    keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
+                    `auto`: its own pixels, and what is drawn where nearly everything has changed
     guidance        how closely the instruction is followed; the model's usual one if None
     image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
     negative        what to stay away from
@@ -57,7 +58,7 @@ class InstructSettings:
     """
 
     references: Sequence[ImageLike] = ()
-    keep: Keep = "pixels"
+    keep: Keep = "auto"
     steps: int = 50
     guidance: float | None = None
     image_guidance: float = IMAGE_GUIDANCE
@@ -82,7 +83,8 @@ def instruct(
 
     `settings` are the fields of `InstructSettings`, by name; `layout` and `progress` are as in `sdedit`.
 
-    Raises `UserError` for an empty instruction, a model that reads no image, and where an edit leaves no background.
+    Raises `UserError` for an empty instruction, a model that reads no image, and where an edit leaves no background to
+    keep.
     """
     asked = build(InstructSettings, settings)
     instructions = checks.prompts(instructions, "instruction")
@@ -111,7 +113,14 @@ def instruct(
             # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
             copied = asked.keep == "latents" and number == 0
             background = model.decode(now.latent)[0].cpu() if copied else None
-            found = keep_drawn(drawn, now, changed=changed, background=background, instruction=instruction)
+            found = keep_drawn(
+                drawn,
+                now,
+                changed=changed,
+                background=background,
+                instruction=instruction,
+                or_all=asked.keep == "auto",
+            )
             drawn = found.image
             backgrounds.append(found)
         latents.append(state[0])
@@ -177,8 +186,12 @@ def keep_drawn(
     changed: Tensor | None,
     background: Tensor | None,
     instruction: str,
+    or_all: bool = False,
 ) -> KeptBackground:
-    """What was drawn [3, 8H, 8W] on the background of the image before, or on this copy of it."""
+    """What was drawn [3, 8H, 8W] on the background of the image before, or on this copy of it.
+
+    With `or_all` an edit that changes nearly everything is taken whole, which is said; else it is a `UserError`.
+    """
     try:
         return keep_background(
             drawn,
@@ -186,7 +199,10 @@ def keep_drawn(
             changed=None if changed is None else changed.cpu(),
             background=background,
         )
-    except UserError as error:
+    except NoBackgroundError as error:
+        if or_all:
+            notify(f"“{instruction}” changes nearly everything, so all of it is taken as it is drawn.")
+            return KeptBackground.none(drawn)
         raise UserError(
             f"“{instruction}”: {error} To take all that the model draws, say --keep none."
         ) from error

@@ -27,6 +27,10 @@ LEFT = 0.15  # of the pixels at least have to be the source's for a background t
 LOOKED_AT = 512  # pixels of the longer side at which the place is found
 
 
+class NoBackgroundError(UserError):
+    """An edit that agrees with its source nearly nowhere."""
+
+
 @dataclass(frozen=True, eq=False)
 class KeptBackground:
     """An edit with its source's background.
@@ -43,6 +47,11 @@ class KeptBackground:
     registration: Registration
     drifted_psnr_db: float | None
     registered_psnr_db: float | None
+
+    @classmethod
+    def none(cls, edited: Tensor) -> KeptBackground:
+        """An edit as it is: all of it changed."""
+        return cls(edited, torch.ones_like(edited[0]), Registration(), None, None)
 
     @property
     def changed_share(self) -> float:
@@ -79,14 +88,14 @@ def keep_background(
     background  what stands outside the place, where it is not the source itself: its copy by an autoencoder
     align       whether a drift of the whole is looked for and undone
 
-    Raises `UserError` where nearly everything has changed, so that no background is left.
+    Raises `NoBackgroundError` where nearly everything has changed.
     """
     found = register(edited, source, changed=changed) if align else Registration()
     straight = undo(edited, found, beyond=source)
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
     agree = float(((small[0] - small[1]).abs().amax(0) < 2 * TOLERANCE).float().mean())
     if changed is None and agree < LEFT:
-        raise UserError(
+        raise NoBackgroundError(
             f"The edit agrees with the source in {agree:.0%} of the image, so there is no background to keep. "
             "Paint where it may change, and say --mask PNG."
         )

@@ -128,7 +128,7 @@ def run_instruct(
     image: ImageLike,
     instruction: str,
     then: Sequence[str] = (),
-    background: str = "pixels",
+    background: str = "auto",
     steps: int = 50,
     asked: AskedLayout = NOTHING_ASKED,
     **settings: Any,

@@ -9,6 +9,7 @@ from typing import Any
 
 from backbone.adapters.concept import (
     EDITS,
+    OWN_EDITOR,
     Concept,
     needs_whole_base,
     read_concept,
@@ -100,6 +101,10 @@ def load_model(asked: Opening, *, shown: int = 0) -> ModelWithConcepts:
     if name is None and asked.inversion is not None:
         name = read_metadata(asked.inversion).get("model")
     editors = [concept for concept in read if concept.kind == EDITS]
+    if shown and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
+        notify("moji follows instructions with moji-edit (another one: --concept RUN, or --model).")
+        editors = [read_concept(OWN_EDITOR)]
+        read += tuple(editors)
     task: Task = "text-to-image" if not shown else "learn-to-edit" if editors else "edit"
     backbone = Backbone.open(
         name or "moji",

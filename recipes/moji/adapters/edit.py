@@ -1,13 +1,15 @@
 """`moji-edit`: an adapter with which `moji` does what an instruction says, from rendered pairs.
 
-    python -m recipes.moji.adapters.edit --out build/moji-edit                       hours on two cores
-    python -m recipes.moji.adapters.edit --model build/moji-second --out runs/try    on any pipeline of the world
-    python -m recipes.moji.adapters.edit --tiny --out build/try                  a few steps of everything: does it run?
+    python -m recipes.moji.adapters.edit train --out build/moji-edit                     two hours of one core
+    python -m recipes.moji.adapters.edit train --model build/second --out runs/try    on any pipeline of the world
+    python -m recipes.moji.adapters.edit train --tiny --out build/try    a few steps of everything: does it run?
+    python -m recipes.moji.adapters.edit export build/moji-edit --out backbone/moji-edit
 
 The world gives the true edit of every instruction (`backbone.world.edits`): another noun, a colour, an accessory put on
 or taken off, a place, a style, a thing removed, a thing added next to another. Pairs are written as anybody's lie on a
 disk, and `customize train --pairs` learns from them; nothing here trains. Left in `--out` is that run's folder, whose
-adapter and input channels, at most 15 MB, are all that an edit needs. Needs the emoji font.
+adapter and input channels are all that an edit needs: `export` writes them in fp16, at most 15 MB. Needs the
+emoji font.
 """
 
 from __future__ import annotations
@@ -21,18 +23,32 @@ from typing import Annotated, Any
 
 import typer
 
-from backbone.adapters.concept import CONCEPT_FILE, read_concept
+from backbone.adapters.concept import checkpoint, read_concept
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import Option, settled_command
-from backbone.io.console import UserError, notify, progress, run_app
-from backbone.io.files import write_text
+from backbone.io.console import UserError, progress, run_app
+from backbone.io.files import read_tensors, write_tensors, write_text
 from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
 
-LARGEST = 15_000_000  # bytes of the weights that an edit needs
+LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
+CARD = """# moji-edit
+
+By this adapter `{model}` does what an instruction says: further input channels for the image that is edited
+(InstructPix2Pix, Brooks et al. 2023), and a LoRA, in fp16. Learned by `customize train --pairs` from rendered scenes
+and their true edits (`recipes/moji/adapters/edit.py`).
+
+    edit instruct photo.png --instruction "put it in the snow"
+
+As a whole model that diffusers' `StableDiffusionInstructPix2PixPipeline` opens:
+
+    customize merge PATH/TO/moji-edit --bake --model {model} --out moji-edit-whole
+
+Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
+"""
 TOLD = ("model", "steps", "batch", "rank", "learning_rate", "held_out", "device")  # to `customize train`
 
 
@@ -45,24 +61,24 @@ class EditorSettings:
 
     out: Annotated[Path, Option("The run folder.", OUTPUT)]
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
-    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 20_000
-    steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 20_000
+    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 12_000
+    steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 3_200
     batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
-    rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 16
+    rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 24
     learning_rate: Annotated[
         float, Option("Learning rate of the adapter and the new input channels.", "Training", min=0)
     ] = 1e-3
     held_out: Annotated[
         int, Option("Held-out pairs, by which the best checkpoint is chosen.", DATA, min=0)
-    ] = 32
+    ] = 10
     device: Annotated[str, Option("cpu or cuda.", MODEL)] = "cpu"
     workdir: Annotated[Path, Option("Where the pairs are kept.", OUTPUT)] = Path("build/moji")
     tiny: Annotated[bool, Option("Few pairs and steps.", "Training")] = False
 
 
 @settled_command(app, EditorSettings)
-def main(wanted: EditorSettings) -> None:
-    """Renders what is missing, trains, and says how large what was learned is."""
+def train(wanted: EditorSettings) -> None:
+    """Renders the pairs that are missing, and trains."""
     if wanted.tiny:
         wanted = replace(wanted, pairs=20, steps=2, batch=2, held_out=1)
     folder = wanted.workdir / f"edits-{wanted.pairs}"
@@ -73,8 +89,31 @@ def main(wanted: EditorSettings) -> None:
         "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "skip_bad": True,
         **{name: getattr(wanted, name) for name in TOLD},
     }  # fmt: skip
-    run = start(asked, out=wanted.out)
-    notify(f"What an edit needs of {run} is {size_of(run) / 1e6:.1f} MB.")
+    start(asked, out=wanted.out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder of `train`.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/moji/moji-edit"),
+) -> None:
+    """Writes the best checkpoint in fp16, as a run folder that edits alone are made with; `UserError` if too large."""
+    concept = read_concept(checkpoint(run))
+    out.mkdir(parents=True, exist_ok=True)
+    concept.write(out)
+    for name in (concept.weights, concept.changed):
+        tensors, said = read_tensors(concept.folder / name)
+        write_tensors(out / name, {key: value.half() for key, value in tensors.items()}, said)
+    write_text(out / "README.md", CARD.format(model=concept.model))
+    for path in out.iterdir():
+        path.chmod(0o644)  # safetensors are written for their owner alone
+    size = sum(path.stat().st_size for path in out.iterdir())
+    if size > LARGEST:
+        raise UserError(
+            f"{out} takes {size / 1e6:.1f} MB, and at most {LARGEST / 1e6:.0f} are carried along. Train at a lower "
+            "--rank."
+        )
+    print(f"{out}: {size / 1e6:.1f} MB")
 
 
 def write_pairs(folder: Path, edits: list[WorldEdit], *, workers: int = 2) -> None:
@@ -99,20 +138,6 @@ def write_pairs(folder: Path, edits: list[WorldEdit], *, workers: int = 2) -> No
 def _write_pair(folder: Path, number: int, edit: WorldEdit) -> None:
     for side, image in zip(("source", "target"), edit.rendered(), strict=True):
         image.save(folder / side / f"{number:06d}.png")
-
-
-def size_of(run: Path) -> int:
-    """Bytes of the weights that an edit needs. Raises `UserError` for more than may be."""
-    concept = read_concept(run)
-    size = sum(
-        (run / name).stat().st_size for name in (CONCEPT_FILE, concept.weights, concept.changed) if name
-    )
-    if size > LARGEST:
-        raise UserError(
-            f"{run} holds {size / 1e6:.1f} MB of weights, and {LARGEST / 1e6:.0f} are what may be. Take a smaller "
-            "--rank."
-        )
-    return size
 
 
 if __name__ == "__main__":

@@ -139,10 +139,16 @@ def test_what_cannot_be_used_is_named(
     assert len(wrong) == 1 and complaint in wrong[0] and "0.png" in wrong[0]
 
 
-def shift(folder: Path) -> None:
+def shift(folder: Path, by: float = 3.0) -> None:
     drifted = picture(0)
     drifted[:, 20:50, 30:70] = 0.9
-    to_image(moved(drifted, (3.0, 0.0, 1.0))).save(folder / "target/0.png")
+    to_image(moved(drifted, (by, 0.0, 1.0))).save(folder / "target/0.png")
+
+
+def test_a_third_of_a_small_picture_s_pixel_is_no_drift_and_one_pixel_is(tmp_path: Path) -> None:
+    assert changed(tmp_path / "softer", lambda folder: shift(folder, 0.3)) == ([], [])
+    wrong, drifted = changed(tmp_path / "drifted", lambda folder: shift(folder, 1.0))
+    assert any("px to the right" in sentence for sentence in (*wrong, *drifted))
 
 
 @pytest.mark.parametrize(

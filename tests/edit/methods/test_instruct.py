@@ -16,7 +16,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.media.registration import Registration
-from backbone.media.transforms import to_tensor
+from backbone.media.transforms import to_image, to_tensor
 from backbone.models.by_instruction import Guidances, instructed_predictor
 from backbone.models.model import Backbone
 from edit.cli import app
@@ -176,4 +176,8 @@ def test_a_background_that_is_all_gone_names_the_instruction(
 ) -> None:
     monkeypatch.setattr(model, "decode", lambda latents: 1.0 - 2.0 * (to_tensor(photo()) > 0).float()[None])
     with pytest.raises(UserError, match=r"“a red dog”: .*--keep none"):
-        instruct(model, photo(), ["a red dog"], steps=1)
+        instruct(model, photo(), ["a red dog"], steps=1, keep="pixels")
+    whole = instruct(model, photo(), ["a red dog"], steps=1)
+    assert whole.images[0] == to_image(model.decode(whole.latents)[0])
+    assert whole.masks is not None and bool((whole.masks == 1).all())
+    assert whole.facts["drift"][0]["changed_share"] == 1

@@ -1,0 +1,73 @@
+"""Frames of a clip linked by the attention of a picture model, where no motion adapter is.
+
+    with link_frames(model.denoiser, 16):
+        ...  # rows are clips of 16 frames, and each looks at the first one and the one before
+
+Keys and values of a UNet's self-attention come from those two frames (Wu et al. 2023, Tune-A-Video, section 4.2), so
+that a thing looks alike in all frames though nothing over time was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from backbone.io.console import UserError
+from backbone.models.model import Backbone
+
+SELF_ATTENTION = "attn1"  # a UNet's layer of it, by the end of its name
+
+
+def first_and_previous(x: Tensor, frames: int) -> Tensor:
+    """Tokens [B·F, ..., T, D] of clips → [B·F, ..., 2·T, D], those of the first frame and of the one before."""
+    clips = x.unflatten(0, (-1, frames))
+    first = clips[:, :1].expand_as(clips)
+    before = torch.cat([clips[:, :1], clips[:, :-1]], 1)
+    return torch.cat([first, before], -2).flatten(0, 1)
+
+
+@dataclass
+class LinkedAttention:
+    """A processor of self-attention whose keys and values are those of other frames of a clip."""
+
+    plain: Any
+    frames: int
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        if encoder_hidden_states is None:
+            encoder_hidden_states = first_and_previous(hidden_states, self.frames)
+        return cast(
+            Tensor, self.plain(attn, hidden_states, encoder_hidden_states=encoder_hidden_states, **more)
+        )
+
+
+@contextmanager
+def link_frames(denoiser: nn.Module, frames: int) -> Iterator[None]:
+    """Inside the `with` a UNet's self-attention links the frames of clips; afterwards it is as before."""
+    layers: dict[str, Any] = {
+        name: layer for name, layer in denoiser.named_modules() if name.endswith(SELF_ATTENTION)
+    }
+    before = {name: layer.processor for name, layer in layers.items()}
+    try:
+        for name, plain in before.items():
+            layers[name].set_processor(LinkedAttention(plain, frames))
+        yield
+    finally:
+        for name, plain in before.items():
+            layers[name].set_processor(plain)
+
+
+def refuse_joint_attention(model: Backbone) -> None:
+    """`UserError` for a transformer over text and picture jointly, in which frames are not linked."""
+    if not hasattr(model.denoiser, "down_blocks"):
+        raise UserError(
+            f"The frames of a clip are linked in a UNet's attention, and {model.location.name} is a transformer. Give "
+            "a --model that has a UNet (moji, sd15, sdxl)."
+        )

@@ -1,0 +1,112 @@
+"""Clips without a motion adapter: a motion that is planned from the words, and frames that are linked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from backbone.io.files import read_json
+from backbone.media.clips import read_film
+from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
+from customize.cli import app
+from customize.clips.plan import plan_motion
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(
+        app, ["clip", *map(str, words), "--device", "cpu", "--steps", "2", "--frames", "3"]
+    )
+
+
+def middle(pose: Image.Image) -> tuple[float, float]:
+    """Where the middle of what a map of poses shows is, (x, y)."""
+    y, x = np.nonzero(np.asarray(pose).max(-1))
+    return float(x.mean()), float(y.mean())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a dog in a park, moving left", SaidMotion("a dog in a park", "left")),
+        ("a dog moving left fast in a park", SaidMotion("a dog in a park", "left", "fast")),
+        ("a [V] dog in the snow, growing", SaidMotion("a [V] dog in the snow", "grow")),
+        ("a cat next to a dog, the dog is rising", SaidMotion("a cat next to a dog", "up", "", "dog")),
+        ("a cat growing and shrinking at night", SaidMotion("a cat at night", "pulse")),
+        ("A dog that moves to the left", SaidMotion("A dog", "left")),
+        ("the rising sun", SaidMotion("the rising sun")),
+        ("a bouncing castle", SaidMotion("a bouncing castle")),
+    ],
+)  # fmt: skip
+def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: SaidMotion) -> None:
+    assert cut_motion(prompt) == said
+
+
+def test_every_way_to_say_a_motion_is_understood() -> None:
+    for move, ways in MOTIONS.items():
+        for words in ways:
+            assert cut_motion(f"a dog in a park, {words} slowly") == SaidMotion(
+                "a dog in a park", move, "slowly"
+            )
+
+
+@pytest.mark.parametrize(
+    ("words", "way"),
+    [("moving left", (-1, 0)), ("moving right", (1, 0)), ("rising", (0, -1)), ("sinking", (0, 1))],
+)
+def test_a_planned_thing_goes_the_way_that_is_said(words: str, way: tuple[int, int]) -> None:
+    rest, _, maps = plan_motion(f"a dog in a park, {words}", 5)
+    path = np.diff([middle(one) for one in maps], axis=0)
+    assert rest == "a dog in a park"
+    assert (path @ way > 3).all() and (abs(path @ way[::-1]) < 1).all()
+
+
+def test_of_two_things_the_named_one_moves_and_of_a_pair_both() -> None:
+    _, _, one = plan_motion("a cat next to a dog, the dog moving down", 2)
+    _, _, pair = plan_motion("two cats in space, moving down", 2)
+    moved = [
+        np.abs(np.diff(np.stack([np.asarray(m, np.int16) for m in maps]), axis=0))[0] for maps in (one, pair)
+    ]
+    assert moved[0][:, :60].max() == 0 < moved[0][:, 68:].max()
+    assert moved[1][:, :60].max() > 0 and moved[1][:, 68:].max() > 0
+
+
+def test_what_moji_s_world_does_not_know_is_one_thing() -> None:
+    assert plan_motion("a [V] dog in the snow, moving left", 2, known={"[V]": ""})[2]
+    assert plan_motion("a steam locomotive near Verona, moving left", 2)[1] == "left"
+
+
+def test_moji_follows_the_words_by_a_pose_in_each_frame(tmp_path: Path) -> None:
+    said = call("a dog in a park, moving left, camera zooming in", "--out", tmp_path / "clip")
+    assert said.exit_code == 0, said.output or repr(said.exception)
+    record = read_json(tmp_path / "clip" / "run.json")
+    assert record["clips"][0]["model_reads"] == "a dog in a park"
+    assert record["conditions"][0]["kind"] == "pose" and record["shared_noise"] == 1
+    assert "moving left by a pose in each frame" in said.output
+    assert "the camera stands still without a motion adapter" in said.output
+    poses = [middle(frame)[0] for frame in read_film(tmp_path / "clip" / "condition-0-pose.webp").frames]
+    assert poses[0] > poses[1] > poses[2]
+
+
+def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path: Path) -> None:
+    said = call("a dog", "--model", tiny_folder, "--out", tmp_path / "still")
+    assert said.exit_code == 0 and "brings no network that reads poses" in said.output
+    first, *others = (np.asarray(frame) for frame in read_film(tmp_path / "still" / "p00-s00").frames)
+    assert all(np.abs(first.astype(int) - one).max() <= 1 for one in others)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--camera", "pan-left"), "followed by a motion adapter"),
+        (("--context-length", "8"), "--context-length has no effect without --motion"),
+        (("--model", "moji-flow"), "is a transformer"),
+    ],
+)
+def test_what_only_an_adapter_does_is_refused(words: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
+    said = call("a dog, moving left", *words, "--out", tmp_path / "clip")
+    assert sentence in str(said.exception) + said.output and not (tmp_path / "clip").exists()
