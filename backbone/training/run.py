@@ -196,14 +196,12 @@ def drive(
             step, finished = taken.step, taken.step == last
             # Steps whose metrics are read already are logged at once.
             unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
-            # All processes must stop at the same step: a single one checks for a signal at every step, several only at
-            # steps that synchronise anyway.
+            # All processes stop at the same step; several check for a signal only where they synchronise anyway.
             together = processes.world_size() == 1 or taken.is_read
             halted = together and processes.any_process(bool(stop)) and not finished
             saves = halted or finished or step % settings.checkpointing_steps == 0
             due = saves or any(one is not None and one.due(step) for one in (validate, preview))
-            # The others are logged before a save or an evaluation: this synchronises, and raises at a loss that was not
-            # finite.
+            # The others before a save or an evaluation: this synchronises, and raises at a loss that is not finite.
             unlogged = _log(unlogged, run if writes else None, note, wait=due)
             bar.advance(images=objective.images, **_shown(taken))
             # Validation, unless a signal has come.

@@ -72,25 +72,19 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         raise UserError("customize clip draws in one process. Start it without a launcher.")
     if asked.mp4:
         import_av("--mp4")
-    name = asked.model or (concepts[0].model if concepts else "moji")
-    negative = resolve_placeholder_tokens(asked.negative, concepts)
-    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    if not asked.motion:
-        refuse_joint_attention(model)
-    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
-    rows, columns = latent_size(model, asked.size)
-    controls, sparse = split_controls(asked)
     if asked.out is not None:
         refuse_filled(asked.out)
-    model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
-    refuse_negative(model, asked.negative, asked.guidance)
+    name = asked.model or (concepts[0].model if concepts else "moji")
+    negative = resolve_placeholder_tokens(asked.negative, concepts)
+    model, asked, (rows, columns) = open_to_draw(name, asked, len(prompts) * asked.count, concepts)
+    maps, sparse = split_controls(asked)
     pictures, places = given_frames(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
     size = (columns * model.factor, rows * model.factor)
-    conditions = open_clip_conditions(model, controls, size, asked.frames)
+    conditions = open_clip_conditions(model, maps, size, asked.frames)
     conditions += open_sparse_condition(model, sparse, asked)
     path, camera = follow_camera(model, asked, size)
     given = open_given_frames(model, pictures, places, asked)
@@ -127,6 +121,23 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             write_text(folder / PATH_FILE, as_lines(path, asked.fps))
         publish(folder, requests, prompts, films, record, write_maps(folder, conditions, asked))
     return folder
+
+
+def open_to_draw(
+    name: str, asked: ClipOptions, count: int, concepts: Sequence[Concept]
+) -> tuple[Backbone, ClipOptions, tuple[int, int]]:
+    """The model that draws so many clips, the settings with its defaults, and the latents' size (H, W).
+
+    Raises `UserError` for a size that it cannot draw, and where the clips do not fit into `asked.vram` GiB.
+    """
+    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
+    if not asked.motion:
+        refuse_joint_attention(model)
+    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
+    size = latent_size(model, asked.size)
+    model = fit(model, asked, size, count, concepts)
+    refuse_negative(model, asked.negative, asked.guidance)
+    return model, asked, size
 
 
 def fit(

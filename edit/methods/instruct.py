@@ -110,16 +110,8 @@ def instruct(
         nfe += asked.steps * evaluations_of(model, text, guidances.text)
         drawn = model.decode(state)[0].cpu()
         if asked.keep != "none":
-            # What an edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit
-            copied = asked.keep == "latents" and number == 0
-            background = model.decode(now.latent)[0].cpu() if copied else None
-            found = keep_drawn(
-                drawn,
-                now,
-                changed=changed,
-                background=background,
-                instruction=instruction,
-                or_all=asked.keep == "auto",
+            found = put_background_back(
+                model, now, drawn, changed, instruction, asked.keep, first=number == 0
             )
             drawn = found.image
             backgrounds.append(found)
@@ -137,6 +129,31 @@ def instruct(
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(), facts=facts, layout=layout,
     )  # fmt: skip
+
+
+def put_background_back(
+    model: Backbone,
+    before: EncodedImage,
+    drawn: Tensor,
+    changed: Tensor | None,
+    instruction: str,
+    keep: Keep,
+    *,
+    first: bool,
+) -> KeptBackground:
+    """An edit with the background of the image before it: its pixels, or with `latents` the autoencoder's copy of them.
+
+    Only the `first` edit's background is copied: later ones have that copy already, which must not degrade further.
+    """
+    background = model.decode(before.latent)[0].cpu() if keep == "latents" and first else None
+    return keep_drawn(
+        drawn,
+        before,
+        changed=changed,
+        background=background,
+        instruction=instruction,
+        or_all=keep == "auto",
+    )
 
 
 def say_captions(instructions: Sequence[str]) -> None:
