@@ -225,7 +225,7 @@ def check(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="Also whether this model drew them.",
+            help="Also check whether this model drew the images.",
             panel=flags.MODEL,
             show_default="not asked",
         ),

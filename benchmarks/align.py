@@ -80,7 +80,7 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 @app.command()
 def steps(
     shape: Annotated[str, typer.Option(help="sd15, sdxl or moji.")] = "sd15",
-    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs in a batch.")] = 1,
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option()] = "bf16",
@@ -149,8 +149,8 @@ def peak(kind: str, model: str, batch: int = 1, device: str = "cpu", precision: 
 def whole(
     pairs: Annotated[str, typer.Argument(help="Any source of pairs that `moji` may learn from.")],
     steps: Annotated[int, typer.Option(min=1)] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
-    draws: Annotated[int, typer.Option(min=1, help="Of each pair, here.")] = DRAWS,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs in a batch.")] = 4,
+    draws: Annotated[int, typer.Option(min=1, help="Noise samples of each pair, on our side.")] = DRAWS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option()] = "bf16",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),

@@ -170,7 +170,7 @@ class TableSettings:
         str, Option(", ".join(WAYS) + ".", "Table", argument=True, metavar="TABLE", choices=tuple(WAYS))
     ] = "concepts"
     concepts: Annotated[
-        tuple[str, ...], Option("Which ones.", "Table", default_text="by table: 12, 4 or 1")
+        tuple[str, ...], Option("Concepts to train.", "Table", default_text="by table: 12, 4 or 1")
     ] = ()
     script: Annotated[Path | None, Option("diffusers' train_dreambooth_lora.py.", "Table")] = None
     flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""

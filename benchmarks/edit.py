@@ -107,7 +107,7 @@ class EditBenchmark(PlaceOptions):
 
     count: Annotated[int, Option("Scenes, evenly over the eight kinds.", DATA, min=8)] = 200
     methods: Annotated[
-        tuple[str, ...], Option("Which ones; repeatable.", DATA, default_text="all", metavar="NAME")
+        tuple[str, ...], Option("Methods to run; repeatable.", DATA, default_text="all", metavar="NAME")
     ] = ()
     model: Annotated[str, Option("moji, or a diffusers folder of its world.", MODEL)] = "moji"
     steps: Annotated[int, Option("Steps of every inversion and edit.", SAMPLING, min=1)] = 50

@@ -168,17 +168,19 @@ class Row:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="No row begins after these.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="No row starts after so many minutes.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Rows and table go here.")] = Path("build/benchmarks/gpu"),
     tiny: Annotated[bool, typer.Option("--tiny", help="Networks as small as they get.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     backend: Annotated[
         str,
         typer.Option(
-            help="Of torch.compile; none: blocks run as they are. Left out: inductor on a GPU, else none."
+            help="Backend of torch.compile; none: no compilation. Left out: inductor on a GPU, else none."
         ),
     ] = "",
-    only: Annotated[list[str] | None, typer.Option(help="Rows whose key begins so; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only rows whose key starts with this; repeatable.")
+    ] = None,
 ) -> None:
     """Measures the rows that are missing, and writes the table."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -107,9 +107,9 @@ def count(name: str, model: Backbone, size: float) -> Row:
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Of published shapes.", show_default="all")
+        list[str] | None, typer.Argument(help="Names of published model shapes.", show_default="all")
     ] = None,
-    vram: Annotated[float, typer.Option(help="GiB of the GPU that is planned for.", min=0.1)] = 8.0,
+    vram: Annotated[float, typer.Option(help="Memory of the GPU to plan for, in GiB.", min=0.1)] = 8.0,
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/memory"),
 ) -> None:
     """Counts and writes the table."""

@@ -47,7 +47,7 @@ SHEET = 24  # scenes of the sheet
 def main(
     count: Annotated[int, typer.Option(min=2, help="Scenes, half of them of two things.")] = 100,
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder of its world.")] = "moji",
-    steps: Annotated[int, typer.Option(help="Of the inversion and of the way back.")] = 50,
+    steps: Annotated[int, typer.Option(help="Steps of the inversion and of the removal.")] = 50,
     first: Annotated[int, typer.Option(help="The seed of the first scene.")] = FIRST_SEED,
     classifier: Annotated[Path, typer.Option(help="The classifier's folder.")] = FOLDER,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

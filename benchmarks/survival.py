@@ -54,13 +54,16 @@ class SurvivalSettings:
     """Which concepts are learned on which base, and how they are transferred."""
 
     concepts: Annotated[
-        tuple[str, ...], Option("Which ones; repeatable.", DATA, default_text="all twelve", metavar="NAME")
+        tuple[str, ...],
+        Option("Concepts to train; repeatable.", DATA, default_text="all twelve", metavar="NAME"),
     ] = ()
     count: Annotated[int, Option("Images of each prompt.", DATA, min=1)] = 3
     flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
     fit: Annotated[str, Option("More flags for customize transfer, in one string.", "Training")] = ""
     model: Annotated[str, Option("The base model.", MODEL)] = "moji"
-    turbo: Annotated[str, Option("Its few-step model.", MODEL, default_text="the one that goes with it")] = ""
+    turbo: Annotated[
+        str, Option("The base model's few-step model.", MODEL, default_text="the one that goes with it")
+    ] = ""
     seed: Annotated[int, Option("Seed of everything random.", DATA)] = 0
     classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
     out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")

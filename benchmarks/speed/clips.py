@@ -39,11 +39,13 @@ CLOSE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.1}  # how far the two clips may be
 
 
 def main(
-    shape: Annotated[Literal["moji", "sd15"], typer.Option(help="Whose widths.")] = "moji",
-    frames: Annotated[int, typer.Option(min=2, help="Of a clip.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Of a clip.")] = 25,
+    shape: Annotated[
+        Literal["moji", "sd15"], typer.Option(help="The model whose layer widths are measured.")
+    ] = "moji",
+    frames: Annotated[int, typer.Option(min=2, help="Frames of a clip.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a clip.")] = 25,
     trained: Annotated[int, typer.Option(min=2, help="Frames of a training step's clip.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each side.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each side.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/clips"),

@@ -42,10 +42,12 @@ Side = Callable[[], Any]
 
 
 def main(
-    shape: Annotated[Literal["moji", "sd15"], typer.Option(help="Whose widths.")] = "moji",
-    steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 25,
-    batch: Annotated[int, typer.Option(min=1, help="Of a training step.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each side.")] = 5,
+    shape: Annotated[
+        Literal["moji", "sd15"], typer.Option(help="The model whose layer widths are measured.")
+    ] = "moji",
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a picture.")] = 25,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of a training step.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each side.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/control"),

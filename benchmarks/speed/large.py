@@ -44,7 +44,7 @@ TURNS, IN_TURN = 8, 3  # blocks of steps of each, timed in turns
 PREPARED = 240  # pairs of real images
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
-Out = Annotated[Path, typer.Option(help="Where everything lies, outside of git.")]
+Out = Annotated[Path, typer.Option(help="Folder of all files, outside of git.")]
 OUT = Path("build/benchmarks/large")
 
 
@@ -54,7 +54,7 @@ def main(
     few: Annotated[int, typer.Option(min=32)] = FEW,
     many: Annotated[int, typer.Option(min=32)] = MANY,
     model: Annotated[str, typer.Option()] = "moji",
-    pairs: Annotated[int, typer.Option(min=8, help="Of real images, for preparation.")] = PREPARED,
+    pairs: Annotated[int, typer.Option(min=8, help="Pairs of real images to prepare.")] = PREPARED,
 ) -> None:
     """Measure everything and print the tables."""
     facts_file = out / "large.json"

@@ -72,7 +72,7 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 def compare(
     script: Annotated[Path, typer.Argument(help="diffusers' train_dreambooth_lora.py.")],
     shape: Annotated[str, typer.Option(help="sd15 or moji.")] = "sd15",
-    steps: Annotated[int, typer.Option(min=2, help="Of every side; the first is not counted.")] = 6,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each side; the first is not counted.")] = 6,
     precision: Annotated[str, typer.Option()] = "bf16",
     clock: ClockFlag = "wall",
     results: ResultsFlag = None,
@@ -132,7 +132,7 @@ def run_side(
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
-def alone(script: Path, flags: Annotated[list[str], typer.Argument(help="Its own.")]) -> None:
+def alone(script: Path, flags: Annotated[list[str], typer.Argument(help="The script's own flags.")]) -> None:
     """Runs the file with flags of its own, whatever torchvision is there."""
     if importlib.util.find_spec("torchvision") is None:
         install_stand_in()

@@ -50,7 +50,7 @@ class PreferenceSettings(RecipeSettings):
     ] = (500,)
     prompts: Annotated[int, Option("How many to draw; the pairs are of the first.", PROMPTS, min=2)] = 500
     per_prompt: Annotated[int, Option("Pictures of each prompt.", PROMPTS, min=2)] = 4
-    loss: Annotated[str, Option("As align train has it.", TRAINING, flag="loss-type")] = "dpo"
+    loss: Annotated[str, Option("Loss, as for align train.", TRAINING, flag="loss-type")] = "dpo"
     held_out: int = 500
     out: Path = Path("build/recipes/preference")
 

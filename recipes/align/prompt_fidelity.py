@@ -79,7 +79,9 @@ class FidelitySettings(RecipeSettings):
     pairs: Annotated[int, Option("Prompts to draw.", PROMPTS, min=2)] = 232
     per_prompt: Annotated[int, Option("Pictures of each.", PROMPTS, min=2)] = 4
     scorer: Annotated[str, Option("What ranks them.", RANKING)] = "moji"
-    rules: Annotated[tuple[str, ...], Option("As align rank --pairs.", RANKING, flag="pairs-of")] = (
+    rules: Annotated[
+        tuple[str, ...], Option("How pairs are chosen, as align rank --pairs.", RANKING, flag="pairs-of")
+    ] = (
         "same-noise",
         "own",
     )

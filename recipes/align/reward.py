@@ -69,7 +69,7 @@ class RewardSettings(RecipeSettings):
         ),
     ] = 2.5
     bound: Annotated[
-        bool, Option("Also say what true pictures come to; needs the emoji font.", COMPARISON)
+        bool, Option("Also print the reward of rendered pictures; needs the emoji font.", COMPARISON)
     ] = False
     out: Path = Path("build/recipes/reward")
 

@@ -70,7 +70,11 @@ class MapOptions(JsonOptions):
     ] = None
     posed: Annotated[
         bool,
-        Option("That seed's scene with things anywhere, turned, overlapping.", DATA, needs={"prompt": ("",)}),
+        Option(
+            "Draw the scene of --scene with things anywhere, rotated and overlapping.",
+            DATA,
+            needs={"prompt": ("",)},
+        ),
     ] = False
     prompt: Annotated[
         str,

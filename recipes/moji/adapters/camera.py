@@ -54,7 +54,9 @@ class CameraSettings(LatentSettings):
     """What the training of the camera is asked for."""
 
     model: Annotated[str, Option("The picture model: moji, or a folder of its kind.", TRAINING)] = "moji"
-    motion: Annotated[str, Option("Its motion adapter.", TRAINING)] = "build/moji/moji-motion"
+    motion: Annotated[str, Option("The motion adapter of the picture model.", TRAINING)] = (
+        "build/moji/moji-motion"
+    )
     blocks: Annotated[int, Option("Blocks of the encoder at each resolution.", TRAINING, min=1)] = 1
     steps: int = 3_000
     batch: int = 4
@@ -214,7 +216,9 @@ def begin(settings: CameraSettings) -> tuple[Backbone, Camera]:
 @app.command()
 def export(
     model: Annotated[str, typer.Option(help="The picture model that it was trained with.")] = "moji",
-    motion: Annotated[str, typer.Option(help="Its motion adapter.")] = "build/moji/moji-motion",
+    motion: Annotated[
+        str, typer.Option(help="The motion adapter of the picture model.")
+    ] = "build/moji/moji-motion",
     out: Annotated[
         Path | None,
         typer.Option(help="The file to write.", show_default="camera.safetensors beside the adapter"),
