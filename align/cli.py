@@ -106,7 +106,7 @@ class PromptOptions(JsonOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(PairSampling, PromptOptions):
-    """What `align sample` is told."""
+    """Options of `align sample`."""
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
@@ -333,7 +333,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(ComparisonSettings, PromptOptions):
-    """What `align compare` is told."""
+    """Options of `align compare`."""
 
     base: Annotated[
         str, Option("moji, another model, or a run folder.", DRAWING, argument=True, metavar="BASE")

@@ -386,7 +386,7 @@ class Settings(TrainingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PreparePairs(PrepareOptions, JsonOptions):
-    """What `align prepare` is told."""
+    """Options of `align prepare`."""
 
     pairs: Annotated[str, Option(SOURCE_HELP, DATA, argument=True, metavar="PAIRS")]
     user: Annotated[str, Option("Only this person's choices.", DATA, default_text="everybody's")] = ""

@@ -1,4 +1,4 @@
-"""What each command of `edit` is told, each option declared once; where several share one, in a part of its own."""
+"""Options of the commands of `edit`, each declared once; those that several commands share in classes of their own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STRENGTH_HELP = "Share of the steps that are sampled again; below 1 the edit sta
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(ControlOptions, ConceptOptions):
-    """Of every command that samples: a model with concepts, and how many steps from which noise."""
+    """Options of every command that samples: a model with concepts, and how many steps from which noise."""
 
     steps: Annotated[
         int, Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1)
@@ -45,7 +45,7 @@ class StepOptions(ControlOptions, ConceptOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceOptions(GuidanceOption):
-    """Of a command with classifier-free guidance against a prompt."""
+    """Options of a command with classifier-free guidance against a prompt."""
 
     negative: Annotated[
         str,
@@ -60,7 +60,7 @@ class GuidanceOptions(GuidanceOption):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Of a command that writes a run folder."""
+    """Options of a command that writes a run folder."""
 
     out: Annotated[
         Path | None,
@@ -76,7 +76,7 @@ class RunFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(RunFolder):
-    """Of a command whose result is measured against the image."""
+    """Options of a command whose result is measured against the image."""
 
     metrics: Annotated[bool, Option("Measure what stayed and what changed.", SCORING)] = True
     scorer: Annotated[
@@ -96,7 +96,7 @@ class ReportOptions(RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOption:
-    """Of a command that may be kept to a part of the image."""
+    """Options of a command that may be kept to a part of the image."""
 
     mask: Annotated[
         str | None,
@@ -112,14 +112,14 @@ class MaskOption:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArgument:
-    """Of a command that needs the image itself."""
+    """Options of a command that needs the image itself."""
 
     image: Annotated[str, Option("The image.", WORDS, argument=True, metavar="IMAGE")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConditionOption(ControlOptions):
-    """Of a command in which the source has a prompt of its own."""
+    """Options of a command in which the source has a prompt of its own."""
 
     source_condition: Annotated[
         tuple[str, ...],
@@ -134,7 +134,7 @@ class SourceConditionOption(ControlOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption):
-    """Of a command that begins from an image with its prompt, or from an inversion's file."""
+    """Options of a command that begins from an image with its prompt, or from an inversion's file."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = {
         "steps": MADE_ANEW,
@@ -169,14 +169,14 @@ class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption
 
 @dataclass(frozen=True, kw_only=True)
 class PathOptions(StartOptions):
-    """Of a command that follows the inversion's path, where nothing is random any more."""
+    """Options of a command that follows the inversion's path, where nothing is random any more."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = {"seed": MADE_ANEW}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """Of a command with several targets, done in one batch."""
+    """Options of a command with several targets, done in one batch."""
 
     targets: Annotated[
         tuple[str, ...],
@@ -206,7 +206,7 @@ class InversionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InvertOptions(StepOptions, InversionOptions, ImageArgument):
-    """What `edit invert` is told."""
+    """Options of `edit invert`."""
 
     prompt: Annotated[
         str,
@@ -246,7 +246,7 @@ class InvertOptions(StepOptions, InversionOptions, ImageArgument):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptions):
-    """What `edit invert-and-replace` is told; None stands for what comes with the kind of control."""
+    """Options of `edit invert-and-replace`; None stands for what comes with the kind of control."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = {"method": MADE_ANEW, "iterations": {**OF_NULL_TEXT, **MADE_ANEW}}
 
@@ -347,14 +347,14 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
 
 @dataclass(frozen=True, kw_only=True)
 class CountOption:
-    """Of a command that draws several images of one prompt."""
+    """Options of a command that draws several images of one prompt."""
 
     count: Annotated[int, Option("Images.", DRAWING, aliases=("num-images-per-prompt",), min=1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDEditOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, CountOption, ImageArgument):
-    """What `edit sdedit` is told."""
+    """Options of `edit sdedit`."""
 
     prompt: Annotated[
         str,
@@ -386,7 +386,7 @@ class FlowEditOptions(
     TargetOptions,
     ImageArgument,
 ):
-    """What `edit flow-edit` is told."""
+    """Options of `edit flow-edit`."""
 
     source: Annotated[str, Option(SOURCE_HELP, WORDS, aliases=("source-prompt",), metavar="PROMPT")]
     strength: Annotated[
@@ -404,7 +404,7 @@ class FlowEditOptions(
 
 @dataclass(frozen=True, kw_only=True)
 class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, ImageArgument):
-    """What `edit instruct` is told."""
+    """Options of `edit instruct`."""
 
     instruction: Annotated[
         str,
@@ -462,7 +462,7 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
 
 @dataclass(frozen=True, kw_only=True)
 class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
-    """What `edit remove` is told."""
+    """Options of `edit remove`."""
 
     word: Annotated[
         str,
@@ -526,7 +526,7 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeOptions(PathOptions):
-    """What `edit compose` is told."""
+    """Options of `edit compose`."""
 
     toward: Annotated[
         tuple[str, ...],
@@ -543,7 +543,7 @@ class ComposeOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateOptions(StepOptions, RunFolder):
-    """What `edit interpolate` is told."""
+    """Options of `edit interpolate`."""
 
     first: Annotated[str, Option("The image to begin with.", WORDS, argument=True, metavar="FIRST")]
     second: Annotated[str, Option("The image to end with.", WORDS, argument=True, metavar="SECOND")]
@@ -561,7 +561,7 @@ class InterpolateOptions(StepOptions, RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class KeepBackgroundOptions(RunFolder):
-    """What `edit keep-background` is told."""
+    """Options of `edit keep-background`."""
 
     source: Annotated[str, Option("The image before the edit.", WORDS, argument=True, metavar="SOURCE")]
     edited: Annotated[
@@ -583,7 +583,7 @@ class KeepBackgroundOptions(RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions(RunFolder):
-    """What `edit replay` is told."""
+    """Options of `edit replay`."""
 
     record: Annotated[
         Path,
@@ -593,7 +593,7 @@ class ReplayOptions(RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOptions, RunFolder):
-    """What `edit clip` is told; None stands for what comes with the model, or with the words."""
+    """Options of `edit clip`; None stands for what comes with the model, or with the words."""
 
     clip: Annotated[
         str,

@@ -229,7 +229,7 @@ class Family(Protocol):
 
 
 class PictureEncoder(Protocol):
-    """What a network that makes clips of pictures is told of one."""
+    """The image encoder of a network that makes clips of pictures."""
 
     def to(self, device: torch.device) -> PictureEncoder:
         """The same on another device."""

@@ -212,7 +212,7 @@ class Backbone:
 
     @cached_property
     def picture_encoder(self) -> PictureEncoder:
-        """What a model that makes clips of pictures is told of one."""
+        """The image encoder of a model that makes clips of pictures."""
         assert isinstance(self.family, PictureFamily)
         with progress(None, "loading the picture encoder", brief=True):
             return self.family.picture_encoder(self.location, self.dtype).to(self.device)

@@ -204,7 +204,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMotionOptions(PlaceOptions):
-    """What `customize train-motion` is told."""
+    """Options of `customize train-motion`."""
 
     clips: Annotated[
         str,
@@ -347,7 +347,7 @@ class TrainMotionOptions(PlaceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateClipOptions(PlaceOptions, JsonOptions):
-    """What `customize evaluate-clip` is told."""
+    """Options of `customize evaluate-clip`."""
 
     what: Annotated[
         str,

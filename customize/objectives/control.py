@@ -1,8 +1,8 @@
-"""Training a control network: the frozen model learns nothing, a network beside it learns to read maps.
+"""Training a control network beside the frozen model.
 
-The loss is the model's own (Zhang et al. 2023, eq. 5), with the map among the conditions. Two things hasten it: layouts
-are decided at the noisier levels, so most samples are drawn from there until the last third of the run; and prompts are
-left out of some samples, so that the map has to say what they would.
+The loss is the model's own (Zhang et al. 2023, eq. 5), with the map among the conditions. Two things speed it up:
+layouts are decided at the noisier levels, so most samples are drawn from there until the last third of the run; and
+some prompts are dropped, so that the network has to recognise the content in the map.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from customize.objectives.control_networks import save_network
 from customize.objectives.dreambooth import level_weight, weight_map
 
 REMEMBERED = 1 << 29  # bytes of maps that stay in memory
-NOISY = 0.45  # of the levels, from which layouts are decided
+NOISY = 0.45  # of the levels, above which layouts are decided
 FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
 
 
@@ -57,24 +57,24 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A batch as it is read, with its prompts' conditions."""
+    """A batch, with the encoded conditions of its prompts."""
 
     batch: Batch
     conditions: Conditions
 
     def to(self, device: torch.device) -> Drawn:
-        """On a device; levels stay where they are looked up."""
+        """On a device; levels stay on the host, where they index the schedule."""
         noisy, level, *rest = self.batch
         moved = [send(value, device) for value in (noisy, *rest)]
         return Drawn(Batch(moved[0], level, *moved[1:]), self.conditions.to(device))
 
     def pin_memory(self) -> Drawn:
-        """In memory from which a GPU copies by itself."""
+        """In pinned memory, for asynchronous copies to a GPU."""
         batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
         return Drawn(batch, self.conditions.pin_memory())
 
     def tensors(self) -> list[Tensor]:
-        """Those that lie on the device."""
+        """The tensors that lie on the device."""
         noisy, _, *rest = self.batch
         return [noisy, *rest, *self.conditions.tensors()]
 
@@ -83,7 +83,7 @@ class ControlSource(Protocol):
     """Encoded images with their captions and maps, by the number of an image.
 
     kinds       of its maps
-    conditions  of captions, one behind the other, the empty prompt last
+    conditions  of all captions concatenated, the empty prompt last
     """
 
     @property
@@ -97,7 +97,7 @@ class ControlSource(Protocol):
         ...
 
     def captions(self, rows: Tensor) -> Tensor:
-        """Which of the conditions are the images' captions [B]."""
+        """Indices of the images' captions in `conditions` [B]."""
         ...
 
     def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
@@ -106,7 +106,7 @@ class ControlSource(Protocol):
 
 
 class PairData:
-    """The encoded pairs of a user, mirrored ones behind the others where `flip`. A `ControlSource`."""
+    """The encoded pairs of a user, with `flip` followed by the mirrored ones. A `ControlSource`."""
 
     def __init__(self, model: Backbone, pairs: Sequence[ControlPair], kind: str, *, flip: bool) -> None:
         self.pairs, self.kinds = pairs, (kind,)
@@ -185,7 +185,7 @@ class ControlTraining(Objective):
             yield self.loss_of(drawn)
 
     def draw_step(self, step: int) -> list[Drawn]:
-        """This process's share of a step's micro-batches, as they are drawn and read; a function of the step alone."""
+        """This process's share of a step's micro-batches; a function of the step alone."""
         micros = range(self.settings.gradient_accumulation_steps)[self.share.micros]
         return [self.draw(generator(self.settings.seed, "control", step, micro), step) for micro in micros]
 
@@ -213,7 +213,7 @@ class ControlTraining(Objective):
         return Drawn(batch, data.conditions[prompts[mine]])
 
     def draw_levels(self, random: torch.Generator, step: int) -> Tensor:
-        """Indices of noise levels [B]: a share of them from the noisier ones, in the end from all alike."""
+        """Indices of noise levels [B]: a share of them from the noisier levels, at the end uniform over all."""
         count, levels = self.settings.batch, len(self.model.path.levels)
         left = min(1.0, (1 - step / self.settings.steps) / (1 - FALLING))
         spread = stratified_levels(count, levels, random)
@@ -242,7 +242,7 @@ class ControlTraining(Objective):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights inside the `with`, where an average is kept."""
+        """Inside the `with`, the EMA weights, where an average is kept."""
         with nullcontext() if self.average is None else self.average.applied():
             yield
 

@@ -1,4 +1,4 @@
-"""What Stable Video Diffusion is told of a picture: CLIP's embedding of it, 224 pixels a side, smoothed before."""
+"""Image conditioning of Stable Video Diffusion: CLIP's embedding of it, antialiased to 224 pixels a side."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def condition_on_stills(
 
 
 def encode_still(model: Backbone, still: Still) -> Tensor:
-    """What the model is told of a picture [1, T, D]."""
+    """The image embedding [1, T, D] that the model is conditioned on."""
     shown = still.pixels if still.shown is None else still.shown
     return send(model.picture_encoder(send(shown[None], model.device)), model.device)
 

@@ -1,4 +1,4 @@
-"""What `customize transfer` is told. No torch."""
+"""Options of `customize transfer`. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OF_THE_RUN = 0.25  # of the run's learning rate
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions(JsonOptions):
-    """What `customize transfer` is told."""
+    """Options of `customize transfer`."""
 
     run: Annotated[
         Path, Option("A run folder of customize train, on the base.", DATA, argument=True, metavar="RUN")
