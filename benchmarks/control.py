@@ -88,7 +88,9 @@ class ControlSettings:
     model: Annotated[str, Option("moji, or a pipeline folder of its world.", WHAT)] = "moji"
     network: Annotated[str, Option("A control network.", WHAT, default_text="the model's own")] = ""
     kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
-    scenes: Annotated[str, Option("All scenes, or a small part of them.", WHAT, choices=("all", "small"))] = "all"
+    scenes: Annotated[str, Option("All scenes, or a small part of them.", WHAT, choices=("all", "small"))] = (
+        "all"
+    )
     sweep: Annotated[tuple[float, ...], Option("Further scales of the first kind.", WHAT)] = ()
     scale: Annotated[float, Option("Conditioning scale of the control network.", HOW)] = 1.0
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25

@@ -65,7 +65,7 @@ from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, write_tensors
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
@@ -166,7 +166,7 @@ class PreferenceTraining(Objective):
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Attention with a fast backward pass; training mode only where diffusers needs it to checkpoint gradients."""
-        with quick_to_train(self.model.denoiser):
+        with fast_attention_backward(self.model.denoiser):
             self.model.denoiser.train(self.settings.gradient_checkpointing)
             try:
                 yield
@@ -317,7 +317,7 @@ class PreferenceTraining(Objective):
         self.parameters = {name: value.requires_grad_(True) for name, value in denoiser.named_parameters()}
         self.start = {name: value.detach().clone().cpu() for name, value in self.parameters.items()}
         if self.settings.reference == "copy":
-            with quick_to_train(denoiser):  # the copy keeps it
+            with fast_attention_backward(denoiser):  # the copy keeps it
                 return copy.deepcopy(denoiser).requires_grad_(False).eval()
         return denoiser  # until training begins it is its own reference
 
@@ -371,7 +371,7 @@ class PreferenceTraining(Objective):
         before = self.model.denoiser.training
         self.model.denoiser.eval()
         try:
-            with quick_to_train(self.model.denoiser):
+            with fast_attention_backward(self.model.denoiser):
                 yield
         finally:
             self.model.denoiser.train(before)

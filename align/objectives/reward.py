@@ -32,7 +32,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
@@ -76,7 +76,7 @@ class RewardTraining(Objective):
 
     def learning(self) -> AbstractContextManager[None]:
         """Attention with a fast backward pass."""
-        return quick_to_train(self.model.denoiser)
+        return fast_attention_backward(self.model.denoiser)
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes the LoRA; gives the fields of `Concept` that name the files."""

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 
 Forward = Callable[[], Tensor]
 AUTOCAST_LOWER = frozenset(
@@ -65,7 +65,7 @@ def training_step_bytes(
     """
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
-        quick_to_train(network, device=device),
+        fast_attention_backward(network, device=device),
         _checkpointed(network, device, autocast, checkpointing),
         LiveStorageTracker(weights, inputs) as alive,
     ):
@@ -88,7 +88,7 @@ def forward_peak_bytes(
     """The peak bytes of a call without gradients with its `inputs`, the network's weights not counted."""
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
-        quick_to_train(network, device=device),
+        fast_attention_backward(network, device=device),
         _emulate(network, device, autocast),
         LiveStorageTracker(weights, inputs) as alive,
     ):

@@ -13,7 +13,7 @@ LARGEST = 32  # a side of the latents
 
 
 @contextmanager
-def quick_to_train(model: nn.Module, *, device: str = "", side: int = 0) -> Iterator[None]:
+def fast_attention_backward(model: nn.Module, *, device: str = "", side: int = 0) -> Iterator[None]:
     """Inside the `with`, attention whose backward pass is fast on a device, which is the model's if left out.
 
     On a CPU the backward of fused attention takes a third of a small UNet's step, so the plain product of matrices is

@@ -28,7 +28,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from benchmarks.speed.control import Side, quartiles, update
 from benchmarks.speed.shapes import time_call, write_model_folder
 
@@ -158,7 +158,7 @@ def our_step(model: Backbone, adapter: Any, frames: int) -> Side:
         noise = torch.randn_like(clean)
         level = model.path.levels[index].to(model.device)
         wanted = target(clean, noise, level, model.path.prediction_type)
-        with quick_to_train(model.denoiser):
+        with fast_attention_backward(model.denoiser):
             loss = F.mse_loss(model.predict(add_noise(clean, noise, level), index, text), wanted)
             update(loss, adapter, optimizer)
         adapter.requires_grad_(False)

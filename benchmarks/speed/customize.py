@@ -48,7 +48,7 @@ from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import BasePredictions, stratified_levels
 from backbone.training.run import take_steps
 from benchmarks.speed.shapes import (
@@ -343,7 +343,7 @@ class Bare:
     def step(self) -> None:
         """Leaves nothing behind."""
         model = self.training.model
-        with quick_to_train(model.denoiser):
+        with fast_attention_backward(model.denoiser):
             said = predict(model, self.noisy, self.at, self.conditions)
             F.mse_loss(said, self.wanted).backward()
         for value in self.training.parameters.values():

@@ -42,7 +42,7 @@ from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from benchmarks.speed.shapes import read_peak_memory, run_module, time_in_turns, write_model_folder
 from edit.attention.alignment import align, read_prompt, steps_inside
 from edit.attention.control import Control, cross_of
@@ -236,7 +236,7 @@ def run_null_text_reference(
                 answer = conditional(now, here)
             moving = embedding.detach().clone().requires_grad_(True)
             optimizer = torch.optim.Adam([moving], lr=1e-2 * (1 - number / (2 * steps)))
-            with quick_to_train(model.denoiser):
+            with fast_attention_backward(model.denoiser):
                 for _ in range(INNER):
                     unsaid = model.predictor(Conditions({**empty.text, "hidden": moving}))(now, here)
                     reached = deterministic_step(now, guide(answer, unsaid, guidance), here, there)
@@ -469,7 +469,7 @@ class Steps:
     def inner(self, weights: Literal["trained", "frozen"]) -> None:
         """An iteration of null-text, with the network's own gradients as in the reference, or without."""
         trained = enable_weight_gradients(self.unet) if weights == "trained" else nullcontext()
-        with trained, quick_to_train(self.unet):
+        with trained, fast_attention_backward(self.unet):
             self.predict(1, self.text(1).requires_grad_(True)).float().square().mean().backward()
         self.unet.zero_grad(set_to_none=True)
 

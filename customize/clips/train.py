@@ -50,7 +50,7 @@ from backbone.models.clips.motion import (
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.run import Objective, drive
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 
@@ -285,7 +285,7 @@ class MotionLearning(Objective):
         return self.settings.frames * (1 if self.prior is None else 2) + 1
 
     def learning(self) -> AbstractContextManager[None]:
-        return quick_to_train(self.model.denoiser)
+        return fast_attention_backward(self.model.denoiser)
 
     def losses(self, step: int) -> Iterator[Tensor]:
         random = generator(self.settings.seed, step)

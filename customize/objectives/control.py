@@ -30,7 +30,7 @@ from backbone.models.control import RECORD, ControlRecord
 from backbone.models.encode import Posteriors, Prompts, View, encode_texts, encode_views
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import stratified_levels
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
@@ -170,10 +170,10 @@ class ControlTraining(Objective):
     def learning(self) -> Iterator[None]:
         """Attention with a fast backward pass, in the denoiser and in its copy."""
         with ExitStack() as held:
-            held.enter_context(quick_to_train(self.model.denoiser))
+            held.enter_context(fast_attention_backward(self.model.denoiser))
             if hasattr(self.network.module, "attn_processors"):
                 side = self.model.latent_shape[-1]
-                held.enter_context(quick_to_train(self.network.module, side=side))
+                held.enter_context(fast_attention_backward(self.network.module, side=side))
             yield
 
     def rest(self) -> None:

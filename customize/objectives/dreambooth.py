@@ -29,7 +29,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import stratified_levels
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
@@ -118,7 +118,7 @@ class DreamBooth(Objective):
 
     def learning(self) -> AbstractContextManager[None]:
         """Attention with a fast backward pass."""
-        return quick_to_train(self.model.denoiser)
+        return fast_attention_backward(self.model.denoiser)
 
     def rest(self) -> None:
         self.batches.close()

@@ -25,7 +25,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.few_step.model import Drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective, RunSettings
 
@@ -161,7 +161,7 @@ class Transfer(Objective):
 
     def learning(self) -> AbstractContextManager[None]:
         """Attention with a fast backward pass."""
-        return quick_to_train(self.model.denoiser)
+        return fast_attention_backward(self.model.denoiser)
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """One loss for each level: the mean error of x̂0 on the subject, and λ times that on the class."""

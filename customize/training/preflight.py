@@ -191,7 +191,7 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     import torch
 
     from backbone.diffusion.losses import squared_error
-    from backbone.training.attention import quick_to_train
+    from backbone.training.attention import fast_attention_backward
 
     device, work = model.device.type, work_of(model, settings)
     outline = model.family.spec(model.location, model.dtype)
@@ -205,7 +205,7 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        with quick_to_train(network):
+        with fast_attention_backward(network):
             cleanest = torch.zeros(work.batch_size, dtype=torch.long)
             prediction = model.predict(noisy, cleanest, conditions, denoiser=network)
         squared_error(prediction, noisy).mean().backward()

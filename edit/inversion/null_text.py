@@ -12,7 +12,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Predict, Schedule
 from backbone.diffusion.samplers import deterministic_step
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 
 LEARNING_RATE = 1e-2
 TOLERANCE = 1e-5
@@ -37,7 +37,7 @@ def optimize_null_texts(
     """
     steps = len(schedule) - 1
     now, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
-    with quick_to_train(model.denoiser):
+    with fast_attention_backward(model.denoiser):
         for step, (here, there) in enumerate(pairwise(schedule)):
             with torch.no_grad():
                 with_prompt = conditional(now, here)

@@ -38,7 +38,7 @@ from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
@@ -235,7 +235,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
         )
         yield error.mean()
 
-    with quick_to_train(unet):  # flash attention's backward is slow on a CPU
+    with fast_attention_backward(unet):  # flash attention's backward is slow on a CPU
         denoising.follow(losses, rank)
 
 

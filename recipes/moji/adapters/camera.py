@@ -36,7 +36,7 @@ from backbone.io.files import read_header, read_tensors, write_tensors
 from backbone.media.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
 from backbone.world.motions import CAMERAS
 from backbone.world.render import SIZE, find_font
@@ -196,7 +196,7 @@ def train_camera(rank: int, settings: CameraSettings) -> None:
             predicted, clean, noise=noise, level=level, prediction_type=model.path.prediction_type
         ).mean()
 
-    with quick_to_train(model.denoiser):
+    with fast_attention_backward(model.denoiser):
         training.follow(losses, rank)
 
 

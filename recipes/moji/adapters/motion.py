@@ -39,7 +39,7 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors, write_text
 from backbone.models.clips.motion import attach_motion, detach_motion, new_motion_adapter
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip
 from backbone.world.render import find_font
 from recipes.moji.autoencoder import precision
@@ -199,7 +199,7 @@ def train_motion(rank: int, settings: MotionSettings) -> None:
             predicted, clean, noise=noise, level=level, prediction_type=model.path.prediction_type
         ).mean()
 
-    with quick_to_train(model.denoiser):  # flash attention's backward is slow on a CPU
+    with fast_attention_backward(model.denoiser):  # flash attention's backward is slow on a CPU
         training.follow(losses, rank)
 
 

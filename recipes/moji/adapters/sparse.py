@@ -36,7 +36,7 @@ from backbone.io.files import write_text
 from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import NO_FRAME, SparseControl, build_sparsectrl
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from recipes.moji.adapters.motion import FRAMES, ClipLatents, level_densities
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import LatentSettings, LatentTraining
@@ -110,7 +110,7 @@ def train_sparse(rank: int, settings: SparseSettings) -> None:
         ).mean()
 
     side = data.mean.shape[-1]
-    with quick_to_train(model.denoiser), quick_to_train(network.module, side=side):
+    with fast_attention_backward(model.denoiser), fast_attention_backward(network.module, side=side):
         training.follow(losses, rank)
 
 

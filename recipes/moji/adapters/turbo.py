@@ -34,7 +34,7 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_json, write_tensors, write_text
 from backbone.models.locate import FEW_STEP, OWN
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from recipes.moji.denoiser import Latents
 from recipes.moji.training.run import TRAINING, LoopSettings, Training, fill, read_trained
@@ -113,7 +113,7 @@ def distil(settings: TurboSettings) -> Training:
         yield consistency.loss(clean, noise, place, text)
 
     schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
-    with quick_to_train(model.denoiser):
+    with fast_attention_backward(model.denoiser):
         training.run(losses, schedule, every=100)
     return training
 

@@ -32,7 +32,7 @@ from backbone.distributed.processes import average_in_place
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import progress, run_app
 from backbone.io.files import write_text
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import Update, train
 from recipes.moji.autoencoder import CHANNELS
 from recipes.moji.denoiser import build_scheduler, build_unet, inner_weights, timestep_density
@@ -164,7 +164,7 @@ def iterate_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
         losses, dict(unet.named_parameters()), optimizer=optimizer, lr_schedule=lambda step: 1.0, steps=steps,
         update=Update(reduce=average_in_place),
     )  # fmt: skip
-    with quick_to_train(unet) if way.plain_attention else nullcontext():
+    with fast_attention_backward(unet) if way.plain_attention else nullcontext():
         began = time.perf_counter()
         for _ in reports:
             yield time.perf_counter() - began

@@ -32,7 +32,7 @@ from backbone.memory.planner import (
 )
 from backbone.models.model import Backbone
 from backbone.models.placement import KINDS, Placement
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from tests import tiny
 
 PUBLISHED = PUBLISHED_CONFIGS / "stable-diffusion-1"
@@ -160,7 +160,7 @@ def test_the_peak_is_the_allocator_s_own(models: dict[str, Backbone]) -> None:
 
     found = training_step_bytes(network, forward, device="cpu")
     activities = [ProfilerActivity.CPU]
-    with quick_to_train(network), profile(activities=activities, profile_memory=True) as seen:
+    with fast_attention_backward(network), profile(activities=activities, profile_memory=True) as seen:
         forward().float().square().mean().backward()
     now = most = 0
     assert seen.profiler is not None and seen.profiler.kineto_results is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.models.model import Backbone
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 
 
 def said(model: Backbone) -> Tensor:
@@ -24,7 +24,7 @@ def said(model: Backbone) -> Tensor:
 def test_attention_for_training_predicts_the_same_and_is_put_back(tiny: Backbone) -> None:
     denoiser = cast(Any, tiny.denoiser)
     before, prediction = dict(denoiser.attn_processors), said(tiny)
-    with quick_to_train(tiny.denoiser):
+    with fast_attention_backward(tiny.denoiser):
         assert {type(p).__name__ for p in denoiser.attn_processors.values()} == {"AttnProcessor"}
         assert torch.allclose(said(tiny), prediction, atol=1e-5)
     assert denoiser.attn_processors == before
@@ -33,6 +33,6 @@ def test_attention_for_training_predicts_the_same_and_is_put_back(tiny: Backbone
 
 def test_it_is_put_back_after_an_error(tiny: Backbone) -> None:
     before = dict(cast(Any, tiny.denoiser).attn_processors)
-    with pytest.raises(RuntimeError), quick_to_train(tiny.denoiser):
+    with pytest.raises(RuntimeError), fast_attention_backward(tiny.denoiser):
         raise RuntimeError
     assert cast(Any, tiny.denoiser).attn_processors == before

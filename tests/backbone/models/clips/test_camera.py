@@ -28,7 +28,7 @@ from backbone.models.clips.camera import (
 from backbone.models.clips.motion import attach_motion, detach_motion
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
-from backbone.training.attention import quick_to_train
+from backbone.training.attention import fast_attention_backward
 from tests.tiny import tiny_motion_adapter
 
 SIZE = (64, 64)
@@ -117,7 +117,7 @@ def test_gradients_reach_the_encoder(moving: Backbone) -> None:
     noisy, index = torch.randn(1, 4, 4, 8, 8), torch.tensor([500])
     control = Control(camera, camera.encode(rays()[None]), torch.ones(1), frames=4)
     text = replace(moving.encode_prompts(["a dog"]), controls=(control,))
-    with quick_to_train(moving.denoiser):
+    with fast_attention_backward(moving.denoiser):
         moving.predict(noisy, index, text).square().mean().backward()
     assert all(value.grad is not None for name, value in camera.module.named_parameters() if ".bring" in name)
 
