@@ -10,8 +10,8 @@ from align.settings import ComparisonSettings, PairSampling, Settings
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.io.keywords import build_drawing, takes
-from backbone.io.options import build, refuse_idle
+from backbone.cli.keywords import build_drawing, takes
+from backbone.cli.options import build, refuse_idle
 from backbone.io.prompts import prompts_of, unique_prompts
 from backbone.io.run import Run
 

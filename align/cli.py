@@ -10,12 +10,12 @@ import typer
 
 from align.settings import ComparisonSettings, PairSampling
 from align.training import cli as train_cli
-from backbone.io import flags
-from backbone.io.commands import command_group, print_json
+from backbone.cli import flags
+from backbone.cli.commands import command_group, print_json
+from backbone.cli.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json
-from backbone.io.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
-from backbone.io.options import Option, settled_command
 from backbone.io.prompts import Prompt, prompts_of, unique_prompts
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
@@ -59,7 +59,7 @@ Split = Annotated[
     option(
         "--split",
         "--dataset-split-name",
-        help="Of a dataset on the hub.",
+        help="Split of a dataset on the hub.",
         panel=flags.DATA,
         show_default="train",
     ),
@@ -74,7 +74,10 @@ Labeller = Annotated[
 Browser = Annotated[
     bool, option("--browser/--no-browser", help="Open the page, where there is a screen.", panel=LABELLING)
 ]
-Port = Annotated[int, option("--port", min=0, max=65535, help="Of the page; 0: a free one.", panel=LABELLING)]
+Port = Annotated[
+    int,
+    option("--port", min=0, max=65535, help="Port of the labelling page; 0: any free one.", panel=LABELLING),
+]
 
 
 def main() -> None:
@@ -97,7 +100,7 @@ class PromptOptions(JsonOptions):
     ]
     out: Annotated[
         Path,
-        Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
+        Option("The folder to write, or to resume.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
     ]
 
 
@@ -131,7 +134,9 @@ def label(
     user: Labeller = "",
     port: Port = 0,
     browser: Browser = True,
-    seed: Annotated[int, option("--seed", help="Of the order and the sides.", panel=LABELLING)] = 0,
+    seed: Annotated[
+        int, option("--seed", help="Seed of the order of the pairs and of their sides.", panel=LABELLING)
+    ] = 0,
 ) -> None:
     """Choose between images on a page in your browser: blind, with the arrow keys."""
     from align.collect.label.server import serve
@@ -307,7 +312,7 @@ def evaluate(
         typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default="the run's own held-out pairs"),
     ] = None,
     draws: Annotated[
-        int, option("--draws", min=1, help="Noise draws of each pair.", panel=flags.SCORING)
+        int, option("--draws", min=1, help="Noise samples of each pair.", panel=flags.SCORING)
     ] = 8,
     skip_bad: SkipBad = False,
     as_json: flags.Json = False,
@@ -339,21 +344,42 @@ class CompareOptions(ComparisonSettings, PromptOptions):
     ]
     out: Annotated[
         Path,
-        Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
+        Option("The folder to write, or to resume.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
     ] = Path("compare")
     tuned_guidance: Annotated[
-        float | None, Option("Of the tuned side.", SAMPLING, default_text="--guidance", min=0)
+        float | None, Option("Guidance scale of the tuned model.", SAMPLING, default_text="--guidance", min=0)
     ] = None
     tuned_guidance_start: Annotated[
-        float | None, Option("Of the tuned side.", SAMPLING, default_text="--guidance-start", min=0, max=1)
+        float | None,
+        Option(
+            "Share of the steps before the tuned model's guidance begins.",
+            SAMPLING,
+            default_text="--guidance-start",
+            min=0,
+            max=1,
+        ),
     ] = None
     tuned_guidance_stop: Annotated[
-        float | None, Option("Of the tuned side.", SAMPLING, default_text="--guidance-stop", min=0, max=1)
+        float | None,
+        Option(
+            "Share of the steps after which the tuned model's guidance ends.",
+            SAMPLING,
+            default_text="--guidance-stop",
+            min=0,
+            max=1,
+        ),
     ] = None
     blind: Annotated[bool, Option("Then choose yourself, on the page of align label.", LABELLING)] = False
     user: Annotated[str, Option("Who chooses, with --blind.", LABELLING, needs={"blind": (True,)})] = ""
     port: Annotated[
-        int, Option("Of the page; 0: a free one.", LABELLING, needs={"blind": (True,)}, min=0, max=65535)
+        int,
+        Option(
+            "Port of the labelling page; 0: any free one.",
+            LABELLING,
+            needs={"blind": (True,)},
+            min=0,
+            max=65535,
+        ),
     ] = 0
     browser: Annotated[
         bool, Option("Open the page, where there is a screen.", LABELLING, needs={"blind": (True,)})

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io import options
+from backbone.cli import options
+from backbone.cli.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
+from backbone.cli.options import Option
+from backbone.cli.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
-from backbone.io.options import Option
 from backbone.io.records import RunRecord
-from backbone.io.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     WEIGHTINGS,
@@ -94,24 +94,22 @@ class Settings(TrainingSettings):
             min=1,
         ),
     ] = 0
-    split: Annotated[str, Option("Of a dataset on the hub.", "Data", needs=OFFLINE)] = "train"
-    skip_bad: Annotated[bool, Option("Leave bad records out instead of stopping.", "Data", needs=OFFLINE)] = (
-        False
-    )
+    split: Annotated[str, Option("Split of a dataset on the hub.", "Data", needs=OFFLINE)] = "train"
+    skip_bad: Annotated[bool, Option("Skip bad records instead of stopping.", "Data", needs=OFFLINE)] = False
     any_model: Annotated[
         bool, Option("Learn from images that another model drew.", "Data", needs=OFFLINE)
     ] = False
     held_out: Annotated[
-        float, Option("Share of the prompts to judge by.", "Data", needs=OF_PAIRS, min=0, max=1)
+        float, Option("Share of the prompts held out for evaluation.", "Data", needs=OF_PAIRS, min=0, max=1)
     ] = 0.1
     flip: Annotated[
         bool,
-        Option("Mirrored pairs too.", "Data", aliases=("random-flip",), needs=OF_PAIRS),
+        Option("Train on mirrored pairs too.", "Data", aliases=("random-flip",), needs=OF_PAIRS),
     ] = False
     random_crop: Annotated[
         int,
         Option(
-            "Cut both images of a pair at one of so many places.",
+            "Crop both images of a pair at one of N places.",
             "Data",
             default_text="at the centre",
             needs=OF_PAIRS,
@@ -122,7 +120,7 @@ class Settings(TrainingSettings):
     prompt_dropout: Annotated[
         float,
         Option(
-            "Share of the draws without their prompt; 0: none.",
+            "Share of the noise samples trained with the empty prompt; 0: none.",
             "Data",
             aliases=("proportion-empty-prompts",),
             needs=OF_PAIRS,
@@ -134,7 +132,7 @@ class Settings(TrainingSettings):
     loss: Annotated[
         str,
         Option(
-            "draft (reward gradients) and ddpo (policy gradients) are with --online alone.",
+            "The loss; draft (reward gradients) and ddpo (policy gradients) need --online.",
             "Preference",
             aliases=("loss-type",),
             choices=LOSSES,
@@ -143,7 +141,7 @@ class Settings(TrainingSettings):
     beta: Annotated[
         float,
         Option(
-            "How far the model may leave the base; means the same for every loss.",
+            "β: larger keeps the model closer to the base; means the same for every loss.",
             "Preference",
             aliases=("beta-dpo",),
             by_model=True,
@@ -155,7 +153,7 @@ class Settings(TrainingSettings):
     ties: Annotated[
         str,
         Option(
-            "Leave ties out, or pull them level.",
+            "Skip ties, or train their two images to be equally likely.",
             "Preference",
             choices=("drop", "model"),
             needs=OF_PAIRS,
@@ -164,7 +162,7 @@ class Settings(TrainingSettings):
     label_smoothing: Annotated[
         float,
         Option(
-            "The share of wrong labels; 0: none.",
+            "Assumed share of wrong labels; 0: none.",
             "Preference",
             needs={"loss": ("dpo", "ipo", "hinge", "mapo", "sft")},
             off=0,
@@ -174,7 +172,13 @@ class Settings(TrainingSettings):
     ] = 0.0
     sft_weight: Annotated[
         float,
-        Option("Adds so much of the winners' error.", "Preference", needs={"loss": COMPARES}, off=0, min=0),
+        Option(
+            "Weight of the winners' denoising error, added to the loss (SFT).",
+            "Preference",
+            needs={"loss": COMPARES},
+            off=0,
+            min=0,
+        ),
     ] = 0.0
     safeguard: Annotated[
         float,
@@ -188,26 +192,30 @@ class Settings(TrainingSettings):
         ),
     ] = -1.0
     mapo_weight: Annotated[
-        float, Option("Of MaPO's margin.", "Preference", needs={"loss": ("mapo",)}, min=0)
+        float, Option("Weight of MaPO's margin.", "Preference", needs={"loss": ("mapo",)}, min=0)
     ] = 0.1
     dspo_pull: Annotated[
-        float, Option("Of DSPO's pull towards the base.", "Preference", needs={"loss": ("dspo",)}, min=0)
+        float,
+        Option(
+            "Weight of DSPO's term towards the base model.", "Preference", needs={"loss": ("dspo",)}, min=0
+        ),
     ] = 1.0
     reference: Annotated[
         str,
         Option(
-            "The base's errors: banked at fixed draws, asked each time, or of a copy.",
+            "Where the base model's errors come from: bank: fixed noise samples, computed once; live: every step "
+            "anew; copy: a frozen copy.",
             "Preference",
             choices=REFERENCES,
             default_text="bank; dspo and --online: live",
             needs=OF_PAIRS,
         ),
     ] = "bank"
-    draws: Annotated[int, Option("Noise draws of each pair.", "Preference", needs=OF_PAIRS, min=1)] = 16
+    draws: Annotated[int, Option("Noise samples of each pair.", "Preference", needs=OF_PAIRS, min=1)] = 16
     least_noise: Annotated[
         float,
         Option(
-            "Train above this share of the noise path.",
+            "Train only on noise levels above this share of the noise path.",
             "Preference",
             by_model=True,
             needs=OF_PAIRS,
@@ -219,7 +227,7 @@ class Settings(TrainingSettings):
     online: Annotated[
         str,
         Option(
-            "Draw, let this scorer rank, train, again.",
+            "Train online, in rounds: draw images, rank them by this scorer, train on the pairs.",
             "Online",
             default_text="off",
             metavar="SCORER",
@@ -227,17 +235,25 @@ class Settings(TrainingSettings):
         ),
     ] = ""
     prompts: Annotated[
-        str, Option("What to draw: a prompt on each line.", "Online", needs={"online": ()}, metavar="FILE")
+        str,
+        Option("File of prompts to draw, one on each line.", "Online", needs={"online": ()}, metavar="FILE"),
     ] = ""
-    rounds: Annotated[int, Option("Of drawing and training.", "Online", needs=IN_ROUNDS, min=1)] = 4
+    rounds: Annotated[int, Option("Rounds of drawing and training.", "Online", needs=IN_ROUNDS, min=1)] = 4
     per_prompt: Annotated[
         int, Option("Images of each prompt in a round.", "Online", needs=IN_ROUNDS, min=2)
     ] = 4
     reward_steps: Annotated[
-        int, Option("draft: K, the last steps that learn.", "Online", needs={"loss": ("draft",)}, min=1)
+        int,
+        Option(
+            "draft: K, the last sampler steps that gradients flow through.",
+            "Online",
+            needs={"loss": ("draft",)},
+            min=1,
+        ),
     ] = 1
     clip_range: Annotated[
-        float, Option("ddpo: of the ratio.", "Online", needs={"loss": ("ddpo",)}, min=0)
+        float,
+        Option("ddpo: clipping range of the likelihood ratio.", "Online", needs={"loss": ("ddpo",)}, min=0),
     ] = 1e-4
     sample_steps: Annotated[
         int,
@@ -246,7 +262,7 @@ class Settings(TrainingSettings):
     guidance: Annotated[
         float,
         Option(
-            "Guidance scale; 1: none.",
+            "Guidance scale; 1: no guidance.",
             "Online",
             aliases=("guidance-scale",),
             default_text="by model",
@@ -254,15 +270,21 @@ class Settings(TrainingSettings):
             min=0,
         ),
     ] = -1.0
-    full: Annotated[bool, Option("All weights of the denoiser instead of a LoRA.", "Method")] = False
+    full: Annotated[bool, Option("Train all weights of the denoiser instead of a LoRA.", "Method")] = False
     steps: Annotated[
         int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), by_model=True, min=1)
     ] = 300
     batch: Annotated[
-        int, Option("Pairs a step.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
+        int, Option("Pairs in a batch.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
     ] = 4
     micro_batch: Annotated[
-        int, Option("Pairs at once.", "Training", default_text="the whole batch", min=1)
+        int,
+        Option(
+            "Pairs in one forward pass; gradients accumulate to the batch.",
+            "Training",
+            default_text="the whole batch",
+            min=1,
+        ),
     ] = 0
     lr_scheduler: str = "constant"
     loss_weighting: Annotated[
@@ -274,7 +296,7 @@ class Settings(TrainingSettings):
     evaluation_steps: Annotated[
         int,
         Option(
-            "Evaluate every so many steps; --online: after each round.",
+            "Evaluate every N steps; --online: after each round.",
             "Evaluation",
             aliases=("evaluate-every",),
             needs=OFFLINE,
@@ -282,18 +304,25 @@ class Settings(TrainingSettings):
         ),
     ] = 50
     evaluation_draws: Annotated[
-        int, Option("Noise draws of each pair that is judged.", "Evaluation", needs=OF_PAIRS, min=1)
+        int, Option("Noise samples of each held-out pair.", "Evaluation", needs=OF_PAIRS, min=1)
     ] = 4
     winner_tolerance: Annotated[
-        float, Option("How far winners' error may rise.", "Evaluation", needs=OF_PAIRS, min=0)
+        float,
+        Option(
+            "How far the winners' denoising error may rise above the base model's, as a share of it.",
+            "Evaluation",
+            needs=OF_PAIRS,
+            min=0,
+        ),
     ] = 0.05
     on_winner_rise: Annotated[
-        str, Option("Beyond that.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS)
+        str,
+        Option("What to do when it rises further.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS),
     ] = "warn"
     checkpointing_steps: Annotated[
         int,
         Option(
-            "A checkpoint every so many steps; --online: after each round.",
+            "Save a checkpoint every N steps; --online: after each round.",
             "Output",
             aliases=("save-every-n-steps",),
             needs=(OFFLINE, {"loss": REWARD_LOSSES}),
@@ -367,7 +396,7 @@ class PreparePairs(PrepareOptions, JsonOptions):
         int,
         Option("Both images of a pair cut at so many places too.", DATA, default_text="at the centre", min=0),
     ] = 0
-    seed: Annotated[int, Option("Of those places.", DATA, needs={"random_crop": ()})] = 0
+    seed: Annotated[int, Option("Seed of the random crops.", DATA, needs={"random_crop": ()})] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from backbone.io.lazy import export_lazily
+from backbone.cli.lazy import export_lazily
 
 if TYPE_CHECKING:
     from backbone.io.console import UserError

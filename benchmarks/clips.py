@@ -46,9 +46,9 @@ from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.camera import embed_rays, flat_path
 from backbone.media.transforms import to_image
-from backbone.models.camera import CAMERA_WEIGHTS, Camera, open_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
+from backbone.models.clips.frames import link_frames
 from backbone.models.control import condition_clips, embedded_controls
-from backbone.models.frames import link_frames
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, render_clip, trace_camera

@@ -40,11 +40,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import content_hash, read_json, write_json, write_text
-from backbone.io.options import Option, settled_command
 from backbone.media.control_maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import embedded_controls, open_control
@@ -87,10 +87,10 @@ class ControlSettings:
 
     model: Annotated[str, Option("moji, or a pipeline folder of its world.", WHAT)] = "moji"
     network: Annotated[str, Option("A control network.", WHAT, default_text="the model's own")] = ""
-    kinds: Annotated[tuple[str, ...], Option("Of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
+    kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
     scenes: Annotated[str, Option("How many.", WHAT, choices=("all", "small"))] = "all"
     sweep: Annotated[tuple[float, ...], Option("Further scales of the first kind.", WHAT)] = ()
-    scale: Annotated[float, Option("How strongly the maps hold.", HOW)] = 1.0
+    scale: Annotated[float, Option("Conditioning scale of the control network.", HOW)] = 1.0
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
     batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10

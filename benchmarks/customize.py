@@ -39,11 +39,11 @@ import typer
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
@@ -175,7 +175,7 @@ class TableSettings:
     script: Annotated[Path | None, Option("diffusers' train_dreambooth_lora.py.", "Table")] = None
     flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
     model: Annotated[str, Option("The base model.", "Training")] = "moji"
-    seed: Annotated[int, Option("Of training and pictures.", "Training")] = 0
+    seed: Annotated[int, Option("Seed of training and of the pictures.", "Training")] = 0
     count: Annotated[int, Option("Pictures in each of the seven places.", "Pictures", min=1)] = 3
     others: Annotated[int, Option("Pictures of each other prompt.", "Pictures", min=1)] = 2
     classifier: Annotated[Path, Option("The classifier's folder.", "Pictures")] = FOLDER

@@ -38,13 +38,13 @@ import typer
 from PIL import Image, ImageChops, ImageFilter
 
 from backbone.adapters.concept import is_run
+from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
+from backbone.cli.options import Option, settled_command
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
-from backbone.io.options import Option, settled_command
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
@@ -72,7 +72,7 @@ from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.sdedit import sdedit
 from edit.run.figures import find_scorer
-from edit.run.open import load_model
+from edit.run.open import Opening, load_model
 
 KINDS = (
     *("noun", "colour", "accessory added", "accessory removed"),
@@ -110,8 +110,10 @@ class EditBenchmark(PlaceOptions):
         tuple[str, ...], Option("Which ones; repeatable.", DATA, default_text="all", metavar="NAME")
     ] = ()
     model: Annotated[str, Option("moji, or a diffusers folder of its world.", MODEL)] = "moji"
-    steps: Annotated[int, Option("Of every walk.", SAMPLING, min=1)] = 50
-    guidance: Annotated[float | None, Option("Of the targets.", SAMPLING, default_text="by model")] = None
+    steps: Annotated[int, Option("Steps of every inversion and edit.", SAMPLING, min=1)] = 50
+    guidance: Annotated[
+        float | None, Option("Guidance scale of the targets.", SAMPLING, default_text="by model")
+    ] = None
     editor: Annotated[
         str | None,
         Option(
@@ -437,7 +439,7 @@ def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = Non
 def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
     """Edits by instruction in place of prompts, on the autoencoder's copy of the background, and as they are drawn."""
     where: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
-    model = load_model(**where, device=device, precision=precision, shown=1).model
+    model = load_model(Opening(**where, device=device, precision=precision), shown=1).model
     return {
         BY_INSTRUCTION: for_each_case(make_instructed(model, "latents")),
         f"{BY_INSTRUCTION}, as drawn": for_each_case(make_instructed(model, "none")),

@@ -107,8 +107,8 @@ def measure(model: Backbone, case: Case, steps: int) -> tuple[dict[str, tuple[fl
 def main(
     model: Annotated[str, typer.Option(help="The picture model.")] = "moji",
     clips: Annotated[int, typer.Option(help="How many.")] = 10,
-    frames: Annotated[int, typer.Option(help="Of a clip.")] = 6,
-    steps: Annotated[int, typer.Option(help="Of the inversion and the edit.")] = 25,
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 6,
+    steps: Annotated[int, typer.Option(help="Steps of the inversion and of the edit.")] = 25,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/first-frame"),
 ) -> None:
     """Measure, and write the tables and a strip of each way."""

@@ -21,7 +21,7 @@ from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, plan_memory
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, Task
 from backbone.models.placement import Placement
 from customize.settings import resolved
 from customize.training.memory import work_of
@@ -84,7 +84,8 @@ def open_shape(name: str, place: Path) -> Backbone:
             write_json(place / part / config.name, read_json(config))
             index[part] = ["transformers" if part.startswith("text") else "diffusers", ""]
     write_json(place / "model_index.json", {**index, "_class_name": shape.pipeline})
-    return Backbone.open(str(place), device="cpu", precision="bf16", by_instruction="Edit" in shape.pipeline)
+    task: Task = "edit" if "Edit" in shape.pipeline else "text-to-image"
+    return Backbone.open(str(place), device="cpu", precision="bf16", task=task)
 
 
 def count(name: str, model: Backbone, size: float) -> Row:

@@ -30,8 +30,8 @@ ITERATIONS = (0, 2, 10)
 
 def main(
     scenes: Annotated[int, typer.Option(min=1, help="Scenes of MojiEdit, in its order.")] = 20,
-    steps: Annotated[int, typer.Option(min=2, help="Of every walk.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Of the walk back.")] = 7.5,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of every inversion and edit.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the edit.")] = 7.5,
     model: Annotated[str, typer.Option(help="moji, or a diffusers folder of its world.")] = "moji",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",

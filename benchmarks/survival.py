@@ -21,11 +21,11 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.flags import DATA, MODEL, OUTPUT, SCORING
+from backbone.cli.options import Option, settled_command
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.flags import DATA, MODEL, OUTPUT, SCORING
-from backbone.io.options import Option, settled_command
 from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
 from backbone.world.render import find_font
 from benchmarks import customize as learning
@@ -61,7 +61,7 @@ class SurvivalSettings:
     fit: Annotated[str, Option("More flags for customize transfer, in one string.", "Training")] = ""
     model: Annotated[str, Option("The base model.", MODEL)] = "moji"
     turbo: Annotated[str, Option("Its few-step model.", MODEL, default_text="the one that goes with it")] = ""
-    seed: Annotated[int, Option("Everything random follows from it.", DATA)] = 0
+    seed: Annotated[int, Option("Seed of everything random.", DATA)] = 0
     classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
     out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.io.conditions import AskedControl, ControlOptions, refuse_from_source
+from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
+from backbone.cli.keywords import build_drawing, takes
+from backbone.cli.options import build
+from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import read_json
-from backbone.io.keywords import build_drawing, takes
-from backbone.io.options import build
 from backbone.io.prompts import prompts_of
 from backbone.io.run import Run
 from backbone.io.run_folder import hold_new_folder
-from backbone.io.sampling import DrawingOptions
 from backbone.media.gallery import Images
 from customize.settings import Settings
 from customize.training.start import start

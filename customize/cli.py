@@ -1,4 +1,4 @@
-"""The command `customize`: example images, training, sampling, checking images."""
+"""The command `customize`: example images, checking and preparing images, training, sampling, evaluation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from backbone.io.commands import command_group, print_json
-from backbone.io.conditions import CONTROL, ControlOptions, refuse_from_source
-from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
-from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import (
+from backbone.cli.commands import command_group, print_json
+from backbone.cli.conditions import CONTROL, ControlOptions, refuse_from_source
+from backbone.cli.flags import (
     CONCEPTS,
     DATA,
     DRAWING,
@@ -26,9 +24,11 @@ from backbone.io.flags import (
     ModelOptions,
     PromptWords,
 )
-from backbone.io.options import Option, command, settled_command
+from backbone.cli.options import Option, command, settled_command
+from backbone.cli.sampling import CountOption, DrawingOptions
+from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
+from backbone.io.files import read_json, refuse_filled
 from backbone.io.run_folder import hold_new_folder, run_name
-from backbone.io.sampling import CountOption, DrawingOptions
 from backbone.training.settings import PANELS, find_resumed, said_anew
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
@@ -61,7 +61,7 @@ def example(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ModelOptions, JsonOptions):
-    """What `customize check` looks at."""
+    """Options of `customize check`."""
 
     images: Annotated[
         str,
@@ -83,7 +83,7 @@ class CheckOptions(ModelOptions, JsonOptions):
     vram: Annotated[
         float | None,
         Option(
-            "Plan for a GPU with so many GiB.",
+            "Plan for a GPU with so many GiB of memory.",
             MODEL,
             default_text="what the run needs here",
             min=0.1,
@@ -177,7 +177,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     if resumed is None:
         finished = start(asked, out=run.out, vram=run.vram)
     else:
-        own = read_settings(resumed)  # mistakes are answered before torch is imported
+        own = read_settings(resumed)  # user errors are raised before torch is imported
         refuse_transferred(resumed)
         anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
         if own.pairs:
@@ -193,13 +193,13 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
-    """What `customize sample` draws."""
+    """Options of `customize sample`."""
 
     words: PromptWords = ()
     prompts: Annotated[
         tuple[str, ...],
         Option(
-            "The same as an option; repeatable.",
+            "Prompts given as an option; repeatable.",
             DRAWING,
             aliases=("prompt", "validation-prompt", "from-file"),
             metavar="PROMPTS",
@@ -227,7 +227,7 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
     ] = ()
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB, and draw so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
     out: Annotated[
         Path | None,
@@ -259,7 +259,7 @@ def sample(asked: SampleOptions) -> None:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
-        resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+        resolve_placeholder_tokens(prompt, concepts)  # user errors are raised before torch is imported
     controls = asked.controls
     refuse_from_source(controls)
     if asked.out is not None:
@@ -281,7 +281,7 @@ SURVIVAL = "survival"  # in a run folder
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(JsonOptions, CountOption):
-    """What `customize evaluate` measures."""
+    """Options of `customize evaluate`."""
 
     run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
     images: Annotated[
@@ -302,7 +302,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     on: Annotated[
         str,
         Option(
-            "What survives on this few-step model, or on a run of customize transfer, beside the run's model.",
+            "Also measure the concept on this few-step model, or on a run of customize transfer.",
             DRAWING,
             metavar="MODEL",
             default_text="the run's model alone",
@@ -312,7 +312,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     living: Annotated[
         bool,
         Option(
-            "Of the two lists of prompts_and_classes.txt, that for living beings instead of things.",
+            "Use the list for living subjects of prompts_and_classes.txt instead of that for objects.",
             DRAWING,
             switches={"thing": False},
             needs={"prompts": ()},
@@ -330,7 +330,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     against_references: Annotated[
         bool,
         Option(
-            "Beside the run: the base with the subject's own images as references, untrained.",
+            "Also measure the untrained base model with the subject's images as references.",
             DRAWING,
             needs={"images": (None,)},
         ),
@@ -338,7 +338,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     out: Annotated[
         Path | None,
         Option(
-            "Where the table goes, a folder that is new or empty.",
+            "The folder to write the table to, new or empty.",
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",
@@ -349,9 +349,9 @@ class EvaluateOptions(JsonOptions, CountOption):
 
 @settled_command(app, EvaluateOptions)
 def evaluate(asked: EvaluateOptions) -> None:
-    """Measure a run by the DreamBench protocol: likeness, obedience, class, variety."""
+    """Measure a run by the DreamBench protocol: subject and prompt fidelity, prior preservation, diversity."""
     run = asked.run
-    read_settings(run)  # mistakes are answered before torch is imported
+    read_settings(run)  # user errors are raised before torch is imported
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer

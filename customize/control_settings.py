@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io.conditions import KINDS, SYNONYMS
+from backbone.cli.conditions import KINDS, SYNONYMS
+from backbone.cli.options import Option, as_command
 from backbone.io.console import UserError
-from backbone.io.options import Option, as_command
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
 PROGRAM = "customize train-control"
@@ -51,24 +51,37 @@ class ControlSettings(TrainingSettings):
     image_column: Annotated[
         str,
         Option(
-            "That holds the image or its file.", "Data", default_text="file_name or image", metavar="NAME"
+            "Column that holds the image or its file.",
+            "Data",
+            default_text="file_name or image",
+            metavar="NAME",
         ),
     ] = ""
     conditioning_image_column: Annotated[
         str,
-        Option("That holds the map or its file.", "Data", default_text="conditioning_image", metavar="NAME"),
+        Option(
+            "Column that holds the map or its file.",
+            "Data",
+            default_text="conditioning_image",
+            metavar="NAME",
+        ),
     ] = ""
     caption_column: Annotated[
         str,
-        Option("That holds the caption.", "Data", default_text="text, prompt or caption", metavar="NAME"),
+        Option(
+            "Column that holds the caption.", "Data", default_text="text, prompt or caption", metavar="NAME"
+        ),
     ] = ""
     kind: Annotated[
-        str, Option("What is trained.", "Method", flag="kind", aliases=("network",), choices=NETWORKS)
+        str,
+        Option(
+            "The kind of network to train.", "Method", flag="kind", aliases=("network",), choices=NETWORKS
+        ),
     ] = ADAPTER
     begin_from: Annotated[
         str,
         Option(
-            "Go on from this control network.",
+            "Start from the weights of this control network.",
             "Method",
             aliases=("controlnet-model-name-or-path", "adapter-model-name-or-path"),
             default_text="a new one",
@@ -76,16 +89,16 @@ class ControlSettings(TrainingSettings):
         ),
     ] = ""
     adapter_size: Annotated[
-        str, Option("Of a T2I-Adapter.", "Method", choices=("full", "light"), needs=WITH_ADAPTER)
+        str, Option("Size of a T2I-Adapter.", "Method", choices=("full", "light"), needs=WITH_ADAPTER)
     ] = "full"
     gradient_accumulation_steps: Annotated[
-        int, Option("Batches whose gradients make one step.", "Training", min=1)
+        int, Option("Batches accumulated for one optimiser step.", "Training", min=1)
     ] = 1
     proportion_empty_prompts: Annotated[
-        float, Option("Share of the prompts that are left out.", "Training", min=0, max=1)
+        float, Option("Share of the prompts replaced by the empty prompt.", "Training", min=0, max=1)
     ] = 0.3
     map_dropout: Annotated[
-        float, Option("Share of the maps that are left out: black.", "Training", min=0, max=1)
+        float, Option("Share of the maps replaced by a black one.", "Training", min=0, max=1)
     ] = 0.05
     noisy_share: Annotated[
         float,
@@ -103,7 +116,7 @@ class ControlSettings(TrainingSettings):
     validation_steps: Annotated[
         int,
         Option(
-            "Draw a preview beside the maps every so many steps; 0: none.",
+            "Draw a preview beside the maps every N steps; 0: none.",
             "Evaluation",
             aliases=("sample-every-n-steps",),
             by_model=True,
@@ -113,7 +126,7 @@ class ControlSettings(TrainingSettings):
     validation_image: Annotated[
         tuple[str, ...],
         Option(
-            "A map to draw by in previews; repeatable.",
+            "A map for the previews; repeatable.",
             "Evaluation",
             default_text="held-out pairs",
             metavar="PNG",

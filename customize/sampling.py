@@ -19,12 +19,12 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
+from backbone.cli.conditions import AskedControl
+from backbone.cli.sampling import DrawingOptions, SamplingSettings
 from backbone.distributed import processes
-from backbone.io.conditions import AskedControl
 from backbone.io.console import progress
 from backbone.io.files import refuse_filled, write_json
 from backbone.io.run_folder import hold_new_folder, package_versions
-from backbone.io.sampling import DrawingOptions, SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
@@ -36,7 +36,7 @@ from backbone.models.control import (
     open_conditions,
     together,
 )
-from backbone.models.few_step import name_few_step, open_few_step
+from backbone.models.few_step.model import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.references import Reference, encode_references, refuse_too_many
 from backbone.models.sample import Request, latent_size, refuse_negative, sample

@@ -1,4 +1,4 @@
-"""What a run was asked for, resolved: every choice that changes the weights, in one frozen value."""
+"""The settings of `customize train`: every choice that changes the weights, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from backbone.cli.flags import DATA, JsonOptions
+from backbone.cli.options import Option, as_command
 from backbone.io.console import UserError
-from backbone.io.flags import DATA, JsonOptions
-from backbone.io.options import Option, as_command
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,
@@ -29,7 +29,7 @@ CLASS_PROMPT = "a {class}"
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to learn: its pictures, its token with the words behind it, and what it is."""
+    """A subject to learn: its images, its token, the words that the text encoder reads for it, and its class."""
 
     images: str
     token: str
@@ -37,7 +37,7 @@ class Subject:
     token_words: str = ""
 
     def called(self) -> str:
-        """How a prompt calls it: `[V] dog`."""
+        """Its name in a prompt: `[V] dog`."""
         return tidy(f"{self.token} {self.class_noun}")
 
     def filled(self, template: str) -> str:
@@ -70,29 +70,29 @@ def read_subject(flag: str) -> Subject:
     return Subject(drive + parts[0], *parts[1:])
 
 
-METHODS = {  # what each trains; which classes do it: `customize.methods.registry`
+METHODS = {  # what each trains; the classes are in `customize.methods.registry`
     "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
     "full": "all of the denoiser's weights (DreamBooth)",
-    "textual-inversion": "a word of its own, nothing else",
-    "pivotal": "a word of its own first, then an adapter",
-    "custom-diffusion": "the cross-attention's keys and values, and a word of its own",
+    "textual-inversion": "an embedding for the token, nothing else",
+    "pivotal": "an embedding for the token first, then an adapter",
+    "custom-diffusion": "the cross-attention's keys and values, and an embedding for the token",
 }
 OWN_WORDS = (
     "textual-inversion",
     "pivotal",
     "custom-diffusion",
-)  # in which the token has embeddings of its own
+)  # which learn embeddings for the token
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
 WITH_WORDS = {"method": OWN_WORDS}
-A_CONCEPT = {"pairs": ("",)}  # what is learned has a token, and is not what an instruction does
+A_CONCEPT = {"pairs": ("",)}  # a subject with a token is learned, not edits from pairs
 OF_PAIRS: dict[str, tuple[Any, ...]] = {"pairs": ()}
 MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
 KEEPS_A_CLASS = {**A_CONCEPT, **MOVES_DENOISER}
-METHOD_RATES = {  # where the weights themselves move: as published
+METHOD_RATES = {  # learning rates as published, where the weights themselves are trained
     "full": 5e-6,
     "custom-diffusion": 1e-5,
     "pairs": 1e-4,
-    "pairs-full": 5e-5,  # of edits, as diffusers' scripts for them
+    "pairs-full": 5e-5,  # as diffusers' scripts for InstructPix2Pix
 }
 PATIENCE = 3  # evaluations, with --steps auto
 SHEET_PROMPTS = (
@@ -109,14 +109,14 @@ SHEET_PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
-    """The settings of `customize train`. A run is a function of these, the images and the model."""
+    """The settings of `customize train`. The trained weights are a function of these, the images and the model."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = dict.fromkeys(("rank", "lora_alpha", "lora_layers"), WITH_ADAPTER)
 
     images: Annotated[
         str,
         Option(
-            "A folder of images, a dataset's id, or folders as kohya's.",
+            "A folder of images, the id of a dataset on the hub, or kohya's folders (10_sks dog).",
             "Data",
             aliases=("instance-data-dir", "train-data-dir", "dataset-name", "concepts-list"),
             needs=A_CONCEPT,
@@ -157,7 +157,7 @@ class Settings(TrainingSettings):
     held_out: Annotated[
         int,
         Option(
-            "Pairs that are not learned from and say how good it is; 0: none.",
+            "Pairs held out for evaluation; 0: none.",
             "Data",
             aliases=("num-validation-images",),
             default_text="a tenth of them, 1 to 8",
@@ -167,12 +167,12 @@ class Settings(TrainingSettings):
     ] = -1
     skip_bad: Annotated[
         bool,
-        Option("Leave out pairs that cannot be learned from, and count them.", "Data", needs=OF_PAIRS),
+        Option("Skip pairs that cannot be trained on, and count them.", "Data", needs=OF_PAIRS),
     ] = False
     conditioning_dropout: Annotated[
         float,
         Option(
-            "Share of the pairs without the instruction, as many without the image, as many without both.",
+            "Probability to drop the instruction, the same for the image, and the same for both.",
             "Loss",
             aliases=("conditioning-dropout-prob",),
             needs=OF_PAIRS,
@@ -183,7 +183,7 @@ class Settings(TrainingSettings):
     image_guidance: Annotated[
         float,
         Option(
-            "How closely the edits that it draws follow the image.",
+            "Image guidance scale of the edits drawn for evaluation.",
             "Evaluation",
             aliases=("image-guidance-scale",),
             needs=OF_PAIRS,
@@ -197,19 +197,19 @@ class Settings(TrainingSettings):
     token_words: Annotated[
         str,
         Option(
-            "The rare words behind the token.",
+            "The words that the text encoder reads for the token, such as sks.",
             "Concept",
-            default_text="found",
+            default_text="chosen",
             needs={**A_CONCEPT, "method": ("lora", "full")},
         ),
     ] = ""
-    instance_prompt: Annotated[
-        str, Option("What images without a caption show.", "Concept", needs=A_CONCEPT)
-    ] = INSTANCE_PROMPT
+    instance_prompt: Annotated[str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT)] = (
+        INSTANCE_PROMPT
+    )
     class_prompt: Annotated[
         str,
         Option(
-            "What the class is called in prompts.",
+            "Prompt of the class, for prior preservation and masks.",
             "Concept",
             needs=(
                 {"prior": ("base", "class-images"), **KEEPS_A_CLASS},
@@ -230,7 +230,7 @@ class Settings(TrainingSettings):
     image_column: Annotated[
         str,
         Option(
-            "The one that holds the image or its file.",
+            "The column or key that holds the image or its file.",
             "Data",
             default_text="file_name or image",
             needs=A_CONCEPT,
@@ -239,16 +239,20 @@ class Settings(TrainingSettings):
     ] = ""
     resolution: Annotated[
         int,
-        Option("Train on images of so many pixels a side.", "Data", default_text="the model's own", min=1),
+        Option("Train on images of this many pixels a side.", "Data", default_text="the model's own", min=1),
     ] = 0
     aspect_buckets: Annotated[
         bool,
-        Option("Images keep their shape (1:2 to 2:1), uncropped.", "Data", aliases=("enable-bucket",)),
+        Option(
+            "Train in buckets of aspect ratios (1:2 to 2:1) instead of square crops.",
+            "Data",
+            aliases=("enable-bucket",),
+        ),
     ] = False
     mask: Annotated[
         str,
         Option(
-            "auto: for images without a mask file, where the model sees the class.",
+            "Loss masks: from files; auto: for images without one, where the model's prediction depends on the class.",
             "Data",
             choices=("files", "auto"),
             needs=A_CONCEPT,
@@ -257,14 +261,15 @@ class Settings(TrainingSettings):
     method: Annotated[
         str,
         Option(
-            "What is trained; pivotal: a word, then an adapter; custom-diffusion: cross-attention and a word.",
+            "What is trained; pivotal: an embedding, then an adapter; custom-diffusion: cross-attention and an "
+            "embedding.",
             "Method",
             choices=tuple(METHODS),
         ),
     ] = "lora"
     train_text_encoder: Annotated[
         bool,
-        Option("The adapter on the text encoders too.", "Method", needs={**A_CONCEPT, **WITH_ADAPTER}),
+        Option("Train an adapter on the text encoders too.", "Method", needs={**A_CONCEPT, **WITH_ADAPTER}),
     ] = False
     text_encoder_lr: Annotated[
         float,
@@ -274,7 +279,13 @@ class Settings(TrainingSettings):
         int, Option("Embedding vectors per token.", "Method", needs=WITH_WORDS, min=1, max=32)
     ] = 1
     initializer_token: Annotated[
-        str, Option("Where a word begins.", "Method", default_text="the class", needs=WITH_WORDS)
+        str,
+        Option(
+            "The word whose embedding the token's starts from.",
+            "Method",
+            default_text="the class",
+            needs=WITH_WORDS,
+        ),
     ] = ""
     words_learning_rate: Annotated[
         float, Option("Learning rate of the token's embedding.", "Method", needs=WITH_WORDS, min=0)
@@ -282,7 +293,7 @@ class Settings(TrainingSettings):
     words_share: Annotated[
         float,
         Option(
-            "pivotal: the share of the steps that train the word.",
+            "pivotal: share of the steps that train the embedding.",
             "Method",
             needs={"method": ("pivotal",)},
             min=0,
@@ -292,7 +303,7 @@ class Settings(TrainingSettings):
     learning_rate: Annotated[
         float,
         Option(
-            "Of the optimiser, after the warm-up; of --pairs 1e-4, moji's 1e-3.",
+            "Peak learning rate, reached after the warm-up; with --pairs usually 1e-4 (moji: 1e-3).",
             "Training",
             aliases=("unet-lr",),
             by_model=True,
@@ -303,7 +314,7 @@ class Settings(TrainingSettings):
     steps: Annotated[
         int,
         Option(
-            "Optimiser steps; auto: until nothing improves.",
+            "Optimiser steps; auto: stop when the evaluation no longer improves.",
             "Training",
             aliases=("max-train-steps",),
             by_model=True,
@@ -314,12 +325,12 @@ class Settings(TrainingSettings):
     ] = 400
     batch: int = 6
     gradient_accumulation_steps: Annotated[
-        int, Option("Batches whose gradients make one step.", "Training", min=1)
+        int, Option("Batches accumulated for one optimiser step.", "Training", min=1)
     ] = 1
     optimizer: Annotated[
         str,
         Option(
-            "prodigy finds the step size itself; learning rates are then factors of it, usually 1.",
+            "The optimiser; prodigy finds the step size itself, so learning rates are factors of it, usually 1.",
             "Training",
             aliases=("optimizer-type",),
             choices=("adamw", "adamw8bit", "prodigy"),
@@ -328,12 +339,19 @@ class Settings(TrainingSettings):
         ),
     ] = "adamw"
     ema_decay: Annotated[
-        float, Option("Keep an average of the weights.", "Training", min=0, max=0.99999, default_text="no")
+        float,
+        Option(
+            "Decay of an exponential moving average of the weights.",
+            "Training",
+            min=0,
+            max=0.99999,
+            default_text="no",
+        ),
     ] = 0.0
     adapter: Annotated[
         str,
         Option(
-            "The adapter's kind.",
+            "Kind of adapter.",
             "Adapter",
             choices=("lora", "dora", "loha", "lokr"),
             switches={"use-dora": "dora"},
@@ -343,7 +361,7 @@ class Settings(TrainingSettings):
     lora_dropout: Annotated[
         float,
         Option(
-            "Share of the adapter that is left out at a step.",
+            "Dropout inside the adapter.",
             "Adapter",
             aliases=("network-dropout",),
             needs=WITH_ADAPTER,
@@ -356,7 +374,7 @@ class Settings(TrainingSettings):
     rank_pattern: Annotated[
         tuple[str, ...],
         Option(
-            "Layers of another rank, as attn2=8; repeatable.",
+            "Another rank for the layers that match a pattern, as attn2=8; repeatable.",
             "Adapter",
             needs=WITH_ADAPTER,
             metavar="PATTERN=RANK",
@@ -365,7 +383,7 @@ class Settings(TrainingSettings):
     prior: Annotated[
         str,
         Option(
-            "How the class is preserved: by the base's predictions, by class images, or not at all.",
+            "Prior preservation: by the base model's predictions, by class images, or off.",
             "Loss",
             choices=("base", "class-images", "off"),
             switches={"with-prior-preservation": "class-images"},
@@ -376,7 +394,7 @@ class Settings(TrainingSettings):
     prior_loss_weight: Annotated[
         float,
         Option(
-            "Of prior preservation; 0: none.",
+            "Weight of prior preservation; 0: none.",
             "Loss",
             needs={"prior": ("base", "class-images"), **KEEPS_A_CLASS},
             off=0,
@@ -386,7 +404,7 @@ class Settings(TrainingSettings):
     prior_batch: Annotated[
         int,
         Option(
-            "Images of the class beside each batch.",
+            "Class samples beside each batch, for prior preservation.",
             "Loss",
             by_model=True,
             needs={"prior": ("base", "class-images"), "prior_loss_weight": (), **KEEPS_A_CLASS},
@@ -396,7 +414,7 @@ class Settings(TrainingSettings):
     prior_draws: Annotated[
         int,
         Option(
-            "Predictions of the base that are kept.",
+            "Base-model predictions computed once and reused (latent, noise, timestep).",
             "Loss",
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             min=1,
@@ -405,7 +423,7 @@ class Settings(TrainingSettings):
     class_images: Annotated[
         tuple[str, ...],
         Option(
-            "Class images of your own instead of drawn ones; one for each subject.",
+            "Folder of your own class images, instead of drawn ones; one for each subject.",
             "Loss",
             aliases=("class-data-dir", "reg-data-dir"),
             needs={"prior": ("class-images",), "prior_loss_weight": (), **KEEPS_A_CLASS},
@@ -416,7 +434,7 @@ class Settings(TrainingSettings):
     num_class_images: Annotated[
         int,
         Option(
-            "Class images; those that a folder lacks are drawn.",
+            "Number of class images; missing ones are drawn.",
             "Loss",
             default_text="48, or all of the folder",
             needs={"prior": ("class-images",), "prior_loss_weight": (), **KEEPS_A_CLASS},
@@ -426,7 +444,7 @@ class Settings(TrainingSettings):
     class_batch: Annotated[
         int,
         Option(
-            "Class images that are drawn together.",
+            "Class images drawn in one batch.",
             "Loss",
             aliases=("sample-batch-size",),
             needs={
@@ -450,12 +468,13 @@ class Settings(TrainingSettings):
         ),
     ] = 5.0
     noise_offset: Annotated[
-        float, Option("So much of one value for a whole channel in the noise.", "Loss", min=0)
+        float,
+        Option("Strength of the noise offset: a constant added to each channel's noise.", "Loss", min=0),
     ] = 0.0
     evaluation_steps: Annotated[
         int,
         Option(
-            "Evaluate every so many steps; 0: never.",
+            "Evaluate every N steps; 0: never.",
             "Evaluation",
             aliases=("evaluate-every",),
             default_text="125; with --steps auto 50",
@@ -465,7 +484,7 @@ class Settings(TrainingSettings):
     patience: Annotated[
         int,
         Option(
-            "Stop after so many evaluations without a better one; 0: never.",
+            "Early stopping after N evaluations without improvement; 0: never.",
             "Evaluation",
             needs={"evaluation_steps": ()},
             off=0,
@@ -475,7 +494,7 @@ class Settings(TrainingSettings):
     scorer: Annotated[
         str,
         Option(
-            "A folder of CLIP or DINO that measures.",
+            "Folder of a CLIP or DINO model for the evaluation.",
             "Evaluation",
             default_text="the model's own",
             needs={"evaluation_steps": ()},
@@ -485,7 +504,7 @@ class Settings(TrainingSettings):
     validation_steps: Annotated[
         int,
         Option(
-            "A preview sheet every so many steps.",
+            "Draw a preview sheet every N steps.",
             "Evaluation",
             default_text="half of the steps, 100 to 500",
             min=1,
@@ -494,7 +513,7 @@ class Settings(TrainingSettings):
     preview_on: Annotated[
         str,
         Option(
-            "A few-step model made from this one: previews and evaluations on it too, and best/ by it.",
+            "A few-step model distilled from this one: also preview and evaluate on it, and choose best/ by it.",
             "Evaluation",
             default_text="no",
             metavar="MODEL",
@@ -503,16 +522,28 @@ class Settings(TrainingSettings):
     ] = ""
     preview_on_steps: Annotated[
         int,
-        Option("Its steps.", "Evaluation", default_text="its own", needs={"preview_on": ()}, min=0),
+        Option(
+            "Sampler steps on the few-step model.",
+            "Evaluation",
+            default_text="its own",
+            needs={"preview_on": ()},
+            min=0,
+        ),
     ] = 0
     preview_on_guidance: Annotated[
         float | None,
-        Option("Its guidance.", "Evaluation", default_text="its own", needs={"preview_on": ()}, min=0),
+        Option(
+            "Guidance scale on the few-step model.",
+            "Evaluation",
+            default_text="its own",
+            needs={"preview_on": ()},
+            min=0,
+        ),
     ] = None
     sheet_prompts: Annotated[
         tuple[str, ...],
         Option(
-            "A prompt of the sheet; {} is the subject; repeatable.",
+            "A prompt of the preview sheet, {} for the subject; repeatable.",
             "Evaluation",
             flag="validation-prompt",
             by_model=True,
@@ -525,7 +556,7 @@ class Settings(TrainingSettings):
     hub_model_id: Annotated[
         str,
         Option(
-            "Where to.",
+            "Repository on the hub to upload to.",
             "Output",
             default_text="the run's name",
             needs={"push_to_hub": ()},
@@ -545,7 +576,7 @@ class Settings(TrainingSettings):
             )
 
     def subjects(self) -> list[Subject]:
-        """Every subject that is learned, the first one in front; none where edits are."""
+        """All subjects, the one of --images first; none where edits are learned."""
         if self.pairs:
             return []
         first = Subject(self.images, self.token, self.class_noun, self.token_words)
@@ -562,13 +593,13 @@ class Settings(TrainingSettings):
         return found
 
     def called(self) -> str:
-        """How a prompt calls the first subject: `[V] dog`."""
+        """The first subject's name in a prompt: `[V] dog`."""
         return self.subjects()[0].called()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """What `customize train` is told beside the settings."""
+    """Options of `customize train` that are not saved with its settings."""
 
     center_crop: Annotated[
         bool,
@@ -582,7 +613,7 @@ class TrainOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareImages(PrepareOptions, JsonOptions):
-    """What `customize prepare` is told."""
+    """Options of `customize prepare`."""
 
     images: Annotated[
         str,
@@ -595,27 +626,40 @@ class PrepareImages(PrepareOptions, JsonOptions):
     ]
     resolution: Annotated[int, Option("Pixels a side.", DATA, default_text="the model's own", min=1)] = 0
     aspect_buckets: Annotated[
-        bool, Option("Images keep their shape (1:2 to 2:1), uncropped.", DATA, aliases=("enable-bucket",))
+        bool,
+        Option(
+            "Train in buckets of aspect ratios (1:2 to 2:1) instead of square crops.",
+            DATA,
+            aliases=("enable-bucket",),
+        ),
     ] = False
     caption_column: Annotated[
-        str, Option("That holds the caption.", DATA, default_text="text, prompt or caption", metavar="NAME")
+        str,
+        Option(
+            "Column that holds the caption.", DATA, default_text="text, prompt or caption", metavar="NAME"
+        ),
     ] = ""
     image_column: Annotated[
         str,
-        Option("That holds the image or its file.", DATA, default_text="file_name or image", metavar="NAME"),
+        Option(
+            "Column that holds the image or its file.",
+            DATA,
+            default_text="file_name or image",
+            metavar="NAME",
+        ),
     ] = ""
 
 
 def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
-    """The settings of a run: what the user asked for over what works with the model (`usual`, of its `limner.json`).
+    """The settings of a run: what the user asked for, over the usual settings of the model (its `limner.json`).
 
-    Raises `UserError` for what is not known.
+    Raises `UserError` for an unknown setting.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
     rates = METHOD_RATES | usual.get("learning_rates", {})
-    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # room to stop in
+    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # early stopping ends it sooner
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
@@ -631,7 +675,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         "loss_weighting": usual.get("loss_weighting", "none"),
         "evaluation_steps": 50 if patient else Settings.evaluation_steps,
     }
-    if asked.get("optimizer") == "prodigy":  # which finds the step size; rates are factors of it
+    if asked.get("optimizer") == "prodigy":  # which finds the step size; learning rates are factors of it
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
     return resolve(Settings, from_model, asked)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backbone.io.lazy import export_lazily
+from backbone.cli.lazy import export_lazily
 
 if TYPE_CHECKING:
     from edit.inversion.inversion import Inversion, invert, read_inversion, reconstruct

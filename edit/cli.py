@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backbone.io.commands import command_group, typed
+from backbone.cli.commands import command_group, typed
+from backbone.cli.options import settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, write_bytes
-from backbone.io.options import settled_command
 from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
 from edit.settings import (

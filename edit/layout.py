@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.cli.conditions import LINE_KINDS, AskedControl, ControlOptions, parse_map
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.noise import Schedule
-from backbone.io.conditions import LINE_KINDS, AskedControl, ControlOptions, parse_map
 from backbone.io.console import UserError
 from backbone.media.control_maps import as_hints
 from backbone.media.transforms import to_image

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from backbone.io.conditions import CONTROL, ClipControlOptions, ControlOptions
-from backbone.io.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, ConceptOptions
-from backbone.io.options import Option
-from backbone.io.sampling import GuidanceOption
+from backbone.cli.conditions import CONTROL, ClipControlOptions, ControlOptions
+from backbone.cli.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, ConceptOptions
+from backbone.cli.options import Option
+from backbone.cli.sampling import GuidanceOption
 
 # Sections of the help
 WORDS = "Words"
@@ -30,7 +30,7 @@ INVERTED: dict[str, tuple[Any, ...]] = {
 OF_INVERSION: dict[str, tuple[Any, ...]] = {"source": ()}
 MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
 SOURCE_HELP = "What the image shows, in words or in a file."
-STRENGTH_HELP = "Share of the way that is walked again."
+STRENGTH_HELP = "Share of the steps that are sampled again; below 1 the edit starts from a less noisy state."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class StepOptions(ControlOptions, ConceptOptions):
     steps: Annotated[
         int, Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1)
     ] = 50
-    seed: Annotated[int, Option("Everything random follows from it.", SAMPLING)] = 0
+    seed: Annotated[int, Option("Seed of everything random.", SAMPLING)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,13 @@ class GuidanceOptions(GuidanceOption):
     """Of a command with classifier-free guidance against a prompt."""
 
     negative: Annotated[
-        str, Option("What to stay away from.", WORDS, aliases=("negative-prompt",), metavar="PROMPT")
+        str,
+        Option(
+            "Negative prompt: what the image should not show.",
+            WORDS,
+            aliases=("negative-prompt",),
+            metavar="PROMPT",
+        ),
     ] = ""
 
 
@@ -76,16 +82,16 @@ class ReportOptions(RunFolder):
     scorer: Annotated[
         str | None,
         Option(
-            "A CLIP folder that measures.",
+            "Folder of a CLIP model for the metrics.",
             SCORING,
             metavar="FOLDER",
             default_text="the model's own",
             needs={"metrics": (True,)},
         ),
     ] = None
-    film: Annotated[bool, Option("Also a film of the way, trajectory.gif.", OUTPUT, flag="trajectory")] = (
-        False
-    )
+    film: Annotated[
+        bool, Option("Also write trajectory.gif, an animation of the steps.", OUTPUT, flag="trajectory")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,11 @@ class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption
     image: Annotated[
         str | None,
         Option(
-            "The image; not with --inversion.", WORDS, argument=True, metavar="IMAGE", default_text="none"
+            "The image to edit; leave it out with --inversion.",
+            WORDS,
+            argument=True,
+            metavar="IMAGE",
+            default_text="none",
         ),
     ] = None
     source: Annotated[
@@ -171,7 +181,7 @@ class TargetOptions:
     targets: Annotated[
         tuple[str, ...],
         Option(
-            "What it should show, in words or in a file; repeatable, done in one batch.",
+            "Target prompt: what the edited image should show, in words or in a file; repeatable, one batch.",
             WORDS,
             flag="target",
             aliases=("target-prompt",),
@@ -189,7 +199,9 @@ class InversionOptions:
     method: Annotated[Method, Option("How the image is inverted.", INVERSION, choices=get_args(Method))] = (
         "direct"
     )
-    iterations: Annotated[int, Option("Of null-text, at every step.", INVERSION, min=0)] = 10
+    iterations: Annotated[int, Option("Null-text: optimiser iterations at every step.", INVERSION, min=0)] = (
+        10
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +221,7 @@ class InvertOptions(StepOptions, InversionOptions, ImageArgument):
     guidance: Annotated[
         float | None,
         Option(
-            "Of null-text: what the image will be edited with.",
+            "Null-text: guidance scale that the image will be edited with.",
             INVERSION,
             aliases=("guidance-scale", "cfg-scale"),
             default_text="by model",
@@ -217,7 +229,9 @@ class InvertOptions(StepOptions, InversionOptions, ImageArgument):
             needs=OF_NULL_TEXT,
         ),
     ] = None
-    check: Annotated[bool, Option("Walk it down again and say how exact it is.", INVERSION)] = False
+    check: Annotated[
+        bool, Option("Reconstruct the image from the inversion and print the error.", INVERSION)
+    ] = False
     out: Annotated[
         Path | None,
         Option(
@@ -239,40 +253,40 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     swaps: Annotated[
         tuple[str, ...],
         Option(
-            "cat=tiger: words that take each other's place.",
+            "cat=tiger: align a source word with a target word.",
             WORDS,
             flag="swap",
             metavar="OLD=NEW",
-            default_text="found",
+            default_text="by aligning the prompts",
         ),
     ] = ()
     weights: Annotated[
         tuple[str, ...],
         Option(
-            "silver=2: how strongly a target's word counts.",
+            "silver=2: attention weight of a target word (reweighting).",
             WORDS,
             flag="reweight",
             metavar="WORD=X",
             default_text="1",
         ),
     ] = ()
-    dry_run: Annotated[bool, Option("Print what becomes of the words, and end.", WORDS)] = False
+    dry_run: Annotated[bool, Option("Print the alignment of the words, and stop.", WORDS)] = False
     blend: Annotated[
         tuple[str, ...],
         Option(
-            "Change only where this word stands; auto: the words that differ; none: everywhere.",
+            "Change only the region of this word; auto: of the words that differ; none: change everything.",
             WHERE,
             metavar="WORD",
             default_text="by control",
         ),
     ] = ()
     keep: Annotated[
-        tuple[str, ...], Option("Never change where this word stands.", WHERE, metavar="WORD")
+        tuple[str, ...], Option("Keep the region of this word unchanged.", WHERE, metavar="WORD")
     ] = ()
     threshold: Annotated[
         float | None,
         Option(
-            "Share of the greatest difference that lets a place change.",
+            "Threshold of the blend mask, as a share of its maximum.",
             WHERE,
             default_text="0.25",
             min=0,
@@ -282,7 +296,7 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     control: Annotated[
         Way,
         Option(
-            "What holds the image: masactrl for what bends, plug-and-play for a new look.",
+            "Attention control; masactrl: for a new pose or shape; plug-and-play: for a new style.",
             HOW,
             choices=get_args(Way),
         ),
@@ -301,7 +315,7 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     self_attention: Annotated[
         float | None,
         Option(
-            "Share of the steps with its self-attention.",
+            "Share of the steps with the source's self-attention.",
             HOW,
             flag="self",
             aliases=("self-replace-steps",),
@@ -312,12 +326,22 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     ] = None
     windows: Annotated[
         tuple[str, ...],
-        Option("cat=0.2:0.8: cross-attention's window of one word.", HOW, flag="window", metavar="WORD=A:B"),
+        Option(
+            "cat=0.2:0.8: window of the steps for the cross-attention of one word.",
+            HOW,
+            flag="window",
+            metavar="WORD=A:B",
+        ),
     ] = ()
     strength: Annotated[float, Option(STRENGTH_HELP, HOW, min=0, max=1)] = 1.0
     heatmaps: Annotated[
         tuple[str, ...],
-        Option("Also where this word looks; repeatable.", OUTPUT, flag="heatmap", metavar="WORD"),
+        Option(
+            "Also draw the cross-attention map of this word; repeatable.",
+            OUTPUT,
+            flag="heatmap",
+            metavar="WORD",
+        ),
     ] = ()
 
 
@@ -334,7 +358,12 @@ class SDEditOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, Cou
 
     prompt: Annotated[
         str,
-        Option("What it should show, in words or in a file.", WORDS, aliases=("prompts",), metavar="PROMPT"),
+        Option(
+            "Target prompt: what the edited image should show, in words or in a file.",
+            WORDS,
+            aliases=("prompts",),
+            metavar="PROMPT",
+        ),
     ]
     strength: Annotated[
         float,
@@ -360,11 +389,17 @@ class FlowEditOptions(
     """What `edit flow-edit` is told."""
 
     source: Annotated[str, Option(SOURCE_HELP, WORDS, aliases=("source-prompt",), metavar="PROMPT")]
-    strength: Annotated[float, Option("Share of the noise levels that are visited.", HOW, min=0, max=1)] = (
-        0.66
-    )
-    draws: Annotated[int, Option("Noises averaged at every step.", HOW, min=1)] = 1
-    source_guidance: Annotated[float, Option("Guidance of the source's prompt.", SAMPLING)] = 1.0
+    strength: Annotated[
+        float,
+        Option(
+            "Share of the noise levels that the edit goes through (n_max/T); 0 leaves the image.",
+            HOW,
+            min=0,
+            max=1,
+        ),
+    ] = 0.66
+    draws: Annotated[int, Option("Noise samples averaged at every step.", HOW, min=1)] = 1
+    source_guidance: Annotated[float, Option("Guidance scale of the source prompt.", SAMPLING)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,11 +452,11 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
     ] = None
     image_guidance: Annotated[
         float,
-        Option("How closely the image is followed.", SAMPLING, aliases=("image-guidance-scale",), min=0),
+        Option("Image guidance scale.", SAMPLING, aliases=("image-guidance-scale",), min=0),
     ] = 1.5
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB, and edit so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with so many GiB of memory, and edit so that it fits.", MODEL, min=0.1),
     ] = None
 
 
@@ -462,7 +497,7 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     threshold: Annotated[
         float,
         Option(
-            "How likely the thing is wherever its place is; lower finds more.",
+            "Least likelihood of the thing for a pixel to be masked; lower masks more.",
             WHERE,
             needs={"mask": (None,)},
             min=0,
@@ -472,7 +507,10 @@ class RemoveOptions(StartOptions, GuidanceOptions, CountOption):
     strength: Annotated[
         float,
         Option(
-            "How freely the place is drawn; 0: its surroundings continued, 1: all anew.", HOW, min=0, max=1
+            "Noise in the masked region; 0: keep the smooth fill from the surroundings, 1: start from noise alone.",
+            HOW,
+            min=0,
+            max=1,
         ),
     ] = 0.5
     guidance: Annotated[
@@ -494,7 +532,12 @@ class ComposeOptions(PathOptions):
         tuple[str, ...],
         Option("“a watercolor=3”: a prompt and its weight; repeatable.", WORDS, metavar="PROMPT=X"),
     ] = ()
-    away: Annotated[tuple[str, ...], Option("The same, away from it.", WORDS, metavar="PROMPT=X")] = ()
+    away: Annotated[
+        tuple[str, ...],
+        Option(
+            "“a photo=1”: a prompt to move away from, and its weight; repeatable.", WORDS, metavar="PROMPT=X"
+        ),
+    ] = ()
     strength: Annotated[float, Option(STRENGTH_HELP, HOW, min=0, max=1)] = 0.7
 
 
@@ -615,7 +658,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     self_attention: Annotated[
         float | None,
         Option(
-            "Share of the steps with its self-attention.",
+            "Share of the steps with the source's self-attention.",
             HOW,
             flag="self",
             default_text="0.4; with --first 0.8; 0 where the motion's words change",
@@ -660,7 +703,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
         Option("How all frames are inverted.", INVERSION, choices=get_args(ClipMethod), needs=OF_INVERSION),
     ] = "direct"
     draws: Annotated[
-        int, Option("Noises averaged at every step.", HOW, min=1, needs={"method": ("flow-edit",)})
+        int, Option("Noise samples averaged at every step.", HOW, min=1, needs={"method": ("flow-edit",)})
     ] = 1
     shared_noise: Annotated[
         float | None,
@@ -675,7 +718,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     ] = None
     source_guidance: Annotated[
         float,
-        Option("Guidance of the source's prompt.", SAMPLING, min=0, needs={"method": ("flow-edit",)}),
+        Option("Guidance scale of the source prompt.", SAMPLING, min=0, needs={"method": ("flow-edit",)}),
     ] = 1.0
     decode_chunk_size: Annotated[
         int, Option("Frames decoded together; 0: as many as fit.", SAMPLING, min=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backbone.io.lazy import export_lazily
+from backbone.cli.lazy import export_lazily
 
 if TYPE_CHECKING:
     __version__: str

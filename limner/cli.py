@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from backbone.io.commands import Elsewhere, Programs, command_group
+from backbone.cli.commands import Elsewhere, Programs, command_group
 from backbone.io.console import run_app
 
 

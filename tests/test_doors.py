@@ -22,7 +22,7 @@ import customize.cli
 import edit.cli
 import limner.cli
 from backbone import __version__
-from backbone.io.commands import hyphens, typed
+from backbone.cli.commands import hyphens, typed
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}

@@ -23,7 +23,7 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
 ROOMS = {
     "backbone": (
         ("diffusion", "io"),
-        ("conditions",),
+        ("conditions", "cli"),
         ("world", "families", "media", "distributed", "data"),
         ("models", "evaluation"),
         ("adapters", "training"),

@@ -22,13 +22,13 @@ from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
+from backbone.cli.options import fields_of, values_from_file
+from backbone.cli.sampling import DrawingOptions
 from backbone.families.location import hub_file
 from backbone.io.console import UserError
 from backbone.io.files import write_json
-from backbone.io.options import fields_of, values_from_file
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import hold_folder, hold_new_folder
-from backbone.io.sampling import DrawingOptions
 from backbone.media.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED, locate
 from backbone.models.model import Backbone

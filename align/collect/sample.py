@@ -22,12 +22,12 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
+from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
-from backbone.io.sampling import SamplingSettings
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image

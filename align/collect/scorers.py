@@ -27,10 +27,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from backbone.cli.options import is_code
 from backbone.evaluation.clip import Scorer, load_scorer, text_scores
 from backbone.io.console import UserError, is_out_of_memory
 from backbone.io.files import read_tensors
-from backbone.io.options import is_code
 from backbone.media.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED
 

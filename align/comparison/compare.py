@@ -35,15 +35,15 @@ from align.pairs.prompts import group_by_category, strip_tokens
 from align.settings import ComparisonSettings
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
+from backbone.cli.options import part
+from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, write_json
-from backbone.io.options import part
 from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
 from backbone.io.run_folder import hold_folder, package_versions
-from backbone.io.sampling import SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png

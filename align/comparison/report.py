@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from align.comparison.sides import BASE, Side, side_image_name
+from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.statistics import Interval
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
 from backbone.io.report import image_figure as shown
-from backbone.io.sampling import SamplingSettings
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, Cell, draw_sheet
 

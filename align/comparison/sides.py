@@ -10,10 +10,10 @@ from typing import Any
 from align.pairs.records import SCORES, Scores
 from align.settings import is_preference_run, read_settings
 from backbone.adapters.concept import BEST, CONCEPT_FILE, is_run, read_concept
+from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
-from backbone.io.sampling import SamplingSettings
 from backbone.models.locate import locate
 
 BASE = "base"

@@ -10,10 +10,10 @@ import typer
 
 from align.settings import PreparePairs, Settings, read_settings
 from align.training.start import start
-from backbone.io.commands import print_json
+from backbone.cli.commands import print_json
+from backbone.cli.flags import DATA, OUTPUT
+from backbone.cli.options import command, settled_command
 from backbone.io.console import is_main_rank, notify
-from backbone.io.flags import DATA, OUTPUT
-from backbone.io.options import command, settled_command
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 

@@ -47,14 +47,14 @@ from align.training.report import draw_curves, mean_reward, write_running_report
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
+from backbone.cli.options import is_code
+from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, write_json
-from backbone.io.options import is_code
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, package_versions, refuse_taken
-from backbone.io.sampling import SamplingSettings
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone

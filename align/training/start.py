@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.settings import PreparePairs, resolved
+from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, notify, progress
-from backbone.io.options import refuse_idle, require_packages
 from backbone.io.run_folder import absolute, is_prepared
 
 if TYPE_CHECKING:

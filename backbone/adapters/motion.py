@@ -25,8 +25,14 @@ from backbone.adapters.lora import (
 )
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
+from backbone.models.clips.motion import (
+    Motion,
+    attach_motion,
+    motion_of,
+    read_motion_adapter,
+    rename_original,
+)
 from backbone.models.model import Backbone
-from backbone.models.motion import Motion, attach_motion, motion_of, read_motion_adapter, rename_original
 
 FACTORS = (  # of a layer's name, its ends as they are written, and ours
     (re.compile(r"\.processor\.(to_[qkv])_lora\.(down|up)\.weight$"), r".\1.lora_\2"),

@@ -1,6 +1,6 @@
-"""Work done ahead in other processes, its results in order: decoding for preparation, batches for training.
+"""Data loading in worker processes, results in order: decoding for preparation, batches for training.
 
-What is made is a function of its item alone, so results do not depend on how many processes make them.
+A result is a function of its item alone, so it does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Movable(Protocol):
-    """A batch that can go to a device: `pin_memory` makes the way there one that need not be waited for."""
+    """A batch that can be moved to a device: `pin_memory` makes the copy asynchronous."""
 
     def to(self, device: torch.device) -> Any: ...
     def pin_memory(self) -> Any: ...
@@ -75,10 +75,10 @@ def work_ahead(
 
 
 class Steps(Generic[Moved]):
-    """The batches of a training's steps, made ahead: `at` gives those of one step, on the device.
+    """The batches of a training's steps, prefetched: `at` returns those of one step, on the device.
 
-    `make` gives a step's batches from its number alone; steps are asked for in order, from any one on. On a GPU the
-    next step's are copied on a stream of their own while this one's are learned from.
+    `make` makes a step's batches from its number alone; steps are asked for in order, from any step on. On a GPU the
+    next step's batches are copied on a stream of their own during this step.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Steps(Generic[Moved]):
         return found
 
     def close(self) -> None:
-        """Ends the processes that work ahead."""
+        """Ends the worker processes."""
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()

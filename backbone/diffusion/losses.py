@@ -18,7 +18,7 @@ def denoising_score_matching(
     prediction_type: PredictionType,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The loss that trains them all [B]: `squared_error` against the target that the noise path gives.
+    """Denoising score matching [B]: `squared_error` against the target that the noise path gives.
 
     Vincent 2011 (J_DSM); Song & Ermon 2019, eqs. 5–6. `uniform`, `variance`, `min_snr`, `debiased` make weights.
     """
@@ -28,8 +28,8 @@ def denoising_score_matching(
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean over all but the first dimension of weight · (prediction − target)² [B], for tensors [B, …] of any rank.
 
-    `weight` is [] or [B], one for each sample, or a map that broadcasts to [B, …], one for each place; 1 if left
-    out. Half precision is compared in float32.
+    `weight` is [] or [B], one for each sample, or a map that broadcasts to [B, …]; 1 if left out. Half
+    precision is compared in float32.
     """
     error = (_at_least_float32(prediction) - _at_least_float32(target)).square()
     if weight is None:

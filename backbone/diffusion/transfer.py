@@ -1,8 +1,7 @@
-"""Copies from the processor to a device that nobody waits for.
+"""Asynchronous copies from the host to a device.
 
-A plain `tensor.to("cuda")` of what lies in the processor's memory waits until the device has done everything before,
-so one such copy inside a training step takes the processor's lead away. From pinned memory the copy is queued like any
-other work.
+A plain `tensor.to("cuda")` from pageable host memory blocks until the device has finished everything before, so that
+the CPU can no longer queue work ahead. A copy from pinned memory is queued like any other work.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device. What lies in the processor's memory is copied without waiting; the rest as usual."""
+    """The tensor on a device: copied asynchronously from host memory, as usual from elsewhere."""
     device = torch.device(device)
     ahead = tensor.device.type == "cpu" and device.type in ("cpu", "cuda")
     if ahead and device.type == "cuda":

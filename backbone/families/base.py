@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.noise import Estimate, Level, PredictionType, Schedule, guide
-from backbone.families.empty import without_first_values
+from backbone.families.components.empty import without_first_values
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import Header

@@ -1,1 +1,1 @@
-"""Files, console output, run folders, HTML reports; command options and their help."""
+"""Files, console output, run folders, HTML reports, weights, the hub."""

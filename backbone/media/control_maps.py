@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.io.conditions import LINE_KINDS, AskedMap
+from backbone.cli.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once
 from backbone.media.clips import FILMS, count_frames, read_film
 from backbone.media.decode import open_rgb

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from backbone.families.latents import latent_space
+from backbone.families.components.latents import latent_space
 from backbone.io.console import UserError
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.planner import (

@@ -24,9 +24,9 @@ from backbone.memory.planner import (
     fit,
     precision_name,
 )
+from backbone.models.clips.motion import attach_motion, clip_of
 from backbone.models.control import controlled_family, outline_control
 from backbone.models.model import Backbone, decoded_together
-from backbone.models.motion import attach_motion, clip_of
 
 PART = "control"  # of the planned denoiser: control networks are counted with it
 

@@ -22,8 +22,8 @@ from backbone.memory.planner import (
     Phase,
     Workload,
 )
+from backbone.models.clips.motion import attach_motion, clip_of
 from backbone.models.model import Backbone, decoded_together
-from backbone.models.motion import attach_motion, clip_of
 
 
 @dataclass(frozen=True)

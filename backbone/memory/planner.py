@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.distributed.device import PRECISIONS
-from backbone.families.latents import latent_space
+from backbone.families.components.latents import latent_space
 from backbone.io.console import UserError, notify
 from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
 from backbone.models.model import Backbone, decoded_together

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.cli.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.families.base import ModuleSpec, diffusers_spec
+from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import ControlledFamily, FilesFamily
-from backbone.families.loading import WEIGHTS, load_network
 from backbone.families.location import Location, find_hub_file
-from backbone.io.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
 from backbone.media.control_maps import Target, as_hints, read_map, read_maps

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backbone.families import checkpoint as single_file
 from backbone.families.location import Location, hub_file
 from backbone.families.registry import families
+from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as

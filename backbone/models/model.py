@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from PIL.Image import Image
@@ -26,7 +26,6 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimat
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.distributed.device import resolve_device, resolve_dtype
-from backbone.families import checkpoint as single_file
 from backbone.families.base import (
     NO_IMAGES,
     Family,
@@ -37,17 +36,18 @@ from backbone.families.base import (
     SeeingTextEncoder,
     TextEncoder,
 )
-from backbone.families.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
+from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.registry import families
-from backbone.families.unet import UNetFamily, widen_input
+from backbone.families.single_file import checkpoint as single_file
+from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
+from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
-from backbone.models.few_step_adapter import fuse_lora, hash_few_step, read_few_step
+from backbone.models.few_step.adapter import fuse_lora, hash_few_step, read_few_step
 from backbone.models.locate import ADAPTER, OWN, locate
-from backbone.models.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
@@ -66,6 +66,11 @@ DECODED_AT_ONCE = 512 * 512  # pixels
 def decoded_together(places: Sequence[int], factor: int) -> int:
     """How many latents of so many places are decoded in one call."""
     return max(1, DECODED_AT_ONCE // (math.prod(places) * factor**2))
+
+
+# What a model is opened for. An edit reads an image beside the prompt; a UNet that reads none can learn to: it is given
+# input channels for the image's latents, whose weights begin at zero. A clip may be made of a picture, without words.
+Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 
 
 class Posterior(NamedTuple):
@@ -121,9 +126,7 @@ class Backbone:
         precision: str = "auto",
         placement: Placement | None = None,
         resolution: int = 0,
-        by_instruction: bool = False,
-        widen: bool = False,
-        from_picture: bool = False,
+        task: Task = "text-to-image",
         compile: bool = False,
     ) -> Backbone:
         """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
@@ -131,16 +134,13 @@ class Backbone:
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
-        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. `by_instruction` asks for one
-        that reads an image beside the prompt and edits it; without it such a model is refused. With `widen` a UNet that
-        reads none is given input channels for one, whose weights begin at zero. `from_picture` lets in one that makes a
-        clip of a picture and reads no words. With `compile` every prediction runs the denoiser's repeated blocks
-        compiled.
+        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. With `compile` every prediction
+        runs the denoiser's repeated blocks compiled. `task` says what the model must be able to do (see `Task`).
 
-        Raises `UserError` when there is no such model, when its family is not served, or when it cannot work at that
-        resolution.
+        Raises `UserError` when there is no such model, when its family is not served, when it is made for another task,
+        or when it cannot work at that resolution.
         """
-        location = locate(model)
+        location, widen = locate(model), task == "learn-to-edit"
         found = location.index.get("_class_name", "")
         for family in families():
             if found in family.pipeline_classes:
@@ -151,10 +151,10 @@ class Backbone:
                     widened=widen and isinstance(family, UNetFamily) and found not in family.reads_images,
                     compile=compile,
                 )  # fmt: skip
-                opened.refuse_other_task(by_instruction=by_instruction, from_picture=from_picture)
+                opened.refuse_other_task(task)
                 opened.refuse_resolution()
                 if location.parts:
-                    from backbone.families.split_files import refuse_other_parts  # diffusers' converters
+                    from backbone.families.single_file.split_files import refuse_other_parts
 
                     refuse_other_parts(location)
                 return opened
@@ -355,25 +355,24 @@ class Backbone:
         """Whether it is told what to draw; else it makes a clip of a picture."""
         return not isinstance(self.family, PictureFamily)
 
-    def refuse_other_task(self, *, by_instruction: bool = False, from_picture: bool = False) -> None:
-        """`UserError` for a denoiser that reads other things than noisy latents: one for inpainting, upscaling …
+    def refuse_other_task(self, task: Task = "text-to-image") -> None:
+        """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …
 
-        Beside them it reads an image's latents where it edits `by_instruction` or makes a clip `from_picture`, and
-        nothing elsewhere.
+        Beside noisy latents it reads those of an image where it edits or animates one, and nothing elsewhere.
         """
-        name = self.location.name
+        name, edits = self.location.name, task in ("edit", "learn-to-edit")
         if not self.reads_words:
-            if not from_picture:
+            if task != "image-to-video":
                 raise UserError(
                     f"{name} makes a clip of a picture and reads no words, so it cannot be used here. Use it with "
                     f"customize clip --image PICTURE --model {name}, or name another model."
                 )
             return
-        if self.reads_as_channels and not by_instruction:
+        if self.reads_as_channels and not edits:
             raise UserError(
                 f"{name} edits an image by an instruction and draws nothing without one. Use it with edit instruct."
             )
-        if by_instruction and not self.edits_by_instruction:
+        if edits and not self.edits_by_instruction:
             raise UserError(
                 f"{name} reads no image beside the prompt, so it follows no instruction. Name a model that does "
                 "(--model timbrooks/instruct-pix2pix), or a run of customize train --pairs (--concept RUN), or "
@@ -387,9 +386,9 @@ class Backbone:
         widths = (2 * latents,) if self.reads_as_channels and not self.widened else (latents, 4 * latents)
         if reads is None or int(reads) in widths:
             return  # FLUX reads 2 × 2 latents as one
-        task = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
+        other = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
         raise UserError(
-            f"The {part} of {name} reads {reads} channels and its latents have {latents}: it is {task}. "
+            f"The {part} of {name} reads {reads} channels and its latents have {latents}: it is {other}. "
             "Name the text-to-image model that it was made from."
         )
 

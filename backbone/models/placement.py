@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input
 
 from backbone.distributed import processes
 from backbone.distributed.fsdp import shard
-from backbone.families.latents import has_frames, patch_size, pixels_per_latent
+from backbone.families.components.latents import has_frames, patch_size, pixels_per_latent
 from backbone.io.console import UserError
 
 BLOCKS = re.compile(

@@ -12,18 +12,18 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from backbone.cli.keywords import takes
+from backbone.cli.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import ancestral, consistency, ddim, heun
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
-from backbone.io.keywords import takes
-from backbone.io.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.motion import in_windows
 from backbone.models.model import Backbone
-from backbone.models.motion import in_windows
 from backbone.models.references import Reference, latents_of
 
 

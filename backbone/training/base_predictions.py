@@ -1,4 +1,4 @@
-"""Cached base predictions: what the frozen base model predicts for fixed noise samples, computed once, read afterwards.
+"""Cached base predictions: what the frozen base model predicts for fixed noise samples, computed once and reused.
 
 Noise sample k fixes the image, the timestep and the noise by a counter-based seed; the timesteps are stratified over
 the samples. Prior preservation regularises the adapted model towards these predictions.
@@ -38,7 +38,7 @@ class BasePredictions:
 
     @staticmethod
     def cat(parts: Sequence[BasePredictions]) -> BasePredictions:
-        """All parts, one behind the other."""
+        """All parts, concatenated."""
         return BasePredictions(
             torch.cat([part.noisy for part in parts]),
             torch.cat([part.level for part in parts]),

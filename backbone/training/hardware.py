@@ -1,4 +1,4 @@
-"""What a training does to be fast where it runs, and the words in which a run's record says so."""
+"""Settings of the hardware for training, and their description for a run's record."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from backbone.families.unet import UNetFamily
+from backbone.families.unet.family import UNetFamily
 from backbone.models.model import Backbone
 
 
 def use_tensor_cores(device: torch.device) -> None:
-    """Matrices in fp32 are multiplied in TF32 on a GPU: 10 bits of mantissa, sums in fp32."""
+    """Let a GPU multiply fp32 matrices in TF32: 10 bits of mantissa, sums in fp32."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def describe_hardware(model: Backbone, settings: Any) -> dict[str, str]:
-    """Where and how a run computes, for its record."""
+    """Device, precision and attention of a run, for its record."""
     on_gpu = model.device.type == "cuda"
     convolves = isinstance(model.family, UNetFamily)
     fused = on_gpu and getattr(settings, "optimizer", "adamw") == "adamw"

@@ -28,18 +28,18 @@ from backbone.io.records import parse_json, read_as
 LRSchedule = Callable[[int], float]
 
 
-READ_EVERY = 10  # steps of a device after which what they showed is read, where nobody looks earlier
+READ_EVERY = 10  # steps on a GPU between two reads of their losses, unless somebody asks earlier
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient that is not finite, so that training has stopped."""
+    """Training stopped at a loss or a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimiser step did. `step` counts from 1; `seconds` is the time of this step.
+    """The metrics of one optimiser step. `step` counts from 1; `seconds` is the time of this step.
 
-    Of steps that were read together, `seconds` is the mean.
+    For steps whose metrics were read together, `seconds` is their mean.
     """
 
     step: int
@@ -50,10 +50,10 @@ class Report:
 
 
 class Step:
-    """One optimiser step. What it showed stays on the device until somebody looks.
+    """One optimiser step. Its metrics stay on the device until they are read.
 
-    Looking at `loss`, `gradient_norm`, `figures` or `report` waits for the device, and reads all steps before as well;
-    raises `NotFiniteError` where one of them was not finite.
+    Reading `loss`, `gradient_norm`, `figures` or `report` synchronises with the device, and reads all earlier steps
+    too; raises `NotFiniteError` where one of them was not finite.
     """
 
     def __init__(self, readings: Readings, step: int, learning_rate: float) -> None:
@@ -64,7 +64,7 @@ class Step:
 
     @property
     def is_read(self) -> bool:
-        """Whether looking costs nothing."""
+        """Whether its metrics are in the host's memory, so that reading them does not wait."""
         return bool(self.numbers)
 
     @property
@@ -74,12 +74,12 @@ class Step:
 
     @property
     def gradient_norm(self) -> float:
-        """Of all that is trained, before it is cut."""
+        """The norm of the gradient of all trained parameters, before clipping."""
         return self._read()["gradient_norm"]
 
     @property
     def figures(self) -> dict[str, float]:
-        """What else the step showed."""
+        """Its other metrics."""
         return {name: value for name, value in self._read().items() if name not in ("loss", "gradient_norm")}
 
     @property
@@ -94,18 +94,18 @@ class Step:
 
 
 class Readings:
-    """What steps showed, on the device until somebody looks; then everything is read in one transfer."""
+    """Metrics of steps, kept on the device until they are read, all of them in one transfer."""
 
     def __init__(self, explain: Callable[[int, float, float], str]) -> None:
         self.explain = explain
         self.unread: list[tuple[Step, dict[str, Tensor | float]]] = []
 
     def add(self, step: Step, shown: Mapping[str, Tensor | float]) -> None:
-        """Keeps what a step showed, numbers [] on any device."""
+        """Keep a step's metrics, numbers [] on any device."""
         self.unread.append((step, dict(shown)))
 
     def read(self) -> None:
-        """Reads what is unread; `NotFiniteError` at the first step that was not finite."""
+        """Read all that is unread; `NotFiniteError` at the first step that was not finite."""
         unread, self.unread = self.unread, []
         began = time.perf_counter()
         on_device = [value for _, shown in unread for value in shown.values() if isinstance(value, Tensor)]
@@ -122,14 +122,14 @@ class Readings:
                 )
             step.numbers = numbers
         waited = time.perf_counter() - began
-        if len(unread) > 1:  # the device was still at work on them
+        if len(unread) > 1:  # the device was still computing them: the wait is shared out
             mean = (sum(step.seconds for step, _ in unread) + waited) / len(unread)
             for step, _ in unread:
                 step.seconds = mean
 
 
 def read_numbers(values: Sequence[Tensor]) -> list[float]:
-    """Numbers [] from wherever they are, those of one device in one transfer."""
+    """Numbers [] as floats, with one transfer for each device."""
     found: list[float] = [0.0] * len(values)
     for device in {value.device for value in values}:
         places = [place for place, value in enumerate(values) if value.device == device]
@@ -144,7 +144,7 @@ def read_numbers(values: Sequence[Tensor]) -> list[float]:
 class Update:
     """How the gradients of a step become an update of the weights.
 
-    clip     bounds the gradients' norm; 0: nothing does
+    clip     clips the norm of the gradients; 0: no clipping
     reduce   replaces the gradients and the loss by their means over processes
     average  a moving average of the weights, updated after each step
     """
@@ -156,12 +156,12 @@ class Update:
 
 @dataclass(frozen=True)
 class Monitor:
-    """What is read of a step beside its loss and the norm of its gradient, and what is said where one is not finite.
+    """Further metrics of a step, and the error message for one that is not finite.
 
-    figures     what else a step has shown, numbers [] that may lie on the device
-    explain     what is known of a step that was not finite; "": no more than the loss
-    scales      options that may be too large then
-    read_every  after how many steps they are read on a GPU; 0: READ_EVERY
+    figures     further metrics, numbers [] that may lie on the device
+    explain     the reason why a step was not finite; "": unknown
+    scales      options that the message then says to lower
+    read_every  steps between two reads of the metrics on a GPU; 0: READ_EVERY
     """
 
     figures: Callable[[], Mapping[str, Tensor | float]] = dict
@@ -170,7 +170,7 @@ class Monitor:
     read_every: int = 0
 
     def reason(self, step: int, loss: float, norm: float) -> str:
-        """Why training stopped at a step, in a sentence or two."""
+        """Why training stopped at a step, and what helps."""
         usual = f"the loss is {loss} and its gradient {norm}. Lower {' or '.join(self.scales)}."
         return self.explain(step) or usual
 
@@ -191,10 +191,10 @@ def train(
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
     `lr_schedule(step)` gives the learning rate's factor.
 
-    A loss or gradient that is not finite never reaches the weights nor the optimiser's state. On a GPU nothing of a
-    step is read before `monitor.read_every` steps are done or somebody looks: the device itself leaves out the update,
-    and every one after it (`can_skip`). Elsewhere every step is read before its update. Then `NotFiniteError` says
-    which step it was and why, as far as the monitor knows.
+    A loss or gradient that is not finite never reaches the weights or the optimiser's state. On a GPU the metrics are
+    read only every `monitor.read_every` steps, or when somebody asks for them: the device itself skips the update and
+    all later ones (`can_skip`). Elsewhere every step is read before its update. Then `NotFiniteError` says which step
+    it was and why.
     """
     update, monitor = update or Update(), monitor or Monitor()
     bases = [group["lr"] for group in optimizer.param_groups]
@@ -206,7 +206,7 @@ def train(
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         trained, loss = accumulate_gradients(losses(number), parameters)
-        if update.reduce is not None:  # mean over processes; the loss travels along
+        if update.reduce is not None:  # mean over processes, of the loss too
             gradients = _gradients(trained)
             loss = loss.to(gradients[0], copy=True)
             update.reduce([*gradients, loss])
@@ -237,9 +237,9 @@ def train(
 def accumulate_gradients(
     losses: Iterator[Tensor], parameters: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """Forward and backward, micro-batch after micro-batch; gives what is trained, and the mean loss [].
+    """Forward and backward of every micro-batch; returns the parameters that have a gradient, and the mean loss [].
 
-    What got no gradient (pivotal tuning trains its parts one after the other) is left as it is.
+    A parameter without a gradient (pivotal tuning trains its parts one after the other) is not updated.
     """
     parts = []
     for loss in losses:
@@ -267,13 +267,13 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
 
 
 def can_skip(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the optimiser leaves out an update by a flag on the device: fused AdamW, all on one device."""
+    """Whether the optimiser can skip an update by a flag on the device: fused AdamW, all on one device."""
     fused = type(optimizer) is torch.optim.AdamW and bool(optimizer.defaults["fused"])
     return fused and len({value.device for value in parameters.values()}) == 1
 
 
 def choose_read_every(parameters: Mapping[str, Tensor]) -> int:
-    """After how many steps is read what they showed: reading the processor's own memory waits for nothing."""
+    """Steps between two reads of the metrics: on a CPU every step, since nothing has to be waited for."""
     return READ_EVERY if any(value.device.type == "cuda" for value in parameters.values()) else 1
 
 
@@ -303,7 +303,7 @@ def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> LRSchedul
 def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> LRSchedule:
     """Linear warm-up, constant, and linearly down to zero over the last `decay` steps (Hu et al. 2024, "MiniCPM", §4).
 
-    The weights before the decay are as good a start as any for going on, so a run need not know its end in advance.
+    Training can go on from the weights before the decay, so the number of steps need not be known in advance.
     """
 
     def factor(step: int) -> float:
@@ -333,7 +333,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averages in the parameters' place inside the `with`."""
+        """Inside the `with`, the parameters hold the averages."""
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         self._put(self.values)
         try:

@@ -1,4 +1,4 @@
-"""The model of a training, opened twice: for what its configs say is usual, then as the run's settings hold it."""
+"""The model of a training, opened twice: its configs, for the usual settings; then in the placement of the run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ from typing import Any
 
 from backbone.distributed.device import resolve_device
 from backbone.models.locate import is_path, join_files, split_files
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, Task
 from backbone.models.placement import get_placement
 from backbone.training.hardware import use_tensor_cores
 
 
 def open_configs(
-    asked: Mapping[str, Any], *, by_instruction: bool = False
+    asked: Mapping[str, Any], *, task: Task = "text-to-image"
 ) -> tuple[Backbone, dict[str, Any]]:
-    """The model that was asked for, of which only configs are read yet, and what was asked.
+    """The model that was asked for, of which only configs are read, and the settings that were asked for.
 
-    Where nobody said whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A model that lies
-    on this machine is named there by its absolute path, so that a run finds it from anywhere. `by_instruction` asks for
-    one that reads an image beside the prompt, or can be made to.
+    Where the settings do not say whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A path
+    becomes absolute, so that the run finds the model from any folder. `task` is what the model is trained for.
     """
     model = Backbone.open(
         asked.get("model", "moji"),
         device=asked.get("device", "auto"),
         precision=asked.get("precision", "auto"),
         resolution=asked.get("resolution", 0),
-        by_instruction=by_instruction,
-        widen=by_instruction,
+        task=task,
     )
     held = bool(asked.get("quantize") or asked.get("cpu_offload"))
     asked = {"compile": model.compiles_usually and not held, **asked}
@@ -42,7 +40,7 @@ def open_configs(
     return model, dict(asked)
 
 
-def open_model(settings: Any, *, resolution: int = 0, by_instruction: bool = False) -> Backbone:
+def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-image") -> Backbone:
     """The model of a run in the placement that its settings (`model`, `device`, `precision`, …) say."""
     use_tensor_cores(resolve_device(settings.device))
     return Backbone.open(
@@ -51,6 +49,5 @@ def open_model(settings: Any, *, resolution: int = 0, by_instruction: bool = Fal
         precision=settings.precision,
         placement=get_placement(settings),
         resolution=resolution,
-        by_instruction=by_instruction,
-        widen=by_instruction,
+        task=task,
     )

@@ -27,7 +27,7 @@ def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
 
 
 def make_adamw(groups: list[dict[str, Any]], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; on a GPU one kernel for all parameters, which can leave out an update by a flag on the device."""
+    """AdamW; on a GPU fused, one kernel for all parameters, which can skip an update by a flag on the device."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True if devices == {"cuda"} else None)
 
@@ -48,7 +48,7 @@ def make_optimizer(name: str, trained: Sequence[Any], *, weight_decay: float) ->
             except ImportError as error:
                 raise UserError("adamw8bit needs bitsandbytes. Run: pip install bitsandbytes") from error
             return cast(Optimizer, AdamW8bit(groups, weight_decay=weight_decay))
-        case "prodigy":  # Mishchenko & Defazio 2024: finds the step size; rates are factors of it
+        case "prodigy":  # Mishchenko & Defazio 2024: finds the step size; learning rates are factors of it
             try:
                 from prodigyopt import Prodigy
             except ImportError as error:

@@ -1,9 +1,9 @@
-"""One run of a training: the loop of `backbone.training.loop`, and everything that surrounds it.
+"""A training run: the loop of `backbone.training.loop` with log, checkpoints, validation, previews and signals.
 
-A method of training is an `Objective`: what is trained, the losses of a step, what is kept. `drive` takes an objective
-from its last checkpoint to its last step: log, progress bar, TensorBoard, validation and early stopping, previews,
-checkpoints, and a polite end when a signal comes. In a run of several processes all take the same steps; the first
-one, the writer, writes.
+A method of training is an `Objective`: the trained parameters, the losses of a step, the files that are written.
+`drive` takes it from its last checkpoint to its last step: log, progress bar, TensorBoard, validation and early
+stopping, previews, checkpoints, and a clean stop at SIGINT or SIGTERM. Of several processes all take the same steps,
+and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
-SHOWN = ("accuracy", "reward")  # figures that stand beside the progress bar, where a step has them
+SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, where a step has them
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class LoggedLoss:
-    """What the curve of a report needs of a line of the log."""
+    """A line of the log, as far as a report's loss curve needs it."""
 
     step: int
     loss: float
@@ -69,14 +69,14 @@ class RunSettings(Protocol):
 class Objective(ABC):
     """A method of training.
 
-    parameters  what is trained, by name
-    optimizer   over these
-    average     their moving average, where one is kept
-    figures     what the last step showed beside its loss, for the log: numbers, or tensors [] on the device
-    done        steps that were taken
-    saved       the step of the last checkpoint, from which `resume` goes on
-    compiled    the denoiser's blocks, compiled inside a step; None where they run as they are
-    sources     fingerprints of what is learned from, by what it is: a checkpoint goes on with the same ones alone
+    parameters  the trained parameters, by name
+    optimizer   the optimiser over them
+    average     their exponential moving average, or None
+    figures     further metrics of the last step for the log: numbers, or tensors [] on the device
+    done        steps taken so far
+    saved       the step of the last checkpoint, from which `resume` continues
+    compiled    the denoiser's blocks, compiled inside a step, or None
+    sources     fingerprints of the model and the data, by name: a checkpoint resumes with the same ones only
     """
 
     settings: RunSettings
@@ -100,19 +100,19 @@ class Objective(ABC):
         """The scalar losses of a step's micro-batches; their gradients are averaged. A function of the step alone."""
 
     def explain(self, step: int) -> str:
-        """What was not finite in a step of late, and what helps; "" where the objective knows no more than the loss."""
+        """Why a recent step was not finite, and what helps; "" where only the loss is known."""
         return ""
 
     @abstractmethod
     def learning(self) -> AbstractContextManager[None]:
-        """What holds while steps are taken: modes and attention of the networks."""
+        """The context in which steps are taken: modes and attention of the networks."""
 
     def rest(self) -> None:
-        """Ends the processes that work ahead of the steps, if there are any."""
+        """Ends the data-loading processes, if there are any."""
         return
 
     def stepping(self) -> AbstractContextManager[None]:
-        """What holds inside a step alone, and not in what the caller does between two."""
+        """The context of a step alone, which does not hold between two steps."""
         return nullcontext() if self.compiled is None else self.compiled.active()
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Objective(ABC):
         """Writes what was learned; gives the fields of `Concept` that name the files."""
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` goes on bit for bit; where none is written, `saved` stays."""
+        """Writes the checkpoint from which `resume` continues bit for bit; an override without one leaves `saved`."""
         self.saved = self.done
         if processes.is_main_process():
             save_checkpoint(
@@ -133,9 +133,9 @@ class Objective(ABC):
             )
 
     def resume(self, run: Path) -> None:
-        """Goes on where `save` was called last; from the start when it never was.
+        """Continues from the last checkpoint; from the start where there is none.
 
-        Raises `UserError` where the model or the images are no longer what they were.
+        Raises `UserError` where the model or the images have changed.
         """
         if (run / CHECKPOINT).exists():
             self.done, _ = load_checkpoint(
@@ -150,13 +150,13 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class Every(Generic[Answer]):
-    """Something that is called with the step's number every so many steps; 0: only at the start and the end."""
+    """A function that is called with the step's number every `steps` steps; 0: only at the start and the end."""
 
     steps: int
     call: Callable[[int], Answer]
 
     def due(self, step: int) -> bool:
-        """Whether it is time, apart from the end."""
+        """Whether it is called at this step, apart from the last."""
         return step == 0 or (self.steps > 0 and step % self.steps == 0)
 
 
@@ -171,13 +171,13 @@ def drive(
     preview: Every[Any] | None = None,
     tensorboard: bool = False,
 ) -> bool:
-    """Trains from the steps that are done to the last, or `until` a step; whether validation stopped it early.
+    """Trains from step `objective.done` to the last, or to `until`; returns whether validation stopped it early.
 
-    `validate` gives the reason to stop, or nothing; it is also called before the first step and after the last. It
-    must know by itself what an interrupted run has measured. `preview` draws what the model makes now. `command` is
-    what goes on with a run, as `customize train`.
+    `validate` returns the reason to stop, or an empty string; it is also called before the first step and after the
+    last. In a resumed run it must find the earlier evaluations itself. `preview` draws samples of the current model.
+    `command` is the command that resumes a run, as `customize train`.
 
-    Raises `KeyboardInterrupt`, with how to go on and from which step, when a signal has come.
+    Raises `KeyboardInterrupt`, with the command and the step to resume from, after a signal.
     """
     settings, writes = objective.settings, processes.is_main_process()
     last = settings.steps if until is None else until
@@ -194,21 +194,23 @@ def drive(
         unlogged: list[Step] = []
         for taken in explain_failure(take_steps(objective, until=last), run):
             step, finished = taken.step, taken.step == last
-            # What is read already is logged at once.
+            # Steps whose metrics are read already are logged at once.
             unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
-            # All processes take the same way: one asks itself at every step, several where they meet anyway.
+            # All processes must stop at the same step: a single one checks for a signal at every step, several only at
+            # steps that synchronise anyway.
             together = processes.world_size() == 1 or taken.is_read
             halted = together and processes.any_process(bool(stop)) and not finished
             saves = halted or finished or step % settings.checkpointing_steps == 0
             due = saves or any(one is not None and one.due(step) for one in (validate, preview))
-            # The rest is logged where it is needed: that waits for the device, and stops at what was not finite.
+            # The others are logged before a save or an evaluation: this synchronises, and raises at a loss that was not
+            # finite.
             unlogged = _log(unlogged, run if writes else None, note, wait=due)
             bar.advance(images=objective.images, **_shown(taken))
-            # How good the model is by now; not when somebody waits for the end.
+            # Validation, unless a signal has come.
             early = False
             if validate and (finished or validate.due(step)) and not halted:
                 early = _stops(validate, step, bar, aloud=not finished)
-            # What is kept, from which `resume` goes on.
+            # The checkpoint, from which `resume` continues.
             if saves or early:
                 objective.save(run)
             if halted:
@@ -224,9 +226,9 @@ def drive(
 def _log(
     steps: Sequence[Step], run: Path | None, note: Callable[[Report], None], *, wait: bool
 ) -> list[Step]:
-    """Logs steps, in the run's folder if there is one, and gives those that are left.
+    """Logs steps, to the run's folder if there is one, and returns those that are still to be logged.
 
-    Without `wait` that is all of them where one is not read yet.
+    Without `wait` these are all of them, if the metrics of one are not read yet.
     """
     if not wait and not all(one.is_read for one in steps):
         return list(steps)
@@ -238,7 +240,7 @@ def _log(
 
 
 def _shown(step: Step) -> dict[str, float]:
-    """What stands beside the progress bar: nothing where looking would wait for the device."""
+    """The metrics beside the progress bar; none where reading them would wait for the device."""
     if not step.is_read:
         return {}
     figures = {name: step.figures[name] for name in SHOWN if name in step.figures}
@@ -246,7 +248,7 @@ def _shown(step: Step) -> dict[str, float]:
 
 
 def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
-    """The same steps; a `NotFiniteError` says what there is to go on with."""
+    """The same steps; to the message of a `NotFiniteError` it adds the checkpoint that can be resumed."""
     try:
         yield from steps
     except NotFiniteError as error:
@@ -260,7 +262,7 @@ def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
 
 
 def take_steps(objective: Objective, *, until: int | None = None, read_every: int = 0) -> Iterator[Step]:
-    """The bare loop: trains from the steps that are done to the last, or `until` a step."""
+    """The bare loop: trains from step `objective.done` to the last, or to `until`."""
     settings = objective.settings
     last = settings.steps if until is None else until
     if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
@@ -296,11 +298,11 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
                 objective.done = step.step
                 yield step
         finally:
-            objective.rest()  # left to the garbage collection, it waits for each of them until a timeout
+            objective.rest()  # at garbage collection, each data-loading process would be waited for until a timeout
 
 
 def _stopped(objective: Objective) -> str:
-    """Where a run was stopped, and how much of it is kept."""
+    """The step at which a run was stopped, and that of its last checkpoint."""
     done, saved, steps = objective.done, objective.saved, objective.settings.steps
     if saved == done:
         return f"Stopped and saved at step {done} of {steps}."
@@ -309,7 +311,7 @@ def _stopped(objective: Objective) -> str:
 
 
 def _stops(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
-    """Validates; whether any process has a reason to stop here, which is said."""
+    """Validates; returns whether any process has a reason to stop, which is printed."""
     with bar.pause():
         reason = validate.call(step)
         stops = processes.any_process(bool(reason))
@@ -322,7 +324,7 @@ def _stops(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = T
 def log_to_tensorboard(run: Path, *, wanted: bool, done: int) -> Iterator[Callable[[Report], None]]:
     """Gives a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `wanted`.
 
-    What TensorBoard has of steps after `done`, from before the run was stopped, is struck out.
+    TensorBoard's entries for steps after `done`, from before the run was stopped, are purged.
     """
     if not wanted or not processes.is_main_process():
         yield lambda report: None

@@ -1,4 +1,4 @@
-"""The settings that every training has, each said once: its default, its help, its place, its other spellings."""
+"""Settings that all training commands share, each declared once: default, help text, panel, aliases."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
+from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_metadata
-from backbone.io.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
-from backbone.io.options import Option, build, check_values, effective, fields_of, read_settings
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, absolute
 
@@ -24,7 +24,7 @@ PANELS = (  # as `--help` shows them
 ReportTo = Annotated[
     str,
     Option(
-        "tensorboard: curves for it beside the log.",
+        "Where metrics go; tensorboard: its event files beside log.jsonl.",
         OUTPUT,
         aliases=("log-with",),
         choices=("jsonl", "tensorboard"),
@@ -37,7 +37,7 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What `customize train` and `align train` are both told. A subclass says the defaults that it wants otherwise.
+    """Settings of `customize train` and of `align train`. A subclass overrides defaults.
 
     Raises `UserError`, naming the argument, for a value that its Option does not allow.
     """
@@ -48,33 +48,43 @@ class TrainingSettings:
     ] = "moji"
     flip: Annotated[
         bool,
-        Option("Mirrored images too.", "Data", aliases=("random-flip", "flip-aug"), by_model=True),
+        Option(
+            "Train on mirrored images too (random horizontal flip).",
+            "Data",
+            aliases=("random-flip", "flip-aug"),
+            by_model=True,
+        ),
     ] = False
     steps: Annotated[int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1)] = 400
     batch: Annotated[
-        int, Option("Images a step.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
+        int, Option("Images in a batch.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
     ] = 4
     learning_rate: Annotated[
-        float, Option("Of the optimiser, after the warm-up.", "Training", by_model=True, min=0)
+        float, Option("Peak learning rate, reached after the warm-up.", "Training", by_model=True, min=0)
     ] = 1e-4
     lr_scheduler: Annotated[
-        str, Option("The learning rate's course after the warm-up.", "Training", choices=SCHEDULES)
+        str,
+        Option(
+            "Learning-rate schedule after the warm-up: cosine decay to 0, or constant.",
+            "Training",
+            choices=SCHEDULES,
+        ),
     ] = "cosine"
-    lr_warmup_steps: Annotated[int, Option("Steps in which the learning rate rises.", "Training", min=0)] = 20
-    weight_decay: Annotated[float, Option("Of AdamW.", "Training", aliases=("adam-weight-decay",), min=0)] = (
-        1e-2
-    )
+    lr_warmup_steps: Annotated[int, Option("Steps of linear learning-rate warm-up.", "Training", min=0)] = 20
+    weight_decay: Annotated[
+        float, Option("Weight decay of AdamW.", "Training", aliases=("adam-weight-decay",), min=0)
+    ] = 1e-2
     max_grad_norm: Annotated[
-        float, Option("Longer gradients are cut to this length; 0: never.", "Training", min=0)
+        float, Option("Clip the gradient's norm to this; 0: no clipping.", "Training", min=0)
     ] = 1.0
-    seed: Annotated[int, Option("Everything random follows from it.", "Training")] = 0
+    seed: Annotated[int, Option("Seed of everything random.", "Training")] = 0
     rank: Annotated[
-        int, Option("Of the adapter.", "Adapter", aliases=("network-dim",), by_model=True, min=1)
+        int, Option("Rank of the adapter.", "Adapter", aliases=("network-dim",), by_model=True, min=1)
     ] = 16
     lora_alpha: Annotated[
         float,
         Option(
-            "The adapter works with strength α/rank.",
+            "α of the adapter, whose update is scaled by α/rank.",
             "Adapter",
             aliases=("network-alpha",),
             by_model=True,
@@ -91,15 +101,21 @@ class TrainingSettings:
     ] = "none"
     evaluation_steps: Annotated[
         int,
-        Option("Evaluate every so many steps.", "Evaluation", aliases=("evaluate-every",), min=1),
+        Option("Evaluate every N steps.", "Evaluation", aliases=("evaluate-every",), min=1),
     ] = 50
     sample_steps: Annotated[
-        int, Option("Sampler steps of the images that it draws.", "Evaluation", by_model=True, min=1)
+        int,
+        Option(
+            "Sampler steps of the images drawn for evaluation and previews.",
+            "Evaluation",
+            by_model=True,
+            min=1,
+        ),
     ] = 25
     guidance: Annotated[
         float,
         Option(
-            "Guidance scale of the images that it draws; 1: none.",
+            "Guidance scale of the images drawn for evaluation and previews; 1: no guidance.",
             "Evaluation",
             aliases=("guidance-scale",),
             by_model=True,
@@ -109,7 +125,7 @@ class TrainingSettings:
     precision: Annotated[
         str,
         Option(
-            "Of the frozen base; what is trained is fp32.",
+            "Precision of the frozen base model; trained weights are always fp32.",
             "Memory",
             aliases=("mixed-precision",),
             choices=("auto", "fp32", "bf16", "fp16"),
@@ -117,11 +133,13 @@ class TrainingSettings:
         ),
     ] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1 or mps.", "Memory", metavar="DEVICE")] = "auto"
-    gradient_checkpointing: Annotated[bool, Option("Less memory, a third more time.", "Memory")] = False
+    gradient_checkpointing: Annotated[
+        bool, Option("Recompute activations in the backward pass: less memory, a third more time.", "Memory")
+    ] = False
     quantize: Annotated[
         str,
         Option(
-            "The frozen base in fewer bits (bitsandbytes, a GPU).",
+            "Hold the frozen base model in 8-bit or NF4 weights (bitsandbytes, needs a GPU).",
             "Memory",
             choices=("8bit", "nf4"),
             packages=dict.fromkeys(("8bit", "nf4"), "bitsandbytes"),
@@ -130,11 +148,16 @@ class TrainingSettings:
     ] = ""
     cpu_offload: Annotated[
         float,
-        Option("Share of the base that stays in the CPU's memory.", "Memory", min=0, max=1),
+        Option(
+            "Share of the base model's weights kept in CPU memory and moved to the GPU layer by layer.",
+            "Memory",
+            min=0,
+            max=1,
+        ),
     ] = 0.0
-    vae_tiling: Annotated[bool, Option("The autoencoder works on tiles.", "Memory")] = False
-    text_on_cpu: Annotated[bool, Option("Text encoders on the CPU.", "Memory")] = False
-    one_by_one: Annotated[bool, Option("Draw one image at a time.", "Memory")] = False
+    vae_tiling: Annotated[bool, Option("Encode and decode large images in tiles.", "Memory")] = False
+    text_on_cpu: Annotated[bool, Option("Keep the text encoders on the CPU.", "Memory")] = False
+    one_by_one: Annotated[bool, Option("Draw one image at a time instead of a batch.", "Memory")] = False
     compile: Annotated[
         bool,
         Option(
@@ -148,7 +171,7 @@ class TrainingSettings:
     workers: Annotated[
         int,
         Option(
-            "Processes that make batches ahead; 0: none. What is learned does not depend on it.",
+            "Data-loading processes; 0: load in the training process. The trained weights do not depend on it.",
             "Memory",
             aliases=("dataloader-num-workers",),
             min=0,
@@ -156,7 +179,7 @@ class TrainingSettings:
     ] = 0
     checkpointing_steps: Annotated[
         int,
-        Option("A checkpoint every so many steps.", "Output", aliases=("save-every-n-steps",), min=1),
+        Option("Save a checkpoint every N steps.", "Output", aliases=("save-every-n-steps",), min=1),
     ] = 100
 
     def __post_init__(self) -> None:
@@ -169,7 +192,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a training command is told beside the settings, and does not keep with them."""
+    """Options of a training command that are not saved with its settings."""
 
     out: Annotated[
         Path | None,
@@ -184,7 +207,7 @@ class RunOptions:
     resume: Annotated[
         Path | None,
         Option(
-            "Go on with this run folder; latest: with that of --out, the newest.",
+            "Resume this run folder; latest: the one that this command writes to, else the newest in runs/.",
             "Output",
             aliases=("resume-from-checkpoint",),
             metavar="RUN",
@@ -193,7 +216,7 @@ class RunOptions:
     vram: Annotated[
         float | None,
         Option(
-            "The device's memory in GiB: says what it takes to fit, and does it, or refuses.",
+            "Fit the run into so many GiB of GPU memory: prints and applies the settings it takes, or refuses.",
             "Memory",
             min=0.1,
             default_text="not looked at",
@@ -203,24 +226,32 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(ModelOptions):
-    """What `customize prepare` and `align prepare` are both told."""
+    """Options of `customize prepare` and of `align prepare`."""
 
     out: Annotated[
         Path,
-        Option("The folder to write, or to go on with.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
+        Option("The folder to write, or to resume.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
     ]
     dataset_config_name: Annotated[
-        str, Option("Which of a hub dataset's configs.", DATA, default_text="its only one", metavar="NAME")
+        str,
+        Option("Config (subset) of a dataset on the hub.", DATA, default_text="its only one", metavar="NAME"),
     ] = ""
-    split: Annotated[str, Option("Of a dataset on the hub.", DATA)] = "train"
-    flip: Annotated[bool, Option("Mirrored images too.", DATA, aliases=("random-flip", "flip-aug"))] = False
+    split: Annotated[str, Option("Split of a dataset on the hub.", DATA)] = "train"
+    flip: Annotated[
+        bool,
+        Option(
+            "Train on mirrored images too (random horizontal flip).",
+            DATA,
+            aliases=("random-flip", "flip-aug"),
+        ),
+    ] = False
     skip_bad: Annotated[
-        bool, Option("Leave out what cannot be used, and count it, instead of stopping.", DATA)
+        bool, Option("Skip records that cannot be used, and count them, instead of stopping.", DATA)
     ] = False
     num_proc: Annotated[
         int,
         Option(
-            "Processes that decode ahead; 0: none.",
+            "Processes that decode images; 0: decode in the main process.",
             DATA,
             aliases=("preprocessing-num-workers", "dataloader-num-workers"),
             min=0,
@@ -232,9 +263,9 @@ Made = TypeVar("Made", bound=TrainingSettings)
 
 
 def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
-    """The settings of a run: what was asked for over what is usual for the model and the method.
+    """The settings of a run: the values that were asked for, over the usual ones of the model and the method.
 
-    Nothing is left of what is usual and has no effect beside the rest. Raises `UserError` for what is not known.
+    Usual values that have no effect with the rest are dropped. Raises `UserError` for an unknown setting.
     """
     merged = {**usual, **asked}
     merged.setdefault("lora_alpha", float(merged["rank"]))
@@ -257,7 +288,7 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
 
 
 def find_resumed(said: RunOptions, program: str, usual: Path | None) -> Path | None:
-    """The run folder that `--resume` means, or None where that is to begin.
+    """The run folder that `--resume` names, or None where the run is yet to start.
 
     `latest`, as diffusers' scripts have it, is the folder of --out, or `usual`, the one that the same command takes
     without --out; so a command can be repeated until it is done, and begins where no step was saved yet. Where nothing
@@ -310,9 +341,9 @@ def said_anew(
     *,
     allowed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What is asked for beside `--resume` and differs from the run's `own` settings.
+    """The settings given beside `--resume` that differ from the run's `own`.
 
-    `UserError` for any of it that is not `allowed`: it would have no effect.
+    Raises `UserError` for any that is not `allowed` to change: it would have no effect.
     """
     known = fields_of(type(own)) | fields_of(type(said))
     anew = {name: value for name, value in asked.items() if not _is_same(value, getattr(own, name))}
@@ -330,7 +361,7 @@ def said_anew(
 
 
 def _is_same(value: Any, own: Any) -> bool:
-    """Whether a value is the run's own, which has whole paths."""
+    """Whether a value equals the run's own, where paths are absolute."""
     if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)):
         return len(value) == len(own) and all(map(_is_same, value, own))
     return bool(value == own or (isinstance(value, (str, Path)) and absolute(str(value)) == str(own)))

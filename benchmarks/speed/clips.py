@@ -25,8 +25,8 @@ from backbone.diffusion.noise import add_noise, target
 from backbone.io.console import UserError, run_app
 from backbone.io.files import write_json, write_text
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from backbone.training.attention import quick_to_train
 from benchmarks.speed.control import Side, quartiles, update

@@ -32,13 +32,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, guide
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -72,7 +72,7 @@ class EditSpeedSettings:
         str, Option("Whole edits of moji, or composed steps.", "Edits", choices=("moji", "sd15"))
     ] = "moji"
     model: Annotated[str, Option("The model of whole edits.", "Edits", needs={"shape": ("moji",)})] = "moji"
-    steps: Annotated[int, Option("Of an edit.", "Edits", min=2)] = 50
+    steps: Annotated[int, Option("Steps of an edit.", "Edits", min=2)] = 50
     repeats: Annotated[int, Option("Edits, or timed steps, of each side.", "Edits", min=1)] = 5
     null_text: Annotated[bool, Option("It takes longest.", "Edits")] = True
     memory: Annotated[bool, Option("Also each side's peak.", "Edits")] = True

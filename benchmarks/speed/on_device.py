@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
-from backbone.families import checkpoint as single_file
 from backbone.families.base import ModelSpec, TextSegment
+from backbone.families.single_file import checkpoint as single_file
 from backbone.io.files import read_json, write_json
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement, enable_tiling, place_denoiser

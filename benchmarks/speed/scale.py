@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_text
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 
 PAIRS, PROMPTS, RAW = 851_293, 58_960, 335_326_416_759
 """Pick-a-Pic v2's pairs without ties and their prompts (Wallace et al. 2024, section 5.1), and its bytes on the hub."""

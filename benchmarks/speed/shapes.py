@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import checkpoint as single_file
+from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import peak_memory

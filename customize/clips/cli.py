@@ -8,12 +8,12 @@ from pathlib import Path
 
 import typer
 
-from backbone.io.commands import print_json
-from backbone.io.conditions import CONTROL, refuse_from_source
+from backbone.cli.commands import print_json
+from backbone.cli.conditions import CONTROL, refuse_from_source
+from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
+from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
-from backbone.io.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
-from backbone.io.options import settled_command
 from backbone.io.records import read_as
 from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import (

@@ -20,11 +20,11 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import refuse_filled, write_json, write_text
-from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
@@ -33,7 +33,9 @@ from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.memory.drawing import Drawn, fit_drawing
-from backbone.models.camera import CAMERA_WEIGHTS, open_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
+from backbone.models.clips.frames import link_frames, refuse_joint_attention
+from backbone.models.clips.motion import Motion, read_motion_adapter
 from backbone.models.control import (
     Condition,
     describe_conditions,
@@ -42,9 +44,7 @@ from backbone.models.control import (
     open_clip_conditions,
     together,
 )
-from backbone.models.frames import link_frames, refuse_joint_attention
 from backbone.models.model import Backbone
-from backbone.models.motion import Motion, read_motion_adapter
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
 from customize.clips.plan import POSE, PlannedClip, plan_clip
 from customize.clips.settings import ClipOptions
@@ -107,10 +107,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         for i, plan in enumerate(plans)
     ]
     with hold_new_folder(asked.out, CLIPS) as folder:
-        films = []
-        for request, film in zip(requests, sample_films(model, scenes, asked, frames), strict=True):
-            write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
-            films.append(film)
+        films = write_films(folder, requests, sample_films(model, scenes, asked, frames), asked)
         kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
         record = {
             "command": as_command("customize clip", kept),
@@ -239,6 +236,17 @@ def sample_films(
                     yield [
                         to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()
                     ]
+
+
+def write_films(
+    folder: Path, requests: Sequence[Request], drawn: Iterator[list[Image.Image]], asked: ClipOptions
+) -> list[list[Image.Image]]:
+    """Write each clip as soon as it is drawn, and give them all."""
+    films = []
+    for request, film in zip(requests, drawn, strict=True):
+        write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
+        films.append(film)
+    return films
 
 
 def film_name(request: Request) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept
+from backbone.cli.options import as_command
 from backbone.evaluation.clip import Scorer, VisionEncoder, load_image_encoder, text_scores
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.image_metrics import psnr
@@ -34,7 +35,6 @@ from backbone.evaluation.motion import (
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
-from backbone.io.options import as_command
 from backbone.io.records import inside
 from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder

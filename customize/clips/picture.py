@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.options import as_command
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import refuse_filled
-from backbone.io.options import as_command
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import import_av, write_film
 from backbone.media.decode import open_rgb
 from backbone.media.transforms import crop_and_resize, to_image, to_tensor, working_size
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
-from backbone.models.animate import Still, animate, condition_on_stills
+from backbone.models.clips.animate import Still, animate, condition_on_stills
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, latent_size
 from customize.clips.draw import CLIPS, film_name, publish
@@ -96,7 +96,7 @@ def open_for_pictures(asked: ClipOptions) -> Backbone:
         asked.model or "moji",
         device=asked.device,
         precision=asked.precision,
-        from_picture=True,
+        task="image-to-video",
         compile=asked.compile,
     )
     name = model.location.name

@@ -14,7 +14,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily
 from customize.formats.convert import fit_to_model
-from customize.formats.layer_names import split_component
+from customize.formats.layers.names import split_component
 from customize.formats.model_weights import refuse_mismatch
 from customize.formats.read import read_adapter
 from customize.formats.write import to_state_dict

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from backbone.cli.flags import MODEL
+from backbone.cli.options import Option
 from backbone.io.console import UserError
-from backbone.io.flags import MODEL
-from backbone.io.options import Option
 
 PICTURE = "A picture that begins to move"
 ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance")  # of models without words
@@ -56,13 +56,15 @@ class PictureOptions:
     ] = ""
     sparsectrl_scale: Annotated[
         float,
-        Option("How strongly it is obeyed.", PICTURE, min=0, needs={"sparsectrl": ()}),
+        Option("Conditioning scale of the SparseCtrl network.", PICTURE, min=0, needs={"sparsectrl": ()}),
     ] = 1.0
-    motion_bucket_id: Annotated[float, Option("SVD: how much moves.", PICTURE, min=0, max=1000)] = 127.0
+    motion_bucket_id: Annotated[
+        float, Option("SVD: motion bucket id; more means more motion.", PICTURE, min=0, max=1000)
+    ] = 127.0
     noise_aug_strength: Annotated[
         float,
         Option(
-            "SVD: noise on the picture; with more the clip keeps less of it.",
+            "SVD: noise added to the picture; with more, the clip keeps less of it.",
             PICTURE,
             min=0,
             max=1000,
@@ -79,7 +81,7 @@ class PictureOptions:
     ] = 1.0
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB, and draw so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
 
     def check_pictures(self, *, words: bool) -> None:

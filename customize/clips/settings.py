@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.io.conditions import KINDS, RGB, ClipControlOptions
-from backbone.io.console import UserError
-from backbone.io.flags import (
+from backbone.cli.conditions import KINDS, RGB, ClipControlOptions
+from backbone.cli.flags import (
     DATA,
     DRAWING,
     MODEL,
@@ -22,8 +21,9 @@ from backbone.io.flags import (
     PromptWords,
     model_option,
 )
-from backbone.io.options import Option, check_values
-from backbone.io.sampling import DrawingOptions
+from backbone.cli.options import Option, check_values
+from backbone.cli.sampling import DrawingOptions
+from backbone.io.console import UserError
 from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PictureOptions
 
@@ -48,7 +48,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     words: PromptWords = ()
     prompts: Annotated[
         tuple[str, ...],
-        Option("The same as an option; repeatable.", DRAWING, aliases=("prompt",), metavar="PROMPTS"),
+        Option("Prompts given as an option; repeatable.", DRAWING, aliases=("prompt",), metavar="PROMPTS"),
     ] = ()
     frames: Annotated[
         int,
@@ -61,9 +61,9 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             default_text="16; of SVD by model",
         ),
     ] = 0
-    fps: Annotated[float, Option("Frames a second.", MOTION, min=0, max=240, default_text="8; of SVD 7")] = (
-        0.0
-    )
+    fps: Annotated[
+        float, Option("Frames per second.", MOTION, min=0, max=240, default_text="8; of SVD 7")
+    ] = 0.0
     motion: Annotated[
         str,
         Option(
@@ -85,7 +85,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     ] = ()
     motion_scale: Annotated[
         float,
-        Option("Strength of the motion LoRAs; 0: none.", MOTION, needs=({"lora": ()}, {"concepts": ()})),
+        Option("Scale of the motion LoRAs; 0: without them.", MOTION, needs=({"lora": ()}, {"concepts": ()})),
     ] = 1.0
     camera: Annotated[
         str,
@@ -100,7 +100,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     camera_adapter: Annotated[
         Path | None,
         Option(
-            "The .safetensors by which it is heard.",
+            "The camera encoder (CameraCtrl) that reads the path, a .safetensors.",
             MOTION,
             aliases=("pose-adaptor-ckpt",),
             metavar="FILE",
@@ -110,12 +110,12 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     ] = None
     camera_scale: Annotated[
         float,
-        Option("How strongly the path holds; 0: not at all.", MOTION, min=0, needs={"camera": ()}),
+        Option("Scale of the camera encoder; 0: without it.", MOTION, min=0, needs={"camera": ()}),
     ] = 1.0
     context_length: Annotated[
         int,
         Option(
-            "Frames that go through the network together, in windows that overlap; 0: all.",
+            "Frames that the network sees together, in overlapping windows; 0: all.",
             MOTION,
             min=0,
             needs={"motion": ()},
@@ -219,7 +219,7 @@ class TrainMotionOptions(PlaceOptions):
     motion: Annotated[
         str,
         Option(
-            "The motion adapter whose layers learn; --method full begins a new one without.",
+            "The motion adapter to train on; without one, --method full starts a new one.",
             MOTION,
             aliases=("motion-adapter",),
             metavar="ADAPTER",
@@ -229,7 +229,7 @@ class TrainMotionOptions(PlaceOptions):
     method: Annotated[
         str,
         Option(
-            "What learns: a LoRA in the layers over time (lora), or all of their weights, a motion adapter (full).",
+            "What is trained: a LoRA on the temporal layers (lora), or all of their weights, a motion adapter (full).",
             MOTION,
             choices=("lora", "full"),
             switches={"whole": "full"},
@@ -241,7 +241,7 @@ class TrainMotionOptions(PlaceOptions):
     ] = None
     resume: Annotated[
         Path | None,
-        Option("Go on with a run that was stopped; it is asked for nothing else.", OUTPUT, metavar="RUN"),
+        Option("Resume a run that was stopped, with its own settings.", OUTPUT, metavar="RUN"),
     ] = None
     model: Annotated[str, model_option("moji")] = "moji"
     token: Annotated[
@@ -251,13 +251,13 @@ class TrainMotionOptions(PlaceOptions):
     token_words: Annotated[str, Option("The words that the model reads for it.", MOTION, needs=OF_A_LORA)] = (
         "moving in its own way"
     )
-    prompt: Annotated[str, Option("What clips without a caption show.", DATA)] = "a clip, [M]"
-    frames: Annotated[int, Option("Frames of a step's clip.", TRAINING, min=SHORTEST)] = 16
+    prompt: Annotated[str, Option("Caption of clips without one.", DATA)] = "a clip, [M]"
+    frames: Annotated[int, Option("Frames of a training clip.", TRAINING, min=SHORTEST)] = 16
     steps: Annotated[int, Option("Optimiser steps.", TRAINING, aliases=("max-train-steps",), min=1)] = 300
     learning_rate: Annotated[
         float | None,
         Option(
-            "Of AdamW, after the warm-up.",
+            "Peak learning rate, reached after the warm-up.",
             TRAINING,
             min=0,
             default_text=f"{USUAL_RATES['lora']:g}; of --method full {USUAL_RATES['full']:g}",
@@ -265,25 +265,31 @@ class TrainMotionOptions(PlaceOptions):
     ] = None
     lr_scheduler: Annotated[
         str,
-        Option("The learning rate's course after the warm-up.", TRAINING, choices=("constant", "cosine")),
+        Option(
+            "Learning-rate schedule after the warm-up: cosine decay to 0, or constant.",
+            TRAINING,
+            choices=("constant", "cosine"),
+        ),
     ] = "constant"
-    lr_warmup_steps: Annotated[int, Option("Steps in which it rises.", TRAINING, min=0)] = 10
-    weight_decay: Annotated[float, Option("Of AdamW.", TRAINING, min=0)] = 1e-2
-    max_grad_norm: Annotated[float, Option("Longer gradients are cut; 0: never.", TRAINING, min=0)] = 1.0
+    lr_warmup_steps: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING, min=0)] = 10
+    weight_decay: Annotated[float, Option("Weight decay of AdamW.", TRAINING, min=0)] = 1e-2
+    max_grad_norm: Annotated[
+        float, Option("Clip the gradient's norm to this; 0: no clipping.", TRAINING, min=0)
+    ] = 1.0
     rank: Annotated[
-        int, Option("Of the LoRAs, over time and of the looks.", TRAINING, aliases=("network-dim",), min=1)
+        int, Option("Rank of the LoRAs, temporal and spatial.", TRAINING, aliases=("network-dim",), min=1)
     ] = 16
-    debiased: Annotated[float, Option("Weight of the loss without the looks; 0: none.", TRAINING, min=0)] = (
-        1.0
-    )
+    debiased: Annotated[
+        float, Option("Weight of the appearance-debiased temporal loss; 0: none.", TRAINING, min=0)
+    ] = 1.0
     prompt_dropout: Annotated[
-        float, Option("Share of the steps without a prompt.", TRAINING, min=0, max=1)
+        float, Option("Share of the steps trained with the empty prompt.", TRAINING, min=0, max=1)
     ] = 0.1
     prior: Annotated[
         str,
         Option(
-            "How clips without the token are kept as they were: by the base's predictions on clips that it drew, or "
-            "not at all.",
+            "Prior preservation of clips without the token: by the base model's predictions on clips that it drew, or "
+            "off.",
             TRAINING,
             choices=("base", "off"),
             switches={"with-prior-preservation": "base"},
@@ -292,24 +298,27 @@ class TrainMotionOptions(PlaceOptions):
         ),
     ] = "base"
     prior_loss_weight: Annotated[
-        float, Option("Of prior preservation; 0: none.", TRAINING, needs={"prior": ("base",)}, off=0, min=0)
+        float,
+        Option("Weight of prior preservation; 0: none.", TRAINING, needs={"prior": ("base",)}, off=0, min=0),
     ] = 1.0
     prior_clips: Annotated[
         int,
         Option(
-            "Clips that the base draws before training.",
+            "Clips that the base model draws for prior preservation, before training.",
             TRAINING,
             aliases=("num-class-images",),
             needs={"prior": ("base",), "prior_loss_weight": ()},
             min=1,
         ),
     ] = 4
-    checkpointing_steps: Annotated[int, Option("A checkpoint every so many steps.", OUTPUT, min=1)] = 100
-    seed: Annotated[int, Option("Everything random follows from it.", TRAINING)] = 0
-    gradient_checkpointing: Annotated[bool, Option("Less memory, a third more time.", MODEL)] = False
+    checkpointing_steps: Annotated[int, Option("Save a checkpoint every N steps.", OUTPUT, min=1)] = 100
+    seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
+    gradient_checkpointing: Annotated[
+        bool, Option("Recompute activations in the backward pass: less memory, a third more time.", MODEL)
+    ] = False
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB, and learn so that it fits.", MODEL, min=0.1),
+        Option("Fit the run into so many GiB of device memory.", MODEL, min=0.1),
     ] = None
 
     def __post_init__(self) -> None:
@@ -349,9 +358,9 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
             metavar="CLIPS",
         ),
     ]
-    caption: Annotated[str, Option("What clips without a caption show.", DATA, metavar="PROMPT")] = ""
+    caption: Annotated[str, Option("Caption of clips without one.", DATA, metavar="PROMPT")] = ""
     image: Annotated[
-        Path | None, Option("The picture with which all clips begin.", DATA, metavar="PICTURE")
+        Path | None, Option("The picture that all clips start from.", DATA, metavar="PICTURE")
     ] = None
     camera: Annotated[
         str,
@@ -366,7 +375,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
     prompts: Annotated[
         tuple[str, ...],
         Option(
-            "Of the clips that a run or an adapter draws; repeatable.",
+            "Prompts of the clips that a run or an adapter draws; repeatable.",
             DRAWING,
             aliases=("prompt",),
             metavar="PROMPTS",
@@ -374,13 +383,16 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
         ),
     ] = ()
     model: Annotated[str | None, model_option("the run's, else moji")] = None
-    frames: Annotated[int, Option("Of a drawn clip.", MOTION, min=SHORTEST, max=1024)] = 16
-    count: Annotated[int, Option("Drawn clips of each prompt.", DRAWING, min=1)] = 1
+    frames: Annotated[int, Option("Frames of a drawn clip.", MOTION, min=SHORTEST, max=1024)] = 16
+    count: Annotated[int, Option("Clips drawn for each prompt.", DRAWING, min=1)] = 1
     steps: Annotated[
         int | None, Option("Steps of the sampler.", SAMPLING, default_text="by model", min=1)
     ] = None
     guidance: Annotated[
-        float | None, Option("Classifier-free guidance; 1: none.", SAMPLING, default_text="by model", min=0)
+        float | None,
+        Option(
+            "Scale of classifier-free guidance; 1: no guidance.", SAMPLING, default_text="by model", min=0
+        ),
     ] = None
     seed: Annotated[int, Option("Clip j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
     scorer: Annotated[
@@ -390,7 +402,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
     out: Annotated[
         Path | None,
         Option(
-            "Where the table goes, new or empty.",
+            "The folder to write the table to, new or empty.",
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from PIL import Image
 
+from backbone.cli.conditions import ANY, RGB, AskedControl
 from backbone.conditions.control import Control
-from backbone.io.conditions import ANY, RGB, AskedControl
 from backbone.io.console import UserError, notify
 from backbone.media.control_maps import Target, as_hints, number_maps, read_numbered_maps
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import list_images
 from backbone.media.transforms import crop_and_resize, crop_box
+from backbone.models.clips.sparse import SparseControl, open_sparsectrl
 from backbone.models.control import Condition, describe_asked
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
-from backbone.models.sparse import SparseControl, open_sparsectrl
 from customize.clips.settings import ClipOptions
 
 CROPPED = 0.01  # of a picture, from which on it is said

@@ -27,21 +27,20 @@ from backbone.adapters.lora import (
     save_lora,
 )
 from backbone.adapters.motion import MOTION, Moves, set_in_motion
+from backbone.cli.options import as_command, read_settings
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
-from backbone.families.loading import WEIGHTS
+from backbone.families.components.loading import WEIGHTS
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json
-from backbone.io.options import as_command, read_settings
 from backbone.io.run_folder import CHECKPOINT, hold_folder, package_versions, refuse_taken, run_name
 from backbone.media.clips import Film, read_film
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.memory.motion import LearnedMotion, MotionEstimator
 from backbone.memory.planner import MemorySettings, fit, precision_name
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.model import Backbone
-from backbone.models.motion import (
+from backbone.models.clips.motion import (
     attach_motion,
     clip_of,
     motion_of,
@@ -49,6 +48,7 @@ from backbone.models.motion import (
     read_motion_adapter,
     save_motion_adapter,
 )
+from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import quick_to_train
 from backbone.training.run import Objective, drive

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from backbone.io.conditions import SYNONYMS, AskedMap
+from backbone.cli.conditions import SYNONYMS, AskedMap
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import content_hash
 from backbone.io.records import inside

@@ -2,7 +2,7 @@
 
 An image is noised a little, and the base model predicts it twice: conditioned on the class prompt, and on the empty
 prompt. Where the two predictions differ is where it sees the class (Couairon et al. 2023, “DiffEdit”, § 3.2). This
-needs no look into the network, so it works with every family. The difference, averaged over several levels and noise
+needs no attention maps, so it works with every family. The difference, averaged over several levels and noise
 samples, is split by Otsu's threshold, and the upper class is dilated by one latent.
 """
 
@@ -88,7 +88,7 @@ def dilate(mask: Tensor) -> Tensor:
 def save_masks(
     path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, flip: bool, most: int
 ) -> None:
-    """A sheet of every subject's first pictures, `most` at most, dark where they do not count; no mirrored ones."""
+    """A sheet of every subject's first images, `most` at most, darkened outside their mask; without mirrored ones."""
     rows: list[list[Cell | Image.Image | None]] = []
     first = 0
     for folder in pictures:
@@ -99,7 +99,7 @@ def save_masks(
 
 
 def shown(picture: ImageRecord, mask: Tensor) -> Image.Image:
-    """A picture, dark where it does not count; the mask [1, H, W] may be of any scale."""
+    """An image, darkened outside its mask; the mask [1, H, W] may be of any scale."""
     height, width = mask.shape[-2:]
     seen = crop_and_resize(picture.open(), (PIXELS * width, PIXELS * height))
     small = (mask[0] / mask.max().clamp(min=1e-9) * (255 - DARK) + DARK).byte().cpu().numpy()

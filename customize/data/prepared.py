@@ -1,4 +1,4 @@
-"""What `customize prepare` leaves behind, read again: a folder with the posteriors of all images of a source.
+"""Reading a folder of `customize prepare`: the posteriors of all images of a source.
 
 prepared.json         of which source, by which encoder, at which size; whether it is finished
 images-64x64/         means and deviations of the images of one size in pixels, under the hashes of their contents
@@ -45,7 +45,7 @@ class PreparedImages(PreparedFolder):
 
     @cached_property
     def pictures(self) -> list[ImageRecord]:
-        """The images, of which the first are kept here and the others are looked for where they were."""
+        """The images: the first ones are stored here, the others are read from their own files."""
         records = self.records
         paths, captions, hashes = (
             records.strings(name).take(self.order).to_pylist() for name in ("path", "caption", "hash")

@@ -26,7 +26,7 @@ from backbone.io.prompts import prompts_of
 from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.transforms import crop_square
-from backbone.models.few_step import usual_drawing
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.references import Reference, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample

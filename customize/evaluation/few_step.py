@@ -18,7 +18,7 @@ from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept, resol
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
-from backbone.models.few_step import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers

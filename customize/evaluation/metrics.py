@@ -29,7 +29,7 @@ from backbone.evaluation.clip import (
 )
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
-from backbone.models.few_step import Drawing, usual_drawing
+from backbone.models.few_step.model import Drawing, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from customize.formats.factors import LayerUpdate
-from customize.formats.known_layers import DENOISERS, UNETS, Network, is_known
+from customize.formats.layers.known import DENOISERS, UNETS, Network, is_known
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal[

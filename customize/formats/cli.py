@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from backbone.io import flags
-from backbone.io.commands import print_json
+from backbone.cli import flags
+from backbone.cli.commands import print_json
+from backbone.cli.flags import OUTPUT, option
 from backbone.io.console import UserError, notify
-from backbone.io.flags import OUTPUT, option
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -68,7 +68,7 @@ def export(
         Path, typer.Argument(metavar="RUN", help="A run folder of customize train, or any adapter's file.")
     ],
     out: Out,
-    to: Annotated[Target, option("--to", help="Whose form.", panel=RESULT)] = "diffusers",
+    to: Annotated[Target, option("--to", help="The format: of which tool.", panel=RESULT)] = "diffusers",
     base: Annotated[
         BaseFamily | None,
         option("--base", help="The family of the model.", panel=RESULT, show_default="told from the layers"),
@@ -78,7 +78,7 @@ def export(
         option(
             "--precision",
             "--save-precision",
-            help="Of the weights.",
+            help="Precision of the weights written.",
             panel=RESULT,
             show_default="as they are",
         ),
@@ -89,7 +89,7 @@ def export(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="The base, for DoRA in ComfyUI's form.",
+            help="The base model, which DoRA in ComfyUI's format needs.",
             panel=flags.MODEL,
             show_default="the run's",
         ),
@@ -129,7 +129,12 @@ def import_(
     ] = None,
     class_noun: Annotated[
         str,
-        option("--class", help="What it shows, in a word.", panel=RESULT, show_default="what the file says"),
+        option(
+            "--class",
+            help="Class of the subject, in a word (dog).",
+            panel=RESULT,
+            show_default="what the file says",
+        ),
     ] = "",
     model: Annotated[
         str | None,
@@ -137,7 +142,7 @@ def import_(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="The model that it is for.",
+            help="The base model that the adapter is for.",
             panel=flags.MODEL,
             show_default="what the file says",
         ),
@@ -169,7 +174,10 @@ def merge(
     out: Out,
     rank: Rank = None,
     bake: Annotated[
-        bool, option("--bake", help="Into a whole pipeline (a diffusers folder).", panel=RESULT)
+        bool,
+        option(
+            "--bake", help="Merge into the model's weights: writes a whole diffusers folder.", panel=RESULT
+        ),
     ] = False,
     model: Annotated[
         str | None,
@@ -177,14 +185,14 @@ def merge(
             "--model",
             "--pretrained-model-name-or-path",
             metavar="MODEL",
-            help="With --bake: the model.",
+            help="With --bake: the base model.",
             panel=flags.MODEL,
             show_default="the run's",
         ),
     ] = None,
 ) -> None:
     """Add adapters up: exactly, or at a rank, or baked into a whole model."""
-    from customize.formats import merge as merging
+    from customize.formats.merging import merge as merging
 
     parts = merging.read_inputs(adapters)
     if bake:
@@ -193,7 +201,7 @@ def merge(
         place = model or next((part.concept.model for part in parts if part.concept is not None), None)
         if place is None:
             raise UserError("None of these files says which model it is for. Name one with --model.")
-        from customize.formats.bake import bake as bake_into_model
+        from customize.formats.merging.bake import bake as bake_into_model
 
         changed = bake_into_model(parts, place, out)
         notify(f"{out} is {place} with {changed} tensors changed.")
@@ -211,7 +219,7 @@ def merge(
     else:
         result, reduction = merging.merge_to_rank(parts, rank)
         notify(str(reduction))
-    from customize.formats.merged_run import save_merged
+    from customize.formats.merging.merged_run import save_merged
 
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
@@ -220,15 +228,15 @@ def merge(
 
 def extract(
     tuned: Annotated[
-        str, typer.Argument(metavar="TUNED", help="The changed model: a folder or a checkpoint file.")
+        str, typer.Argument(metavar="TUNED", help="The fine-tuned model: a folder or a checkpoint file.")
     ],
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it came from.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model that it was fine-tuned from.")],
     out: Out,
     rank: Rank = None,
     energy: Energy = None,
 ) -> None:
     """Take the difference of two models out as a LoRA."""
-    from customize.formats.merge import extract_lora
+    from customize.formats.merging.merge import extract_lora
     from customize.formats.metadata import build_metadata
     from customize.formats.write import check_output, write_adapter
 
@@ -246,7 +254,7 @@ def resize(
     energy: Energy = None,
 ) -> None:
     """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
-    from customize.formats.merge import resize_adapter
+    from customize.formats.merging.merge import resize_adapter
     from customize.formats.metadata import build_metadata
     from customize.formats.read import read_adapter
     from customize.formats.write import check_output, write_adapter

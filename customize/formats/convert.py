@@ -18,7 +18,7 @@ from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encod
 from backbone.io.console import UserError, notify
 from backbone.io.files import atomic_write, fill_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, Task
 from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, read_run_concept
@@ -223,20 +223,8 @@ def import_adapter(
     model_name = model or adapter.metadata.get("base_model")
     if model_name is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
-    words = (
-        token_words
-        or adapter.metadata.get("limner_words")
-        or adapter.metadata.get("modelspec.trigger_phrase")
-    )
-    if not words:
-        raise UserError(
-            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
-        )
-    edits = adapter.metadata.get("limner_kind") == EDITS
-    try:
-        opened = Backbone.open(model_name, device="cpu", precision="fp32", by_instruction=edits)
-    except UserError as error:
-        raise UserError(f"{file} was learned from edits. {error}" if edits else str(error)) from error
+    words = token_words or _trigger_words(file, adapter)
+    opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
     refuse_mismatch(layers, weights.shapes, str(file), model_name)
@@ -250,7 +238,7 @@ def import_adapter(
             f"Write `{token}` in a prompt; the model reads “{words}”.\n",
         )
         Concept(
-            kind=EDITS if edits else "lora",
+            kind=EDITS if _learned_from_edits(adapter) else "lora",
             model=model_name,
             fingerprint=opened.fingerprint,
             tokens={token: words},
@@ -259,6 +247,30 @@ def import_adapter(
             folder=out,
         ).write(unfinished)
     return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
+
+
+def _trigger_words(file: Path, adapter: AdapterFile) -> str:
+    """What the file's metadata says to write in a prompt; `UserError` where it says nothing."""
+    words = adapter.metadata.get("limner_words") or adapter.metadata.get("modelspec.trigger_phrase")
+    if not words:
+        raise UserError(
+            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
+        )
+    return words
+
+
+def _open_base(file: Path, adapter: AdapterFile, model: str) -> Backbone:
+    """The base model, of which no weights are loaded; `UserError` for one that does not do what was learned."""
+    edits = _learned_from_edits(adapter)
+    task: Task = "edit" if edits else "text-to-image"
+    try:
+        return Backbone.open(model, device="cpu", precision="fp32", task=task)
+    except UserError as error:
+        raise UserError(f"{file} was learned from edits. {error}" if edits else str(error)) from error
+
+
+def _learned_from_edits(adapter: AdapterFile) -> bool:
+    return adapter.metadata.get("limner_kind") == EDITS
 
 
 def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata: Mapping[str, str]) -> str:

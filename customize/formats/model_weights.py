@@ -13,7 +13,7 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors
 from backbone.io.weights import list_weight_files
-from customize.formats.layer_names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
+from customize.formats.layers.names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
 
 WEIGHT_SUFFIX = ".weight"
 

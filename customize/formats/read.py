@@ -40,9 +40,9 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_tensors
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
-from customize.formats.layer_names import add_text_model, split_component
-from customize.formats.split import split_layer
-from customize.formats.translate import PEFT_PREFIX, PREFIXES, translate
+from customize.formats.layers.names import add_text_model, split_component
+from customize.formats.layers.split import split_layer
+from customize.formats.layers.translate import PEFT_PREFIX, PREFIXES, translate
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 # Suffix of a tensor's key → which factor of the layer it holds.

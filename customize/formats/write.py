@@ -19,7 +19,7 @@ from backbone.io.console import UserError
 from backbone.io.files import atomic_write, write_tensors
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
-from customize.formats.layer_names import (
+from customize.formats.layers.names import (
     COMPONENTS,
     add_text_model,
     flatten_name,
@@ -27,9 +27,9 @@ from customize.formats.layer_names import (
     split_component,
     to_original,
 )
-from customize.formats.originals import OriginalLayer, find_original
+from customize.formats.layers.originals import OriginalLayer, find_original
+from customize.formats.layers.split import swap_halves
 from customize.formats.read import read_adapter
-from customize.formats.split import swap_halves
 
 TOLERANCE = 1e-5  # relative difference of ΔW that rounding in float32 may leave
 

@@ -30,7 +30,7 @@ TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass
 class Adapter:
-    """A low-rank change of the denoiser's layers, and of the text encoder's where asked."""
+    """A low-rank adapter on the denoiser's layers, and on the text encoder's with `--train-text-encoder`."""
 
     model: Backbone
     settings: Settings
@@ -69,7 +69,7 @@ class Adapter:
 
     @property
     def with_text(self) -> bool:
-        """Whether the text encoders carry it too."""
+        """Whether the text encoders get an adapter too."""
         return self.settings.train_text_encoder
 
 

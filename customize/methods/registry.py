@@ -1,4 +1,4 @@
-"""What a method trains: an adapter, words of the token's own, or the denoiser's weights; and which method trains what.
+"""What each method trains: an adapter, token embeddings, or the denoiser's weights.
 
 Each part sets itself up on the model, names its trainable tensors, and writes the file that a concept is read from.
 """
@@ -24,11 +24,11 @@ class Trainable(Protocol):
 
     parameters: dict[str, Tensor]  # fp32, by names that no other part uses
     learning_rate: float
-    begins: float  # the share of the run after which it is trained …
-    ends: float  # … and the one until which it is
+    begins: float  # share of the run after which it is trained …
+    ends: float  # … and until which it is trained
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        """Writes its file; gives the field of `Concept` that names it."""
+        """Writes its file; returns the field of `Concept` that names it."""
         ...
 
 
@@ -39,7 +39,7 @@ def trainable(model: Backbone, settings: Settings) -> list[Any]:
     """
     text = [TextAdapter(model, settings)] if settings.train_text_encoder else []
     match settings.method:
-        # The new channels themselves, which are few, and an adapter behind them
+        # The new input channels, all of whose weights are trained, and an adapter on the other layers
         case "lora" if model.widened:
             return [Weights(model, settings, pattern=INPUT), Adapter(model, settings)]
         case "lora":  # Hu et al. 2022; DreamBooth's loss
@@ -48,14 +48,14 @@ def trainable(model: Backbone, settings: Settings) -> list[Any]:
             return [Weights(model, settings)]
         case "textual-inversion":  # Gal et al. 2023
             return [Words(model, settings)]
-        case "pivotal":  # first the word, then the network around it (Roich et al. 2022)
+        case "pivotal":  # first the embedding, then the network (Roich et al. 2022)
             share = settings.words_share
             return [Words(model, settings, ends=share), Adapter(model, settings, begins=share), *text]
-        case "custom-diffusion":  # Kumari et al. 2023: keys and values of the cross-attention, and a word
+        case "custom-diffusion":  # Kumari et al. 2023: cross-attention's keys and values, and an embedding
             return [Words(model, settings), Weights(model, settings, pattern=CROSS_ATTENTION)]
     raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
 
 
 def changes_denoiser(settings: Settings) -> bool:
-    """Whether the method moves the denoiser, so that a class has to be preserved."""
+    """Whether the method changes the denoiser, so that prior preservation is needed."""
     return settings.method != "textual-inversion"

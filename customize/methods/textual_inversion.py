@@ -16,7 +16,7 @@ from customize.settings import Settings
 
 @dataclass
 class Words:
-    """A token's own rows in the embedding table (Gal et al. 2023), beginning as the class noun's."""
+    """New rows of the embedding table for a token (Gal et al. 2023), initialised from the class noun's."""
 
     model: Backbone
     settings: Settings

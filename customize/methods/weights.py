@@ -23,7 +23,7 @@ INPUT = r"^conv_in\."  # of a UNet that is given input channels for an image
 
 @dataclass
 class Weights:
-    """The denoiser's own weights whose names match a pattern; what is kept is how far they moved."""
+    """The denoiser's weights whose names match a pattern; the file holds their difference from the base model's."""
 
     model: Backbone
     settings: Settings

@@ -45,8 +45,8 @@ class Batch(NamedTuple):
     noisy   latents [B, C, …]
     level   indices of their noise levels [B]
     target  what the network should predict [B, C, …]
-    weight  loss weights [B, 1, …], one for each place
-    rows    which prompt each is under [B], counted through the images' prompts and then the classes'
+    weight  loss weights [B, 1, …], at each place of the latent
+    rows    indices of their prompts [B], in the images' prompts followed by the class prompts
     """
 
     noisy: Tensor
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
-        """The samples of all parts, one behind the other."""
+        """The samples of all parts, concatenated."""
         return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def part(self, rows: slice) -> Batch:
@@ -67,26 +67,26 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A batch as it is read: its samples, and their prompts' conditions; None where the text encoder is trained."""
+    """A batch, and the encoded conditions of its prompts; None where the text encoder is trained."""
 
     batch: Batch
     conditions: Conditions | None
 
     def to(self, device: torch.device) -> Drawn:
-        """On a device; levels and rows stay where they are looked up."""
+        """On a device; levels and rows stay on the host, where they index tables."""
         noisy, level, target, weight, rows = self.batch
         noisy, target, weight = (send(value, device) for value in (noisy, target, weight))
         known = self.conditions
         return Drawn(Batch(noisy, level, target, weight, rows), None if known is None else known.to(device))
 
     def pin_memory(self) -> Drawn:
-        """In memory from which a GPU copies by itself."""
+        """In pinned memory, for asynchronous copies to a GPU."""
         known = self.conditions
         batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
         return Drawn(batch, None if known is None else known.pin_memory())
 
     def tensors(self) -> list[Tensor]:
-        """Those that lie on the device."""
+        """The tensors that lie on the device."""
         batch, known = self.batch, self.conditions
         return [batch.noisy, batch.target, batch.weight, *(known.tensors() if known is not None else [])]
 
@@ -113,7 +113,7 @@ class DreamBooth(Objective):
 
     @property
     def images(self) -> int:
-        """Of the subject; those of the class are not counted."""
+        """Images of the subject in a step; class samples are not counted."""
         return self.settings.batch
 
     def learning(self) -> AbstractContextManager[None]:
@@ -133,7 +133,7 @@ class DreamBooth(Objective):
             yield self.loss_of(drawn, step)
 
     def draw_step(self, step: int) -> list[Drawn]:
-        """This process's share of a step's micro-batches, as they are drawn and read; a function of the step alone."""
+        """This process's share of a step's micro-batches; a function of the step alone."""
         keys = [
             (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
             for micro in range(self.settings.gradient_accumulation_steps)[self.share.micros]
@@ -151,7 +151,7 @@ class DreamBooth(Objective):
         return Drawn(batch, None if known is None else known[batch.rows])
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
-        """The loss of a batch that is drawn now."""
+        """The loss of a newly drawn batch."""
         return self.loss_of(self.draw(random).to(self.model.device), step)
 
     def loss_of(self, drawn: Drawn, step: int) -> Tensor:
@@ -167,7 +167,7 @@ class DreamBooth(Objective):
         return errors.sum() * (self.share.scale / self.settings.batch)
 
     def explain(self, step: int) -> str:
-        """The images whose loss was not finite in a step of late."""
+        """The images whose loss was not finite in a recent step."""
         names, prompts = self.data.names, self.data.class_prompts
         bad = [
             int(row)
@@ -184,7 +184,7 @@ class DreamBooth(Objective):
         )
 
     def draw_bucket(self, random: torch.Generator) -> Bucket:
-        """The bucket of a batch, as often as the images in it are drawn."""
+        """The bucket of a batch, with the probability of its images."""
         buckets = self.data.buckets
         if len(buckets) == 1:
             return buckets[0]
@@ -192,7 +192,7 @@ class DreamBooth(Objective):
         return buckets[int(torch.multinomial(frequency, 1, generator=random))]
 
     def subject_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
-        """Noised images of the subjects, with the noise path's own targets."""
+        """Noised images of the subjects, with the targets of the noise path (ε, v or flow velocity)."""
         settings, data, path = self.settings, self.data, self.model.path
         frequency = data.frequency[bucket.rows]
         rows = bucket.rows[torch.multinomial(frequency, settings.batch, replacement=True, generator=random)]
@@ -244,7 +244,7 @@ class DreamBooth(Objective):
         return Batch(noisy, index, wanted, weights, len(data.prompts) + classes)
 
     def conditions(self, rows: Tensor) -> Conditions:
-        """The prompts of these rows [B], counted through the images' prompts and then the classes'."""
+        """The conditions of these rows [B], which index the images' prompts followed by the class prompts."""
         data = self.data
         if data.conditions is not None:
             return data.conditions[rows].to(self.model.device)
@@ -268,7 +268,7 @@ class DreamBooth(Objective):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights inside the `with`, where an average is kept."""
+        """Inside the `with`, the EMA weights, where an average is kept."""
         if self.average is None:
             yield
             return
@@ -276,7 +276,7 @@ class DreamBooth(Objective):
             yield
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Writes what was learned; gives the fields of `Concept` that name the files."""
+        """Writes the trained weights; returns the fields of `Concept` that name the files."""
         files: dict[str, Any] = {}
         with self.averaged():
             for part in self.trained:
@@ -284,11 +284,11 @@ class DreamBooth(Objective):
         return files
 
 
-# What the settings stand for ---------------------------------------------------------------------------------
+# Settings to values ---------------------------------------------------------------------------------
 
 
 def share_of(settings: Settings) -> processes.Share:
-    """What this process does of a step. Raises `UserError` for settings that these processes cannot share."""
+    """This process's share of a step. Raises `UserError` for settings that these processes cannot share."""
     if settings.method in ("full", "custom-diffusion"):
         processes.require_whole_model(f"--method {settings.method}")
     if settings.adapter == "dora":
@@ -304,7 +304,7 @@ def share_of(settings: Settings) -> processes.Share:
 
 
 def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
-    """Weights [B] as a map [B, 1, …] over the places of latents [B, C, …]."""
+    """Weights [B] expanded to [B, 1, …], over the places of latents [B, C, …]."""
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
 
 

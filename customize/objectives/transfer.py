@@ -22,7 +22,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.few_step import Drawing
+from backbone.models.few_step.model import Drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
 from backbone.training.attention import quick_to_train

@@ -64,7 +64,7 @@ def edit_card(settings: Settings, model: Backbone) -> str:
 
 
 def push(run: Path, repository: str) -> str:
-    """Uploads a run folder, without what only resuming needs and without local paths; gives its address.
+    """Uploads a run folder, without checkpoints and without local paths; returns its URL.
 
     Raises `UserError` where it cannot. A new repository is private: the sheet and the report show the subject's
     pictures.
@@ -143,7 +143,7 @@ def described(settings: Settings) -> str:
 
 
 def load_words_in_diffusers(path: Path) -> list[str]:
-    """The lines that give learned words to diffusers' pipeline: every text encoder its own, where there are several."""
+    """The lines that load learned embeddings into diffusers' pipeline, for each text encoder."""
     stored = [name.rsplit("/", 1) for name in read_header(path).shapes]
     if all(len(parts) == 1 for parts in stored):
         return [f'pipeline.load_textual_inversion("{path}")']
@@ -174,7 +174,7 @@ def open_in_diffusers(model: Backbone) -> list[str]:
 
 
 def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
-    """How the concept is used in diffusers, as far as it reads these files."""
+    """How to use the concept in diffusers, where it reads these files."""
     import diffusers
 
     lines: list[str] = []

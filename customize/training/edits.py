@@ -58,7 +58,7 @@ def train_edits(
     processes.init_process(asked.get("device") or "auto")
     run = out or Path("runs") / run_name(asked["pairs"])
     refuse_taken(run)
-    opened, asked = open_configs(asked, by_instruction=True)
+    opened, asked = open_configs(asked, task="learn-to-edit")
     count_references(opened, pairs)
     if "image_guidance" in asked:
         refuse_image_guidance(opened)
@@ -66,7 +66,7 @@ def train_edits(
         notify_once(misfit)
     settings = resolved({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
-    model = open_model(settings, resolution=settings.resolution, by_instruction=True)
+    model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
@@ -91,7 +91,7 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     with processes.hold_folder(run):
         for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
             notify(sentence)
-        model = open_model(settings, resolution=settings.resolution, by_instruction=True)
+        model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():

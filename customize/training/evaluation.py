@@ -19,7 +19,7 @@ from backbone.distributed.processes import is_main_process, is_participant
 from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.few_step import Drawing, usual_drawing
+from backbone.models.few_step.model import Drawing, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -41,10 +41,10 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 class Validation:
-    """Evaluates a run as it trains, and keeps the best weights. Without a scorer, or when asked not to, nothing.
+    """Evaluates a run as it trains, and keeps the best weights. Does nothing without a scorer or with evaluation off.
 
     `read_subject` gives the subject's own images, cropped; it is only called where there is something to evaluate.
-    Of several processes the writer evaluates; with a sharded model all do together, and the writer writes.
+    Of several processes rank 0 evaluates; with a sharded model all take part, and rank 0 writes.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Validation:
         self.report.ceiling = mean_similarity(self.evaluator.subject)
 
     def __call__(self, step: int) -> str:
-        """Placement the run as it is now, once for each step; the reason to stop, when patience has run out."""
+        """Evaluate the run at this step, once for each step; returns the reason to stop when patience has run out."""
         if self.evaluator is None:
             return ""
         settings = self.training.settings
@@ -100,15 +100,15 @@ class Validation:
 
     @property
     def decides(self) -> EarlyStopping[ConceptMetrics]:
-        """Whose ratings say which step is best, and when to stop: the few-step model's, where there is one."""
+        """The evaluations that choose the best step and stop the run: the few-step model's, where there is one."""
         return self.patience if self.few is None else self.few.patience
 
     def survival(self) -> Survival | None:
-        """What survives on the few-step model at the best step; None without one, or without evaluations."""
+        """The fidelity on the few-step model at the best step, beside the base's; None without evaluations on one."""
         return None if self.few is None else self.few.survival(self.patience.history)
 
     def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
-        """Writes the figures and the pictures, and the weights if they are the best so far."""
+        """Writes the metrics and the images, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, drawn)
         prompts = [prompt.format(self.training.settings.called()) for prompt in VALIDATION_PROMPTS]
@@ -143,7 +143,7 @@ class Validation:
         self.report.finish(why, best.step)
 
     def _remember(self) -> None:
-        """Takes up what an interrupted run has measured, and forgets what lies behind its checkpoint."""
+        """Reads the evaluations of an interrupted run, and drops those after its checkpoint."""
         path = self.run / EVALUATIONS
         if not path.exists() or self.evaluator is None:
             return
@@ -165,7 +165,7 @@ NOISE_SAMPLES = 24
 
 @torch.no_grad()
 def fixed_loss(training: DreamBooth) -> float:
-    """The subject's denoising loss over the same images, noise and levels each time, spread over all levels."""
+    """The subject's denoising loss on fixed images, noise and levels, spread over the whole schedule."""
     model, data, path = training.model, training.data, training.model.path
     total = 0.0
     for k in range(NOISE_SAMPLES):
@@ -220,7 +220,7 @@ class Previews:
         """Writes a sheet of the first `count` prompts, the subject's own images above them; gives the prompts.
 
         It is drawn by the run's model, or by its few-step model in that one's own way.
-        Of several processes the writer does, and the others draw along where the model is sharded.
+        Of several processes rank 0 draws; the others take part where the model is sharded.
         """
         if not processes.is_participant():
             return []

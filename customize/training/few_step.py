@@ -1,7 +1,7 @@
 """The few-step model beside a run (`--preview-on`): the run's own previews and evaluations, drawn on it too.
 
-It is opened anew each time with what is learned by then, as `customize sample --on` will, and lets go of its memory
-afterwards; meanwhile the base waits in the CPU's memory, so that both never lie on a GPU together.
+It is opened anew each time with the current weights, as `customize sample --on` will, and its memory is freed
+afterwards; meanwhile the base model is moved to CPU memory, so that both are never on a GPU together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backbone.adapters.concept import Concept
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, write_text
-from backbone.models.few_step import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
 from customize.evaluation.survival import Fidelity, Survival
@@ -34,7 +34,7 @@ EVALUATIONS = ON / "evaluations.jsonl"
 
 
 def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
-    """The few-step model of a run, of which only configs are read yet; None where none is named.
+    """The few-step model of a run, of which only configs are read; None where none is named.
 
     Raises `UserError` for one that does not go with the run's model, and where the base cannot make room for it.
     """
@@ -50,7 +50,7 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
 
 
 def drawing_of(few: Backbone, settings: Settings) -> Drawing:
-    """How the few-step model is drawn with: as it usually is, unless the settings say otherwise."""
+    """How the few-step model samples: its own steps and guidance, unless the settings give others."""
     usual = usual_drawing(few)
     return replace(
         usual,
@@ -60,7 +60,7 @@ def drawing_of(few: Backbone, settings: Settings) -> Drawing:
 
 
 class FewStepSide:
-    """The few-step model of a run in training: opens it with what is learned, and keeps its evaluations."""
+    """The few-step model of a run in training: opens it with the current weights, and keeps its evaluations."""
 
     def __init__(self, run: Path, training: DreamBooth, concept: Concept, few: Backbone) -> None:
         self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
@@ -71,7 +71,7 @@ class FewStepSide:
 
     @contextmanager
     def opened(self) -> Iterator[Backbone]:
-        """The few-step model with what is learned by now; the base is back in its place afterwards."""
+        """The few-step model with the current weights; the base model is back on its device afterwards."""
         base = self.training.model
         few = open_few_step(base, self.training.settings.preview_on)
         with TemporaryDirectory() as folder, parked(base.denoiser):
@@ -100,7 +100,7 @@ class FewStepSide:
         return best, drawn
 
     def remember(self) -> None:
-        """Takes up what an interrupted run has measured, and forgets what lies behind its checkpoint."""
+        """Reads the evaluations of an interrupted run, and drops those after its checkpoint."""
         path = self.run / EVALUATIONS
         if not path.exists() or self.evaluator is None:
             return
@@ -111,7 +111,7 @@ class FewStepSide:
         self.evaluator.baseline = kept[0] if kept else None
 
     def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
-        """What survives at the step that is best here, beside the base's evaluations; None where none were made."""
+        """The fidelity at the best step, beside that on the base; None without evaluations."""
         few = self.patience.history
         if len(few) < 2 or len(base) < 2:
             return None
@@ -123,13 +123,13 @@ class FewStepSide:
 
 
 def fidelity(figures: ConceptMetrics) -> Fidelity:
-    """The two figures of an evaluation that survival is made of."""
+    """The two metrics of an evaluation that survival is computed from."""
     return Fidelity(figures.subject_fidelity, figures.prompt_fidelity)
 
 
 @contextmanager
 def parked(network: nn.Module) -> Iterator[None]:
-    """A network's weights in the CPU's memory inside the `with`; on a CPU they stay where they are."""
+    """Inside the `with`, a network's weights are in CPU memory; on a CPU they stay where they are."""
     places = {name: value.device for name, value in network.named_parameters() if value.device.type != "cpu"}
     _move(network, dict.fromkeys(places, torch.device("cpu")))
     try:

@@ -1,4 +1,4 @@
-"""What a run of `customize train` asks of memory, and its settings for a device of a given size (`--vram`)."""
+"""The memory of a run of `customize train`, and its settings for a device of a given size (`--vram`)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
 
 
 def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
-    """The denoiser's own weights of these names, in fp32 and learning."""
+    """The denoiser's weights of these names, trainable and in fp32."""
     found: list[Tensor] = [value for name, value in denoiser.named_parameters() if re.search(pattern, name)]
     for value in found:
         value.data = value.data.float()
@@ -77,7 +77,7 @@ def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
 
 
 def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
-    """How the settings as they are hold the run in memory."""
+    """The placement and batch that the settings ask for, as a choice of the planner."""
     placement = get_placement(settings)
     return MemorySettings(
         precision_name(model), settings.gradient_checkpointing, settings.optimizer, placement
@@ -85,7 +85,7 @@ def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
 
 
 def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
-    """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
+    """The model and the settings that the planner chose for a device of `size` GiB; they are printed.
 
     Raises `UserError` where nothing fits.
     """

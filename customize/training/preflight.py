@@ -1,6 +1,6 @@
-"""What can be told before a run: pictures that will not teach well, and how much memory and time the run takes.
+"""Checks before a run: images that are bad training data, and the memory and time that the run takes.
 
-Warnings are said; only pictures that cannot be read are errors (`backbone.media.pictures.check_images`).
+They are warnings; only images that cannot be read are errors (`backbone.media.pictures.check_images`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL_MODEL = 100_000_000  # parameters up to which a step is timed
 
 @dataclass(frozen=True)
 class Look:
-    """What one picture shows: its size, its 64-bit perceptual hash, that of its mirror image, its sharpness."""
+    """What is measured of one image: its size, its 64-bit perceptual hash, that of its mirror image, its sharpness."""
 
     name: str
     width: int
@@ -44,7 +44,7 @@ class Look:
 
 
 def look(picture: ImageRecord) -> Look:
-    """Opens a picture once and measures it."""
+    """Open an image once and measure it."""
     image = picture.open()
     return Look(
         picture.path.name,
@@ -90,7 +90,7 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
 
 
 def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
-    """A sentence for each caption that is read in part only; text encoders load where one is long."""
+    """A sentence for each caption that will be truncated; text encoders load only where one is long."""
     with_t5 = any("T5EncoderModel" in str(part) for part in model.location.index.values())
     long = [
         one for one in pictures if one.caption and len(one.caption.split()) > LONG * (4 if with_t5 else 1)
@@ -158,7 +158,7 @@ class Estimate:
         return max(phase.total_bytes for phase in self.phases.values())
 
     def sentences(self) -> list[str]:
-        """What a person wants to know of it."""
+        """The estimate in sentences."""
         most = max(self.phases, key=lambda name: self.phases[name].total_bytes)
         said = [
             f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "

@@ -51,7 +51,7 @@ NOTHING = "00" * 32  # the key of an image that cannot be used
 
 
 class Seen(NamedTuple):
-    """What was seen of an image: what is wrong with it, or its hash, its key and its bytes [3, H, W] as it is cut."""
+    """A read image: the reason why it cannot be used; or its hash, its key, and its cropped bytes [3, H, W]."""
 
     number: int
     path: str
@@ -100,7 +100,7 @@ def prepare_images(
     workers: int = 0,
     rows: dict[str, object] | None = None,
 ) -> PreparedImages:
-    """Prepares the images of a source for a model in the folder `out`, or goes on with it; gives what is there then.
+    """Encode the images of a source with a model's autoencoder into the folder `out`, or resume it; returns it.
 
     A dataset of the hub is a stream, of which each process reads its share of the shards and keeps none. Raises
     `UserError` for images that cannot be used, all of them counted, unless `skip_bad`; for masks, which are not kept;
@@ -141,7 +141,7 @@ def prepare_images(
 
 
 def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Path) -> None:
-    """Writes the images of these numbers as they were stored."""
+    """Writes the original files of the images with these numbers."""
     names = [folder / f"{row:06d}" for row in range(len(numbers))]
     missing = {number: name for number, name in zip(numbers, names, strict=True) if not name.is_file()}
     for name, picture in zip(missing.values(), images.find([*missing]), strict=True):
@@ -149,7 +149,7 @@ def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Pat
 
 
 def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
-    """This process's share of the chunks that are not there yet."""
+    """Encodes this process's share of the chunks that are not written yet."""
     flips = (False, True) if flip else (False,)
     tables = {
         (size, mirrored): image_table(
@@ -205,7 +205,7 @@ def _columns(seen: Sequence[Seen]) -> dict[str, Tensor | list[str]]:
 def _finished_numbers(
     records: Table, tables: dict[tuple[tuple[int, int], bool], Table], flips: Sequence[bool]
 ) -> Numbers:
-    """Numbers of the images that are there, and in every table that they belong to: a shard may have vanished."""
+    """Numbers of the images that every table has, even if a shard was lost."""
     if not len(records):
         return np.zeros(0, np.int64)
     whole = records.numbers("bad").astype(bool)

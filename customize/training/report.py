@@ -1,4 +1,4 @@
-"""A run's `report.html`: curves and what they say, the subject beside samples. It is renewed while the run trains."""
+"""A run's `report.html`: curves with explanations, the subject beside samples. It is rewritten as the run trains."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class RunReport:
     """The report of a run folder.
 
     subject   some of the subject's own images
-    likeness  how the likeness with them is called: CLIP-I or DINO
-    ceiling   the likeness of the subject's images among themselves
+    likeness  name of the image similarity: CLIP-I or DINO
+    ceiling   mean similarity between the subject's own images
     history   the evaluations so far
     samples   what the model drew last, with captions
     few_name, few_history, survival   of a few-step model that the run is shown on too
@@ -64,7 +64,7 @@ class RunReport:
     survival: Survival | None = None
 
     def renew(self, step: int) -> None:
-        """Writes the page of a run that goes on; a browser loads it again by itself."""
+        """Writes the page of a run in progress, which a browser reloads by itself."""
         notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
         self._write([paragraph(status)], step, renew=RENEW_SECONDS)
@@ -199,7 +199,7 @@ class EditReport:
     samples: Sequence[tuple[Image, str]] = field(default=())
 
     def renew(self, step: int) -> None:
-        """Writes the page of a run that goes on; a browser loads it again by itself."""
+        """Writes the page of a run in progress, which a browser reloads by itself."""
         notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
         self._write([paragraph(status)], renew=RENEW_SECONDS)

@@ -1,4 +1,4 @@
-"""A training run from pictures to pictures, and the folder that it leaves behind."""
+"""A run of `customize train`: from images to trained weights, the preview sheet and the run folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from customize.training.report import PREVIEWS, RunReport
 from customize.training.subjects import choose_words, fields_of_subjects, group_of, name_classes
 
 MASKS = "masks.png"
-SHOWN = 8  # of the subjects' own images, on the sheet
+SHOWN = 8  # of the subjects' own images on the preview sheet
 
 
 def train_concept(
@@ -59,7 +59,7 @@ def train_concept(
     refuse_taken(run)
     for folder in asked.get("class_images", ()):
         check_images(list_images(folder))
-    # First the model's configs, which say what is usual; then how it is held, which the settings say
+    # The configs first, for the model's usual settings; then the model in the placement that the settings ask for
     opened, asked = open_configs(asked)
     looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
     if misfit := opened.describe_misfit(looked_at):
@@ -76,7 +76,7 @@ def train_concept(
         settings, **fields_of_subjects(choose_words(model, subjects, pictures, settings))
     )
     share_of(settings)
-    open_beside(model, settings)  # which refuses what does not go with the model
+    open_beside(model, settings)  # raises for a few-step model that does not fit
     concept, groups = make_prompts(settings, model, pictures)
     with processes.hold_new_run(run) as writes:
         if writes:
@@ -87,11 +87,11 @@ def train_concept(
 
 
 def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been.
+    """Resume a run that was stopped; the weights are the same as those of an uninterrupted run.
 
     `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another
-    device, a new place of the images. The learning rate then follows the course of all steps, as if there had always
-    been so many. Raises `UserError` for steps that were taken already.
+    device, images that moved. The learning-rate schedule is then that of the new number of steps. Raises `UserError`
+    for a number of steps that were taken already.
     """
     settings = dataclasses.replace(read_settings(run), **(anew or {}))
     done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
@@ -140,9 +140,9 @@ def make_prompts(
 def carry_on(
     run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
 ) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    """Train from the last checkpoint, or from the start, and complete the run folder."""
     pictures = [list(group.pictures) for group in groups]
-    # Every image is decoded once more than it was checked: for its latents, the evaluations and the sheet together
+    # `read` decodes each image once, for its latents, and keeps those that evaluations and the sheet need again
     everything = [picture for folder in pictures for picture in folder]
     measured = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
@@ -203,7 +203,7 @@ def carry_on(
 
 
 def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:
-    """Writes what was learned."""
+    """Write the trained weights and `concept.json`."""
     if not processes.is_main_process():
         return
     header = {
@@ -221,7 +221,7 @@ def write_readme(
     prompts: list[str],
     seconds: dict[str, float],
 ) -> None:
-    """Writes the README and the record with its timings, and uploads the folder where that is asked for."""
+    """Write README.md and the timings, and upload the folder with --push-to-hub."""
     write_record(run, settings, model, timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
     if settings.push_to_hub:
@@ -236,9 +236,9 @@ def write_record(
     timings: Mapping[str, float],
     images: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, on and with what.
+    """Write the run's `settings.json`: resolved settings, repeating command, image hashes, versions, hardware, timings.
 
-    `images` are the hashes of each subject's; None leaves those that stand there.
+    `images` are the hashes of each subject's images; None keeps those in the file.
     """
     record = {
         "settings": settings,
@@ -254,7 +254,7 @@ def write_record(
 
 
 def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
-    """The beginning of the hash of each image's file, by its name in the folder."""
+    """The first 16 digits of the content hash of each image, by file name."""
     if not pictures:
         return {}
     common = os.path.commonpath([picture.path.parent for picture in pictures])
@@ -262,7 +262,7 @@ def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
 
 
 def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
-    """A sentence for each subject whose images are not those that its run began with, `kept` in its record."""
+    """A sentence for each subject whose images differ from those that the run started with (`kept` in its record)."""
     found = []
     for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
         now = hash_images(folder)

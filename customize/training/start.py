@@ -1,4 +1,4 @@
-"""The first steps of `customize.train`, before torch is imported: mistakes in what was asked are answered here."""
+"""The start of `customize train`, before torch is imported: errors in the settings and the images are raised here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions
+from backbone.cli.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_json
-from backbone.io.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.run_folder import absolute, run_name
 from customize.settings import FILE, OWN_WORDS, PrepareImages, Settings, Subject, read_subject, resolved
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from customize.data.prepared import PreparedImages
 
 DEFAULT_TOKEN = "[V]"
-RESUMED = ("steps", "learning_rate", "images", "pairs", "device")  # what may be said anew beside --resume
+RESUMED = ("steps", "learning_rate", "images", "pairs", "device")  # settings that may change with --resume
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
-    """Train from settings as they were asked for, by field of `Settings`; gives the run folder.
+    """Train with the settings that were given, by field of `Settings`; returns the run folder.
 
     `vram` is the device's memory in GiB to plan for. Raises `UserError` for settings that contradict each other and
     for images that cannot be read, all of them listed, before any weights load.
@@ -60,10 +60,10 @@ def refuse_transferred(run: Path) -> None:
 
 
 def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
-    """Train from edit pairs with settings as they were asked for; gives the run folder.
+    """Train on edit pairs with the settings that were given; returns the run folder.
 
-    Raises `UserError` for settings that contradict each other, and for pairs that teach nothing, all of them listed,
-    before any weights load.
+    Raises `UserError` for settings that contradict each other, and for pairs that cannot be trained on, all of them
+    listed, before any weights load.
     """
     from customize.data.edit_pairs import hold_out, read_edit_pairs, usable_pairs
 
@@ -83,7 +83,7 @@ def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: floa
 
 
 def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
-    """What is asked for as a run's `own` settings would hold it: whole paths, {token} in the instance prompt."""
+    """The given settings in the form in which a run saves them: absolute paths, {token} in the instance prompt."""
     from customize.data.folders import as_template
 
     kept = dict(asked)
@@ -96,10 +96,10 @@ def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
 
 
 def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
-    """What is to be learned, and the settings with what a layout of other trainers says beside it.
+    """The subjects to learn, and the settings with those that another trainer's folder layout implies.
 
-    Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where nothing is named,
-    a flag says otherwise than the layout, or the instance prompt leaves open which word is the subject's.
+    Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where no images are
+    named, a flag contradicts the layout, or the instance prompt does not show which word is the token.
     """
     from customize.data.folders import as_template
 
@@ -138,7 +138,7 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
 def first_subjects(
     images: str, token: str, noun: str, words: str, rest: Mapping[str, Any]
 ) -> tuple[list[Subject], dict[str, Any]]:
-    """The subjects of `--images`, and the settings with what its layout says."""
+    """The subjects of `--images`, and the settings with those that its folder layout implies."""
     from customize.data.folders import is_concept_source, read_subjects
 
     prompts: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
             f"The instance prompt “{prompt}” does not show which word is the subject's. Name it with --token, or "
             "write {token} in its place."
         )
-    own = rest.get("method", "lora") in OWN_WORDS  # which learns the token's meaning from nothing
+    own = rest.get("method", "lora") in OWN_WORDS  # which learns an embedding for the token
     notify(
         f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}."
     )
@@ -181,7 +181,7 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
 
 
 def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
-    """`UserError` for an instance prompt without the token, or a class prompt with it: they would teach nothing."""
+    """`UserError` for an instance prompt without the token, or a class prompt with it: nothing would be learned."""
     prompt = rest.get("instance_prompt", "")
     if prompt and "{token}" not in prompt:
         raise UserError(
@@ -196,9 +196,9 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
 
 
 def start_preparing(asked: PrepareImages) -> PreparedImages:
-    """Prepare a source of images as it was asked for; gives what the folder holds.
+    """Encode a source of images to disk, as `customize prepare` does; returns the prepared folder.
 
-    Raises `UserError` for a source that is none before torch is imported.
+    Raises `UserError` for a source without images, before torch is imported.
     """
     from backbone.media.pictures import list_images
     from backbone.media.stream import Named, find_stream, stream_images

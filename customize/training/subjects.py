@@ -1,4 +1,4 @@
-"""What a run learns: each subject's class noun, the words behind its token, and its prompts."""
+"""The subjects of a run: class noun, the words that the text encoder reads for the token, and prompts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def name_classes(
 def choose_words(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
 ) -> list[Subject]:
-    """The subjects, each with the words that stand for its token; `UserError` for a bad token or one that is twice."""
+    """The subjects, each with the words for its token; `UserError` for a bad token or one that is used twice."""
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     found: list[Subject] = []
     for subject, folder in zip(subjects, pictures, strict=True):
@@ -52,7 +52,7 @@ def choose_words(
 
 
 def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """The fields of `Settings` that say what is learned; without token words that are not chosen yet."""
+    """The fields of `Settings` for these subjects, without token words that are not chosen yet."""
     first = subjects[0]
     named: dict[str, Any] = {
         "images": first.images,
@@ -68,7 +68,7 @@ def group_of(
 ) -> Group:
     """A subject's images with their prompts, as the model reads them.
 
-    Says what the token stands for, what captions hold that is no token, and which are read in part only.
+    Prints what the token stands for, unknown tokens in captions, and captions that are truncated.
     """
     instance = subject.filled(settings.instance_prompt)
     prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
@@ -88,7 +88,7 @@ def group_of(
 
 
 def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
-    """The class of the subject, said aloud: from the name of its folder if that is a noun, else by the scorer.
+    """The class of the subject, which is printed: its folder's name if that is a noun, else the scorer's guess.
 
     Raises `UserError` where the name says nothing and the model has no scorer.
     """

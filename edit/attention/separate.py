@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.models.frames import first_and_previous
+from backbone.models.clips.frames import first_and_previous
 from edit.attention.control import OVER_TIME, Control, Cross, Maps, never_traced, read_columns
 
 

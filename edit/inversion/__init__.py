@@ -1,1 +1,1 @@
-"""From an image back to the noise that draws it."""
+"""Inversion: from an image to the noise from which sampling reconstructs it."""

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
@@ -71,10 +71,10 @@ class Inversion:
     prompt      what the image shows, in the model's words
     schedule    the noise levels [S + 1], noisiest first
     states      [S + 1, C, H, W], of a clip [S + 1, C, F, H, W], noisiest first; float64 for `reversible`, else float32
-    image       [3, 8H, 8W] in −1…1, of a clip [F, 3, 8H, 8W], as the autoencoder was shown it
-    identity    of the model with the concepts that it had loaded (`identify`)
-    nfe         what it took: samples that the denoiser evaluated
-    noise       what each ancestral step lacks [S, C, H, W] (`edit-friendly`), else None
+    image       [3, 8H, 8W] in −1…1, of a clip [F, 3, 8H, 8W], as it was encoded
+    identity    of the model with its loaded concepts (`identify`)
+    nfe         number of function evaluations: samples that the denoiser evaluated
+    noise       the noise map of each ancestral step [S, C, H, W] (`edit-friendly`), else None
     empties     the embeddings of "no prompt" [S, T, D] (`null-text`), else None
     guidance    what `empties` were optimised for
     facts       of the image: name, size, content hash
@@ -134,8 +134,8 @@ class Inversion:
     def step_targets(self, number: int, now: Tensor, estimate: Estimate) -> Tensor:
         """An edit's states [B, C, H, W] after a step.
 
-        Targets of `reversible` go by DDIM's rule: the two-step rule damps nothing, so what guidance changes would swing
-        ever wider from step to step.
+        Targets of `reversible` go by DDIM's rule: the two-step rule damps nothing, so changes by guidance would
+        oscillate with growing amplitude.
         """
         if self.method == "reversible":
             return deterministic_step(now, estimate, self.schedule[number], self.schedule[number + 1])
@@ -172,7 +172,7 @@ class Inversion:
 
 @dataclass(frozen=True)
 class WrittenFields:
-    """What the header of an inversion's file says."""
+    """The metadata of an inversion's file."""
 
     method: Method
     prompt: str
@@ -191,9 +191,9 @@ WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 class InversionSettings:
     """How an image is inverted.
 
-    guidance    of null-text alone: what its embeddings are optimised for; the model's usual one if None
-    seed        of edit-friendly alone
-    iterations  of null-text alone: Adam's, a step
+    guidance    null-text: the guidance scale that its embeddings are optimised for; None: the model's usual one
+    seed        edit-friendly: of its noise
+    iterations  null-text: iterations of Adam at each step
     """
 
     method: Method = "direct"
@@ -219,10 +219,10 @@ def invert(
     `settings` are the fields of `InversionSettings`, by name. `identity` is that of the model with the concepts that
     were loaded into it (`identify`); without any it is the model's own. The image keeps its shape, up to 2 : 1, at
     about the model's own number of pixels. `layout` holds the control maps under which it is inverted and edited.
-    `progress` is called as often as `count_rounds` says: for each prediction along the way up, and each step of
-    null-text's way down.
+    `progress` is called as often as `count_rounds` says: for each prediction of the inversion, and each step
+    of null-text's optimisation.
 
-    Raises `UserError` for an image that cannot be read, an empty prompt, or a method or number of steps that is not.
+    Raises `UserError` for an image that cannot be read, an empty prompt, or an unknown method or number of steps.
     """
     asked = build(InversionSettings, settings)
     _check_method(model, asked.method, prompt, asked.steps)
@@ -254,11 +254,11 @@ def invert(
 
 
 def _check_method(model: Backbone, method: Method, prompt: str, steps: int) -> None:
-    """`UserError` for a method or number of steps that is not, or that the model cannot do."""
+    """`UserError` for an unknown method or number of steps, or one that the model cannot do."""
     if method not in METHODS:
         raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
     checks.prompt(prompt, "source prompt")
-    least = 3 if method == "reversible" else 2  # its rule takes two steps to begin with
+    least = 3 if method == "reversible" else 2  # the two-step rule starts from two states
     if 0 < steps < least:
         raise UserError(
             f"{steps} {'step is' if steps == 1 else 'steps are'} too few to invert an image by {method}. Take at least "
@@ -294,15 +294,15 @@ def count_rounds(method: Method, steps: int) -> int | None:
 
 @torch.no_grad()
 def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
-    """The latent [C, H, W] that sampling from the noisiest state arrives at, nothing overwritten.
+    """The latent [C, H, W] that sampling from the noisiest state ends at, without the stored trajectory.
 
-    At guidance 1 this is what the method's exactness means; above it, how much guidance drives it off.
+    Its error at guidance 1 is that of the inversion; at higher guidance, that which guidance adds.
     """
     model, schedule = inversion.model, inversion.schedule
     text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
     text = inversion.layout.under(text, schedule, [SOURCE])
     if inversion.method == "negative-prompt":
-        guidance = 1.0  # guided by its own prompt it is not guided
+        guidance = 1.0  # with its own prompt as the negative one, guidance has no effect
     first = inversion.start(1.0)
     before = inversion.states[first - 1][None] if first > 0 else None
     now = inversion.states[first][None]
@@ -340,7 +340,7 @@ def read_source_prompt(path: str | Path) -> str:
 
 
 def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
-    """Tells a model with concepts loaded at a `scale` from all others, by the contents of the files."""
+    """A fingerprint of a model with concepts loaded at a `scale`, of the contents of their files."""
     parts = [model.fingerprint]
     if concepts and scale != 1:
         parts.append(f"scale {scale:g}")

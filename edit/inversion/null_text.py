@@ -30,10 +30,10 @@ def optimize_null_texts(
 ) -> tuple[Tensor, int]:
     """The embeddings [S, T, D], and the NFE.
 
-    Mokady et al. 2023, algorithm 1, on `states` [S + 1, 1, C, H, W]: at each step Adam moves the embedding, warm from
-    the step before, until the guided step from where we are lands on the trajectory. Kept is the best embedding that
-    was tried, the warm one included. The denoiser's weights take no gradient, and its conditional prediction is made
-    once a step.
+    Mokady et al. 2023, algorithm 1, on `states` [S + 1, 1, C, H, W]: at each step Adam optimises the embedding,
+    starting from that of the step before, until the guided step from the current state lands on the trajectory. The
+    best embedding tried is kept, the starting one included. The denoiser's weights take no gradient, and its
+    conditional prediction is made once a step.
     """
     steps = len(schedule) - 1
     now, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
@@ -67,6 +67,6 @@ def optimize_null_texts(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            now = landed  # the next step begins where this one arrives, not on the trajectory
+            now = landed  # the next step starts where this one ends, not on the trajectory
             embeddings.append(embedding[0])
     return torch.stack(embeddings), nfe

@@ -23,16 +23,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.conditions import AskedControl
 from backbone.diffusion.noise import Estimate
-from backbone.io.conditions import AskedControl
 from backbone.io.console import UserError
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.frames import refuse_joint_attention
+from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
-from backbone.models.frames import refuse_joint_attention
 from backbone.models.model import Backbone
-from backbone.models.motion import motion_of
 from backbone.models.sample import Frames, Request, refuse_negative, sample_latents
 from backbone.world.motions import find_moves
 from edit import checks

@@ -20,8 +20,8 @@ from backbone.diffusion.noise import broadcast_like, generator
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.media.clips import Film
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
-from backbone.models.motion import motion_of
 from edit import checks
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.methods.clip import ClipResult, link_frames

@@ -28,8 +28,8 @@ from backbone.io.console import UserError
 from backbone.media.control_maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.frames import refuse_joint_attention
-from backbone.models.motion import motion_of
+from backbone.models.clips.frames import refuse_joint_attention
+from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import Alignment
@@ -45,7 +45,7 @@ from edit.pictures import SourceImage
 from edit.sampling import SourceAndTargets, guidance_of
 
 SELF = 0.8  # share of the steps in which places are found where the source's are
-STRENGTH = 0.6  # of the steps that are walked again: what was carried has to be there when they begin
+STRENGTH = 0.6  # share of the steps that are sampled again: the carried change has to be in the first of them
 SHARPNESS, REACH = 40.0, 5.0  # of the likeness of places, and how far they move a frame at most, in latents
 ALIKE = 1 / 255  # mean difference, in −1…1 half of it, below which a picture is the first frame itself
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
 from backbone.diffusion.schedules import truncate_schedule
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit import checks

@@ -1,6 +1,6 @@
 """An edit by an instruction: "make it snow", by a model that reads the image beside the prompt.
 
-    result = instruct(Backbone.open("timbrooks/instruct-pix2pix", by_instruction=True), "photo.png", ["make it snow"])
+    result = instruct(Backbone.open("timbrooks/instruct-pix2pix", task="edit"), "photo.png", ["make it snow"])
 
 The model redraws the whole image, and so it drifts. What was not meant to change is the source's again in the end
 (`edit.methods.keep_background`), so instructions can follow one another without wearing it.
@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
@@ -161,7 +161,7 @@ def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
 def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
     """`UserError` for what the model does not read: an image, so many of them, guidance by it, a negative prompt."""
     if not model.edits_by_instruction:
-        model.refuse_other_task(by_instruction=True)
+        model.refuse_other_task("edit")
     refuse_too_many(model, images)
     refuse_negative(model, guidances.negative, guidances.text)
     if guidances.image != IMAGE_GUIDANCE:

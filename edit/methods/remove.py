@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.sample import refuse_negative
 from edit import checks

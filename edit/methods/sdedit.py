@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbone.cli.keywords import takes
+from backbone.cli.options import build
 from backbone.diffusion.noise import Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.diffusion.transfer import send
-from backbone.io.keywords import takes
-from backbone.io.options import build
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative

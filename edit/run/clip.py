@@ -11,17 +11,17 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
-from backbone.io.options import as_command
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
-from backbone.models.sparse import open_sparsectrl
+from backbone.models.clips.sparse import open_sparsectrl
 from edit.inversion.inversion import Inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
@@ -37,7 +37,7 @@ from edit.methods.clip import (
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
-from edit.run.open import ModelWithConcepts, load_model
+from edit.run.open import ModelWithConcepts, Opening, load_model
 from edit.run.report import RECORD, REPORT
 from edit.settings import ClipOptions
 
@@ -90,7 +90,7 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> M
     Raises `UserError` for an adapter that does not fit the model, or has no positions for so many frames.
     """
     if not asked.motion:
-        return load_model(
+        opening = Opening(
             model=asked.model,
             concepts=concepts,
             scale=asked.scale,
@@ -98,6 +98,7 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> M
             device=asked.device,
             compile=asked.compile,
         )
+        return load_model(opening)
     from backbone.adapters.motion import Moves, set_in_motion
     from backbone.models.model import Backbone
 

@@ -18,7 +18,7 @@ from edit.methods.prompt_to_prompt.regions import (
 from edit.methods.prompt_to_prompt.replace import align_prompts
 from edit.methods.prompt_to_prompt.settings import AUTO
 from edit.pictures import ImageLike
-from edit.run.open import OPENING, START, Start, load_model, pick, replace_settings
+from edit.run.open import OPENING, START, Opening, Start, load_model, pick, replace_settings
 
 SETTINGS = (
     "control", "guidance", "negative", "weights", "windows", "swaps", "blend", "keep", "mask", "cross",
@@ -28,7 +28,7 @@ SETTINGS = (
 
 def write_inversion(file: Path, image: ImageLike, prompt: str, wishes: Mapping[str, Any]) -> list[str]:
     """Inverts an image into a file, and gives what there is to say about it; what it is not asked for, `Start` says."""
-    loaded = load_model(**pick(wishes, OPENING))
+    loaded = load_model(Opening(**pick(wishes, OPENING)))
     asked = AskedLayout.of(wishes).for_source
     start = Start(**{**pick(wishes, START), "image": image, "source": prompt, "asked": asked})
     inversion = start.open(loaded, guidance=wishes.get("guidance"))
@@ -55,7 +55,7 @@ def describe_exactness(inversion: Inversion) -> list[str]:
 
 def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     """What becomes of the words of each target, and where the image will change; the image is not opened."""
-    loaded = load_model(**pick(wishes, (*OPENING, "inversion")))
+    loaded = load_model(Opening(**pick(wishes, OPENING)))
     settings = replace_settings(loaded, **pick(wishes, SETTINGS))
     source = wishes["source"]
     prompt = read_source_prompt(wishes["inversion"]) if source is None else loaded.resolve(source)

@@ -22,7 +22,7 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_metadata
 from backbone.media.transforms import to_image
 from backbone.models.control import OpenedControl
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, Task
 from edit import checks
 from edit.inversion.inversion import Inversion, Method, count_rounds, identify, invert, read_inversion
 from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
@@ -30,7 +30,6 @@ from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike
 
 FRAMES = 12
-OPENING = ("model", "concepts", "scale", "precision", "device", "compile", "vram")
 
 
 @dataclass(frozen=True)
@@ -73,48 +72,54 @@ class ModelWithConcepts:
         }
 
 
-def load_model(
-    *,
-    model: str | None = None,
-    concepts: Sequence[str] = (),
-    scale: float = 1.0,
-    precision: str | None = None,
-    device: str | None = None,
-    compile: bool = False,
-    inversion: str | None = None,
-    vram: float | None = None,
-    shown: int = 0,
-) -> ModelWithConcepts:
-    """The model with its concepts; without a name the one that the inversion or the first concept was made with.
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The model that is asked for, with its concepts, and how it is held.
 
-    It reads `shown` images beside an instruction, 0: none. `vram` is the device's memory in GiB to plan for then.
+    Without a name it is the one that the first concept or the inversion was made with. `vram` is the device's memory in
+    GiB to plan for where images are read beside an instruction.
     """
-    by_instruction = shown > 0
-    read = tuple(read_concept(folder) for folder in concepts)
-    name = model or (read[0].model if read else None)
-    if name is None and inversion is not None:
-        name = read_metadata(inversion).get("model")
+
+    model: str | None = None
+    concepts: Sequence[str] = ()
+    scale: float = 1.0
+    precision: str | None = None
+    device: str | None = None
+    compile: bool = False
+    inversion: str | None = None
+    vram: float | None = None
+
+
+OPENING = tuple(Opening.__dataclass_fields__)
+
+
+def load_model(asked: Opening, *, shown: int = 0) -> ModelWithConcepts:
+    """The model with its concepts; it reads `shown` images beside an instruction, 0: none."""
+    read = tuple(read_concept(folder) for folder in asked.concepts)
+    name = asked.model or (read[0].model if read else None)
+    if name is None and asked.inversion is not None:
+        name = read_metadata(asked.inversion).get("model")
     editors = [concept for concept in read if concept.kind == EDITS]
-    if by_instruction and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
+    if shown and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
         notify("moji follows instructions with moji-edit (another one: --concept RUN, or --model).")
         editors = [read_concept(OWN_EDITOR)]
         read += tuple(editors)
+    task: Task = "text-to-image" if not shown else "learn-to-edit" if editors else "edit"
     backbone = Backbone.open(
         name or "moji",
-        device=device or "auto",
-        precision=precision or "auto",
-        compile=compile,
-        by_instruction=by_instruction,
-        widen=by_instruction and bool(editors),
-        resolution=trained_resolution(editors) if by_instruction else 0,
+        device=asked.device or "auto",
+        precision=asked.precision or "auto",
+        compile=asked.compile,
+        task=task,
+        resolution=trained_resolution(editors) if shown else 0,
     )
-    if vram is not None:
-        backbone = fit_editor(backbone, shown, vram, whole=any(map(needs_whole_base, read)))
+    if asked.vram is not None:
+        backbone = fit_editor(backbone, shown, asked.vram, whole=any(map(needs_whole_base, read)))
     if read:
         from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
 
-        load_concepts(backbone, read, scale=scale)
-    return ModelWithConcepts(backbone, read, scale)
+        load_concepts(backbone, read, scale=asked.scale)
+    return ModelWithConcepts(backbone, read, asked.scale)
 
 
 def fit_editor(model: Backbone, shown: int, vram: float, *, whole: bool) -> Backbone:

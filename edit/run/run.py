@@ -13,17 +13,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from backbone.io.conditions import ControlOptions
+from backbone.cli.conditions import ControlOptions
+from backbone.cli.options import UnknownSettingError
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
-from backbone.io.options import UnknownSettingError
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder
 from edit.layout import AskedLayout
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
-from edit.run.open import OPENING, ModelWithConcepts, load_model, pick
+from edit.run.open import OPENING, ModelWithConcepts, Opening, load_model, pick
 from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
@@ -78,7 +78,7 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
     """
 
     def load() -> ModelWithConcepts:
-        return load_model(**pick(wishes, (*OPENING, "inversion")), shown=count_shown(name, wishes))
+        return load_model(Opening(**pick(wishes, OPENING)), shown=count_shown(name, wishes))
 
     return _run(name, wishes, load, out=out, said=said)
 
@@ -112,7 +112,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
 
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}
-        loaded = load_model(**asked, shown=count_shown(recorded.command, wishes))
+        loaded = load_model(Opening(**asked), shown=count_shown(recorded.command, wishes))
         if loaded.identity != recorded.identity:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "

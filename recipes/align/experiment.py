@@ -26,11 +26,11 @@ from align.comparison.sides import side_image_name, tuned_side_name
 from align.pairs.records import RANKING, SAMPLES, SCORES, normalize_prompt
 from align.pairs.samples import read_samples
 from align.settings import FILE, SUMMARY
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option
 from backbone.evaluation.statistics import Interval, cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_jsonl, write_json, write_text
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.world.render import render
@@ -53,7 +53,7 @@ class RecipeSettings:
 
     model: Annotated[str, Option("moji, or a diffusers folder.", PROMPTS)] = "moji"
     flags: Annotated[str, Option("More flags for align train, in one string.", TRAINING)] = ""
-    name: Annotated[str, Option("Of runs with other flags.", TRAINING)] = ""
+    name: Annotated[str, Option("Name of the experiment, where flags differ.", TRAINING)] = ""
     held_out: Annotated[int, Option("Held-out prompts, two images of each.", COMPARISON, min=2)] = 300
     development: Annotated[
         bool, Option("Judge by development prompts, to choose settings by.", COMPARISON)

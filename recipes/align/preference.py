@@ -16,9 +16,9 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
-from backbone.io.options import Option, settled_command
 from benchmarks.judges.classifier import load_classifier
 from recipes.align.experiment import (
     PROMPTS,

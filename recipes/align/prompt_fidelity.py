@@ -25,9 +25,9 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
-from backbone.io.options import Option, settled_command
 from backbone.world.scene import Scene
 from benchmarks.judges.classifier import Classifier, load_classifier
 from recipes.align.experiment import (
@@ -88,10 +88,14 @@ class FidelitySettings(RecipeSettings):
         tuple[str, ...], Option("sdpo is dpo with the safeguard.", TRAINING, flag="loss-type")
     ] = ("sdpo",)
     guidance: Annotated[
-        float, Option("Of the tuned model's pictures; the base's own stays as it is.", COMPARISON, min=0)
+        float,
+        Option(
+            "Guidance scale of the tuned model's pictures; the base model keeps its own.", COMPARISON, min=0
+        ),
     ] = 4.0
     guidance_start: Annotated[
-        float, Option("Of the same: the share of the steps before it.", COMPARISON, min=0, max=1)
+        float,
+        Option("Share of the steps before the tuned model's guidance begins.", COMPARISON, min=0, max=1),
     ] = 0.2
     only_rank: Annotated[bool, Option("Draw, rank, say how right the order is, and stop.", RANKING)] = False
     out: Path = Path("build/recipes/prompt_fidelity")

@@ -18,9 +18,9 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
-from backbone.io.options import Option, settled_command
 from benchmarks.judges.classifier import load_classifier
 from recipes.align.experiment import (
     COMPARISON,
@@ -55,13 +55,18 @@ class RewardSettings(RecipeSettings):
     """What the recipe is asked for."""
 
     prompts: Annotated[int, Option("Prompts to learn from.", PROMPTS, min=2)] = 600
-    scorer: Annotated[str, Option("What is climbed; it must be a network.", TRAINING)] = "moji"
-    steps: Annotated[int, Option("Of eight pictures each.", TRAINING, min=1)] = 85
-    learning_rate: Annotated[float, Option("Its peak.", TRAINING, min=0)] = 8e-4
+    scorer: Annotated[
+        str, Option("The reward to maximise; it must be a differentiable network.", TRAINING)
+    ] = "moji"
+    steps: Annotated[int, Option("Optimiser steps, of eight pictures each.", TRAINING, min=1)] = 85
+    learning_rate: Annotated[float, Option("Peak learning rate.", TRAINING, min=0)] = 8e-4
     name: str = "draft"
-    scale: Annotated[float, Option("How strongly the tuned model's training works.", COMPARISON, min=0)] = 0.7
+    scale: Annotated[float, Option("LoRA scale of the tuned model.", COMPARISON, min=0)] = 0.7
     guidance: Annotated[
-        float, Option("Of the tuned model's pictures; the base's own stays as it is.", COMPARISON, min=0)
+        float,
+        Option(
+            "Guidance scale of the tuned model's pictures; the base model keeps its own.", COMPARISON, min=0
+        ),
     ] = 2.5
     bound: Annotated[
         bool, Option("Also say what true pictures come to; needs the emoji font.", COMPARISON)

@@ -31,10 +31,10 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.diffusion.noise import generator
 from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json
-from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_stable_decay
 from backbone.world.textures import Pixels
 from recipes.moji.data.pictures import load
@@ -56,18 +56,25 @@ class AutoencoderSettings(RecipeSettings):
     """What the training of the autoencoder is asked for."""
 
     steps: int = 3_000
-    batch: Annotated[int, Option("Crops a step.", TRAINING, min=1)] = 16
+    batch: Annotated[int, Option("Crops in a batch.", TRAINING, min=1)] = 16
     learning_rate: float = 5e-4
     matrix_rate: float = 1e-3
-    channels: Annotated[int, Option("Of the latents.", TRAINING, min=1)] = CHANNELS
+    channels: Annotated[int, Option("Channels of the latents.", TRAINING, min=1)] = CHANNELS
     crop: Annotated[
         int, Option("Side of a crop in pixels; 128 trains on whole pictures.", TRAINING, min=8, max=WHOLE)
     ] = 64
     whole_steps: Annotated[
-        int, Option("So many last steps see whole pictures, as many pixels.", TRAINING, min=0)
+        int,
+        Option("Last steps, which train on whole pictures with as many pixels in a batch.", TRAINING, min=0),
     ] = 400
     decay: Annotated[
-        float, Option("Over this last share the learning rates fall to zero.", TRAINING, min=0, max=1)
+        float,
+        Option(
+            "Share of the steps, at the end, over which the learning rates decay to zero.",
+            TRAINING,
+            min=0,
+            max=1,
+        ),
     ] = 0.25
     kl_weight: Annotated[float, Option("Weight of the KL term per latent number.", TRAINING)] = 2e-4
     texture_share: Annotated[
@@ -76,7 +83,7 @@ class AutoencoderSettings(RecipeSettings):
     latent_noise: Annotated[
         float, Option("Most noise on noisy latents, of each channel's deviation.", TRAINING, min=0)
     ] = 0.2
-    noisy_share: Annotated[float, Option("Share of the batch that gets it.", TRAINING, min=0, max=1)] = 0.5
+    noisy_share: Annotated[float, Option("Share of the batch with that noise.", TRAINING, min=0, max=1)] = 0.5
     scale_weight: Annotated[
         float, Option("Weight of decoding latents of half the resolution.", TRAINING, min=0)
     ] = 0.25
@@ -87,7 +94,9 @@ class AutoencoderSettings(RecipeSettings):
         Path | None,
         Option("Where `vae/` and the checkpoint go.", OUTPUT, default_text="the work directory"),
     ] = None
-    land: Annotated[Path | None, Option("Where the last weights also go, in fp16.", OUTPUT)] = None
+    land: Annotated[
+        Path | None, Option("Folder that the last weights are also written to, in fp16.", OUTPUT)
+    ] = None
 
     @property
     def folder(self) -> Path:

@@ -26,9 +26,9 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
-from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_cosine
 from backbone.world.edits import GREY_STYLES
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene

@@ -32,12 +32,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
-from backbone.io.options import Option, settled_command
 from backbone.training.attention import quick_to_train
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import sample_scene
@@ -114,15 +114,15 @@ class LatentSettings(RecipeSettings):
 
     batch: int = 32
     learning_rate: float = 7e-4
-    processes: Annotated[int, Option("On a CPU: one for each core.", TRAINING, min=1)] = 1
-    text_rows: Annotated[int, Option("Captions of a step that also train a text encoder.", TRAINING)] = 8
+    processes: Annotated[int, Option("Training processes; on a CPU one for each core.", TRAINING, min=1)] = 1
+    text_rows: Annotated[int, Option("Captions in a batch that also train the text encoder.", TRAINING)] = 8
     simple_steps: Annotated[
-        int, Option("The share of plain single things falls to none here.", TRAINING, min=1)
+        int, Option("Step by which scenes of a single plain thing have left the data.", TRAINING, min=1)
     ] = 8_000
     decay: Annotated[
-        int, Option("Over so many last steps the learning rate falls to zero.", TRAINING, min=1)
+        int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 600
-    warmup: Annotated[int, Option("Over so many first steps the learning rate rises.", TRAINING)] = 300
+    warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ class DenoiserSettings(LatentSettings):
     """What the training of the denoiser is asked for."""
 
     steps: int = 12_000
-    optimizer: Annotated[str, Option("Of the inner matrices.", TRAINING, choices=("muon", "adamw"))] = "muon"
+    optimizer: Annotated[
+        str, Option("Optimiser of the hidden matrices.", TRAINING, choices=("muon", "adamw"))
+    ] = "muon"
     text_steps: Annotated[int, Option("Freeze the text encoder after this step.", TRAINING)] = 6_000
     prediction: Annotated[
         str, Option("What the network predicts.", TRAINING, choices=("v_prediction", "epsilon"))

@@ -31,13 +31,13 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from backbone.cli.options import settled_command
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, flow, generator
 from backbone.distributed.spawn import run_workers
 from backbone.families.sd3.family import use_repeated_zero_token
 from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.options import settled_command
 from backbone.models.locate import EMBEDDED
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI

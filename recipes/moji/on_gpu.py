@@ -30,10 +30,10 @@ import numpy as np
 import torch
 import typer
 
+from backbone.cli.flags import OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
-from backbone.io.flags import OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.models.locate import EMBEDDED
 from backbone.world.render import find_font
 from backbone.world.textures import draw_texture
@@ -58,14 +58,16 @@ class GpuSettings:
     """What is trained in the minutes that there are."""
 
     out: Annotated[Path, Option("Weights in pieces, and the log.", OUTPUT)]
-    minutes: Annotated[float, Option("For everything together.", "Training", min=0)] = 9.0
-    begin: Annotated[Path, Option("A pipeline that denoiser and text encoder begin as.", "Training")] = (
-        EMBEDDED
+    minutes: Annotated[float, Option("Time limit of all stages together, in minutes.", "Training", min=0)] = (
+        9.0
     )
-    vae: Annotated[Path, Option("The autoencoder whose decoder is polished.", "Training")] = VAE
+    begin: Annotated[
+        Path, Option("Pipeline folder whose denoiser and text encoder to start from.", "Training")
+    ] = EMBEDDED
+    vae: Annotated[Path, Option("The autoencoder whose decoder is fine-tuned.", "Training")] = VAE
     workdir: Annotated[Path, Option("Pictures, latents, checkpoints.", OUTPUT)] = Path("build/moji")
     scenes: Annotated[int, Option("Scenes to render where none are there.", "Training", min=1)] = 24_000
-    batch: Annotated[int, Option("Latents a step.", "Training", min=1)] = 256
+    batch: Annotated[int, Option("Latents in a batch.", "Training", min=1)] = 256
     device: Annotated[str, Option("cuda or cpu.", "Training")] = "cuda"
     tiny: Annotated[bool, Option("A few steps on blank pictures.", "Training")] = False
 

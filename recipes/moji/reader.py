@@ -23,10 +23,10 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_tensors, write_json, write_tensors
-from backbone.io.options import Option, settled_command
 from backbone.models.model import Backbone
 from backbone.training.loop import warm_cosine
 from benchmarks.judges.reader import WEIGHTS, Reader

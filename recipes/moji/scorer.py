@@ -40,10 +40,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from backbone.cli.options import Option, settled_command
 from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
 from backbone.io.console import run_app
 from backbone.io.files import write_json
-from backbone.io.options import Option, settled_command
 from backbone.training.loop import Average, warm_cosine
 from backbone.world.render import SIZE, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
@@ -76,7 +76,9 @@ class ScorerSettings(RecipeSettings):
     decoded: Annotated[
         int, Option("How many pictures also come as the autoencoder decodes them.", TRAINING, min=0)
     ] = 4_000
-    help_weight: Annotated[float, Option("Weight of the heads that are thrown away.", TRAINING)] = 0.5
+    help_weight: Annotated[
+        float, Option("Weight of the auxiliary heads, which are dropped after training.", TRAINING)
+    ] = 0.5
 
 
 @settled_command(app, ScorerSettings)

@@ -20,9 +20,9 @@ from align.pairs.samples import image_name
 from align.settings import WITH_BETA, read_settings
 from align.training.memory import fit_to_vram
 from backbone.adapters.concept import read_concept
+from backbone.cli.options import fields_of
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.options import fields_of
 from backbone.media.decode import open_rgb
 from backbone.models.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, invoked, picture, refused, write_lines

@@ -24,10 +24,10 @@ from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from backbone.cli.conditions import AskedControl, AskedMap
 from backbone.conditions.control import Control
 from backbone.families.flux.family import pack_latents, unpack_latents
-from backbone.families.unet_control_files import FIXED, RESNET, to_diffusers
-from backbone.io.conditions import AskedControl, AskedMap
+from backbone.families.unet.control_files import FIXED, RESNET, to_diffusers
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.models.control import open_conditions, open_control, together

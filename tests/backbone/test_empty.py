@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbone.families.empty import without_weights
+from backbone.families.components.empty import without_weights
 
 
 def make() -> nn.Module:

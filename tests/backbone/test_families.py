@@ -40,7 +40,7 @@ from backbone.adapters.concept import choose_rare_words, read_concept
 from backbone.adapters.embeddings import add_tokens, embed_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.diffusion.noise import SingularLevel, estimate
-from backbone.families import loading as parts
+from backbone.families.components import loading as parts
 from backbone.families.flux import family as flux
 from backbone.families.pixart import family as pixart
 from backbone.io.console import UserError

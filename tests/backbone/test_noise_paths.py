@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from backbone.families.base import NoisePath
-from backbone.families.loading import vp_path
+from backbone.families.components.noise_paths import vp_path
 from backbone.families.location import Location
 from backbone.io.console import UserError
 

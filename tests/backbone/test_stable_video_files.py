@@ -22,7 +22,7 @@ from backbone.families.stable_video.checkpoint import (
 )
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
-from backbone.models.animate import Still, condition_on, encode_still
+from backbone.models.clips.animate import Still, condition_on, encode_still
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, initial_noise
 from tests.tiny import tiny_stable_video
@@ -130,7 +130,7 @@ def write_file(place: Path, folder: Path, tensors: dict[str, Tensor], *, configs
 
 
 def open_video(path: Path) -> Backbone:
-    return Backbone.open(str(path), device="cpu", precision="fp32", from_picture=True)
+    return Backbone.open(str(path), device="cpu", precision="fp32", task="image-to-video")
 
 
 def answers(model: Backbone) -> list[Tensor]:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from backbone.evaluation.motion import PARTS, is_right, measure_moved
 from backbone.io.files import read_json
-from backbone.models.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
+from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion
 from backbone.world.clip import render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
 from benchmarks import clips

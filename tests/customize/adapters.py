@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import LayerUpdate
-from customize.formats.layer_names import TEXT_MODEL_PREFIX, is_text_encoder
+from customize.formats.layers.names import TEXT_MODEL_PREFIX, is_text_encoder
 from tests.tiny import tiny_tokenizer
 
 Choose = Callable[[str, nn.Module], bool]

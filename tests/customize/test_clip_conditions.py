@@ -15,9 +15,9 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.camera import Reach, read_camera
 from backbone.media.clips import read_film
-from backbone.models.camera import CAMERA_WEIGHTS, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, new_camera, save_camera
+from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion
 from customize.cli import app
 from tests.backbone.test_control import controlnet
 from tests.tiny import tiny_motion_adapter, tiny_unet

@@ -26,8 +26,8 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
 from backbone.media.clips import encode_webp, read_film
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
-from backbone.models.motion import read_motion_adapter
 from customize.cli import app
 from customize.clips.settings import TrainMotionOptions
 from customize.clips.train import (

@@ -29,10 +29,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.media.clips import read_film
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
+from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
-from backbone.models.sparse import build_sparsectrl
 from customize.cli import app
 from customize.clips.picture_lora import load_loras, read_loras
 from customize.clips.settings import ClipOptions
@@ -130,7 +130,7 @@ def test_a_clip_is_drawn_as_it_was_planned(video_folder: Path, photo: Path, tmp_
 
 @pytest.mark.slow
 def test_a_device_is_planned_for_with_the_cheapest_savings(video_folder: Path) -> None:
-    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", from_picture=True)
+    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", task="image-to-video")
     estimator = ClipEstimator(model, frames=4, places=(16, 16), device="cpu")
     start = ClipChoice(4)
     needs = {name: phase.total_bytes for name, phase in estimator.phases(start).items()}
@@ -381,7 +381,7 @@ LAYERS = (  # of Stable Video Diffusion's network: over space, over time, betwee
 def write_video_lora(folder: Path, video_folder: Path, style: str, layers: tuple[str, ...] = LAYERS) -> Path:
     """A LoRA of rank 2 and α 3 in another tool's names."""
     network: Any = Backbone.open(
-        str(video_folder), device="cpu", precision="fp32", from_picture=True
+        str(video_folder), device="cpu", precision="fp32", task="image-to-video"
     ).denoiser
     random, tensors = torch.Generator().manual_seed(0), {}
     name = {
@@ -412,7 +412,7 @@ def test_a_lora_of_every_tool_changes_a_prediction_as_peft_does_in_diffusers_net
     style: str, video_folder: Path, tmp_path: Path
 ) -> None:
     path = write_video_lora(tmp_path / style, video_folder, style)
-    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", from_picture=True)
+    model = Backbone.open(str(video_folder), device="cpu", precision="fp32", task="image-to-video")
     assert set(load_loras(model.denoiser, read_loras(model, [path]), scale=0.5)) == {"lora_0"}
     theirs: Any = UNetSpatioTemporalConditionModel.from_pretrained(video_folder / "unet")
     known = read_tensors(write_video_lora(tmp_path / "known", video_folder, "diffusers"))[0]

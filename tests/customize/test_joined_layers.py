@@ -34,10 +34,10 @@ from backbone.families.zimage.family import ZImage
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile
-from customize.formats.layer_names import flatten_name
-from customize.formats.originals import find_original
+from customize.formats.layers.names import flatten_name
+from customize.formats.layers.originals import find_original
+from customize.formats.layers.translate import find
 from customize.formats.read import read_adapter
-from customize.formats.translate import find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import random_adapter, random_layer
 from tests.tiny import (

@@ -16,10 +16,10 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
-from customize.formats.bake import bake
 from customize.formats.convert import export_embeddings
-from customize.formats.merge import read_input
-from customize.formats.merged_run import rename_embeddings
+from customize.formats.merging.bake import bake
+from customize.formats.merging.merge import read_input
+from customize.formats.merging.merged_run import rename_embeddings
 from customize.formats.model_weights import ModelWeights
 from customize.methods.lora import refuse_other_encoders
 from customize.training.card import load_words_in_diffusers

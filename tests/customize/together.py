@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from backbone.cli.sampling import DrawingOptions
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
-from backbone.io.sampling import DrawingOptions
 from backbone.models.cache import VARIABLE
 from customize.sampling import sample_to_folder
 from customize.settings import Subject

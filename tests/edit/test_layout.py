@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.io.conditions import AskedControl, parse_map
+from backbone.cli.conditions import AskedControl, parse_map
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.models.cache import encode_prompts_cached
@@ -194,7 +194,7 @@ def test_an_instruction_is_followed_under_a_map_of_a_net_that_reads_no_image(
 ) -> None:
     """The net was made for the plain model, whose UNet has half of the input's channels."""
     folder = str(tiny.tiny_instruct_pix2pix(tmp_path / "model"))
-    told = Backbone.open(folder, device="cpu", precision="fp32", by_instruction=True)
+    told = Backbone.open(folder, device="cpu", precision="fp32", task="edit")
     layout = opened(told, place, "edges=auto", net="controlnet")
     how: dict[str, Any] = {"keep": "none", "steps": 2}
     plain, under = (

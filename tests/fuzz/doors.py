@@ -29,19 +29,19 @@ from align.training.logs import LoggedEvaluation, LoggedFigures, LoggedInterval,
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
+from backbone.cli.conditions import AskedMap
+from backbone.cli.options import as_command, fields_of, values_from_file, values_from_flags
 from backbone.conditions.control import Control
-from backbone.io.conditions import AskedMap
 from backbone.io.files import read_header, read_jsonl, read_tensors, write_json, write_tensors
-from backbone.io.options import as_command, fields_of, values_from_file, values_from_flags
 from backbone.io.prompts import prompts_of, read_prompts
 from backbone.io.run_folder import trim_log
 from backbone.media.clips import read_film
 from backbone.media.control_maps import Target, read_map
 from backbone.media.decode import open_rgb
 from backbone.media.pictures import check_images, list_images
+from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
 from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, detach_motion, read_motion_adapter
 from backbone.training.loop import Report, load_checkpoint, save_checkpoint
 from customize.data.control_pairs import check_control_pairs, read_control_pairs
 from customize.data.edit_pairs import read_edit_pairs, usable_pairs

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.io.files import read_tensors, write_tensors
+from backbone.models.clips.motion import new_motion_adapter, read_motion_adapter
 from backbone.models.model import Backbone
-from backbone.models.motion import new_motion_adapter, read_motion_adapter
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from backbone.world.clip import sample_clip
 from recipes.moji.adapters.motion import (

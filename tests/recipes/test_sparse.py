@@ -11,10 +11,10 @@ import torch
 
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.io.files import read_tensors, write_tensors
+from backbone.models.clips.motion import new_motion_adapter
+from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
-from backbone.models.motion import new_motion_adapter
 from backbone.models.sample import Frames, Request, sample_latents
-from backbone.models.sparse import open_sparsectrl
 from recipes.moji.adapters.motion import FRAMES
 from recipes.moji.adapters.sparse import SparseSettings, begin, draw_places, export, train_sparse
 from tests.tiny import tiny_moji

@@ -15,7 +15,7 @@ from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.diffusion.noise import add_noise, generator
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
-from backbone.models.few_step import open_few_step
+from backbone.models.few_step.model import open_few_step
 from backbone.models.model import Backbone
 from recipes.moji.adapters.turbo import NAME, Consistency, TurboSettings, app, distil
 from tests.tiny import tiny_pipeline

@@ -22,7 +22,6 @@ from transformers import T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.transfer import send
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -33,10 +32,12 @@ from backbone.families.base import (
     diffusers_spec,
     transformers_spec,
 )
+from backbone.families.components import language_models, loading, tokenization
 from backbone.families.flux import family as flux
 from backbone.families.flux.checkpoint import convert_to_diffusers as convert_flux
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 
 TOKENS = 512
 MARK = "distilled_guidance_layer.in_proj.weight"  # in the original names and in diffusers'
@@ -115,7 +116,7 @@ class Chroma(SplitFileFamily):
         )
 
 
-class MaskedT5(loading.MultiTextEncoder):
+class MaskedT5(tokenization.MultiTextEncoder):
     """T5's last hidden states at 512 positions; the mask takes in one token of padding behind the prompt."""
 
     @property
@@ -125,8 +126,8 @@ class MaskedT5(loading.MultiTextEncoder):
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 512, D], mask [B, 512]; warns of truncated prompts."""
         (slot,) = self.slots
-        loading.warn_truncation(slot, prompts, TOKENS)
-        tokens = loading.tokenize(slot, prompts, TOKENS)
+        tokenization.warn_truncation(slot, prompts, TOKENS)
+        tokens = tokenization.tokenize(slot, prompts, TOKENS)
         hidden = slot.model(**tokens).last_hidden_state.float()
         places = torch.arange(TOKENS, device=hidden.device)
         return {"hidden": hidden, "mask": (places <= tokens["attention_mask"].sum(1, keepdim=True)).long()}

@@ -15,12 +15,19 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from backbone.families import text_encoders
 from backbone.families.base import TextEncoderSlot
-from backbone.families.checkpoint import UNET, config_mismatch
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
-from backbone.families.text_encoders import CLIP_L, PROJECTION, T5, build_network, load_clip, read_weights
+from backbone.families.single_file import text_encoders
+from backbone.families.single_file.checkpoint import UNET, config_mismatch
+from backbone.families.single_file.text_encoders import (
+    CLIP_L,
+    PROJECTION,
+    T5,
+    build_network,
+    load_clip,
+    read_weights,
+)
 from backbone.io.files import Header
 
 REMEDY = (

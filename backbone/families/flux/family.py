@@ -23,7 +23,6 @@ from transformers import CLIPTextModel, T5EncoderModel
 from backbone.conditions.conditions import Conditions, Text
 from backbone.conditions.control import ControlNetwork
 from backbone.diffusion.transfer import send
-from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -37,9 +36,11 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import joint_attention, loading, noise_paths, tokenization
 from backbone.families.control import residuals_of
 from backbone.families.flux import checkpoint, control
 from backbone.families.location import Location
+from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
@@ -127,7 +128,7 @@ class Flux:
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        return loading.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
+        return noise_paths.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
@@ -183,7 +184,7 @@ class Flux:
         return replace(conditions, guidance=scale)
 
 
-class ClipAndT5(loading.MultiTextEncoder):
+class ClipAndT5(tokenization.MultiTextEncoder):
     """T5's hidden states and CLIP's pooled output.
 
     Only CLIP learns tokens or carries an adapter, as diffusers loads them.
@@ -200,12 +201,12 @@ class ClipAndT5(loading.MultiTextEncoder):
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, T, D], pooled [B, P]; warns of what T5 truncates."""
-        loading.warn_truncation(self.t5, prompts, self.tokens)
+        tokenization.warn_truncation(self.t5, prompts, self.tokens)
         (clip,) = self.slots
-        ids = loading.tokenize(self.t5, prompts, self.tokens)["input_ids"]
+        ids = tokenization.tokenize(self.t5, prompts, self.tokens)["input_ids"]
         return {
             "hidden": self.t5.model(ids).last_hidden_state.float(),
-            "pooled": clip.model(loading.tokenize(clip, prompts)["input_ids"]).pooler_output.float(),
+            "pooled": clip.model(tokenization.tokenize(clip, prompts)["input_ids"]).pooler_output.float(),
         }
 
 
@@ -229,9 +230,9 @@ def joint_attention_inputs(
     single block `hidden` is the concatenated sequence, its first `text_tokens` the text's.
     """
     assert mask is None
-    qkv = loading.project_qkv(attn, hidden)
+    qkv = joint_attention.project_qkv(attn, hidden)
     if text_hidden is not None:
-        text_qkv = loading.project_text_qkv(attn, text_hidden)
+        text_qkv = joint_attention.project_text_qkv(attn, text_hidden)
         qkv = [torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv, strict=True)]
     query, key, value = qkv
     query, key = (apply_rotary_emb(x, rotary) for x in (query, key))

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import MistralModel, PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Model
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -37,9 +36,11 @@ from backbone.families.base import (
     NoisePath,
     diffusers_spec,
 )
-from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.components import joint_attention, language_models, loading, noise_paths
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 from backbone.io.files import Header
 
@@ -159,7 +160,7 @@ class Flux2(SplitFileFamily):
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        return loading.flow_path(
+        return noise_paths.flow_path(
             location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps, shift=empirical_shift
         )
 
@@ -251,7 +252,10 @@ def joint_attention_inputs(
 ) -> JointAttentionInputs:
     """One call of a double block's attention: text tokens, then image tokens, each with its own projections."""
     assert mask is None
-    text_qkv, qkv = loading.project_text_qkv(attn, text_hidden), loading.project_qkv(attn, hidden)
+    text_qkv, qkv = (
+        joint_attention.project_text_qkv(attn, text_hidden),
+        joint_attention.project_qkv(attn, hidden),
+    )
     query, key, value = (torch.cat(pair, dim=2) for pair in zip(text_qkv, qkv, strict=True))
     query, key = (apply_rotary_emb(x, rotary) for x in (query, key))
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -29,11 +28,13 @@ from backbone.families.base import (
     TextSegment,
     diffusers_spec,
 )
+from backbone.families.components import joint_attention, language_models, loading, noise_paths, tokenization
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.flux.family import latent_image_ids, pack_latents, unpack_latents
-from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.qwen.family import TEMPLATE
-from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.console import UserError
 
 TOKENS, DROPPED, ENDING = 512, 34, 5  # what the network is given, the template's beginning and end
@@ -108,7 +109,9 @@ class Krea2(SplitFileFamily):
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
         shift = (lambda tokens, *steps: TURBO_SHIFT) if is_turbo(location) else None
-        return loading.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps, shift=shift)
+        return noise_paths.flow_path(
+            location, size=(height, width), lowest=lambda steps: 1 / steps, shift=shift
+        )
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -129,7 +132,9 @@ class Krea2(SplitFileFamily):
         return predict
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        late = joint_attention.later_half_prefixes(
+            cast(Any, denoiser).transformer_blocks, "transformer_blocks"
+        )
         tokens = conditions.text["hidden"].shape[1]
 
         def read(
@@ -157,8 +162,8 @@ class PaddedInside(LanguageModelEncoder):
         (slot,), reading = self.slots, self.reading
         length = reading.tokens + reading.dropped
         self.warn_truncation(prompts, length)
-        begun = loading.tokenize(slot, [self.write(prompt) for prompt in prompts], length)
-        ended = loading.tokenize(slot, [TEMPLATE[1]] * len(prompts), padding="longest")
+        begun = tokenization.tokenize(slot, [self.write(prompt) for prompt in prompts], length)
+        ended = tokenization.tokenize(slot, [TEMPLATE[1]] * len(prompts), padding="longest")
         tokens = {name: torch.cat([begun[name], ended[name]], dim=1) for name in begun}
         places = (tokens["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         hidden = language_models.read_layers(

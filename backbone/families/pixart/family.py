@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -28,6 +27,7 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import joint_attention, loading, noise_paths, tokenization
 from backbone.families.location import Location
 from backbone.io.files import Header
 
@@ -84,7 +84,7 @@ class PixArt:
         return {"steps": 20, "guidance": 4.5}
 
     def path(self, location: Location) -> NoisePath:
-        return loading.vp_path(location)
+        return noise_paths.vp_path(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -103,14 +103,16 @@ class PixArt:
         return predict
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        late = joint_attention.later_half_prefixes(
+            cast(Any, denoiser).transformer_blocks, "transformer_blocks"
+        )
         return AttentionLayout(max_map_queries=None, detail_layers=late)
 
     def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
         return None
 
 
-class T5TextEncoder(loading.MultiTextEncoder):
+class T5TextEncoder(tokenization.MultiTextEncoder):
     """T5's last hidden states at 300 positions and the token mask. Prompts are lowercased."""
 
     @property
@@ -125,8 +127,8 @@ class T5TextEncoder(loading.MultiTextEncoder):
         """hidden [B, 300, D], mask [B, 300]; warns of truncated prompts."""
         (slot,) = self.slots
         prompts = [self.preprocess(prompt) for prompt in prompts]
-        loading.warn_truncation(slot, prompts, T5_TOKENS)
-        tokens = loading.tokenize(slot, prompts, T5_TOKENS)
+        tokenization.warn_truncation(slot, prompts, T5_TOKENS)
+        tokens = tokenization.tokenize(slot, prompts, T5_TOKENS)
         return {"hidden": slot.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}
 
 

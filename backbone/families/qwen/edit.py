@@ -22,11 +22,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from backbone.conditions.conditions import Text
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import ImageInput, ModelSpec, ModuleSpec, TextEncoderSlot
-from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.components import language_models, loading, tokenization
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.qwen.family import QwenImage, is_editor
+from backbone.families.single_file import split_files
 from backbone.io.console import UserError
 from backbone.io.files import Header
 from backbone.io.weights import refuse_damaged
@@ -106,7 +107,7 @@ class SeeingEncoder(LanguageModelEncoder):
         )
         self.warn_truncation(prompts, WORDS)
         texts = [self.write(before + prompt) for prompt in prompts]
-        tokens = loading.tokenize(
+        tokens = tokenization.tokenize(
             slot, texts, self.reading.tokens + DROPPED, padding="longest", special=False
         )
         states = self.model(

@@ -25,7 +25,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, guide
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -34,10 +33,12 @@ from backbone.families.base import (
     NoisePath,
     diffusers_spec,
 )
+from backbone.families.components import joint_attention, language_models, loading, noise_paths
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.flux.family import pack_latents, unpack_latents
-from backbone.families.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import Convert, SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.files import Header
 
 READING = Reading(layers=(-1,), tokens=1024, dropped=34)
@@ -104,7 +105,7 @@ class QwenImage(SplitFileFamily):
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        path = loading.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
+        path = noise_paths.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
         return replace(path, guide=guide_keeping_length)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
@@ -128,7 +129,9 @@ class QwenImage(SplitFileFamily):
         return predict
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        late = joint_attention.later_half_prefixes(
+            cast(Any, denoiser).transformer_blocks, "transformer_blocks"
+        )
         joint = {QwenDoubleStreamAttnProcessor2_0: joint_attention_inputs}
         return AttentionLayout(joint, max_map_queries=None, detail_layers=late)
 
@@ -166,8 +169,8 @@ def joint_attention_inputs(
     image_rotary_emb: Any = None,
 ) -> JointAttentionInputs:
     """One call of an attention layer: text tokens, then image tokens, each with its own projections."""
-    text_qkv = loading.project_text_qkv(attn, encoder_hidden_states)
-    qkv = loading.project_qkv(attn, hidden)
+    text_qkv = joint_attention.project_text_qkv(attn, encoder_hidden_states)
+    qkv = joint_attention.project_qkv(attn, hidden)
     angles, text_angles = image_rotary_emb
     for parts, freqs in ((text_qkv, text_angles), (qkv, angles)):
         parts[:2] = [

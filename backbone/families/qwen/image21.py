@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     ModelSpec,
@@ -30,9 +29,11 @@ from backbone.families.base import (
     TextEncoderSlot,
     diffusers_spec,
 )
-from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.components import language_models, loading, noise_paths
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 
 TOKENS = 1024
@@ -123,7 +124,7 @@ class QwenImage21(SplitFileFamily):
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        return loading.flow_path(location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps)
+        return noise_paths.flow_path(location, size=(height, width), patch=1, lowest=lambda steps: 1 / steps)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)

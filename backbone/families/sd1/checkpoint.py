@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import PredictionType
-from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch, unet_and_latent_channels
-from backbone.families.empty import without_weights
+from backbone.families.components.empty import without_weights
 from backbone.families.location import Location, hub_file
+from backbone.families.single_file.checkpoint import (
+    AUTOENCODER,
+    UNET,
+    config_mismatch,
+    unet_and_latent_channels,
+)
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_tensors
 from backbone.io.weights import refuse_damaged

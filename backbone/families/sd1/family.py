@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families import loading
 from backbone.families.base import (
     ModelSpec,
     Network,
@@ -21,10 +20,11 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint
-from backbone.families.unet import UNetFamily, beside_reference, load_part
-from backbone.families.unet_control import controlled
+from backbone.families.unet.control import controlled
+from backbone.families.unet.family import UNetFamily, beside_reference, load_part
 from backbone.io.files import Header
 
 
@@ -92,7 +92,7 @@ class StableDiffusion(UNetFamily):
         return predict
 
 
-class ClipTextEncoder(loading.MultiTextEncoder):
+class ClipTextEncoder(tokenization.MultiTextEncoder):
     """CLIP's last hidden states at 77 positions."""
 
     @property
@@ -102,6 +102,6 @@ class ClipTextEncoder(loading.MultiTextEncoder):
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D]; warns of truncated prompts."""
         (slot,) = self.slots
-        loading.warn_truncation(slot, prompts)
-        ids = loading.tokenize(slot, prompts)["input_ids"]
+        tokenization.warn_truncation(slot, prompts)
+        ids = tokenization.tokenize(slot, prompts)["input_ids"]
         return {"hidden": slot.model(ids).last_hidden_state.float()}

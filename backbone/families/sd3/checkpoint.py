@@ -14,12 +14,12 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 
-from backbone.families import text_encoders
 from backbone.families.base import TextEncoderSlot
-from backbone.families.checkpoint import UNET, config_mismatch
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
-from backbone.families.text_encoders import (
+from backbone.families.single_file import text_encoders
+from backbone.families.single_file.checkpoint import UNET, config_mismatch
+from backbone.families.single_file.text_encoders import (
     CLIP_G,
     CLIP_L,
     PROJECTION,

@@ -23,7 +23,6 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.conditions.control import ControlNetwork
-from backbone.families import loading, text_encoders
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -37,9 +36,11 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import joint_attention, loading, noise_paths, tokenization
 from backbone.families.control import residuals_of
 from backbone.families.location import Location
 from backbone.families.sd3 import checkpoint, control
+from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS = 256
@@ -130,7 +131,7 @@ class StableDiffusion3:
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
         patch = int(location.config("transformer")["patch_size"])
-        return loading.flow_path(location, size=(height, width), patch=patch)
+        return noise_paths.flow_path(location, size=(height, width), patch=patch)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -156,7 +157,9 @@ class StableDiffusion3:
         return control.control_network(module, denoiser, encode)
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        late = loading.later_half_prefixes(cast(Any, denoiser).transformer_blocks, "transformer_blocks")
+        late = joint_attention.later_half_prefixes(
+            cast(Any, denoiser).transformer_blocks, "transformer_blocks"
+        )
         joint = {
             JointAttnProcessor2_0: joint_attention_inputs,
             RepeatedZeroTokenProcessor: joint_attention_inputs_with_repeated_zero,
@@ -167,7 +170,7 @@ class StableDiffusion3:
         return None
 
 
-class ThreeEncoders(loading.MultiTextEncoder):
+class ThreeEncoders(tokenization.MultiTextEncoder):
     """Both CLIPs' hidden states concatenated and zero-padded to T5's width, then T5's tokens."""
 
     def __init__(
@@ -185,18 +188,18 @@ class ThreeEncoders(loading.MultiTextEncoder):
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77 + 256, D] (77 + 1 with one zero token), pooled [B, P₁ + P₂]; warns of truncated prompts."""
         outputs = [
-            slot.model(loading.tokenize(slot, prompts)["input_ids"], output_hidden_states=True)
+            slot.model(tokenization.tokenize(slot, prompts)["input_ids"], output_hidden_states=True)
             for slot in self.slots
         ]
         clip_hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()
         clip_hidden = F.pad(clip_hidden, (0, self.width - clip_hidden.shape[-1]))
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1).float()
         if self.t5 is None:
-            loading.warn_truncation(self.slots[0], prompts)
+            tokenization.warn_truncation(self.slots[0], prompts)
             t5_hidden = clip_hidden.new_zeros(len(prompts), self.t5_tokens, self.width)
         else:
-            loading.warn_truncation(self.t5, prompts, T5_TOKENS)
-            ids = loading.tokenize(self.t5, prompts, T5_TOKENS)["input_ids"]
+            tokenization.warn_truncation(self.t5, prompts, T5_TOKENS)
+            ids = tokenization.tokenize(self.t5, prompts, T5_TOKENS)["input_ids"]
             t5_hidden = self.t5.model(ids).last_hidden_state.float()
         return {"hidden": torch.cat([clip_hidden, t5_hidden], dim=1), "pooled": pooled}
 
@@ -255,12 +258,12 @@ def joint_attention_inputs(
 ) -> JointAttentionInputs:
     """One call of an attention layer: image tokens, then text tokens; image alone in a dual block's second layer."""
     assert attention_mask is None
-    qkv = loading.project_qkv(attn, hidden)
+    qkv = joint_attention.project_qkv(attn, hidden)
     image_tokens = hidden.shape[1]
     text = slice(image_tokens, image_tokens)
     if encoder_hidden_states is not None:
         text = slice(image_tokens, image_tokens + encoder_hidden_states.shape[1])
-        text_qkv = loading.project_text_qkv(attn, encoder_hidden_states)
+        text_qkv = joint_attention.project_text_qkv(attn, encoder_hidden_states)
         qkv = [torch.cat(pair, dim=2) for pair in zip(qkv, text_qkv, strict=True)]
 
     def project_output(attended: Tensor) -> Any:

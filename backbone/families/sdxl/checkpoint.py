@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from backbone.families import loading
 from backbone.families.base import TextEncoderSlot
-from backbone.families.checkpoint import config_mismatch, unet_and_latent_channels
-from backbone.families.empty import without_weights
+from backbone.families.components import loading
+from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import (
     OPENCLIP_KEY_PATTERNS,
@@ -25,6 +24,7 @@ from backbone.families.sd1.checkpoint import (
     UNUSED_KEYS,
     load_tokenizer,
 )
+from backbone.families.single_file.checkpoint import config_mismatch, unet_and_latent_channels
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors
 from backbone.io.weights import refuse_damaged

@@ -16,8 +16,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.transfer import send
-from backbone.families import checkpoint as single_file
-from backbone.families import loading
 from backbone.families.base import (
     ModelSpec,
     Network,
@@ -27,10 +25,12 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
-from backbone.families.unet import UNetFamily, beside_reference, load_part
-from backbone.families.unet_control import controlled
+from backbone.families.single_file import checkpoint as single_file
+from backbone.families.unet.control import controlled
+from backbone.families.unet.family import UNetFamily, beside_reference, load_part
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
@@ -114,7 +114,7 @@ class StableDiffusionXL(UNetFamily):
         return predict
 
 
-class TwoClips(loading.MultiTextEncoder):
+class TwoClips(tokenization.MultiTextEncoder):
     """Both encoders' last-but-one hidden states concatenated, and the second one's pooled output.
 
     With `zeros` (`force_zeros_for_empty_prompt`) an empty prompt is zeros and not the encoding of "".
@@ -131,9 +131,9 @@ class TwoClips(loading.MultiTextEncoder):
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """hidden [B, 77, D₁ + D₂], pooled [B, P]; warns of truncated prompts."""
-        loading.warn_truncation(self.slots[0], prompts)
+        tokenization.warn_truncation(self.slots[0], prompts)
         outputs = [
-            slot.model(loading.tokenize(slot, prompts)["input_ids"], output_hidden_states=True)
+            slot.model(tokenization.tokenize(slot, prompts)["input_ids"], output_hidden_states=True)
             for slot in self.slots
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()

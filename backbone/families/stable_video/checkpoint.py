@@ -18,12 +18,12 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from backbone.families import loading
-from backbone.families.checkpoint import AUTOENCODER, UNET, config_mismatch
-from backbone.families.empty import without_weights
+from backbone.families.components import loading
+from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
 from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.sdxl.checkpoint import convert_openclip
+from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_header, read_tensors
 from backbone.io.weights import refuse_damaged

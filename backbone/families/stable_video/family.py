@@ -20,7 +20,6 @@ from transformers import CLIPVisionModelWithProjection
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Level, Schedule
 from backbone.diffusion.schedules import karras_schedule
-from backbone.families import loading
 from backbone.families.base import (
     AttentionLayout,
     ImageInput,
@@ -32,6 +31,7 @@ from backbone.families.base import (
     refuse_beside,
     transformers_spec,
 )
+from backbone.families.components import loading
 from backbone.families.location import Location
 from backbone.families.stable_video import checkpoint
 from backbone.families.stable_video.picture import ClipPictureEncoder

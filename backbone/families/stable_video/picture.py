@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from backbone.diffusion.transfer import send
-from backbone.families import loading
+from backbone.families.components import loading
 from backbone.families.location import Location, find_hub_file
 from backbone.families.stable_video import checkpoint
 from backbone.io.console import UserError

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
 from backbone.conditions.conditions import Conditions
-from backbone.families import language_models, loading, split_files
 from backbone.families.base import (
     AttentionLayout,
     JointAttentionInputs,
@@ -29,9 +28,11 @@ from backbone.families.base import (
     diffusers_spec,
     transformers_spec,
 )
-from backbone.families.language_models import LanguageModelEncoder, Reading
+from backbone.families.components import joint_attention, language_models, loading, noise_paths
+from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
-from backbone.families.split_files import SplitFileFamily, SplitFiles
+from backbone.families.single_file import split_files
+from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.files import Header
 
 READING = Reading(layers=(-2,), tokens=512)
@@ -113,7 +114,7 @@ class ZImage(SplitFileFamily):
 
     def path(self, location: Location) -> NoisePath:
         height, width = self.latent_shape(location)[-2:]
-        return loading.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
+        return noise_paths.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = cast(torch.dtype, denoiser.dtype)
@@ -133,7 +134,7 @@ class ZImage(SplitFileFamily):
         network = cast(Any, denoiser)
         text_alone = {id(block.attention) for block in network.context_refiner}
         read = partial(joint_attention_inputs, text_alone=text_alone, angles=int(network.axes_dims[0]) // 2)
-        late = loading.later_half_prefixes(network.layers, "layers")
+        late = joint_attention.later_half_prefixes(network.layers, "layers")
         return AttentionLayout({ZSingleStreamAttnProcessor: read}, max_map_queries=None, detail_layers=late)
 
 
@@ -152,7 +153,7 @@ def joint_attention_inputs(
     them; the layers `text_alone`, by their ids, have no image tokens, and the noise's refiner no text.
     """
     assert freqs_cis is not None
-    query, key, value = loading.project_qkv(attn, hidden)
+    query, key, value = joint_attention.project_qkv(attn, hidden)
     query, key = (rotate(x, freqs_cis) for x in (query, key))
     tokens, places = hidden.shape[1], 0
     if id(attn) not in text_alone:

@@ -10,11 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from backbone.io.commands import print_json
-from backbone.io.conditions import KINDS, SYNONYMS
-from backbone.io.console import UserError, notify
-from backbone.io.files import read_json
-from backbone.io.flags import (
+from backbone.cli.commands import print_json
+from backbone.cli.conditions import KINDS, SYNONYMS
+from backbone.cli.flags import (
     DATA,
     DRAWING,
     MODEL,
@@ -25,7 +23,9 @@ from backbone.io.flags import (
     PlaceOptions,
     model_option,
 )
-from backbone.io.options import Option, command, settled_command
+from backbone.cli.options import Option, command, settled_command
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder, run_name
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 from backbone.world.parse import parse_pose, parse_scene
@@ -89,7 +89,7 @@ class MapOptions(JsonOptions):
             metavar="POSE",
         ),
     ] = ()
-    seed: Annotated[int, Option("Of what --prompt leaves open.", DRAWING, needs={"prompt": ()})] = 0
+    seed: Annotated[int, Option("Seed of what --prompt leaves open.", DRAWING, needs={"prompt": ()})] = 0
     all: Annotated[bool, Option("Every kind that can be made.", DATA)] = False
     model: Annotated[str | None, model_option("moji")] = None
     resolution: Annotated[
@@ -202,13 +202,13 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
         ),
     ] = ""
     most: Annotated[int, Option("At most so many pairs; 0: all.", DATA, min=0)] = 100
-    scale: Annotated[float, Option("How strongly the maps hold.", DRAWING, min=0)] = 1.0
+    scale: Annotated[float, Option("Conditioning scale of the control network.", DRAWING, min=0)] = 1.0
     steps: Annotated[
         int | None, Option("Sampling steps.", SAMPLING, default_text="the model's own", min=1)
     ] = None
     guidance: Annotated[
         float | None,
-        Option("Guidance scale; 1: none.", SAMPLING, default_text="the model's own", min=0),
+        Option("Guidance scale; 1: no guidance.", SAMPLING, default_text="the model's own", min=0),
     ] = None
     seed: Annotated[int, Option("Pair i's noise depends on the seed and i alone.", SAMPLING)] = 0
     scorer: Annotated[
@@ -221,7 +221,7 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
     out: Annotated[
         Path | None,
         Option(
-            "Where the table goes, a folder that is new or empty.",
+            "The folder to write the table to, new or empty.",
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",

@@ -22,9 +22,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.adapters.concept import BEST
+from backbone.cli.conditions import AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
-from backbone.io.conditions import AskedMap
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, progress
-from backbone.io.options import refuse_idle, require_packages
 from backbone.io.run_folder import absolute, run_name
 from customize.control_settings import resolved
 

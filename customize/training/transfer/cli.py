@@ -8,10 +8,10 @@ from pathlib import Path
 import typer
 
 from backbone.adapters.concept import checkpoint, read_concept
-from backbone.io.commands import print_json
+from backbone.cli.commands import print_json
+from backbone.cli.flags import DATA, MODEL, OUTPUT
+from backbone.cli.options import settled_command
 from backbone.io.console import UserError, notify
-from backbone.io.flags import DATA, MODEL, OUTPUT
-from backbone.io.options import settled_command
 from customize.settings import read_settings
 from customize.training.transfer.settings import TRAINING, TransferOptions
 

@@ -20,7 +20,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
-from backbone.models.few_step import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from backbone.training.models import open_model

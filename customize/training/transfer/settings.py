@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from backbone.cli.flags import DATA, MODEL, OUTPUT, JsonOptions
+from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
-from backbone.io.flags import DATA, MODEL, OUTPUT, JsonOptions
-from backbone.io.options import Option, check_values
 
 TRAINING = "Training"
 OF_THE_RUN = 0.25  # of the run's learning rate
@@ -26,26 +26,33 @@ class TransferOptions(JsonOptions):
     steps: Annotated[
         int, Option("Optimiser steps; each takes every level of the few-step model.", TRAINING, min=1)
     ] = 60
-    batch: Annotated[int, Option("Answers of either kind a level.", TRAINING, min=1)] = 2
+    batch: Annotated[int, Option("Samples of either kind at each noise level.", TRAINING, min=1)] = 2
     learning_rate: Annotated[
         float | None,
-        Option("Of the adapter.", TRAINING, default_text="a quarter of the run's", min=0),
+        Option("Peak learning rate of the adapter.", TRAINING, default_text="a quarter of the run's", min=0),
     ] = None
     prior_loss_weight: Annotated[
-        float, Option("Of the few-step model's own answers on the class; 0: none.", TRAINING, min=0)
+        float,
+        Option(
+            "Weight of prior preservation, on class samples of the few-step model itself; 0: none.",
+            TRAINING,
+            min=0,
+        ),
     ] = 1.0
     answers: Annotated[
         int,
         Option(
-            "Images that the base run draws for it, and the few-step model of the class.", TRAINING, min=1
+            "Images of the subject drawn by the run, and as many of the class drawn by the few-step model.",
+            TRAINING,
+            min=1,
         ),
     ] = 32
-    lr_warmup_steps: Annotated[int, Option("Steps in which the learning rate rises.", TRAINING, min=0)] = 5
+    lr_warmup_steps: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING, min=0)] = 5
     max_grad_norm: Annotated[
-        float, Option("Longer gradients are cut to this length; 0: never.", TRAINING, min=0)
+        float, Option("Clip the gradient's norm to this; 0: no clipping.", TRAINING, min=0)
     ] = 1.0
-    checkpointing_steps: Annotated[int, Option("A checkpoint every so many steps.", OUTPUT, min=1)] = 20
-    seed: Annotated[int, Option("Everything random follows from it.", TRAINING)] = 0
+    checkpointing_steps: Annotated[int, Option("Save a checkpoint every N steps.", OUTPUT, min=1)] = 20
+    seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
     out: Annotated[
         Path | None,
         Option(
@@ -58,7 +65,7 @@ class TransferOptions(JsonOptions):
     ] = None
     resume: Annotated[
         Path | None,
-        Option("Go on with this folder, where the same command was stopped.", OUTPUT, metavar="FOLDER"),
+        Option("Resume this run folder, where the same command was stopped.", OUTPUT, metavar="FOLDER"),
     ] = None
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ import typer
 from torch import Tensor, nn
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.losses import denoising_score_matching
@@ -32,9 +33,8 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors
-from backbone.io.options import Option, settled_command
 from backbone.media.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
-from backbone.models.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
@@ -55,7 +55,7 @@ class CameraSettings(LatentSettings):
 
     model: Annotated[str, Option("The picture model: moji, or a folder of its kind.", TRAINING)] = "moji"
     motion: Annotated[str, Option("Its motion adapter.", TRAINING)] = "build/moji/moji-motion"
-    blocks: Annotated[int, Option("Of the encoder, a level.", TRAINING, min=1)] = 1
+    blocks: Annotated[int, Option("Blocks of the encoder at each resolution.", TRAINING, min=1)] = 1
     steps: int = 3_000
     batch: int = 4
     learning_rate: float = 1e-3
@@ -74,7 +74,7 @@ class CameraSettings(LatentSettings):
 @app.command()
 def clips(
     count: Annotated[int, typer.Option(help="How many clips, from seed 0.")] = 3_000,
-    model: Annotated[str, typer.Option(help="Whose autoencoder.")] = "moji",
+    model: Annotated[str, typer.Option(help="The model whose autoencoder encodes them.")] = "moji",
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Renders clips and encodes them; finished files are kept."""
@@ -219,7 +219,7 @@ def export(
         Path | None,
         typer.Option(help="The file to write.", show_default="camera.safetensors beside the adapter"),
     ] = None,
-    blocks: Annotated[int, typer.Option(help="Of the encoder, a level.")] = 1,
+    blocks: Annotated[int, typer.Option(help="Blocks of the encoder at each resolution.")] = 1,
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:

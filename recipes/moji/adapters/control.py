@@ -32,6 +32,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
     atomic_write,
@@ -42,7 +43,6 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
-from backbone.io.options import Option, settled_command
 from backbone.media.control_maps import as_hints, compute_map
 from backbone.media.transforms import to_tensor
 from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord
@@ -91,14 +91,14 @@ class PrepareSettings(WorkSettings):
 class TrainSettings(WorkSettings):
     """What `train` is asked for."""
 
-    kinds: Annotated[tuple[str, ...], Option("Of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
+    kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
     network: Annotated[str, Option("What is trained.", WHAT, choices=NETWORKS)] = ADAPTER
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 12_000
-    batch: Annotated[int, Option("Images a step.", TRAINING, min=1)] = 24
-    learning_rate: Annotated[float, Option("Of AdamW.", TRAINING)] = 1e-3
+    batch: Annotated[int, Option("Images in a batch.", TRAINING, min=1)] = 24
+    learning_rate: Annotated[float, Option("Learning rate of AdamW.", TRAINING)] = 1e-3
     minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
-    look: Annotated[int, Option("Measure and preview every so many steps.", TRAINING, min=1)] = 500
-    seed: Annotated[int, Option("Of all random draws.", TRAINING)] = 0
+    look: Annotated[int, Option("Evaluate and preview every N steps.", TRAINING, min=1)] = 500
+    seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
 
 
@@ -351,7 +351,7 @@ class ExportSettings(WorkSettings):
 
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
     scale: Annotated[float, Option("The scale that works well.", OUTPUT)] = 1.0
-    stop: Annotated[float, Option("The share of the steps after which maps hold no longer.", OUTPUT)] = 1.0
+    stop: Annotated[float, Option("Share of the steps after which control ends.", OUTPUT)] = 1.0
 
 
 @settled_command(app, ExportSettings)

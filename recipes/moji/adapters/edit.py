@@ -24,10 +24,10 @@ from typing import Annotated, Any
 import typer
 
 from backbone.adapters.concept import checkpoint, read_concept
+from backbone.cli.flags import DATA, MODEL, OUTPUT
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import read_tensors, write_tensors, write_text
-from backbone.io.flags import DATA, MODEL, OUTPUT
-from backbone.io.options import Option, settled_command
 from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
@@ -63,10 +63,14 @@ class EditorSettings:
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
     pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 12_000
     steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 3_200
-    batch: Annotated[int, Option("Pairs a step.", "Training", min=1)] = 16
-    rank: Annotated[int, Option("Of the adapter.", "Training", min=1)] = 24
-    learning_rate: Annotated[float, Option("Of the adapter and the new channels.", "Training", min=0)] = 1e-3
-    held_out: Annotated[int, Option("Pairs that choose the best step.", DATA, min=0)] = 10
+    batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
+    rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 24
+    learning_rate: Annotated[
+        float, Option("Learning rate of the adapter and the new input channels.", "Training", min=0)
+    ] = 1e-3
+    held_out: Annotated[
+        int, Option("Held-out pairs, by which the best checkpoint is chosen.", DATA, min=0)
+    ] = 10
     device: Annotated[str, Option("cpu or cuda.", MODEL)] = "cpu"
     workdir: Annotated[Path, Option("Where the pairs are kept.", OUTPUT)] = Path("build/moji")
     tiny: Annotated[bool, Option("Few pairs and steps.", "Training")] = False

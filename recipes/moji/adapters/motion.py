@@ -30,15 +30,15 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors, write_text
-from backbone.io.options import Option, settled_command
+from backbone.models.clips.motion import attach_motion, detach_motion, new_motion_adapter
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, detach_motion, new_motion_adapter
 from backbone.training.attention import quick_to_train
 from backbone.world.clip import Clip, render_clip, sample_clip
 from backbone.world.render import find_font
@@ -87,7 +87,7 @@ class MotionSettings(LatentSettings):
 @app.command()
 def clips(
     count: Annotated[int, typer.Option(help="How many clips, from seed 0.")] = 6_000,
-    model: Annotated[str, typer.Option(help="Whose autoencoder.")] = "moji",
+    model: Annotated[str, typer.Option(help="The model whose autoencoder encodes them.")] = "moji",
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Renders clips and encodes them; finished files are kept."""

@@ -24,18 +24,18 @@ import typer
 from torch import Tensor, nn
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
-from backbone.families.unet_control_files import plain_weights
+from backbone.families.unet.control_files import plain_weights
 from backbone.io.console import UserError, run_app
 from backbone.io.files import write_text
-from backbone.io.options import Option, settled_command
+from backbone.models.clips.motion import motion_of
+from backbone.models.clips.sparse import NO_FRAME, SparseControl, build_sparsectrl
 from backbone.models.model import Backbone
-from backbone.models.motion import motion_of
-from backbone.models.sparse import NO_FRAME, SparseControl, build_sparsectrl
 from backbone.training.attention import quick_to_train
 from recipes.moji.adapters.motion import FRAMES, ClipLatents, level_densities
 from recipes.moji.autoencoder import precision

@@ -26,12 +26,12 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora, use_adapters
+from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, add_noise, generator, guide
 from backbone.diffusion.schedules import DISTILLED
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_json, write_tensors, write_text
-from backbone.io.options import Option, settled_command
 from backbone.models.locate import FEW_STEP, OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import quick_to_train
@@ -60,12 +60,14 @@ class TurboSettings(LoopSettings):
     batch: int = 24
     learning_rate: float = 1e-3
     model: Annotated[str, Option("The base that is distilled.", TRAINING)] = "moji"
-    rank: Annotated[int, Option("Of the LoRA.", TRAINING, min=1)] = 32
-    guidance: Annotated[float, Option("That is distilled along.", TRAINING, min=1)] = 4.0
+    rank: Annotated[int, Option("Rank of the LoRA.", TRAINING, min=1)] = 32
+    guidance: Annotated[
+        float, Option("Guidance scale of the teacher, which is distilled into the student.", TRAINING, min=1)
+    ] = 4.0
     decay: Annotated[
-        int, Option("Over so many last steps the learning rate falls to zero.", TRAINING, min=1)
+        int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 400
-    warmup: Annotated[int, Option("Over so many first steps the learning rate rises.", TRAINING)] = 50
+    warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 50
 
 
 @settled_command(app, TurboSettings)
@@ -164,7 +166,7 @@ class Consistency:
 def export(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/moji/moji-turbo"),
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
-    steps: Annotated[int, typer.Option(help="That it is drawn with in.", min=1)] = 4,
+    steps: Annotated[int, typer.Option(help="Sampler steps that the model is to be used with.", min=1)] = 4,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the adapter in fp16, its scheduler and how it is drawn with; `UserError` where it is too large."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from backbone.cli.options import Option
 from backbone.distributed.processes import any_process, gradient_averaging
 from backbone.io.files import read_tensors, write_bytes
-from backbone.io.options import Option
 from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
 from recipes.moji.training.logbook import Logbook
 
@@ -25,11 +25,13 @@ class LoopSettings:
     """What every training is asked for; each recipe has defaults of its own."""
 
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 4_000
-    batch: Annotated[int, Option("Images a step, in each process.", TRAINING, min=1)] = 64
-    learning_rate: Annotated[float, Option("Of all but the inner matrices.", TRAINING)] = 1e-3
+    batch: Annotated[int, Option("Images in a batch, in each process.", TRAINING, min=1)] = 64
+    learning_rate: Annotated[
+        float, Option("Learning rate of AdamW, which trains everything but the hidden matrices.", TRAINING)
+    ] = 1e-3
     minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
     device: Annotated[str, Option("Where to train.", TRAINING, choices=("cpu", "cuda"))] = "cpu"
-    seed: Annotated[int, Option("Of all random draws.", TRAINING)] = 0
+    seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
     workdir: Annotated[Path, Option("Where intermediate files go.", OUTPUT)] = Path("build/moji")
 
 
@@ -37,7 +39,9 @@ class LoopSettings:
 class RecipeSettings(LoopSettings):
     """The same where the inner matrices are stepped by Muon."""
 
-    matrix_rate: Annotated[float, Option("Muon's learning rate, of the inner matrices.", TRAINING)] = 2e-3
+    matrix_rate: Annotated[
+        float, Option("Learning rate of Muon, which trains the hidden matrices.", TRAINING)
+    ] = 2e-3
 
 
 def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -32,9 +32,9 @@ from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences, split_held_out, to_singles
 from align.settings import Settings, as_command, resolved
 from backbone.adapters.lora import load_lora, use_adapters
+from backbone.cli.options import fields_of
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
-from backbone.io.options import fields_of
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from recipes.moji.denoiser import DEFAULTS

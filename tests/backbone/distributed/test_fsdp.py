@@ -21,12 +21,12 @@ from align.pairs.records import check_preferences
 from align.training.online import train_online
 from align.training.prepare import prepare_pairs
 from align.training.run import resume_preferences, train_preferences
+from backbone.cli.sampling import DrawingOptions
 from backbone.distributed import fsdp as shards
 from backbone.distributed import processes
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, read_tensors
-from backbone.io.sampling import DrawingOptions
 from backbone.models.cache import VARIABLE
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from backbone.io.conditions import AskedControl, AskedMap, ControlOptions, check_strength, parse_map
+from backbone.cli.conditions import AskedControl, AskedMap, ControlOptions, check_strength, parse_map
 from backbone.io.console import UserError
 from backbone.media.control_maps import Target, as_hints, canny, compute_map, read_map
 

@@ -17,9 +17,9 @@ from backbone.io.files import read_json, write_json, write_tensors
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.drawing import DrawingEstimator, Drawn
 from backbone.memory.planner import MemoryEstimator, MemorySettings
+from backbone.models.clips.motion import attach_motion, clip_of, detach_motion
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, clip_of, detach_motion
 from backbone.models.placement import Placement
 from customize.cli import app
 from tests import tiny as models
@@ -133,7 +133,7 @@ def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) 
 @pytest.mark.usefixtures("weights_alone")
 def test_an_image_as_channels_takes_three_rows(tmp_path: Path) -> None:
     folder = models.tiny_instruct_pix2pix(tmp_path / "m")
-    model = Backbone.open(str(folder), device="cpu", precision="fp32", by_instruction=True)
+    model = Backbone.open(str(folder), device="cpu", precision="fp32", task="edit")
     assert DrawingEstimator(model, drawn(batch=1, references=1), device="cpu").count_calls("fp32") == 3
 
 

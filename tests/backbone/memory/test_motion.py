@@ -13,8 +13,8 @@ from backbone.conditions.conditions import Conditions
 from backbone.memory.count import tensor_bytes, training_step_bytes
 from backbone.memory.motion import LearnedMotion, MotionEstimator
 from backbone.memory.planner import MemoryEstimator, MemorySettings
+from backbone.models.clips.motion import attach_motion, clip_of, motion_of
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, clip_of, motion_of
 from tests.tiny import tiny_motion_adapter
 
 FRAMES = 3

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from backbone.adapters.lora import add_lora
-from backbone.families import checkpoint as single_file
+from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
 from backbone.memory import count

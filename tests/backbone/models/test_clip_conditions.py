@@ -11,15 +11,15 @@ from diffusers import AnimateDiffControlNetPipeline, ControlNetModel
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.conditions import AskedControl, parse_map
 from backbone.conditions.control import Control
-from backbone.io.conditions import AskedControl, parse_map
 from backbone.io.console import UserError
 from backbone.media.clips import encode_webp
 from backbone.media.control_maps import Target, read_maps
 from backbone.media.transforms import to_image
+from backbone.models.clips.motion import attach_motion
 from backbone.models.control import open_clip_conditions, open_control
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from tests.backbone.test_control import controlnet
 from tests.tiny import tiny_motion_adapter, tiny_unet

@@ -17,7 +17,7 @@ from backbone.diffusion.schedules import spaced_timesteps
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models import sample as sampling
-from backbone.models.few_step import name_few_step, open_few_step, usual_drawing
+from backbone.models.few_step.model import name_few_step, open_few_step, usual_drawing
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents

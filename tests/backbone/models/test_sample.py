@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from backbone.cli.sampling import Sampler, check_guidance_interval
 from backbone.diffusion.noise import Estimate, Level
 from backbone.diffusion.samplers import ddim, heun
 from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
-from backbone.io.sampling import Sampler, check_guidance_interval
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Request,

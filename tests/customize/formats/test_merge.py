@@ -18,10 +18,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.adapter import AdapterFile
-from customize.formats.bake import add_tokens as bake_tokens
-from customize.formats.bake import bake
 from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
-from customize.formats.merge import (
+from customize.formats.merging.bake import add_tokens as bake_tokens
+from customize.formats.merging.bake import bake
+from customize.formats.merging.merge import (
     MergeInput,
     extract_lora,
     merge_exact,
@@ -32,7 +32,7 @@ from customize.formats.merge import (
     resize_adapter,
     sum_weight_deltas,
 )
-from customize.formats.merged_run import resolve_tokens, save_merged
+from customize.formats.merging.merged_run import resolve_tokens, save_merged
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
 from tests.customize.adapters import (

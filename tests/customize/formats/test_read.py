@@ -18,10 +18,10 @@ from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
-from customize.formats.layer_names import flatten_name, from_original, to_original
+from customize.formats.layers.names import flatten_name, from_original, to_original
+from customize.formats.layers.translate import find
 from customize.formats.metadata import build_metadata
 from customize.formats.read import read_adapter
-from customize.formats.translate import find
 from customize.formats.write import compare_updates, to_state_dict, write_adapter
 from tests.customize.adapters import (
     modules_of,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from customize.formats.known_layers import NETWORK_NAMES, known_layers
-from customize.formats.originals import original_layers
+from customize.formats.layers.known import NETWORK_NAMES, known_layers
+from customize.formats.layers.originals import original_layers
+from customize.formats.layers.translate import PEFT_PREFIX, PREFIXES
 from customize.formats.read import OTHER_METHODS
-from customize.formats.translate import PEFT_PREFIX, PREFIXES
 
 PAGE = Path(__file__).parents[3] / "docs" / "adapter-files.md"
 COMPONENTS = {

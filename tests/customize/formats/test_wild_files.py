@@ -35,8 +35,8 @@ from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.convert import export_adapter, fit_to_model, import_adapter
 from customize.formats.factors import LayerUpdate
-from customize.formats.layer_names import to_original
-from customize.formats.merge import read_input
+from customize.formats.layers.names import to_original
+from customize.formats.merging.merge import read_input
 from customize.formats.model_weights import ModelWeights
 from customize.formats.read import read_adapter
 from customize.formats.write import write_adapter

@@ -28,7 +28,7 @@ from customize.formats.convert import import_adapter
 from customize.objectives.instruction_edits import draw_dropout
 from customize.settings import resolved
 from edit.methods.instruct import instruct
-from edit.run.open import load_model
+from edit.run.open import Opening, load_model
 from tests.backbone.media.test_registration import moved, picture
 
 TOLD = ["make it snow", "paint it red", "add a cat", "remove the dog"]
@@ -140,7 +140,7 @@ def test_the_run_s_folder_says_how_it_went_and_how_to_repeat_it(run: Path, pairs
 
 def test_the_new_channels_begin_at_zero_and_are_learned(run: Path, tiny_folder: Path) -> None:
     plain = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
-    wide = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", by_instruction=True, widen=True)
+    wide = Backbone.open(str(tiny_folder), device="cpu", precision="fp32", task="learn-to-edit")
     noisy = torch.randn((1, *plain.latent_shape), generator=torch.Generator().manual_seed(0))
     text, index = plain.encode_prompts(["a red dog"]), torch.tensor([20])
     beside = Conditions(text.text, references=(torch.randn(noisy.shape),))
@@ -173,7 +173,7 @@ def test_the_baked_model_is_diffusers_pipeline_and_gives_the_same_edit(
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "whole")
     pipeline.set_progress_bar_config(disable=True)
     photo = to_image(picture(3)).resize((64, 64))
-    loaded = load_model(concepts=[str(run)], device="cpu", precision="fp32", shown=1).model
+    loaded = load_model(Opening(concepts=[str(run)], device="cpu", precision="fp32"), shown=1).model
     noise = torch.randn((1, *loaded.latent_shape), generator=generator(0, 0, "instruct"))
     theirs = pipeline(
         "a red dog", image=(to_tensor(photo)[None] + 1) / 2, latents=noise, num_inference_steps=3,
@@ -181,7 +181,7 @@ def test_the_baked_model_is_diffusers_pipeline_and_gives_the_same_edit(
     ).images  # fmt: skip
     ours = instruct(loaded, photo, ["a red dog"], steps=3, guidance=5.0, image_guidance=1.3, keep="none")
     assert float((ours.latents - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
-    again = Backbone.open(str(tmp_path / "whole"), device="cpu", precision="fp32", by_instruction=True)
+    again = Backbone.open(str(tmp_path / "whole"), device="cpu", precision="fp32", task="edit")
     assert again.most_references == 1 and not again.widened
     with pytest.raises(UserError, match="merge --bake"):
         invoked("export", run, "--out", tmp_path / "lora.safetensors")

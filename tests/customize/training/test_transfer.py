@@ -20,7 +20,7 @@ from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors
-from backbone.models.few_step import open_few_step, usual_drawing
+from backbone.models.few_step.model import open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
 from backbone.training.run import take_steps

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from backbone.cli.conditions import AskedControl, parse_map
 from backbone.diffusion.noise import add_noise
-from backbone.io.conditions import AskedControl, parse_map
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import Film, encode_webp, read_film
+from backbone.models.clips.motion import attach_motion, frames_as_rows
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion, frames_as_rows
 from backbone.models.sample import Frames, initial_noise
 from edit.attention.control import Control
 from edit.attention.install import control_attention

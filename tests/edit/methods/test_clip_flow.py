@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import Film, encode_webp
+from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion
 from edit.cli import app
 from edit.methods.clip_flow import ClipFlow, flow_film, noise_of_frames
 from tests.tiny import tiny_motion_adapter

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import Film, encode_webp, read_film
+from backbone.models.clips.motion import attach_motion
+from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
-from backbone.models.motion import attach_motion
-from backbone.models.sparse import build_sparsectrl
 from edit.cli import app
 from edit.methods.clip import ClipEdit, invert_film
 from edit.methods.first_frame import (

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Backbone:
-    return Backbone.open(str(folder), device="cpu", precision="fp32", by_instruction=True)
+    return Backbone.open(str(folder), device="cpu", precision="fp32", task="edit")
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
@@ -168,7 +168,7 @@ def test_models_of_either_kind_are_refused_at_the_other_s_door(folder: Path, tin
     with pytest.raises(UserError, match="edit instruct"):
         Backbone.open(str(folder))
     with pytest.raises(UserError, match="reads no image beside the prompt"):
-        Backbone.open(str(tiny_folder), by_instruction=True)
+        Backbone.open(str(tiny_folder), task="edit")
 
 
 def test_a_background_that_is_all_gone_names_the_instruction(

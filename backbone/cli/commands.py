@@ -1,0 +1,112 @@
+"""The programs of the command line: `customize`, `edit`, `align`, and `limner`, which groups the three.
+
+    app = command_group("Change what the words say of an image, and nothing else.")
+
+    @app.command()
+    def example(folder: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None: ...
+
+A command with many options, or with options that others have too, declares them as a dataclass
+(`backbone.cli.options`). All programs accept hyphens and underscores alike, have `--version` and shell completion, and
+show their help in panels (`backbone.cli.help`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import typer
+
+from backbone.cli.help import Command, Group
+
+
+def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
+    """An application of several commands, with `--version` and completion beside them."""
+    app = Application(
+        cls=cls or Group,
+        help=help,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={
+            "token_normalize_func": hyphens,
+            "help_option_names": ["--help", "-h"],
+        },
+    )
+    app.callback()(_version)
+    return app
+
+
+def hyphens(name: str) -> str:
+    """An option's name with hyphens, so that the spelling with underscores works too."""
+    return name.replace("_", "-")
+
+
+def typed(program: str) -> list[str]:
+    """The command line as `program` gets it: of `limner edit sdedit …`, `edit sdedit …`."""
+    words = sys.argv[1:]
+    return [program, *(words[1:] if words[:1] == [program] else words)]
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON on stdout: what `--json` promises. NaN and infinities are null."""
+    from backbone.io.files import json_text
+
+    typer.echo(json_text(value))
+
+
+class Application(typer.Typer):
+    """A typer application whose commands show their help in panels."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        """Registers a command, as `typer.Typer.command` does."""
+        return super().command(name, **{"cls": Command, **settings})
+
+
+class Elsewhere(NamedTuple):
+    """An application that is a command of another one: the module that has it as `app`, and what help says of it."""
+
+    module: str
+    help: str
+
+
+class Programs(Group):
+    """Applications under one name, each imported when it is called."""
+
+    elsewhere: ClassVar[Mapping[str, Elsewhere]] = {}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in their order."""
+        return list(self.elsewhere)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The program of this name; None where there is none."""
+        if cmd_name in self.elsewhere and cmd_name not in self.commands:
+            module = import_module(self.elsewhere[cmd_name].module)
+            self.commands[cmd_name] = typer.main.get_group(module.app)
+        return super().get_command(ctx, cmd_name)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from backbone import __version__
+
+        typer.echo(f"limner {__version__}")
+        raise typer.Exit
+
+
+def _version(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version.",
+            rich_help_panel="Other",
+        ),
+    ] = False,
+) -> None:
+    """Holds the options of a group itself."""

@@ -1,0 +1,262 @@
+"""Conditions on a picture's layout as they are asked for: `--condition KIND=MAP` and its options. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from backbone.cli.options import Option
+from backbone.io.console import UserError, notify
+
+CONTROL = "Control"
+LINE_KINDS = ("sketch", "lines", "edges")
+KINDS = (*LINE_KINDS, "labels", "depth", "pose", "normal", "tile")
+INVERTIBLE = (*LINE_KINDS, "depth")  # which are white on black, or white where it is near
+SYNONYMS = {
+    **dict.fromkeys(("scribble", "hed", "softedge", "pidi"), "sketch"),
+    **dict.fromkeys(("lineart", "mlsd"), "lines"),
+    "canny": "edges",
+    **dict.fromkeys(("seg", "segmentation", "label"), "labels"),
+    "openpose": "pose",
+    **dict.fromkeys(("normals", "normalbae"), "normal"),
+}
+RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a clip
+ANY = "map"  # the kind of a map of which nothing is said
+AUTO, INVERTED = "auto", "inverted"
+MOST, MUCH = 2.0, 1.5  # of a scale; beyond the second, details burn
+NEEDS: dict[str, tuple[Any, ...]] = {"condition": ()}
+
+
+@dataclass(frozen=True)
+class AskedMap:
+    """One `--condition`: `sketch=drawing.png`, `sketch=scan.png:inverted`, `edges=photo.png:auto`, `edges=auto`.
+
+    path      the map's file; "" where it is found in the picture that is edited
+    how       "", `inverted` for black on white, `auto` where the file is a picture in which the map is found
+    """
+
+    kind: str
+    path: str
+    how: str = ""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the map is found in a picture."""
+        return self.how == AUTO
+
+    @property
+    def inverted(self) -> bool:
+        """Whether the map is black on white."""
+        return self.how == INVERTED
+
+    def __str__(self) -> str:
+        return f"{self.kind}={':'.join(filter(None, (self.path, self.how)))}"
+
+
+@dataclass(frozen=True)
+class AskedControl:
+    """A map and how it acts: by which network ("" for the model's own), how strongly, at which steps."""
+
+    map: AskedMap
+    network: str = ""
+    scale: float | None = None
+    start: float | None = None
+    stop: float | None = None
+    guess: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    """Conditions on the layout. None and () stand for what the network's own settings say, else 1, 0 and 1."""
+
+    READ: ClassVar[tuple[str, ...]] = KINDS  # kinds of maps that there are here
+
+    condition: Annotated[
+        tuple[str, ...],
+        Option(
+            "A map of the layout: KIND=MAP.png, with KIND sketch, lines, edges, labels, depth or pose; repeatable. "
+            "MAP.png:inverted is black on white, PHOTO.png:auto finds the map in a picture.",
+            CONTROL,
+            aliases=("control-image", "conditioning-image", "validation-image"),
+            metavar="KIND=MAP",
+        ),
+    ] = ()
+    controlnet: Annotated[
+        tuple[str, ...],
+        Option(
+            "The control network: a run of train-control, a diffusers folder, a file, or a hub id; one for all, "
+            "or one for each condition.",
+            CONTROL,
+            aliases=("controlnet-model-name-or-path", "t2i-adapter", "control-net-name"),
+            metavar="NETWORK",
+            default_text="the model's own",
+            needs=NEEDS,
+        ),
+    ] = ()
+    condition_scale: Annotated[
+        tuple[float, ...],
+        Option(
+            "Conditioning scale of the control network; 0: without it. One for all, or one for each condition.",
+            CONTROL,
+            aliases=(
+                "controlnet-conditioning-scale",
+                "adapter-conditioning-scale",
+                "control-strength",
+            ),
+            default_text="1",
+            needs=NEEDS,
+        ),
+    ] = ()
+    condition_start: Annotated[
+        tuple[float, ...],
+        Option(
+            "Share of the steps before control begins.",
+            CONTROL,
+            aliases=("control-guidance-start", "start-percent"),
+            default_text="0",
+            needs=NEEDS,
+        ),
+    ] = ()
+    condition_stop: Annotated[
+        tuple[float, ...],
+        Option(
+            "Share of the steps after which control ends; below 1, details follow the map less.",
+            CONTROL,
+            aliases=("control-guidance-end", "adapter-conditioning-factor", "end-percent"),
+            default_text="1",
+            needs=NEEDS,
+        ),
+    ] = ()
+    guess_mode: Annotated[
+        bool,
+        Option(
+            "ControlNets' guess mode, to draw without a prompt: control of the conditional rows alone, and weaker.",
+            CONTROL,
+            needs=NEEDS,
+        ),
+    ] = False
+
+    @property
+    def controls(self) -> tuple[AskedControl, ...]:
+        """What was asked, condition by condition; `UserError` for what does not fit."""
+        maps = [parse_map(said, self.READ) for said in self.condition]
+        count = len(maps)
+        if self.guess_mode and not count:
+            spread([True], 0, "--guess-mode")
+        every = {
+            "--controlnet": self.controlnet,
+            "--condition-scale": self.condition_scale,
+            "--condition-start": self.condition_start,
+            "--condition-stop": self.condition_stop,
+        }
+        columns = [spread(values, count, flag) for flag, values in every.items()]
+        asked = tuple(
+            AskedControl(each, network or "", scale, start, stop, self.guess_mode)
+            for each, network, scale, start, stop in zip(maps, *columns, strict=True)
+        )
+        for one in asked:
+            check_strength(one)
+        return asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipControlOptions(ControlOptions):
+    """Conditions on the layout of a clip's frames."""
+
+    condition: Annotated[
+        tuple[str, ...],
+        Option(
+            "Maps of the layout, one a frame: KIND=FOLDER or an animated file; or KIND=MAP.png for all frames. KIND is "
+            "as in customize sample; repeatable. FOLDER:inverted is black on white, CLIP:auto a clip in which they are "
+            "found.",
+            CONTROL,
+            aliases=("control-image", "conditioning-frames"),
+            metavar="KIND=MAPS",
+        ),
+    ] = ()
+
+
+def spread(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
+    """One value for each condition: none, one for all, or as many as there are; else `UserError`."""
+    if values and not count:
+        raise UserError(
+            f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
+        )
+    if len(values) in (0, 1):
+        return [values[0] if values else None] * count
+    if len(values) != count:
+        raise UserError(
+            f"{flag} has {len(values)} values for {count} condition{'s' * (count != 1)}. Give one for all, or one for "
+            "each in their order."
+        )
+    return values
+
+
+def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
+    """`KIND=MAP` in its parts; other tools' words for a kind are understood. `UserError` for anything else."""
+    kind, equals, path = said.partition("=")
+    kind = kind.strip().lower()
+    kind = SYNONYMS.get(kind, kind)
+    # A file alone, as diffusers' spellings have it: its network says what it is
+    if not equals and "." in said:
+        kind, path = ANY, said
+    elif not equals or not path:
+        raise UserError(f"--condition {said} names no map. Give KIND=MAP.png, as in sketch=drawing.png.")
+    elif kind not in kinds:
+        raise UserError(f"There is no condition {kind}. Choose one of {', '.join(kinds)}.")
+    if path == AUTO and kind == RGB:
+        raise UserError(f"--condition {said} names no pictures. Give rgb=FOLDER.")
+    if path == AUTO:
+        return AskedMap(kind, "", AUTO)
+    for how in (AUTO, INVERTED):
+        if path.endswith(f":{how}"):
+            if how == AUTO and kind == RGB:
+                raise UserError(
+                    f"--condition {said} are pictures, which are read as they are. Leave :auto out."
+                )
+            if how == INVERTED and kind not in (*INVERTIBLE, ANY):
+                raise UserError(
+                    f"--condition {said} turns the colours of {kind} round, so that they say something else. Leave "
+                    ":inverted out."
+                )
+            return AskedMap(kind, path.removesuffix(f":{how}"), how)
+    return AskedMap(kind, path)
+
+
+def check_strength(asked: AskedControl) -> None:
+    """`UserError` for a scale or share that is none; a scale that burns is said."""
+    scale, start, stop = (
+        usual if value is None else value
+        for usual, value in ((1.0, asked.scale), (0.0, asked.start), (1.0, asked.stop))
+    )
+    if not 0 <= scale <= MOST:  # NaN too
+        raise UserError(
+            f"--condition-scale {scale:g} is not between 0 and {MOST:g}. 1 is usual, 0 is no control."
+        )
+    if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop <= 1):
+        raise UserError(
+            f"A condition from {start:g} to {stop:g} of the steps never acts. Let --condition-start be 0 or later, and "
+            "--condition-stop behind it, at 1 or earlier."
+        )
+
+
+def refuse_from_source(asked: Sequence[AskedControl]) -> None:
+    """`UserError` for `KIND=auto` where no picture is edited in which the map could be found."""
+    for one in asked:
+        if not one.map.path:
+            raise UserError(
+                f"--condition {one.map} finds its map in the picture that is edited, and nothing is edited here. Give "
+                f"{one.map.kind}=MAP.png, or {one.map.kind}=PHOTO.png:auto."
+            )
+
+
+def say_sum(asked: Sequence[AskedControl]) -> None:
+    """Say where conditions together are so strong that they burn the picture."""
+    total = sum(1.0 if one.scale is None else one.scale for one in asked)
+    if total > MUCH:
+        notify(
+            f"The conditions' scales add up to {total:g}; above {MUCH:g} a picture may look burnt. Lower "
+            "--condition-scale where it does."
+        )

@@ -1,0 +1,143 @@
+"""Options that several commands share, each declared once: one name for one thing in all three programs.
+
+`--help` shows the name. The aliases are the names in diffusers' and kohya's scripts, and are accepted too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import typer
+
+from backbone.cli.options import Option
+
+# The sections of `--help`, in the order in which most commands have them
+DATA = "Data"
+DRAWING = "What is drawn"
+CONCEPTS = "Concepts"
+SAMPLING = "Sampling"
+SCORING = "Scoring"
+MODEL = "Model"
+OUTPUT = "Output"
+
+MODEL_HELP = (
+    "moji, moji-flow, sd15, sdxl, sd3, flux, z-image, flux2-klein, a diffusers folder, a .safetensors checkpoint, or a "
+    "hub id."
+)
+SPLIT_FILES = {  # what a transformer's file leaves out
+    "vae": "The autoencoder's file, beside a --model that is a transformer's.",
+    "text-encoder": "The text encoder's file, beside a --model that is a transformer's.",
+}
+Checkpoint = Literal["best", "last"]
+WITH_CONCEPTS: dict[str, tuple[Any, ...]] = {"concepts": ()}
+
+
+def model_option(default_text: str) -> Option:
+    """The option --model, with its default in words."""
+    return Option(
+        MODEL_HELP,
+        MODEL,
+        aliases=("pretrained-model-name-or-path",),
+        metavar="MODEL",
+        default_text=default_text,
+        joined=SPLIT_FILES,
+    )
+
+
+def option(*names: str, help: str, panel: str, **settings: Any) -> Any:
+    """An option in a section of the help, for a command whose options are its function's parameters."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+Json = Annotated[
+    bool, option("--json", help="Print the result as JSON on stdout, and nothing else there.", panel=OUTPUT)
+]
+
+
+PromptWords = Annotated[
+    tuple[str, ...],
+    Option(
+        "Words, or files with a prompt on each line; a concept's token names its subject.",
+        DRAWING,
+        argument=True,
+        metavar="PROMPTS",
+        default_text="those of --prompts",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """The option of a command that can print its result as JSON."""
+
+    as_json: Annotated[
+        bool, Option("Print the result as JSON on stdout, and nothing else there.", OUTPUT, flag="json")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions:
+    """Where a model runs, and in which precision."""
+
+    precision: Annotated[
+        str,
+        Option(
+            "Precision of the weights.",
+            MODEL,
+            aliases=("mixed-precision",),
+            choices=("auto", "fp32", "bf16", "fp16"),
+            words={"no": {"precision": "fp32"}},
+        ),
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu, cuda, cuda:1 or mps.", MODEL, metavar="DEVICE")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(PlaceOptions):
+    """Which model, and where it runs."""
+
+    model: Annotated[str | None, model_option("moji")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptOptions(ModelOptions):
+    """Which concepts are loaded into which model, and whether its blocks are compiled."""
+
+    compile: Annotated[
+        bool,
+        Option(
+            "Compile the denoiser's repeated blocks: quicker steps after a slow first one.",
+            MODEL,
+        ),
+    ] = False
+    model: Annotated[str | None, model_option("the concept's, else moji")] = None
+    concepts: Annotated[
+        tuple[Path, ...],
+        Option(
+            "A run folder of customize train or align train; repeatable.",
+            CONCEPTS,
+            flag="concept",
+            metavar="RUN",
+        ),
+    ] = ()
+    scale: Annotated[
+        float,
+        Option(
+            "Strength of the concepts; 0: the base model.",
+            CONCEPTS,
+            aliases=("lora-scale", "network-mul"),
+            needs=WITH_CONCEPTS,
+        ),
+    ] = 1.0
+    checkpoint: Annotated[
+        Checkpoint | None,
+        Option(
+            "Which weights of a run that kept its best checkpoint: those, or the last.",
+            CONCEPTS,
+            choices=get_args(Checkpoint),
+            default_text="best",
+            needs=WITH_CONCEPTS,
+        ),
+    ] = None

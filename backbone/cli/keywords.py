@@ -1,0 +1,68 @@
+"""Settings as keywords: a Python function takes the fields of a dataclass one by one, as a command takes options.
+
+    @takes(SDEditSettings)
+    def sdedit(model: Backbone, image: ImageLike, prompt: str, **settings: Any) -> Result:
+        asked = build(SDEditSettings, settings)
+
+`help()` and a notebook's Tab show every field with its type and default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from backbone.cli.options import build, refuse_idle
+from backbone.io.console import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Made = TypeVar("Made")
+
+
+def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Shows the fields of these dataclasses in the place of a function's `**settings`, those `without` left out."""
+
+    def show(function: Function) -> Function:
+        own = inspect.signature(function)
+        *named, rest = own.parameters.values()
+        assert rest.kind is inspect.Parameter.VAR_KEYWORD
+        found = {one.name: one for one in named}
+        for kind in kinds:
+            hints = get_type_hints(kind)
+            for one in dataclasses.fields(kind):
+                if one.name not in found and one.name not in without:
+                    found[one.name] = _parameter(one, hints[one.name])
+        function.__signature__ = own.replace(parameters=list(found.values()))  # type: ignore[attr-defined]
+        return function
+
+    return show
+
+
+def build_drawing(kind: Callable[..., Made], settings: Mapping[str, Any], concepts: Sequence[Any]) -> Made:
+    """The settings of drawing with these concepts (run folders), where None is as good as left out.
+
+    Raises `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
+    """
+    if "concepts" in settings:
+        raise UserError("There is no setting concepts. Give the run folders as concept.")
+    known = {name: value for name, value in settings.items() if value is not None}
+    if "model" in known:
+        known["model"] = str(known["model"])
+    runs = tuple(Path(str(one)) for one in concepts)
+    made = build(kind, {"concepts": runs, **known})
+    refuse_idle(made, known)
+    return made
+
+
+def _parameter(one: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    default = one.default_factory() if one.default_factory is not MISSING else one.default
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=hint,
+    )

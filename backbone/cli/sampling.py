@@ -1,0 +1,196 @@
+"""How images are sampled: the settings of every command and function that draws. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+
+from backbone.cli.flags import DRAWING, SAMPLING, ConceptOptions
+from backbone.cli.options import Option, check_values
+from backbone.io.console import UserError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Sampler = Literal["ddim", "heun", "ancestral", "consistency"]
+ALL_STEPS = (0.0, 1.0)
+Size: TypeAlias = tuple[int | None, int | None]
+"""(width, height) in pixels; None for the model's own."""
+MODELS_OWN: Size = (None, None)
+OWN_SIZE = "as the concept's images, else the model's own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountOption:
+    """How many images."""
+
+    count: Annotated[
+        int,
+        Option(
+            "Images of each prompt.",
+            DRAWING,
+            aliases=("num-images-per-prompt", "num-validation-images", "images-per-prompt"),
+            min=1,
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceOption:
+    """How strongly an image follows its prompt."""
+
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Scale of classifier-free guidance; 1: no guidance.",
+            SAMPLING,
+            aliases=("guidance-scale", "cfg-scale"),
+            default_text="by model",
+            min=0,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(GuidanceOption):
+    """How images are sampled; None for the model's default.
+
+    guidance_start, guidance_stop   guidance is applied between these shares of the steps, noisy to clean
+
+    Raises `UserError`, naming the argument, for what does not fit.
+    """
+
+    negative: Annotated[
+        str,
+        Option(
+            "Negative prompt: what the image should not show.",
+            DRAWING,
+            aliases=("negative-prompt",),
+            metavar="PROMPT",
+        ),
+    ] = ""
+    width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    resolution: Annotated[
+        int | None, Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1)
+    ] = None
+    steps: Annotated[
+        int | None,
+        Option(
+            "Steps of the sampler.",
+            SAMPLING,
+            aliases=("num-inference-steps", "sample-steps"),
+            default_text="by model",
+            min=1,
+        ),
+    ] = None
+    guidance_start: Annotated[
+        float, Option("Share of the steps before guidance begins.", SAMPLING, min=0, max=1)
+    ] = 0.0
+    guidance_stop: Annotated[
+        float, Option("Share of the steps after which guidance ends.", SAMPLING, min=0, max=1)
+    ] = 1.0
+    sampler: Annotated[
+        Sampler | None,
+        Option(
+            "Sampler: the method of the steps from noise to image.",
+            SAMPLING,
+            choices=get_args(Sampler),
+            default_text="ddim, or by model",
+        ),
+    ] = None
+    seed: Annotated[int, Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
+    batch: Annotated[
+        int,
+        Option(
+            "Images drawn together; what is drawn does not depend on it.",
+            SAMPLING,
+            aliases=("sample-batch-size", "batch-size"),
+            min=1,
+        ),
+    ] = 8
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        check_guidance_interval(self.guided)
+        if self.resolution is not None and (self.width, self.height) != MODELS_OWN:
+            raise UserError(
+                "--resolution is width and height in one. Give it alone, or --width and --height instead."
+            )
+
+    @property
+    def size(self) -> Size:
+        """(width, height) in pixels."""
+        return (self.width, self.height) if self.resolution is None else (self.resolution, self.resolution)
+
+    @property
+    def guided(self) -> tuple[float, float]:
+        """(start, stop): the share of the steps with guidance."""
+        return self.guidance_start, self.guidance_stop
+
+    def at_resolution(self, resolution: int) -> Self:
+        """With this width and height, unless a size was asked for or it is 0, which is the model's own."""
+        return replace(self, resolution=resolution) if resolution and self.size == MODELS_OWN else self
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """With a model's usual steps, guidance and sampler where none were asked for.
+
+        Raises `UserError` for no guidance in a share of the steps.
+        """
+        steps = int(defaults["steps"]) if self.steps is None else self.steps
+        guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
+        if guidance == 1 and self.guided != ALL_STEPS:
+            raise UserError(
+                "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
+                "--guidance-stop."
+            )
+        sampler = self.sampler or defaults.get("sampler", "ddim")
+        return replace(self, steps=steps, guidance=guidance, sampler=sampler)
+
+    def for_sampler(self) -> dict[str, Any]:
+        """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
+        assert self.steps is not None and self.guidance is not None and self.sampler is not None
+        return {
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "batch": self.batch,
+            "guided": self.guided,
+            "size": self.size,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What images depend on, without guidance interval and size where they are the defaults."""
+        width, height = self.size
+        facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}
+        if self.guided != ALL_STEPS:
+            facts |= {"guidance_start": self.guidance_start, "guidance_stop": self.guidance_stop}
+        sides = {"width": width, "height": height}
+        return facts | {side: pixels for side, pixels in sides.items() if pixels is not None}
+
+    def describe_guidance(self) -> str:
+        """Guidance scale, and its interval where it is not all steps, for people."""
+        return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
+    """How many images are sampled of each prompt, with which model and concepts, and how."""
+
+
+def describe_guidance_interval(share: tuple[float, float]) -> str:
+    """The guidance interval in words, to follow the guidance scale; empty for all steps."""
+    start, stop = share
+    return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
+
+
+def check_guidance_interval(share: tuple[float, float]) -> None:
+    """Raise `UserError` unless 0 <= start < stop <= 1."""
+    start, stop = share
+    if not 0 <= start < stop <= 1:
+        raise UserError(
+            f"Guidance from {start:g} to {stop:g} of the steps is no share of them. Let it begin at 0 or later, and "
+            "end behind that, at 1 or earlier."
+        )

@@ -1,0 +1,1 @@
+"""Components of models, as several families have them: loading, latents, language models."""

@@ -1,0 +1,213 @@
+"""The text side of models that read a prompt with a language model: Z-Image, FLUX.2, Qwen-Image, Krea 2.
+
+The prompt stands in a chat's template, and hidden states of chosen layers are what the network attends to. Padding is
+cut off, or computed and kept where the network was trained with it; the template's first tokens may be dropped. What
+comes out has always the same length, with a mask beside it where padding was cut off, so that prompts are batched and
+cached like any other text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone.conditions.conditions import Text
+from backbone.families.base import ModuleSpec, TextEncoderSlot, TextSegment
+from backbone.families.components import loading, tokenization
+from backbone.families.location import Location
+from backbone.io.console import UserError, notify_once
+from backbone.io.weights import refuse_damaged
+
+MARK = "\ue000"  # stands for the prompt while its place in a template is looked up
+QWEN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a family reads its language model.
+
+    layers   the hidden states that are taken, 0 the embeddings, −1 the last one; their features lie side by side
+    tokens   T, the most tokens that the network is given
+    padded   whether padding is computed, and given to the network like words
+    dropped  tokens at the start that the network is not given
+    stacked  whether the layers are a dimension of their own, [B, T, layers, D]
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    padded: bool = False
+    dropped: int = 0
+    stacked: bool = False
+
+
+class LanguageModelEncoder(tokenization.MultiTextEncoder):
+    """Hidden states of a language model that is given the prompt in a template."""
+
+    def __init__(
+        self,
+        slot: TextEncoderSlot,
+        reading: Reading,
+        *,
+        write: Callable[[str], str],
+        name: str,
+        width: int | None = None,
+    ) -> None:
+        """`write` puts a prompt into the template; `name` and `width`, of a token's features, are the network's.
+
+        Raises `UserError` for a language model that has too few layers, or another width.
+        """
+        super().__init__([slot])
+        self.reading, self.write = reading, write
+        before, mark, after = write(MARK).partition(MARK)
+        if not mark:
+            raise UserError(
+                f"The chat template of {name} leaves the prompt out. Restore its tokenizer/, or download the "
+                "model again."
+            )
+        self.frame = before, after
+        config = text_config(slot.model.config)
+        if max(reading.layers) > config.num_hidden_layers:
+            raise UserError(
+                f"The {slot.name} of {name} has {config.num_hidden_layers} layers, and layer {max(reading.layers)} is "
+                "read: it is the text encoder of another model. Give the one that the model was published with."
+            )
+        found = config.hidden_size * (1 if reading.stacked else len(reading.layers))
+        if width is not None and found != width:
+            raise UserError(
+                f"The {slot.name} of {name} gives {found} numbers a token and the transformer takes {width}: it is the "
+                "text encoder of another model. Give the one that the model was published with."
+            )
+
+    @property
+    def segments(self) -> tuple[TextSegment, ...]:
+        """The prompt's, in its template."""
+        return (
+            TextSegment(self.tokenizer, self.reading.tokens, frame=self.frame, dropped=self.reading.dropped),
+        )
+
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        """hidden [B, T, D] and, where padding was cut off, mask [B, T]; warns of truncated prompts."""
+        (slot,), reading = self.slots, self.reading
+        length = reading.tokens + reading.dropped
+        self.warn_truncation(prompts, length)
+        texts = [self.write(prompt) for prompt in prompts]
+        padding: Literal["max_length", "longest"] = "max_length" if reading.padded else "longest"
+        tokens = tokenization.tokenize(slot, texts, length, padding=padding, special=False)
+        hidden = read_layers(slot.model, reading, tokens)
+        if reading.padded:
+            return {"hidden": hidden[:, reading.dropped :]}
+        rows = [
+            row[there.bool()][reading.dropped :]
+            for row, there in zip(hidden, tokens["attention_mask"], strict=True)
+        ]
+        return pad_rows(rows, reading.tokens)
+
+    def warn_truncation(self, prompts: Sequence[str], length: int) -> None:
+        """Say which prompts are longer than what is read, once per prompt, quoting what is dropped."""
+        before = len(self.tokenizer(self.frame[0], add_special_tokens=False, verbose=False)["input_ids"])
+        for prompt in prompts:
+            tokenization.refuse_half_characters([prompt])
+            words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+            if before + len(words) > length:
+                dropped = self.tokenizer.decode(words[length - before :])
+                notify_once(
+                    f"The prompt has {len(words)} tokens and this model reads {length - before}: it will not see "
+                    f"“{dropped}”."
+                )
+
+
+def read_layers(model: Any, reading: Reading, tokens: dict[str, Tensor], **options: Any) -> Tensor:
+    """Hidden states of the layers that are read: [B, T, D], side by side, or stacked to [B, T, layers, D]."""
+    states = model(
+        input_ids=tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        output_hidden_states=True,
+        use_cache=False,
+        **options,
+    ).hidden_states
+    chosen = torch.stack([states[layer] for layer in reading.layers], dim=2).float()
+    return chosen if reading.stacked else chosen.flatten(2)
+
+
+def pad_rows(rows: Sequence[Tensor], length: int) -> Text:
+    """Rows [tokens, …] of unlike length as hidden [B, T, …], zeros behind each, and mask [B, T]."""
+    hidden = torch.stack([F.pad(row, (*(0, 0) * (row.ndim - 1), 0, length - len(row))) for row in rows])
+    places = torch.arange(length, device=hidden.device)
+    mask = torch.stack([(places < len(row)).long() for row in rows])
+    return {"hidden": hidden, "mask": mask}
+
+
+def unpad_rows(text: Text, dtype: torch.dtype) -> list[Tensor]:
+    """The inverse of `pad_rows`, as networks of ragged prompts take them; on `meta` every row has all its tokens."""
+    hidden, mask = text["hidden"].to(dtype), text["mask"]
+    lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(1).tolist()
+    return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+
+
+def load_language_model(
+    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype, *, tokenizer: str = "tokenizer"
+) -> TextEncoderSlot:
+    """Load a language model in `dtype` without its head, or its eye, with its tokenizer, which that folder holds."""
+    words = loading.load_pretrained(tokenizer_kind, location, tokenizer)
+    model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).get_decoder()
+    return TextEncoderSlot("text_encoder", words, model)
+
+
+def chat_writer(
+    tokenizer: Any, location: Location, published: tuple[str, str], *, system: str = "", **options: Any
+) -> Callable[[str], str]:
+    """A function that puts a prompt into the tokenizer's own chat template, or the `published` one where it has none.
+
+    A `system` message stands before it, and then nothing that asks for an answer behind it. `options` are the
+    template's. Raises `UserError` for a template that cannot be followed.
+    """
+    if not tokenizer.chat_template:
+        return lambda prompt: prompt.join(published)
+
+    def write(prompt: str) -> str:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        if system:
+            said = (("system", system), ("user", prompt))
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        with refuse_damaged(location.name, "chat template"):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not system, **options
+            )
+        return cast(str, text)
+
+    return write
+
+
+def text_config(config: Any) -> Any:
+    """The config of the language model itself, where it reads pictures too."""
+    return getattr(config, "text_config", config)
+
+
+def text_spec(kind: Any, location: Location, dtype: torch.dtype) -> ModuleSpec:
+    """The spec of the language model of one that reads pictures too (`kind` is its class), from the config of both."""
+    config = location.config("text_encoder")
+
+    def build() -> nn.Module:
+        with refuse_damaged(location.name, "text_encoder"):
+            return cast(nn.Module, kind(kind.config_class.from_dict(config.get("text_config", config))))
+
+    return ModuleSpec(build, dtype)
+
+
+def cut_padding(text: Text) -> tuple[Tensor, Tensor | None]:
+    """hidden [B, T, …] up to the longest prompt's end, and its mask [B, T], None where all tokens are there.
+
+    On `meta` every prompt has all its tokens.
+    """
+    hidden, mask = text["hidden"], text["mask"]
+    if mask.is_meta:
+        return hidden, None
+    longest = int(mask.sum(1).max())
+    mask = mask[:, :longest].bool()
+    return hidden[:, :longest], None if bool(mask.all()) else mask

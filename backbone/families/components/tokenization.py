@@ -1,0 +1,98 @@
+"""Prompts to tokens: several text encoders as one, tokenizers that fit their encoder, what is cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from backbone.diffusion.transfer import send
+from backbone.families.base import TextEncoderSlot
+from backbone.io.console import UserError, notify_once
+
+
+class MultiTextEncoder:
+    """Several text encoders as one `TextEncoder`; those in `frozen` neither learn tokens nor carry adapters."""
+
+    def __init__(self, slots: Sequence[TextEncoderSlot], frozen: Sequence[TextEncoderSlot] = ()) -> None:
+        self.slots = tuple(slots)
+        self.all_slots = (*slots, *frozen)
+        self.tokenizer = self.slots[0].tokenizer
+        for slot in self.all_slots:
+            fit_tokenizer(slot)
+            slot.model.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> Any:
+        for slot in self.all_slots:
+            slot.model.to(device)
+        return self
+
+
+def fit_tokenizer(slot: TextEncoderSlot) -> None:
+    """Let a tokenizer give no more tokens than its encoder has positions: a config may say more, or nothing.
+
+    Raises `UserError` for a length that holds no word, and for special tokens that the encoder has no embedding of.
+    """
+    length, where = slot.tokenizer.model_max_length, f"The tokenizer of {slot.name}"
+    remedy = "Restore its tokenizer_config.json, or download the model again."
+    if not isinstance(length, int) or length < 3:
+        raise UserError(f"{where} says model_max_length {length}, which holds no prompt. {remedy}")
+    embeddings = slot.model.get_input_embeddings().weight.shape[0]
+    for number, token in zip(slot.tokenizer.all_special_ids, slot.tokenizer.all_special_tokens, strict=True):
+        if number >= embeddings:
+            raise UserError(
+                f"{where} has the token {token}, and the encoder has no embedding of it. {remedy}"
+            )
+    slot.tokenizer.model_max_length = min(
+        length, getattr(slot.model.config, "max_position_embeddings", length)
+    )
+
+
+def tokenize(
+    slot: TextEncoderSlot,
+    prompts: Sequence[str],
+    length: int | None = None,
+    *,
+    padding: Literal["max_length", "longest"] = "max_length",
+    special: bool = True,
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], truncated to `length` (the tokenizer's own if None) and padded.
+
+    Padded to `length`, or to the longest of the prompts. The tokenizer's `special` tokens stand around each, unless a
+    template says them.
+    """
+    refuse_half_characters(prompts)
+    encoded = slot.tokenizer(
+        list(prompts),
+        padding=padding,
+        truncation=True,
+        max_length=length or slot.tokenizer.model_max_length,
+        add_special_tokens=special,
+        return_tensors="pt",
+    )
+    device = slot.model.device
+    return {name: send(encoded[name], device) for name in ("input_ids", "attention_mask")}
+
+
+def refuse_half_characters(prompts: Sequence[str]) -> None:
+    """`UserError` for words that are no text in UTF-8, as a terminal of another encoding sends them."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The prompt {prompt[:60]!r} is no text in UTF-8. Write it anew.") from error
+
+
+def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int | None = None) -> None:
+    """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
+    refuse_half_characters(prompts)
+    length = length or slot.tokenizer.model_max_length
+    for prompt in prompts:
+        tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
+        if len(tokens) > length:
+            dropped = slot.tokenizer.decode(tokens[length - 1 : -1])
+            notify_once(
+                f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{dropped}”."
+            )

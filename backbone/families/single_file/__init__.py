@@ -1,0 +1,1 @@
+"""Single-file checkpoints, of the original repositories and as ComfyUI lays them."""

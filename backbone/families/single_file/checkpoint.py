@@ -1,0 +1,176 @@
+"""Single-file checkpoints (safetensors) in the layout of the original repositories, as model sites offer them.
+
+Which files belong to a family, and their configs, is in the family's own `checkpoint.py`. Shared here: loading a
+component through diffusers' converters, the fingerprint, and what an unknown file seems to be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbone.families.components.empty import without_weights
+from backbone.families.location import Location
+from backbone.io.console import UserError
+from backbone.io.files import Header, content_hash, read_json, read_tensors
+from backbone.io.weights import refuse_damaged
+
+CONFIG_FILES = (
+    *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
+    *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
+    *("text_encoder_2/config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
+    *("text_encoder_3/config.json", "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"),
+    *("transformer/config.json", "tokenizer_2/spiece.model", "tokenizer_3/spiece.model"),
+    *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
+    *("image_encoder/config.json", "feature_extractor/preprocessor_config.json"),
+)
+UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
+WINDOWS, WINDOW_BYTES = 64, 1 << 14
+TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
+TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
+NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
+UNKNOWN_FILES = (
+    (
+        r"(\.|_)(lora_(up|down|A|B)|lora\.(up|down)|hada_w[12]|lokr_w[12])",
+        "a LoRA or another adapter, which changes a model and is none",
+        "Name the model that it was made for.",
+    ),
+    (r"^control(_model|net_cond_embedding)\.", "a ControlNet", "Name the model that it was made for."),
+    (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding", "Name the model that it was made for."),
+    (r"motion_modules\.", "an AnimateDiff motion module", "Name the model that it was made for."),
+    (r"^conditioner\.embedders\.", "a part of Stable Diffusion XL, or its refiner", NAME_DIFFUSERS_FOLDER),
+    (r"joint_blocks\.", "a part of Stable Diffusion 3, or a derivative of it", NAME_DIFFUSERS_FOLDER),
+    (
+        r"double_blocks\.",
+        "a part of FLUX.1, or a derivative of it (like Chroma)",
+        "Name a whole FLUX.1, or another model.",
+    ),
+    (
+        r"embed_tokens\.weight$",
+        "a text encoder alone",
+        "Name the transformer's file with --model, and this one with --text-encoder.",
+    ),
+    (
+        r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks|(text_model\.)?encoder\.layers)\.",
+        "one part of a diffusers model",
+        "Name the folder above, the one with model_index.json.",
+    ),
+    (
+        r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.",
+        "an autoencoder (VAE) alone",
+        TAKE_FULL_VERSION,
+    ),
+    (
+        r"^(model\.diffusion_model\.)?label_emb\.",
+        "a Stable Diffusion whose UNet takes more conditions than a time and a prompt (like SDXL's or unCLIP's)",
+        "Name another model.",
+    ),
+    (
+        r"^(model\.diffusion_model\.)?input_blocks\.",
+        "a Stable Diffusion checkpoint without its text encoder or its autoencoder",
+        TAKE_FULL_VERSION,
+    ),
+)
+
+
+def load_single_file_part(
+    kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype
+) -> Any:
+    """Load a component that diffusers converts (`unet`, `vae`) from the tensors whose names begin with `prefix`.
+
+    Where a file also holds an EMA (`model_ema`), the plain weights are loaded, as diffusers does. Raises `UserError` if
+    the tensors do not fit the component's config.
+    """
+    settings = location.local(f"{part}/config.json")
+    assert settings is not None
+    tensors, _ = read_tensors(location.source, prefix=prefix)
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.match(TRAINING_LEFTOVERS, name)}
+    with refuse_damaged(location.name, part), without_weights():
+        expected = kind.from_config(location.config(part)).state_dict()
+    if count_shapes(tensors.values()) != count_shapes(expected.values()):
+        raise config_mismatch(location, part)
+    with silence_warnings("diffusers.models.modeling_utils"):  # it warns that no module is kept in fp32
+        return kind.from_single_file(
+            tensors,
+            config=str(settings.parents[1]),
+            subfolder=part,
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
+
+
+@contextmanager
+def silence_warnings(name: str) -> Iterator[None]:
+    """Raise one logger's level to ERROR inside the body."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def config_mismatch(location: Location, part: str) -> UserError:
+    """The `UserError` for a file whose component does not fit its config."""
+    return UserError(
+        f"The {part} in {location.file_of(part)} is not built as {location.local(f'{part}/config.json')} says. "
+        f"Put the {part}/config.json of this model beside the file."
+    )
+
+
+def count_shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
+    """Count how often each shape occurs; a 1 × 1 convolution counts as a matrix."""
+    return Counter(tuple(tensor.shape[: 2 if set(tensor.shape[2:]) == {1} else None]) for tensor in tensors)
+
+
+def fingerprint(location: Location) -> str:
+    """Identify a file by samples of its contents and by the configs that it is loaded with."""
+    parts = [hash_samples(path) for path in (Path(location.source), *location.parts.values())]
+    for name in CONFIG_FILES:
+        path = location.local(name)
+        if path is not None:
+            is_json = path.suffix == ".json"
+            content = json.dumps(read_json(path), sort_keys=True) if is_json else content_hash(path)
+            parts.append(f"{name}:{content}")
+    return content_hash("\n".join(parts).encode())
+
+
+def hash_samples(path: Path) -> str:
+    """The size of a file and a hash of WINDOWS windows spread evenly over it: a merge may leave both ends unchanged."""
+    size = path.stat().st_size
+    last = max(0, size - WINDOW_BYTES)
+    with path.open("rb") as file:
+        windows = []
+        for number in range(WINDOWS):
+            file.seek(last * number // (WINDOWS - 1))
+            windows.append(file.read(WINDOW_BYTES))
+    return f"{size}:{content_hash(b''.join(windows))}"
+
+
+def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:
+    """The input channels of the UNet and the latent channels of the autoencoder; None for a missing component."""
+    kernels = (UNET + "input_blocks.0.0.weight", AUTOENCODER + "decoder.conv_in.weight")
+    takes, latents = (header.shapes.get(name, ()) for name in kernels)
+    return (takes[1] if len(takes) == 4 else None), (latents[1] if len(latents) == 4 else None)
+
+
+def describe_unknown_file(header: Header) -> str:
+    """What a file of no known family seems to be, and the remedy."""
+    takes, latents = unet_and_latent_channels(header)
+    if takes is not None and latents is not None and takes != latents:
+        what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
+        return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
+    for pattern, what, remedy in UNKNOWN_FILES:
+        if any(re.search(pattern, name) for name in header.shapes):
+            return f"{header.path} seems to be {what}. {remedy}"
+    first_names = ", ".join(sorted(header.shapes)[:3]) or "nothing"
+    return f"{header.path} is no checkpoint of a known layout (it holds {first_names}). Name another model."

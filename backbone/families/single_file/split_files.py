@@ -1,0 +1,348 @@
+"""Models of one file, or of three as ComfyUI lays them: the transformer, the autoencoder, the text encoder.
+
+A transformer alone is recognised by its own tensors; the other components lie in the same file below a prefix, or in
+files of their own, whose tensors say which they are. Configs are looked up as for Stable Diffusion 1
+(`sd1/checkpoint.py`); a tokenizer lies beside the transformer's file or the text encoder's, since no file carries one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
+from torch import Tensor, nn
+
+from backbone.conditions.conditions import Conditions
+from backbone.families.base import ImageInput, TextEncoderSlot
+from backbone.families.components import loading
+from backbone.families.components.empty import without_weights
+from backbone.families.components.latents import (
+    has_frames,
+    is_batch_normed,
+    latent_channels,
+    patch_size,
+    pixels_per_latent,
+)
+from backbone.families.location import Location
+from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.single_file import text_encoders
+from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.single_file.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
+from backbone.io.console import UserError
+from backbone.io.files import Header, read_header
+from backbone.io.weights import refuse_damaged
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+TRANSFORMER_PREFIXES = (UNET, "diffusion_model.", "")
+AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
+AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
+TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
+T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
+NOT_TEXT = (
+    r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
+)
+TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
+FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
+NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
+SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """A family's files.
+
+    name       what the model is called
+    marks      names of tensors, of which the transformer has all of one tuple
+    encoder    what its text encoder is called
+    published  header of the transformer → folders of published configs, those that count first
+    convert    the transformer's tensors, in the original names or in diffusers', to diffusers'
+    """
+
+    name: str
+    marks: tuple[tuple[str, ...], ...]
+    encoder: str
+    published: Callable[[Header], Sequence[str]]
+    convert: Convert = dict
+
+    def match(self, header: Header) -> tuple[Path, ...] | None:
+        """The config folders of a file that holds the transformer; None for any other."""
+        if self.prefix(header) is None:
+            return None
+        refuse_quantized(header)
+        folders = (PUBLISHED_CONFIGS / name for name in self.published(header))
+        return (header.path.with_suffix(""), header.path.parent, *folders)
+
+    def prefix(self, header: Header) -> str | None:
+        """What stands before the names of the transformer's tensors; None where there are none."""
+        return next(
+            (
+                prefix
+                for prefix in TRANSFORMER_PREFIXES
+                for marks in self.marks
+                if all(prefix + mark in header.shapes for mark in marks)
+            ),
+            None,
+        )
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        """The files of the other components; `UserError` where one is missing, or a file is none of them."""
+        parts: dict[str, Path] = {}
+        for other in beside:
+            part = TEXT if text_prefix(other) is not None else VAE if vae_prefix(other) is not None else ""
+            if not part or part in parts:
+                what = "neither an autoencoder nor a text encoder" if not part else f"a second {part}"
+                raise UserError(
+                    f"{other.path} is {what} of a {self.name}. Leave it out, or name another file."
+                )
+            refuse_quantized(other)
+            parts[part] = other.path
+        own = {VAE: vae_prefix(header, inside=True), TEXT: text_prefix(header)}
+        options = {VAE: ("autoencoder (VAE)", "--vae FILE"), TEXT: (self.encoder, "--text-encoder FILE")}
+        missing = [options[part] for part, prefix in own.items() if prefix is None and part not in parts]
+        if missing:
+            raise UserError(
+                f"{header.path} holds the transformer of a {self.name} without its "
+                f"{' and '.join(what for what, _ in missing)}. Add {' and '.join(option for _, option in missing)}, or "
+                "name the model's diffusers folder or hub id."
+            )
+        return parts
+
+
+def vae_prefix(header: Header, *, inside: bool = False) -> str | None:
+    """What stands before the names of an autoencoder's tensors; `inside` a file that holds more."""
+    prefixes = AUTOENCODER_PREFIXES[:2] if inside else AUTOENCODER_PREFIXES
+    return next((p for p in prefixes for mark in AUTOENCODER_MARKS if p + mark in header.shapes), None)
+
+
+def text_prefix(header: Header) -> str | None:
+    """What stands before the names of a language model's tensors, or T5's, as transformers has them."""
+    t5 = next((name for name in header.shapes if name.endswith(T5_MARK)), None)
+    if t5 is not None:
+        return t5.removesuffix(T5_MARK)
+    matches = (TEXT_MARK.match(name) for name in header.shapes)
+    return next((match[1] for match in matches if match), None)
+
+
+def refuse_quantized(header: Header) -> None:
+    """`UserError` for weights in a format that is not read."""
+    found = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
+    if found is not None:
+        raise UserError(
+            f"{header.path} is quantised in a format that is not supported (it has {found}). "
+            "Take its version in fp16, bf16 or fp8."
+        )
+
+
+class SplitFileFamily:
+    """Part of `Family`: its files, and its transformer and autoencoder from them or from a diffusers folder.
+
+    files             how its files are recognised and read
+    transformer_kind  diffusers' class of the denoiser
+    vae_kind          diffusers' class of the autoencoder
+    convert_vae       the autoencoder's tensors from the original names, where those are not Stable Diffusion's
+    """
+
+    files: ClassVar[SplitFiles]
+    transformer_kind: ClassVar[Any]
+    vae_kind: ClassVar[Any]
+    convert_vae: ClassVar[Convert | None] = None
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {}
+
+    def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
+        return self.files.match(header)
+
+    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
+        return self.files.find_parts(header, beside)
+
+    def licence(self, location: Location) -> str:
+        return ""
+
+    def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return load_transformer(self.transformer_kind, self.files, location, dtype)
+        return loading.load_network(self.transformer_kind, location, TRANSFORMER, dtype)
+
+    def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        if location.file is not None:
+            return load_autoencoder(self.vae_kind, location, dtype, type(self).convert_vae)
+        return loading.load_autoencoder(self.vae_kind, location, dtype)
+
+    def latent_shape(self, location: Location) -> tuple[int, ...]:
+        config = location.config(VAE)
+        side = int(config.get("sample_size", SIDE)) // pixels_per_latent(config)
+        return latent_channels(config), side, side
+
+    def longest_side(self, location: Location) -> int | None:
+        return None
+
+    def embed_guidance(
+        self, denoiser: nn.Module, conditions: Conditions, guidance: float
+    ) -> Conditions | None:
+        return None
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: torch.dtype) -> nn.Module:
+    """Load the transformer from a file in the original names or in diffusers'; `UserError` where it does not fit."""
+    prefix = files.prefix(read_header(location.file_of(TRANSFORMER)))
+    assert prefix is not None
+    tensors = read_weights(location, prefix, dtype, part=TRANSFORMER)
+    if not prefix:  # what else the file holds stands below prefixes of its own
+        others = ("text_encoders.", *AUTOENCODER_PREFIXES[:2])
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(others)}
+    try:
+        converted = files.convert(tensors)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise config_mismatch(location, TRANSFORMER) from error
+    return build_network(kind, location, TRANSFORMER, converted)
+
+
+def refuse_other_parts(location: Location) -> None:
+    """`UserError` where a component's file is told by its header to be another model's, before anything is loaded.
+
+    Looked at are the width and the number of layers of a text encoder, and an autoencoder's latents.
+    """
+    if TEXT in location.parts:
+        header = read_header(location.parts[TEXT])
+        said = location.config(TEXT)
+        inner = said.get("text_config", said)
+        width, layers = (
+            ("hidden_size", "num_hidden_layers") if "hidden_size" in inner else ("d_model", "num_layers")
+        )
+        wanted = inner.get(width), inner.get(layers)
+        if None not in wanted and size_of_text(header) != wanted:
+            raise other_part(location, TEXT)
+    if VAE in location.parts and not is_like(read_header(location.parts[VAE]), location.config(VAE)):
+        raise other_part(location, VAE)
+
+
+def is_like(header: Header, config: Mapping[str, Any]) -> bool:
+    """Whether an autoencoder's file has the latents, frames and batch norm that a config says."""
+    kernel = next((s for n, s in header.shapes.items() if n.endswith(AUTOENCODER_MARKS[:2])), ())
+    channels = latent_channels(config) // patch_size(config) ** 2
+    normed = any(name.endswith("bn.running_mean") for name in header.shapes)
+    if normed != is_batch_normed(config):
+        return False
+    over_time = has_frames(config) and config.get("_class_name") != FLAT
+    return len(kernel) < 4 or (kernel[1] == channels and (len(kernel) == 5) == over_time)
+
+
+def size_of_text(header: Header) -> tuple[int, int]:
+    """The width and the number of layers of a language model, or T5's, of a file that has more beside it."""
+    prefix = text_prefix(header) or ""
+    own = {n.removeprefix(prefix): s for n, s in header.shapes.items() if not re.search(NOT_TEXT, n)}
+    marks = (T5_MARK, "embed_tokens.weight")
+    width = next(shape[1] for name, shape in own.items() if name.endswith(marks))
+    layers = {found[1] for name in own if (found := re.search(r"(?:^|\.)(?:layers|block)\.(\d+)\.", name))}
+    return width, len(layers)
+
+
+def other_part(location: Location, part: str) -> UserError:
+    """The `UserError` for a component's file that does not fit the component's config."""
+    config = location.local(f"{part}/config.json")
+    return UserError(
+        f"The {NAMES[part]} in {location.file_of(part)} is not built as {config} says: it is that of another model, or "
+        f"of another size. Give the one that {location.file_of(TRANSFORMER)} was published with, or put its "
+        f"{part}/config.json beside that file."
+    )
+
+
+def load_autoencoder(
+    kind: Any, location: Location, dtype: torch.dtype, convert: Convert | None = None
+) -> nn.Module:
+    """Load the autoencoder from a file in the original names or in diffusers', in fp32 where fp16 overflows."""
+    prefix = vae_prefix(read_header(location.file_of(VAE)), inside=VAE not in location.parts)
+    assert prefix is not None
+    tensors = read_weights(location, prefix, loading.autoencoder_dtype(location, dtype), part=VAE)
+    if any(re.match(r"decoder\.up\.\d", name) for name in tensors):
+        config = location.config(VAE)
+        with refuse_damaged(str(location.file_of(VAE)), VAE):
+            tensors = convert_ldm_vae_checkpoint(dict(tensors), config) | kept_by_vae(tensors)
+    elif convert is not None:
+        tensors = convert(tensors)
+    return build_network(kind, location, VAE, tensors)
+
+
+def kept_by_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What FLUX.2's autoencoder has beside others: convolutions around the latent, and its batch norm."""
+    moved = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
+    kept = {name: value for name, value in tensors.items() if name.startswith("bn.")}
+    for old, new in moved.items():
+        kept |= {name.replace(old, new): value for name, value in tensors.items() if name.startswith(old)}
+    return kept
+
+
+def convert_video_autoencoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Qwen-Image's autoencoder by diffusers' names, from those of Wan's code, whose kind it is."""
+    if "conv2.weight" not in tensors:
+        return tensors
+    return dict(convert_wan_vae_to_diffusers(dict(tensors)))
+
+
+def load_language_model(
+    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
+) -> TextEncoderSlot:
+    """Load a language model without its head from a file, with the tokenizer that lies beside it.
+
+    Raises `UserError` where the tokenizer is missing, or the tensors do not fit the config.
+    """
+    tokenizer = load_tokenizer(tokenizer_kind, location)
+    return TextEncoderSlot(TEXT, tokenizer, load_text_model(kind, location, dtype))
+
+
+def name_inner(name: str) -> str:
+    """A tensor's name in the language model alone."""
+    return re.sub(r"^(model\.|language_model\.)+", "", name)
+
+
+def load_text_model(
+    kind: Any, location: Location, dtype: torch.dtype, *, part_name: Callable[[str], str] = name_inner
+) -> Any:
+    """Load a language model from a file, or one with its eye; `UserError` for tensors that do not fit the config.
+
+    `part_name` gives a tensor's name in the model of class `kind`; what that has no place for is left out.
+    """
+    file = location.file_of(TEXT)
+    prefix = text_prefix(read_header(file))
+    assert prefix is not None
+    with refuse_damaged(location.name, TEXT):
+        said = location.config(TEXT)
+        whole = "text_config" in kind.config_class.sub_configs
+        config = kind.config_class.from_dict(said if whole else said.get("text_config", said))
+        with without_weights():
+            expected = {name: value.shape for name, value in kind(config).state_dict().items()}
+    tensors = {
+        part_name(name): value for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
+    }
+    beside = NOT_TEXT if not whole else r"lm_head\."
+    tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
+    if {name: value.shape for name, value in tensors.items()} != expected:
+        raise other_part(location, TEXT)
+    with refuse_damaged(location.name, TEXT):
+        return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
+    """Load T5 from a file, with the tokenizer that lies beside the transformer's; `UserError` as for others."""
+    prefix = text_prefix(read_header(location.file_of(TEXT)))
+    assert prefix is not None
+    return text_encoders.load_t5_below(prefix, location, number, dtype)
+
+
+def load_tokenizer(kind: Any, location: Location) -> Any:
+    """The tokenizer that lies beside the model's files; `UserError` if there is none."""
+    folder = location.local("tokenizer")
+    if folder is None:
+        raise UserError(
+            f"{location.file_of(TEXT)} carries no tokenizer, as no such file does. Put the tokenizer/ folder of this "
+            f"model (with its tokenizer.json) beside {location.file_of(TRANSFORMER)}."
+        )
+    with refuse_damaged(str(folder), "tokenizer"):
+        return kind.from_pretrained(str(folder), local_files_only=True)

@@ -1,0 +1,1 @@
+"""What the families of Stable Diffusion and SDXL share: the UNet and its control networks."""

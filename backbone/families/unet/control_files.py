@@ -1,0 +1,177 @@
+"""Control networks of UNets in one file: original names (`control_model.input_blocks.…`), Stability's control-LoRA,
+diffusers' own names, and T2I-Adapter's original ones.
+
+A control-LoRA (file key `lora_controlnet`) holds the hint's encoder and the zero convolutions whole, and of the copied
+encoder low-rank changes `X.up @ X.down` to the UNet's own weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from diffusers import ControlNetModel, T2IAdapter
+from torch import Tensor, nn
+
+from backbone.families.components.empty import without_weights
+from backbone.io.console import UserError
+from backbone.io.files import Header, read_tensors
+
+PREFIX = "control_model."
+LORA_KEY = "lora_controlnet"
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+FIXED = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "middle_block_out.0": "controlnet_mid_block",
+    "middle_block.1": "mid_block.attentions.0",
+    "input_hint_block.0": "controlnet_cond_embedding.conv_in",
+    "input_hint_block.14": "controlnet_cond_embedding.conv_out",
+    **{f"input_hint_block.{2 * n + 2}": f"controlnet_cond_embedding.blocks.{n}" for n in range(6)},
+}
+
+
+def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A ControlNet or T2I-Adapter of one file, for a UNet; `UserError` for one that was made for another."""
+    names = set(header.shapes)
+    if any(name.endswith("body.0.block1.weight") for name in names):
+        return _load_adapter(header, dtype)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+    found, _ = read_tensors(header.path, prefix=prefix) if prefix else read_tensors(header.path)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    is_lora = LORA_KEY in tensors
+    tensors.pop(LORA_KEY, None)
+    if not any(name.startswith("controlnet_cond_embedding.") for name in tensors):
+        tensors = {to_diffusers(name, unet): tensor for name, tensor in tensors.items()}
+    if "controlnet_cond_embedding.conv_in.weight" not in tensors:
+        raise UserError(
+            f"{header.path} is no control network: it holds {', '.join(sorted(names)[:3])} … Name a ControlNet, a "
+            "control-LoRA or a T2I-Adapter."
+        )
+    base = plain_weights(unet) if is_lora else {}
+    with without_weights():
+        module = ControlNetModel.from_unet(
+            cast(Any, unet),
+            conditioning_embedding_out_channels=_hint_widths(tensors),
+            load_weights_from_unet=False,
+            conditioning_channels=tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
+        )
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    whole = {name: _whole(name, tensors, base) for name in wanted}
+    for name, shape in wanted.items():
+        weight = whole[name]
+        if weight is None or weight.numel() != torch.Size(shape).numel():
+            holds = "is missing" if weight is None else f"is {tuple(weight.shape)} and not {shape}"
+            raise UserError(f"was made for another model: its {name} {holds}")
+    ready = {
+        name: value.reshape(wanted[name]).to(dtype) for name, value in whole.items() if value is not None
+    }
+    module.load_state_dict(ready, assign=True)
+    return cast(nn.Module, module)
+
+
+def plain_weights(unet: nn.Module) -> dict[str, Tensor]:
+    """A UNet's own weights by their own names, whatever adapters lie in it."""
+    return {
+        name.replace(".base_layer.", "."): value
+        for name, value in unet.state_dict().items()
+        if not any(mark in name for mark in (".lora_", ".hada_", ".lokr_"))
+    }
+
+
+def to_diffusers(name: str, unet: nn.Module) -> str:
+    """An original name as diffusers'; what it does not know stays as it is."""
+    layers = cast(Any, unet).config.layers_per_block
+    for original, ours in FIXED.items():
+        if name.startswith(f"{original}."):
+            return ours + name[len(original) :]
+    if found := re.match(r"zero_convs\.(\d+)\.0\.(.+)", name):
+        return f"controlnet_down_blocks.{found[1]}.{found[2]}"
+    if found := re.match(r"middle_block\.([02])\.(.+)", name):
+        return f"mid_block.resnets.{int(found[1]) // 2}.{_resnet(found[2])}"
+    if found := re.match(r"input_blocks\.(\d+)\.([01])\.(.+)", name):
+        block, layer = divmod(int(found[1]) - 1, layers + 1)
+        if layer == layers:
+            return f"down_blocks.{block}.downsamplers.0.conv.{found[3].removeprefix('op.')}"
+        if found[2] == "1":
+            return f"down_blocks.{block}.attentions.{layer}.{found[3]}"
+        return f"down_blocks.{block}.resnets.{layer}.{_resnet(found[3])}"
+    return name
+
+
+def _resnet(name: str) -> str:
+    for original, ours in RESNET.items():
+        if name.startswith(f"{original}."):
+            return ours + name[len(original) :]
+    return name
+
+
+def _whole(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor | None:
+    """A weight: the file's, or the UNet's with the file's low-rank change; None where neither has it."""
+    if name in tensors:
+        return tensors[name]
+    layer = name.removesuffix(".weight")
+    own = base.get(name)
+    if own is None or f"{layer}.up" not in tensors or not name.endswith(".weight"):
+        return own
+    up, down = (tensors[f"{layer}.{part}"].float().flatten(1) for part in ("up", "down"))
+    return own.float() + (up @ down).reshape(own.shape).to(own.device)
+
+
+def _hint_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The channels of the hint's encoder at each resolution."""
+
+    def count(layer: str) -> Iterator[int]:
+        weight = tensors.get(f"controlnet_cond_embedding.{layer}.weight")
+        if weight is not None:
+            yield len(weight)
+
+    return tuple(
+        width
+        for layer in ("conv_in", "blocks.1", "blocks.3", "blocks.5", "blocks.7")
+        for width in count(layer)
+    )
+
+
+def _load_adapter(header: Header, dtype: torch.dtype) -> nn.Module:
+    """A T2I-Adapter with its original names (full adapters)."""
+    tensors, _ = read_tensors(header.path)
+    tensors = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items()}
+    blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("body."))
+    each = 2  # residual blocks a level
+    channels = [len(tensors[f"body.{n}.block1.weight"]) for n in range(0, blocks, each)]
+    pixels = tensors["conv_in.weight"].shape[1]
+    large = pixels % 256 == 0  # SDXL's: 16 × 16 pixels of one or three channels
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[0] == "body":
+            level, layer = divmod(int(parts[1]), each)
+            inner = "" if parts[2] == "in_conv" else f"resnets.{layer}."
+            name = f"body.{level}.{inner}{'.'.join(parts[2:])}"
+        renamed[f"adapter.{name}"] = tensor.to(dtype)
+    factor = 16 if large else 8
+    module = T2IAdapter(
+        in_channels=pixels // factor**2,
+        channels=channels,
+        num_res_blocks=each,
+        downscale_factor=factor,
+        adapter_type="full_adapter_xl" if large else "full_adapter",
+    )
+    found = module.load_state_dict(renamed, strict=False)
+    if found.missing_keys or found.unexpected_keys:
+        strange = (*found.missing_keys, *found.unexpected_keys)[0]
+        raise UserError(f"is no T2I-Adapter of a known kind ({strange} does not fit)")
+    return cast(nn.Module, nn.Module.to(module, dtype))

@@ -1,0 +1,143 @@
+"""A picture that begins to move: clips of a model that reads a picture and no words (Stable Video Diffusion).
+
+    keys = [(0, 0)]
+    conditions = condition_on_stills(model, [Still(pixels, fps=7, motion_bucket=127, noise=0.02)], keys, seed=0)
+    (latents,) = animate(model, conditions, keys, steps=25, guidance=3.0, seed=0, frames=Frames(14))
+    frames = model.decode_clip(latents[0])
+
+Clip (i, j) depends on the seed, i and j alone. Guidance grows over the frames, from the first to the last: the first
+is the picture anyway, and what is further from it needs more of it (Blattmann et al. 2023, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.cli.keywords import takes
+from backbone.cli.sampling import ALL_STEPS
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import Estimate, Level, Predict, generator
+from backbone.diffusion.transfer import send
+from backbone.models.model import Backbone
+from backbone.models.sample import (
+    Frames,
+    SamplerArguments,
+    count_predictions,
+    get_sampler,
+    initial_noise,
+    limit_guidance,
+    report_steps,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Still:
+    """The picture that begins to move, and what the model is told of its motion.
+
+    pixels         [3, 8H, 8W] in −1…1, at the size of the clip
+    fps            frames a second; the network was trained to read one less
+    motion_bucket  how much moves, 0…255 as trained
+    noise          deviation of the noise on the picture: with more of it the clip keeps less of it, and moves more
+    shown          the same picture as it was before it was made so small, for its embedding; None: `pixels`
+    """
+
+    pixels: Tensor
+    fps: float = 7.0
+    motion_bucket: float = 127.0
+    noise: float = 0.02
+    shown: Tensor | None = None
+
+
+def condition_on_stills(
+    model: Backbone, stills: Sequence[Still], keys: Sequence[tuple[int, int]], seed: int
+) -> list[Conditions]:
+    """The conditions of a clip for each noise key (i, j): of still i, under noise of the key's own.
+
+    The picture's encoder is freed again, as it is used no more.
+    """
+    hidden = [encode_still(model, still) for still in stills]
+    model.free("picture_encoder")
+    return [condition_on(model, stills[i], hidden[i], generator(seed, i, j, "picture")) for i, j in keys]
+
+
+def encode_still(model: Backbone, still: Still) -> Tensor:
+    """What the model is told of a picture [1, T, D]."""
+    shown = still.pixels if still.shown is None else still.shown
+    return send(model.picture_encoder(send(shown[None], model.device)), model.device)
+
+
+def condition_on(model: Backbone, still: Still, hidden: Tensor, random: torch.Generator) -> Conditions:
+    """The conditions of one clip: the picture's embedding, its latents under noise, and the ids."""
+    noise = torch.randn(still.pixels.shape, generator=random)
+    pixels = still.pixels + still.noise * noise
+    latents = model.encode(pixels[None]).mean / model.latent_space.scale
+    ids = torch.tensor([[still.fps - 1, still.motion_bucket, still.noise]], device=model.device)
+    return Conditions({"hidden": hidden, "ids": ids}, references=(latents,))
+
+
+@takes(SamplerArguments, without=("size",))
+@torch.no_grad()
+def animate(
+    model: Backbone,
+    conditions: Sequence[Conditions],
+    keys: Sequence[tuple[int, int]],
+    *,
+    frames: Frames,
+    min_guidance: float = 1.0,
+    advance: Callable[[float], Any] | None = None,
+    **how: Any,
+) -> Iterator[Tensor]:
+    """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
+
+    The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `how` is by the fields of
+    `SamplerArguments`; the size is the still's. `advance` is told after each step how many clips' worth of work it was.
+    """
+    asked = SamplerArguments(**how)
+    places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
+    schedule = model.schedule(asked.steps, size=places)
+    scales = torch.linspace(min_guidance, asked.guidance, frames.count)
+    for first in range(0, len(keys), asked.batch):
+        some = keys[first : first + asked.batch]
+        noise = torch.stack([initial_noise(model, asked.seed, *key, places, frames=frames) for key in some])
+        start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
+        together = Conditions.cat(conditions[first : first + asked.batch])
+        predict = guide_over_frames(model, together, scales)
+        if asked.guided != ALL_STEPS:
+            predict = limit_guidance(asked.guided, predict, model.predictor(together), schedule)
+        if advance is not None:
+            predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, schedule))
+        randoms = [generator(asked.seed, *key, "steps") for key in some]
+        yield get_sampler(asked.sampler, randoms)(start, predict, schedule)
+
+
+def unconditioned(conditions: Conditions) -> Conditions:
+    """The same without the picture: zeros in its place, and the ids as they are."""
+    text = {
+        name: value if name == "ids" else torch.zeros_like(value) for name, value in conditions.text.items()
+    }
+    return Conditions(text, references=tuple(map(torch.zeros_like, conditions.references)))
+
+
+def guide_over_frames(model: Backbone, conditions: Conditions, scales: Tensor) -> Predict:
+    """Classifier-free guidance whose scale is another one for each frame [F]; no second call where all are 1."""
+    if bool((scales == 1).all()):
+        return model.predictor(conditions)
+    empty = unconditioned(conditions)
+    with_picture, without = model.predictor(conditions), model.predictor(empty)
+    both = model.predictor(Conditions.cat([conditions, empty]))
+
+    def predict(noisy: Tensor, level: Level) -> Estimate:
+        scale = send(scales, noisy.device)[:, None, None]
+        if model.placement.one_by_one:
+            halves = list(zip(with_picture(noisy, level), without(noisy, level), strict=True))
+        else:
+            twice = both(torch.cat([noisy, noisy]), level)
+            halves = [(part[: len(noisy)], part[len(noisy) :]) for part in twice]
+        return Estimate(*(none + scale * (some - none) for some, none in halves))
+
+    return predict

@@ -1,0 +1,373 @@
+"""Motion adapters: a model of pictures that draws clips, without another network and without another loop.
+
+A clip is one sample [C, F, H, W] of a batch. A network of pictures sees its frames as rows, and a motion adapter (Guo
+et al. 2023, AnimateDiff, section 4.2) adds a layer behind each of its blocks' layers in which every place attends over
+the frames. Here those layers stand in the UNet that there is, under the names that diffusers' `UNetMotionModel` gives
+them (`down_blocks.0.motion_modules.1…`): its own weights, its adapters and what controls its attention stay as they
+are, and a picture does not go through them at all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import MotionAdapter
+from torch import Tensor, nn
+
+from backbone.conditions.control import Control
+from backbone.diffusion.noise import Estimate, Level, Predict
+from backbone.families.components import loading
+from backbone.families.location import Config, hub_file
+from backbone.io.console import UserError
+from backbone.io.files import read_header, read_json, read_tensors, write_json, write_tensors
+from backbone.io.weights import check_weights, refuse_damaged, refuse_missing
+
+ORIGINAL = re.compile(r"(?:module\.|motion_modules\.)?(?=(?:down_blocks|mid_block|up_blocks)\.)")
+RENAMED = {  # of an original AnimateDiff file
+    ".temporal_transformer": "",
+    ".norms.0": ".norm1",
+    ".norms.1": ".norm2",
+    ".ff_norm": ".norm3",
+    ".attention_blocks.0": ".attn1",
+    ".attention_blocks.1": ".attn2",
+}
+POSITIONS = "pos_encoder.pe"  # of an original file: sines, which the layers have anyway
+
+
+class Motion:
+    """The layers of a motion adapter in a UNet, and how many frames a clip has in the call that is going on.
+
+    adapter   what was attached, with its settings
+    frames    0 for pictures, which pass the layers by
+    controls  of the call, for what in the layers listens to them (a camera's path)
+    """
+
+    def __init__(self, adapter: MotionAdapter) -> None:
+        self.adapter = adapter
+        self.frames = 0
+        self.controls: tuple[Control, ...] = ()
+        self.hooks: list[Any] = []
+
+    @property
+    def longest(self) -> int:
+        """Frames for which its layers have positions."""
+        return int(cast(Any, self.adapter).config.motion_max_seq_length)
+
+    def behind(self, layer: nn.Module, over_time: nn.Module) -> None:
+        """Let what `layer` returns go through `over_time`, [B·F, C, h, w] to the same."""
+
+        def move(module: nn.Module, given: Any, returned: Any) -> Any:
+            if not self.frames:
+                return None
+            hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "sample", returned)
+            entering = hidden
+            if torch.is_grad_enabled() and hidden.device.type == "cpu":
+                # Behind channels-last convolutions the backward of torch's group norm over a clip crashes there
+                entering = hidden.contiguous()
+            moved = over_time(entering, num_frames=self.frames)
+            if isinstance(returned, tuple):
+                return (moved, *returned[1:])
+            return moved if hidden is returned else type(returned)(sample=moved)
+
+        self.hooks.append(layer.register_forward_hook(move))
+
+
+# Reading an adapter ------------------------------------------------------------------------------------------
+
+
+def read_motion_adapter(source: str) -> MotionAdapter:
+    """A motion adapter: a diffusers folder, a hub id, or an original AnimateDiff file (.safetensors).
+
+    Raises `UserError` for what is none of them, is damaged, or conditions on a picture (PIA).
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(
+            f"{path} is a pickle, which is never read. Take the motion adapter's .safetensors version."
+        )
+    if path.is_file():
+        return _read_original(path)
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
+    if not path.is_dir() and (source.count("/") != 1 or path.parent.exists()):
+        raise UserError(
+            f"There is no motion adapter {source}. Name a folder that diffusers wrote, an original .safetensors file, "
+            "or a hub id."
+        )
+    if not path.is_dir():
+        path = _fetch(source)
+    config = Config(read_json(path / "config.json")) if (path / "config.json").is_file() else None
+    if config is None or config.get("_class_name") != "MotionAdapter":
+        what = f"a {config.get('_class_name')}" if config else "a folder without config.json"
+        raise UserError(f"{source} is {what}, and a MotionAdapter is needed. Name a motion adapter.")
+    config.path = path / "config.json"
+    config.refuse_other_kinds(MotionAdapter)
+    check_weights(path)
+    with refuse_damaged(source, "motion adapter"):
+        loaded, found = cast(Any, MotionAdapter).from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    return _whole(refuse_missing(loaded, found, source, "motion adapter"), source)
+
+
+def _fetch(repository: str) -> Path:
+    """The folder of a motion adapter on the hub, as the cache has it."""
+    config = hub_file(repository, "config.json")
+    hub_file(repository, loading.WEIGHTS, config.parent.name)
+    return config.parent
+
+
+def _read_original(path: Path) -> MotionAdapter:
+    """An original file: its settings are in its shapes."""
+    header = read_header(path)
+    names = {name: rename_original(name) for name in header.shapes}
+    factor = next((name for name in names if "lora" in name), None)
+    if factor is not None:
+        moves = any("motion_modules" in name for name in names.values())
+        remedy = "Give it with --lora." if moves else "Make a run of it with customize import, for --concept."
+        raise UserError(
+            f"{path} is a LoRA{'' if moves else ' of pictures'} ({factor} …), not a motion adapter. {remedy}"
+        )
+    layers = {new: header.shapes[old] for old, new in names.items() if ".motion_modules." in new}
+    if not layers or len(layers) != len(names):
+        foreign = next((old for old, new in names.items() if new not in layers), "nothing")
+        raise UserError(
+            f"{path} is no motion adapter: it holds {foreign}. Name AnimateDiff's file, or a folder."
+        )
+    widths = [
+        shape[0]
+        for block in range(len({name.split(".")[1] for name in layers if name.startswith("down_blocks.")}))
+        if (shape := layers.get(f"down_blocks.{block}.motion_modules.0.proj_in.weight"))
+    ]
+    depths = [
+        len({name.split(".")[3] for name in layers if name.startswith(f"down_blocks.{block}.")})
+        for block in range(len(widths))
+    ]
+    positions = [shape[1] for name, shape in header.shapes.items() if name.endswith(POSITIONS)]
+    if not widths or 0 in depths:
+        raise UserError(f"{path} is damaged: it lacks whole motion modules. Download it again.")
+    adapter = MotionAdapter(
+        block_out_channels=tuple(widths),
+        motion_layers_per_block=tuple(depths),
+        motion_transformer_layers_per_block=_count_inner(layers),
+        motion_max_seq_length=min(positions, default=32),
+        use_motion_mid_block=any(name.startswith("mid_block.") for name in layers),
+        motion_norm_num_groups=_groups(widths),
+    )
+    tensors, _ = read_tensors(path)
+    state = {new: tensors[old] for old, new in names.items() if not old.endswith(POSITIONS)}
+    own = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+    if {name: tuple(value.shape) for name, value in state.items()} != own:
+        wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if tuple(state[n].shape) != own[n])
+        raise UserError(
+            f"{path} is no motion adapter that is known: {wrong[0]} is missing, or of another shape."
+        )
+    adapter.load_state_dict(state)
+    return _whole(adapter, str(path))
+
+
+def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
+    """A new adapter for a UNet of these settings, with positions for so many frames, that changes nothing yet.
+
+    8.75 M parameters at moji's widths. The last matrices of its layers are zero, so that training begins at pictures.
+    """
+    widths = tuple(unet["block_out_channels"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = MotionAdapter(
+            block_out_channels=widths,
+            motion_layers_per_block=unet["layers_per_block"],
+            motion_num_attention_heads=tuple(max(1, width // 80) for width in widths),
+            motion_norm_num_groups=unet["norm_num_groups"],
+            motion_max_seq_length=frames,
+            use_motion_mid_block=False,
+        )
+    for key, value in cast(nn.Module, adapter).named_parameters():
+        if ".proj_out." in key:
+            nn.init.zeros_(value)
+    return adapter
+
+
+def save_motion_adapter(folder: Path, adapter: MotionAdapter) -> None:
+    """Write an adapter as `MotionAdapter.from_pretrained` reads it, its config last; no LoRA in its layers is part."""
+    module = cast(Any, adapter)
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    write_tensors(folder / loading.WEIGHTS, state, {"format": "pt"})
+    write_json(folder / "config.json", json.loads(module.to_json_string()))
+
+
+def rename_original(name: str) -> str:
+    """The name of a tensor of an original AnimateDiff file in diffusers' layout."""
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return ORIGINAL.sub("", name, count=1)
+
+
+def _count_inner(layers: Mapping[str, Any]) -> int:
+    """Transformer blocks of a motion module."""
+    found = {
+        match[1]
+        for name in layers
+        if (match := re.match(r"down_blocks\.0\.motion_modules\.0\.transformer_blocks\.(\d+)\.", name))
+    }
+    return max(1, len(found))
+
+
+def _groups(widths: list[int]) -> int:
+    """32, as everywhere, or what divides narrower layers."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in widths))
+
+
+def _whole(adapter: Any, name: str) -> MotionAdapter:
+    if adapter.config.conv_in_channels:
+        raise UserError(
+            f"{name} also reads a picture (PIA), which no command gives it. Name a plain motion adapter."
+        )
+    for key, value in adapter.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{name} is damaged: {key} holds values that are no numbers. Download it again.")
+    return cast(MotionAdapter, adapter.eval().requires_grad_(False))
+
+
+# In the UNet -------------------------------------------------------------------------------------------------
+
+
+def motion_of(denoiser: nn.Module) -> Motion | None:
+    """The motion that is attached to a network, or None."""
+    return cast("Motion | None", denoiser.__dict__.get("motion"))
+
+
+def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the motion adapter") -> Motion:
+    """Put a motion adapter's layers behind those of a UNet; in a call that names frames they work.
+
+    Raises `UserError`, with both numbers, where it was made for blocks of other widths or another number of layers, and
+    for a network that is no UNet.
+    """
+    assert motion_of(denoiser) is None, "another adapter is attached"
+    network, settings = cast(Any, denoiser), cast(Any, adapter).config
+    if not hasattr(network, "down_blocks"):
+        raise UserError(
+            f"{name} belongs in a UNet, and this model is a transformer. Give a --model that has a UNet."
+        )
+    check_fit(network.config, settings, name)
+    first = next(iter(denoiser.parameters()))
+    nn.Module.to(adapter, first.device, first.dtype if first.dtype.is_floating_point else torch.float32)
+    motion = Motion(adapter)
+    pairs = [*zip(network.down_blocks, adapter.down_blocks, strict=True)]
+    pairs += [*zip(network.up_blocks, adapter.up_blocks, strict=True)]
+    if cast(Any, adapter).mid_block is not None:
+        pairs.append((network.mid_block, cast(Any, adapter).mid_block))
+    for block, modules in pairs:
+        block.motion_modules = modules.motion_modules
+        layers = block.attentions if getattr(block, "has_cross_attention", False) else block.resnets
+        for layer, over_time in zip(layers, modules.motion_modules, strict=True):
+            motion.behind(layer, over_time)
+    network.__dict__["motion"] = motion
+    return motion
+
+
+def check_fit(unet: Mapping[str, Any], adapter: Mapping[str, Any], name: str) -> None:
+    """`UserError`, with both numbers, where an adapter's settings are not those of a UNet."""
+    blocks = len(unet["block_out_channels"])
+    facts = {
+        "blocks of the widths": (list(adapter["block_out_channels"]), list(unet["block_out_channels"])),
+        "layers a block": (
+            _for_each(adapter["motion_layers_per_block"], len(adapter["block_out_channels"])),
+            _for_each(unet["layers_per_block"], blocks),
+        ),
+    }
+    for what, (has, wants) in facts.items():
+        if has != wants:
+            raise UserError(
+                f"{name} has {what} {', '.join(map(str, has))}, and the model's are {', '.join(map(str, wants))}: it "
+                "was made for another model. Give that one with --model, or another adapter."
+            )
+
+
+def _for_each(value: Any, blocks: int) -> list[int]:
+    return [int(value)] * blocks if isinstance(value, int) else [int(one) for one in value]
+
+
+def detach_motion(denoiser: nn.Module) -> None:
+    """Take a motion adapter out again: the network is what it was."""
+    motion = motion_of(denoiser)
+    assert motion is not None, "no adapter is attached"
+    network = cast(Any, denoiser)
+    for hook in motion.hooks:
+        hook.remove()
+    for block in (*network.down_blocks, network.mid_block, *network.up_blocks):
+        if hasattr(block, "motion_modules"):
+            del block.motion_modules
+    del network.__dict__["motion"]
+
+
+@contextmanager
+def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()) -> Iterator[None]:
+    """Inside the `with`, rows are clips of so many frames under these controls; 0: pictures."""
+    motion = motion_of(denoiser)
+    if motion is None:
+        yield
+        return
+    before = motion.frames, motion.controls
+    motion.frames, motion.controls = frames, controls
+    try:
+        yield
+    finally:
+        motion.frames, motion.controls = before
+
+
+# Frames and rows ---------------------------------------------------------------------------------------------
+
+
+def frames_as_rows(clips: Tensor) -> Tensor:
+    """Clips [B, C, F, H, W] as rows [B·F, C, H, W], the frames of a clip behind one another."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def rows_as_frames(rows: Tensor, frames: int) -> Tensor:
+    """The reverse."""
+    clips: Tensor = rows.unflatten(0, (-1, frames)).transpose(1, 2)
+    return clips
+
+
+def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
+    """Predictions of a clip longer than an adapter has positions for: windows of frames, averaged where they overlap.
+
+    `predict_in` gives what predicts the frames of a window. Each frame's weight falls with its distance from its
+    window's middle (Qiu et al. 2023, FreeNoise, section 3.3).
+    """
+    inside: dict[int, Predict] = {}
+
+    def predicting(noisy: Tensor, level: Level) -> Estimate:
+        frames = noisy.shape[2]
+        sums = [torch.zeros_like(noisy, dtype=torch.float32) for _ in range(2)]
+        weights = torch.zeros(frames, device=noisy.device)
+        for start in window_starts(frames, length, stride):
+            window = slice(start, start + length)
+            if start not in inside:
+                inside[start] = predict_in(window)
+            here = noisy[:, :, window]
+            count = here.shape[2]
+            ramp = torch.arange(1, count + 1, device=noisy.device)
+            weight = torch.minimum(ramp, ramp.flip(0)).float()
+            for total, part in zip(sums, inside[start](here, level), strict=True):
+                total[:, :, window] += weight[:, None, None] * part
+            weights[window] += weight
+        clean, noise = (total / weights[:, None, None] for total in sums)
+        return Estimate(clean, noise)
+
+    return predicting
+
+
+def window_starts(frames: int, length: int, stride: int) -> list[int]:
+    """Where windows of `length` frames begin, `stride` apart, the last one at the clip's end."""
+    if frames <= length:
+        return [0]
+    starts = list(range(0, frames - length, stride))
+    return [*starts, frames - length]

@@ -1,0 +1,99 @@
+"""Few-step models: distilled relatives of a base, drawn with in 1 to 8 steps without guidance.
+
+What is trained on the base is used on them, since both are built alike: `open_few_step` opens one beside its base and
+refuses what is no such pair. A few-step model may also be a LoRA on the base (LCM-LoRA, Luo et al. 2023): a folder with
+`few_step.json`, the adapter, and a scheduler of its own, which `locate` takes for a model and `Backbone` adds to the
+base's weights as they load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from backbone.cli.sampling import Sampler
+from backbone.io.console import UserError
+from backbone.models.locate import FEW_STEP_MODELS, OWN
+from backbone.models.model import Backbone
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a model is drawn with: as the keyword arguments of `backbone.models.sample.sample`."""
+
+    steps: int
+    guidance: float
+    sampler: Sampler = "ddim"
+
+
+def usual_drawing(model: Backbone) -> Drawing:
+    """A model's own steps, guidance and sampler."""
+    usual = model.defaults
+    return Drawing(int(usual["steps"]), float(usual["guidance"]), usual.get("sampler", "ddim"))
+
+
+def name_few_step(model: str) -> str:
+    """The few-step model that goes with a base of this name; `UserError` where none is known."""
+    found = FEW_STEP_MODELS.get(model)
+    if found is None:
+        raise UserError(
+            f"No few-step model is known that goes with {model}. Name one with --on: a model, or the folder of a "
+            "few-step adapter."
+        )
+    if found == "moji-turbo" and found not in OWN:
+        raise UserError(
+            "moji-turbo does not come with this version yet. Distil it with recipes.moji.adapters.turbo, and name its "
+            "folder with --on."
+        )
+    return found
+
+
+def open_few_step(base: Backbone, name: str) -> Backbone:
+    """The few-step model of this name on the base's device, in its precision and at its resolution.
+
+    Loads no weights. Raises `UserError` for a model of another family, one that is built otherwise, and the base
+    itself.
+    """
+    few = Backbone.open(
+        name,
+        device=str(base.device),
+        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[base.dtype],
+        placement=base.placement,
+        resolution=base.asked_resolution,
+        compile=base.compiles,
+    )
+    refuse_unlike(base, few)
+    return few
+
+
+def refuse_unlike(base: Backbone, few: Backbone) -> None:
+    """`UserError` unless what was trained on the base fits the few-step model, which is another one."""
+    one, other = base.location.name, few.location.name
+    if few.fingerprint == base.fingerprint:
+        raise UserError(
+            f"{other} is the model itself that was trained on, not a few-step relative of it. Name that one, or leave "
+            "it out."
+        )
+    if type(few.family) is not type(base.family):
+        raise UserError(
+            f"{other} is a {few.family.name} and {one} a {base.family.name}: what is trained on one does not fit the "
+            "other. Name a few-step model of the same family."
+        )
+    shapes = [
+        {
+            name: tuple(value.shape)
+            for name, value in model.family.spec(model.location, model.dtype)
+            .denoiser.instantiate()
+            .named_parameters()
+        }
+        for model in (base, few)
+    ]
+    for name in shapes[0]:
+        found = shapes[1].get(name)
+        if found != shapes[0][name] and "guidance_embedder" not in name:  # which only one of them may have
+            what = "is missing there" if found is None else f"is {found} there and {shapes[0][name]} here"
+            raise UserError(
+                f"{other} is not built as {one} is ({name} {what}): what is trained on one does not fit the other. "
+                "Name a few-step model that was made from this base."
+            )

@@ -1,0 +1,1 @@
+"""Merge, resize and extract adapters, write the result, bake it into a model."""

@@ -1,0 +1,338 @@
+"""Merge adapters, resize them to another rank, and extract one from a fine-tuned model.
+
+customize merge A:0.8 B:0.5 --out AB              Σ strength·ΔW, exactly: ranks add up
+customize merge A:0.8 B:0.5 --rank 8 --out AB     its best approximation of rank 8 (Eckart–Young), with the error
+customize merge A B --bake --model MODEL --out P  a diffusers folder with W + Σ strength·ΔW
+customize resize A --rank 4                       one adapter at another rank
+customize extract TUNED BASE --rank 16            W_tuned − W_base as a LoRA
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbone.adapters.concept import Concept
+from backbone.adapters.config import check_tensors
+from backbone.io.console import UserError, notify, progress
+from backbone.io.files import read_tensors
+from backbone.models.locate import locate
+from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily
+from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_loras, truncate_lora
+from customize.formats.layers.names import split_component
+from customize.formats.metadata import read_run_concept
+from customize.formats.model_weights import WEIGHT_SUFFIX, ModelWeights
+from customize.formats.read import read_adapter
+
+UNCHANGED = 1e-7  # ‖ΔW‖/‖W‖ up to which a weight counts as equal in two checkpoints
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """One adapter or run to merge, and its strength.
+
+    weight_deltas   W' − W of a run that trained whole weights, by tensor name (`unet.conv_in.weight`)
+    words           learned embedding vectors, by token or token/text encoder
+    """
+
+    source: Path
+    strength: float
+    adapter: AdapterFile
+    concept: Concept | None = None
+    weight_deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankReduction:
+    """What truncation kept: `kept` of the `total` energy ‖ΔW‖², in `layers` layers of ranks `lowest` to `highest`."""
+
+    kept: float
+    total: float
+    layers: int
+    lowest: int
+    highest: int
+    outside: float = 0.0  # energy of biases, norms and embeddings, which an adapter cannot hold
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the energy of all changes that is kept, 0…1."""
+        total = self.total + self.outside
+        return self.kept / total if total else 1.0
+
+    @property
+    def error(self) -> float:
+        """Relative error ‖ΔW − approximation‖ / ‖ΔW‖."""
+        return math.sqrt(max(0.0, 1 - self.energy_kept))
+
+    def __str__(self) -> str:
+        ranks = (
+            f"rank {self.lowest}" if self.lowest == self.highest else f"ranks {self.lowest} to {self.highest}"
+        )
+        return (
+            f"{self.layers} layers at {ranks} keep {self.energy_kept:.2%} of the energy "
+            f"(relative error {self.error:.2e})."
+        )
+
+
+def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
+    """Read what `PATH` or `PATH:STRENGTH` name; `UserError` where they belong to different base models."""
+    parts = [read_input(*parse_strength(argument)) for argument in arguments]
+    for part in parts[1:]:
+        refuse_other_base(parts[0], part)
+    return parts
+
+
+def read_input(path: Path, strength: float = 1.0) -> MergeInput:
+    """Read an adapter file, or a run folder with its adapter, changed weights and learned embeddings."""
+    concept = read_run_concept(path)
+    if concept is None or concept.weights or not (concept.words or concept.changed):
+        adapter = read_adapter(path)
+    else:
+        adapter = AdapterFile({})
+    if concept is None:
+        return MergeInput(path, strength, adapter)
+    weight_deltas = read_tensors(path / concept.changed)[0] if concept.changed else {}
+    words = read_tensors(path / concept.words)[0] if concept.words else {}
+    for file, tensors in ((concept.changed, weight_deltas), (concept.words, words)):
+        if file:
+            check_tensors(path / file, tensors)
+    return MergeInput(
+        path, strength, adapter, concept, {f"unet.{name}": v for name, v in weight_deltas.items()}, words
+    )
+
+
+def parse_strength(text: str) -> tuple[Path, float]:
+    """`runs/dog:0.8` → (path, 0.8); the strength is 1 where none is given. Raises `UserError` for `:0.8` or `:inf`."""
+    path, colon, number = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not path or not math.isfinite(strength):
+        raise UserError(f"“{text}” is no adapter with a strength. Write it like runs/dog:0.8.")
+    return Path(path), strength
+
+
+def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
+    """Raise `UserError` unless two adapters fit one base model: fingerprint, family, and shapes of shared layers."""
+    names = f"{first.source} and {second.source}"
+    concepts = [concept for concept in (first.concept, second.concept) if concept is not None]
+    if len({concept.fingerprint for concept in concepts}) > 1:
+        models = " and ".join(concept.model for concept in concepts)
+        raise UserError(f"{names} were trained on different weights ({models}). Merge runs of one model.")
+    bases = first.adapter.base, second.adapter.base
+    if first.adapter.layers and second.adapter.layers and bases[0] != bases[1]:
+        raise UserError(
+            f"{names} are for {BASE_NAMES[bases[0]]} and {BASE_NAMES[bases[1]]}. Merge adapters of one model."
+        )
+    for name in sorted(set(first.adapter.layers) & set(second.adapter.layers)):
+        shapes = first.adapter.layers[name].shape, second.adapter.layers[name].shape
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{names} are for different models: {name} is {shapes[0][0]} × {shapes[0][1]} in one "
+                f"and {shapes[1][0]} × {shapes[1][1]} in the other. Merge adapters of one model."
+            )
+
+
+def merge_exact(parts: Sequence[MergeInput]) -> AdapterFile:
+    """Σ strength·ΔW as one LoRA, exactly: the ranks of a layer add up.
+
+    Raises `UserError` for LoHa and LoKr, whose sum has no exact factors, and for DoRA, which is not additive.
+    """
+    by_layer = _group_by_layer(parts)
+    for part in parts:
+        unsupported = sorted(set(part.adapter.algorithms) - {"lora", "dora"})
+        if unsupported:
+            raise UserError(
+                f"{part.source} is a {unsupported[0]}, whose sum with others has no exact factors. Add --rank to merge "
+                "it as a LoRA of that rank, or --bake."
+            )
+    return AdapterFile(
+        unify_alpha({name: sum_loras(*zip(*rows, strict=True)) for name, rows in by_layer.items()})
+    )
+
+
+def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, RankReduction]:
+    """Best approximation of Σ strength·ΔW by a LoRA of `rank`; inputs may be any but DoRA, and fine-tuned weights."""
+    truncations: dict[str, Truncation] = {}
+    by_layer = _group_by_layer(parts)
+    weight_deltas = sum_weight_deltas(parts)
+    whole = {
+        name.removesuffix(WEIGHT_SUFFIX): value
+        for name, value in weight_deltas.items()
+        if is_adaptable(name, value)
+    }
+    outside = sum(
+        float(value.square().sum()) for name, value in weight_deltas.items() if not is_adaptable(name, value)
+    )
+    base = parts[0].adapter.base
+    names = sorted(set(by_layer) | set(whole))
+    with progress(len(names), "merging") as bar:
+        for name in names:
+            rows = by_layer.get(name, [])
+            if name not in whole and all(layer.algorithm == "lora" for layer, _ in rows):
+                truncations[name] = truncate_lora(sum_loras(*zip(*rows, strict=True)), rank=rank)
+            else:
+                change = _sum_changes(rows, whole.get(name), guess_kernel_size(name, base))
+                truncations[name] = fit_lora(change, rank=rank)
+            bar.advance()
+    adapter, reduction = _collect_truncations(truncations)
+    return adapter, replace(reduction, outside=outside)
+
+
+def _sum_changes(
+    rows: Sequence[tuple[LayerUpdate, float]], weight_delta: Tensor | None, default_kernel: tuple[int, ...]
+) -> Tensor:
+    """Σ strength·ΔW of one layer in full, [out, in] or [out, in, k, k], with the delta of fine-tuned weights."""
+    changes = [strength * layer.delta_weight() for layer, strength in rows]
+    kernels = [size for layer, _ in rows if (size := infer_kernel_size(layer)) is not None]
+    kernel = kernels[0] if kernels else default_kernel
+    if weight_delta is not None:
+        changes.append(weight_delta.flatten(1))
+        kernel = tuple(weight_delta.shape[2:])
+    return _reshape_kernel(torch.stack(changes).sum(0), kernel)
+
+
+def sum_weight_deltas(parts: Sequence[MergeInput]) -> dict[str, Tensor]:
+    """Tensor name → Σ strength·ΔW of the weights that full fine-tuning runs changed, float32."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.weight_deltas.items():
+            change = part.strength * value.float()
+            total[name] = total[name] + change if name in total else change
+    return total
+
+
+def resize_adapter(
+    adapter: AdapterFile, *, rank: int | None = None, energy: float | None = None
+) -> tuple[AdapterFile, RankReduction]:
+    """Best LoRA approximation of `rank`, or per layer of the smallest rank that keeps a share `energy` of ‖ΔW‖².
+
+    A LoHa or LoKr becomes a LoRA; DoRA's magnitudes are kept.
+    """
+    truncations: dict[str, Truncation] = {}
+    with progress(len(adapter.layers), "resizing") as bar:
+        for name, layer in adapter.layers.items():
+            if layer.algorithm == "lora":
+                truncations[name] = truncate_lora(layer, rank=rank, energy=energy)
+            else:
+                shape = infer_kernel_size(layer)
+                shape = guess_kernel_size(name, adapter.base) if shape is None else shape
+                fit = fit_lora(_reshape_kernel(layer.delta_weight(), shape), rank=rank, energy=energy)
+                truncations[name] = replace(fit, layer=replace(fit.layer, magnitude=layer.magnitude))
+            bar.advance()
+    result, reduction = _collect_truncations(truncations)
+    return replace(result, metadata=adapter.metadata), reduction
+
+
+def infer_kernel_size(layer: LayerUpdate) -> tuple[int, ...] | None:
+    """(k, k) of a convolution or () of a linear layer, where the factors' shapes show it; else None."""
+    candidates = {"lora": ("down",), "loha": ("hada_t1",), "lokr": ("lokr_w2", "lokr_t2")}[layer.algorithm]
+    for name in candidates:
+        if name in layer.factors and (layer.algorithm == "lora" or layer.factors[name].ndim == 4):
+            return tuple(layer.factors[name].shape[2:])
+    return None
+
+
+def guess_kernel_size(name: str, base: BaseFamily) -> tuple[int, ...]:
+    """Kernel size by the layer's name in diffusers' UNets: LoHa and LoKr may store a convolution's ΔW flat."""
+    last = name.rsplit(".", 1)[-1]
+    if last in ("conv", "conv1", "conv2", "conv_in", "conv_out"):
+        return (3, 3)
+    pointwise = last == "conv_shortcut" or (last in ("proj_in", "proj_out") and base in ("sd1", "other"))
+    return (1, 1) if pointwise and name.startswith("unet.") else ()
+
+
+def _reshape_kernel(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[out, in·k·k] → [out, in, k, k]; unchanged for a linear layer, whose `shape` is ()."""
+    return matrix.reshape(len(matrix), -1, *shape) if shape else matrix
+
+
+def unify_alpha(layers: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
+    """Rescale factors so that all layers have one α: not every reader of kohya's format handles several."""
+    alpha = max((layer.alpha for layer in layers.values()), default=1.0)
+    return {name: layer.with_alpha(alpha) for name, layer in layers.items()}
+
+
+def _group_by_layer(parts: Sequence[MergeInput]) -> dict[str, list[tuple[LayerUpdate, float]]]:
+    """Layer name → (update, strength) of every part that has it; `UserError` for DoRA, which is not additive."""
+    by_layer: dict[str, list[tuple[LayerUpdate, float]]] = {}
+    for part in parts:
+        if "dora" in part.adapter.algorithms:
+            raise UserError(
+                f"{part.source} is a DoRA, whose change is not a sum. Merge it with --bake, into a whole model."
+            )
+        for name, layer in part.adapter.layers.items():
+            by_layer.setdefault(name, []).append((layer, part.strength))
+    return by_layer
+
+
+def _collect_truncations(truncations: Mapping[str, Truncation]) -> tuple[AdapterFile, RankReduction]:
+    """The truncated layers as an adapter of one α, and the energy that they keep together."""
+    layers = unify_alpha({name: truncation.layer for name, truncation in truncations.items()})
+    ranks = [layer.rank for layer in layers.values()]
+    kept = sum(truncation.kept for truncation in truncations.values())
+    total = sum(truncation.total for truncation in truncations.values())
+    return AdapterFile(layers), RankReduction(kept, total, len(layers), min(ranks), max(ranks))
+
+
+def extract_lora(
+    tuned: str, base: str, *, rank: int | None = None, energy: float | None = None
+) -> tuple[AdapterFile, RankReduction]:
+    """W_tuned − W_base of two models (folders, checkpoint files) as a LoRA, by the SVD of every changed layer.
+
+    Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy.
+    Raises `UserError` for models of different architectures, or without a difference.
+    """
+    tuned_weights, base_weights = ModelWeights(locate(tuned)), ModelWeights(locate(base))
+    shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
+    misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
+    lacking = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
+    if misfits or not shared or "unet" in lacking or "transformer" in lacking:
+        what = f"{misfits[0]} has another shape" if misfits else "their layers have other names"
+        raise UserError(
+            f"{tuned} and {base} are built differently ({what}). Give a model and the one it came from."
+        )
+    for component in sorted(lacking):
+        notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
+    truncations: dict[str, Truncation] = {}
+    outside = 0.0
+    with progress(len(shared), "extracting") as bar:
+        for name in shared:
+            bar.advance()
+            base_weight = base_weights[name].float()
+            change = tuned_weights[name].float() - base_weight
+            if not bool(torch.isfinite(change).all()):
+                raise UserError(
+                    f"{name} of {tuned} or {base} holds values that are not finite. Download or train the model again."
+                )
+            energy_of_change = float(change.double().square().sum())
+            if energy_of_change <= (UNCHANGED * float(base_weight.norm())) ** 2:
+                continue
+            if is_adaptable(name, base_weight):
+                truncations[name.removesuffix(WEIGHT_SUFFIX)] = fit_lora(change, rank=rank, energy=energy)
+            else:
+                outside += energy_of_change
+    if not truncations:
+        raise UserError(
+            f"No layer of {tuned} and {base} differs that an adapter could change. Give two other models."
+        )
+    adapter, reduction = _collect_truncations(truncations)
+    return adapter, replace(reduction, outside=outside)
+
+
+def is_adaptable(name: str, weight: Tensor) -> bool:
+    """Whether a tensor is the weight of a linear layer or a convolution."""
+    return (
+        name.endswith(WEIGHT_SUFFIX)
+        and weight.ndim in (2, 4)
+        and not name.endswith("_embedding" + WEIGHT_SUFFIX)
+    )
