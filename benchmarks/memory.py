@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, plan_memory

@@ -15,6 +15,9 @@ from backbone.io.hub import hub_answers
 from backbone.io.records import read_as
 from backbone.io.weights import INDEX, REDIRECTIONS, check_weights, read_weight_index
 
+# Configs and tokenizers of published models, a folder each, for files that come without any
+PUBLISHED_CONFIGS = Path(__file__).parent / "configs"
+
 
 @dataclass(frozen=True)
 class Location:

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.families.base import ModelSpec, TextSegment
-from backbone.families.single_file import checkpoint as single_file
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.files import read_json, write_json
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 from benchmarks.speed.shapes import Parts, find_shape
 
-CONFIGS = Path(single_file.__file__).with_name("configs")
 SMALL_VAE = {
     "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32,
@@ -65,7 +64,7 @@ def _unet(shape: str, *, tiny: bool) -> tuple[dict[str, Any], str]:
         vae = {**vae, **SMALL_VAE}
         texts = [{**text, **SMALL_CLIP, "projection_dim": 16} for text in texts]
     names = ("text_encoder", "text_encoder_2")
-    scheduler = read_json(CONFIGS / "stable-diffusion-1" / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(PUBLISHED_CONFIGS / "stable-diffusion-1" / "scheduler" / "scheduler_config.json")
     return {
         "unet": unet,
         "vae": vae,
@@ -77,7 +76,7 @@ def _unet(shape: str, *, tiny: bool) -> tuple[dict[str, Any], str]:
 def _flux(*, tiny: bool) -> tuple[dict[str, Any], str]:
     def config(folder: str, part: str) -> dict[str, Any]:
         name = "scheduler_config" if part == "scheduler" else "config"
-        return dict(read_json(CONFIGS / folder / part / f"{name}.json"))
+        return dict(read_json(PUBLISHED_CONFIGS / folder / part / f"{name}.json"))
 
     transformer, vae = config("flux-dev", "transformer"), config("flux", "vae")
     clip, t5 = config("stable-diffusion-1", "text_encoder"), config("flux", "text_encoder_2")

@@ -26,14 +26,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
-from backbone.families.single_file import checkpoint as single_file
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import peak_memory
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.model import Backbone
 
-CONFIGS = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
+CONFIGS = PUBLISHED_CONFIGS / "stable-diffusion-1"
 Encode = Callable[[Sequence[str]], Conditions]
 CLOCKS = {"wall": "seconds on the clock", "cpu": "processor seconds, on a machine that did other work"}
 CLOCKS_OF = {"wall": time.perf_counter, "cpu": time.process_time}

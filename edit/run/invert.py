@@ -55,7 +55,7 @@ def describe_exactness(inversion: Inversion) -> list[str]:
 
 def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     """What becomes of the words of each target, and where the image will change; the image is not opened."""
-    loaded = load_model(Opening(**pick(wishes, OPENING)))
+    loaded = load_model(Opening(**pick(wishes, (*OPENING, "inversion"))))
     settings = replace_settings(loaded, **pick(wishes, SETTINGS))
     source = wishes["source"]
     prompt = read_source_prompt(wishes["inversion"]) if source is None else loaded.resolve(source)

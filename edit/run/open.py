@@ -90,7 +90,8 @@ class Opening:
     vram: float | None = None
 
 
-OPENING = tuple(Opening.__dataclass_fields__)
+# The wishes that opening alone reads; the inversion's file is the edit's as well.
+OPENING = tuple(name for name in Opening.__dataclass_fields__ if name != "inversion")
 
 
 def load_model(asked: Opening, *, shown: int = 0) -> ModelWithConcepts:

@@ -78,7 +78,7 @@ def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str
     """
 
     def load() -> ModelWithConcepts:
-        return load_model(Opening(**pick(wishes, OPENING)), shown=count_shown(name, wishes))
+        return load_model(Opening(**pick(wishes, (*OPENING, "inversion"))), shown=count_shown(name, wishes))
 
     return _run(name, wishes, load, out=out, said=said)
 

@@ -14,9 +14,8 @@ from transformers import Mistral3Config, MistralConfig, Qwen3Config
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 
-from backbone.families.location import Location
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.registry import families
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 
 OTHERWISE: dict[str, dict[str, Any]] = {  # what a published size has that diffusers' default, another size, has not
     "z-image": {"axes_lens": [1536, 512, 512]},

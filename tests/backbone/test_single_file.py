@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.families.sd1 import checkpoint as stable_diffusion_file
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS, convert_to_transformers, load_tokenizer
+from backbone.families.sd1.checkpoint import convert_to_transformers, load_tokenizer
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.locate import locate

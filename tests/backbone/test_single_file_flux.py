@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from backbone.families.flux import checkpoint as flux_file
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
 from tests.backbone.test_single_file import _no_network, part_of  # noqa: F401 (a fixture)

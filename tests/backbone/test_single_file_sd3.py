@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.families.single_file.checkpoint import fingerprint
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_tensors

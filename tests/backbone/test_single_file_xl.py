@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.models.model import Backbone

@@ -28,9 +28,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, 
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import read_concept
-from backbone.families.location import Location
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.registry import families
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
 from backbone.families.single_file import split_files
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_json, write_json, write_tensors

@@ -11,8 +11,7 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
-from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.stable_video.checkpoint import (
     PICTURE,
     TOWER,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import PredictionType
 from backbone.families.components.empty import without_weights
-from backbone.families.location import Location, hub_file
+from backbone.families.location import PUBLISHED_CONFIGS, Location, hub_file
 from backbone.families.single_file.checkpoint import (
     AUTOENCODER,
     UNET,
@@ -28,7 +28,6 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_tensors
 from backbone.io.weights import refuse_damaged
 
-PUBLISHED_CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENIZER = "openai/clip-vit-large-patch14"
 TEXT_PREFIX = "cond_stage_model."
 PREFIXES = {"unet": UNET, "vae": AUTOENCODER}

@@ -15,8 +15,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection
 
 from backbone.families.base import TextEncoderSlot
-from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
 from backbone.families.single_file.checkpoint import UNET, config_mismatch
 from backbone.families.single_file.text_encoders import (

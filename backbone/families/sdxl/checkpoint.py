@@ -17,13 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from backbone.families.base import TextEncoderSlot
 from backbone.families.components import loading
 from backbone.families.components.empty import without_weights
-from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import (
-    OPENCLIP_KEY_PATTERNS,
-    PUBLISHED_CONFIGS,
-    UNUSED_KEYS,
-    load_tokenizer,
-)
+from backbone.families.location import PUBLISHED_CONFIGS, Location
+from backbone.families.sd1.checkpoint import OPENCLIP_KEY_PATTERNS, UNUSED_KEYS, load_tokenizer
 from backbone.families.single_file.checkpoint import config_mismatch, unet_and_latent_channels
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors

@@ -28,8 +28,7 @@ from backbone.families.components.latents import (
     patch_size,
     pixels_per_latent,
 )
-from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
 from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.families.single_file.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights

@@ -20,8 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from backbone.families.components import loading
 from backbone.families.components.empty import without_weights
-from backbone.families.location import Location
-from backbone.families.sd1.checkpoint import PUBLISHED_CONFIGS
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.sdxl.checkpoint import convert_openclip
 from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.io.console import UserError, notify

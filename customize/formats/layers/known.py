@@ -9,13 +9,12 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import nn
 
-import backbone.families
 from backbone.families.components.empty import without_first_values
+from backbone.families.location import PUBLISHED_CONFIGS
 from customize.formats.layers.names import TEXT_MODEL_PREFIX
 
 Network = Literal[
@@ -39,7 +38,6 @@ NETWORK_NAMES: dict[Network, str] = {
     "svd": "Stable Video Diffusion",
     "clip": "CLIP",
 }
-CONFIGS = Path(backbone.families.__file__).parent / "configs"
 LISTS = "blocks|resnets|attentions|downsamplers|upsamplers|layers|refiner"  # ends of the names of lists
 _NUMBER = re.compile(rf"(?:^|(?<=\.))(\w*(?:{LISTS}))\.\d+(?=\.|$)")
 
@@ -146,5 +144,7 @@ def _build_unet(folder: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _config(folder: str, part: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((CONFIGS / folder / part / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(
+        (PUBLISHED_CONFIGS / folder / part / "config.json").read_text(encoding="utf-8")
+    )
     return config

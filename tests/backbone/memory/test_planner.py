@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from backbone.adapters.lora import add_lora
-from backbone.families.single_file import checkpoint as single_file
+from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
 from backbone.memory import count
@@ -35,7 +35,7 @@ from backbone.models.placement import KINDS, Placement
 from backbone.training.attention import quick_to_train
 from tests import tiny
 
-PUBLISHED = Path(single_file.__file__).with_name("configs") / "stable-diffusion-1"
+PUBLISHED = PUBLISHED_CONFIGS / "stable-diffusion-1"
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny.tiny_pipeline,
     "xl": tiny.tiny_stable_diffusion_xl,
