@@ -29,12 +29,18 @@ CLASS_PROMPT = "a {class}"
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject to learn: its images, its token, the words that the text encoder reads for it, and its class."""
+    """A subject to learn: its images, its token, the words that the text encoder reads for it, and its class noun."""
 
     images: str
     token: str
     class_noun: str
     token_words: str = ""
+
+    def __post_init__(self) -> None:
+        noun = re.sub(r"(?i)^an? (?=\S)", "", tidy(self.class_noun))
+        for name, value in (("token", self.token.strip()), ("class_noun", noun)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "token_words", tidy(self.token_words))
 
     def called(self) -> str:
         """Its name in a prompt: `[V] dog`."""
@@ -584,12 +590,15 @@ class Settings(TrainingSettings):
 
     def ranks(self) -> dict[str, int]:
         """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
-        found = {}
+        found: dict[str, int] = {}
         for entry in self.rank_pattern:
             pattern, _, rank = entry.rpartition("=")
-            if not pattern or not rank.isdigit() or int(rank) < 1:
+            if not pattern or not rank.isdecimal() or int(rank) < 1:
                 raise UserError(f"--rank-pattern {entry} is not PATTERN=RANK, like attn2=8. Write it so.")
-            found[pattern] = int(rank)
+            if found.setdefault(pattern, int(rank)) != int(rank):
+                raise UserError(
+                    f"--rank-pattern gives {pattern} the ranks {found[pattern]} and {int(rank)}. Leave out one of them."
+                )
         return found
 
     def called(self) -> str:

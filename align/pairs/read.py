@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import inside, parse_json
 from backbone.io.run_folder import is_prepared
-from backbone.media.pictures import DatasetRow, ImageRecord, could_be_dataset, list_images
+from backbone.media.pictures import DatasetRow, ImageRecord, could_be_dataset, list_by_name
 from backbone.media.stream import Stream
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -82,9 +83,10 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         )
     if (folder / SAMPLES).is_file():
         return _read_samples_folder(folder, limit)
+    folders = {path.name.lower(): path.name for path in folder.iterdir() if path.is_dir()}
     for better, worse in PAIRED_FOLDERS:
-        if (folder / better).is_dir() and (folder / worse).is_dir():
-            return _read_two_folders(folder, better, worse, limit)
+        if better in folders and worse in folders:
+            return _read_two_folders(folder, folders[better], folders[worse], limit)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _read_table(load_saved_table(folder), str(folder), limit)
     tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
@@ -116,9 +118,7 @@ def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
 
 def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
     preferences = Preferences(str(folder))
-    first, second = (
-        {_stem(picture): picture for picture in list_images(folder / side)} for side in (better, worse)
-    )
+    first, second = (list_by_name(folder / side) for side in (better, worse))
     for stem, winner in list(first.items())[:limit]:
         if stem not in second:
             preferences.problems.append(f"{winner.path} has no picture of that name in {worse}/")
@@ -131,7 +131,13 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
             )
             continue
         preferences.pairs.append(
-            Pair(winner.caption or loser.caption or "", winner, loser, 1.0, f"{better}/{winner.path.name}")
+            Pair(
+                winner.caption or loser.caption or "",
+                winner,
+                loser,
+                1.0,
+                str(winner.path.relative_to(folder)),
+            )
         )
     if limit is None:
         preferences.problems += [
@@ -140,10 +146,6 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
             if stem not in first
         ]
     return preferences
-
-
-def _stem(picture: ImageRecord) -> str:
-    return picture.path.stem
 
 
 # Files of lines ---------------------------------------------------------------------------------------------
@@ -169,16 +171,14 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
         for choice in [choice for choice in choices if not choice.repeat][:limit]:
             _add_choice(preferences, choice, path.parent)
         return preferences
-    for number, line in enumerate(_iterate_objects(path, preferences), start=1):
-        if limit is not None and number > limit:
-            break
+    for number, line in islice(_iterate_objects(path, preferences), limit):
         where = f"line {number} of {path}"
         _add_row(preferences, line, where, partial(_picture_from, folder=path.parent, where=where))
     return preferences
 
 
-def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file's lines; what is none becomes one of the problems."""
+def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON objects of a file's lines, with their numbers; what is none becomes one of the problems."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -188,7 +188,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[dict[str,
             preferences.problems.append(f"line {number} of {path} is not JSON")
             continue
         if isinstance(value, dict):
-            yield value
+            yield number, value
         else:
             preferences.problems.append(f"line {number} of {path} is not a JSON object")
 
@@ -320,10 +320,12 @@ def _read_row(
     row: Mapping[str, Any], where: str, to_picture: Callable[[Any], ImageRecord | None]
 ) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
-    prompt = next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), "")
-    prompt = " ".join(prompt.split())
+    prompts = (" ".join(row[name].split()) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
+    prompt = next(filter(None, prompts), "")
     user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
-    if row.get("has_label") is False or row.get("are_different") is False:  # Pick-a-Pic's unlabelled rows
+    if any(
+        _is_false(row.get(name)) for name in ("has_label", "are_different")
+    ):  # Pick-a-Pic's unlabelled rows
         return None
     columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
     try:
@@ -337,6 +339,15 @@ def _read_row(
         return _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
     except UserError as error:  # a name outside the folder
         return str(error)
+
+
+def _is_false(value: Any) -> bool:
+    """Whether a cell says no: as a boolean, as the number that other tools make of one, or as text."""
+    return (
+        value.strip().lower() in ("false", "0")
+        if isinstance(value, str)
+        else value is not None and value == 0
+    )
 
 
 def _labelled_pair(

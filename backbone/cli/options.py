@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import reprlib
 import shlex
@@ -481,7 +482,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == ".json":
-            return read_as(dict[str, Any], parse_json(text, path), path)
+            data = read_as(dict[str, Any], parse_json(text, path), path)
+            json.loads(text, object_pairs_hook=_each_once)
+            return data
         data = _toml(text) if kind == ".toml" else _yaml(text)
     except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
@@ -501,9 +504,21 @@ def _yaml(text: str) -> Any:
     import yaml
 
     try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode):  # whose keys would be joined, and the last one count
+            _each_once([(str(key.value), value) for key, value in node.value])
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(error) from error
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a mapping as such; `ValueError` for a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice} stands there twice")
+    return found
 
 
 def converted(one: Field, value: Any, name: str, file: Path | None = None) -> Any:

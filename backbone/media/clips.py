@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +59,9 @@ def read_film(source: str | Path) -> Film:
         found = _read_video(path)
     else:
         found = _read_animation(path)
+    beside = path.with_suffix("")
+    if len(found.frames) < 2 and beside != path and beside.is_dir():  # equal frames are one in a WebP
+        return replace(read_film(beside), fps=found.fps, name=str(source))
     if len(found.frames) < 2:
         raise UserError(
             f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."

@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import inside, parse_json, plain
@@ -38,7 +38,8 @@ MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and
 CONDITION_STEM = re.compile(
     r".+-condlabel", re.IGNORECASE
 )  # OneTrainer's images for a condition: no subject's
-PERHAPS_MASK = re.compile(r"(.+)[-_ ](?:mask|matte|seg)", re.IGNORECASE)
+PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
+MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "alpha", "seg", "segmentation"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -145,6 +146,7 @@ def list_images(
             if subfolder.is_dir():
                 pictures += _list_folder(subfolder, columns)
         if pictures:
+            _refuse_folder_of_masks(pictures)
             folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
             if named and not any((folder / name).is_file() for folder in folders for name in METADATA):
                 raise UserError(
@@ -172,6 +174,36 @@ def list_images(
     near = nearest_path(path)
     remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
     raise UserError(f"{path} does not exist. {remedy}")
+
+
+def list_by_name(folder: Path) -> dict[str, ImageRecord]:
+    """A folder's images by their names without suffix, in NFC; those of subfolders with the subfolder's, `a/1`.
+
+    Raises `UserError` where two images have one name: which of them is meant is not known.
+    """
+    found: dict[str, ImageRecord] = {}
+    for picture in list_images(folder):
+        name = _normalize_name(picture.path.relative_to(folder).with_suffix("").as_posix())
+        if name in found:
+            raise UserError(
+                f"{found[name].path} and {picture.path.name} have one name, and images are paired by their names. "
+                "Keep one of them."
+            )
+        found[name] = picture
+    return found
+
+
+class ListedImages:
+    """The images that a list names, each with the caption and the mask beside it; a folder is looked at once."""
+
+    def __init__(self) -> None:
+        self._beside: dict[Path, _Companions] = {}
+
+    def record(self, path: Path) -> ImageRecord:
+        """The image of this path; `UserError` where two captions or masks are its own."""
+        if path.parent not in self._beside:
+            self._beside[path.parent] = _Companions(path.parent)
+        return _with_companions(path, self._beside[path.parent])
 
 
 def check_images(pictures: Sequence[ImageRecord]) -> None:
@@ -237,15 +269,26 @@ class Columns:
             raise UserError(
                 f"{where} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
             )
-        return requested or next((name for name in defaults if name in names), None)
+        by_word = {name.strip().lower(): name for name in reversed(names)}
+        return requested or next((by_word[word] for word in defaults if word in by_word), None)
+
+    def say_without_captions(self, words: Sequence[str], where: str) -> None:
+        """Says that none of a table's columns of `words` is its captions'."""
+        if self.caption is None and self.find("caption", words, where) is None:
+            others = [name for name in words if name != self.find("image", words, where)]
+            if others:
+                notify_once(
+                    f"{where} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, so no captions "
+                    f"come from it. It has {', '.join(others[:6])}: name the one with caption_column."
+                )
 
 
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
-    beside = {folder: _Companions(folder)}
-    paths = {_normalize_name(file.name): file for file in beside[folder].images}
+    own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
+    paths = {_normalize_name(file.name): file for file in own.images}
     stems = {_normalize_name(file.stem) for file in paths.values()}
-    for stem, masks in beside[folder].masks.items():
+    for stem, masks in own.masks.items():
         if stem not in stems:
             raise UserError(
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
@@ -255,12 +298,24 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     by_key = {_normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
-        if path.parent not in beside:  # metadata may name images in subfolders
-            beside[path.parent] = _Companions(path.parent)
-        picture = _with_companions(path, beside[path.parent])
+        picture = listed.record(path)
         caption, file = by_key.get(key, (None, None))
         pictures.append(replace(picture, caption=caption, caption_file=file) if caption else picture)
     return pictures
+
+
+def _refuse_folder_of_masks(pictures: Sequence[ImageRecord]) -> None:
+    """`UserError` for subfolders of which one holds the masks of another, as `images/` and `masks/` do."""
+    names: dict[Path, set[str]] = {}
+    for picture in pictures:
+        names.setdefault(picture.path.parent, set()).add(_normalize_name(picture.path.stem))
+    for masks in [folder for folder in names if folder.name.lower() in MASK_FOLDERS]:
+        for images in [folder for folder in names if folder != masks and names[folder] & names[masks]]:
+            name = min(names[images] & names[masks])
+            raise UserError(
+                f"{masks} holds images of the same names as {images}, as masks would be called. Put them beside their "
+                f"images, as {name}.mask.png, and give {images}; or give {images} alone."
+            )
 
 
 class _Companions:
@@ -303,8 +358,10 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
         raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
     captions: dict[str, tuple[str | None, Path]] = {}
     for metadata in present:
+        words: dict[str, None] = {}  # columns of text, in the order in which they are met
         for line, entry in read_metadata(metadata):
             where = f"Line {line} of {metadata}"
+            words |= {name: None for name, value in entry.items() if isinstance(value, str)}
             name_column = columns.find("image", list(entry), where)
             name = entry.get(name_column) if name_column else None
             if not isinstance(name, str) or not name:
@@ -317,6 +374,7 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
             if name in captions:
                 raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
             captions[name] = join_lines(caption), metadata
+        columns.say_without_captions(list(words), str(metadata))
     return captions
 
 
@@ -324,7 +382,10 @@ def read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a metadata.jsonl or metadata.csv, each with its number; `UserError` for one that is none."""
     text = _read_text(metadata)
     if metadata.suffix == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""))
+        heading = text.partition("\n")[0]
+        # Spreadsheets write semicolons where the comma is decimal
+        separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
         for row in table:
             yield table.line_num, {name: value for name, value in row.items() if name is not None}
         return
@@ -372,7 +433,7 @@ def _natural_sort_key(name: str) -> tuple[list[str], str]:
 def _describe_empty_folder(folder: Path) -> str:
     kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
     contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-    deeper = _count_images_below(folder, levels=5)
+    deeper = _count_below(folder, IMAGE_SUFFIXES, levels=5)
     if deeper:
         names = [str(below.relative_to(folder)) for below in deeper]
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -404,8 +465,9 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     for path in files:
         kinds.setdefault(path.suffix.lower(), []).append(str(path.relative_to(root)))
     parts = [
-        f"{count} image{'s' if count > 1 else ''} in {folder.relative_to(root)}/"
-        for folder, count in _count_images_below(root, levels=5).items()
+        f"{count_of(count, what)} in {folder.relative_to(root)}/"
+        for what, endings in (("image", IMAGE_SUFFIXES), ("caption", CAPTION_SUFFIXES))
+        for folder, count in _count_below(root, endings, levels=5).items()
         if folder not in folders and folder != root
     ]
     for kind, names in kinds.items():
@@ -415,25 +477,28 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     stems = {one.path.stem.casefold() for one in pictures}
     for one in pictures:
         match = PERHAPS_MASK.fullmatch(one.path.stem)
-        if match and match[1].casefold() in stems:
+        of = match[1] or match[2] if match else ""
+        if of and of.casefold() in stems:
             found.append(
-                f"{one.path.name} counts as an image of its own. If it is the mask of {match[1]}, name it "
-                f"{match[1]}.mask.png."
+                f"{one.path.name} counts as an image of its own. If it is the mask of {of}, name it {of}.mask.png."
             )
     return found
 
 
-def _count_images_below(folder: Path, *, levels: int) -> dict[Path, int]:
-    """How many images lie in each of the folders below, `levels` deep; those with none, or forbidden, are left out."""
+def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
+    """How many files of these endings lie in each of the folders below, `levels` deep, where there are any.
+
+    Forbidden folders are left out.
+    """
     try:
         visible = _list_visible(folder) if levels else []
     except OSError:
         return {}
-    images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in visible if not path.is_dir())
+    images = sum(path.suffix.lower() in endings for path in visible if not path.is_dir())
     found = {folder: images} if images else {}
     for below in visible:
         if below.is_dir() and not below.is_symlink() and below.name.lower() not in SYSTEM_FILES:
-            found |= _count_images_below(below, levels=levels - 1)
+            found |= _count_below(below, endings, levels=levels - 1)
     return found
 
 
@@ -559,6 +624,8 @@ def _list_table(
         table = table["train"] if "train" in table else next(iter(table.values()))
     pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
+    texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"]
+    columns.say_without_captions(texts, source)
     if image_column in pictures:
         table = table.cast_column(image_column, datasets.Image(decode=False))
     try:

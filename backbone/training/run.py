@@ -177,7 +177,7 @@ def drive(
     last. In a resumed run it must find the earlier evaluations itself. `preview` draws samples of the current model.
     `command` is the command that resumes a run, as `customize train`.
 
-    Raises `KeyboardInterrupt`, with the command and the step to resume from, after a signal.
+    Raises `KeyboardInterrupt`, with the step and the command to resume by, after a signal.
     """
     settings, writes = objective.settings, processes.is_main_process()
     last = settings.steps if until is None else until
@@ -204,7 +204,6 @@ def drive(
             # The others before a save or an evaluation: this synchronises, and raises at a loss that is not finite.
             unlogged = _log(unlogged, run if writes else None, note, wait=due)
             bar.advance(images=objective.images, **_shown(taken))
-            # Validation, unless a signal has come.
             early = False
             if validate and (finished or validate.due(step)) and not halted:
                 early = _stops(validate, step, bar, aloud=not finished)

@@ -34,7 +34,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.memory.drawing import Drawn, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
-from backbone.models.clips.frames import link_frames, refuse_joint_attention
+from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.clips.motion import Motion, read_motion_adapter
 from backbone.models.control import (
     Condition,
@@ -72,72 +72,50 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         raise UserError("customize clip draws in one process. Start it without a launcher.")
     if asked.mp4:
         import_av("--mp4")
-    if asked.out is not None:
-        refuse_filled(asked.out)
     name = asked.model or (concepts[0].model if concepts else "moji")
     negative = resolve_placeholder_tokens(asked.negative, concepts)
-    model, asked, (rows, columns) = open_to_draw(name, asked, len(prompts) * asked.count, concepts)
-    maps, sparse = split_controls(asked)
+    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
+    if not asked.motion:
+        refuse_transformer(model)
+    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
+    rows, columns = latent_size(model, asked.size)
+    controls, sparse = split_controls(asked)
+    if asked.out is not None:
+        refuse_filled(asked.out)
+    model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
+    refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = given_frames(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
     size = (columns * model.factor, rows * model.factor)
-    conditions = open_clip_conditions(model, maps, size, asked.frames)
+    conditions = open_clip_conditions(model, controls, size, asked.frames)
     conditions += open_sparse_condition(model, sparse, asked)
     path, camera = follow_camera(model, asked, size)
     given = open_given_frames(model, pictures, places, asked)
-    controls = (*together(conditions), *camera, *given)
+    held = (*together(conditions), *camera, *given)
     plans = plan_clips(model, prompts, asked, concepts, size)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
+    said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
     requests = [
-        Request(resolve_placeholder_tokens(plan.prompt, concepts), (i, j), negative)
-        for i, plan in enumerate(plans)
-        for j in range(asked.count)
+        [Request(words, (i, j), negative) for j in range(asked.count)] for i, words in enumerate(said)
     ]
-    scenes = [
-        (requests[i * asked.count : (i + 1) * asked.count], (*controls, *plan.controls))
-        for i, plan in enumerate(plans)
-    ]
+    scenes = [(some, (*held, *plan.controls)) for some, plan in zip(requests, plans, strict=True)]
+    every = [request for some in requests for request in some]
     with hold_new_folder(asked.out, CLIPS) as folder:
-        films = write_films(folder, requests, sample_films(model, scenes, asked, frames), asked)
-        kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
+        films = write_films(folder, every, sample_films(model, scenes, asked, frames), asked)
         record = {
-            "command": as_command("customize clip", kept),
-            "model": name,
-            "fingerprint": model.fingerprint,
-            "concepts": summarize_concepts(concepts),
-            **describe_motion(asked),
+            **describe_clips(model, prompts, asked, concepts),
             **describe_given_frames(asked, places),
             **describe_conditions(conditions),
-            **asked.facts(),
-            "guided": list(asked.guided),
-            "scale": asked.scale,
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
         if path is not None:
             write_text(folder / PATH_FILE, as_lines(path, asked.fps))
-        publish(folder, requests, prompts, films, record, write_maps(folder, conditions, asked))
+        publish(folder, every, prompts, films, record, write_maps(folder, conditions, asked))
     return folder
-
-
-def open_to_draw(
-    name: str, asked: ClipOptions, count: int, concepts: Sequence[Concept]
-) -> tuple[Backbone, ClipOptions, tuple[int, int]]:
-    """The model that draws so many clips, the settings with its defaults, and the latents' size (H, W).
-
-    Raises `UserError` for a size that it cannot draw, and where the clips do not fit into `asked.vram` GiB.
-    """
-    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    if not asked.motion:
-        refuse_joint_attention(model)
-    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
-    size = latent_size(model, asked.size)
-    model = fit(model, asked, size, count, concepts)
-    refuse_negative(model, asked.negative, asked.guidance)
-    return model, asked, size
 
 
 def fit(
@@ -264,6 +242,23 @@ def film_name(request: Request) -> str:
     """File name of a request's clip, without a suffix: `p00-s00`."""
     i, j = request.key
     return f"p{i:02d}-s{j:02d}"
+
+
+def describe_clips(
+    model: Backbone, prompts: Sequence[str], asked: ClipOptions, concepts: Sequence[Concept]
+) -> dict[str, Any]:
+    """What clips were asked for, the command that repeats it among it."""
+    kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
+    return {
+        "command": as_command("customize clip", kept),
+        "model": model.location.name,
+        "fingerprint": model.fingerprint,
+        "concepts": summarize_concepts(concepts),
+        **describe_motion(asked),
+        **asked.facts(),
+        "guided": list(asked.guided),
+        "scale": asked.scale,
+    }
 
 
 def describe_motion(asked: ClipOptions) -> dict[str, Any]:

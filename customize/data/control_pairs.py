@@ -12,6 +12,7 @@ opens everything and says what is wrong with a pair.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from backbone.cli.conditions import SYNONYMS, AskedMap
+from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import content_hash
-from backbone.io.records import inside
 from backbone.media.control_maps import (
     COMPUTED,
     Palette,
@@ -34,9 +34,16 @@ from backbone.media.control_maps import (
     resize_map,
 )
 from backbone.media.decode import BadImageError
-from backbone.media.pictures import METADATA, ImageRecord, list_images, read_metadata
+from backbone.media.pictures import (
+    IMAGE_SUFFIXES,
+    METADATA,
+    ImageRecord,
+    ListedImages,
+    list_images,
+    read_metadata,
+)
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
-from customize.data.edit_pairs import SOURCES, TARGETS, plain_name, read_edit_pairs
+from customize.data.edit_pairs import SOURCES, TARGETS, listed_file, plain_name, read_edit_pairs
 
 PROMPT_LIST = "prompt.json"
 MAP_COLUMNS = (
@@ -49,8 +56,10 @@ MAP_COLUMNS = (
     "source",
     "hint",
 )
-IMAGE_COLUMNS = ("filename", "image", "target", "images", "imagepath")
+IMAGE_COLUMNS = ("filename", "image", "target", "imagepath")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
+# Of a map beside its image: `1.sketch.png`, `1_canny.png`; OneTrainer's `1-condlabel.png` is of any kind
+MAP_STEM = re.compile(r"(.+)[._-](" + "|".join([*KINDS, *SYNONYMS, "condlabel"]) + ")", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,8 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
     """
     path = Path(source).expanduser()
     listed = [path / name for name in (*METADATA, PROMPT_LIST) if (path / name).is_file()]
+    if len(listed) > 1:
+        raise UserError(f"{path} holds both {listed[0].name} and {listed[1].name}. Keep one of them.")
     if path.is_dir() and listed:
         pairs = _from_list(listed[0], columns)
     elif path.is_dir() and _has_two_folders(path):
@@ -129,7 +140,7 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
 
 def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv or prompt.json."""
-    pairs = []
+    pairs, beside = [], ListedImages()
     for line, entry in read_metadata(path):
         where = f"Line {line} of {path}"
         image = _value(entry, columns.image, TARGETS if path.name == PROMPT_LIST else IMAGE_COLUMNS, where)
@@ -143,8 +154,9 @@ def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
         for what, value in (("map", drawn), ("caption", caption)):
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{where} has a {what} that is not text ({value!r}). Put it in quotes.")
-        record = replace(_record(path, image, where), caption=" ".join((caption or "").split()) or None)
-        pairs.append(ControlPair(record, _record(path, drawn, where) if drawn else None))
+        record = beside.record(listed_file(path, image, where))
+        record = replace(record, caption=" ".join((caption or "").split()) or record.caption)
+        pairs.append(ControlPair(record, ImageRecord(listed_file(path, drawn, where)) if drawn else None))
     if not pairs:
         raise UserError(f"{path} names no image. Write a line for each.")
     return pairs
@@ -158,15 +170,6 @@ def _value(entry: dict[str, Any], named: str, usual: Sequence[str], where: str) 
         return entry[named]
     by_name = {plain_name(key): value for key, value in reversed(list(entry.items()))}
     return next((by_name[name] for name in usual if by_name.get(name)), None)
-
-
-def _record(listed: Path, name: str, where: str) -> ImageRecord:
-    path = inside(listed.parent, name, where)
-    if not path.is_file():
-        raise UserError(
-            f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."
-        )
-    return ImageRecord(path)
 
 
 def _has_two_folders(folder: Path) -> bool:
@@ -186,21 +189,55 @@ def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
         raise UserError(
             f"{source} has no metadata.jsonl, so it has no column {columns.map!r}. Write one, or name none."
         )
-    endings = tuple(f".{word}" for word in (kind, *(word for word, one in SYNONYMS.items() if one == kind)))
-    maps_of = {_stem(one.path, endings): one for one in images if one.path.stem.endswith(endings)}
-    others = [one for one in images if not one.path.stem.endswith(endings)]
-    alone = sorted(set(maps_of) - {str(one.path.with_suffix("")) for one in others})
-    if alone:
-        raise UserError(
-            f"{maps_of[alone[0]].path} is a map, but there is no image {alone[0]}.* beside it. Remove it."
-        )
-    return [ControlPair(one, maps_of.get(str(one.path.with_suffix("")))) for one in others]
+    return _beside_images(images, kind)
 
 
-def _stem(path: Path, endings: Sequence[str]) -> str:
-    """The path of a map without its kind and its suffix: that of its image without suffix."""
-    ending = next(one for one in endings if path.stem.endswith(one))
-    return str(path.with_suffix(""))[: -len(ending)]
+def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair]:
+    """Images, each with the map of this kind that lies beside it, if any; those of other kinds are left out and said.
+
+    Raises `UserError` for a map without an image, for two of one image, and for maps in a folder of their own.
+    """
+    stems = {one.path.with_suffix("") for one in images}
+    maps_of: dict[Path, Path] = {}
+    others: list[Path] = []
+    for path in [file for folder in sorted({stem.parent for stem in stems}) for file in _image_files(folder)]:
+        match = MAP_STEM.fullmatch(path.stem)
+        stem = path.with_name(match[1]) if match else path
+        if match is None or (stem not in stems and not path.stem.lower().endswith(f".{match[2].lower()}")):
+            continue  # an image whose name ends so
+        if stem not in stems:
+            raise UserError(f"{path} is a map, but there is no image {stem}.* beside it. Remove it.")
+        if (word := match[2].lower()) not in (kind, "condlabel") and SYNONYMS.get(word) != kind:
+            others.append(path)
+        elif stem in maps_of:
+            raise UserError(
+                f"{maps_of[stem]} and {path.name} are both the {kind} map of {stem.name}. Keep one of them."
+            )
+        else:
+            maps_of[stem] = path
+    if others:
+        notify(f"{count_of(len(others), 'map')} of other kinds than {kind} not used (first: {others[0]}).")
+    maps = {*maps_of.values(), *others}
+    pictures = [one for one in images if one.path not in maps]
+    _refuse_folder_of_maps(pictures)
+    found = {stem: ImageRecord(path) for stem, path in maps_of.items()}
+    return [ControlPair(one, found.get(one.path.with_suffix(""))) for one in pictures]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _refuse_folder_of_maps(pictures: Sequence[ImageRecord]) -> None:
+    """`UserError` for images of the same names in two folders, as images and their maps are laid out."""
+    seen: dict[str, Path] = {}
+    for one in pictures:
+        before = seen.setdefault(one.path.stem, one.path.parent)
+        if before != one.path.parent:
+            raise UserError(
+                f"{before} and {one.path.parent} both hold an image {one.path.stem}. If one of them holds the maps, "
+                "call it source/ and the other target/; else give every image a name of its own."
+            )
 
 
 # Checking -----------------------------------------------------------------------------------------------------

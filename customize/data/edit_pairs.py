@@ -20,22 +20,22 @@ from typing import Any
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
-from backbone.io.records import inside, parse_json, read_as
+from backbone.io.records import inside, read_as
 from backbone.media.decode import BadImageError
-from backbone.media.pictures import ImageRecord, list_images
+from backbone.media.pictures import ImageRecord, ListedImages, list_by_name, read_metadata
 
-# Names of columns and of folders, in lower case without numbers and separators; the first that is there counts
+# Names of columns and of folders, as `plain_name` has them; the first that is there counts
 SOURCES = (
-    "source", "input", "before", "original", "inputimage", "originalimage", "sourceimage", "control", "controls",
+    "source", "input", "before", "original", "inputimage", "originalimage", "sourceimage", "sourceimg", "control",
     "controlpath", "controlimage", "condition", "conditioning", "conditioningimage", "editimage",
 )  # fmt: skip
 TARGETS = (
-    "target", "output", "after", "edited", "targets", "outputs", "editedimage", "outputimage", "targetimage",
-    "imagepath", "image", "images", "filename",
+    "target", "output", "after", "edited", "editedimage", "outputimage", "targetimage", "targetimg", "imagepath",
+    "image", "filename",
 )  # fmt: skip
 INSTRUCTIONS = ("instruction", "editprompt", "editinstruction", "prompt", "caption", "text")
-REFERENCES = ("references", "reference", "referenceimages", "referenceimage")
-LISTS = ("metadata.jsonl", "dataset.jsonl", "train.jsonl", "prompt.json")
+REFERENCES = ("reference", "referenceimage")
+LISTS = ("metadata.jsonl", "metadata.csv", "dataset.jsonl", "train.jsonl", "prompt.json")
 RECORD = "run.json"  # of a run of `edit`
 SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered …
 BLURRED = 0.5  # … and pixels of its own: in a small picture another style's soft edges pull the fit that far
@@ -73,9 +73,21 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
         raise UserError(
             f"{folder} is no folder. Name one with source/ and target/, or with a metadata.jsonl."
         )
-    listed = next((folder / name for name in LISTS if (folder / name).is_file()), None)
-    if listed is not None:
-        return list(_from_list(listed))
+    pairs = _read_folder(folder)
+    masks = [one.mask for pair in pairs for one in (pair.source, pair.target) if one.mask]
+    if masks:
+        notify(
+            f"Pairs are learned from as a whole: {count_of(len(masks), 'mask')} not used (first: {masks[0]})."
+        )
+    return pairs
+
+
+def _read_folder(folder: Path) -> list[EditPair]:
+    listed = [folder / name for name in LISTS if (folder / name).is_file()]
+    if len(listed) > 1:
+        raise UserError(f"{folder} holds both {listed[0].name} and {listed[1].name}. Keep one of them.")
+    if listed:
+        return list(_from_list(listed[0]))
     runs = (
         [folder]
         if (folder / RECORD).is_file()
@@ -87,25 +99,24 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
 
 
 def plain_name(name: str) -> str:
-    """A column's or folder's name in lower case, without separators and the number behind it."""
-    return "".join(letter for letter in name.lower() if letter.isalnum()).rstrip("0123456789")
+    """A column's or folder's name in lower case and the singular, without separators and the number behind it."""
+    return (
+        "".join(letter for letter in name.lower() if letter.isalnum()).rstrip("0123456789").removesuffix("s")
+    )
 
 
 def _from_list(path: Path) -> Iterator[EditPair]:
-    """The pairs of a JSON-lines file; every line has to name two images beside it."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    """The pairs of a list; every line has to name two images beside it, and may leave its words to a .txt there."""
+    listed = ListedImages()
+    for number, entry in read_metadata(path):
         where = f"Line {number} of {path}"
-        entry = parse_json(line, where)
-        if not isinstance(entry, dict):
-            raise UserError(f"{where} is not a JSON object. Write {{…}} on each line.")
-        named = {plain_name(key): value for key, value in reversed(list(entry.items()))}
+        keys = sorted(entry, key=_by_number)
+        named = {plain_name(key): entry[key] for key in reversed(keys)}
         source, target = (_first(named, names) for names in (SOURCES, TARGETS))
         if isinstance(source, list):  # ai-toolkit's and musubi's: the first of several images
             source, *more = source or [None]
         else:
-            more = [entry[key] for key in sorted(entry) if _counts_up(key) and entry[key] != source]
+            more = [entry[key] for key in keys if _counts_up(key) and entry[key] not in (source, None, "")]
         references = _first(named, REFERENCES) or []
         references = [references] if isinstance(references, str) else [*references, *more]
         for image, what, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
@@ -114,13 +125,21 @@ def _from_list(path: Path) -> Iterator[EditPair]:
                     f"{where} names no {what} image. Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
-        instruction = read_as(str, _first(named, INSTRUCTIONS) or "", where, "instruction")
+        before, after = (listed.record(listed_file(path, name, where)) for name in (source, target))
+        told = read_as(str, _first(named, INSTRUCTIONS) or after.caption or "", where, "instruction")
+        further = [read_as(str, name, where, "references") for name in references]
         yield EditPair(
-            _record(path, source, where),
-            _record(path, target, where),
-            " ".join(instruction.split()),
-            tuple(_record(path, read_as(str, name, where, "references"), where) for name in references),
+            before,
+            after,
+            " ".join(told.split()),
+            tuple(listed.record(listed_file(path, name, where)) for name in further),
         )
+
+
+def _by_number(key: str) -> tuple[str, int]:
+    """Sorts `control_path_2` before `control_path_10`, and `control_path` before both."""
+    word = key.rstrip("0123456789")
+    return word, int(key[len(word) :][:9] or -1)
 
 
 def _counts_up(key: str) -> bool:
@@ -132,13 +151,14 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((named[name] for name in names if named.get(name) not in (None, "")), None)
 
 
-def _record(listed: Path, name: str, where: str) -> ImageRecord:
+def listed_file(listed: Path, name: str, where: str) -> Path:
+    """The file of this name beside a list; `UserError` where there is none."""
     path = inside(listed.parent, name, where)
     if not path.is_file():
         raise UserError(
             f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."
         )
-    return ImageRecord(path)
+    return path
 
 
 def _from_run(run: Path) -> list[EditPair]:
@@ -163,7 +183,9 @@ def _from_run(run: Path) -> list[EditPair]:
 def _from_folders(folder: Path) -> list[EditPair]:
     """Two subfolders with the same names in them; captions stand beside the targets, or beside the sources."""
     subfolders = {
-        plain_name(path.name): path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()
+        plain_name(path.name): path
+        for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name), reverse=True)
+        if path.is_dir()
     }
     source, target = (_first(subfolders, names) for names in (SOURCES, TARGETS))
     if source is None or target is None:
@@ -172,7 +194,7 @@ def _from_folders(folder: Path) -> list[EditPair]:
             f"{folder} has no two folders with images before and after (its folders: {there}) and no metadata.jsonl. "
             "Call them source/ and target/."
         )
-    before, after = ({one.path.stem: one for one in list_images(each)} for each in (source, target))
+    before, after = (list_by_name(each) for each in (source, target))
     alone = sorted({*before} ^ {*after})
     if alone:
         raise UserError(
@@ -180,8 +202,8 @@ def _from_folders(folder: Path) -> list[EditPair]:
             f"(first: {alone[0]}). Give each its partner with the same name."
         )
     further = [
-        {one.path.stem: one for one in list_images(path)}
-        for path in sorted(folder.iterdir())
+        list_by_name(path)
+        for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name))
         if path.is_dir() and path != source and plain_name(path.name) in (*REFERENCES, plain_name(source.name))
         and path != target
     ]  # fmt: skip

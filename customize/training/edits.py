@@ -295,8 +295,11 @@ def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
 
 
 def columns_of(pairs: Sequence[EditPair]) -> list[Any]:
-    """The images before, and those after."""
-    return [[pair.source for pair in pairs], [pair.target for pair in pairs]]
+    """The images before, and those after, each with its instruction as a caption."""
+    after = [
+        replace(pair.target, caption=pair.instruction, known_hash=pair.target.content_hash) for pair in pairs
+    ]
+    return [[pair.source for pair in pairs], after]
 
 
 def hash_pairs(pairs: Sequence[EditPair]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import read_json, read_metadata, write_json, write_text
+from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.pictures import ImageRecord, check_images, list_images
@@ -35,6 +35,7 @@ from customize.training.report import PREVIEWS, RunReport
 from customize.training.subjects import choose_words, fields_of_subjects, group_of, name_classes
 
 MASKS = "masks.png"
+APART = ":"  # between an image's hash and that of what lies beside it
 SHOWN = 8  # of the subjects' own images on the preview sheet
 
 
@@ -254,11 +255,19 @@ def write_record(
 
 
 def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
-    """The first 16 digits of the content hash of each image, by file name."""
+    """By image name: the first 16 digits of its file's hash, and those of the hash of its caption and mask."""
     if not pictures:
         return {}
     common = os.path.commonpath([picture.path.parent for picture in pictures])
-    return {os.path.relpath(one.path, common): one.content_hash[:16] for one in pictures}
+    return {
+        os.path.relpath(one.path, common): f"{one.content_hash[:16]}{APART}{_hash_beside(one)}"
+        for one in pictures
+    }
+
+
+def _hash_beside(picture: ImageRecord) -> str:
+    mask = "" if picture.mask is None else content_hash(picture.mask)
+    return content_hash(f"{picture.caption or ''}\n{mask}".encode())[:8]
 
 
 def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
@@ -268,13 +277,19 @@ def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[s
         now = hash_images(folder)
         if not isinstance(before, dict) or before == now:
             continue
+        if not any(
+            APART in str(value) for value in before.values()
+        ):  # of a version that kept images' own alone
+            now = {name: value.partition(APART)[0] for name, value in now.items()}
         parts = [
             ("gone", sorted(before.keys() - now.keys())),
             ("new", sorted(now.keys() - before.keys())),
             ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
         ]
         what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
-        found.append(
-            f"The images are not those that the run began with ({what}). It goes on with those of now."
-        )
+        if what:
+            found.append(
+                f"The images, their captions or masks are not those that the run began with ({what}). It goes on with "
+                "those of now."
+            )
     return found

@@ -29,7 +29,7 @@ from backbone.io.console import UserError
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.frames import refuse_joint_attention
+from backbone.models.clips.frames import refuse_transformer
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
@@ -121,7 +121,7 @@ class ClipResult:
 @contextmanager
 def link_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
     """Inside the `with` a UNet without a motion adapter links a clip's frames by attention; None where it has one."""
-    refuse_joint_attention(model)
+    refuse_transformer(model)
     if motion_of(model.denoiser) is not None:
         yield None
         return

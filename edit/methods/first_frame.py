@@ -28,7 +28,7 @@ from backbone.io.console import UserError
 from backbone.media.control_maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.frames import refuse_joint_attention
+from backbone.models.clips.frames import refuse_transformer
 from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
@@ -131,7 +131,7 @@ def carry_first_frame(
     With the source's own prompt there is no guidance unless it is asked for. `controls`, of one row, hold for the edit.
     """
     model, steps = inversion.model, inversion.steps
-    refuse_joint_attention(model)
+    refuse_transformer(model)
     alone = target == inversion.prompt and settings.guidance is None
     guidance = 1.0 if alone else guidance_of(model, settings.guidance)
     refuse_negative(model, settings.negative, guidance)

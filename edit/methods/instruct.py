@@ -110,9 +110,7 @@ def instruct(
         nfe += asked.steps * evaluations_of(model, text, guidances.text)
         drawn = model.decode(state)[0].cpu()
         if asked.keep != "none":
-            found = put_background_back(
-                model, now, drawn, changed, instruction, asked.keep, first=number == 0
-            )
+            found = keep_drawn(model, drawn, now, asked, changed, instruction, first=number == 0)
             drawn = found.image
             backgrounds.append(found)
         latents.append(state[0])
@@ -129,31 +127,6 @@ def instruct(
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(), facts=facts, layout=layout,
     )  # fmt: skip
-
-
-def put_background_back(
-    model: Backbone,
-    before: EncodedImage,
-    drawn: Tensor,
-    changed: Tensor | None,
-    instruction: str,
-    keep: Keep,
-    *,
-    first: bool,
-) -> KeptBackground:
-    """An edit with the background of the image before it: its pixels, or with `latents` the autoencoder's copy of them.
-
-    Only the `first` edit's background is copied: later ones have that copy already, which must not degrade further.
-    """
-    background = model.decode(before.latent)[0].cpu() if keep == "latents" and first else None
-    return keep_drawn(
-        drawn,
-        before,
-        changed=changed,
-        background=background,
-        instruction=instruction,
-        or_all=keep == "auto",
-    )
 
 
 def say_captions(instructions: Sequence[str]) -> None:
@@ -197,27 +170,26 @@ def after_each_step(progress: Callable[[], Any], frames: Frames | None) -> Calla
 
 
 def keep_drawn(
+    model: Backbone,
     drawn: Tensor,
     before: EncodedImage,
-    *,
+    asked: InstructSettings,
     changed: Tensor | None,
-    background: Tensor | None,
     instruction: str,
-    or_all: bool = False,
+    *,
+    first: bool,
 ) -> KeptBackground:
-    """What was drawn [3, 8H, 8W] on the background of the image before, or on this copy of it.
+    """What was drawn [3, 8H, 8W] on the background that was asked for, of the image before.
 
-    With `or_all` an edit that changes nearly everything is taken whole, which is said; else it is a `UserError`.
+    What the `first` edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit.
     """
+    copied = asked.keep == "latents" and first
+    background = model.decode(before.latent)[0].cpu() if copied else None
+    known = None if changed is None else changed.cpu()
     try:
-        return keep_background(
-            drawn,
-            before.pixels.cpu(),
-            changed=None if changed is None else changed.cpu(),
-            background=background,
-        )
+        return keep_background(drawn, before.pixels.cpu(), changed=known, background=background)
     except NoBackgroundError as error:
-        if or_all:
+        if asked.keep == "auto":
             notify(f"“{instruction}” changes nearly everything, so all of it is taken as it is drawn.")
             return KeptBackground.none(drawn)
         raise UserError(

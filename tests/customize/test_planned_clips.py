@@ -95,7 +95,9 @@ def test_moji_follows_the_words_by_a_pose_in_each_frame(tmp_path: Path) -> None:
 def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path: Path) -> None:
     said = call("a dog", "--model", tiny_folder, "--out", tmp_path / "still")
     assert said.exit_code == 0 and "brings no network that reads poses" in said.output
-    first, *others = (np.asarray(frame) for frame in read_film(tmp_path / "still" / "p00-s00").frames)
+    still = read_film(tmp_path / "still" / "p00-s00.webp")  # in which equal frames are one
+    first, *others = (np.asarray(frame) for frame in still.frames)
+    assert len(still.frames) == 3 and still.name.endswith(".webp")
     assert all(np.abs(first.astype(int) - one).max() <= 1 for one in others)
 
 

@@ -314,6 +314,47 @@ def test_pairs_are_read_from_every_layout(pairs: Path, tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("name", ["{}_sketch.png", "{}-Scribble.PNG", "{}-condlabel.png"])
+def test_a_map_beside_its_image_is_one_in_every_spelling(
+    name: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        shutil.copy(pairs / f"{number}.png", tmp_path)
+        shutil.copy(pairs / "maps" / f"{number}.png", tmp_path / name.format(number))
+        shutil.copy(pairs / "maps" / f"{number}.png", tmp_path / f"{number}.canny.png")
+    found = read_control_pairs(str(tmp_path), "sketch")
+    assert [one.image.path.name for one in found] == ["0.png", "1.png"]
+    assert [one.map and one.map.path.name for one in found] == [name.format(0), name.format(1)]
+    assert "2 maps of other kinds than sketch not used" in capsys.readouterr().err
+    shutil.copy(pairs / "maps" / "0.png", tmp_path / "0.sketch.png")
+    with pytest.raises(UserError, match="are both the sketch map of 0"):
+        read_control_pairs(str(tmp_path), "sketch")
+
+
+def test_maps_in_a_folder_of_any_name_are_no_images_to_learn_from(pairs: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        for folder, file in (("img", pairs / f"{number}.png"), ("cond", pairs / "maps" / f"{number}.png")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(file, tmp_path / folder)
+    with pytest.raises(UserError, match="both hold an image 0"):
+        read_control_pairs(str(tmp_path), "edges")
+    (tmp_path / "img").rename(tmp_path / "images")
+    (tmp_path / "cond").rename(tmp_path / "conditioning_images")
+    assert all(one.map is not None for one in read_control_pairs(str(tmp_path), "edges"))
+
+
+def test_a_list_s_captions_may_lie_beside_its_images(pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(pairs, tmp_path / "pairs")
+    path = tmp_path / "pairs" / "metadata.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({**line, "text": None}) for line in lines))
+    (tmp_path / "pairs" / "0.txt").write_text("a red disc")
+    assert [one.caption for one in read_control_pairs(str(path.parent), "sketch")][:2] == ["a red disc", ""]
+    path.with_name("prompt.json").write_text("")
+    with pytest.raises(UserError, match=r"both metadata\.jsonl and prompt\.json"):
+        read_control_pairs(str(path.parent), "sketch")
+
+
 def test_named_columns_win_and_a_missing_one_is_named(pairs: Path) -> None:
     found = read_control_pairs(str(pairs), "sketch", Columns(caption="file_name"))
     assert found[3].caption == "3.png"

@@ -94,3 +94,21 @@ def test_it_begins_better_than_by_saying_nothing(carried: UNet2DConditionModel, 
         said = carried(add_noise(latents, noise, level), index, torch.zeros(48, 2, 6)).sample
     wanted = target(latents, noise, level, "v_prediction")
     assert (said - wanted).square().mean() < 0.9 * wanted.square().mean()
+
+
+def test_on_its_own_latents_a_network_is_what_it_was(source: Path, pictures: Tensor) -> None:
+    with torch.no_grad():
+        own = old_latents(source, pictures)
+    unet, text = network(3), torch.zeros(len(own), 1, 6)
+    carry_over(
+        unet,
+        source,
+        pictures,
+        own.half().float(),
+        text,
+        alpha_bar=ALPHA_BAR,
+        density=DENSITY,
+        kind="v_prediction",
+    )
+    old = UNet2DConditionModel.from_pretrained(source / "unet").state_dict()
+    assert all(torch.equal(value, old[name]) for name, value in unet.state_dict().items())

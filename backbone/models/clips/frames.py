@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from backbone.families.unet.family import UNetFamily
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 
@@ -64,9 +65,9 @@ def link_frames(denoiser: nn.Module, frames: int) -> Iterator[None]:
             layers[name].set_processor(plain)
 
 
-def refuse_joint_attention(model: Backbone) -> None:
+def refuse_transformer(model: Backbone) -> None:
     """`UserError` for a transformer over text and picture jointly, in which frames are not linked."""
-    if not hasattr(model.denoiser, "down_blocks"):
+    if not isinstance(model.family, UNetFamily):
         raise UserError(
             f"The frames of a clip are linked in a UNet's attention, and {model.location.name} is a transformer. Give "
             "a --model that has a UNet (moji, sd15, sdxl)."

@@ -131,6 +131,43 @@ def test_two_folders_of_equal_names_are_pairs(tmp_path: Path, better: str, worse
         check_preferences(read_preferences(tmp_path))
 
 
+def test_folders_are_paired_by_the_whole_name_of_their_images(tmp_path: Path) -> None:
+    for side, seed in (("Chosen", 0), ("Rejected", 10)):
+        for number, folder in enumerate("ab"):
+            (tmp_path / side / folder).mkdir(parents=True)
+            # one é, and e with its accent behind it
+            name = "\u00e9" if side == "Chosen" else "e\u0301"
+            picture(seed + number).save(tmp_path / side / folder / f"{name}.png")
+            (tmp_path / side / folder / f"{name}.txt").write_text(PROMPTS[number])
+    found = check_preferences(read_preferences(tmp_path))
+    assert [pair.prompt for pair in found.pairs] == list(PROMPTS[:2])
+    assert [pair.second.path.parent.name for pair in found.pairs] == ["a", "b"]
+    picture(20).save(tmp_path / "Rejected" / "b" / "e\u0301.jpg")
+    with pytest.raises(UserError, match="have one name"):
+        read_preferences(tmp_path)
+
+
+def test_an_unlabelled_row_is_none_however_its_no_is_written(tmp_path: Path) -> None:
+    rows = pick_a_pic(3)
+    for number, no in enumerate((0, 1, 0)):
+        rows[number]["has_label"] = no
+    found = read_preferences(parquet(tmp_path / "t.parquet", rows))
+    assert (len(found.pairs), found.skipped) == (1, 2)
+    for row, word in zip(rows, ("False", "true", "0"), strict=True):
+        row["has_label"] = word
+    found = read_preferences(parquet(tmp_path / "t.parquet", rows))
+    assert (len(found.pairs), found.skipped) == (1, 2)
+
+
+def test_a_line_is_counted_with_the_empty_and_bad_ones_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('\n{"prompt": \n{"prompt": "", "caption": "a dog", "chosen": "a.png"}\n')
+    found = read_preferences(path)
+    assert [problem.split(" of ")[0] for problem in found.problems] == ["line 2", "line 3"]
+    path.write_text('{"prompt": "", "caption": "a dog", "chosen": "a.png", "rejected": "b.png"}\n')
+    assert read_preferences(path).pairs[0].prompt == "a dog"
+
+
 def test_json_lines_are_read(pairs_file: Path) -> None:
     found = check_preferences(read_preferences(pairs_file))
     assert len(found.pairs) == 8

@@ -187,6 +187,12 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
         ("a.yaml", "- steps", "does not hold settings"),
         ("a.toml", "steps = ", "a.toml is not TOML"),
         ("a.json", "{", "a.json is not JSON"),
+        (
+            "a.json",
+            '{"steps": 5, "flip": true, "steps": 6}',
+            "a.json is not JSON .the key steps stands there twice",
+        ),
+        ("a.yaml", "steps: 5\nflip: true\nsteps: 6", "a.yaml is not YAML .the key steps stands there twice"),
         ("a.txt", "steps: 5", "no .yaml, .toml or .json"),
     ],
     ids=str,

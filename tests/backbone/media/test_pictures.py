@@ -414,6 +414,29 @@ def test_metadata_may_be_a_csv_with_columns_of_any_name(tmp_path: Path) -> None:
         list_images(tmp_path, image_column="bild", caption_column="wrds")
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_table_is_read_whatever_separates_its_columns(tmp_path: Path, separator: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text(
+        separator.join(["File_Name", "Text\r\n1.png", "a dog, sitting\r\n"])
+    )
+    (picture,) = list_images(tmp_path)
+    assert picture.caption == "a dog, sitting"
+
+
+def test_a_table_whose_texts_are_no_captions_is_said_to_have_none(
+    tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "description": "a dog"}')
+    assert list_images(tmp_path)[0].caption is None
+    assert "metadata.jsonl has no column text, prompt or caption" in capsys.readouterr().err
+    assert list_images(tmp_path, caption_column="description")[0].caption == "a dog"
+    table.rename_column("prompt", "description").save_to_disk(str(tmp_path / "saved"))
+    assert list_images(tmp_path / "saved")[0].caption is None
+    assert "It has description: name the one with caption_column" in capsys.readouterr().err
+
+
 def test_names_in_metadata_match_whatever_their_unicode_form(tmp_path: Path) -> None:
     write(tmp_path / "cafe\u0301.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "caf\u00e9.png", "text": "a cup"}))
@@ -599,6 +622,27 @@ def test_what_a_folder_holds_beside_its_pictures_is_said_in_a_line(tmp_path: Pat
     )
     assert "1_mask.png counts as an image" in doubt and "1.mask.png" in doubt
     assert describe_unused(tmp_path / "more" / "deeper", list_images(tmp_path / "more" / "deeper")) == []
+
+
+def test_a_folder_of_captions_and_a_mask_of_another_spelling_are_said(tmp_path: Path) -> None:
+    for name in ("1.png", "mask_1.png", "1.alpha.png"):
+        write(tmp_path / name)
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "1.txt").write_text("a dog")
+    line, *doubts = describe_unused(tmp_path, list_images(tmp_path))
+    assert line == f"Not used in {tmp_path}: 1 caption in captions/."
+    assert [doubt.split()[0] for doubt in doubts] == ["1.alpha.png", "mask_1.png"]
+
+
+def test_a_folder_of_masks_beside_one_of_images_is_none_of_images(tmp_path: Path) -> None:
+    for name in ("images/1.png", "Masks/1.png"):
+        write(tmp_path / name)
+    with pytest.raises(
+        UserError, match=r"Masks holds images of the same names as .*images.* as 1\.mask\.png"
+    ):
+        list_images(tmp_path)
+    (tmp_path / "Masks").rename(tmp_path / "more")
+    assert len(list_images(tmp_path)) == 2
 
 
 def test_pictures_that_lie_deeper_are_named(tmp_path: Path) -> None:

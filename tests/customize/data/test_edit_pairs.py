@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,9 @@ LAYOUTS = {
     "DiffSynth": a_list("metadata.jsonl", "edit_image", "image", "prompt"),
     "musubi": a_list("dataset.jsonl", "control_path", "image_path", "caption"),
     "diffusers": a_list("metadata.jsonl", "conditioning_image", "file_name", "text"),
+    "another editor's": a_list("metadata.jsonl", "source_img", "target_img", "instruction"),
     "folders": two_folders("source", "target"),
+    "in the plural": two_folders("conditioning_images", "outputs"),
     "kohya's clones": two_folders("input1", "target"),
     "ai-toolkit": two_folders("control", "images"),
     "words": two_folders("Before", "After"),
@@ -89,6 +92,58 @@ def test_references_come_from_columns_and_folders(tmp_path: Path) -> None:
     assert pair.source.path.name == "s.png" and [one.path.name for one in pair.references] == ["r1.png"]
 
 
+def test_numbered_columns_count_in_their_order_whatever_that_of_the_line(tmp_path: Path) -> None:
+    numbers = (10, 1, 0, 2)
+    for name in ("t.png", *(f"{number}.png" for number in numbers)):
+        write(tmp_path / name, 0)
+    line = {"image_path": "t.png", "caption": "x"} | {
+        f"control_path_{number}": f"{number}.png" for number in numbers
+    }
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (pair,) = read_edit_pairs(tmp_path)
+    assert pair.source.path.name == "0.png"
+    assert [one.path.name for one in pair.references] == ["1.png", "2.png", "10.png"]
+
+
+def test_the_words_of_a_list_may_lie_beside_its_images(tmp_path: Path) -> None:
+    LAYOUTS["our own"](tmp_path)
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    bare = [
+        json.dumps({k: v for k, v in json.loads(line).items() if k != "instruction"})
+        for line in lines
+        if line
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(bare))
+    for number, told in enumerate(TOLD):
+        (tmp_path / "b" / f"{number}.txt").write_text(told)
+    assert [pair.instruction for pair in read_edit_pairs(tmp_path)] == TOLD
+    shutil.copy(tmp_path / "metadata.jsonl", tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"both metadata\.jsonl and train\.jsonl"):
+        read_edit_pairs(tmp_path)
+
+
+def test_pairs_of_subfolders_are_paired_by_their_whole_name(tmp_path: Path) -> None:
+    for number, told in enumerate(TOLD):
+        write(tmp_path / "source" / "ab"[number] / "e\u0301.png", number)
+        write(tmp_path / "target" / "ab"[number] / "\u00e9.png", number, edited=True)
+        (tmp_path / "target" / "ab"[number] / "\u00e9.txt").write_text(told)
+    pairs = read_edit_pairs(tmp_path)
+    assert [pair.instruction for pair in pairs] == TOLD
+    assert [pair.source.path.parent.name for pair in pairs] == ["a", "b"]
+    write(tmp_path / "target" / "b" / "\u00e9.jpg", 0)
+    with pytest.raises(UserError, match="have one name"):
+        read_edit_pairs(tmp_path)
+
+
+def test_masks_beside_pairs_are_said_to_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_folders("source", "target")(tmp_path)
+    write(tmp_path / "target" / "0.mask.png", 0)
+    assert len(read_edit_pairs(tmp_path)) == 2
+    assert "1 mask not used" in capsys.readouterr().err
+
+
 def test_a_run_of_edit_is_pairs_as_it_lies(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "edit-cat"
     write(run / "source.png", 0)
@@ -109,7 +164,8 @@ def test_a_run_of_edit_is_pairs_as_it_lies(tmp_path: Path) -> None:
     ]
 
 
-def test_a_name_is_read_without_case_separators_and_numbers() -> None:
+def test_a_name_is_read_without_case_separators_numbers_and_plural() -> None:
+    assert plain_name("Conditioning_Images") == plain_name("conditioning_image_2")
     assert plain_name("Control_Path_2") == plain_name("controlPath") == "controlpath"
 
 

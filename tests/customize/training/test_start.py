@@ -16,11 +16,12 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
+from backbone.media.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.settings import find_resumed, said_anew
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
-from customize.training.run import describe_changes, make_prompts, resume_concept
+from customize.training.run import describe_changes, hash_images, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
 
 
@@ -270,6 +271,29 @@ def test_changed_images_are_told_from_moved_ones() -> None:
     assert describe_changes(None, [[]]) == []
     (line,) = describe_changes([{"1.png": "0"}], [[]])
     assert "(gone: 1.png)" in line
+
+
+def test_changed_captions_and_masks_are_told_too(dog: Path) -> None:
+    (dog / "0.txt").write_text("a dog")
+    kept = [hash_images(list_images(dog))]
+    assert describe_changes(kept, [list_images(dog)]) == []
+    (dog / "0.txt").write_text("a cat")
+    Image.new("L", (64, 64), "white").save(dog / "1.mask.png")
+    (line,) = describe_changes(kept, [list_images(dog)])
+    assert "(changed: 0.png, 1.png)" in line
+    older = [{name: value[:16] for name, value in kept[0].items()}]  # which knew nothing of them
+    assert describe_changes(older, [list_images(dog)]) == []
+
+
+def test_spaces_and_an_article_are_no_part_of_what_is_said(dog: Path) -> None:
+    ((subject,), _) = subjects_of({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
+    assert (subject.token, subject.class_noun) == ("[V]", "small dog")
+    assert subject.filled("a {token} {class}") == "a [V] small dog"
+
+
+def test_one_pattern_has_one_rank() -> None:
+    with pytest.raises(UserError, match="gives attn2 the ranks 4 and 8"):
+        Settings(images="", token="[V]", class_noun="dog", rank_pattern=("attn2=4", "attn2=8"))
 
 
 @pytest.mark.parametrize("alpha", [0.0, -4.0])
