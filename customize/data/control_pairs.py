@@ -30,6 +30,7 @@ from backbone.media.control_maps import (
     as_array,
     as_hints,
     compute_map,
+    refuse_transparency,
     refuse_wrong_kind,
     resize_map,
 )
@@ -99,6 +100,8 @@ class ControlPair:
         if self.map is None:
             return
         (width, height), drawn = self.image.open().size, self.map.open()
+        if self.map.row is None:
+            refuse_transparency(self.map.path)
         if abs(drawn.width * height / (drawn.height * width) - 1) > 0.01:
             raise UserError(
                 f"{self.map.path} is {drawn.width} × {drawn.height} and its image {self.image.path.name} {width} × "

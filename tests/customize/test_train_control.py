@@ -386,6 +386,7 @@ def test_edges_are_found_in_the_images_where_no_map_is_given(pairs: Path, tmp_pa
         ("paper", "looks like black on white"),
         ("photo", "looks like a photograph"),
         ("empty", "shows nothing"),
+        ("glass", "is see-through in places"),
         ("gone", "there is no such file beside it"),
         ("equal", "All 12 maps are equal"),
         ("captions", "All captions are “a disc”"),
@@ -410,6 +411,10 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
             )
         case "empty":
             Image.new("RGB", (SIDE, SIDE)).save(drawn)
+        case "glass":
+            seen = Image.open(drawn).convert("RGBA")
+            seen.putalpha(seen.convert("L"))
+            seen.save(drawn)
         case "gone":
             drawn.unlink()
         case "equal":
