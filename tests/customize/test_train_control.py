@@ -23,14 +23,15 @@ from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
-from customize.control_settings import PROGRAM, read_settings, resolved
+from customize.control_settings import PROGRAM, read_settings, resolved, usual_folder
 from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.memory import work_of
-from customize.training.control.run import OBEDIENCE, Obedience
+from customize.training.control.run import OBEDIENCE, Obedience, columns_of
 from customize.training.control_evaluation import APART, BOUND, FLOOR, UNDER
+from customize.training.run import describe_changes
 
 SIDE, PAIRS = 32, 12
 HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
@@ -215,6 +216,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
     assert taken == [False] and not (again / "condition.json").exists()
     done = invoked("train-control", "--resume", again)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert "not those that the run began with" not in done.output
+    kept = read_json(again / "settings.json")["images"]
+    moved = [dict(kept[0]), {**kept[1], "0.png": "0:0"}]
+    (line,) = describe_changes(moved, columns_of(read_control_pairs(read_settings(again).images, "sketch")))
+    assert "(changed: 0.png)" in line  # of the maps
     part = "t2i_adapter" if "t2i" in again.name else "controlnet"
     mine, other = (
         read_tensors(run / part / "diffusion_pytorch_model.safetensors")[0] for run in (trained.run, again)
@@ -264,6 +270,15 @@ def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: B
     assert counted.model_sizes("fp32").beside == 4 * frozen_copy  # of a control-LoRA
     frozen = counted.step_bytes("fp32", False)
     assert frozen.saved > 0 and frozen.peak >= frozen.saved
+
+
+def test_the_latest_checkpoint_of_a_command_is_that_of_the_folder_that_it_writes(
+    trained: Trained, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained.run, tmp_path / usual_folder(str(pairs), "sketch"))
+    again = refused(*trained.command, "--steps", 4, "--seed", 5, "--resume", "latest")
+    assert "goes on with that run's own settings" in again
 
 
 def test_the_newest_run_is_of_the_same_command(
