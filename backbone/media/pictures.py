@@ -39,7 +39,7 @@ CONDITION_STEM = re.compile(
     r".+-condlabel", re.IGNORECASE
 )  # OneTrainer's images for a condition: no subject's
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
-MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "alpha", "seg", "segmentation"})
+MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")

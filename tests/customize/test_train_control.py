@@ -353,6 +353,10 @@ def test_maps_in_a_folder_of_any_name_are_no_images_to_learn_from(pairs: Path, t
             shutil.copy(file, tmp_path / folder)
     with pytest.raises(UserError, match="both hold an image 0"):
         read_control_pairs(str(tmp_path), "edges")
+    for folder in ("img", "cond"):
+        (tmp_path / folder / "0.txt").write_text("a disc")
+        (tmp_path / folder / "1.txt").write_text("a red disc")
+    assert len(read_control_pairs(str(tmp_path), "edges")) == 4  # two subjects, say
     (tmp_path / "img").rename(tmp_path / "images")
     (tmp_path / "cond").rename(tmp_path / "conditioning_images")
     assert all(one.map is not None for one in read_control_pairs(str(tmp_path), "edges"))
