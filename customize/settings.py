@@ -559,7 +559,7 @@ class Settings(TrainingSettings):
 
     def ranks(self) -> dict[str, int]:
         """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
-        found = {}
+        found: dict[str, int] = {}
         for entry in self.rank_pattern:
             pattern, _, rank = entry.rpartition("=")
             if not pattern or not rank.isdecimal() or int(rank) < 1:

@@ -154,8 +154,8 @@ def test_an_unlabelled_row_is_none_however_its_no_is_written(tmp_path: Path) -> 
         rows[number]["has_label"] = no
     found = read_preferences(parquet(tmp_path / "t.parquet", rows))
     assert (len(found.pairs), found.skipped) == (1, 2)
-    for row, no in zip(rows, ("False", "true", "0"), strict=True):
-        row["has_label"] = no
+    for row, word in zip(rows, ("False", "true", "0"), strict=True):
+        row["has_label"] = word
     found = read_preferences(parquet(tmp_path / "t.parquet", rows))
     assert (len(found.pairs), found.skipped) == (1, 2)
 

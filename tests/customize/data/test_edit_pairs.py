@@ -269,6 +269,12 @@ def test_what_may_be_a_mistake_is_said(
             "../a.png",
         ),
         (lambda f: (f / "metadata.jsonl").write_text("[1]"), "not a JSON object"),
+        (
+            lambda f: (f / "metadata.jsonl").write_text(
+                '{"source": "a.png", "target": "b.png", "reference": 5}'
+            ),
+            "references is 5, and a list is wanted",
+        ),
         (lambda f: (f / "metadata.jsonl").write_text("{"), "Line 1"),
     ],
 )
