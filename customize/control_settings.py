@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from backbone.cli.conditions import KINDS, SYNONYMS
 from backbone.cli.options import Option, as_command
 from backbone.io.console import UserError
+from backbone.io.run_folder import run_name
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
 PROGRAM = "customize train-control"
@@ -181,6 +182,12 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSetti
         "validation_steps": min(500, max(100, steps // 4)),
     }
     return resolve(ControlSettings, from_model, asked)
+
+
+def usual_folder(images: str, condition: str) -> Path:
+    """Where a run is written without --out: in runs/, by the folder of its images and the kind of its maps."""
+    name = run_name(images)
+    return Path("runs") / (f"{name}-{condition}" if Path(images).expanduser().is_dir() else name)
 
 
 def read_settings(run: Path) -> ControlSettings:

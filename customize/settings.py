@@ -523,7 +523,7 @@ class Settings(TrainingSettings):
             "Evaluation",
             default_text="no",
             metavar="MODEL",
-            needs={"quantize": ("",), "cpu_offload": (0.0,)},
+            needs={**A_CONCEPT, "quantize": ("",), "cpu_offload": (0.0,)},
         ),
     ] = ""
     preview_on_steps: Annotated[

@@ -34,7 +34,9 @@ def not_negative(name: str, value: float) -> float:
 def prompt(text: str, what: str) -> str:
     """The prompt, if it says something; `what` names it in the complaint."""
     if not text.strip():
-        raise UserError(f"The {what} is empty. Say in words what the picture shows and what it should show.")
+        told = what == "instruction"
+        remedy = "to do: “make it snow”" if told else "the picture shows and what it should show"
+        raise UserError(f"The {what} is empty. Say in words what {remedy}.")
     return text
 
 

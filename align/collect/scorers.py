@@ -83,6 +83,10 @@ def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     """Weighted sum [B] of several scorers' scores [B], each standardised to mean 0 and deviation 1."""
     if len(scores) != len(weights):
         raise UserError(f"{len(weights)} weights for {len(scores)} scorers: one each is needed.")
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise UserError(
+            f"Scorers weigh {', '.join(f'{one:g}' for one in weights)}. Give finite numbers, not all 0."
+        )
     return torch.stack(
         [
             weight * (score - score.mean()) / score.std(correction=0).clamp(min=1e-12)

@@ -198,6 +198,10 @@ class PreparedRecords:
         """The hash of all records' contents, in their order."""
         return content_hash(self.keys.tobytes())
 
+    def choices(self) -> str:
+        """The hash of what is said of them, beside the contents, which hold the prompts and which image is better."""
+        return content_hash(self.preference.tobytes())
+
     def _part(self, chosen: Numbers | slice) -> PreparedRecords:
         sides = None if self.sides is None else self.sides[chosen]
         return PreparedRecords(self.folder, self.rows[chosen], sides, self.preference[chosen])

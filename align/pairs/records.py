@@ -138,6 +138,14 @@ class Records(list[Record]):
         images = "".join(picture.content_hash for record in self for picture in record.pictures)
         return content_hash(images.encode())
 
+    def choices(self) -> str:
+        """The hash of what is said of them: prompts and labels, in their order."""
+        said = (
+            (one.prompt, one.label, one.both_bad) if isinstance(one, Pair) else (one.prompt, one.good)
+            for one in self
+        )
+        return content_hash(repr(list(said)).encode())
+
 
 def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Preferences:
     """Open every image; raises one `UserError` that lists all problems, a line each.

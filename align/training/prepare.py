@@ -57,6 +57,7 @@ from backbone.training.prepared import (
     Cuts,
     PreparedFacts,
     finish,
+    hash_listing,
     hold_prepared,
     list_bad,
     usable_rows,
@@ -162,6 +163,7 @@ def prepare_pairs(
     facts = PreparedFacts(
         "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),
         dataset=records.facts, rows=dict(rows or {}), **asdict(cuts),
+        listing=_hash_found(found) if isinstance(found, Preferences) else "",
     )  # fmt: skip
     plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
     with hold_prepared(out, facts):
@@ -183,6 +185,11 @@ def prepare_pairs(
             finish(out, replace(facts, bad=len(bad)))
         processes.barrier()
     return Prepared(out)
+
+
+def _hash_found(found: Preferences) -> str:
+    """The hash of what a source says, and of its files' names and sizes."""
+    return hash_listing((repr(Said.of(record)), record.pictures) for record in found.records)
 
 
 def _open_source(found: Preferences | PairStream, out: Path) -> tuple[str, list[str], Source[Record | str]]:

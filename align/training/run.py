@@ -81,7 +81,11 @@ def carry_on(
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
-    training.sources = {"model": model.fingerprint, "images": learn.fingerprint()}
+    training.sources = {
+        "model": model.fingerprint,
+        "images": learn.fingerprint(),
+        "set of prompts and choices": learn.choices(),
+    }
     training.resume(run)
     prepared = time.perf_counter()
     asked = chain(out.texts(), learn.texts())

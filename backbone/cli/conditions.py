@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -197,7 +198,7 @@ def spread(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
 def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     """`KIND=MAP` in its parts; other tools' words for a kind are understood. `UserError` for anything else."""
     kind, equals, path = said.partition("=")
-    kind = kind.strip().lower()
+    kind, path = kind.strip().lower(), os.path.expanduser(path.strip())
     kind = SYNONYMS.get(kind, kind)
     # A file alone, as diffusers' spellings have it: its network says what it is
     if not equals and "." in said:

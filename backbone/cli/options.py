@@ -547,7 +547,8 @@ def _converted_one(one: Field, value: Any, where: str) -> Any:
         raise UserError(f"{where} is {SHORT.repr(value)}, which is no text. Put it in quotes.")
     if one.option.choices:
         return _choice(one, str(value), where)
-    return one.kind(value)
+    # A shell leaves ~ alone behind `--out=` and in files
+    return Path(value).expanduser() if one.kind is Path else one.kind(value)
 
 
 def _number(one: Field, value: Any, where: str) -> Any:

@@ -130,8 +130,12 @@ class SamplingSettings(GuidanceOption):
         return self.guidance_start, self.guidance_stop
 
     def at_resolution(self, resolution: int) -> Self:
-        """With this width and height, unless a size was asked for or it is 0, which is the model's own."""
-        return replace(self, resolution=resolution) if resolution and self.size == MODELS_OWN else self
+        """With this width and height where none was asked for; 0 is the model's own."""
+        if not resolution or self.resolution is not None:
+            return self
+        if self.size == MODELS_OWN:
+            return replace(self, resolution=resolution)
+        return replace(self, width=self.width or resolution, height=self.height or resolution)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """With a model's usual steps, guidance and sampler where none were asked for.

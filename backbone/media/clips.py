@@ -53,7 +53,13 @@ def read_film(source: str | Path) -> Film:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        frames = [record.open() for record in list_images(str(path))]
+        records = list_images(str(path))
+        if records[0].path.parent != path and records[0].row is None:
+            raise UserError(
+                f"{source} holds no frames itself, but folders of images: {records[0].path.parent.name} … Give one of "
+                "these."
+            )
+        frames = [record.open() for record in records]
         found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         found = _read_video(path)

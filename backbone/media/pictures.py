@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ CONDITION_STEM = re.compile(
     r".+-condlabel", re.IGNORECASE
 )  # OneTrainer's images for a condition: no subject's
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
-MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "alpha", "seg", "segmentation"})
+MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -204,6 +204,22 @@ class ListedImages:
         if path.parent not in self._beside:
             self._beside[path.parent] = _Companions(path.parent)
         return _with_companions(path, self._beside[path.parent])
+
+
+def read_captions(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
+    """The captions of a folder's files, or of folders in it: in its metadata, or beside them; "" where there is none.
+
+    Raises `UserError` for text that cannot be read, and for two captions of one file.
+    """
+    metadata, beside = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
+    by_name = {_normalize_name(name): caption for name, (caption, _) in metadata.items()}
+    found = {}
+    for path in paths:
+        told = by_name.get(_normalize_name(path.name))
+        # A folder's name has no suffix to take away
+        stem = path.with_name(f"{path.name}.folder") if path.is_dir() else path
+        found[path] = told or _with_companions(stem, beside).caption or ""
+    return found
 
 
 def check_images(pictures: Sequence[ImageRecord]) -> None:

@@ -8,7 +8,9 @@ so a preparation that was killed goes on, and `datasets.load_from_disk` opens it
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
+from backbone.media.pictures import ImageRecord
 from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
 
@@ -57,6 +60,7 @@ class PreparedFacts:
     encoder   what latents depend on (`encoder_facts`)   size   of the images, pixels a side
     dataset   of the hub that was streamed: its name, config, split and commit, and how many shards that has
     rows      which rows of the source were asked for
+    listing   the hash of what was listed (`hash_listing`), "" of a stream
     records   of the source, of which `bad` cannot be used; 0: not counted yet
     """
 
@@ -69,6 +73,7 @@ class PreparedFacts:
     encoder: dict[str, str] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
+    listing: str = ""
     flip: bool = False
     random_crop: int = 0
     seed: int = 0  # of the random crops
@@ -161,6 +166,17 @@ def list_bad(records: Table) -> list[str]:
     return [" ".join(filter(None, lines[number])) for number in sorted(lines)]
 
 
+def hash_listing(records: Iterable[tuple[str, Sequence[ImageRecord]]]) -> str:
+    """The hash of records as they are listed, before any is decoded: words, and the names and sizes of files."""
+    digest = hashlib.sha256()
+    for words, images in records:
+        digest.update(f"\n{words}".encode())
+        for image in images:
+            size = os.path.getsize(image.path) if image.row is None and image.path.is_file() else ""
+            digest.update(f"\t{image.path.name}\t{size}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 # Writing -----------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +209,15 @@ def _begin(out: Path, facts: PreparedFacts) -> None:
         return
     before, now = asdict(read_facts(out, facts.kind)), asdict(facts)
     for name in now.keys() - {"bad", "finished"}:
-        if now[name] == before[name]:
+        if now[name] == before[name] or (name == "listing" and not before[name]):
             continue
+        if name == "listing" and now["records"] == before["records"]:
+            raise UserError(
+                f"{facts.source} is not what it was when {out} was begun: files or their words have changed. Prepare "
+                "it anew, into another --out."
+            )
+        if name == "listing":
+            continue  # its number of records says it
         if name == "records":
             if not now[name]:
                 continue  # a stream's, which are counted at its end

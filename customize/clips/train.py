@@ -8,6 +8,7 @@ a part without them: what all frames have in common is taken off by that of one 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import Concept, mentions, replace_tokens, word_pattern
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
     activate_adapters,
@@ -27,15 +28,16 @@ from backbone.adapters.lora import (
     save_lora,
 )
 from backbone.adapters.motion import MOTION, Moves, set_in_motion
-from backbone.cli.options import as_command, read_settings
+from backbone.cli.options import as_command, fields_of, read_settings
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json
-from backbone.io.run_folder import CHECKPOINT, hold_folder, package_versions, refuse_taken, run_name
+from backbone.io.run_folder import CHECKPOINT, absolute, hold_folder, package_versions, refuse_taken, run_name
 from backbone.media.clips import Film, read_film
+from backbone.media.pictures import read_captions
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.memory.motion import LearnedMotion, MotionEstimator
 from backbone.memory.planner import MemorySettings, fit, precision_name
@@ -68,7 +70,7 @@ class Captioned:
 
 
 def list_films(folder: str) -> list[Captioned]:
-    """The clips of a folder: animated files, films and folders of frames, `x.txt` beside `x.webp` being its caption.
+    """The clips of a folder: animated files, films and folders of frames, captioned as images are (`x.txt`, metadata).
 
     A folder that holds frames alone is one clip. Raises `UserError` for a folder without any.
     """
@@ -83,12 +85,8 @@ def list_films(folder: str) -> list[Captioned]:
         places = [path]
     if not places:
         raise UserError(f"{folder} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
-    found = []
-    for place in places:
-        text = place.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
-        found.append(Captioned(read_film(place), caption))
-    return found
+    captions = {} if places == [path] else read_captions(path, places)
+    return [Captioned(read_film(place), captions.get(place, "")) for place in places]
 
 
 def train_motion(asked: TrainMotionOptions) -> Path:
@@ -114,7 +112,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
     if whole:
         prompts = [without_token(caption, asked.token) for caption in captions]
     else:
-        prompts = [caption.replace(asked.token, asked.token_words) for caption in captions]
+        prompts = [replace_tokens(with_token(caption, asked.token), [concept]) for caption in captions]
     conditions = encode_prompts_cached(model, [*prompts, ""])
     kept = draw_prior(model, captions, asked)
     model.free("autoencoder", "text_encoder")
@@ -219,26 +217,42 @@ def draw_prior(model: Backbone, prompts: Sequence[str], asked: TrainMotionOption
     return Prior(found, encode_prompts_cached(model, chosen))
 
 
+def with_token(prompt: str, token: str) -> str:
+    """A prompt with the token behind it, where it does not hold it."""
+    return prompt if mentions(prompt, token) else f"{prompt}, {token}"
+
+
 def without_token(prompt: str, token: str) -> str:
     """What a prompt says of the class: without the token, and without a comma beside it."""
-    parts = (part.replace(token, "") for part in prompt.split(","))
+    parts = (re.sub(word_pattern(token), "", part) for part in prompt.split(","))
     return ", ".join(" ".join(part.split()) for part in parts if part.strip())
 
 
 def open_run(asked: TrainMotionOptions) -> tuple[Path, TrainMotionOptions]:
     """The run's folder and settings: new ones, or those of a run that goes on.
 
-    Raises `UserError` for a folder that is taken, and for one that holds no run that was stopped.
+    Raises `UserError` for a folder that is taken, for one that holds no run that was stopped, and for settings beside
+    such a run's own.
     """
     if asked.resume is None:
         run = asked.out or Path("runs") / run_name(asked.clips)
         refuse_taken(run)
-        return run, replace(asked, out=run)
+        clips, motion = absolute(asked.clips), absolute(asked.motion)
+        return run, replace(asked, out=run, clips=clips, motion=motion)
     if not (asked.resume / CHECKPOINT).is_file():
         raise UserError(
             f"{asked.resume} holds no run of train-motion that was stopped. Start it with --clips."
         )
-    return asked.resume, read_settings(TrainMotionOptions, asked.resume / "settings.json")
+    own = read_settings(TrainMotionOptions, asked.resume / "settings.json")
+    usual = TrainMotionOptions(resume=asked.resume)
+    for name, one in fields_of(TrainMotionOptions).items():
+        value = getattr(asked, name)
+        if value not in (getattr(usual, name), getattr(own, name)) and name != "device":
+            raise UserError(
+                f"--resume {asked.resume} goes on with that run's own settings, so {one.flag} has no effect. Leave out "
+                "one of the two."
+            )
+    return asked.resume, own if asked.device == usual.device else replace(own, device=asked.device)
 
 
 def describe(asked: TrainMotionOptions, films: Sequence[Captioned]) -> dict[str, Any]:

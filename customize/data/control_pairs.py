@@ -30,6 +30,7 @@ from backbone.media.control_maps import (
     as_array,
     as_hints,
     compute_map,
+    refuse_transparency,
     refuse_wrong_kind,
     resize_map,
 )
@@ -99,6 +100,8 @@ class ControlPair:
         if self.map is None:
             return
         (width, height), drawn = self.image.open().size, self.map.open()
+        if self.map.row is None:
+            refuse_transparency(self.map.path)
         if abs(drawn.width * height / (drawn.height * width) - 1) > 0.01:
             raise UserError(
                 f"{self.map.path} is {drawn.width} × {drawn.height} and its image {self.image.path.name} {width} × "
@@ -219,7 +222,8 @@ def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair
         notify(f"{count_of(len(others), 'map')} of other kinds than {kind} not used (first: {others[0]}).")
     maps = {*maps_of.values(), *others}
     pictures = [one for one in images if one.path not in maps]
-    _refuse_folder_of_maps(pictures)
+    if not maps_of:
+        _refuse_folder_of_maps(pictures)
     found = {stem: ImageRecord(path) for stem, path in maps_of.items()}
     return [ControlPair(one, found.get(one.path.with_suffix(""))) for one in pictures]
 
@@ -229,14 +233,14 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _refuse_folder_of_maps(pictures: Sequence[ImageRecord]) -> None:
-    """`UserError` for images of the same names in two folders, as images and their maps are laid out."""
-    seen: dict[str, Path] = {}
+    """`UserError` for images of the same names in two folders, one without captions, as maps are laid out."""
+    seen: dict[str, ImageRecord] = {}
     for one in pictures:
-        before = seen.setdefault(one.path.stem, one.path.parent)
-        if before != one.path.parent:
+        before = seen.setdefault(one.path.stem, one)
+        if before.path.parent != one.path.parent and not (before.caption and one.caption):
             raise UserError(
-                f"{before} and {one.path.parent} both hold an image {one.path.stem}. If one of them holds the maps, "
-                "call it source/ and the other target/; else give every image a name of its own."
+                f"{before.path.parent} and {one.path.parent} both hold an image {one.path.stem}. If one of them holds "
+                "the maps, call it source/ and the other target/; else give every image a name or a caption of its own."
             )
 
 

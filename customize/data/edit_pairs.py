@@ -118,7 +118,8 @@ def _from_list(path: Path) -> Iterator[EditPair]:
         else:
             more = [entry[key] for key in keys if _counts_up(key) and entry[key] not in (source, None, "")]
         references = _first(named, REFERENCES) or []
-        references = [references] if isinstance(references, str) else [*references, *more]
+        references = [references] if isinstance(references, str) else references
+        references = [*read_as(list[Any], references, where, "references"), *more]
         for image, what, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
             if not isinstance(image, str) or not image:
                 raise UserError(

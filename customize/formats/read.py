@@ -179,10 +179,11 @@ def _read_configs(
     if CONFIG_KEY in metadata:
         return read_adapter_configs(path, metadata)
     beside = path.parent / CONFIG_FILE
-    if path.name == PEFT_WEIGHTS and beside.is_file():
-        return {"": read_peft_config(beside)}
     bare = [stem for stem in groups if stem.startswith(PEFT_PREFIX) or not stem.startswith(tuple(PREFIXES))]
-    if any("alpha" not in groups[stem] for stem in bare):
+    untold = any("alpha" not in groups[stem] for stem in bare)
+    if beside.is_file() and (path.name == PEFT_WEIGHTS or untold):  # peft's own, though it was renamed
+        return {"": read_peft_config(beside)}
+    if untold:
         notify(
             f"{path} does not say its α, and no {CONFIG_FILE} lies beside it: α = rank is assumed, a strength of 1."
         )

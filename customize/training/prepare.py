@@ -41,6 +41,7 @@ from backbone.training.prepared import (
     Cuts,
     PreparedFacts,
     finish,
+    hash_listing,
     hold_prepared,
     usable_rows,
 )
@@ -118,6 +119,7 @@ def prepare_images(
     facts = PreparedFacts(
         "images", source, model.location.name, model.resolution, images.count, encoder=encoder_facts(model),
         dataset=images.facts, rows=dict(rows or {}), **asdict(cuts),
+        listing=hash_listing((one.caption or "", [one]) for one in listed) if listed else "",
     )  # fmt: skip
     sizes = bucket_sizes(model.resolution) if cuts.aspect_buckets else [(model.resolution, model.resolution)]
     with hold_prepared(out, facts):

@@ -104,10 +104,13 @@ def replay(record: Path, *, out: Path | None) -> Path:
         if name in recorded.settings:
             read_as(kind, recorded.settings[name], path, name)
     for name, digest in recorded.files.items():
-        if not Path(name).is_file() or content_hash(Path(name)) != digest:
+        if not Path(name).is_file():
             raise UserError(
-                f"{name} is missing or has changed since {path} was written. Put the old file back."
+                f"{name} is missing. It was looked for from {Path.cwd()}: repeat {path} where it was made, or put the "
+                "file back."
             )
+        if content_hash(Path(name)) != digest:
+            raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
     wishes = {**recorded.settings, "precision": recorded.precision}
 
     def load() -> ModelWithConcepts:

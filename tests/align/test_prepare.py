@@ -252,6 +252,18 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_only_when_asked(
     assert len(data.train) == 6
 
 
+def test_a_choice_that_has_changed_since_is_not_taken_for_prepared(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    prepared(tiny_folder, pairs_file, tmp_path / "out")
+    line, *rest = pairs_file.read_text().splitlines()
+    row = json.loads(line)
+    row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    pairs_file.write_text("\n".join([json.dumps(row), *rest]))
+    with pytest.raises(UserError, match=r"is not what it was when .* was begun"):
+        prepared(tiny_folder, pairs_file, tmp_path / "out")
+
+
 def test_a_source_of_which_nothing_can_be_used_is_refused(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:

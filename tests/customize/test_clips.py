@@ -34,6 +34,8 @@ from customize.clips.train import (
     MotionLearning,
     Prior,
     draw_prior,
+    list_films,
+    with_token,
     without_looks,
     without_token,
 )
@@ -277,6 +279,36 @@ def test_the_class_is_what_a_prompt_says_without_the_token(prompt: str, said: st
     assert without_token(prompt, "[M]") == said
 
 
+def test_a_token_counts_as_a_whole_word_and_stands_in_every_prompt() -> None:
+    assert without_token("a dog moving, mov", "mov") == "a dog moving"
+    assert with_token("a dog moving", "mov") == "a dog moving, mov"
+    assert with_token("mov, a dog", "mov") == "mov, a dog"
+
+
+def test_captions_of_clips_are_read_as_those_of_images(walks: Path, tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    frames = read_film(walks / "one.webp").frames
+    (clips / "three.left").mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        frame.save(clips / "three.left" / f"{number}.png")
+    with pytest.raises(UserError, match=r"holds no frames itself.*three\.left"):
+        read_film(clips)
+    for name in ("one", "two"):
+        shutil.copy(walks / f"{name}.webp", clips)
+    (clips / "one.caption").write_bytes("\ufeffa red square\r\n".encode())
+    (clips / "three.left.txt").write_text("to the left")
+
+    def said() -> dict[str, str]:
+        return {Path(one.film.name).name: one.caption for one in list_films(str(clips))}
+
+    assert said() == {"one.webp": "a red square", "two.webp": "", "three.left": "to the left"}
+    (clips / "metadata.jsonl").write_text('{"file_name": "two.webp", "text": "a blue square"}')
+    assert said()["two.webp"] == "a blue square"
+    (clips / "three.left.txt").write_bytes("zur\xfcck".encode("latin-1"))
+    with pytest.raises(UserError, match=r"three\.left\.txt is not UTF-8"):
+        said()
+
+
 @pytest.mark.slow
 @contextmanager
 def stopped_at_the_second_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -300,7 +332,10 @@ def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
     assert learn(tiny_folder, adapter, walks, tmp_path / "whole", *few).exit_code == 0
     with stopped_at_the_second_step(monkeypatch):
         assert learn(tiny_folder, adapter, walks, tmp_path / "parts", *few).exit_code != 0
-    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts")])
+    vain = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts"), "--steps", "9"])
+    assert "so --steps has no effect" in str(vain.exception)
+    monkeypatch.chdir(tmp_path / "parts")  # from anywhere
+    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts"), "--steps", "2"])
     assert answer.exit_code == 0, answer.exception
     whole, parts = (read_motion_lora(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
@@ -383,7 +418,10 @@ def test_a_whole_adapter_that_was_stopped_goes_on_to_the_same_weights(
     with stopped_at_the_second_step(monkeypatch):
         assert learn_whole(tiny_folder, walks, tmp_path / "parts", *words).exit_code != 0
     assert not (tmp_path / "parts" / "config.json").exists()
-    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts")])
+    vain = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts"), "--steps", "9"])
+    assert "so --steps has no effect" in str(vain.exception)
+    monkeypatch.chdir(tmp_path / "parts")  # from anywhere
+    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts"), "--steps", "2"])
     assert answer.exit_code == 0, answer.exception
     whole, parts = (read_motion_adapter(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())

@@ -23,14 +23,15 @@ from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
-from customize.control_settings import PROGRAM, read_settings, resolved
+from customize.control_settings import PROGRAM, read_settings, resolved, usual_folder
 from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.memory import work_of
-from customize.training.control.run import OBEDIENCE, Obedience
+from customize.training.control.run import OBEDIENCE, Obedience, columns_of
 from customize.training.control_evaluation import APART, BOUND, FLOOR, UNDER
+from customize.training.run import describe_changes
 
 SIDE, PAIRS = 32, 12
 HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
@@ -215,6 +216,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
     assert taken == [False] and not (again / "condition.json").exists()
     done = invoked("train-control", "--resume", again)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert "not those that the run began with" not in done.output
+    kept = read_json(again / "settings.json")["images"]
+    moved = [dict(kept[0]), {**kept[1], "0.png": "0:0"}]
+    (line,) = describe_changes(moved, columns_of(read_control_pairs(read_settings(again).images, "sketch")))
+    assert "(changed: 0.png)" in line  # of the maps
     part = "t2i_adapter" if "t2i" in again.name else "controlnet"
     mine, other = (
         read_tensors(run / part / "diffusion_pytorch_model.safetensors")[0] for run in (trained.run, again)
@@ -264,6 +270,15 @@ def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: B
     assert counted.model_sizes("fp32").beside == 4 * frozen_copy  # of a control-LoRA
     frozen = counted.step_bytes("fp32", False)
     assert frozen.saved > 0 and frozen.peak >= frozen.saved
+
+
+def test_the_latest_checkpoint_of_a_command_is_that_of_the_folder_that_it_writes(
+    trained: Trained, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained.run, tmp_path / usual_folder(str(pairs), "sketch"))
+    again = refused(*trained.command, "--steps", 4, "--seed", 5, "--resume", "latest")
+    assert "goes on with that run's own settings" in again
 
 
 def test_the_newest_run_is_of_the_same_command(
@@ -338,6 +353,10 @@ def test_maps_in_a_folder_of_any_name_are_no_images_to_learn_from(pairs: Path, t
             shutil.copy(file, tmp_path / folder)
     with pytest.raises(UserError, match="both hold an image 0"):
         read_control_pairs(str(tmp_path), "edges")
+    for folder in ("img", "cond"):
+        (tmp_path / folder / "0.txt").write_text("a disc")
+        (tmp_path / folder / "1.txt").write_text("a red disc")
+    assert len(read_control_pairs(str(tmp_path), "edges")) == 4  # two subjects, say
     (tmp_path / "img").rename(tmp_path / "images")
     (tmp_path / "cond").rename(tmp_path / "conditioning_images")
     assert all(one.map is not None for one in read_control_pairs(str(tmp_path), "edges"))
@@ -386,6 +405,7 @@ def test_edges_are_found_in_the_images_where_no_map_is_given(pairs: Path, tmp_pa
         ("paper", "looks like black on white"),
         ("photo", "looks like a photograph"),
         ("empty", "shows nothing"),
+        ("glass", "is see-through in places"),
         ("gone", "there is no such file beside it"),
         ("equal", "All 12 maps are equal"),
         ("captions", "All captions are “a disc”"),
@@ -410,6 +430,10 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
             )
         case "empty":
             Image.new("RGB", (SIDE, SIDE)).save(drawn)
+        case "glass":
+            seen = Image.open(drawn).convert("RGBA")
+            seen.putalpha(seen.convert("L"))
+            seen.save(drawn)
         case "gone":
             drawn.unlink()
         case "equal":

@@ -26,11 +26,11 @@ from backbone.cli.flags import (
 from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
-from backbone.io.run_folder import hold_new_folder, run_name
+from backbone.io.run_folder import hold_new_folder
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
-from customize.control_settings import PROGRAM, ControlSettings, read_settings
+from customize.control_settings import PROGRAM, ControlSettings, read_settings, usual_folder
 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
@@ -290,7 +290,8 @@ def kind_of(asked: EvaluateControlOptions, kinds: Sequence[str]) -> str:
 
 def train_control(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
-    usual = Path("runs") / run_name(asked["images"]) if "images" in asked else None
+    named = "images" in asked and "condition" in asked
+    usual = usual_folder(asked["images"], asked["condition"]) if named else None
     resumed = None if run.resume is None else find_resumed(run, PROGRAM, usual)
     if resumed is None:
         from customize.training.control.start import start

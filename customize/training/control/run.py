@@ -26,9 +26,10 @@ from backbone.cli.conditions import AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import append_jsonl, read_jsonl, read_metadata, write_json, write_text
+from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.media.control_maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
+from backbone.media.pictures import ImageRecord
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
@@ -46,6 +47,7 @@ from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
+from customize.training.run import describe_changes, hash_images
 
 OBEDIENCE = "obedience.jsonl"
 PREVIEWS = "previews"
@@ -81,7 +83,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     network = make_network(model, settings)
     with processes.hold_new_run(run) as writes:
         if writes:
-            write_record(run, settings, model, timings={})
+            write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
         return carry_on(run, settings, model, network, pairs, began=began)
 
 
@@ -98,11 +100,13 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     with processes.hold_folder(run):
         model = open_model(settings)
         pairs = open_pairs(settings, (model.resolution, model.resolution))
+        for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
+            notify(sentence)
         network = make_network(model, settings)
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
-                write_record(run, settings, model, timings={})
+                write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
         return carry_on(run, settings, model, network, pairs, began=time.perf_counter())
 
 
@@ -305,13 +309,32 @@ def as_image(drawn: Tensor) -> Image:
     return to_image(drawn * 2 - 1)
 
 
+def columns_of(pairs: Sequence[ControlPair]) -> list[list[ImageRecord]]:
+    """The images, and the maps that they come with."""
+    return [[pair.image for pair in pairs], [pair.map for pair in pairs if pair.map is not None]]
+
+
+def hash_pairs(pairs: Sequence[ControlPair]) -> list[dict[str, str]]:
+    """The hashes of the images with their captions, and of the maps, by their names."""
+    return [hash_images(column) for column in columns_of(pairs)]
+
+
 def write_record(
-    run: Path, settings: ControlSettings, model: Backbone, *, timings: Mapping[str, float]
+    run: Path,
+    settings: ControlSettings,
+    model: Backbone,
+    *,
+    timings: Mapping[str, float],
+    images: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, on and with what."""
+    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, on and with what.
+
+    `images` are those hashes; None leaves those that stand there.
+    """
     record = {
         "settings": settings,
         "command": as_flags(settings, run),
+        "images": read_json(run / FILE).get("images") if images is None else images,
         "versions": package_versions(),
         "hardware": describe_hardware(model, settings),
         "timings": timings,

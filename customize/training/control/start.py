@@ -8,8 +8,8 @@ from typing import Any
 
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, progress
-from backbone.io.run_folder import absolute, run_name
-from customize.control_settings import resolved
+from backbone.io.run_folder import absolute
+from customize.control_settings import resolved, usual_folder
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -27,8 +27,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     for path in wanted.validation_image:
         if not Path(path).is_file():
             raise UserError(f"--validation-image {path} is no file. Check the spelling.")
-    if out is None and Path(asked["images"]).expanduser().is_dir():
-        out = Path("runs") / f"{run_name(asked['images'])}-{wanted.condition}"
+    out = out or usual_folder(asked["images"], wanted.condition)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.control.run import train_control
 

@@ -69,6 +69,9 @@ def test_scores_of_different_scales_are_brought_to_one() -> None:
     assert combine_scores([one, torch.ones(3)], [1.0, 5.0]).argmax() == 2
     with pytest.raises(UserError, match="one each"):
         combine_scores([one, other], [1.0])
+    for weights in ([float("nan"), 1.0], [float("inf"), 1.0], [0.0, 0.0]):
+        with pytest.raises(UserError, match="Give finite numbers, not all 0"):
+            combine_scores([one, other], weights)
 
 
 FILES = [(0, "a"), (0, "b"), (0, "c"), (1, "d"), (1, "e")]

@@ -22,6 +22,7 @@ from align.pairs.records import (
     Pair,
     Preferences,
     Record,
+    Records,
     Single,
     check_preferences,
     describe_contradictions,
@@ -517,6 +518,20 @@ def test_one_label_only_is_refused(tmp_path: Path) -> None:
 def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has the columns a, caption\. Pairs need"):
         read_preferences(parquet(tmp_path / "t.parquet", [{"a": 1, "caption": "x"}]))
+
+
+def test_another_choice_or_prompt_is_another_source_of_a_run(tmp_path: Path) -> None:
+    def choices(change: dict[str, Any]) -> tuple[str, str]:
+        rows = pick_a_pic(3)
+        rows[0] |= change
+        found = Records(read_preferences(parquet(tmp_path / "t.parquet", rows)).pairs)
+        return found.fingerprint(), found.choices()
+
+    images, said = choices({})
+    assert choices({}) == (images, said)
+    for change in ({"label_0": 0.0, "label_1": 1.0}, {"caption": "another"}):
+        other_images, other = choices(change)
+        assert other_images == images and other != said
 
 
 def test_labels_that_are_no_choice_are_named(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from backbone.cli.options import (
     as_command,
     build,
     command,
+    converted,
     fields_of,
     refuse_idle,
     settled_command,
@@ -203,6 +204,11 @@ def test_a_file_that_does_not_fit_is_answered_with_its_name_and_key(
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=complaint):
         ask("--config", str(tmp_path / name))
+
+
+def test_a_home_is_found_where_no_shell_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert converted(fields_of(RunOptions)["out"], "~/runs/dog", "--out") == tmp_path / "runs" / "dog"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

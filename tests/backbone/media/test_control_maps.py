@@ -158,6 +158,7 @@ def test_conditions_are_understood_in_the_words_of_other_tools() -> None:
     assert parse_map("scribble=C:\\a.png:inverted") == AskedMap("sketch", "C:\\a.png", "inverted")
     assert parse_map("edges=auto") == AskedMap("edges", "", "auto")
     assert parse_map("drawing.png") == AskedMap("map", "drawing.png")
+    assert parse_map("sketch=~/a.png") == AskedMap("sketch", str(Path.home() / "a.png"))  # no shell does it
     for said, words in (
         ("sketch", "names no map"),
         ("sketch=", "names no map"),

@@ -103,6 +103,9 @@ def test_numbered_columns_count_in_their_order_whatever_that_of_the_line(tmp_pat
     (pair,) = read_edit_pairs(tmp_path)
     assert pair.source.path.name == "0.png"
     assert [one.path.name for one in pair.references] == ["1.png", "2.png", "10.png"]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line | {"reference": "t.png"}))
+    (pair,) = read_edit_pairs(tmp_path)
+    assert [one.path.name for one in pair.references] == ["t.png", "1.png", "2.png", "10.png"]
 
 
 def test_the_words_of_a_list_may_lie_beside_its_images(tmp_path: Path) -> None:
@@ -272,6 +275,12 @@ def test_what_may_be_a_mistake_is_said(
             "../a.png",
         ),
         (lambda f: (f / "metadata.jsonl").write_text("[1]"), "not a JSON object"),
+        (
+            lambda f: (f / "metadata.jsonl").write_text(
+                '{"source": "a.png", "target": "b.png", "reference": 5}'
+            ),
+            "references is 5, and a list is wanted",
+        ),
         (lambda f: (f / "metadata.jsonl").write_text("{"), "Line 1"),
     ],
 )

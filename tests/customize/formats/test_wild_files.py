@@ -485,6 +485,10 @@ def test_peft_s_folder_is_read_with_its_strength(
     for name, module in changed.items():
         assert relative(layers[f"unet.{name}"].delta_weight(), module.get_delta_weight("default")) < 1e-6
         assert (layers[f"unet.{name}"].magnitude is not None) == bool(settings.get("use_dora"))
+    (tmp_path / "peft" / "adapter_model.safetensors").rename(tmp_path / "peft" / "dog.safetensors")
+    renamed = read_adapter(tmp_path / "peft" / "dog.safetensors").layers
+    assert {name: layer.scale for name, layer in renamed.items()} == {n: x.scale for n, x in layers.items()}
+    (tmp_path / "peft" / "dog.safetensors").rename(tmp_path / "peft" / "adapter_model.safetensors")
     assert "assumed" not in capsys.readouterr().err
     (tmp_path / "peft" / "adapter_config.json").unlink()
     assert next(iter(read_adapter(tmp_path / "peft").layers.values())).scale == 1

@@ -282,6 +282,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(
         (("--token", "[V]"), "--token has no effect with --pairs"),
         (("--prior", "base"), "--prior has no effect with --pairs"),
         (("--mask", "auto"), "--mask has no effect with --pairs"),
+        (("--preview-on", "x"), "--preview-on has no effect with --pairs"),
         (("--train-text-encoder",), "--train-text-encoder has no effect with --pairs"),
         (("--method", "pivotal"), "--pairs has no effect without --method lora or full"),
         (("--held-out", "4"), "takes all of them"),

@@ -132,6 +132,22 @@ def test_a_vanished_shard_another_model_and_masks_are_refused(
         prepared(tiny_folder, shapes, tmp_path / "other")
 
 
+@pytest.mark.parametrize("changed", ["a caption", "a file", "a name"])
+def test_a_source_that_has_changed_since_is_not_taken_for_prepared(
+    changed: str, tiny_folder: Path, shapes: Path, tmp_path: Path
+) -> None:
+    prepared(tiny_folder, shapes, tmp_path / "out")
+    prepared(tiny_folder, shapes, tmp_path / "out")  # nothing is left to do
+    if changed == "a caption":
+        (shapes / "3.txt").write_text("a bcd cat in the snow")
+    elif changed == "a file":
+        Image.new("RGB", (64, 64), "red").save(shapes / "3.png")
+    else:
+        (shapes / "0.png").rename(shapes / "9.png")  # the second image is the first now
+    with pytest.raises(UserError, match=r"is not what it was when .* was begun"):
+        prepared(tiny_folder, shapes, tmp_path / "out")
+
+
 def test_the_commands_prepare_and_train(tiny_folder: Path, shapes: Path, tmp_path: Path) -> None:
     def run(*words: object) -> str:
         done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)

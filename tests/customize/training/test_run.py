@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept, trained_resolution
+from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import append_jsonl, read_json, read_jsonl
 from backbone.media import pictures
 from backbone.media.decode import open_rgb
@@ -151,6 +152,13 @@ def test_images_come_in_the_size_that_the_concept_was_trained_at(trained: Traine
     assert Image.open(tmp_path / "own" / "p00-s00.png").size == (32, 32)
     invoked(*asked, "--resolution", 64, "--out", tmp_path / "large")
     assert Image.open(tmp_path / "large" / "p00-s00.png").size == (64, 64)
+
+
+def test_a_side_that_is_not_asked_for_is_that_of_the_concept_s_images() -> None:
+    assert DrawingOptions(width=64).at_resolution(32).size == (64, 32)
+    assert DrawingOptions(height=64).at_resolution(32).size == (32, 64)
+    assert DrawingOptions(width=64).at_resolution(0).size == (64, None)
+    assert DrawingOptions(resolution=64).at_resolution(32).size == (64, 64)
 
 
 def test_concepts_of_different_sizes_are_drawn_in_the_model_s_own(capsys: pytest.CaptureFixture[str]) -> None:

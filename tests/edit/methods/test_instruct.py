@@ -19,6 +19,7 @@ from backbone.media.registration import Registration
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.by_instruction import Guidances, instructed_predictor
 from backbone.models.model import Backbone
+from edit import checks
 from edit.cli import app
 from edit.masks import mask_to_image
 from edit.methods import keep_background as method
@@ -36,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Backbone:
     return Backbone.open(str(folder), device="cpu", precision="fp32", task="edit")
+
+
+def test_an_empty_instruction_is_told_what_one_is() -> None:
+    with pytest.raises(UserError, match="Say in words what to do"):
+        checks.prompt(" ", "instruction")
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
