@@ -281,7 +281,8 @@ def write_maps(
     for number, condition in enumerate(conditions):
         kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * asked.frames
         write_film(folder / f"condition-{number}-{kind}", drawn, asked.fps)
-        films[f"{kind}, scale {condition.facts['scale']:g}"] = drawn
+        title = f"{kind}, scale {condition.facts['scale']:g}"
+        films[f"{title}, {number}" if title in films else title] = drawn
     return films
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 
 from backbone.io.files import read_json
 from backbone.media.clips import read_film
+from backbone.models.control import Condition
 from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
 from customize.cli import app
+from customize.clips.draw import write_maps
 from customize.clips.plan import plan_motion
+from customize.clips.settings import ClipOptions
 
 
 def call(*words: str | Path) -> Any:
@@ -99,6 +102,18 @@ def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path
     first, *others = (np.asarray(frame) for frame in still.frames)
     assert len(still.frames) == 3 and still.name.endswith(".webp")
     assert all(np.abs(first.astype(int) - one).max() <= 1 for one in others)
+
+
+def test_the_maps_of_two_prompts_are_both_shown(tmp_path: Path) -> None:
+    planned = [plan_motion(f"a dog, moving {way}", 2)[2] for way in ("left", "right")]
+    facts = {"kind": "pose", "scale": 1.0}
+    conditions = [Condition(cast(Any, None), maps[0], facts, maps) for maps in planned]
+    shown = write_maps(tmp_path, conditions, ClipOptions(words=("a dog",), frames=2))
+    assert list(shown.values()) == planned
+    assert {path.name for path in tmp_path.glob("*.webp")} == {
+        "condition-0-pose.webp",
+        "condition-1-pose.webp",
+    }
 
 
 @pytest.mark.parametrize(
