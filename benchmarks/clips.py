@@ -219,32 +219,32 @@ def draw(
         path = flat_path(trace_camera(clip), SIDE)
         rays = embed_rays(path, (model.resolution, model.resolution))
         said, controls = replace(clip, camera=""), [Control.of(camera, rays).as_clip()]
-    (latents,) = sample_latents(
-        model,
-        [Request(said.caption(), (number, 0))],
-        steps=steps,
-        guidance=guidance,
-        seed=0,
-        frames=Frames(clip.frames),
-        controls=controls,
+    return draw_frames(
+        model, Request(said.caption(), (number, 0)), Frames(clip.frames), controls, steps, guidance
     )
-    return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
 
 def draw_planned(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
     """A clip as `customize clip` draws it without a motion adapter: by a pose in each frame, under noise they share."""
     said, _, maps = plan_motion(replace(clip, camera="").caption(), clip.frames)
     planned = [condition_clips(model, POSE, maps, (SIDE, SIDE)).control] if maps else []
+    frames = Frames(clip.frames, shared=1.0)
     with link_frames(model.denoiser, clip.frames):
-        (latents,) = sample_latents(
-            model,
-            [Request(said, (number, 0))],
-            steps=steps,
-            guidance=guidance,
-            seed=0,
-            frames=Frames(clip.frames, shared=1.0),
-            controls=planned,
-        )
+        return draw_frames(model, Request(said, (number, 0)), frames, planned, steps, guidance)
+
+
+def draw_frames(
+    model: Backbone,
+    request: Request,
+    frames: Frames,
+    controls: Sequence[Control],
+    steps: int,
+    guidance: float,
+) -> list[Image.Image]:
+    """The frames of one clip."""
+    (latents,) = sample_latents(
+        model, [request], steps=steps, guidance=guidance, seed=0, frames=frames, controls=controls
+    )
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
 

@@ -20,9 +20,8 @@ from backbone.io.records import inside, read_as
 CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 EDITS = "edits"  # the kind of what was learned from pairs: an image and an instruction to an edited image
-OWN_EDITOR = (
-    Path(__file__).parents[1] / "moji-edit"
-)  # carried along: an adapter by which `moji` follows instructions
+# Carried along: an adapter by which `moji` follows instructions
+OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words

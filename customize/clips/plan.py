@@ -36,7 +36,6 @@ class PlannedClip:
     """What the picture model reads, and where the thing is in each frame; no condition where no words say a motion."""
 
     prompt: str
-    move: str = ""
     condition: Condition | None = None
 
     @property
@@ -58,7 +57,7 @@ def plan_clip(
             notify(f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still.")
         return PlannedClip(rest)
     notify(f"“{prompt}”: drawn as “{rest}”, {MOTIONS[move][0]} by a pose in each frame.")
-    return PlannedClip(rest, move, condition_clips(model, POSE, maps, size))
+    return PlannedClip(rest, condition_clips(model, POSE, maps, size))
 
 
 def plan_motion(

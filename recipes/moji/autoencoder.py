@@ -40,7 +40,7 @@ from backbone.world.textures import Pixels
 from recipes.moji.data.pictures import load
 from recipes.moji.training.linear_start import begin
 from recipes.moji.training.muon import Muon, quick_half
-from recipes.moji.training.run import OUTPUT, TRAINING, RecipeSettings, Training
+from recipes.moji.training.run import OUTPUT, TRAINING, RecipeSettings, Training, make_readable
 
 SCALING_FACTOR = 0.18215
 CHANNELS = 16
@@ -185,8 +185,7 @@ def write_half(source: Path, land: Path) -> None:
     AutoencoderKL.from_pretrained(source, local_files_only=True).half().save_pretrained(land)
     settings = read_json(land / "config.json")
     write_json(land / "config.json", {key: settings[key] for key in settings if key != "_name_or_path"})
-    for path in land.iterdir():
-        path.chmod(0o644)  # safetensors are written for their owner alone
+    make_readable(land)
 
 
 def build(channels: int = CHANNELS) -> AutoencoderKL:

@@ -45,7 +45,7 @@ from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_ten
 from recipes.moji.data.pictures import SHARD, load, load_captions
 from recipes.moji.training.carried import carry_over
 from recipes.moji.training.muon import Muon
-from recipes.moji.training.run import TRAINING, RecipeSettings, Training, read_trained
+from recipes.moji.training.run import TRAINING, RecipeSettings, Training, make_readable, read_trained
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by
@@ -307,8 +307,7 @@ def export(
     write_json(out / "limner.json", DEFAULTS)
     if (workdir / "scorer").is_dir():
         shutil.copytree(workdir / "scorer", out / "scorer", dirs_exist_ok=True)
-    for path in out.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written for their owner alone
+    make_readable(out)
     write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")
 

@@ -42,7 +42,7 @@ from backbone.models.locate import EMBEDDED
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
 from recipes.moji.denoiser import WORKDIR, Latents, LatentSettings, LatentTraining
-from recipes.moji.training.run import fill, read_trained
+from recipes.moji.training.run import fill, make_readable, read_trained
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
@@ -154,8 +154,7 @@ def write_pipeline(
         # transformers loads in the precision that config.json names, diffusers in float32: all shall be float32
         write_json(path, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
     write_json(out / "limner.json", DEFAULTS)
-    for path in out.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written for their owner alone
+    make_readable(out)
 
 
 # --- parts --------------------------------------------------------------------------------------------------

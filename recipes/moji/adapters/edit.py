@@ -32,6 +32,7 @@ from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
+from recipes.moji.training.run import make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
@@ -105,8 +106,7 @@ def export(
         tensors, said = read_tensors(concept.folder / name)
         write_tensors(out / name, {key: value.half() for key, value in tensors.items()}, said)
     write_text(out / "README.md", CARD.format(model=concept.model))
-    for path in out.iterdir():
-        path.chmod(0o644)  # safetensors are written for their owner alone
+    make_readable(out)
     size = sum(path.stat().st_size for path in out.iterdir())
     if size > LARGEST:
         raise UserError(

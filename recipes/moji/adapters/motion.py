@@ -44,7 +44,7 @@ from backbone.world.clip import Clip, render_clip, sample_clip
 from backbone.world.render import find_font
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
-from recipes.moji.training.run import TRAINING, fill, read_trained
+from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
 
 FRAMES, SHARD, HELD_OUT = 16, 100, 100  # of a clip; clips of a file; the last clips are never trained on
 RANK, NAME = 16, "words"
@@ -263,8 +263,7 @@ def export(
     text = {slot.name: slot.model for slot in opened.text_encoder.slots}
     save_lora(out / LORA_WEIGHTS, opened.denoiser, NAME, text_encoders=text)
     write_text(out / "README.md", CARD.format(step=header["step"], lora=LORA_WEIGHTS))
-    for path in out.rglob("*"):
-        path.chmod(0o644)  # safetensors are written for their owner alone
+    make_readable(out)
     size = sum(path.stat().st_size for path in out.rglob("*")) / 1e6
     print(f"{out}: step {header['step']}, {size:.1f} MB")
 

@@ -40,7 +40,7 @@ from backbone.training.attention import fast_attention_backward
 from recipes.moji.adapters.motion import FRAMES, ClipLatents, level_densities
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import LatentSettings, LatentTraining
-from recipes.moji.training.run import TRAINING, fill, read_trained
+from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
 
 GIVEN = 3  # frames of a clip, at most
 # Shares of the clips whose first frame is given, and up to here the last one too
@@ -182,8 +182,7 @@ def export(
     fill(parameters, trained)
     cast(Any, nn.Module.to(network.module, torch.float16)).save_pretrained(out)
     write_text(out / "README.md", CARD.format(step=header["step"]))
-    for path in out.rglob("*"):
-        path.chmod(0o644)  # safetensors are written for their owner alone
+    make_readable(out)
     size = sum(path.stat().st_size for path in out.rglob("*")) / 1e6
     print(f"{out}: step {header['step']}, {size:.1f} MB")
 

@@ -37,7 +37,7 @@ from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from recipes.moji.denoiser import Latents
-from recipes.moji.training.run import TRAINING, LoopSettings, Training, fill, read_trained
+from recipes.moji.training.run import TRAINING, LoopSettings, Training, fill, make_readable, read_trained
 
 NAME = "few_step"  # of the adapter
 LARGEST = 10 * 10**6  # bytes of what is carried along
@@ -185,8 +185,7 @@ def export(
     record: dict[str, Any] = {"base": base, "steps": steps, "guidance": 1.0, "sampler": "consistency"}
     write_json(out / FEW_STEP, record)
     write_text(out / "README.md", CARD.format(base=base, step=header["step"]))
-    for path in out.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written for their owner alone
+    make_readable(out)
     size = (out / LORA_WEIGHTS).stat().st_size
     if size > LARGEST:
         raise UserError(

@@ -58,6 +58,12 @@ def fill(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Non
         parameter.copy_(trained[name])
 
 
+def make_readable(folder: Path) -> None:
+    """Lets everybody read what lies in a folder: safetensors are written for their owner alone."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 class Training:
     """Weights with their optimiser and average, gone on with from the last checkpoint where there is one.
 
