@@ -11,9 +11,10 @@ through a top level hardly wider than they are. With `--prediction epsilon` (Ho 
 where places and things are decided, learn nearly nothing in so short a training. Inner weights step by Muon
 (`recipes.moji.training.muon`): from the same checkpoint, 250 steps of it took the error on held-out scenes down 1.7
 times as far as AdamW's, at 1.3 times the time. Half of the training begins with plain pictures of one thing, which
-teach the nouns; the share falls to none. `--begin-from` a pipeline of the same architecture keeps what that knows,
-whatever its latents (`recipes.moji.training.carried`). Continues from its last checkpoint, or, for a longer run, from
-the last one before the learning rate fell (`denoiser-stable.safetensors`).
+teach the nouns; the share falls to none. `--hard-share` of it is drawn from the scenes that are learned last.
+`--begin-from` a pipeline of the same architecture keeps what that knows, whatever its latents
+(`recipes.moji.training.carried`). Continues from its last checkpoint, or, for a longer run, from the last one before
+the learning rate fell (`denoiser-stable.safetensors`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
-from backbone.world.scene import sample_scene
+from backbone.world.scene import Scene, sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
 from recipes.moji.data.pictures import SHARD, load, load_captions
 from recipes.moji.training.carried import carry_over
@@ -119,6 +120,15 @@ class LatentSettings(RecipeSettings):
     simple_steps: Annotated[
         int, Option("Step by which scenes of a single plain thing have left the data.", TRAINING, min=1)
     ] = 8_000
+    hard_share: Annotated[
+        float,
+        Option(
+            "Share of a batch that is drawn from the hard scenes alone (accessories, two things, small, neon, pencil).",
+            TRAINING,
+            min=0,
+            max=1,
+        ),
+    ] = 0.0
     decay: Annotated[
         int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 600
@@ -214,7 +224,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
         simple_share = max(0.0, 0.8 * (1 - step / settings.simple_steps))
-        clean, tokens = data.batch(settings.batch, simple_share, random)
+        clean, tokens = data.batch(settings.batch, random, simple=simple_share, hard=settings.hard_share)
         index = torch.multinomial(density, settings.batch, replacement=True, generator=random).to(
             settings.device
         )
@@ -330,13 +340,21 @@ class Latents:
             len(s.things) == 1 and not s.pair and not s.style and not s.things[0].accessory for s in scenes
         ]
         self.simple = torch.tensor(simple).nonzero()[:, 0]
+        self.hard = torch.tensor([is_hard(scene) for scene in scenes]).nonzero()[:, 0]
         self.device = device
 
-    def batch(self, count: int, simple_share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, 16, 16] of unit deviation, drawn from their posteriors, and token ids [B, 77]."""
+    def batch(
+        self, count: int, random: torch.Generator, *, simple: float = 0.0, hard: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, 16, 16] of unit deviation, drawn from their posteriors, and token ids [B, 77].
+
+        `simple` is the share that is drawn from plain pictures of one thing, `hard` the share from hard scenes.
+        """
         chosen = torch.randint(len(self.mean), (count,), generator=random)
-        simple = self.simple[torch.randint(len(self.simple), (count,), generator=random)]
-        chosen = torch.where(torch.rand(count, generator=random) < simple_share, simple, chosen)
+        for share, some in ((hard, self.hard), (simple, self.simple)):
+            if share > 0:
+                among = some[torch.randint(len(some), (count,), generator=random)]
+                chosen = torch.where(torch.rand(count, generator=random) < share, among, chosen)
         caption = 2 * chosen + torch.randint(2, (count,), generator=random)
         caption[torch.rand(count, generator=random) < EMPTY_SHARE] = len(self.tokens) - 1
         mean, std = self.mean[chosen].float(), self.std[chosen].float()
@@ -347,6 +365,12 @@ class Latents:
         """The first pictures [B, 3, 128, 128], their mean latents, and the ids of their canonical captions."""
         pictures = to_tensor(np.array(load(workdir, "scenes")[0][:count]))
         return pictures, self.mean[:count].float(), self.tokens[: 2 * count : 2].long()
+
+
+def is_hard(scene: Scene) -> bool:
+    """Whether a scene has what is learned last: an accessory, two different things, a small one, thin lines."""
+    thin = scene.style is not None and any(word in scene.style for word in ("neon", "pencil"))
+    return thin or len(scene.things) > 1 or any(thing.accessory or thing.small for thing in scene.things)
 
 
 def kind_of(prediction: str) -> PredictionType:
