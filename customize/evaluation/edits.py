@@ -35,6 +35,7 @@ class EditMetrics:
     """Means over the held-out pairs; None where nothing defines one.
 
     rating              dB that the edit is nearer to the true one than the source is
+    ratings             the same of each pair
     target_psnr_db      of the edit, against the true edit
     background_psnr_db  where the true edit changes nothing, against the source
     structure_distance  to the true edit, by the model's scorer
@@ -45,6 +46,7 @@ class EditMetrics:
     target_psnr_db: float
     background_psnr_db: float | None
     structure_distance: float | None
+    ratings: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +106,9 @@ def measure_edits(step: int, pairs: HeldOut, drawn: Sequence[Tensor], scorer: Sc
     means: dict[str, Any] = {
         one.name: mean_of_defined([row[one.name] for row in rows])
         for one in fields(EditMetrics)
-        if one.name != "step"
+        if one.name not in ("step", "ratings")
     }
-    return EditMetrics(step=step, **means)
+    return EditMetrics(step=step, **means, ratings=tuple(row["rating"] or 0.0 for row in rows))
 
 
 def changed_place(source: Tensor, target: Tensor) -> Tensor:

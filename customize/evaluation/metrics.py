@@ -8,9 +8,10 @@ fidelity may be measured by DINO, which reads no text, and prompt fidelity by CL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Generic, Protocol, TypeVar
 
 from PIL.Image import Image
@@ -78,6 +79,7 @@ class ConceptMetrics:
     diversity: float  # DIV among the class's images
     loss: float
     rating: float
+    ratings: tuple[float, ...] = ()  # what each prompt's image makes of the rating (`pseudo_ratings`)
 
 
 class Evaluator:
@@ -141,27 +143,42 @@ class Evaluator:
         vectors = self.scorers.image_encoder.embed_images(images)
         subject_vectors, class_vectors = vectors[:count], vectors[count:]
         prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
+        likeness = (subject_vectors @ self.subject.T).mean(-1).tolist()
+        obedience = text_scores(prompt_vectors, self.texts).tolist()
         metrics = ConceptMetrics(
             step=step,
-            subject_fidelity=clip_i(subject_vectors, self.subject),
-            prompt_fidelity=float(text_scores(prompt_vectors, self.texts).mean()),
+            subject_fidelity=mean(likeness),
+            prompt_fidelity=mean(obedience),
             prior_preservation=prior_drift(class_vectors, self.subject),
             diversity=diversity(class_vectors),
             loss=loss,
             rating=0.0,
         )
         self.baseline = self.baseline or metrics
-        return self.with_rating(metrics), images
+        return self.with_rating(metrics, likeness, obedience), images
 
-    def with_rating(self, metrics: ConceptMetrics) -> ConceptMetrics:
-        """The same metrics with their rating (`rate_checkpoint`)."""
+    def with_rating(
+        self, metrics: ConceptMetrics, likeness: Sequence[float], obedience: Sequence[float]
+    ) -> ConceptMetrics:
+        """The same metrics with their rating (`rate_checkpoint`), from the two fidelities of each image."""
         assert self.baseline is not None
-        ceiling = mean_similarity(self.subject)
-        return replace(metrics, rating=rate_checkpoint(metrics, baseline=self.baseline, ceiling=ceiling))
+        baseline, ceiling = self.baseline, mean_similarity(self.subject)
+
+        def rate(rows: Sequence[int]) -> float:
+            some = replace(
+                metrics,
+                subject_fidelity=mean(likeness[row] for row in rows),
+                prompt_fidelity=mean(obedience[row] for row in rows),
+            )
+            return rate_checkpoint(some, baseline=baseline, ceiling=ceiling)
+
+        return replace(
+            metrics, rating=rate(range(len(likeness))), ratings=pseudo_ratings(rate, len(likeness))
+        )
 
 
 def rate_checkpoint(metrics: ConceptMetrics, *, baseline: ConceptMetrics, ceiling: float) -> float:
-    """Harmonic mean, 0…1, of two shares; it chooses the best checkpoint.
+    """Harmonic mean, 0…1, of two shares, by which checkpoints are compared (`EarlyStopping.best`).
 
     gain   subject fidelity between the untrained model's (0) and that of the subject's images among themselves (1)
     kept   prompt fidelity relative to the untrained model's
@@ -172,6 +189,32 @@ def rate_checkpoint(metrics: ConceptMetrics, *, baseline: ConceptMetrics, ceilin
     kept = metrics.prompt_fidelity / max(baseline.prompt_fidelity, 1e-3)
     gain, kept = min(max(gain, 0.0), 1.0), min(max(kept, 0.0), 1.0)
     return 0.0 if gain + kept == 0 else 2 * gain * kept / (gain + kept)
+
+
+def pseudo_ratings(rate: Callable[[Sequence[int]], float], count: int) -> tuple[float, ...]:
+    """The jackknife's pseudo-values of a rating of `count` images (Efron & Tibshirani 1993, ch. 11), one for each.
+
+    `rate` gives the rating of some of the images. Nothing for fewer than two.
+    """
+    if count < 2:
+        return ()
+    rows = range(count)
+    whole = rate(rows)
+    return tuple(
+        count * whole - (count - 1) * rate([row for row in rows if row != left_out]) for left_out in rows
+    )
+
+
+def is_within_noise(lower: Sequence[float], higher: Sequence[float]) -> bool:
+    """Whether one rating is not below another by more than the standard error of their difference.
+
+    Both are given for the same prompts or pairs, in one order; without them, or for a single one, nothing is known
+    of the noise.
+    """
+    if len(lower) < 2 or len(lower) != len(higher):
+        return False
+    apart = [h - low for low, h in zip(lower, higher, strict=True)]
+    return mean(apart) <= stdev(apart) / len(apart) ** 0.5
 
 
 def mean_similarity(vectors: Tensor) -> float:
@@ -189,6 +232,8 @@ class Rated(Protocol):
     def step(self) -> int: ...
     @property
     def rating(self) -> float: ...
+    @property
+    def ratings(self) -> Sequence[float]: ...
 
 
 Measured = TypeVar("Measured", bound=Rated)
@@ -203,7 +248,23 @@ class EarlyStopping(Generic[Measured]):
 
     @property
     def best(self) -> Measured:
-        """Metrics with the highest rating, the earliest of equals; the untrained model's only while they are alone."""
+        """The latest metrics that the highest rating does not beat by more than noise (`is_within_noise`).
+
+        A handful of images tells so little that the highest of several ratings is often an early one by chance: the
+        one-standard-error rule (Breiman et al. 1984), in favour of having learned longer. The untrained model's only
+        while they are alone.
+        """
+        top = self.highest
+        later = [
+            metrics
+            for metrics in self.history
+            if metrics.step > top.step and is_within_noise(metrics.ratings, top.ratings)
+        ]
+        return max(later, key=lambda metrics: metrics.step, default=top)
+
+    @property
+    def highest(self) -> Measured:
+        """Metrics with the highest rating, the earliest of equals."""
         trained = [metrics for metrics in self.history if metrics.step] or self.history
         return max(trained, key=lambda metrics: (metrics.rating, -metrics.step))
 
@@ -215,7 +276,7 @@ class EarlyStopping(Generic[Measured]):
     @property
     def should_stop(self) -> bool:
         """Whether the last `patience` validations brought no better rating."""
-        return len(self.history) - 1 - self.history.index(self.best) >= self.patience
+        return len(self.history) - 1 - self.history.index(self.highest) >= self.patience
 
 
 def measure_dreambench(

@@ -269,7 +269,7 @@ class EditValidation:
         why = (
             f"All {steps} steps were taken."
             if last.step >= steps
-            else f"Stopped at step {last.step}: no better rating since step {best.step}."
+            else f"Stopped at step {last.step}: no better rating since step {self.patience.highest.step}."
         )
         notify(
             f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.report.run / BEST}: its "

@@ -133,7 +133,7 @@ class Validation:
         stopped = last.step < settings.steps
         why = (
             f"Stopped at step {last.step}: {settings.patience} evaluations without a better rating "
-            f"than step {best.step}."
+            f"than step {self.decides.highest.step}."
             if stopped
             else f"All {settings.steps} steps were taken."
         )

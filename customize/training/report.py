@@ -35,8 +35,9 @@ STRIPS = "evaluations"
 PREVIEWS = "previews"
 RENEW_SECONDS = 15
 RULE = (
-    "The best checkpoint has the highest rating: the harmonic mean of how far the likeness has come, from where it "
-    "started to that of the subject's pictures among themselves, and of how much obedience to prompts is left."
+    "The best checkpoint is the latest one that none beats by more than the noise in its rating: the harmonic mean of "
+    "how far the likeness has come, from where it started to that of the subject's pictures among themselves, and of "
+    "how much obedience to prompts is left."
 )
 
 
@@ -77,8 +78,8 @@ class RunReport:
             if best is None
             else [
                 paragraph(
-                    f"This draws with the weights in {BEST}/, those of step {best}, which was rated best; add "
-                    f"--checkpoint last for those of the last step. {RULE}"
+                    f"This draws with the weights in {BEST}/, those of step {best}; add --checkpoint last for those of "
+                    f"the last step. {RULE}"
                 )
             ]
         )
@@ -212,8 +213,9 @@ class EditReport:
             if best is None
             else [
                 paragraph(
-                    f"This edits with the weights in {BEST}/, those of step {best}, whose edits of held-out images are "
-                    "nearest to the true ones; add --checkpoint last for those of the last step."
+                    f"This edits with the weights in {BEST}/, those of step {best}, the latest that none beats "
+                    "by more than noise in how near its edits of held-out images are to the true ones; add "
+                    "--checkpoint last for those of the last step."
                 )
             ]
         )

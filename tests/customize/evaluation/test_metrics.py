@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from customize.evaluation.metrics import (
     Scorers,
     mean_similarity,
     measure_dreambench,
+    pseudo_ratings,
     rate_checkpoint,
 )
 from customize.settings import Settings
@@ -87,6 +91,31 @@ def test_patience_ends_after_so_many_without_a_better_one() -> None:
     assert best == [True, True, False, False]
     assert patience.should_stop
     assert patience.best.step == 1
+
+
+def test_a_later_checkpoint_wins_unless_an_earlier_one_is_better_by_more_than_noise() -> None:
+    def best_of(*rows: Sequence[float]) -> list[bool]:
+        stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(9)
+        return [
+            stopping.update(replace(figures(step, rated=mean(row)), ratings=tuple(row)))
+            for step, row in enumerate(rows, start=1)
+        ]
+
+    assert best_of((0.5, 0.5, 0.4, 0.4), (0.6, 0.3, 0.5, 0.3)) == [True, True]  # 0.025 lower, and noisier
+    assert best_of((0.5, 0.5, 0.4, 0.4), (0.4, 0.4, 0.3, 0.3)) == [True, False]  # lower for every prompt
+    assert best_of((0.5, 0.5, 0.4), (0.6, 0.3, 0.5), (0.7, 0.7, 0.6), (0.6, 0.6, 0.5)) == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_the_pseudo_values_of_a_mean_are_its_values() -> None:
+    values = (0.1, 0.5, 0.9)
+    found = pseudo_ratings(lambda rows: mean(values[row] for row in rows), 3)
+    assert found == pytest.approx(values)
+    assert pseudo_ratings(lambda rows: 1.0, 1) == ()
 
 
 def test_the_likeness_of_pictures_among_themselves() -> None:
