@@ -13,7 +13,7 @@ from backbone.io.console import UserError
 if TYPE_CHECKING:
     from typing import Self
 
-Sampler = Literal["ddim", "heun", "ancestral", "consistency"]
+Sampler = Literal["ddim", "heun", "dpmpp-2m", "ancestral", "consistency"]
 ALL_STEPS = (0.0, 1.0)
 Size: TypeAlias = tuple[int | None, int | None]
 """(width, height) in pixels; None for the model's own."""

@@ -8,14 +8,15 @@ probability-flow ODE (Song et al. 2021, eq. 13) reads the same on every path: dx
 |-----------------------|----------------------------------------|----------|--------|
 | `ddim`, `invert`      | the ODE, either way (DDIM, flow Euler) | 1        | no     |
 | `heun`                | the ODE                                | 2        | no     |
+| `dpmpp_2m`            | the ODE, in log(a/b) (DPM-Solver++ 2M) | 2        | no     |
 | `ancestral`           | the posterior chain (DDPM)             | weak 1   | yes    |
 | `consistency`         | jumps to x̂0, each noised anew (LCM)    | –        | yes    |
 | `reverse_sde`         | the reverse SDE (Euler–Maruyama)       | weak 1   | yes    |
 | `langevin`            | each level's density, one by one       | –        | yes    |
 | `predictor_corrector` | ancestral steps, each then corrected   | –        | yes    |
 
-The stochastic ones only go from noisy to clean. `generator` is one torch.Generator, or one for each sample; gradients
-are recorded unless the caller says otherwise.
+`dpmpp_2m` and the stochastic ones only go from noisy to clean. `generator` is one torch.Generator, or one for each
+sample; gradients are recorded unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -104,6 +105,27 @@ def heun_step(noisy: Tensor, first: Estimate, second: Estimate, here: Level, the
     (a, b), (a_there, b_there) = here.broadcast_like(noisy), there.broadcast_like(noisy)
     clean, noise = (first.clean + second.clean) / 2, (first.noise + second.noise) / 2
     return noisy + (a_there - a) * clean + (b_there - b) * noise
+
+
+def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """The state at `schedule[-1]` by DPM-Solver++(2M), for one prediction a step (Lu et al. 2022, algorithm 2).
+
+    A step of `ddim` in which x̂0 is the one expected half way, along the line through this step's and the last one's in
+    λ = log(a/b). The first step, and one onto b = 0, which lies at infinite λ, take x̂0 as it is, as diffusers'
+    DPMSolverMultistepScheduler does. From noisy to clean only.
+    """
+    _must_fall(schedule)
+    before: tuple[Tensor, Level] | None = None
+    for here, there in pairwise(schedule):
+        clean = predict(noisy, here).clean
+        expected = clean
+        if before is not None and not _is_clean(there):
+            ratio = (_log_ratio(there) - _log_ratio(here)) / (_log_ratio(here) - _log_ratio(before[1]))
+            expected = clean + broadcast_like(ratio / 2, noisy) * (clean - before[0])
+        a, b = here.broadcast_like(noisy)
+        noisy = add_noise(expected, (noisy - a * expected) / b, there)
+        before = clean, here
+    return noisy
 
 
 # With fresh noise -------------------------------------------------------------------------------------------
@@ -253,6 +275,11 @@ def _added(here: Level, there: Level) -> Tensor:
     return (here.b**2 - (here.a / there.a * there.b) ** 2).clamp(min=0)
 
 
+def _log_ratio(level: Level) -> Tensor:
+    """λ = log(a/b): half of the logarithm of the signal-to-noise ratio."""
+    return level.a.log() - level.b.log()
+
+
 def _is_clean(level: Level) -> bool:
     return bool((level.b == 0).all())
 
@@ -261,7 +288,7 @@ def _must_fall(schedule: Schedule) -> None:
     a, b = schedule.a, schedule.b
     if bool((b[:-1] == 0).any()) or bool((b[1:] * a[:-1] > b[:-1] * a[1:]).any()):
         raise ValueError(
-            "a stochastic sampler needs a schedule whose noise falls at every level. Flip it, or use `ddim`."
+            "this sampler needs a schedule whose noise falls at every level. Flip it, or use `ddim`."
         )
 
 

@@ -23,7 +23,9 @@ NAMES = {  # of A1111, in its order
     "model": "Model",
     "strength": "Denoising strength",
 }
-SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "ancestral": "Euler a", "consistency": "LCM"}
+SAMPLERS = {
+    "ddim": "DDIM", "heun": "Heun", "dpmpp-2m": "DPM++ 2M", "ancestral": "Euler a", "consistency": "LCM"
+}  # fmt: skip
 
 
 def describe_drawing(prompt: str, size: tuple[int, int], facts: Mapping[str, Any]) -> dict[str, str]:

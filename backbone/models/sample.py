@@ -17,7 +17,7 @@ from backbone.cli.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
-from backbone.diffusion.samplers import ancestral, consistency, ddim, heun
+from backbone.diffusion.samplers import ancestral, consistency, ddim, dpmpp_2m, heun
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
@@ -235,6 +235,8 @@ def get_sampler(
             return ddim
         case "heun":
             return heun
+        case "dpmpp-2m":
+            return dpmpp_2m
         case "ancestral":
             return lambda noisy, predict, schedule: ancestral(noisy, predict, schedule, generator=randoms)
         case "consistency":

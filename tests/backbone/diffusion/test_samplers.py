@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -40,6 +41,7 @@ from backbone.diffusion.samplers import (
     ancestral_step,
     ddim,
     deterministic_step,
+    dpmpp_2m,
     heun,
     invert,
     langevin,
@@ -92,12 +94,21 @@ inner = pytest.mark.parametrize("schedule", INNER.values(), ids=INNER.keys())
     [
         (ddim, 100),
         (heun, 40),
+        (dpmpp_2m, 40),
         (lambda x, predict, schedule: ancestral(x, predict, schedule, generator=generator(1)), 100),
         (lambda x, predict, schedule: ancestral(x, predict, schedule, generator=generator(1), eta=0.5), 100),
         (lambda x, predict, schedule: reverse_sde(x, predict, schedule, generator=generator(1)), 100),
         (lambda x, predict, schedule: predictor_corrector(x, predict, schedule, generator=generator(1)), 60),
     ],
-    ids=["deterministic", "heun", "ancestral", "half ancestral", "reverse SDE", "predictor-corrector"],
+    ids=[
+        "deterministic",
+        "heun",
+        "DPM++ 2M",
+        "ancestral",
+        "half ancestral",
+        "reverse SDE",
+        "predictor-corrector",
+    ],
 )
 def test_a_sampler_reproduces_the_moments_and_the_mode_weights(
     sampler: Callable[[Tensor, Predict, Schedule], Tensor], steps: int, schedule: Callable[[int], Schedule]
@@ -158,6 +169,21 @@ def test_the_order_of_a_deterministic_sampler(
         for steps in (32, 64, 128)
     ]
     assert measured_order(errors) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [INNER["ve"], INNER["vp"], lambda steps: flow(evenly(0.95, 0.3, steps))],
+    ids=["ve", "vp", "flow"],
+)
+def test_remembering_one_estimate_has_order_two(schedule: Callable[[int], Schedule]) -> None:
+    """Where λ is finite at the noisy end: its extrapolation in λ is worth nothing in the step that leaves −∞."""
+    x, exact = walked_finely(schedule)
+    errors = [
+        float((dpmpp_2m(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
+        for steps in (64, 128, 256)
+    ]
+    assert measured_order(errors) == pytest.approx(2, abs=0.1)
 
 
 @inner
@@ -337,7 +363,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_its_neighbours() -> 
 
 def test_stochastic_samplers_refuse_to_walk_up() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
-    for sampler in (ancestral, reverse_sde, langevin, predictor_corrector):
+    for sampler in (dpmpp_2m, ancestral, reverse_sde, langevin, predictor_corrector):
         with pytest.raises(ValueError, match="falls at every level"):
             sampler(x, THREE_MODES.predict, flow_schedule(4).flip())
 
@@ -347,7 +373,7 @@ def test_a_state_keeps_its_dtype() -> None:
         return estimate(torch.tanh(noisy), noisy, level, "flow")
 
     x = torch.randn(2, 4, 8, 8, generator=generator())
-    for sampler in (ddim, heun, ancestral, reverse_sde, langevin, predictor_corrector):
+    for sampler in (ddim, heun, dpmpp_2m, ancestral, reverse_sde, langevin, predictor_corrector):
         assert sampler(x, predict, flow_schedule(3)).dtype is torch.float32
 
 
@@ -421,6 +447,40 @@ def test_an_ancestral_walk_is_ddim_with_eta_one() -> None:
         ).prev_sample
     schedule = vp_schedule(alphas_cumprod(), 20, steps_offset=1, final="first")
     assert_parity(ancestral(LATENT, predictor(network, "epsilon"), schedule, generator=generator(7)), theirs)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0)])
+def test_a_walk_of_two_steps_memory_is_dpm_solver_multistep(
+    kind: PredictionType, spacing: Spacing, offset: int
+) -> None:
+    scheduler = scheduled(
+        DPMSolverMultistepScheduler,
+        **SETTINGS,
+        timestep_spacing=spacing,
+        steps_offset=offset,
+        prediction_type=kind,
+    )
+    theirs = LATENT
+    for time in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
+    steps = [int(time) for time in scheduler.timesteps]
+    alpha_bar = alphas_cumprod()
+    levels = vp(torch.cat([alpha_bar[steps], torch.ones(1)]), torch.tensor([*map(float, steps), 0.0]))
+    assert_parity(dpmpp_2m(LATENT, predictor(network, kind), levels), theirs)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_two_steps_memory_on_a_flow_are_dpm_solver_multistep(shift: float) -> None:
+    scheduler = scheduled(
+        DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+    )
+    theirs = LATENT
+    for time in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
+    sigmas = scheduler.sigmas
+    levels = flow(sigmas, torch.cat([scheduler.timesteps.float(), torch.zeros(1)]))
+    assert_parity(dpmpp_2m(LATENT, predictor(network, "flow"), levels), theirs)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -57,7 +57,7 @@ def test_both_looks_of_a_step_of_heun_follow_their_own_levels() -> None:
     assert "".join(said).startswith("...##") and set(said[3:]) == {"#"}
 
 
-@pytest.mark.parametrize(("sampler", "times"), [("ddim", 3), ("ancestral", 3), ("heun", 6)])
+@pytest.mark.parametrize(("sampler", "times"), [("ddim", 3), ("ancestral", 3), ("dpmpp-2m", 3), ("heun", 6)])
 def test_what_was_done_is_told_after_each_prediction_and_adds_up_to_the_images(
     tiny: Backbone, sampler: Sampler, times: int
 ) -> None:
