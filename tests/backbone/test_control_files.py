@@ -34,7 +34,7 @@ from backbone.models.control import open_conditions, open_control, together
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from tests import tiny
-from tests.backbone.media.test_control_maps import ring
+from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import GUIDANCE, NEGATIVE, PROMPT, STEPS, maps, shaken
 
 few_or_all = pytest.mark.parametrize("steps", [4, pytest.param(STEPS, marks=pytest.mark.slow)])
