@@ -44,7 +44,7 @@ from backbone.evaluation.motion import (
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import write_json, write_text
-from backbone.media.camera import embed_rays, flat_path
+from backbone.media.control.camera import embed_rays, flat_path
 from backbone.media.transforms import to_image
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
 from backbone.models.clips.frames import link_frames
@@ -53,7 +53,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, render_clip, trace_camera
 from backbone.world.motions import CAMERAS, MOTIONS
-from backbone.world.render import find_font
+from backbone.world.rendering.render import find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
 from customize.clips.plan import POSE, plan_motion

@@ -45,13 +45,13 @@ from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import content_hash, read_json, write_json, write_text
-from backbone.media.control_maps import as_hints, compute_map
+from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import embedded_controls, open_control
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
-from backbone.world.render import SIZE, Figure, draw_sprite, find_font, render
+from backbone.world.rendering.render import SIZE, Figure, draw_sprite, find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Pose, Scene, is_fair, sample_posed_scene
 from backbone.world.words import Thing
 from benchmarks.judges.classifier import (

@@ -47,7 +47,7 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
-from backbone.world.render import find_font, render
+from backbone.world.rendering.render import find_font, render
 from backbone.world.words import choose_article, load_vocabulary
 from benchmarks.judges.classifier import (
     FACTS,

@@ -45,13 +45,13 @@ from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
-from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
+from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.edits import GREY_STYLES, write_instruction
-from backbone.world.render import find_font, render
+from backbone.world.rendering.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judges.classifier import (

@@ -35,15 +35,15 @@ from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
 from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, write_text
-from backbone.media.pictures import list_images
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.edits import GREY_STYLES
-from backbone.world.render import find_font, render
+from backbone.world.rendering.render import find_font, render
+from backbone.world.rendering.textures import draw_texture
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from backbone.world.textures import draw_texture
 from benchmarks.judges.classifier import (
     FACTS,
     FOLDER,

@@ -21,7 +21,7 @@ from backbone.evaluation import image_metrics as measure
 from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
-from backbone.world.render import find_font
+from backbone.world.rendering.render import find_font
 from benchmarks.edit import format_number, make_cases
 from edit.inversion.inversion import invert, reconstruct
 

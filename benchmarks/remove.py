@@ -25,11 +25,11 @@ from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import notify, progress, run_app
 from backbone.io.files import write_json, write_text
-from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
+from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
 from backbone.models.model import Backbone
-from backbone.world.render import find_font, render
+from backbone.world.rendering.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
 from benchmarks.edit import format_number, resize_to

@@ -27,7 +27,7 @@ from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
-from backbone.world.render import find_font
+from backbone.world.rendering.render import find_font
 from benchmarks import customize as learning
 from benchmarks.customize import TOKEN, Kind, Tally, Trial, concept_interval, list_trials, tally_folder
 from benchmarks.judges.classifier import FACTS, FOLDER, Classifier, load_classifier

@@ -102,7 +102,7 @@ def check(asked: CheckOptions) -> None:
     if asked.pairs:
         check_pairs(asked)
         return
-    from backbone.media.pictures import check_images, describe_unused, list_images
+    from backbone.media.sources.pictures import check_images, describe_unused, list_images
 
     found = list_images(asked.images)
     check_images(found)

@@ -25,9 +25,9 @@ from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import refuse_filled, write_json
 from backbone.io.run_folder import hold_new_folder, package_versions
-from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.media.sources.decode import open_rgb
 from backbone.memory.drawing import Drawn, fit_drawing
 from backbone.models.control import (
     Condition,

@@ -253,7 +253,7 @@ def in_words(given: Sequence[str], what: str) -> list[str]:
 
 def readable(image: str) -> SourceImage:
     """The image, read once for all; `UserError` if it cannot be."""
-    from backbone.media.decode import BadImageError
+    from backbone.media.sources.decode import BadImageError
     from edit.pictures import read_image
 
     try:

@@ -22,7 +22,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.noise import Schedule
 from backbone.io.console import UserError
-from backbone.media.control_maps import as_hints
+from backbone.media.control.maps import as_hints
 from backbone.media.transforms import to_image
 from backbone.models.control import (
     Condition,

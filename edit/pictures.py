@@ -12,7 +12,7 @@ from PIL import Image
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.clips import Film
-from backbone.media.decode import mask_from_image, open_mask, open_rgb
+from backbone.media.sources.decode import mask_from_image, open_mask, open_rgb
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what draws new scenes where the emoji font is missing: installed users need no font."""
     from backbone.io.console import UserError
-    from backbone.world.render import find_font
+    from backbone.world.rendering.render import find_font
 
     try:
         find_font()

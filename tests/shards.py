@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.media.stream import Named
+from backbone.media.sources.stream import Named
 from tests.align.conftest import encoded
 
 
 def served(kind: str, files: Sequence[Path], newest: str = "commit-1") -> Callable[[Named], tuple[Any, str]]:
-    """What stands in for `backbone.media.stream.from_hub`: these files, streamed as the hub's would be."""
+    """What stands in for `backbone.media.sources.stream.from_hub`: these files, streamed as the hub's would be."""
 
     def from_hub(named: Named) -> tuple[Any, str]:
         import datasets

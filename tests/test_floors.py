@@ -1,7 +1,7 @@
 """The house: imports go down only, and never in a circle. Read from the source; nothing is imported.
 
-Lazy imports in functions and those under TYPE_CHECKING count too. A room is a folder or a file right inside a package;
-`ROOMS` is the table of floors that CONTRIBUTING.md explains.
+Lazy imports in functions and those under TYPE_CHECKING count too. A room is a folder or a file right inside a package,
+or a folder inside such a room; `ROOMS` is the table of floors that CONTRIBUTING.md explains.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ METHODS = ("customize", "edit", "align")
 PACKAGES = ("backbone", *METHODS, "limner", "recipes", "benchmarks")  # limner: a door to the three methods
 NUMBERS = "backbone.diffusion"  # torch and the standard library only
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"}
+Floors = Mapping[str, tuple[tuple[str, ...], ...]]
 # The rooms of each package from the ground up: a room imports from rooms of lower floors only.
-ROOMS = {
+ROOMS: Floors = {
     "backbone": (
         ("diffusion", "io"),
         ("conditions", "cli"),
@@ -56,6 +57,20 @@ ROOMS = {
         ("api", "cli"),
     ),
 }
+# The rooms inside a room, in the same way; the modules beside them are not on the table.
+INNER_ROOMS: Floors = {
+    "backbone.media": (("sources",), ("control",)),
+    "backbone.models": (("clips", "few_step"),),
+    "backbone.world": (("rendering",),),
+    "customize.formats": (("layers",), ("merging",)),
+    "customize.training": (("reporting",), ("control", "transfer")),
+    "edit.methods": (("prompt_to_prompt",),),
+    "align.collect": (("label",),),
+    "align.training": (("reporting",),),
+}
+FAMILIES = "backbone.families"  # its rooms are the families and what they share: folders beside one another
+# Here modules stand in an order, but a room and what lies beside it import one another.
+UNORDERED = {FAMILIES, "backbone.models"}
 
 Tree = dict[str, ast.Module]  # module name → source
 Imports = dict[str, set[str]]  # module name → what it imports
@@ -127,30 +142,50 @@ def upward_between_packages(imports: Imports) -> list[str]:
     return found
 
 
-def room_of(name: str) -> str:
-    """The folder or file right inside the package that a module lies in, or is; '' for the package itself."""
-    return ".".join(name.split(".")[1:2])
+def room_of(name: str, inside: str = "") -> str:
+    """The folder or file right in `inside` (left out: in its package) that a module lies in, or is; '' for none."""
+    inside = inside or name.split(".")[0]
+    return name.removeprefix(f"{inside}.").split(".")[0] if name.startswith(f"{inside}.") else ""
 
 
-def upward_between_rooms(
-    imports: Imports, rooms: Mapping[str, tuple[tuple[str, ...], ...]] = ROOMS
-) -> list[str]:
-    """`module imports module` for every import into a room of the same or a higher floor of a package."""
-    floors = {
-        package: {room: floor for floor, row in enumerate(rows) for room in row}
-        for package, rows in rooms.items()
-    }
+def upward_between_rooms(imports: Imports, rooms: Floors = ROOMS) -> list[str]:
+    """`module imports module` for every import into a room of the same or a higher floor of a package or room."""
     found = []
-    for name, targets in imports.items():
-        package, room = name.split(".")[0], room_of(name)
-        if package not in floors or not room or room.startswith("__"):
-            continue
-        for target in sorted(targets):
-            other = room_of(target)
-            if target.split(".")[0] != package or other in ("", room):
+    for inside, rows in rooms.items():
+        floors = {room: floor for floor, row in enumerate(rows) for room in row}
+        for name, targets in imports.items():
+            floor = floors.get(room_of(name, inside))
+            if floor is None:
                 continue
-            if floors[package].get(room, -1) <= floors[package].get(other, sys.maxsize):
-                found.append(f"{name} imports {target}")
+            for target in sorted(targets):
+                other = room_of(target, inside)
+                if other in floors and other != room_of(name, inside) and floors[other] >= floor:
+                    found.append(f"{name} imports {target}")
+    return found
+
+
+def inner_rooms(imports: Imports) -> dict[str, set[str]]:
+    """For every room the rooms inside it."""
+    found: dict[str, set[str]] = {}
+    for name in imports:
+        parts = name.split(".")
+        if len(parts) > 3 and parts[0] in ROOMS:
+            found.setdefault(".".join(parts[:2]), set()).add(parts[2])
+    return found
+
+
+def circles_in_rooms(imports: Imports) -> dict[str, list[set[str]]]:
+    """For every package and room circles of what lies right in it, each inner room taken as one."""
+    insides = {name.rsplit(".", depth)[0] for name in imports for depth in range(1, name.count(".") + 1)}
+    found = {}
+    for inside in sorted(insides):
+        edges: Imports = {}
+        for name, targets in imports.items():
+            if room := room_of(name, inside):
+                others = {room_of(target, inside) for target in targets} - {"", room}
+                edges.setdefault(room, set()).update(others)
+        if rounds := circles(edges):
+            found[inside] = rounds
     return found
 
 
@@ -236,14 +271,26 @@ def test_rooms_import_downwards_only() -> None:
     assert upward_between_rooms(project_imports()) == []
 
 
+def test_rooms_inside_a_room_import_downwards_only() -> None:
+    assert upward_between_rooms(project_imports(), INNER_ROOMS) == []
+
+
 def test_the_table_of_floors_names_every_room_and_no_other() -> None:
     for package, rows in ROOMS.items():
         rooms = {room_of(name) for name in project() if name.startswith(f"{package}.")}
         assert {room for room in rooms if not room.startswith("__")} == {room for row in rows for room in row}
+    inner = inner_rooms(project_imports())
+    inner.pop(FAMILIES)
+    assert inner == {room: {one for row in rows for one in row} for room, rows in INNER_ROOMS.items()}
 
 
 def test_no_imports_run_in_a_circle() -> None:
     assert circles(project_imports()) == []
+
+
+def test_no_rooms_run_in_a_circle() -> None:
+    found = {room for room in circles_in_rooms(project_imports()) if room.split(".")[0] in ROOMS}
+    assert found == UNORDERED
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -297,6 +344,29 @@ def test_an_import_of_a_higher_room_is_named(tmp_path: Path, line: str) -> None:
     tree = written(tmp_path, {"edit/low/page.py": line, "edit/high.py": "from edit.low.page import x"})
     rooms = {"edit": (("low",), ("high",))}
     assert upward_between_rooms(imports_of(tree), rooms) == ["edit.low.page imports edit.high"]
+
+
+def test_an_import_of_a_higher_room_inside_a_room_is_named(tmp_path: Path) -> None:
+    tree = written(
+        tmp_path,
+        {"edit/run/low/page.py": "import edit.run.high.page", "edit/run/high/page.py": "import edit.run.low"},
+    )
+    rooms = {"edit.run": (("low",), ("high",))}
+    assert upward_between_rooms(imports_of(tree), rooms) == ["edit.run.low.page imports edit.run.high.page"]
+    assert inner_rooms(imports_of(tree)) == {"edit.run": {"low", "high"}}
+
+
+def test_rooms_in_a_circle_are_found_where_no_modules_are(tmp_path: Path) -> None:
+    tree = written(
+        tmp_path,
+        {
+            "edit/run/low/one.py": "import edit.run.open",
+            "edit/run/open.py": "import edit.run.low.two",
+            "edit/run/low/two.py": "",
+        },
+    )
+    assert circles(imports_of(tree)) == []
+    assert circles_in_rooms(imports_of(tree)) == {"edit.run": [{"low", "open"}]}
 
 
 def test_circles_are_found_through_functions_and_types(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import hold_folder, hold_new_folder
-from backbone.media.pictures import check_images, list_images
+from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED, locate
 from backbone.models.model import Backbone
 from customize.sampling import sample_to_folder
-from customize.training.card import push
+from customize.training.reporting.card import push
 from tests.align.conftest import picture, write_lines
 
 CANARY = """

@@ -19,8 +19,8 @@ from align.pairs.samples import count_images, image_name, prompt_and_noise, read
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.prompts import Prompt
-from backbone.media.decode import open_rgb
-from backbone.media.pictures import ImageRecord, check_images
+from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.pictures import ImageRecord, check_images
 
 Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
 RowPair: TypeAlias = tuple[int, int]

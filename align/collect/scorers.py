@@ -31,7 +31,7 @@ from backbone.cli.options import is_code
 from backbone.evaluation.clip import Scorer, load_scorer, text_scores
 from backbone.io.console import UserError, is_out_of_memory
 from backbone.io.files import read_tensors
-from backbone.media.pictures import check_images, list_images
+from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED
 
 ImageScorer: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Tensor]

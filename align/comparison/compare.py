@@ -44,9 +44,9 @@ from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
 from backbone.io.run_folder import hold_folder, package_versions
-from backbone.media.decode import open_rgb
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
+from backbone.media.sources.decode import open_rgb
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
 

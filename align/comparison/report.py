@@ -15,8 +15,8 @@ from backbone.evaluation.statistics import Interval
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
 from backbone.io.report import image_figure as shown
-from backbone.media.decode import open_rgb
 from backbone.media.sheet import GREEN, Cell, draw_sheet
+from backbone.media.sources.decode import open_rgb
 
 PROMPTS_SHOWN = 24  # prompts whose pictures the report shows
 

@@ -29,8 +29,8 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import inside, parse_json
 from backbone.io.run_folder import is_prepared
-from backbone.media.pictures import DatasetRow, ImageRecord, could_be_dataset, list_by_name
-from backbone.media.stream import Stream
+from backbone.media.sources.pictures import DatasetRow, ImageRecord, could_be_dataset, list_by_name
+from backbone.media.sources.stream import Stream
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))

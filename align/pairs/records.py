@@ -10,8 +10,8 @@ from PIL.Image import Image
 
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
-from backbone.media.decode import BadImageError
-from backbone.media.pictures import ImageRecord
+from backbone.media.sources.decode import BadImageError
+from backbone.media.sources.pictures import ImageRecord
 
 SAMPLES = "samples.json"
 RANKING = "ranking.jsonl"

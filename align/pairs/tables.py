@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.media.pictures import fetched_folder, load_saved, load_tars
+from backbone.media.sources.pictures import fetched_folder, load_saved, load_tars
 
 
 class ParquetTable:

@@ -8,9 +8,9 @@ from typing import Any
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.settings import EVALUATIONS, Settings
-from align.training.logs import LoggedEvaluation, read_evaluations
-from align.training.pictures import Pictures
-from align.training.report import write_running_report
+from align.training.reporting.logs import LoggedEvaluation, read_evaluations
+from align.training.reporting.pictures import Pictures
+from align.training.reporting.report import write_running_report
 from backbone.distributed import processes
 from backbone.io.console import notify
 from backbone.io.files import append_jsonl

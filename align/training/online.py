@@ -40,10 +40,10 @@ from align.settings import (
     read_settings,
     resolved,
 )
-from align.training.logs import read_rewards, read_steps
 from align.training.monitor import Validation
-from align.training.pictures import AFTER, Pictures, describe, draw_before
-from align.training.report import draw_curves, mean_reward, write_running_report, write_summary
+from align.training.reporting.logs import read_rewards, read_steps
+from align.training.reporting.pictures import AFTER, Pictures, describe, draw_before
+from align.training.reporting.report import draw_curves, mean_reward, write_running_report, write_summary
 from align.training.run import write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts

@@ -13,8 +13,8 @@ from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import Preferences, Records, refuse_another_model
 from align.settings import FILE, Settings, as_command, read_settings, resolved
 from align.training.monitor import Validation
-from align.training.pictures import AFTER, draw_before
-from align.training.report import write_summary
+from align.training.reporting.pictures import AFTER, draw_before
+from align.training.reporting.report import write_summary
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept

@@ -94,7 +94,7 @@ def start_preparing(asked: PreparePairs) -> Prepared:
     """
     from align.pairs.read import PairStream, read_preferences, stream_preferences
     from align.pairs.records import Preferences
-    from backbone.media.stream import Named, find_stream
+    from backbone.media.sources.stream import Named, find_stream
 
     user, limit = asked.user or None, asked.limit or None
     named = Named(asked.pairs, asked.dataset_config_name, asked.split)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import reprlib
 import shlex
@@ -482,9 +481,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == ".json":
-            data = read_as(dict[str, Any], parse_json(text, path), path)
-            json.loads(text, object_pairs_hook=_each_once)
-            return data
+            return read_as(dict[str, Any], parse_json(text, path, join=_each_once), path)
         data = _toml(text) if kind == ".toml" else _yaml(text)
     except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
@@ -503,11 +500,14 @@ def _toml(text: str) -> Any:
 def _yaml(text: str) -> Any:
     import yaml
 
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if isinstance(node, yaml.MappingNode):  # whose keys would be joined, and the last one count
+    class Loader(yaml.SafeLoader):  # a plain one joins equal keys, and the last one counts
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
             _each_once([(str(key.value), value) for key, value in node.value])
-        return yaml.safe_load(text)
+            return node
+
+    try:
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(error) from error
 

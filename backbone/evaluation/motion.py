@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.media.camera import CORNERS
+from backbone.media.control.camera import CORNERS
 
 LEAST = {"x": 6.0, "y": 5.0, "growth": 0.08, "turn": 6.0}  # pixels, log of a ratio, degrees
 DRIFT = 1.0  # pixels a frame, up to which a clip stands still

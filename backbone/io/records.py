@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -38,15 +38,19 @@ class RunRecord:
     command: str = ""
 
 
-def parse_json(text: str | bytes, where: str | Path) -> Any:
+def parse_json(
+    text: str | bytes, where: str | Path, *, join: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """The value of a JSON text in UTF-8, with or without its byte order mark.
+
+    `join` makes an object of its keys and values; left out, a dict in which the last of equal keys counts.
 
     Raises `UserError` for any text that is none, for halves of surrogate pairs and NULs, which no file and no tokenizer
     takes, and for more than DEEPEST levels.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(decoded)
+        value = json.loads(decoded, object_pairs_hook=join)
     except (
         ValueError,
         RecursionError,

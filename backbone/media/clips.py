@@ -17,8 +17,8 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
-from backbone.media.pictures import list_images
 from backbone.media.sheet import save_png
+from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
 FILMS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")

@@ -24,7 +24,7 @@ from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
-from backbone.media.control_maps import Target, as_hints, read_map, read_maps
+from backbone.media.control.maps import Target, as_hints, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
 

@@ -27,7 +27,7 @@ from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import content_hash
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.pictures import ImageRecord
+from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.cache import TEXT, cache_folder
 from backbone.models.model import Backbone, Posterior

@@ -20,7 +20,7 @@ from backbone.data.table import Numbers
 from backbone.distributed import processes
 from backbone.io.console import notify
 from backbone.io.files import read_json, write_json
-from backbone.media.stream import Stream
+from backbone.media.sources.stream import Stream
 from backbone.models.encode import ShardWriter
 from backbone.training.prepared import chunks_left
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from backbone.world.motions import CAMERAS, MOTIONS, SPEEDS, opposite, say_camera, say_motion
-from backbone.world.render import (
+from backbone.world.rendering.render import (
     FLOATING,
     SIZE,
     SUPERSAMPLING,
@@ -29,8 +29,8 @@ from backbone.world.render import (
     place_figures,
     render,
 )
+from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene, sample_scene
-from backbone.world.styles import STYLES
 from backbone.world.words import Vocabulary
 
 SLIDE, PAN = 46.0, 40.0  # pixels from the first frame to the last

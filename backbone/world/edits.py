@@ -14,7 +14,7 @@ from random import Random
 
 from PIL import Image
 
-from backbone.world.render import FLOATING, place_figures, render
+from backbone.world.rendering.render import FLOATING, place_figures, render
 from backbone.world.scene import Pose, Scene, is_fair, sample_scene
 from backbone.world.words import choose_article, load_vocabulary
 

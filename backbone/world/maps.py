@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from backbone.world.record import SIZE, Part, Record, Stick, load_labels
-from backbone.world.render import Rendering, render
+from backbone.world.rendering.record import SIZE, Part, Record, Stick, load_labels
+from backbone.world.rendering.render import Rendering, render
 from backbone.world.scene import Scene
 
 KINDS = ("sketch", "lines", "labels", "depth", "pose")  # what a record tells

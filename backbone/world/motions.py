@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 
 MOTIONS: dict[str, tuple[str, ...]] = {  # the canonical phrase first
@@ -63,9 +65,9 @@ OPPOSITES = {  # what a clip shows that is played backwards; the others look the
     "zoom-in": "zoom-out",
     "roll-left": "roll-right",
 }
-WHERE_SAID = (  # words of motion: behind a comma, the thing that moves before them, or behind the thing itself
-    r"(?:, the (\w[\w ]*?) |,? )(?:is )?{}(?: (slowly|fast))?(?=$|[,.]| (?:in|on|at|under|over|through|across)\b)"
-)
+# What may stand before words that can be cut (a comma, the thing that moves, or the thing itself), and behind them.
+BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is )?$", re.IGNORECASE)
+BEHIND = re.compile(r"(?: (slowly|fast))?(?=$|[,.]| (?:in|on|at|under|over|through|across)\b)", re.IGNORECASE)
 OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 
@@ -88,11 +90,38 @@ def say_camera(move: str, *, speed: str = "", random: Random | None = None) -> s
     return " ".join(part for part in (words, speed) if part)
 
 
+@dataclass(frozen=True)
+class Said:
+    """Words in a prompt that name a move of `MOTIONS` or `CAMERAS`: prompt[start:end]."""
+
+    move: str
+    start: int
+    end: int
+
+
+def find_said(prompt: str) -> list[Said]:
+    """The words of motion and of the camera in a prompt, the longest first; none lies in another (“camera rising”)."""
+    phrases, pattern = _phrases()
+    found = [
+        Said(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
+        for match in pattern.finditer(prompt)
+    ]
+    return sorted(found, key=lambda said: said.start - said.end)
+
+
+@cache
+def _phrases() -> tuple[dict[str, str], re.Pattern[str]]:
+    """Every phrase with its move, and what finds them as whole words."""
+    phrases = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
+    longest_first = sorted(phrases, key=len, reverse=True)
+    either = "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first)
+    return phrases, re.compile(rf"(?<![\w-])(?:{either})(?![\w-])", re.IGNORECASE)
+
+
 def find_moves(prompt: str) -> tuple[str, str]:
     """The motion and the camera's move that a prompt's words name, "" for none; the longest phrase decides."""
-    said = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
-    camera, rest = _longest(said, CAMERAS)
-    motion, _ = _longest(rest, MOTIONS)
+    moves = [said.move for said in find_said(prompt)]
+    motion, camera = (next((move for move in moves if move in known), "") for known in (MOTIONS, CAMERAS))
     return motion, camera
 
 
@@ -110,36 +139,26 @@ class SaidMotion:
 
 
 def cut_motion(prompt: str) -> SaidMotion:
-    """Take the words of motion out of a prompt: `a dog moving left fast in a park` → `a dog in a park`, left, fast."""
-    move, match = _find_said(prompt, MOTIONS)
-    if match is None:
-        return SaidMotion(prompt)
-    return SaidMotion(_without(prompt, match), move, (match[2] or "").lower(), (match[1] or "").lower())
+    """Take the words of motion out of a prompt: `a dog moving left fast in a park` → `a dog in a park`, left, fast.
+
+    What cannot be taken out of its sentence (“the rising sun”) stays, and is no motion.
+    """
+    return _cut(prompt, MOTIONS)
 
 
 def cut_camera(prompt: str) -> tuple[str, str]:
     """Take the words of the camera out of a prompt: `a dog, camera zooming in` → `a dog`, zoom-in."""
-    camera, match = _find_said(prompt, CAMERAS)
-    return (prompt if match is None else _without(prompt, match)), camera
+    said = _cut(prompt, CAMERAS)
+    return said.rest, said.move
 
 
-def _find_said(prompt: str, known: dict[str, tuple[str, ...]]) -> tuple[str, re.Match[str] | None]:
-    """What a prompt says, by the longest phrase, and where."""
-    said = [(words, move) for move, ways in known.items() for words in ways]
-    for words, move in sorted(said, key=lambda pair: -len(pair[0])):
-        if match := re.search(WHERE_SAID.format(words), prompt, re.IGNORECASE):
-            return move, match
-    return "", None
-
-
-def _without(prompt: str, match: re.Match[str]) -> str:
-    return (prompt[: match.start()] + prompt[match.end() :]).strip(" ,")
-
-
-def _longest(said: str, known: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    found = max(
-        ((phrase, move) for move, phrases in known.items() for phrase in phrases if f" {phrase} " in said),
-        key=lambda pair: len(pair[0]),
-        default=None,
-    )
-    return (found[1], said.replace(f" {found[0]} ", " ")) if found else ("", said)
+def _cut(prompt: str, known: Collection[str]) -> SaidMotion:
+    """The longest words of these moves that can be cut, and the prompt without them."""
+    for said in find_said(prompt):
+        before = BEFORE.search(prompt[: said.start])
+        behind = BEHIND.match(prompt, said.end)
+        if said.move in known and before and behind:
+            rest = (prompt[: before.start()] + prompt[behind.end() :]).strip(" ,")
+            speed, whose = ((match[1] or "").lower() for match in (behind, before))
+            return SaidMotion(rest, said.move, speed, whose)
+    return SaidMotion(prompt)

@@ -29,12 +29,12 @@ from torch import Tensor
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.io.console import progress, run_app
 from backbone.io.files import write_json, write_text
-from backbone.media.pictures import list_images
 from backbone.media.sheet import save_png
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square
-from backbone.world.render import render
+from backbone.world.rendering.render import render
+from backbone.world.rendering.textures import draw_texture
 from backbone.world.scene import BENCHMARK_SEEDS, Scene
-from backbone.world.textures import draw_texture
 from benchmarks.judges.classifier import prepare_images
 from benchmarks.moji import TEXTURES, gradient, select_scenes
 

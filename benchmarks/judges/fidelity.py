@@ -32,9 +32,9 @@ from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
-from backbone.world.render import SIZE, Figure, draw_sprite, render
+from backbone.world.rendering.render import SIZE, Figure, draw_sprite, render
+from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene
-from backbone.world.styles import STYLES
 from backbone.world.words import Thing
 from benchmarks.judges.classifier import prepare_images
 from benchmarks.moji import Gallery, Setting, select_scenes

@@ -23,7 +23,7 @@ from torch import Tensor
 from backbone.io.console import progress, run_app
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
-from backbone.world.render import find_font, render
+from backbone.world.rendering.render import find_font, render
 from benchmarks.judges.classifier import Classifier, load_classifier
 from benchmarks.moji import Gallery, Setting, select_scenes
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbone.io.files import read_tensors
-from backbone.world.record import load_labels
+from backbone.world.rendering.record import load_labels
 from benchmarks.judges.classifier import prepare_images
 
 FOLDER = Path("build/moji/control/reader")

@@ -39,7 +39,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_bytes, write_json, write_text
-from backbone.media.pictures import list_images
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps

@@ -27,8 +27,8 @@ from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import refuse_filled, write_json, write_text
 from backbone.io.report import command, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
-from backbone.media.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.clips import choose_strip, import_av, write_film
+from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image

@@ -38,10 +38,10 @@ from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
 from backbone.io.records import inside
 from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder
-from backbone.media.camera import CameraPath, read_camera, trace_corners
 from backbone.media.clips import Film, choose_strip, encode_webp, read_film
-from backbone.media.decode import open_rgb
+from backbone.media.control.camera import CameraPath, read_camera, trace_corners
 from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.model import Backbone
 from backbone.world.motions import CAMERAS, find_moves

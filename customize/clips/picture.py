@@ -19,7 +19,7 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import refuse_filled
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import import_av, write_film
-from backbone.media.decode import open_rgb
+from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_and_resize, to_image, to_tensor, working_size
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.animate import Still, animate, condition_on_stills

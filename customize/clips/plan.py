@@ -21,8 +21,8 @@ from backbone.world.clip import Clip, trace_thing
 from backbone.world.maps import draw_sticks
 from backbone.world.motions import MOTIONS, cut_camera, cut_motion
 from backbone.world.parse import parse_scene
-from backbone.world.record import Stick
-from backbone.world.render import Figure, place_figures, span_stick
+from backbone.world.rendering.record import Stick
+from backbone.world.rendering.render import Figure, place_figures, span_stick
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 

@@ -16,9 +16,9 @@ from PIL import Image
 from backbone.cli.conditions import ANY, RGB, AskedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
-from backbone.media.control_maps import Target, as_hints, number_maps, read_numbered_maps
-from backbone.media.decode import open_rgb
-from backbone.media.pictures import list_images
+from backbone.media.control.maps import Target, as_hints, number_maps, read_numbered_maps
+from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_and_resize, crop_box
 from backbone.models.clips.sparse import SparseControl, open_sparsectrl
 from backbone.models.control import Condition, describe_asked

@@ -37,7 +37,7 @@ from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json
 from backbone.io.run_folder import CHECKPOINT, absolute, hold_folder, package_versions, refuse_taken, run_name
 from backbone.media.clips import Film, read_film
-from backbone.media.pictures import read_captions
+from backbone.media.sources.pictures import read_captions
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.memory.motion import LearnedMotion, MotionEstimator
 from backbone.memory.planner import MemorySettings, fit, precision_name

@@ -13,7 +13,7 @@ from backbone.adapters.concept import (
     replace_tokens,
     resolve_placeholder_tokens,
 )
-from backbone.media.pictures import ImageRecord
+from backbone.media.sources.pictures import ImageRecord
 
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder

@@ -24,7 +24,7 @@ from torch import Tensor
 from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import content_hash
-from backbone.media.control_maps import (
+from backbone.media.control.maps import (
     COMPUTED,
     Palette,
     as_array,
@@ -34,8 +34,8 @@ from backbone.media.control_maps import (
     refuse_wrong_kind,
     resize_map,
 )
-from backbone.media.decode import BadImageError
-from backbone.media.pictures import (
+from backbone.media.sources.decode import BadImageError
+from backbone.media.sources.pictures import (
     IMAGE_SUFFIXES,
     METADATA,
     ImageRecord,

@@ -18,7 +18,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.pictures import ImageRecord, list_images
+from backbone.media.sources.pictures import ImageRecord, list_images
 from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
 from backbone.models.cache import encode_prompts_cached, load_or_compute
 from backbone.models.encode import Encoded, Posteriors, Prompts, View, encode_texts, encode_views

@@ -21,8 +21,8 @@ from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
 from backbone.io.records import inside, read_as
-from backbone.media.decode import BadImageError
-from backbone.media.pictures import ImageRecord, ListedImages, list_by_name, read_metadata
+from backbone.media.sources.decode import BadImageError
+from backbone.media.sources.pictures import ImageRecord, ListedImages, list_by_name, read_metadata
 
 # Names of columns and of folders, as `plain_name` has them; the first that is there counts
 SOURCES = (

@@ -12,7 +12,7 @@ from backbone.adapters.concept import word_pattern
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
-from backbone.media.pictures import (
+from backbone.media.sources.pictures import (
     IMAGE_SUFFIXES,
     ImageRecord,
     check_images,

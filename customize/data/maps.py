@@ -8,12 +8,12 @@ from pathlib import Path
 from PIL.Image import Image
 
 from backbone.io.console import UserError
-from backbone.media.control_maps import COMPUTED, compute_map
-from backbone.media.decode import open_rgb
+from backbone.media.control.maps import COMPUTED, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_square
 from backbone.world.maps import draw_maps, look_at
-from backbone.world.record import SIZE
+from backbone.world.rendering.record import SIZE
 from backbone.world.scene import Scene
 
 PICTURE, SHEET = "picture.png", "sheet.png"

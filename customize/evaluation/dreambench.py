@@ -23,8 +23,8 @@ from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
-from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
+from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_square
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone

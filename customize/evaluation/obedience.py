@@ -14,7 +14,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import add_noise, generator, target
-from backbone.media.control_maps import canny
+from backbone.media.control.maps import canny
 from backbone.models.model import Backbone
 
 LEVELS = 4  # noise levels of each held-out pair at which the loss is measured

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.config import CONFIG_KEY
+from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, write_tensors
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
@@ -25,7 +26,6 @@ from customize.formats.layers.names import (
     flatten_name,
     is_text_encoder,
     split_component,
-    to_original,
 )
 from customize.formats.layers.originals import OriginalLayer, find_original
 from customize.formats.layers.split import swap_halves

@@ -34,7 +34,7 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import stratified_levels
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
-from backbone.world.record import load_labels
+from backbone.world.rendering.record import load_labels
 from customize.control_settings import ControlSettings
 from customize.data.control_pairs import ControlPair
 from customize.objectives.control_networks import save_network

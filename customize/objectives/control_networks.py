@@ -6,7 +6,6 @@ holds the adapter, the map's own layers and the zero convolutions alone (Stabili
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from backbone.adapters.lora import add_lora
 from backbone.conditions.control import ControlNetwork
+from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.models.control import PARTS, new_control, open_control
@@ -136,47 +136,3 @@ def lora_weights(module: nn.Module) -> dict[str, Tensor]:
 def adapted_layers(module: nn.Module) -> dict[str, Any]:
     """The layers that have an adapter, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
-
-
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-FIXED = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "controlnet_mid_block": "middle_block_out.0",
-    "controlnet_cond_embedding.conv_in": "input_hint_block.0",
-    "controlnet_cond_embedding.conv_out": "input_hint_block.14",
-}
-
-
-def to_original(name: str, layers: int) -> str:
-    """diffusers' name of a ControlNet's weight as the original one; `layers` of a block."""
-    for ours, original in FIXED.items():
-        if name.startswith(f"{ours}."):
-            return original + name[len(ours) :]
-    if found := re.match(r"controlnet_cond_embedding\.blocks\.(\d+)\.(.+)", name):
-        return f"input_hint_block.{2 * int(found[1]) + 2}.{found[2]}"
-    if found := re.match(r"controlnet_down_blocks\.(\d+)\.(.+)", name):
-        return f"zero_convs.{found[1]}.0.{found[2]}"
-    if found := re.match(r"mid_block\.resnets\.(\d)\.(\w+)\.(.+)", name):
-        return f"middle_block.{2 * int(found[1])}.{RESNET[found[2]]}.{found[3]}"
-    found = re.match(r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.(.+)", name)
-    assert found is not None, name
-    first = 1 + int(found[1]) * (layers + 1)
-    match found[2]:
-        case "downsamplers":
-            return f"input_blocks.{first + layers}.0.op.{found[4].removeprefix('conv.')}"
-        case "attentions":
-            return f"input_blocks.{first + int(found[3])}.1.{found[4]}"
-    layer, rest = found[4].split(".", 1)
-    return f"input_blocks.{first + int(found[3])}.0.{RESNET[layer]}.{rest}"

@@ -38,10 +38,10 @@ from customize.evaluation.metrics import EarlyStopping
 from customize.objectives.dreambooth import share_of
 from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolved
-from customize.training.card import edit_card, push
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
-from customize.training.report import PREVIEWS, EditReport
+from customize.training.reporting.card import edit_card, push
+from customize.training.reporting.report import PREVIEWS, EditReport
 from customize.training.run import describe_changes, hash_images, write_record
 
 SHOWN = 8  # held-out pairs, on the sheet; those that are learned from where none are held out

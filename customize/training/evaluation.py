@@ -33,9 +33,9 @@ from customize.evaluation.metrics import (
 from customize.evaluation.survival import Survival
 from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings
-from customize.training.card import described
 from customize.training.few_step import ON, FewStepSide
-from customize.training.report import STRIPS, RunReport
+from customize.training.reporting.card import described
+from customize.training.reporting.report import STRIPS, RunReport
 
 EVALUATIONS = "evaluations.jsonl"
 

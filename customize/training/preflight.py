@@ -1,6 +1,6 @@
 """Checks before a run: images that are bad training data, and the memory and time that the run takes.
 
-They are warnings; only images that cannot be read are errors (`backbone.media.pictures.check_images`).
+They are warnings; only images that cannot be read are errors (`backbone.media.sources.pictures.check_images`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.media.pictures import ImageRecord
+from backbone.media.sources.pictures import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
 from customize.data.captions import LONG, TrainingPrompt, describe_truncated
 from customize.training.memory import choice_of, work_of

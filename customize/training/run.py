@@ -15,7 +15,7 @@ from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.media.crops import CropReader
-from backbone.media.pictures import ImageRecord, check_images, list_images
+from backbone.media.sources.pictures import ImageRecord, check_images, list_images
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
@@ -27,11 +27,11 @@ from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
 from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
-from customize.training.card import card, push, readme
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import fit_to_vram
-from customize.training.report import PREVIEWS, RunReport
+from customize.training.reporting.card import card, push, readme
+from customize.training.reporting.report import PREVIEWS, RunReport
 from customize.training.subjects import choose_words, fields_of_subjects, group_of, name_classes
 
 MASKS = "masks.png"

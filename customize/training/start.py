@@ -200,8 +200,8 @@ def start_preparing(asked: PrepareImages) -> PreparedImages:
 
     Raises `UserError` for a source without images, before torch is imported.
     """
-    from backbone.media.pictures import list_images
-    from backbone.media.stream import Named, find_stream, stream_images
+    from backbone.media.sources.pictures import list_images
+    from backbone.media.sources.stream import Named, find_stream, stream_images
 
     columns = {"caption_column": asked.caption_column or None, "image_column": asked.image_column or None}
     stream = find_stream(Named(asked.images, asked.dataset_config_name, asked.split), out=asked.out)

@@ -25,7 +25,7 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control as MapControl
 from backbone.io.console import UserError
-from backbone.media.control_maps import is_same_shape
+from backbone.media.control.maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import refuse_transformer

@@ -33,7 +33,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, read_jsonl, write_json, write_text
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
-from backbone.world.render import render
+from backbone.world.rendering.render import render
 from backbone.world.scene import Scene, is_fair, sample_scene
 from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judges.classifier import Classifier, Prediction, prepare_images

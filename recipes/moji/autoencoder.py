@@ -36,7 +36,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json
 from backbone.training.loop import Average, warm_stable_decay
-from backbone.world.textures import Pixels
+from backbone.world.rendering.textures import Pixels
 from recipes.moji.data.pictures import load
 from recipes.moji.training.linear_start import begin
 from recipes.moji.training.muon import Muon, quick_half

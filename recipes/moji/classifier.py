@@ -31,8 +31,8 @@ from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
 from backbone.training.loop import Average, warm_cosine
 from backbone.world.edits import GREY_STYLES
+from backbone.world.rendering.textures import Pixels
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from backbone.world.textures import Pixels
 from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judges.classifier import (
     FACTS,

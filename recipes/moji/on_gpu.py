@@ -35,8 +35,8 @@ from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from backbone.models.locate import EMBEDDED
-from backbone.world.render import find_font
-from backbone.world.textures import draw_texture
+from backbone.world.rendering.render import find_font
+from backbone.world.rendering.textures import draw_texture
 from recipes.moji import autoencoder, denoiser, flow
 from recipes.moji.autoencoder import AutoencoderSettings
 from recipes.moji.data.pictures import SHARD, shard_path, write_shard

@@ -45,9 +45,9 @@ from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_cl
 from backbone.io.console import run_app
 from backbone.io.files import write_json
 from backbone.training.loop import Average, warm_cosine
-from backbone.world.render import SIZE, place_figures
+from backbone.world.rendering.render import SIZE, place_figures
+from backbone.world.rendering.textures import Pixels
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
-from backbone.world.textures import Pixels
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.autoencoder import precision, to_tensor
 from recipes.moji.data.pictures import SHARD, load

@@ -23,7 +23,7 @@ from backbone.adapters.concept import read_concept
 from backbone.cli.options import fields_of
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.media.decode import open_rgb
+from backbone.media.sources.decode import open_rgb
 from backbone.models.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, invoked, picture, refused, write_lines
 

@@ -30,8 +30,8 @@ from backbone.data.table import Table
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_bytes
 from backbone.io.run_folder import hold_folder
-from backbone.media import stream as streams
-from backbone.media.stream import Named, find_stream
+from backbone.media.sources import stream as streams
+from backbone.media.sources.stream import Named, find_stream
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders

@@ -27,14 +27,14 @@ from torch import Tensor
 from backbone.cli.conditions import AskedControl, AskedMap
 from backbone.conditions.control import Control
 from backbone.families.flux.family import pack_latents, unpack_latents
-from backbone.families.unet.control_files import FIXED, RESNET, to_diffusers
+from backbone.families.unet.original import CONTROL, OUTER, RESNET, from_original
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.models.control import open_conditions, open_control, together
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from tests import tiny
-from tests.backbone.media.test_control_maps import ring
+from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import GUIDANCE, NEGATIVE, PROMPT, STEPS, maps, shaken
 
 few_or_all = pytest.mark.parametrize("steps", [4, pytest.param(STEPS, marks=pytest.mark.slow)])
@@ -139,7 +139,7 @@ def original_names(unet: Any) -> dict[str, str]:
     """Diffusers' name of every weight of a ControlNet of this UNet, and the original one, found by asking for all."""
     config, found = unet.config, {}
     blocks = 1 + len(config.block_out_channels) * (config.layers_per_block + 1)
-    layers = [*FIXED, *(f"middle_block.{n}.{part}" for n in (0, 2) for part in RESNET)]
+    layers = [*OUTER, *CONTROL, *(f"middle_block.{n}.{part}" for n in (0, 2) for part in RESNET)]
     layers += [f"zero_convs.{n}.0" for n in range(blocks)]
     inner = ["norm", "proj_in", "proj_out"] + [
         f"transformer_blocks.{n}.{part}"
@@ -155,7 +155,7 @@ def original_names(unet: Any) -> dict[str, str]:
     layers += [f"middle_block.1.{part}" for part in inner]
     for layer in layers:
         for kind in ("weight", "bias"):
-            found[to_diffusers(f"{layer}.{kind}", unet)] = f"{layer}.{kind}"
+            found[from_original(f"{layer}.{kind}", config.layers_per_block)] = f"{layer}.{kind}"
     return found
 
 

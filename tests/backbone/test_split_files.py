@@ -38,7 +38,7 @@ from backbone.models.model import Backbone
 from backbone.training.models import open_configs
 from customize.cli import app
 from customize.settings import Subject
-from customize.training.public import copy_without_paths
+from customize.training.reporting.public import copy_without_paths
 from customize.training.run import train_concept
 from tests.backbone.test_single_file import original_vae_name, part_of
 from tests.backbone.test_single_file_flux import original_flux

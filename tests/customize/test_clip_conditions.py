@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.media.camera import Reach, read_camera
 from backbone.media.clips import read_film
+from backbone.media.control.camera import Reach, read_camera
 from backbone.models.clips.camera import CAMERA_WEIGHTS, new_camera, save_camera
 from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone

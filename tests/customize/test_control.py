@@ -19,7 +19,7 @@ from backbone.models.control import RECORD
 from backbone.models.model import Backbone
 from customize.cli import app
 from tests import tiny
-from tests.backbone.media.test_control_maps import photograph, ring
+from tests.backbone.media.control.test_maps import photograph, ring
 from tests.backbone.test_control import adapter, controlnet
 
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from backbone.evaluation.motion import trace_moved, track_correlation
 from backbone.io.console import UserError
-from backbone.media.camera import as_lines, read_camera
 from backbone.media.clips import Film, encode_webp
+from backbone.media.control.camera import as_lines, read_camera
 from customize.cli import app
 from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, gather, measure
 from customize.clips.settings import EvaluateClipOptions

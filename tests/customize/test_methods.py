@@ -17,7 +17,7 @@ from backbone.diffusion.losses import debiased
 from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
-from backbone.media.pictures import list_images
+from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from customize.data.dataset import Group, prepare

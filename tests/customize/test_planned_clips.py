@@ -43,6 +43,8 @@ def middle(pose: Image.Image) -> tuple[float, float]:
         ("A dog that moves to the left", SaidMotion("A dog", "left")),
         ("the rising sun", SaidMotion("the rising sun")),
         ("a bouncing castle", SaidMotion("a bouncing castle")),
+        ("a dog, camera rising", SaidMotion("a dog, camera rising")),
+        ("a dog. It is rising fast.", SaidMotion("a dog. It.", "up", "fast")),
     ],
 )  # fmt: skip
 def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: SaidMotion) -> None:

@@ -14,8 +14,8 @@ from backbone.adapters.concept import BEST, Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.prompts import one_prompt, prompts_of, read_prompts
-from backbone.media.decode import open_rgb
-from backbone.media.pictures import list_images
+from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from customize.cli import app

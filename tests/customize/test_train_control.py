@@ -28,9 +28,9 @@ from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
+from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import work_of
 from customize.training.control.run import OBEDIENCE, Obedience, columns_of
-from customize.training.control_evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.run import describe_changes
 
 SIDE, PAIRS = 32, 12
@@ -384,7 +384,7 @@ def test_named_columns_win_and_a_missing_one_is_named(pairs: Path) -> None:
 
 
 def test_edges_are_found_in_the_images_where_no_map_is_given(pairs: Path, tmp_path: Path) -> None:
-    from backbone.media.control_maps import as_hints, compute_map
+    from backbone.media.control.maps import as_hints, compute_map
 
     shutil.copy(pairs / "0.png", tmp_path)
     shutil.copy(pairs / "1.png", tmp_path)

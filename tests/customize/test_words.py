@@ -22,7 +22,7 @@ from customize.formats.merging.merge import read_input
 from customize.formats.merging.merged_run import rename_embeddings
 from customize.formats.model_weights import ModelWeights
 from customize.methods.lora import refuse_other_encoders
-from customize.training.card import load_words_in_diffusers
+from customize.training.reporting.card import load_words_in_diffusers
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
 
 SIDES = {"text_encoder": 16, "text_encoder_2": 24}

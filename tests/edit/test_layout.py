@@ -31,7 +31,7 @@ from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.sdedit import sdedit
 from tests import tiny
-from tests.backbone.media.test_control_maps import ring
+from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import adapter, controlnet
 
 PROMPT, OTHER = "a cat in the snow", "a dog in the snow"

@@ -25,7 +25,13 @@ from align.collect.label.session import Session, list_label_pairs
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from align.pairs.samples import read_samples
-from align.training.logs import LoggedEvaluation, LoggedFigures, LoggedInterval, LoggedReward, LoggedStep
+from align.training.reporting.logs import (
+    LoggedEvaluation,
+    LoggedFigures,
+    LoggedInterval,
+    LoggedReward,
+    LoggedStep,
+)
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
@@ -36,9 +42,9 @@ from backbone.io.files import read_header, read_jsonl, read_tensors, write_json,
 from backbone.io.prompts import prompts_of, read_prompts
 from backbone.io.run_folder import trim_log
 from backbone.media.clips import read_film
-from backbone.media.control_maps import Target, read_map
-from backbone.media.decode import open_rgb
-from backbone.media.pictures import check_images, list_images
+from backbone.media.control.maps import Target, read_map
+from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
 from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone

@@ -19,7 +19,7 @@ from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.prompts import read_prompts
-from backbone.world.render import render
+from backbone.world.rendering.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judges.classifier import ONE, TWO_DIFFERENT, Classifier, Prediction, load_classifier

@@ -13,7 +13,7 @@ import torch
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.conditions.control import Control
 from backbone.io.files import read_tensors, write_tensors
-from backbone.media.camera import embed_rays, flat_path, read_camera
+from backbone.media.control.camera import embed_rays, flat_path, read_camera
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents

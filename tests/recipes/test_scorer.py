@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backbone.world.render import draw_place
+from backbone.world.rendering.render import draw_place
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import Thing, load_vocabulary
 from recipes.moji.data.rendered import roughen, shift

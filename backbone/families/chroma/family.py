@@ -35,6 +35,7 @@ from backbone.families.base import (
 from backbone.families.components import language_models, loading, tokenization
 from backbone.families.flux import family as flux
 from backbone.families.flux.checkpoint import convert_to_diffusers as convert_flux
+from backbone.families.flux.original import CHROMA
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
 from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
@@ -47,7 +48,7 @@ def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's tensors by diffusers' names, from the original ones, which are FLUX.1's."""
     if "x_embedder.weight" in tensors:
         return tensors
-    converted = convert_flux(tensors)
+    converted = convert_flux(tensors, CHROMA)
     return {re.sub(r"(norms\.\d+)\.scale$", r"\1.weight", name): value for name, value in converted.items()}
 
 

@@ -7,7 +7,6 @@ one width only, so keys are converted here.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from backbone.families.base import TextEncoderSlot
+from backbone.families.flux.original import LAYERS, Layers, from_original
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
 from backbone.families.single_file.checkpoint import UNET, config_mismatch
@@ -34,37 +34,6 @@ REMEDY = (
     "hub id."
 )
 LATENTS_PER_TOKEN = 4  # latents in a token
-KEY_PATTERNS = (
-    (r"^time_in\.", "time_text_embed.timestep_embedder."),
-    (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
-    (r"^vector_in\.", "time_text_embed.text_embedder."),
-    (r"\.in_layer\.", ".linear_1."),
-    (r"\.out_layer\.", ".linear_2."),
-    (r"^img_in\.", "x_embedder."),
-    (r"^txt_in\.", "context_embedder."),
-    (r"^final_layer\.linear\.", "proj_out."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
-    (r"^double_blocks\.", "transformer_blocks."),
-    (r"^single_blocks\.", "single_transformer_blocks."),
-    (r"\.img_mod\.lin\.", ".norm1.linear."),
-    (r"\.txt_mod\.lin\.", ".norm1_context.linear."),
-    (r"\.modulation\.lin\.", ".norm.linear."),
-    (r"\.txt_attn\.norm\.(query|key)_norm\.scale$", r".attn.norm_added_\1.weight"),
-    (r"(\.img_attn)?\.norm\.(query|key)_norm\.scale$", r".attn.norm_\2.weight"),
-    (r"\.(norm|norm_added)_(q|k)(uery|ey)\.", r".\1_\2."),
-    (r"\.img_attn\.proj\.", ".attn.to_out.0."),
-    (r"\.txt_attn\.proj\.", ".attn.to_add_out."),
-    (r"\.img_mlp\.0\.", ".ff.net.0.proj."),
-    (r"\.img_mlp\.2\.", ".ff.net.2."),
-    (r"\.txt_mlp\.0\.", ".ff_context.net.0.proj."),
-    (r"\.txt_mlp\.2\.", ".ff_context.net.2."),
-    (r"\.linear2\.", ".proj_out."),
-)
-FUSED_LAYERS = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-}
 
 
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
@@ -102,7 +71,7 @@ def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
     return build_network(FluxTransformer2DModel, location, "transformer", tensors)
 
 
-def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_to_diffusers(tensors: dict[str, Tensor], layers: Layers = LAYERS) -> dict[str, Tensor]:
     """Rename the transformer's tensors to diffusers' keys, splitting fused layers.
 
     diffusers' last modulation is (scale, shift), the original's (shift, scale).
@@ -110,28 +79,16 @@ def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     width = len(tensors["img_in.weight"])
     converted = {}
     for name, tensor in tensors.items():
-        layer, _, kind = name.rpartition(".")
-        block, parts = next(
-            ((layer.removesuffix(end), parts) for end, parts in FUSED_LAYERS.items() if layer.endswith(end)),
-            ("", ()),
-        )
-        if parts:
-            rows = [width * number for number in range(1, len(parts))]
-            for part, values in zip(parts, tensor.tensor_split(rows), strict=True):
-                converted[rename_key(f"{block}{part}.{kind}")] = values
-        elif layer == "final_layer.adaLN_modulation.1":
+        first, *others = from_original(name, layers)
+        if others:
+            rows = [width * number for number in range(1, len(others) + 1)]
+            converted |= zip((first, *others), tensor.tensor_split(rows), strict=True)
+        elif name.startswith("final_layer.adaLN_modulation.1."):
             shift, scale = tensor.chunk(2)
-            converted[rename_key(name)] = torch.cat([scale, shift])
+            converted[first] = torch.cat([scale, shift])
         else:
-            converted[rename_key(name)] = tensor
+            converted[first] = tensor
     return converted
-
-
-def rename_key(name: str) -> str:
-    """`double_blocks.0.img_mod.lin.bias` → `transformer_blocks.0.norm1.linear.bias`, and so on."""
-    for pattern, replacement in KEY_PATTERNS:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def load_clip_l(location: Location) -> TextEncoderSlot:

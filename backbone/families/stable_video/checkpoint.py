@@ -23,6 +23,7 @@ from backbone.families.components.empty import without_weights
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.sdxl.checkpoint import convert_openclip
 from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.unet.original import ORIGINAL_RESNET, renamed, to_original
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_header, read_tensors
 from backbone.io.weights import refuse_damaged
@@ -34,27 +35,10 @@ IDS = f"{UNET}label_emb.0.0.weight"
 PUBLISHED_WIDTH, PUBLISHED_IDS = 320, 768  # of the first layer, and of the ids
 Rules = tuple[tuple[str, str], ...]
 
-RESNET: Rules = (
-    (r"^norm1", "in_layers.0"),
-    (r"^conv1", "in_layers.2"),
-    (r"^time_emb_proj", "emb_layers.1"),
-    (r"^norm2", "out_layers.0"),
-    (r"^conv2", "out_layers.3"),
-    (r"^conv_shortcut", "skip_connection"),
-)
 ATTENTION: Rules = (
-    (r"^temporal_transformer_blocks", "time_stack"),
-    (r"^time_pos_embed.linear_1", "time_pos_embed.0"),
-    (r"^time_pos_embed.linear_2", "time_pos_embed.2"),
-)
-OUTER: Rules = (
-    (r"^time_embedding.linear_1", "time_embed.0"),
-    (r"^time_embedding.linear_2", "time_embed.2"),
-    (r"^add_embedding.linear_1", "label_emb.0.0"),
-    (r"^add_embedding.linear_2", "label_emb.0.2"),
-    (r"^conv_in", "input_blocks.0.0"),
-    (r"^conv_norm_out", "out.0"),
-    (r"^conv_out", "out.2"),
+    (r"\.temporal_transformer_blocks\.", ".time_stack."),
+    (r"\.time_pos_embed\.linear_1\.", ".time_pos_embed.0."),
+    (r"\.time_pos_embed\.linear_2\.", ".time_pos_embed.2."),
 )
 CODER: Rules = (  # of an encoder or decoder, outside its blocks over time
     (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
@@ -184,36 +168,24 @@ def fill(
 def name_unet_layers(network: nn.Module) -> dict[str, str]:
     """diffusers' names of the UNet's tensors, and those in a file."""
     names = list(network.state_dict())
-    per_block = 1 + int(cast(Any, network).config.layers_per_block)
-    attends = {name.split(".")[1] for name in names if re.match(r"up_blocks\.\d+\.attentions", name)}
-    return {name: UNET + name_unet_layer(name, per_block, attends) for name in names}
+    layers = int(cast(Any, network).config.layers_per_block)
+    blocks = {int(found[1]) for name in names if (found := re.match(r"up_blocks\.(\d+)", name))}
+    plain = {
+        block for block in blocks if not any(name.startswith(f"up_blocks.{block}.att") for name in names)
+    }
+    return {name: UNET + name_unet_layer(name, layers, plain) for name in names}
 
 
-def name_unet_layer(name: str, per_block: int, attends: Collection[str]) -> str:
-    """The original name of one tensor; `per_block` layers and one resampling are a block, `attends` those above."""
-    if middle := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
-        place = 1 if middle[1] == "attentions" else 2 * int(middle[2])
-        return f"middle_block.{place}.{name_inside(middle[1], middle[3])}"
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
-    if found is None:
-        return rename(name, OUTER)
-    way, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-    first = block * per_block + (way == "down")
-    if kind == "downsamplers":
-        return f"input_blocks.{first + per_block - 1}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":
-        return f"output_blocks.{first + per_block - 1}.{2 if found[2] in attends else 1}.{rest}"
-    side = "input_blocks" if way == "down" else "output_blocks"
-    return f"{side}.{first + layer}.{int(kind == 'attentions')}.{name_inside(kind, rest)}"
+def name_unet_layer(name: str, layers: int, plain: Collection[int]) -> str:
+    """The original name of one tensor; `layers` of a block, `plain` are the blocks above without attention."""
+    original = to_original(name.replace("spatial_res_block.", ""), layers, plain)
+    return rename(name_over_time(original), ATTENTION)
 
 
-def name_inside(kind: str, rest: str) -> str:
-    """The original name of a tensor inside a layer."""
-    if kind == "attentions":
-        return rename(rest, ATTENTION)
-    if rest.startswith("temporal_res_block."):
-        return f"time_stack.{rename(rest.removeprefix('temporal_res_block.'), RESNET)}"
-    return rename(rest.removeprefix("spatial_res_block."), RESNET)
+def name_over_time(name: str) -> str:
+    """The original name of a tensor in a residual block over time; another one unchanged."""
+    head, over_time, rest = name.partition(".temporal_res_block.")
+    return f"{head}.time_stack.{renamed(rest, ORIGINAL_RESNET)}" if over_time else name
 
 
 def name_coder_layers(network: nn.Module, encoder: str) -> dict[str, str]:
@@ -227,9 +199,7 @@ def name_coder_layers(network: nn.Module, encoder: str) -> dict[str, str]:
 
 def name_coder_layer(name: str, levels: int) -> str:
     """The original name of one tensor; the levels above are counted from the picture."""
-    if found := re.fullmatch(r"(.+)\.temporal_res_block\.(.+)", name):
-        return f"{name_coder_layer(found[1], levels)}.time_stack.{rename(found[2], RESNET)}"
-    name = rename(name, CODER)
+    name = rename(name_over_time(name), CODER)
     name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
     name = name.replace("down_blocks.", "down.").replace(".resnets.", ".block.")

@@ -7,7 +7,6 @@ encoder low-rank changes `X.up @ X.down` to the UNet's own weights.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -16,31 +15,12 @@ from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor, nn
 
 from backbone.families.components.empty import without_weights
+from backbone.families.unet.original import from_original
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_tensors
 
 PREFIX = "control_model."
 LORA_KEY = "lora_controlnet"
-RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-FIXED = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "middle_block_out.0": "controlnet_mid_block",
-    "middle_block.1": "mid_block.attentions.0",
-    "input_hint_block.0": "controlnet_cond_embedding.conv_in",
-    "input_hint_block.14": "controlnet_cond_embedding.conv_out",
-    **{f"input_hint_block.{2 * n + 2}": f"controlnet_cond_embedding.blocks.{n}" for n in range(6)},
-}
 
 
 def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -54,7 +34,8 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
     is_lora = LORA_KEY in tensors
     tensors.pop(LORA_KEY, None)
     if not any(name.startswith("controlnet_cond_embedding.") for name in tensors):
-        tensors = {to_diffusers(name, unet): tensor for name, tensor in tensors.items()}
+        layers = int(cast(Any, unet).config.layers_per_block)
+        tensors = {from_original(name, layers): tensor for name, tensor in tensors.items()}
     if "controlnet_cond_embedding.conv_in.weight" not in tensors:
         raise UserError(
             f"{header.path} is no control network: it holds {', '.join(sorted(names)[:3])} … Name a ControlNet, a "
@@ -89,33 +70,6 @@ def plain_weights(unet: nn.Module) -> dict[str, Tensor]:
         for name, value in unet.state_dict().items()
         if not any(mark in name for mark in (".lora_", ".hada_", ".lokr_"))
     }
-
-
-def to_diffusers(name: str, unet: nn.Module) -> str:
-    """An original name as diffusers'; what it does not know stays as it is."""
-    layers = cast(Any, unet).config.layers_per_block
-    for original, ours in FIXED.items():
-        if name.startswith(f"{original}."):
-            return ours + name[len(original) :]
-    if found := re.match(r"zero_convs\.(\d+)\.0\.(.+)", name):
-        return f"controlnet_down_blocks.{found[1]}.{found[2]}"
-    if found := re.match(r"middle_block\.([02])\.(.+)", name):
-        return f"mid_block.resnets.{int(found[1]) // 2}.{_resnet(found[2])}"
-    if found := re.match(r"input_blocks\.(\d+)\.([01])\.(.+)", name):
-        block, layer = divmod(int(found[1]) - 1, layers + 1)
-        if layer == layers:
-            return f"down_blocks.{block}.downsamplers.0.conv.{found[3].removeprefix('op.')}"
-        if found[2] == "1":
-            return f"down_blocks.{block}.attentions.{layer}.{found[3]}"
-        return f"down_blocks.{block}.resnets.{layer}.{_resnet(found[3])}"
-    return name
-
-
-def _resnet(name: str) -> str:
-    for original, ours in RESNET.items():
-        if name.startswith(f"{original}."):
-            return ours + name[len(original) :]
-    return name
 
 
 def _whole(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor | None:

@@ -27,7 +27,7 @@ from backbone.conditions.control import Residuals
 from backbone.io.console import UserError, notify
 from backbone.io.files import PICKLE_SUFFIXES, read_tensors, write_tensors
 from backbone.io.records import parse_json, read_as
-from backbone.media.camera import Reach
+from backbone.media.control.camera import Reach
 from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
 

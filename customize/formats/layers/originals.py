@@ -7,55 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from backbone.families.flux import original as flux
+
 Swap = Literal["never", "halves", "halves of two"]
-_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _ATTN2 = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 _TIME, _TEXT = "time_text_embed.timestep_embedder", "time_text_embed.text_embedder"
-_GUIDANCE, _ADALN = "time_text_embed.guidance_embedder", "adaln_single.emb"
+_ADALN = "adaln_single.emb"
 # Original layer → diffusers' layers, in order of their rows; # is a block's number.
-_FLUX: dict[str, tuple[str, ...]] = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": (f"{_TIME}.linear_1",),
-    "time_in.out_layer": (f"{_TIME}.linear_2",),
-    "vector_in.in_layer": (f"{_TEXT}.linear_1",),
-    "vector_in.out_layer": (f"{_TEXT}.linear_2",),
-    "guidance_in.in_layer": (f"{_GUIDANCE}.linear_1",),
-    "guidance_in.out_layer": (f"{_GUIDANCE}.linear_2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    **{
-        f"double_blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
-        for original, parts in {
-            "img_attn.qkv": _QKV,
-            "txt_attn.qkv": _ADDED,
-            "img_attn.proj": ("attn.to_out.0",),
-            "txt_attn.proj": ("attn.to_add_out",),
-            "img_mlp.0": ("ff.net.0.proj",),
-            "img_mlp.2": ("ff.net.2",),
-            "txt_mlp.0": ("ff_context.net.0.proj",),
-            "txt_mlp.2": ("ff_context.net.2",),
-            "img_mod.lin": ("norm1.linear",),
-            "txt_mod.lin": ("norm1_context.linear",),
-        }.items()
-    },
-    **{
-        f"single_blocks.#.{original}": tuple(f"single_transformer_blocks.#.{part}" for part in parts)
-        for original, parts in {
-            "linear1": (*_QKV, "proj_mlp"),
-            "linear2": ("proj_out",),
-            "modulation.lin": ("norm.linear",),
-        }.items()
-    },
-}
 _XLABS: dict[str, tuple[str, ...]] = {  # layers that its processors add to
-    "double_blocks.#.qkv_lora1": _FLUX["double_blocks.#.img_attn.qkv"],
-    "double_blocks.#.qkv_lora2": _FLUX["double_blocks.#.txt_attn.qkv"],
-    "double_blocks.#.proj_lora1": _FLUX["double_blocks.#.img_attn.proj"],
-    "double_blocks.#.proj_lora2": _FLUX["double_blocks.#.txt_attn.proj"],
-    "single_blocks.#.qkv": _FLUX["single_blocks.#.linear1"][:3],
-    "single_blocks.#.proj": _FLUX["single_blocks.#.linear2"],
+    "double_blocks.#.qkv_lora1": flux.LAYERS["double_blocks.#.img_attn.qkv"],
+    "double_blocks.#.qkv_lora2": flux.LAYERS["double_blocks.#.txt_attn.qkv"],
+    "double_blocks.#.proj_lora1": flux.LAYERS["double_blocks.#.img_attn.proj"],
+    "double_blocks.#.proj_lora2": flux.LAYERS["double_blocks.#.txt_attn.proj"],
+    "single_blocks.#.qkv": flux.LAYERS["single_blocks.#.linear1"][:3],
+    "single_blocks.#.proj": flux.LAYERS["single_blocks.#.linear2"],
 }
 _SD3: dict[str, tuple[str, ...]] = {
     "x_embedder.proj": ("pos_embed.proj",),
@@ -69,9 +34,9 @@ _SD3: dict[str, tuple[str, ...]] = {
     **{
         f"joint_blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
         for original, parts in {
-            "x_block.attn.qkv": _QKV,
+            "x_block.attn.qkv": flux.QKV,
             "x_block.attn2.qkv": _ATTN2,
-            "context_block.attn.qkv": _ADDED,
+            "context_block.attn.qkv": flux.ADDED_QKV,
             "x_block.attn.proj": ("attn.to_out.0",),
             "x_block.attn2.proj": ("attn2.to_out.0",),
             "context_block.attn.proj": ("attn.to_add_out",),
@@ -110,7 +75,7 @@ _PIXART: dict[str, tuple[str, ...]] = {
     },
 }
 _FLUX2: dict[str, tuple[str, ...]] = {
-    **{name: _FLUX[name] for name in ("img_in", "txt_in")},
+    **{name: flux.LAYERS[name] for name in ("img_in", "txt_in")},
     **{
         f"{name}_in.{original}_layer": (f"time_guidance_embed.{embedder}_embedder.{part}",)
         for name, embedder in (("time", "timestep"), ("guidance", "guidance"))
@@ -123,12 +88,12 @@ _FLUX2: dict[str, tuple[str, ...]] = {
             "single_stream_modulation",
         )
     },
-    **{name: _FLUX[name] for name in ("final_layer.linear", "final_layer.adaLN_modulation.1")},
+    **{name: flux.LAYERS[name] for name in ("final_layer.linear", "final_layer.adaLN_modulation.1")},
     **{
         f"double_blocks.#.{original}": tuple(f"transformer_blocks.#.{part}" for part in parts)
         for original, parts in {
-            "img_attn.qkv": _QKV,
-            "txt_attn.qkv": _ADDED,
+            "img_attn.qkv": flux.QKV,
+            "txt_attn.qkv": flux.ADDED_QKV,
             "img_attn.proj": ("attn.to_out.0",),
             "txt_attn.proj": ("attn.to_add_out",),
             "img_mlp.0": ("ff.linear_in",),
@@ -174,30 +139,19 @@ _KREA2: dict[str, tuple[str, ...]] = {
         }.items()
     },
 }
-_CHROMA: dict[str, tuple[str, ...]] = {  # FLUX.1's, but for the modulation, which one small network computes
-    **{
-        name: parts
-        for name, parts in _FLUX.items()
-        if not re.search(r"_mod\.|modulation|time_in|vector_in|guidance_in", name)
-    },
-    **{
-        f"distilled_guidance_layer.layers.#.{original}_layer": (f"distilled_guidance_layer.layers.#.{part}",)
-        for original, part in (("in", "linear_1"), ("out", "linear_2"))
-    },
-}
 _QWEN21: dict[str, tuple[str, ...]] = {  # ComfyUI's: what has another name; the rest is called alike
     "transformer_blocks.#.img_mlp.gate_up": (
         *("transformer_blocks.#.img_mlp.gate_layer", "transformer_blocks.#.img_mlp.proj"),
     ),
 }
-_ORIGINALS: dict[str, dict[str, tuple[str, ...]]] = {
-    "flux": _FLUX,
+_ORIGINALS: dict[str, flux.Layers] = {
+    "flux": flux.LAYERS,
     "sd3": _SD3,
     "pixart": _PIXART,
     "flux2": _FLUX2,
     "zimage": _ZIMAGE,
     "krea2": _KREA2,
-    "chroma": _CHROMA,
+    "chroma": flux.CHROMA,
     "qwen21": _QWEN21,
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from backbone.families.unet.original import from_original, to_original
 from backbone.io.console import UserError
 from customize.formats.layers.known import (
     DENOISERS,
@@ -25,7 +26,7 @@ from customize.formats.layers.known import (
     known_layers,
     layer_names,
 )
-from customize.formats.layers.names import TEXT_MODEL_PREFIX, from_original, to_original
+from customize.formats.layers.names import TEXT_MODEL_PREFIX
 from customize.formats.layers.originals import Swap, original_layers
 
 TRANSFORMERS = tuple(network for network in DENOISERS if network not in UNETS)

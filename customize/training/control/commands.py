@@ -242,10 +242,10 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     from backbone.models.control import find_control, open_control
     from backbone.models.locate import OWN
     from backbone.models.model import Backbone
-    from backbone.world.record import load_labels
+    from backbone.world.rendering.record import load_labels
     from customize.data.control_pairs import check_control_pairs, read_control_pairs
-    from customize.training.control_evaluation import TABLE, ControlDrawing
-    from customize.training.control_evaluation import evaluate_control as measure
+    from customize.training.control.evaluation import TABLE, ControlDrawing
+    from customize.training.control.evaluation import evaluate_control as measure
 
     record = find_control(asked.network).record
     kind = kind_of(asked, record.kinds)

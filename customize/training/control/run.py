@@ -28,9 +28,9 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
-from backbone.media.control_maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
-from backbone.media.pictures import ImageRecord
+from backbone.media.control.maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.locate import OWN
@@ -39,7 +39,7 @@ from backbone.models.sample import Request, sample
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
-from backbone.world.record import load_labels
+from backbone.world.rendering.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolved
 from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
 from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, mean_agreement, measure_loss

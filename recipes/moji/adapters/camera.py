@@ -33,13 +33,13 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors
-from backbone.media.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
+from backbone.media.control.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
 from backbone.world.motions import CAMERAS
-from backbone.world.render import SIZE, find_font
+from backbone.world.rendering.render import SIZE, find_font
 from recipes.moji.adapters.motion import FRAMES, HELD_OUT, encode_frames, level_densities, write_shards
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining

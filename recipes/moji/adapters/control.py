@@ -43,7 +43,7 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
-from backbone.media.control_maps import as_hints, compute_map
+from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.transforms import to_tensor
 from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord
 from backbone.models.encode import encode_texts
@@ -51,8 +51,8 @@ from backbone.models.model import Backbone
 from backbone.training.loop import Average
 from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.maps import draw_maps, draw_sketch, look_at, sample_hand
-from backbone.world.record import load_labels
-from backbone.world.render import find_font
+from backbone.world.rendering.record import load_labels
+from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
 from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolved
 from customize.evaluation.obedience import HeldOut

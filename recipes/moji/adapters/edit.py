@@ -29,7 +29,7 @@ from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import read_tensors, write_tensors, write_text
 from backbone.world.edits import WorldEdit, sample_edits
-from backbone.world.render import find_font
+from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
 from recipes.moji.training.run import make_readable

@@ -41,7 +41,7 @@ from backbone.models.clips.motion import attach_motion, detach_motion, new_motio
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip
-from backbone.world.render import find_font
+from backbone.world.rendering.render import find_font
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
 from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained

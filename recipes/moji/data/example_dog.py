@@ -13,7 +13,7 @@ import typer
 from backbone.io.files import write_text
 from backbone.media.sheet import save_png
 from backbone.world.concepts import FIRST_SEED, concept_scenes
-from backbone.world.render import render
+from backbone.world.rendering.render import render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from backbone.media.sheet import save_png
-from backbone.world.render import render
+from backbone.world.rendering.render import render
 from backbone.world.scene import BENCHMARK_SEEDS, sample_scene
 
 

@@ -15,9 +15,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from backbone.world.render import find_font, render, to_array
+from backbone.world.rendering.render import find_font, render, to_array
+from backbone.world.rendering.textures import Pixels, draw_texture
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
-from backbone.world.textures import Pixels, draw_texture
 
 SHARD = 2000
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.files import atomic_write, content_hash
-from backbone.world.render import find_font, render, to_array
+from backbone.world.rendering.render import find_font, render, to_array
+from backbone.world.rendering.textures import Pixels
 from backbone.world.scene import Scene
-from backbone.world.textures import Pixels
 from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 
 AUTOENCODER = Path("vae/diffusion_pytorch_model.safetensors")  # in the work directory

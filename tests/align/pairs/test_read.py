@@ -320,7 +320,7 @@ def test_more_prompts_do_not_move_the_others() -> None:
 
 
 def picture_record() -> Any:
-    from backbone.media.pictures import ImageRecord
+    from backbone.media.sources.pictures import ImageRecord
 
     return ImageRecord(Path("none.png"))
 

@@ -194,6 +194,8 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
             "a.json is not JSON .the key steps stands there twice",
         ),
         ("a.yaml", "steps: 5\nflip: true\nsteps: 6", "a.yaml is not YAML .the key steps stands there twice"),
+        ("a.yaml", "images:\n  a: 1\n  a: 2", "a.yaml is not YAML .the key a stands there twice"),
+        ("a.toml", "steps = 5\nsteps = 6", "a.toml is not TOML"),
         ("a.txt", "steps: 5", "no .yaml, .toml or .json"),
     ],
     ids=str,

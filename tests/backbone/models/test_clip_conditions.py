@@ -15,7 +15,7 @@ from backbone.cli.conditions import AskedControl, parse_map
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.media.clips import encode_webp
-from backbone.media.control_maps import Target, read_maps
+from backbone.media.control.maps import Target, read_maps
 from backbone.media.transforms import to_image
 from backbone.models.clips.motion import attach_motion
 from backbone.models.control import open_clip_conditions, open_control

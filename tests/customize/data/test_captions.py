@@ -8,7 +8,7 @@ import pytest
 
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
-from backbone.media.pictures import ImageRecord
+from backbone.media.sources.pictures import ImageRecord
 from backbone.models.model import Backbone
 from customize.data.captions import describe_brackets, describe_truncated, write_prompt
 

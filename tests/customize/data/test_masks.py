@@ -15,10 +15,10 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.families.base import Network
-from backbone.media.pictures import list_images
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
-from backbone.world.render import render
+from backbone.world.rendering.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from customize.data.dataset import Group, prepare

@@ -14,11 +14,12 @@ from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
 from torch import nn
 
 from backbone.adapters.lora import add_lora, load_lora, save_lora
+from backbone.families.unet.original import from_original, to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors, write_tensors
 from customize.formats.adapter import AdapterFile, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
-from customize.formats.layers.names import flatten_name, from_original, to_original
+from customize.formats.layers.names import flatten_name
 from customize.formats.layers.translate import find
 from customize.formats.metadata import build_metadata
 from customize.formats.read import read_adapter

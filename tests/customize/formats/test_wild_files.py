@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from backbone.adapters.concept import read_concept
 from backbone.adapters.config import CONFIG_KEY
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, load_lora, save_lora
-from backbone.families.flux.checkpoint import rename_key
+from backbone.families.flux.original import from_original as from_original_flux
+from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.convert import export_adapter, fit_to_model, import_adapter
 from customize.formats.factors import LayerUpdate
-from customize.formats.layers.names import to_original
 from customize.formats.merging.merge import read_input
 from customize.formats.model_weights import ModelWeights
 from customize.formats.read import read_adapter
@@ -892,7 +892,7 @@ def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str,
         plain = ("img_attn.proj", "txt_attn.proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2")
         double = [f"double_blocks.0.{name}" for name in (*plain, "img_mod.lin", "txt_mod.lin")]
         for name in (*names, *embeds, *double, "single_blocks.0.linear2", "single_blocks.0.modulation.lin"):
-            yield name, (rename_key(f"{name}.weight").removesuffix(".weight"),)
+            yield name, tuple(part.removesuffix(".weight") for part in from_original_flux(f"{name}.weight"))
         yield "double_blocks.0.img_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in qkv)
         added = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
         yield "double_blocks.0.txt_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in added)

@@ -18,7 +18,7 @@ from torch import Tensor
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
-from backbone.media.pictures import ImageRecord, list_images
+from backbone.media.sources.pictures import ImageRecord, list_images
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.cache import cache_folder, encode_prompts_cached
 from backbone.models.encode import View, encode_views

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from typer.testing import CliRunner
 
 from backbone.io.console import UserError
-from backbone.media.pictures import list_images
+from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.settings import Subject, read_settings, resolved

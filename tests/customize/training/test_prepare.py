@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from backbone.io.console import UserError
-from backbone.media.pictures import list_images
+from backbone.media.sources.pictures import list_images
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from backbone.adapters.concept import Concept, trained_resolution
 from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import append_jsonl, read_json, read_jsonl
-from backbone.media import pictures
-from backbone.media.decode import open_rgb
+from backbone.media.sources import pictures
+from backbone.media.sources.decode import open_rgb
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
 from customize.settings import read_settings, resolved
-from customize.training.report import RunReport
+from customize.training.reporting.report import RunReport
 from tests.customize.evaluation.test_metrics import FILE
 from tests.tiny import tiny_eye, tiny_flux2_klein
 

@@ -16,7 +16,7 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
-from backbone.media.pictures import list_images
+from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.settings import find_resumed, said_anew
 from customize.data.folders import as_template

@@ -18,9 +18,9 @@ import torch
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.media import stream as streams
-from backbone.media.pictures import list_images
-from backbone.media.stream import Named, Stream, find_stream, stream_images
+from backbone.media.sources import stream as streams
+from backbone.media.sources.pictures import list_images
+from backbone.media.sources.stream import Named, Stream, find_stream, stream_images
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders

@@ -366,7 +366,7 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
 def test_every_image_is_read_once_and_the_model_opened_once(
     edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backbone.media.decode import open_mask, open_rgb
+    from backbone.media.sources.decode import open_mask, open_rgb
 
     read: list[str] = []
     opened: list[str] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
-from backbone.media.camera import Reach, embed_rays, read_camera
+from backbone.media.control.camera import Reach, embed_rays, read_camera
 from backbone.models.clips.camera import (
     HEADER,
     Camera,

@@ -16,7 +16,7 @@ from torch import Tensor
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
-from backbone.media.control_maps import as_hints
+from backbone.media.control.maps import as_hints
 from backbone.models.clips.motion import attach_motion, read_motion_adapter
 from backbone.models.clips.sparse import build_sparsectrl, open_sparsectrl, spread
 from backbone.models.model import Backbone

@@ -19,7 +19,7 @@ from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
-from backbone.media.control_maps import COMPUTED, as_hints, compute_map
+from backbone.media.control.maps import COMPUTED, as_hints, compute_map
 from backbone.media.crops import read_crop
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image, to_tensor

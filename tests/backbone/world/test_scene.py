@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from backbone.world.edits import OF_ONE, OF_TWO, WORDINGS, sample_edits, write_instruction
-from backbone.world.render import place_figures
-from backbone.world.render import render as draw
+from backbone.world.rendering.render import place_figures
+from backbone.world.rendering.render import render as draw
 from backbone.world.scene import Scene, is_fair, sample_scene
 from backbone.world.words import Thing, choose_article, load_vocabulary, pluralize
 
@@ -82,7 +82,7 @@ def test_no_benchmark_asks_for_a_tree_where_trees_are_drawn() -> None:
 
 
 def drawn(scene: Scene) -> np.ndarray:
-    from backbone.world.render import render, to_array
+    from backbone.world.rendering.render import render, to_array
 
     return to_array(render(scene).image)
 
@@ -100,7 +100,7 @@ def test_things_look_the_way_that_the_font_draws_them() -> None:
 
 @pytest.mark.font
 def test_another_colour_changes_pixels_of_the_thing_alone() -> None:
-    from backbone.world.render import render
+    from backbone.world.rendering.render import render
 
     red = replace(PLAIN, things=(Thing("dog", colour="red"),))
     changed = np.abs(drawn(red).astype(int) - drawn(PLAIN)).max(-1) > 2
@@ -111,7 +111,7 @@ def test_another_colour_changes_pixels_of_the_thing_alone() -> None:
 
 @pytest.mark.font
 def test_another_place_keeps_the_thing_where_it_stands() -> None:
-    from backbone.world.render import render
+    from backbone.world.rendering.render import render
 
     here, there = render(PLAIN), render(replace(PLAIN, place="on a white background"))
     assert here.image.tobytes() != there.image.tobytes()
@@ -135,7 +135,7 @@ def test_every_place_style_and_accessory_draws() -> None:
 
 @pytest.mark.font
 def test_masks_lie_inside_the_picture_and_pairs_have_two() -> None:
-    from backbone.world.render import render
+    from backbone.world.rendering.render import render
 
     masks = render(replace(PLAIN, pair=True)).masks
     assert len(masks) == 2
@@ -144,7 +144,7 @@ def test_masks_lie_inside_the_picture_and_pairs_have_two() -> None:
 
 def test_a_missing_font_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     from backbone.io.console import UserError
-    from backbone.world import render
+    from backbone.world.rendering import render
 
     monkeypatch.setattr(render, "FONT_PATHS", ())
     monkeypatch.delenv(render.FONT_VARIABLE, raising=False)
@@ -153,7 +153,7 @@ def test_a_missing_font_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_pixel_art_is_made_of_squares() -> None:
-    from backbone.world.styles import pixel_art
+    from backbone.world.rendering.styles import pixel_art
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     squares = np.asarray(pixel_art(image)).reshape(32, 4, 32, 4, 3)

@@ -3,7 +3,7 @@
     lines    every line: where neighbouring pixels differ by much, in any colour
     sketch   the strong outlines alone: the same in a softened picture, 2 px wide
 
-`edges` are Canny's, in `backbone.media.control_maps`. All work at the picture's own size, so resize it first.
+`edges` are Canny's, in `backbone.media.control.maps`. All work at the picture's own size, so resize it first.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.hub import connection_errors, find_revision, hub_answers
 from backbone.io.run_folder import PREPARED
-from backbone.media.pictures import (
+from backbone.media.sources.pictures import (
     Columns,
     DatasetRow,
     ImageRecord,

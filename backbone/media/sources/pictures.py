@@ -27,7 +27,7 @@ from backbone.io.console import UserError, count_of, notify, notify_once, progre
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import inside, parse_json, plain
-from backbone.media.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
+from backbone.media.sources.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}

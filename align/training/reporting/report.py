@@ -15,7 +15,7 @@ from align.objectives.reference import CachedReference
 from align.pairs.prepared import PreparedRecords
 from align.pairs.records import Records
 from align.settings import REPORT, REWARD_LOSSES, SUMMARY, Settings, as_command
-from align.training.logs import (
+from align.training.reporting.logs import (
     LoggedEvaluation,
     LoggedFigures,
     LoggedInterval,
@@ -24,7 +24,7 @@ from align.training.logs import (
     read_rewards,
     read_steps,
 )
-from align.training.pictures import Pictures, describe
+from align.training.reporting.pictures import Pictures, describe
 from backbone.adapters.concept import Concept, summarize_concepts
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import notify_once

@@ -11,7 +11,7 @@ from PIL import ImageChops
 
 from backbone.world.clip import Clip, ClipRendering, render_clip, sample_bilinear, sample_clip, trace_camera
 from backbone.world.motions import CAMERAS, MOTIONS, find_moves, opposite
-from backbone.world.render import render
+from backbone.world.rendering.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from backbone.cli.conditions import AskedControl, AskedMap, ControlOptions, check_strength, parse_map
 from backbone.io.console import UserError
-from backbone.media.control_maps import Target, as_hints, canny, compute_map, read_map
+from backbone.media.control.maps import Target, as_hints, canny, compute_map, read_map
 
 PALETTE = {"sky": (160, 208, 248), "dog": (248, 0, 0)}
 SIZE = (64, 64)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from backbone.world.render import SIZE
+from backbone.world.rendering.render import SIZE
 
 Pixels = NDArray[np.uint8]
 

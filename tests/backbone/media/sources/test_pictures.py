@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageCms
 
 from backbone.io.console import UserError
-from backbone.media.decode import BadImageError, open_mask, open_rgb
-from backbone.media.pictures import ImageRecord, check_images, describe_unused, list_images
+from backbone.media.sources.decode import BadImageError, open_mask, open_rgb
+from backbone.media.sources.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
     CROPS,
     bucket_sizes,
@@ -248,7 +248,7 @@ def test_decoding_small_gives_the_same_square_as_decoding_whole(tmp_path: Path) 
 def test_a_jpeg_too_large_to_hold_comes_at_half_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backbone.media.decode.MAX_FULL_SIZE_PIXELS", 80 * 60 - 1)
+    monkeypatch.setattr("backbone.media.sources.decode.MAX_FULL_SIZE_PIXELS", 80 * 60 - 1)
     assert open_rgb(write(tmp_path / "x.jpg", scene(80, 60))).size == (40, 30)
     assert open_rgb(write(tmp_path / "x.png", scene(80, 60))).size == (80, 60)
 
@@ -723,7 +723,7 @@ def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentenc
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("backbone.media.pictures.hub_answers", lambda name, kind: True)
+    monkeypatch.setattr("backbone.media.sources.pictures.hub_answers", lambda name, kind: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"test": table, "train": table.select([0])})
     (picture,) = list_images("somebody/dogs")
     assert difference(picture.open(), scene()) == 0
@@ -742,7 +742,7 @@ def test_without_a_connection_an_id_is_answered_at_once_and_the_cache_alone_is_a
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("backbone.media.pictures.hub_answers", lambda name, kind: False)
+    monkeypatch.setattr("backbone.media.sources.pictures.hub_answers", lambda name, kind: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(UserError, match="pics/dog is no folder here, and no dataset of that name"):
         list_images("pics/dog")

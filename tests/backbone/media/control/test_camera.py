@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backbone.io.console import UserError
-from backbone.media.camera import (
+from backbone.media.control.camera import (
     WORDS,
     Reach,
     as_lines,
@@ -25,7 +25,7 @@ from backbone.media.camera import (
 )
 from backbone.world.clip import PAN, ROLL, ZOOM, Clip, trace_camera
 from backbone.world.motions import CAMERAS
-from backbone.world.render import SIZE
+from backbone.world.rendering.render import SIZE
 from backbone.world.scene import sample_scene
 
 SQUARE = (SIZE, SIZE)

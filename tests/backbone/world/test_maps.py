@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from backbone.world.maps import HandStyle, draw_by_hand, draw_labels, draw_maps, look_at, read_layers
-from backbone.world.record import GROUND, Part, Record, Stick, label_of, load_labels
-from backbone.world.render import SIZE, find_font, render
+from backbone.world.rendering.record import GROUND, Part, Record, Stick, label_of, load_labels
+from backbone.world.rendering.render import SIZE, find_font, render
 from backbone.world.scene import Pose, Scene, sample_posed_scene, sample_scene
 from backbone.world.words import Thing, load_vocabulary
 

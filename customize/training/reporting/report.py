@@ -28,7 +28,7 @@ from customize.evaluation.edits import EditMetrics
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics
 from customize.evaluation.survival import Survival
 from customize.settings import Settings, as_flags
-from customize.training.card import described
+from customize.training.reporting.card import described
 
 REPORT = "report.html"
 STRIPS = "evaluations"

@@ -13,8 +13,8 @@ from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.report import heading, image_row, paragraph
 from backbone.io.run_folder import BEFORE_AND_AFTER
-from backbone.media.decode import open_rgb
 from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.sources.decode import open_rgb
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from backbone.io.console import UserError
-from backbone.world.anchors import AccessoryAnchor, find_anchor
-from backbone.world.record import DECORATION, GROUND, WALL, WATER, Part, Record, Stick, label_of
-from backbone.world.record import SIZE as SIZE
-from backbone.world.record import SUPERSAMPLING as SUPERSAMPLING
+from backbone.world.rendering.anchors import AccessoryAnchor, find_anchor
+from backbone.world.rendering.record import DECORATION, GROUND, WALL, WATER, Part, Record, Stick, label_of
+from backbone.world.rendering.record import SIZE as SIZE
+from backbone.world.rendering.record import SUPERSAMPLING as SUPERSAMPLING
+from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import HORIZONS, Scene
-from backbone.world.styles import STYLES
 from backbone.world.words import Thing, load_vocabulary
 
 FONT_PATHS = (

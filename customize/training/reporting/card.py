@@ -15,7 +15,7 @@ from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
 from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_flags
-from customize.training.public import copy_without_paths
+from customize.training.reporting.public import copy_without_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from backbone.cli.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once
 from backbone.media.clips import FILMS, count_frames, read_film
-from backbone.media.decode import open_rgb
-from backbone.media.outlines import draw_lines, draw_outlines
-from backbone.media.pictures import list_images
+from backbone.media.control.outlines import draw_lines, draw_outlines
+from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_box
 
 Palette = Mapping[str, tuple[int, int, int]]

@@ -10,8 +10,8 @@ import pytest
 
 from align.objectives.metrics import Figures
 from align.settings import EVALUATIONS, REWARDS, Settings
-from align.training.logs import LoggedStep, read_evaluations, read_rewards, read_steps
-from align.training.report import draw_curves, smoothed_log
+from align.training.reporting.logs import LoggedStep, read_evaluations, read_rewards, read_steps
+from align.training.reporting.report import draw_curves, smoothed_log
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl

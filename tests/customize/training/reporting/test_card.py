@@ -25,7 +25,7 @@ from backbone.io.files import write_json, write_tensors
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.settings import Settings
-from customize.training.card import card, in_diffusers, push
+from customize.training.reporting.card import card, in_diffusers, push
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,0 +1,1 @@
+"""What steers a model beside the prompt: maps of an image's layout, line drawings, camera paths."""
