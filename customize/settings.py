@@ -247,6 +247,16 @@ class Settings(TrainingSettings):
         int,
         Option("Train on images of this many pixels a side.", "Data", default_text="the model's own", min=1),
     ] = 0
+    random_crop: Annotated[
+        int,
+        Option(
+            "Learn every image also as so many random crops of it.",
+            "Data",
+            by_model=True,
+            needs=A_CONCEPT,
+            min=0,
+        ),
+    ] = 0
     aspect_buckets: Annotated[
         bool,
         Option(
@@ -676,6 +686,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         "rank": usual.get("rank", Settings.rank),
         "batch": usual.get("batch", Settings.batch),
         "flip": usual.get("flip", False),
+        "random_crop": 0 if asked.get("pairs") else usual.get("random_crop", 0),
         "sample_steps": usual.get("steps", Settings.sample_steps),
         "guidance": usual.get("guidance", Settings.guidance),
         "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),

@@ -260,7 +260,7 @@ def _open_prepared(
 def crop_place(seed: int, key: str, number: int) -> CropPosition:
     """Where a record's pictures are cut for the n-th of its random crops, the same for all of them."""
     across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
-    return round(across, 4), round(down, 4)
+    return CropPosition(round(across, 4), round(down, 4))
 
 
 def _where(picture: ImageRecord) -> str:

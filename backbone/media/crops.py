@@ -18,28 +18,27 @@ def read_crop(picture: ImageRecord, size: tuple[int, int], crop: CropPosition = 
 
 
 class CropReader:
-    """`read_crop` that remembers: the crops of the `kept` pictures, and of the others the one read last."""
+    """`read_crop` that remembers: the centres of the `kept` pictures, and the picture that was decoded last."""
 
     def __init__(self, kept: Iterable[ImageRecord] = ()) -> None:
         self.kept = {str(picture.path) for picture in kept}
-        self.crops: dict[tuple[str, tuple[int, int], CropPosition], Image] = {}
+        self.centres: dict[tuple[str, tuple[int, int]], Image] = {}
         self.last: tuple[object, Image] | None = None
 
     def __call__(
         self, picture: ImageRecord, size: tuple[int, int], crop: CropPosition = CROPS["center"]
     ) -> Image:
-        key = (str(picture.path), size, crop)
-        if key in self.crops:
-            return self.crops[key]
-        if self.last is not None and self.last[0] == key:
-            return self.last[1]
-        image = read_crop(picture, size, crop)
-        self.last = (key, image)
-        if key[0] in self.kept:
-            self.crops[key] = image
+        name = str(picture.path)
+        if crop == CROPS["center"] and (name, size) in self.centres:
+            return self.centres[name, size]
+        if self.last is None or self.last[0] != (name, max(size)):
+            self.last = (name, max(size)), picture.open(at_least=max(size))
+        image = crop_and_resize(self.last[1], size, crop=crop)
+        if crop == CROPS["center"] and name in self.kept:
+            self.centres[name, size] = image
         return image
 
     def forget(self) -> None:
-        """Lets go of all crops."""
-        self.crops.clear()
+        """Lets go of all pictures."""
+        self.centres.clear()
         self.last = None

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from backbone.io.console import UserError
 
-CropPosition: TypeAlias = tuple[float, float]
-"""The share of what is cropped away that lies left of the crop and above it, 0…1 each."""
+
+class CropPosition(NamedTuple):
+    """The share of what is cropped away that lies left of the crop and above it, 0…1 each, and the crop's size.
+
+    `side` is that of the largest crop times this.
+    """
+
+    left: float
+    top: float
+    side: float = 1.0
+
 
 MAX_ASPECT_RATIO = 2.0  # longer images are cropped to it
 CROPS: dict[str, CropPosition] = {
-    "center": (0.5, 0.5),
-    "top": (0.5, 0.0),
-    "bottom": (0.5, 1.0),
-    "left": (0.0, 0.5),
-    "right": (1.0, 0.5),
+    "center": CropPosition(0.5, 0.5),
+    "top": CropPosition(0.5, 0.0),
+    "bottom": CropPosition(0.5, 1.0),
+    "left": CropPosition(0.0, 0.5),
+    "right": CropPosition(1.0, 0.5),
 }
 
 
@@ -47,6 +56,8 @@ def crop_box(
 ) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the largest region of the aspect ratio of `target` (W, H) in an image of `size`.
 
+    Of a position with a `side` below 1 it is so much smaller.
+
     It never reaches beyond the image, whatever rounding does: the side that limits it is the image's own, and the other
     at most that.
     """
@@ -55,7 +66,8 @@ def crop_box(
         keep = (float(width), min(width * high / wide, float(height)))
     else:
         keep = (min(height * wide / high, float(width)), float(height))
-    left, top = ((have - kept) * share for have, kept, share in zip(size, keep, position, strict=True))
+    keep = (keep[0] * position.side, keep[1] * position.side)
+    left, top = (width - keep[0]) * position.left, (height - keep[1]) * position.top
     return left, top, min(left + keep[0], float(width)), min(top + keep[1], float(height))
 
 

@@ -102,7 +102,8 @@ class View(NamedTuple):
     @property
     def key(self) -> str:
         """The hash of the image's bytes and of how it is cut."""
-        return content_hash(f"{self.picture.content_hash}\n{self.size}\n{self.crop}".encode())
+        where = tuple(self.crop) if self.crop.side < 1 else (self.crop.left, self.crop.top)
+        return content_hash(f"{self.picture.content_hash}\n{self.size}\n{where}".encode())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from backbone.io.console import UserError, notify
 from backbone.media.control.maps import Target, as_hints, number_maps, read_numbered_maps
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import list_images
-from backbone.media.transforms import crop_and_resize, crop_box
+from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from backbone.models.clips.sparse import SparseControl, open_sparsectrl
 from backbone.models.control import Condition, describe_asked
 from backbone.models.model import Backbone
@@ -181,7 +181,7 @@ def open_sparse_condition(
 
 def say_crop(name: str, picture: tuple[int, int], clip: tuple[int, int]) -> tuple[float, float, float, float]:
     """The part (left, top, right, bottom) of a picture that has a clip's shape, sizes (W, H); what is lost is said."""
-    left, top, right, bottom = box = crop_box(picture, clip, (0.5, 0.5))
+    left, top, right, bottom = box = crop_box(picture, clip, CROPS["center"])
     lost = 1 - (right - left) * (bottom - top) / (picture[0] * picture[1])
     if lost > CROPPED:
         notify(

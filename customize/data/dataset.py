@@ -13,13 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import generator
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.pictures import ImageRecord, list_images
-from backbone.media.transforms import bucket_sizes, crop_and_resize, mask_to_tensor, nearest_bucket
+from backbone.media.transforms import (
+    CropPosition,
+    bucket_sizes,
+    crop_and_resize,
+    mask_to_tensor,
+    nearest_bucket,
+)
 from backbone.models.cache import encode_prompts_cached, load_or_compute
 from backbone.models.encode import Encoded, Posteriors, Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone, Posterior
@@ -30,6 +37,7 @@ from customize.data.prepared import PreparedImages
 from customize.methods.registry import changes_denoiser
 from customize.settings import OWN_WORDS, Settings
 
+LEAST_SIDE = 0.75  # of a random crop: of the side of what is learned without
 CLASS_STEPS = 20  # of the sampler that generates class images
 CLASS_IMAGES = 48  # where neither a number nor a folder is given
 
@@ -51,7 +59,7 @@ class Group:
 class TrainingData:
     """The encoded dataset, all subjects concatenated.
 
-    posteriors     [1, C, H, W], one for each image, a subject's mirrored images after the others; on disk
+    posteriors     [1, C, H, W], one for each image, then for the crops of a subject, then for all mirrored; on disk
     prompts        one for each posterior
     names          the image file of each posterior, for messages
     frequency      how often each is drawn [N], up to a factor: all subjects equally often
@@ -114,17 +122,17 @@ def prepare(
     names: list[str] = []
     masks: list[Tensor | None] = []
     owners: list[int] = []
-    # images and their mirror images to posteriors; index i is the same image in every list
+    # images, their crops and the mirror images of both to posteriors; index i is the same image in every list
     for number, group in enumerate(groups):
         flips = (False, True) if settings.flip else (False,)
-        sizes, encoded = encode_group(model, group, flips, settings.aspect_buckets, read)
-        for flip, (own, where) in encoded.items():
+        views = views_of(group, settings, model.resolution)
+        for flip, (own, where) in encode_group(model, group, views, flips, settings, read).items():
             places += [(len(parts) + part, row) for part, row in where]
             parts += own
-            masks += masks_of(group.pictures, sizes, flip=flip)
-            prompts += group.prompts
-            names += [str(picture.path) for picture in group.pictures]
-            owners += [number] * len(group.pictures)
+            masks += masks_of(views, flip=flip)
+            prompts += list(group.prompts) * (len(views) // len(group.pictures))
+            names += [str(view.picture.path) for view in views]
+            owners += [number] * len(views)
     # prompts to conditions, while the text encoder is loaded
     classes = [group.class_prompt for group in groups]
     with processes.main_process_first():
@@ -165,31 +173,64 @@ OfSizes: TypeAlias = tuple[list[Encoded], list[tuple[int, int]]]
 """Images as parts of one size each, and the (part, row) of each image."""
 
 
-def encode_group(
-    model: Backbone, group: Group, flips: Sequence[bool], aspect_buckets: bool, read: ReadCrop
-) -> tuple[list[tuple[int, int]] | None, dict[bool, OfSizes]]:
-    """A subject's images encoded, mirrored as `flips` says; and their sizes, with aspect buckets."""
+def views_of(group: Group, settings: Settings, resolution: int) -> list[View]:
+    """How a subject's images are cut: each at its centre, then each at its first random place, and so on.
+
+    A random crop has between LEAST_SIDE and all of the side that the centred one has. Images that are prepared have
+    none, which is said.
+    """
+    count, pictures = settings.random_crop, group.pictures
+    sizes: Sequence[tuple[int, int]] = [(resolution, resolution)] * len(pictures)
     if is_prepared(group.source):
-        return open_group(model, PreparedImages(Path(group.source)), flips, aspect_buckets)
-    side = model.resolution
-    sizes = sizes_of(group.pictures, side) if aspect_buckets else None
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(sizes or [(side, side)] * len(group.pictures)):
-        by_size.setdefault(size, []).append(row)
-    places = [(0, 0)] * len(group.pictures)
+        if count:
+            notify(
+                f"{group.source} holds its images at their centre alone: none is learned as random crops too."
+            )
+        count = 0
+        prepared = PreparedImages(Path(group.source))
+        sizes = prepared.sizes if prepared.facts.aspect_buckets else sizes
+    elif settings.aspect_buckets:
+        sizes = sizes_of(pictures, resolution)
+    views = [View(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
+    for number in range(count):
+        for picture, size in zip(pictures, sizes, strict=True):
+            random = generator(settings.seed, "crop", picture.content_hash, number)
+            left, top, side = torch.rand(3, generator=random).tolist()
+            crop = CropPosition(round(left, 4), round(top, 4), round(1 - (1 - LEAST_SIDE) * side, 4))
+            views.append(View(picture, size, crop))
+    return views
+
+
+def encode_group(
+    model: Backbone,
+    group: Group,
+    views: Sequence[View],
+    flips: Sequence[bool],
+    settings: Settings,
+    read: ReadCrop,
+) -> dict[bool, OfSizes]:
+    """A subject's views encoded, mirrored as `flips` says."""
+    if is_prepared(group.source):
+        return open_group(model, PreparedImages(Path(group.source)), flips, settings.aspect_buckets)
+    count, by_size = len(group.pictures), dict[tuple[int, int], list[int]]()
+    for row in sorted(
+        range(len(views)), key=lambda row: row % count
+    ):  # all of an image together: decoded once
+        by_size.setdefault(views[row].size, []).append(row)
+    places = [(0, 0)] * len(views)
     parts: dict[bool, list[Encoded]] = {flip: [] for flip in flips}
-    for number, (size, rows) in enumerate(by_size.items()):
-        views = [View(group.pictures[row], size) for row in rows]
-        for flip, encoded in encode_views(model, views, flips, std=True, read=read).items():
+    for number, rows in enumerate(by_size.values()):
+        some = [views[row] for row in rows]
+        for flip, encoded in encode_views(model, some, flips, std=True, read=read).items():
             parts[flip].append(encoded)
         for place, row in enumerate(rows):
             places[row] = number, place
-    return sizes, {flip: (own, places) for flip, own in parts.items()}
+    return {flip: (own, places) for flip, own in parts.items()}
 
 
 def open_group(
     model: Backbone, prepared: PreparedImages, flips: Sequence[bool], aspect_buckets: bool
-) -> tuple[list[tuple[int, int]] | None, dict[bool, OfSizes]]:
+) -> dict[bool, OfSizes]:
     """The same from a folder of `customize prepare`; `UserError` where it was prepared for other settings."""
     prepared.refuse_other_encoder(model, flip=True in flips)
     if prepared.facts.aspect_buckets != aspect_buckets:
@@ -197,8 +238,7 @@ def open_group(
         raise UserError(
             f"{prepared.folder} was prepared {without} --aspect-buckets. Say the same here, or prepare again."
         )
-    sizes = prepared.sizes if aspect_buckets else None
-    return sizes, {flip: prepared.encoded(flip) for flip in flips}
+    return {flip: prepared.encoded(flip) for flip in flips}
 
 
 def frequencies(owners: Sequence[int]) -> Tensor:
@@ -267,21 +307,19 @@ def preserves(settings: Settings) -> bool:
     return not settings.pairs and asked and changes_denoiser(settings)
 
 
-def masks_of(
-    pictures: Sequence[ImageRecord], sizes: Sequence[tuple[int, int]] | None, *, flip: bool
-) -> list[Tensor | None]:
+def masks_of(views: Sequence[View], *, flip: bool) -> list[Tensor | None]:
     """The pictures' masks [1, H, W] in 0…1, cropped as the pictures are; None for a picture that has none.
 
-    Raises `UserError` for a mask that is black all over.
+    Raises `UserError` for a mask that is black all over. Where only a crop of it is, nothing of that crop is learned.
     """
     found: list[Tensor | None] = []
-    for picture, size in zip(pictures, sizes or [(512, 512)] * len(pictures), strict=True):
-        mask = picture.open_mask()
+    for view in views:
+        picture, mask = view.picture, view.picture.open_mask()
         if mask is None:
             found.append(None)
             continue
-        tensor = mask_to_tensor(crop_and_resize(mask, size))
-        if float(tensor.mean()) < 1e-3:
+        tensor = mask_to_tensor(crop_and_resize(mask, view.size, crop=view.crop))
+        if view.crop.side == 1 and float(tensor.mean()) < 1e-3:
             raise UserError(
                 f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "
                 "Paint white what is to be learned."
@@ -297,7 +335,7 @@ def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]
     found = []
     for mask, (height, width) in zip(masks, sizes, strict=True):
         small = F.adaptive_avg_pool2d(torch.ones(1, height, width) if mask is None else mask, (height, width))
-        found.append(small / small.mean())
+        found.append(small / small.mean().clamp(min=1e-3))
     return found
 
 

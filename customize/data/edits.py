@@ -18,7 +18,7 @@ from backbone.media.sources.pictures import ImageRecord
 from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
 from backbone.models.model import Backbone
 from backbone.models.references import refuse_too_many
-from customize.data.dataset import Group, TrainingData, buckets_of, encode_group
+from customize.data.dataset import Group, TrainingData, buckets_of, encode_group, views_of
 from customize.data.edit_pairs import EditPair
 from customize.settings import Settings
 
@@ -132,7 +132,8 @@ def encode_images(
     group = Group(images, [""] * len(images), "", settings.pairs)
     parts: list[Encoded] = []
     places: list[tuple[int, int]] = []
-    for own, where in encode_group(model, group, flips, settings.aspect_buckets, read)[1].values():
+    views = views_of(group, settings, model.resolution)
+    for own, where in encode_group(model, group, views, flips, settings, read).values():
         places += [(len(parts) + part, row) for part, row in where]
         parts += own
     return Posteriors(parts, places, model.device)

@@ -86,15 +86,18 @@ def dilate(mask: Tensor) -> Tensor:
 
 
 def save_masks(
-    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, flip: bool, most: int
+    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, views: int, most: int
 ) -> None:
-    """A sheet of every subject's first images, `most` at most, darkened outside their mask; without mirrored ones."""
+    """A sheet of every subject's first images, `most` at most, darkened outside their mask.
+
+    Each image has so many `views`, with crops and mirrored ones, of which only the first is shown.
+    """
     rows: list[list[Cell | Image.Image | None]] = []
     first = 0
     for folder in pictures:
         own = masks[first : first + len(folder)][:most]
         rows.append([shown(picture, mask) for picture, mask in zip(folder[:most], own, strict=True)])
-        first += len(folder) * (2 if flip else 1)
+        first += len(folder) * views
     save_png(path, draw_sheet(rows, note="Dark: does not count."))
 
 

@@ -8,6 +8,7 @@ fidelity may be measured by DINO, which reads no text, and prompt fidelity by CL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -214,7 +215,7 @@ def is_within_noise(lower: Sequence[float], higher: Sequence[float]) -> bool:
     if len(lower) < 2 or len(lower) != len(higher):
         return False
     apart = [h - low for low, h in zip(lower, higher, strict=True)]
-    return mean(apart) <= stdev(apart) / len(apart) ** 0.5
+    return mean(apart) <= stdev(apart) / math.sqrt(len(apart))
 
 
 def mean_similarity(vectors: Tensor) -> float:

@@ -17,10 +17,12 @@ from backbone.diffusion.losses import debiased
 from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
-from backbone.media.sources.pictures import list_images
+from backbone.media.crops import read_crop
+from backbone.media.sources.pictures import ImageRecord, list_images
+from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import LEAST_SIDE, Group, prepare
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import METHODS, OWN_WORDS, Settings
 
@@ -282,6 +284,45 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     squares = [len(training.draw_bucket(generator(k)).rows) == 2 for k in range(200)]
     assert 80 <= sum(squares) <= 120  # two pictures of four
     assert all(torch.isfinite(torch.tensor(report.loss)) for report in take_steps(training))
+
+
+@pytest.mark.parametrize("buckets", [False, True], ids=["square", "in buckets"])
+def test_random_crops_are_parts_of_their_images_with_their_prompts_and_masks(
+    tiny: Backbone, subject: Path, buckets: bool
+) -> None:
+    for path in subject.glob("*.png"):
+        path.unlink()
+    for name, size in {"square": (90, 90), "wide": (200, 100)}.items():
+        picture = Image.new("RGB", size, "green" if buckets else "red")  # none that was encoded before
+        picture.paste("blue", (size[0] // 2, 0, *size))
+        picture.save(subject / f"{name}.png")
+    Image.new("L", (90, 90), 255).save(subject / "square.mask.png")
+    pictures = list_images(subject)
+    asked = settings(subject, aspect_buckets=buckets, random_crop=3, flip=True)
+    group = Group(pictures, ["a square", "a wide one"], "a dog")
+    seen: list[tuple[str, tuple[float, ...]]] = []
+
+    def read(
+        picture: ImageRecord, size: tuple[int, int], crop: CropPosition = CROPS["center"]
+    ) -> Image.Image:
+        seen.append((picture.path.stem, tuple(crop)))
+        return read_crop(picture, size, crop)
+
+    data = prepare(tiny, [group], asked, read=read)
+    names = [Path(name).stem for name in data.names]
+    assert names == ["square", "wide"] * 4 * 2  # each image, its three crops, and all mirrored
+    assert data.prompts == ["a square", "a wide one"] * 8
+    assert [name for name, _ in seen] == ["square"] * 4 + ["wide"] * 4  # each decoded in one go
+    assert len({crop for _, crop in seen}) > 4 and all(LEAST_SIDE <= crop[2] <= 1 for _, crop in seen)
+    assert data.masks is not None and len(data.masks) == len(data.posteriors) == 16
+    whole, cut = data.posteriors[0].mean, data.posteriors[2].mean
+    assert whole.shape == cut.shape and not torch.equal(whole, cut)
+    again = prepare(tiny, [group], asked)
+    assert torch.equal(again.posteriors[2].mean, cut)  # the seed's, and the image's
+    other = prepare(tiny, [group], replace(asked, seed=1))
+    assert not torch.equal(other.posteriors[2].mean, cut)
+    plain = prepare(tiny, [group], replace(asked, random_crop=0))
+    assert torch.equal(plain.posteriors[0].mean, whole) and len(plain.posteriors) == 4
 
 
 def test_class_pictures_are_square_and_say_so(tiny: Backbone, subject: Path) -> None:

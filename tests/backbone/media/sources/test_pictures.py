@@ -20,6 +20,7 @@ from backbone.media.sources.decode import BadImageError, open_mask, open_rgb
 from backbone.media.sources.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
     CROPS,
+    CropPosition,
     bucket_sizes,
     crop_and_resize,
     crop_box,
@@ -783,12 +784,15 @@ def test_no_crop_reaches_beyond_its_image_whatever_its_size() -> None:
     for number, size in enumerate(sizes):
         side = (128, 512, 768, 1024)[number % 4]
         target = working_size(size, area=side**2, unit=16)
-        for position in ((0.5, 0.5), (1.0, 0.0)):
+        for position in (CropPosition(0.5, 0.5), CropPosition(1.0, 0.0)):
             left, top, right, bottom = crop_box(size, target, position)
             assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1], (size, target)
             # one side is the image's own, and the shape is the target's
             assert right - left == size[0] or bottom - top == size[1]
             assert (right - left) * target[1] == pytest.approx((bottom - top) * target[0], rel=1e-9)
+            near = crop_box(size, target, CropPosition(*position[:2], side=0.7))
+            assert near[2] - near[0] == pytest.approx(0.7 * (right - left))
+            assert near[0] >= 0 and near[2] <= size[0] + 1e-6 and near[1] >= 0 and near[3] <= size[1] + 1e-6
 
 
 @pytest.mark.parametrize("size", [(1200, 900), (900, 1600), (64, 64), (6000, 64), (2689, 1921), (65, 67)])
