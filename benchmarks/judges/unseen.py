@@ -1,0 +1,161 @@
+"""What a run knows of pictures of its subject that it has not seen: its loss on true scenes, which a drawn world has.
+
+    python -m benchmarks.judges.unseen peacock runs/peacock-a runs/peacock-b            10 seconds a run on one core
+
+The world renders the concept's glyph in the seven places that its training images leave out, wearing each accessory
+and in each style. On these the denoising loss is measured with the token in the prompt: with the same noise for every
+run, and without drawing anything, so that two ways to train are told apart by far fewer images than a classifier
+needs. *In the thing* weights the loss by how much of each latent the glyph covers. The base's, with the class in place
+of the token, stands in the first row. Runs must be of one model. Writes `unseen.json` and `unseen.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import read_concept
+from backbone.diffusion.noise import add_noise, generator, target
+from backbone.io.console import UserError, run_app
+from backbone.io.files import write_json, write_text
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone
+from backbone.world.concepts import TRAINING_PLACES
+from backbone.world.rendering.render import find_font, render
+from backbone.world.scene import Scene
+from backbone.world.words import Thing, load_vocabulary
+from benchmarks.customize import TOKEN
+
+FIRST_SEED = 1_960_000
+SHARES = (0.08, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the levels, from clean to noisy
+KINDS = ("place", "accessory", "style")
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """A true picture of a concept: its kind, its prompt with {} for the subject, and the scene."""
+
+    kind: str
+    prompt: str
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The mean squared error of the prediction over the pictures of a kind: everywhere, and in the thing."""
+
+    everywhere: float
+    in_the_thing: float
+
+
+def main(
+    concept: Annotated[str, typer.Argument(help="One of the world's development concepts.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that learned it, of one model.")],
+    count: Annotated[int, typer.Option(min=1, help="Pictures in each place.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/unseen"),
+) -> None:
+    """Measures the base and every run, and writes the table."""
+    classes = load_vocabulary().classes
+    if concept not in classes:
+        raise UserError(f"There is no concept {concept}. Choose among {', '.join(classes)}.")
+    find_font()
+    models = {read_concept(run).model for run in runs}
+    if len(models) > 1:
+        raise UserError(f"These runs are of {' and '.join(sorted(models))}. Compare runs of one model.")
+    (model,) = models
+    unseen = true_pictures(concept, count)
+    rows = {"the base": measure(Backbone.open(model, device=device), unseen, classes[concept])}
+    for run in runs:
+        backbone = Backbone.open(model, device=device)
+        learned = read_concept(run)
+        load_concepts(backbone, [learned])
+        rows[str(run)] = measure(backbone, unseen, f"{learned.tokens[TOKEN]} {classes[concept]}")
+    facts = {
+        name: {kind: (loss.everywhere, loss.in_the_thing) for kind, loss in each.items()}
+        for name, each in rows.items()
+    }
+    write_json(
+        out / "unseen.json", {"concept": concept, "model": model, "pictures": len(unseen), "rows": facts}
+    )
+    table = markdown(rows)
+    write_text(out / "unseen.md", table)
+    print(table)
+
+
+def true_pictures(concept: str, count: int) -> list[Unseen]:
+    """The concept in each place that it is not learned in, with each accessory, in each style."""
+    words = load_vocabulary()
+    places = [place for place in words.places if place not in TRAINING_PLACES]
+    found = [
+        Unseen("place", f"a {{}} {place}", Scene((Thing(concept),), place, seed=FIRST_SEED + 10 * number + k))
+        for number in range(count)
+        for k, place in enumerate(places)
+    ]
+    for k, accessory in enumerate(words.accessories):
+        wearing = (Thing(concept, accessory=accessory),)
+        scene = Scene(wearing, places[k], seed=FIRST_SEED + 1000 + k)
+        found.append(Unseen("accessory", f"a {{}} wearing {accessory} {places[k]}", scene))
+    for k, style in enumerate(words.styles):
+        scene = Scene((Thing(concept),), places[k], style=style, seed=FIRST_SEED + 2000 + k)
+        found.append(Unseen("style", f"{style} a {{}} {places[k]}", scene))
+    return found
+
+
+@torch.no_grad()
+def measure(model: Backbone, unseen: Sequence[Unseen], called: str) -> dict[str, Loss]:
+    """The loss of a model on true pictures whose subject is called so in the prompts, by kind."""
+    drawn = [render(one.scene) for one in unseen]
+    clean = torch.cat([model.encode(to_tensor(one.image)[None]).mean.float() for one in drawn])
+    masks = torch.stack([torch.from_numpy(np.array(one.masks[0], np.float32)) / 255 for one in drawn])
+    weight = F.adaptive_avg_pool2d(masks[:, None], (clean.shape[-2], clean.shape[-1]))[:, 0]
+    text = model.encode_prompts([one.prompt.format(called) for one in unseen])
+    errors = []
+    for share in SHARES:
+        noise = torch.stack(
+            [
+                torch.randn(clean.shape[1:], generator=generator("unseen", str(share), k))
+                for k in range(len(clean))
+            ]
+        ).to(clean)
+        index = torch.full((len(clean),), int(share * len(model.path.levels)))
+        for rows in torch.arange(len(clean)).split(BATCH):
+            level = model.path.levels[index[rows]]
+            noisy = add_noise(clean[rows], noise[rows], level)
+            predicted = model.predict(noisy, index[rows], text[rows])
+            wanted = target(clean[rows], noise[rows], level, model.path.prediction_type)
+            errors.append((predicted - wanted).square().mean(1).cpu())
+    error = torch.cat(errors).unflatten(0, (len(SHARES), len(clean))).mean(0)
+    return {kind: mean_loss(error, weight, [one.kind == kind for one in unseen]) for kind in KINDS}
+
+
+def mean_loss(error: Tensor, weight: Tensor, chosen: Sequence[bool]) -> Loss:
+    """The mean of errors [B, H, W] over the chosen pictures, everywhere and weighted [B, H, W] in each of them."""
+    rows = torch.tensor(chosen)
+    inside = (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
+    return Loss(float(error[rows].mean()), float(inside[rows].mean()))
+
+
+def markdown(rows: dict[str, dict[str, Loss]]) -> str:
+    """A row for the base and for each run: the loss by kind, everywhere and in the thing."""
+    lines = ["| | " + " | ".join(f"{kind} | in the thing" for kind in KINDS) + " |", "|---" * 7 + "|"]
+    for name, each in rows.items():
+        values = [
+            f"{value:.3f}" for kind in KINDS for value in (each[kind].everywhere, each[kind].in_the_thing)
+        ]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_app(lambda: typer.run(main))
