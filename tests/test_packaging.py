@@ -126,6 +126,7 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(names: set[str]) -> 
         ("backbone/moji", "*.json"),
         ("backbone/families/configs", "*.json"),
         ("backbone/world", "vocabulary.json"),
+        ("backbone/world/rendering", "labels.json"),
         ("customize/examples", "*.png"),
         ("backbone/examples", "*.png"),
         ("backbone/examples", "*.txt"),

@@ -387,22 +387,36 @@ def _names(layer: str) -> tuple[str, ...]:
     return plain, TEXT_MODEL + plain
 
 
-_FACTORS: dict[AdapterType, tuple[set[str], ...]] = {
-    "lora": ({"lora_A", "lora_B"},),
-    "dora": ({"lora_A", "lora_B"},),
-    "loha": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
+FACTORS: dict[AdapterType, tuple[tuple[str, ...], ...]] = {  # that a layer has, all of one row
+    "lora": (("lora_A", "lora_B"),),
+    "dora": (("lora_A", "lora_B"),),
+    "loha": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
     "lokr": tuple(
-        left | right
-        for left in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
-        for right in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+        left + right
+        for left in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
+}
+LORA_SUFFIXES = {  # of a tensor's key, in every tool → which factor of its layer it holds
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",  # of diffusers' processors, before peft
+    "_lora.up.weight": "up",
 }
 _OPTIONAL = {"lora_magnitude_vector", "hada_t1", "hada_t2", "lokr_t2"}
 
 
 def _check_factors(path: Path, layer: str, factors: Mapping[str, Tensor], config: AdapterConfig) -> int:
     """The rank of a layer; `UserError` where factors are missing, or of another rank than the header says."""
-    if not any(set(factors) - _OPTIONAL == names for names in _FACTORS[config.adapter_type]):
+    if not any(set(factors) - _OPTIONAL == set(names) for names in FACTORS[config.adapter_type]):
         raise UserError(
             f"The layer {layer} in {path} is not whole (it has {', '.join(sorted(factors))}). Copy the file again."
         )

@@ -17,6 +17,7 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import AdapterConfig, check_tensors, read_adapter_configs
 from backbone.adapters.lora import (
+    LORA_SUFFIXES,
     LORA_WEIGHTS,
     activate_adapters,
     has_text_encoder_weights,
@@ -34,14 +35,7 @@ from backbone.models.clips.motion import (
 )
 from backbone.models.model import Backbone
 
-FACTORS = (  # of a layer's name, its ends as they are written, and ours
-    (re.compile(r"\.processor\.(to_[qkv])_lora\.(down|up)\.weight$"), r".\1.lora_\2"),
-    (re.compile(r"\.processor\.to_out_lora\.(down|up)\.weight$"), r".to_out.0.lora_\1"),
-    (re.compile(r"\.lora\.(down|up)\.weight$"), r".lora_\1"),
-    (re.compile(r"\.lora_(A|B)(?:\.\w+)?\.weight$"), r".lora_\1"),
-    (re.compile(r"\.lora_linear_layer\.(down|up)\.weight$"), r".lora_\1"),
-)
-OURS = {"lora_down": "lora_A", "lora_up": "lora_B"}
+OURS = {"down": "lora_A", "up": "lora_B"}
 
 
 OF_SVD = "temporal_transformer_blocks"  # in the names of a LoRA for Stable Video Diffusion
@@ -150,10 +144,12 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
 
 def _factor(name: str) -> str | None:
     """`layer.lora_A` or `layer.lora_B` of a tensor's name; None for another tensor."""
-    for expression, ours in FACTORS:
-        if expression.search(name):
-            layer, _, factor = expression.sub(ours, name).rpartition(".")
-            return f"{layer}.{OURS.get(factor, factor)}"
+    name = re.sub(r"\.lora_(A|B)\.\w+\.weight$", r".lora_\1.weight", name)  # without the adapter's name
+    for suffix, factor in LORA_SUFFIXES.items():
+        if name.endswith(suffix):
+            layer = re.sub(r"\.processor\.(\w+)$", r".\1", name.removesuffix(suffix))
+            layer = re.sub(r"\.to_out$", ".to_out.0", layer)
+            return f"{layer}.{OURS[factor]}"
     return None
 
 

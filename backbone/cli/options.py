@@ -500,7 +500,8 @@ def _toml(text: str) -> Any:
 def _yaml(text: str) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):  # a plain one joins equal keys, and the last one counts
+    # A plain loader joins equal keys, and the last one counts.
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
             _each_once([(str(key.value), value) for key, value in node.value])

@@ -88,7 +88,7 @@ def _with_adapter(name: str, folder: Path) -> Location:
 
 def is_path(model: str) -> bool:
     """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
-    return model not in known_names() and all(Path(one).expanduser().exists() for one in split_files(model))
+    return place_of(model) == model and all(Path(one).expanduser().exists() for one in split_files(model))
 
 
 def read_index(path: Path) -> dict[str, Any]:

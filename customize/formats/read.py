@@ -35,7 +35,7 @@ from backbone.adapters.config import (
     read_adapter_configs,
     read_peft_config,
 )
-from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_tensors
 from customize.formats.adapter import AdapterFile
@@ -47,19 +47,8 @@ from customize.formats.layers.translate import PEFT_PREFIX, PREFIXES, translate
 PEFT_WEIGHTS = "adapter_model.safetensors"
 # Suffix of a tensor's key → which factor of the layer it holds.
 _FACTOR_BY_SUFFIX = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
+    **LORA_SUFFIXES,
     ".lora_mid.weight": "mid",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
     **{
         f".{name}": name
         for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -89,12 +78,8 @@ OTHER_METHODS = {
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "lora": (("down", "up"),),
-    "loha": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
-    "lokr": tuple(
-        left + right
-        for left in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
-        for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
-    ),
+    "loha": FACTORS["loha"],
+    "lokr": FACTORS["lokr"],
 }
 
 

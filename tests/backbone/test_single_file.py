@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from backbone.families.location import PUBLISHED_CONFIGS
-from backbone.families.sd1 import checkpoint as stable_diffusion_file
-from backbone.families.sd1.checkpoint import convert_to_transformers, load_tokenizer
+from backbone.families.sd1.checkpoint import convert_to_transformers
+from backbone.families.single_file import clip as clip_file
+from backbone.families.single_file.clip import load_tokenizer
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.locate import locate
@@ -195,7 +196,7 @@ def test_the_tokenizer_is_clip_s_own_where_none_lies_beside_the_file(
     stored = json.loads((tiny_folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(stored["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, stored["merges"])))
-    monkeypatch.setattr(stable_diffusion_file, "hub_file", lambda _, name, revision=None: tmp_path / name)
+    monkeypatch.setattr(clip_file, "hub_file", lambda _, name, revision=None: tmp_path / name)
     write_tensors(tmp_path / "sd.safetensors", few_tensors(768))
     location = locate(str(tmp_path / "sd.safetensors"))
     prompt, like = "A dog in the snow", {"padding": "max_length", "max_length": 77}
@@ -208,7 +209,7 @@ def test_a_file_without_a_tokenizer_beside_it_or_on_this_machine_says_where_to_p
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(stable_diffusion_file, "TOKENIZER", "limner/on-no-machine")
+    monkeypatch.setattr(clip_file, "TOKENIZER", "limner/on-no-machine")
     shutil.rmtree(file.parent / "tokenizer")
     with pytest.raises(UserError, match=r"Put a tokenizer/ folder"):
         opened(file).encode_prompts(["a dog"])

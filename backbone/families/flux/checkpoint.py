@@ -77,7 +77,7 @@ def convert_to_diffusers(tensors: dict[str, Tensor], layers: Layers = LAYERS) ->
     diffusers' last modulation is (scale, shift), the original's (shift, scale).
     """
     width = len(tensors["img_in.weight"])
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         first, *others = from_original(name, layers)
         if others:

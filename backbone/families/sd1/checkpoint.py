@@ -1,4 +1,4 @@
-"""Single-file Stable Diffusion 1.x and 2.x checkpoints: recognition, configs, text encoder, tokenizer.
+"""Single-file Stable Diffusion 1.x and 2.x checkpoints: recognition, configs, text encoder.
 
 A checkpoint holds weights and nothing else. Its configs are looked up in the folder of its own name (`NAME/` beside
 `NAME.safetensors`), then beside it, then among the published ones in `configs/`, all in the diffusers layout:
@@ -10,39 +10,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import PredictionType
-from backbone.families.components.empty import without_weights
-from backbone.families.location import PUBLISHED_CONFIGS, Location, hub_file
+from backbone.families.base import TextEncoderSlot
+from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file.checkpoint import (
     AUTOENCODER,
     UNET,
-    config_mismatch,
     unet_and_latent_channels,
 )
-from backbone.io.console import UserError, notify
+from backbone.families.single_file.clip import UNUSED_KEYS, build_clip, convert_openclip, read_config
+from backbone.io.console import notify
 from backbone.io.files import Header, read_tensors
-from backbone.io.weights import refuse_damaged
 
-TOKENIZER = "openai/clip-vit-large-patch14"
 TEXT_PREFIX = "cond_stage_model."
 PREFIXES = {"unet": UNET, "vae": AUTOENCODER}
 OPENCLIP_PREFIX = TEXT_PREFIX + "model."  # version 2; version 1 has transformers' names
-OPENCLIP_KEY_PATTERNS = (
-    (r"^token_embedding\.", "embeddings.token_embedding."),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "final_layer_norm."),
-    (r"^transformer\.resblocks\.", "encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.", ".self_attn."),
-)
-UNUSED_KEYS = r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?|attn_mask)$"
 
 
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
@@ -93,30 +78,15 @@ def guess_prediction_type(path: Path) -> tuple[PredictionType, int]:
     return ("epsilon", 512) if re.search("512|base", path.stem.lower()) else ("v_prediction", 768)
 
 
-def load_text_encoder(location: Location, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load (tokenizer, CLIP text encoder); `UserError` where one is missing or they do not fit together."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def load_text_encoder(location: Location) -> TextEncoderSlot:
+    """Load the CLIP text encoder in fp32 with its tokenizer; `UserError` where one is missing or they do not fit."""
+    from transformers import CLIPTextModel
 
-    with refuse_damaged(location.name, "text_encoder"), without_weights():
-        config = CLIPTextConfig.from_dict(location.config("text_encoder"))
-        model = CLIPTextModel(config)
     tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)
-    level = "text_model." if hasattr(model, "text_model") else ""  # gone in transformers 5.6
-    named = {
-        level + name: tensor.to(dtype)
-        for name, tensor in convert_to_transformers(tensors, layers=config.num_hidden_layers).items()
-    }
-    try:
-        model.load_state_dict(named, assign=True)
-    except RuntimeError as error:
-        raise config_mismatch(location, "text_encoder") from error
-    tokenizer = load_tokenizer(location, pads_with="!" if any(map(is_openclip, tensors)) else "<|endoftext|>")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
-            "Put the tokenizer/ folder of this model beside the file."
-        )
-    return tokenizer, model
+    config = read_config(location, "text_encoder")
+    named = convert_to_transformers(tensors, layers=config.num_hidden_layers)
+    pads_with = "!" if any(map(is_openclip, tensors)) else "<|endoftext|>"
+    return build_clip(CLIPTextModel, location, "", named, pads_with=pads_with)
 
 
 def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[str, Tensor]:
@@ -124,20 +94,14 @@ def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[
 
     OpenCLIP's last layer is dropped: Stable Diffusion 2 reads the last but one.
     """
-    named = {}
-    for name, tensor in tensors.items():
-        if not is_openclip(name):
-            named[name.removeprefix(TEXT_PREFIX + "transformer.").removeprefix("text_model.")] = tensor
-            continue
-        name = name.removeprefix(OPENCLIP_PREFIX)
-        for pattern, replacement in OPENCLIP_KEY_PATTERNS:
-            name = re.sub(pattern, replacement, name)
-        if name.startswith(f"encoder.layers.{layers}."):
-            continue
-        if "in_proj_" in name:  # query, key and value fused
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                named[name.replace("in_proj_", f"{letter}_proj.")] = part
-        else:
+    named = {
+        name.removeprefix(TEXT_PREFIX + "transformer.").removeprefix("text_model."): tensor
+        for name, tensor in tensors.items()
+        if not is_openclip(name)
+    }
+    theirs = {name: tensor for name, tensor in tensors.items() if is_openclip(name)}
+    for name, tensor in convert_openclip(theirs, OPENCLIP_PREFIX).items():
+        if not name.startswith(f"encoder.layers.{layers}."):
             named[name] = tensor
     return {name: tensor for name, tensor in named.items() if not re.search(UNUSED_KEYS, name)}
 
@@ -145,22 +109,3 @@ def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[
 def is_openclip(name: str) -> bool:
     """Whether a key is OpenCLIP's (version 2) rather than transformers' (version 1)."""
     return name.startswith(OPENCLIP_PREFIX)
-
-
-def load_tokenizer(location: Location, *, pads_with: str, folder: str = "tokenizer") -> Any:
-    """Load the tokenizer beside the file, or CLIP's own, which every published Stable Diffusion uses."""
-    from transformers import CLIPTokenizer
-
-    path = location.local(folder)
-    if path is not None:
-        with refuse_damaged(str(path.parent), path.name):
-            return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
-    try:
-        vocabulary = hub_file(TOKENIZER, "vocab.json")
-        merges = hub_file(TOKENIZER, "merges.txt", vocabulary.parent.name)
-    except UserError as error:
-        raise UserError(
-            f"{location.source} carries no tokenizer, as no checkpoint does, and {TOKENIZER} could not be fetched. "
-            f"Put a tokenizer/ folder (of any Stable Diffusion) beside the file, or connect once."
-        ) from error
-    return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), pad_token=pads_with, model_max_length=77)

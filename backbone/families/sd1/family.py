@@ -14,7 +14,6 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.families.base import (
     ModelSpec,
     Network,
-    TextEncoderSlot,
     TextSegment,
     diffusers_spec,
     refuse_beside,
@@ -57,8 +56,7 @@ class StableDiffusion(UNetFamily):
         from transformers import CLIPTextModel
 
         if location.file is not None:
-            tokenizer, model = checkpoint.load_text_encoder(location, torch.float32)
-            return ClipTextEncoder([TextEncoderSlot("text_encoder", tokenizer, model)])
+            return ClipTextEncoder([checkpoint.load_text_encoder(location)])
         return ClipTextEncoder([loading.load_clip(CLIPTextModel, location)])
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:

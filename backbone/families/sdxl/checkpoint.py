@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.families.base import TextEncoderSlot
-from backbone.families.components import loading
-from backbone.families.components.empty import without_weights
 from backbone.families.location import PUBLISHED_CONFIGS, Location
-from backbone.families.sd1.checkpoint import OPENCLIP_KEY_PATTERNS, UNUSED_KEYS, load_tokenizer
-from backbone.families.single_file.checkpoint import config_mismatch, unet_and_latent_channels
-from backbone.io.console import UserError
+from backbone.families.single_file.checkpoint import unet_and_latent_channels
+from backbone.families.single_file.clip import build_clip, convert_openclip
 from backbone.io.files import Header, read_tensors
-from backbone.io.weights import refuse_damaged
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
@@ -52,52 +45,10 @@ def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoder
     return (
         build_clip(CLIPTextModel, location, "", named, pads_with=ending),
         build_clip(
-            CLIPTextModelWithProjection, location, "_2", convert_openclip(second), pads_with=exclamation
+            CLIPTextModelWithProjection,
+            location,
+            "_2",
+            convert_openclip(second, SECOND),
+            pads_with=exclamation,
         ),
     )
-
-
-def convert_openclip(tensors: dict[str, Tensor], prefix: str = SECOND) -> dict[str, Tensor]:
-    """Rename OpenCLIP's tensors to transformers' keys, with all layers and the text projection."""
-    named = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix(prefix)
-        if name == "text_projection":
-            named["text_projection.weight"] = tensor.T.contiguous()
-            continue
-        for pattern, replacement in OPENCLIP_KEY_PATTERNS:
-            name = re.sub(pattern, replacement, name)
-        if "in_proj_" in name:  # query, key and value fused
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                named[name.replace("in_proj_", f"{letter}_proj.")] = part
-        else:
-            named[name] = tensor
-    return named
-
-
-def build_clip(
-    kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
-) -> TextEncoderSlot:
-    """Build a CLIP text encoder in fp32 with its tokenizer; `tensors` have transformers' keys without `text_model.`."""
-    part = f"text_encoder{number}"
-    with refuse_damaged(location.name, part), without_weights():
-        config = CLIPTextConfig.from_dict(location.config(part))
-        model = kind(config)
-    level = "text_model." if hasattr(model, "text_model") else ""
-    named = {
-        (name if name.startswith("text_projection") else level + name): tensor.to(torch.float32)
-        for name, tensor in tensors.items()
-        if name == "text_projection.weight" or not re.search(UNUSED_KEYS, name)
-    }
-    try:
-        model.load_state_dict(named, assign=True)
-    except RuntimeError as error:
-        raise config_mismatch(location, part) from error
-    tokenizer = load_tokenizer(location, pads_with=pads_with, folder=f"tokenizer{number}")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"The tokenizer{number} has {len(tokenizer)} tokens and {location.source} knows {config.vocab_size}. "
-            f"Put the tokenizer{number}/ folder of this model beside the file."
-        )
-    loading.set_eos_token(model, tokenizer)
-    return TextEncoderSlot(part, tokenizer, model)

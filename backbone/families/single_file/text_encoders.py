@@ -20,8 +20,8 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.components import loading
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
-from backbone.families.sdxl.checkpoint import build_clip
 from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch, load_single_file_part
+from backbone.families.single_file.clip import build_clip
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header, read_tensors
 from backbone.io.weights import refuse_damaged

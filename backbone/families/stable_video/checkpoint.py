@@ -21,8 +21,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from backbone.families.components import loading
 from backbone.families.components.empty import without_weights
 from backbone.families.location import PUBLISHED_CONFIGS, Location
-from backbone.families.sdxl.checkpoint import convert_openclip
 from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.single_file.clip import convert_openclip
 from backbone.families.unet.original import ORIGINAL_RESNET, renamed, to_original
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_header, read_tensors

@@ -104,7 +104,7 @@ def distil(settings: TurboSettings) -> Training:
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step)
-        clean, tokens = data.batch(settings.batch, 0.0, random)
+        clean, tokens = data.batch(settings.batch, random)
         noise = torch.randn(clean.shape, generator=random).to(settings.device)
         place = torch.randint(DISTILLED, (settings.batch,), generator=random)
         with torch.no_grad():
