@@ -76,7 +76,6 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "rank": 16,
     "batch": 6,
     "prior_batch": 2,
-    "random_crop": 6,
     "lora_layers": "all",
     "loss_weighting": "none",
     "align": {
