@@ -24,7 +24,7 @@ from backbone.cli.sampling import DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import refuse_filled, write_json
-from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.io.run_folder import hold_new_folder, package_versions, refuse_unwritable
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.decode import open_rgb
@@ -103,6 +103,7 @@ def sample_to_folder(
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(beside.references))
+    refuse_unwritable(out or SAMPLES.parent)
     if out is not None:
         refuse_filled(out)
     if vram is not None:

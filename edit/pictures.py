@@ -12,7 +12,13 @@ from PIL import Image
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.clips import Film
-from backbone.media.sources.decode import mask_from_image, open_mask, open_rgb
+from backbone.media.sources.decode import (
+    describe_further_frames,
+    mask_from_image,
+    open_loaded,
+    open_mask,
+    open_rgb,
+)
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
 if TYPE_CHECKING:
@@ -44,8 +50,10 @@ def read_image(image: ImageLike) -> SourceImage:
     if isinstance(image, SourceImage):
         return image
     if isinstance(image, Image.Image):
-        rgb = image.convert("RGB")
+        rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
+    if further := describe_further_frames(Path(image)):
+        notify_once(further)
     return SourceImage(open_rgb(image), str(image), content_hash(Path(image)))
 
 

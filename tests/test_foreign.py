@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import align.cli
 import align.settings
+import customize.cli
 import customize.settings
+import edit.cli
 from align.collect.sample import sample_pairs
 from align.comparison.compare import compare_models
 from align.comparison.sides import Side
@@ -336,6 +338,61 @@ def test_a_new_folder_is_kept_by_who_has_made_it(tmp_path: Path) -> None:
     assert not (tmp_path / "failed").exists()
     with hold_new_folder(None, out) as numbered:
         assert numbered == tmp_path / "out-2"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (
+            "customize",
+            "train",
+            "--images",
+            "subject",
+            "--token",
+            "[V]",
+            "--class",
+            "dog",
+            "--out",
+            "closed/run",
+        ),
+        ("customize", "sample", "a dog", "--out", "closed/s"),
+        ("customize", "sample", "a dog"),
+        ("edit", "sdedit", "subject/0.png", "--prompt", "a cat", "--out", "closed/e"),
+        ("edit", "sdedit", "subject/0.png", "--prompt", "a cat"),
+        ("align", "train", "p.jsonl", "--out", "closed/run"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(
+    words: tuple[str, ...], subject: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(subject.parent)
+    Path("closed").mkdir()
+    rows = [
+        {"prompt": "a dog", "chosen": f"subject/{number}.png", "rejected": "subject/2.png"}
+        for number in (0, 1)
+    ]
+    write_lines(Path("p.jsonl"), rows)
+    closed = subject.parent / "closed" if "--out" in words else subject.parent
+    # A permission is nothing to root, who may run this
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed)
+    program = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}[words[0]]
+    answer = CliRunner().invoke(program, [*words[1:], "--model", str(tiny_folder), "--device", "cpu"])
+    assert isinstance(answer.exception, UserError), answer.output
+    assert f"{closed} is read-only" in str(answer.exception)
+    assert not list(Path("closed").iterdir()) and not Path("runs").exists() and not Path("samples").exists()
+
+
+@pytest.mark.parametrize("name", ["dog.png", "dog.JPG", "runs/dog.safetensors"])
+def test_a_folder_of_images_is_not_called_as_a_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(UserError, match=r"called as a file.* --out .*dog\."),
+        hold_new_folder(Path(name), Path("x")),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:

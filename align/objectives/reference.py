@@ -9,8 +9,9 @@ begins, and no second network is ever held.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -139,12 +140,14 @@ def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, 
             with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.full(shape, np.nan, np.float32), allow_pickle=False)
         except OSError:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     processes.barrier()
     if not _is_whole(path, shape):
         return CachedReference(live, key, torch.full(shape, float("nan")))
     # c: changes are this process's own
-    mode: Literal["r+", "c"] = "r+" if processes.is_main_process() else "c"
+    owned = processes.is_main_process() and os.access(path, os.W_OK)
+    mode: Literal["r+", "c"] = "r+" if owned else "c"
     return CachedReference(live, key, torch.from_numpy(np.lib.format.open_memmap(path, mode)))
 
 

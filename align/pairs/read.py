@@ -4,7 +4,8 @@
 |-------------------------|----------------------------------------------------------------------------------------|
 | a folder of `align`     | `samples.json`, with `choices.jsonl` (`align label`) or `ranking.jsonl` (`align rank`)  |
 | a JSON-lines file       | `prompt` with `chosen` and `rejected`, with `image_0`, `image_1` and `label_0`, or with |
-|                         | `image` and `label`; names of pictures are relative to the file                         |
+|                         | `image` and `label`; names of pictures are relative to the file; a .json of such a list |
+| rankings                | HPDv2's and ImageReward's columns (`align.pairs.rankings`), in either or in Parquet     |
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
 | webdataset shards, .tar | the same by what stands behind a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`  |
@@ -15,7 +16,7 @@ nothing is ever written into a source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,17 +24,25 @@ from pathlib import Path
 from typing import Any
 
 from align.pairs.choices import CHOICES, Choice, read_choices, replay
+from align.pairs.rankings import Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.records import inside, parse_json
+from backbone.io.records import inside, iterate_entries
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import DatasetRow, ImageRecord, could_be_dataset, list_by_name
+from backbone.media.sources.pictures import (
+    DatasetRow,
+    ImageRecord,
+    could_be_dataset,
+    find_spelled,
+    list_by_name,
+)
 from backbone.media.sources.stream import Stream
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
+COLUMNS = "chosen and rejected, image_0, image_1 and label_0, image and label, or image_path and rank"
 PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
@@ -94,12 +103,14 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         return _read_table(ParquetTable(tables), str(folder), limit)
     if tars := sorted(folder.glob("*.tar")):
         return _read_table(load_tar_table(tars), str(folder), limit)
-    lines = sorted(folder.glob("*.jsonl"))
+    lines = sorted(folder.glob("*.jsonl")) or [
+        path for path in sorted(folder.glob("*.json")) if _is_list(path)
+    ]
     if len(lines) == 1:
         return _read_lines(lines[0], limit)
     raise UserError(
-        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl, .parquet or "
-        ".tar files. Make some with `align sample`."
+        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl or .json "
+        "list, .parquet or .tar files. Make some with `align sample`."
     )
 
 
@@ -153,15 +164,21 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
 
 def _read_file(path: Path, limit: int | None) -> Preferences:
     match path.suffix.lower():
-        case ".jsonl":
+        case ".jsonl" | ".json":
             return _read_lines(path, limit)
         case ".parquet":
             return _read_table(ParquetTable([path]), str(path), limit)
         case ".tar":
             return _read_table(load_tar_table([path]), str(path), limit)
     raise UserError(
-        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .parquet or .tar."
+        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .json, .parquet or .tar."
     )
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is a JSON list."""
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _read_lines(path: Path, limit: int | None) -> Preferences:
@@ -171,33 +188,35 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
         for choice in [choice for choice in choices if not choice.repeat][:limit]:
             _add_choice(preferences, choice, path.parent)
         return preferences
-    for number, line in islice(_iterate_objects(path, preferences), limit):
-        where = f"line {number} of {path}"
-        _add_row(preferences, line, where, partial(_picture_from, folder=path.parent, where=where))
+    rankings = Rankings()
+    for where, entry in islice(_iterate_objects(path, preferences), limit):
+        _add_row(preferences, rankings, entry, where, partial(_picture_from, listed=path, where=where))
+    rankings.add_to(preferences)
     return preferences
 
 
-def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the JSON objects of a file's lines, with their numbers; what is none becomes one of the problems."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = parse_json(line, path)
-        except UserError:
-            preferences.problems.append(f"line {number} of {path} is not JSON")
-            continue
-        if isinstance(value, dict):
-            yield number, value
+def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the JSON objects of a file, with where they stand; what is none becomes one of the problems."""
+    for where, value in iterate_entries(path.read_bytes(), path):
+        where = where[0].lower() + where[1:]
+        if isinstance(value, UserError):
+            preferences.problems.append(f"{where} is not JSON")
+        elif isinstance(value, dict):
+            yield where, {name.strip().lower(): cell for name, cell in value.items()}
         else:
-            preferences.problems.append(f"line {number} of {path} is not a JSON object")
+            preferences.problems.append(f"{where} is not a JSON object")
 
 
-def _picture_from(value: Any, *, folder: Path, where: str) -> ImageRecord | None:
-    """The picture of this name in the folder of the lines; `UserError` for one outside of it."""
+def _picture_from(value: Any, *, listed: Path, where: str) -> ImageRecord | None:
+    """The picture of this name beside the list, or in the folder that is called as the list (HPDv2's `train/`).
+
+    Raises `UserError` for one outside of the folder.
+    """
     if not isinstance(value, str) or not value:
         return None
-    return ImageRecord(inside(folder, value, where))
+    path = find_spelled(inside(listed.parent, value, where))
+    below = listed.parent / listed.stem / path.relative_to(listed.parent)
+    return ImageRecord(below if not path.exists() and below.exists() else path)
 
 
 def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
@@ -239,28 +258,37 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     if not has_prompt or not any(needed <= set(names) for needed in required):
         raise UserError(
             f"{source} has the columns {', '.join(names)}. Pairs need caption with jpg_0, jpg_1, label_0 (Pick-a-Pic), "
-            "prompt with chosen and rejected, or prompt with image and label."
+            "prompt with chosen and rejected, prompt with image and label, or prompt with image_path and rank."
         )
     return {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"} & set(names)
 
 
 def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
     names = table.column_names
-    pictures = _picture_columns(names, source)
-    preferences = Preferences(source)
+    ranking = ranking_columns(names) if set(PROMPT_COLUMNS) & set(names) else None
+    pictures = _picture_columns(names, source) if ranking is None else {ranking[0]}
+    if table.fetched and any(table.names_files(name) for name in pictures):
+        raise UserError(
+            f"{source} names its images and does not hold them. Download it, and give its folder."
+        )
+    pictures = {name for name in pictures if not table.names_files(name)}
+    preferences, rankings = Preferences(source), Rankings()
     other_columns = [name for name in names if name not in pictures]
     for index, row in enumerate(table.values(other_columns)):
         if limit is not None and index >= limit:
             break
         where = f"row {index} of {source}"
 
-        def picture_at(column: Any, index: int = index) -> ImageRecord:
+        def picture_at(column: Any, index: int = index, where: str = where) -> ImageRecord | None:
+            if column not in pictures:
+                return _picture_from(column, listed=table.folder / table.name, where=where)
             return ImageRecord(
                 Path(source) / f"{index:06d}-{column}",
                 row=DatasetRow(table, str(column), index, table.folder, table.fetched),
             )
 
-        _add_row(preferences, {**row, **{name: name for name in pictures}}, where, picture_at)
+        _add_row(preferences, rankings, {**row, **{name: name for name in pictures}}, where, picture_at)
+    rankings.add_to(preferences)
     return preferences
 
 
@@ -300,11 +328,15 @@ def stream_preferences(stream: Stream, *, user: str | None = None) -> PairStream
 
 def _add_row(
     preferences: Preferences,
+    rankings: Rankings,
     row: Mapping[str, Any],
     where: str,
-    to_picture: Callable[[Any], ImageRecord | None],
+    to_picture: ToPicture,
 ) -> None:
-    """Add one row as a pair or a single image, or its problem; `to_picture` reads an image column."""
+    """Add one row as a pair, a single image or part of a ranking, or its problem; `to_picture` reads a column."""
+    if ranking_columns(row):
+        rankings.add(preferences, row, Ranking(_prompt_of(row), _user_of(row)), where, to_picture)
+        return
     record = _read_row(row, where, to_picture)
     if record is None:
         preferences.skipped += 1
@@ -316,13 +348,18 @@ def _add_row(
         preferences.singles.append(record)
 
 
-def _read_row(
-    row: Mapping[str, Any], where: str, to_picture: Callable[[Any], ImageRecord | None]
-) -> Record | str | None:
-    """One row as a pair or a single image, the problem with it, or None where it has no label."""
+def _prompt_of(row: Mapping[str, Any]) -> str:
     prompts = (" ".join(row[name].split()) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
-    prompt = next(filter(None, prompts), "")
-    user = str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
+    return next(filter(None, prompts), "")
+
+
+def _user_of(row: Mapping[str, Any]) -> str:
+    return str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
+
+
+def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Record | str | None:
+    """One row as a pair or a single image, the problem with it, or None where it has no label."""
+    prompt, user = _prompt_of(row), _user_of(row)
     if any(
         _is_false(row.get(name)) for name in ("has_label", "are_different")
     ):  # Pick-a-Pic's unlabelled rows
@@ -336,7 +373,9 @@ def _read_row(
             pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
             return _chosen_pair(row, pictures, prompt, where, user)
         column = next((name for name in ("image", "file_name") if name in row), None)
-        return _labelled_single(row, to_picture(row[column]) if column else None, prompt, where, user)
+        if column is None:
+            return f"{where} has {', '.join(row) or 'nothing'}, and none of the columns of pairs ({COLUMNS})"
+        return _labelled_single(row, to_picture(row[column]), prompt, where, user)
     except UserError as error:  # a name outside the folder
         return str(error)
 
@@ -350,6 +389,11 @@ def _is_false(value: Any) -> bool:
     )
 
 
+def _is_true(value: Any) -> bool:
+    """Whether a cell says yes, in as many ways."""
+    return value.strip().lower() in ("true", "1") if isinstance(value, str) else value == 1
+
+
 def _labelled_pair(
     row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
 ) -> Pair | str:
@@ -361,7 +405,7 @@ def _labelled_pair(
         return f"{where} has labels that are no choice ({labels})"
     if first is None or second is None:
         return f"{where} names no picture"
-    return Pair(prompt, first, second, label, where, user, label == 0.5 and row.get("both_bad") is True)
+    return Pair(prompt, first, second, label, where, user, label == 0.5 and _is_true(row.get("both_bad")))
 
 
 def _chosen_pair(
@@ -371,7 +415,7 @@ def _chosen_pair(
     chosen, rejected = pictures
     if chosen is None or rejected is None:
         return f"{where} names no picture"
-    tie, both_bad = row.get("tie") is True, row.get("both_bad") is True
+    tie, both_bad = _is_true(row.get("tie")), _is_true(row.get("both_bad"))
     return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, where, user, both_bad)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.media.sources.pictures import fetched_folder, load_saved, load_tars
+from backbone.media.sources.pictures import fetched_folder, load_saved, load_tars, refuse_closed_cache
 
 
 class ParquetTable:
     """Rows of local Parquet files; `table[i][column]` reads only that column of that row's row group.
 
-    `folder` is where their rows may name files.
+    `folder` is where their rows may name files, `name` the first table's.
     """
 
     fetched: Path | None = None
@@ -23,7 +23,7 @@ class ParquetTable:
         import pyarrow
         import pyarrow.parquet
 
-        self.folder = files[0].parent
+        self.folder, self.name = files[0].parent, files[0].name
 
         try:
             self.files = [pyarrow.parquet.ParquetFile(file) for file in files]
@@ -36,6 +36,11 @@ class ParquetTable:
             for group in range(file.metadata.num_row_groups)
         ]
         self._kept: dict[str, tuple[int, Any]] = {}
+
+    def names_files(self, column: str) -> bool:
+        """Whether a column holds names of files, or lists of them."""
+        kind = str(self.files[0].schema_arrow.field(column).type)
+        return "string" in kind and "binary" not in kind and "struct" not in kind
 
     def __len__(self) -> int:
         return sum(rows for _, _, rows in self.groups)
@@ -87,13 +92,18 @@ class DatasetTable:
     def __init__(self, table: Any, folder: Path, fetched: Path | None = None) -> None:
         import datasets
 
-        self.folder, self.fetched = folder, fetched
+        self.folder, self.name, self.fetched = folder, "dataset", fetched
 
         for name, kind in table.features.items():
             if isinstance(kind, datasets.Image):
                 table = table.cast_column(name, datasets.Image(decode=False))
         self.table = table
         self.column_names: list[str] = list(table.column_names)
+
+    def names_files(self, column: str) -> bool:
+        """Whether a column holds names of files, or lists of them."""
+        kind = str(self.table.features[column])
+        return "string" in kind and "Image(" not in kind and "bytes" not in kind
 
     def __len__(self) -> int:
         return len(self.table)
@@ -133,6 +143,7 @@ def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
         rows = datasets.load_dataset(source, split=split, streaming=True).take(limit)
         return DatasetTable(datasets.Dataset.from_list(list(rows), features=rows.features), fetched, fetched)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{source} is nothing here, and no dataset of that name was loaded ({first}). Check the spelling, or give "

@@ -39,7 +39,7 @@ def train_preferences(
     began = time.perf_counter()
     processes.init_process(asked.get("device", "auto"))
     run = out or Path("runs") / run_name(asked["pairs"])
-    refuse_taken(run)
+    refuse_taken(run, [asked["pairs"]])
     model, asked = open_configs(asked)
     settings = resolved(asked, model.defaults)
     _refuse_other_model(found, settings, model)

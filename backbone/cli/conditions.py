@@ -48,6 +48,11 @@ class AskedMap:
         return self.how == AUTO
 
     @property
+    def is_of_colours(self) -> bool:
+        """Whether the file is a picture, in which values are colours; in other maps they are numbers."""
+        return self.is_computed or self.kind == "tile"
+
+    @property
     def inverted(self) -> bool:
         """Whether the map is black on white."""
         return self.how == INVERTED
@@ -212,7 +217,7 @@ def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     if path == AUTO:
         return AskedMap(kind, "", AUTO)
     for how in (AUTO, INVERTED):
-        if path.endswith(f":{how}"):
+        if path.lower().endswith(f":{how}"):
             if how == AUTO and kind == RGB:
                 raise UserError(
                     f"--condition {said} are pictures, which are read as they are. Leave :auto out."
@@ -222,7 +227,7 @@ def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
                     f"--condition {said} turns the colours of {kind} round, so that they say something else. Leave "
                     ":inverted out."
                 )
-            return AskedMap(kind, path.removesuffix(f":{how}"), how)
+            return AskedMap(kind, path[: -len(how) - 1], how)
     return AskedMap(kind, path)
 
 

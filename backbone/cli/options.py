@@ -51,6 +51,9 @@ class UnknownSettingError(UserError):
     """A setting that does not exist."""
 
 
+PLACES = ("FOLDER", "FILE", "RUN", "MODEL", "IMAGE", "PICTURE", "PATH", "ADAPTER", "CLIP", "CLIPS", "PAIRS")
+
+
 @dataclass(frozen=True)
 class Option:
     """The metadata of one setting: help text, spellings, allowed values, and when it has an effect.
@@ -92,6 +95,10 @@ class Option:
     code: bool = False
     joined: Mapping[str, str] = field(default_factory=dict)
     metavar: str = ""
+
+    def is_place(self, kind: type) -> bool:
+        """Whether its values are paths, or names in place of one."""
+        return kind is Path or self.metavar in PLACES
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ def _registering(
             def run(config: str | None = None, **given: Any) -> None:
                 asked = values_from_flags(given, known)
                 if config is not None:
-                    asked = {**values_from_file(Path(config), known, asked), **asked}
+                    asked = {**values_from_file(Path(config).expanduser(), known, asked), **asked}
                 called(function, join_values(asked, given, known))
 
             run.__name__ = function.__name__
@@ -380,6 +387,14 @@ class _Said(dict[str, Any]):
             for other, meant in one.option.words[value].items():
                 self.put(other, meant, f"{name} {value}")
             return
+        if (
+            self.file is None
+            and isinstance(value, str)
+            and not value.strip()
+            and one.option.is_place(one.kind)
+        ):
+            # An empty path is the working folder, and a variable of the shell that was never set is empty
+            raise UserError(f"{name} is empty. Name one, or leave it out.")
         self.put(one.name, converted(one, value, name, self.file), name)
 
     def with_implied(self) -> _Said:

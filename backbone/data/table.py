@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -88,10 +89,14 @@ class Table:
                 self.shards.append(read_shard(path))
             except FileNotFoundError:
                 continue  # another process has just thrown a damaged one away
+            except PermissionError:
+                if not self.repair:
+                    raise
             except DamagedShard:
                 if not self.repair:
                     raise
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):
+                    path.unlink(missing_ok=True)
         self._count()
 
     def append(self, columns: Mapping[str, Tensor | Sequence[str]], *, fallback: bool = False) -> None:
@@ -311,7 +316,7 @@ def write_shard(path: Path, columns: Mapping[str, Any], fields: Mapping[str, Fie
 
 
 def read_shard(path: Path) -> Shard:
-    """Maps a shard. Raises `DamagedShard`, and `FileNotFoundError` where it is gone."""
+    """Maps a shard. Raises `DamagedShard`, and an `OSError` where it is gone or may not be read."""
     import pyarrow
 
     try:
@@ -321,7 +326,7 @@ def read_shard(path: Path) -> Shard:
         said = json.loads(batch.schema.metadata[FIELDS])
         fields = {name: Field(dtype, tuple(shape)) for name, (dtype, *shape) in said.items()}
         columns = {name: _mapped(batch.column(name), field) for name, field in fields.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
@@ -242,13 +242,18 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise UserError(f"Another process has written {path} meanwhile. Name another folder.")
         whole = temporary.with_suffix(WHOLE)
         temporary.rename(whole)
         _move_up(whole)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+            error.filename = os.fspath(path)
         shutil.rmtree(temporary, ignore_errors=True)
         if not was_there:
-            folder.rmdir()
+            with suppress(OSError):  # another process writes there
+                folder.rmdir()
         raise
     finally:
         _being_written.discard(temporary)
@@ -404,7 +409,8 @@ def _check_safetensors_path(path: str | Path) -> Path:
         raise UserError(f"{path} {IS_GGUF}")
     if not path.exists():
         raise FileNotFoundError(2, os.strerror(2), str(path))
-    return path
+    with path.open("rb"):  # safetensors says of a file that may not be read that there is none, and not which
+        return path
 
 
 def _raise_unreadable(path: Path, error: Exception) -> NoReturn:

@@ -1,20 +1,22 @@
 """Prompts as people give them: words, or a file with a prompt on each line.
 
-In a `.jsonl` file a line has a `prompt`, and perhaps a `category` and `hard_negatives`.
+In a `.jsonl` file a line has a `prompt`, and perhaps a `category` and `hard_negatives`; a `.json` file is a list of
+these, or of words.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backbone.io.console import UserError, count_of
-from backbone.io.records import parse_json
+from backbone.io.records import iterate_entries
 
-SUFFIXES = (".txt", ".jsonl")
-TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
+SUFFIXES = (".txt", ".jsonl", ".json")
+TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
 
 VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
@@ -41,12 +43,12 @@ def is_caption(words: str) -> bool:
 def prompts_of(given: Sequence[str]) -> list[Prompt]:
     """The prompts of what was given, in order: a file that exists is read, other words are a prompt themselves.
 
-    Raises `UserError` for empty words, and for the name of a .txt or .jsonl file that is not there.
+    Raises `UserError` for empty words, and for the name of a .txt, .jsonl or .json file that is not there.
     """
     found = []
     for words in given:
-        if os.path.isfile(words):
-            found += read_prompts(Path(words))
+        if os.path.isfile(path := os.path.expanduser(words)):
+            found += read_prompts(Path(path))
         elif words.strip().lower().endswith(SUFFIXES):
             raise UserError(
                 f"{words} does not exist. Name a file with a prompt on each line, or give the words."
@@ -81,7 +83,7 @@ def one_prompt(given: str, option: str) -> str:
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in order, each once. Lines that begin with # and empty ones are passed over.
 
-    In a .txt file, what stands before a tab is the prompt's category. `UserError` lists every bad line.
+    In a text file, what stands before a tab is the prompt's category. `UserError` lists every bad line.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name a file with a prompt on each line.")
@@ -91,17 +93,16 @@ def read_prompts(path: Path) -> list[Prompt]:
             'file, or {"prompt": …} on each line of a .jsonl file.'
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
     found: dict[str, Prompt] = {}
     bad = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        prompt = _from_json(line) if path.suffix.lower() == ".jsonl" else _from_text(line)
+    for where, prompt in (
+        _read_entries(text, path) if path.suffix.lower() in (".jsonl", ".json") else _read_text(text)
+    ):
         if prompt is None:
-            bad.append(f"  line {number} holds no prompt")
+            bad.append(f"  {where} holds no prompt")
         else:
             found.setdefault(prompt.text, prompt)
     if bad:
@@ -113,17 +114,29 @@ def read_prompts(path: Path) -> list[Prompt]:
     return list(found.values())
 
 
+def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
+    """The prompts of lines of text, each with where it stands; None for what is none."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.startswith("#"):
+            yield f"line {number}", _from_text(line)
+
+
+def _read_entries(text: str, path: Path) -> Iterator[tuple[str, Prompt | None]]:
+    """The same of JSON lines, or of a JSON list."""
+    # In JSON lines a # begins a comment too
+    kept = "\n".join("" if line.startswith("#") else line for line in text.split("\n"))
+    for where, value in iterate_entries(kept, path):
+        yield where.partition(" of ")[0].lower(), _from_entry(value)
+
+
 def _from_text(line: str) -> Prompt | None:
     category, tab, text = line.rpartition("\t")
     text = " ".join(text.split())
     return Prompt(text, category.strip() if tab else "") if text and "\0" not in line else None
 
 
-def _from_json(line: str) -> Prompt | None:
-    try:
-        value = parse_json(line, "")
-    except UserError:
-        return None
+def _from_entry(value: Any) -> Prompt | None:
+    value = {"prompt": value} if isinstance(value, str) else value
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         return None

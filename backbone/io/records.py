@@ -60,6 +60,45 @@ def parse_json(
     return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
+def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The values of JSON lines, or of the JSON array that a text is, each with where it stands: `Line 3 of PATH`.
+
+    What is no JSON in a line is given as the `UserError` that says so. Raises `UserError` for an array that is not
+    whole, for another encoding than UTF-8, and for one object over several lines.
+    """
+    if isinstance(text, bytes) and text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is UTF-16 and not UTF-8 text. Save it as UTF-8.")
+    lines: list[Any] = text.split(b"\n") if isinstance(text, bytes) else text.split("\n")
+    written = [line for line in lines if line.strip()]
+    head = text[:256]
+    start = (head if isinstance(head, str) else head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")).lstrip()
+    if start[:1] == "[" and not (written[1:] and _is_json(written[0])):
+        values = cast(list[Any], parse_json(text, path))
+        if str(path).lower().endswith(".json") or any(isinstance(value, dict) for value in values):
+            for number, value in enumerate(values, start=1):
+                yield f"Entry {number} of {path}", value
+            return
+    if start[:1] == "{" and not _is_json(written[0]) and _is_json(text):
+        raise UserError(
+            f"{path} is one object, and a list is wanted. Write [{{…}}, {{…}}], or an object on each line."
+        )
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"Line {number} of {path}"
+            try:
+                yield where, parse_json(line, where)
+            except UserError as error:
+                yield where, error
+
+
+def _is_json(text: str | bytes) -> bool:
+    try:
+        parse_json(text, "")
+    except UserError:
+        return False
+    return True
+
+
 def plain(value: Kind, complaint: str) -> Kind:
     """The same parsed value; `UserError`, which begins with the complaint, for what no file and no tokenizer takes."""
     for part, depth in _parts(value):
@@ -84,7 +123,7 @@ def inside(folder: Path, name: str, where: str | Path) -> Path:
     plain = os.path.normpath(name.replace("\\", "/"))
     if not name or "\0" in name or os.path.isabs(plain) or re.match(r"\.\.(/|$)|[A-Za-z]:", plain):
         raise UserError(
-            f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder}."
+            f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder.absolute()}."
         )
     return folder / plain
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,8 @@ LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "obedience.jsonl", "report.html"),
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
+WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
+OF_A_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".safetensors", ".json", ".html")
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -44,15 +46,36 @@ def is_prepared(source: str | Path) -> bool:
     return (Path(source).expanduser() / PREPARED).is_file()
 
 
-def refuse_taken(run: Path) -> None:
+def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
     """`UserError` for a folder that holds a run: one of which a step has been saved, or a finished one.
 
-    Settings alone do not take it, so that a command that failed can be repeated, corrected.
+    Settings alone do not take it, so that a command that failed can be repeated, corrected. One that cannot be written
+    is refused too, and one of `sources`, what is learned from, or of somebody's own files.
     """
+    refuse_unwritable(run)
+    if any(run.resolve() == Path(source).expanduser().resolve() for source in sources if source):
+        raise UserError(
+            f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
+        )
+    own = [name for name in (*LEFT_BEHIND, *WRITTEN) if (run / name).exists()]
+    if own and not (run / "settings.json").is_file():
+        raise UserError(
+            f"{run} is no run's folder, and a run would replace its {own[0]}. Choose another --out."
+        )
     if any((run / name).exists() for name in SAVED):
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
         )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """`UserError` for a folder that cannot be made or written, which is said before anything is computed for it."""
+    above = folder.absolute()
+    place = next(path for path in (above, *above.parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{place} is a file, not a folder. Name another folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} is read-only. Change its permissions, or choose another --out.")
 
 
 @contextmanager
@@ -64,6 +87,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder. Name another folder.")
+    refuse_unwritable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -92,6 +116,11 @@ def hold_new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
 
     After a failure that left nothing in it, it is gone again.
     """
+    refuse_unwritable(named or usual.parent)
+    if named is not None and named.suffix.lower() in OF_A_FILE and not named.exists():
+        raise UserError(
+            f"--out {named} would be a folder that is called as a file. Name a folder: --out {named.with_suffix('')}."
+        )
     folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
     with hold_folder(folder):
         refuse_filled(folder)  # by a command that has been quicker
@@ -103,8 +132,19 @@ def hold_new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
             raise
 
 
+def name_beside(run: Path, end: str) -> Path:
+    """The folder beside a run's whose name is the run's with `end` behind it; `.` and `..` have names too."""
+    named = run if run.name not in ("", "..") else run.resolve()
+    return named.with_name(f"{named.name}{end}")
+
+
 def clear_failed_try(run: Path) -> None:
-    """Removes what a try left behind that never saved a step: it would be taken for this run's."""
+    """Removes what a try left behind that never saved a step: it would be taken for this run's.
+
+    A folder without its settings is none of a run, and keeps what it holds.
+    """
+    if not (run / "settings.json").is_file():
+        return
     for path in (run / name for name in LEFT_BEHIND):
         if path.is_dir():
             shutil.rmtree(path)

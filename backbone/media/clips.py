@@ -18,6 +18,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sheet import save_png
+from backbone.media.sources.decode import Convert, flatten_on_white
 from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
@@ -46,9 +47,10 @@ class Film:
 # Reading -----------------------------------------------------------------------------------------------------
 
 
-def read_film(source: str | Path) -> Film:
+def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Film:
     """A clip from an animated file, a folder of frames in natural order, or a film.
 
+    `convert` makes RGB of what a file stores: as pictures, or for maps `lay_on_white`.
     Raises `UserError` for what is none, has one frame only, or frames of unlike size.
     """
     path = Path(source).expanduser()
@@ -59,15 +61,15 @@ def read_film(source: str | Path) -> Film:
                 f"{source} holds no frames itself, but folders of images: {records[0].path.parent.name} … Give one of "
                 "these."
             )
-        frames = [record.open() for record in records]
+        frames = [record.open(convert=convert) for record in records]
         found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         found = _read_video(path)
     else:
-        found = _read_animation(path)
-    beside = path.with_suffix("")
+        found = _read_animation(path, convert)
+    beside = path.with_suffix("") if path.suffix else path
     if len(found.frames) < 2 and beside != path and beside.is_dir():  # equal frames are one in a WebP
-        return replace(read_film(beside), fps=found.fps, name=str(source))
+        return replace(read_film(beside, convert=convert), fps=found.fps, name=str(source))
     if len(found.frames) < 2:
         raise UserError(
             f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."
@@ -83,16 +85,7 @@ def read_film(source: str | Path) -> Film:
     return found
 
 
-def count_frames(path: Path) -> int:
-    """Frames of an animated file; 1 for what is none, which whoever reads it as a picture will say."""
-    try:
-        with Image.open(path) as opened:
-            return int(getattr(opened, "n_frames", 1))
-    except (OSError, SyntaxError, ValueError, EOFError):
-        return 1
-
-
-def _read_animation(path: Path) -> Film:
+def _read_animation(path: Path, convert: Convert) -> Film:
     if not path.is_file():
         raise UserError(f"There is no clip {path}. Check the spelling, and the folder that it is named from.")
     try:
@@ -104,7 +97,7 @@ def _read_animation(path: Path) -> Film:
             frames, lasting, clear = [], [], False
             for frame in ImageSequence.Iterator(opened):
                 clear |= is_see_through(frame)
-                frames.append(_on_white(frame))
+                frames.append(convert(frame))
                 lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
     except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
         kind = "a film of an unknown kind" if path.suffix.lower() not in ANIMATED else "damaged"
@@ -123,15 +116,6 @@ def is_see_through(frame: Image.Image) -> bool:
         return False
     lowest, _ = frame.convert("RGBA").getchannel("A").getextrema()
     return lowest != 255
-
-
-def _on_white(frame: Image.Image) -> Image.Image:
-    if not frame.has_transparency_data:
-        return frame.convert("RGB")
-    layered = frame.convert("RGBA")
-    ground = Image.new("RGB", frame.size, "white")
-    ground.paste(layered, mask=layered.getchannel("A"))
-    return ground
 
 
 def _even(

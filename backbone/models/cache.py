@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL.Image import Image
@@ -23,23 +24,26 @@ TEXT = 2  # counts up when a family makes something else of a prompt
 
 
 def cache_folder() -> Path:
-    """Where caches lie: $LIMNER_CACHE, or `limner` in the user's cache folder."""
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limner"
+    """Where caches lie: $LIMNER_CACHE, or `limner` in the user's cache folder; nowhere for a user without a home."""
+    if named := os.environ.get(VARIABLE):
+        return Path(os.path.expanduser(named))
+    named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    usual = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    return Path(usual if os.path.isabs(usual) else os.devnull) / "limner"
 
 
 def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Read tensors from the cache, or call `compute` and write them there.
 
-    A damaged cache file is computed anew; a cache that cannot be written is done without.
+    A damaged cache file is computed anew; a cache that cannot be read or written is done without.
     """
     path = cache_folder() / kind / key[:2] / f"{key}.safetensors"
-    if path.exists():
-        try:
-            return read_tensors(path)[0]
-        except FileNotFoundError:
-            pass  # another process has just thrown a damaged one away
-        except UserError:
+    try:
+        return read_tensors(path)[0]
+    except OSError:
+        pass  # there is none, or it is not for this user
+    except UserError:
+        with suppress(OSError):
             path.unlink(missing_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
     try:

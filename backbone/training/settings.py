@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
@@ -260,6 +260,7 @@ class PrepareOptions(ModelOptions):
 
 
 Made = TypeVar("Made", bound=TrainingSettings)
+Declared = TypeVar("Declared")
 
 
 def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
@@ -272,7 +273,7 @@ def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, 
     return build(declared, effective(declared, merged, asked))
 
 
-def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
+def read_run_settings(declared: type[Declared], run: Path, program: str) -> Declared:
     """The settings of a run folder of `program`; `UserError` when it has none or they are of another version."""
     path = run / FILE
     if not run.exists():
@@ -282,12 +283,21 @@ def read_run_settings(declared: type[Made], run: Path, program: str) -> Made:
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
     written = " ".join(read_json(path, RunRecord).command.split()[:2])
-    if written != program and written.endswith((" train", " train-control")):
+    if written != program and written.endswith((" train", " train-control", " train-motion")):
         raise UserError(f"{run} is a run of `{written}`, not of `{program}`. Name another folder.")
     return read_settings(declared, path)
 
 
-def find_resumed(said: RunOptions, program: str, usual: Path | None) -> Path | None:
+class SaysRun(Protocol):
+    """Options that name the run that goes on, and the folder to write."""
+
+    @property
+    def resume(self) -> Path | None: ...
+    @property
+    def out(self) -> Path | None: ...
+
+
+def find_resumed(said: SaysRun, program: str, usual: Path | None) -> Path | None:
     """The run folder that `--resume` names, or None where the run is yet to start.
 
     `latest`, as diffusers' scripts have it, is the folder of --out, or `usual`, the one that the same command takes

@@ -241,7 +241,12 @@ class TrainMotionOptions(PlaceOptions):
     ] = None
     resume: Annotated[
         Path | None,
-        Option("Resume a run that was stopped, with its own settings.", OUTPUT, metavar="RUN"),
+        Option(
+            "Resume this run folder; latest: the one that this command writes to, else the newest in runs/.",
+            OUTPUT,
+            aliases=("resume-from-checkpoint",),
+            metavar="RUN",
+        ),
     ] = None
     model: Annotated[str, model_option("moji")] = "moji"
     token: Annotated[
@@ -327,8 +332,6 @@ class TrainMotionOptions(PlaceOptions):
             object.__setattr__(self, "prior", "off")
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", USUAL_RATES[self.method])
-        if self.resume is not None and (self.clips or self.motion or self.out or self.method != "lora"):
-            raise UserError("A run that goes on has its clips and its adapter. Give --resume alone.")
         for flag, value in (("--clips", self.clips), ("--motion", self.motion or self.method == "full")):
             if self.resume is None and not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
@@ -38,15 +39,17 @@ from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import (
     IMAGE_SUFFIXES,
     METADATA,
+    PROMPT_LIST,
     ImageRecord,
     ListedImages,
+    find_lists,
     list_images,
+    normalize_name,
     read_metadata,
 )
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from customize.data.edit_pairs import SOURCES, TARGETS, listed_file, plain_name, read_edit_pairs
 
-PROMPT_LIST = "prompt.json"
 MAP_COLUMNS = (
     "conditioningimage",
     "conditioning",
@@ -89,19 +92,23 @@ class ControlPair:
         if self.map is None:
             found = compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
         else:
-            drawn = self.map.open()
+            drawn = self.open_map(kind)
             box = crop_box(drawn.size, size, CROPS["center"])
             left, top, right, bottom = map(round, box)
             found = resize_map(drawn.crop((left, top, right, bottom)), kind, size)
         return as_hints(found)[0]
 
+    def open_map(self, kind: str) -> Image.Image:
+        """The map as it is stored, or as a picture where its kind is one."""
+        assert self.map is not None
+        return self.map.open() if AskedMap(kind, str(self.map.path)).is_of_colours else self.map.open_map()
+
     def check_map(self, kind: str, palette: Palette | None) -> None:
         """`UserError` for a map that is none of the kind, or of another shape than its image."""
         if self.map is None:
             return
-        (width, height), drawn = self.image.open().size, self.map.open()
-        if self.map.row is None:
-            refuse_transparency(self.map.path)
+        (width, height), drawn = self.image.open().size, self.open_map(kind)
+        refuse_transparency(drawn, self.map.path)
         if abs(drawn.width * height / (drawn.height * width) - 1) > 0.01:
             raise UserError(
                 f"{self.map.path} is {drawn.width} × {drawn.height} and its image {self.image.path.name} {width} × "
@@ -117,9 +124,7 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
     files.
     """
     path = Path(source).expanduser()
-    listed = [path / name for name in (*METADATA, PROMPT_LIST) if (path / name).is_file()]
-    if len(listed) > 1:
-        raise UserError(f"{path} holds both {listed[0].name} and {listed[1].name}. Keep one of them.")
+    listed = find_lists(path, (*METADATA, PROMPT_LIST))
     if path.is_dir() and listed:
         pairs = _from_list(listed[0], columns)
     elif path.is_dir() and _has_two_folders(path):
@@ -144,9 +149,10 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
 def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv or prompt.json."""
     pairs, beside = [], ListedImages()
-    for line, entry in read_metadata(path):
-        where = f"Line {line} of {path}"
-        image = _value(entry, columns.image, TARGETS if path.name == PROMPT_LIST else IMAGE_COLUMNS, where)
+    for where, entry in read_metadata(path):
+        image = _value(
+            entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, where
+        )
         if not isinstance(image, str) or not image:
             raise UserError(
                 f'{where} names no image. Write it as {{"file_name": "1.png", "conditioning_image": "map-1.png", '
@@ -200,12 +206,12 @@ def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair
 
     Raises `UserError` for a map without an image, for two of one image, and for maps in a folder of their own.
     """
-    stems = {one.path.with_suffix("") for one in images}
+    stems = {_stem_of(one.path) for one in images}
     maps_of: dict[Path, Path] = {}
     others: list[Path] = []
     for path in [file for folder in sorted({stem.parent for stem in stems}) for file in _image_files(folder)]:
         match = MAP_STEM.fullmatch(path.stem)
-        stem = path.with_name(match[1]) if match else path
+        stem = path.with_name(normalize_name(match[1])) if match else path
         if match is None or (stem not in stems and not path.stem.lower().endswith(f".{match[2].lower()}")):
             continue  # an image whose name ends so
         if stem not in stems:
@@ -225,7 +231,12 @@ def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair
     if not maps_of:
         _refuse_folder_of_maps(pictures)
     found = {stem: ImageRecord(path) for stem, path in maps_of.items()}
-    return [ControlPair(one, found.get(one.path.with_suffix(""))) for one in pictures]
+    return [ControlPair(one, found.get(_stem_of(one.path))) for one in pictures]
+
+
+def _stem_of(path: Path) -> Path:
+    """An image's path without its suffix, its name in NFC."""
+    return path.with_name(normalize_name(path.stem))
 
 
 def _image_files(folder: Path) -> list[Path]:

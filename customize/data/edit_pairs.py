@@ -22,7 +22,16 @@ from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
 from backbone.io.records import inside, read_as
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.pictures import ImageRecord, ListedImages, list_by_name, read_metadata
+from backbone.media.sources.pictures import (
+    METADATA,
+    PROMPT_LIST,
+    ImageRecord,
+    ListedImages,
+    find_lists,
+    find_spelled,
+    list_by_name,
+    read_metadata,
+)
 
 # Names of columns and of folders, as `plain_name` has them; the first that is there counts
 SOURCES = (
@@ -35,7 +44,7 @@ TARGETS = (
 )  # fmt: skip
 INSTRUCTIONS = ("instruction", "editprompt", "editinstruction", "prompt", "caption", "text")
 REFERENCES = ("reference", "referenceimage")
-LISTS = ("metadata.jsonl", "metadata.csv", "dataset.jsonl", "train.jsonl", "prompt.json")
+LISTS = (*METADATA, "dataset.jsonl", "dataset.json", "train.jsonl", "train.json", PROMPT_LIST)
 RECORD = "run.json"  # of a run of `edit`
 SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered …
 BLURRED = 0.5  # … and pixels of its own: in a small picture another style's soft edges pull the fit that far
@@ -83,10 +92,7 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
 
 
 def _read_folder(folder: Path) -> list[EditPair]:
-    listed = [folder / name for name in LISTS if (folder / name).is_file()]
-    if len(listed) > 1:
-        raise UserError(f"{folder} holds both {listed[0].name} and {listed[1].name}. Keep one of them.")
-    if listed:
+    if listed := find_lists(folder, LISTS):
         return list(_from_list(listed[0]))
     runs = (
         [folder]
@@ -108,8 +114,7 @@ def plain_name(name: str) -> str:
 def _from_list(path: Path) -> Iterator[EditPair]:
     """The pairs of a list; every line has to name two images beside it, and may leave its words to a .txt there."""
     listed = ListedImages()
-    for number, entry in read_metadata(path):
-        where = f"Line {number} of {path}"
+    for where, entry in read_metadata(path):
         keys = sorted(entry, key=_by_number)
         named = {plain_name(key): entry[key] for key in reversed(keys)}
         source, target = (_first(named, names) for names in (SOURCES, TARGETS))
@@ -154,7 +159,7 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def listed_file(listed: Path, name: str, where: str) -> Path:
     """The file of this name beside a list; `UserError` where there is none."""
-    path = inside(listed.parent, name, where)
+    path = find_spelled(inside(listed.parent, name, where))
     if not path.is_file():
         raise UserError(
             f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."

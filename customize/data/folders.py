@@ -21,7 +21,7 @@ from backbone.media.sources.pictures import (
 )
 from customize.settings import INSTANCE_PROMPT, Subject
 
-KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
+KOHYA_FOLDER = re.compile(r"(\d+(?:\.\d+)?)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
 FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
     {
@@ -48,7 +48,7 @@ class ConceptFolder:
     """
 
     folder: Path
-    repeats: int
+    repeats: float
     token_words: str
     class_noun: str
     instance_prompt: str | None = None
@@ -182,9 +182,9 @@ def _parse_folder(folder: Path) -> ConceptFolder:
     """`10_sks dog` → 10 repeats, token `sks`, class `dog`: the first word is the token, the rest the class."""
     match = KOHYA_FOLDER.fullmatch(folder.name)
     assert match is not None
-    repeats, words = int(match[1]), match[2].replace("_", " ").split()
-    if repeats < 1:
-        raise UserError(f"{folder} counts its pictures {repeats} times. Let its name begin with 1 or more.")
+    repeats, words = float(match[1]), match[2].replace("_", " ").split()
+    if not repeats:
+        raise UserError(f"{folder} counts its pictures 0 times. Let its name begin with 1 or more.")
     return ConceptFolder(folder, repeats, words[0], " ".join(words[1:]))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from backbone.adapters.concept import EDITS, Concept, check_token
 from backbone.adapters.embeddings import split_by_encoder
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import atomic_write, fill_folder, read_tensors, write_tensors, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
@@ -91,7 +91,7 @@ def export_adapter(
             for path in export_embeddings(concept, out, file_format):
                 notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
-        f"{out} in {file_format}'s format: {len(adapter.layers)} layers, read back and compared "
+        f"{out} in {file_format}'s format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
 
@@ -214,7 +214,7 @@ def import_adapter(
     if out.suffix == ".safetensors":
         check_output(out)
         worst = write_adapter(out, adapter, "peft", metadata=metadata)
-        return f"{out}: {len(adapter.layers)} layers (largest relative difference {worst:.0e})."
+        return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
     if adapter.base == "svd":
         raise UserError(
             f"{file} adapts {BASE_NAMES['svd']}, which reads no words, so no run is made of it. Draw clips with it as "
@@ -246,7 +246,8 @@ def import_adapter(
             weights=weights_file,
             folder=out,
         ).write(unfinished)
-    return f'{out}: {len(adapter.layers)} layers. Next: customize sample "a {token} …" --concept {out}'
+    counted = count_of(len(adapter.layers), "layer")
+    return f'{out}: {counted}. Next: customize sample "a {token} …" --concept {out}'
 
 
 def _trigger_words(file: Path, adapter: AdapterFile) -> str:

@@ -22,7 +22,7 @@ from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
 from backbone.io.console import UserError, count_of, notify, notify_once
 from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_text
-from backbone.io.run_folder import refuse_taken, run_name
+from backbone.io.run_folder import name_beside, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
@@ -57,7 +57,7 @@ def train_edits(
     began = time.perf_counter()
     processes.init_process(asked.get("device") or "auto")
     run = out or Path("runs") / run_name(asked["pairs"])
-    refuse_taken(run)
+    refuse_taken(run, [asked["pairs"]])
     opened, asked = open_configs(asked, task="learn-to-edit")
     count_references(opened, pairs)
     if "image_guidance" in asked:
@@ -309,7 +309,7 @@ def hash_pairs(pairs: Sequence[EditPair]) -> list[dict[str, str]]:
 
 def readme(run: Path, settings: Settings, learned: int, held: int) -> str:
     """The run's README.md."""
-    baked = run.with_name(f"{run.name}-model")
+    baked = name_beside(run, "-model")
     lines = [
         "# Edits by instruction",
         "",

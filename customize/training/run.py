@@ -57,7 +57,7 @@ def train_concept(
     processes.init_process(asked.get("device") or "auto")
     pictures = images or read_images(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
-    refuse_taken(run)
+    refuse_taken(run, [subject.images for subject in subjects])
     for folder in asked.get("class_images", ()):
         check_images(list_images(folder))
     # The configs first, for the model's usual settings; then the model in the placement that the settings ask for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from customize.data.prepared import PreparedImages
 
 DEFAULT_TOKEN = "[V]"
+PLACEHOLDER = re.compile(r"\{(\w*)\}")  # of a template; wildcards as {red|blue} are text
 RESUMED = ("steps", "learning_rate", "images", "pairs", "device")  # settings that may change with --resume
 
 
@@ -181,7 +183,22 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
 
 
 def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
-    """`UserError` for an instance prompt without the token, or a class prompt with it: nothing would be learned."""
+    """`UserError` for an instance prompt without the token, or a class prompt with it: nothing would be learned.
+
+    So is a class that is the token, and a placeholder that nothing fills.
+    """
+    if first.class_noun and mentions(first.class_noun, first.token):
+        raise UserError(
+            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. Say what kind "
+            "of thing it is: --class dog."
+        )
+    for what in ("instance_prompt", "class_prompt"):
+        said = rest.get(what) or ""
+        if odd := [name for name in PLACEHOLDER.findall(said) if name not in ("token", "class")]:
+            raise UserError(
+                f"The {what.replace('_', ' ')} “{said}” has {{{odd[0]}}}, and {{token}} and {{class}} alone are filled "
+                "in. Leave it out."
+            )
     prompt = rest.get("instance_prompt", "")
     if prompt and "{token}" not in prompt:
         raise UserError(

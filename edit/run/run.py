@@ -18,7 +18,7 @@ from backbone.cli.options import UnknownSettingError
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
-from backbone.io.run_folder import hold_new_folder
+from backbone.io.run_folder import hold_new_folder, refuse_unwritable
 from edit.layout import AskedLayout
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
@@ -32,6 +32,7 @@ CONTROL = (
     *(one.name for one in fields(ControlOptions)),
     "source_condition",
 )  # which become one `AskedLayout`
+RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
 WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(FILES, str | None),
@@ -157,7 +158,7 @@ def _run(
         if command.compared and wishes.get("metrics", True):
             figures = measure_edits(result, find_scorer(loaded.model, wishes.get("scorer")))
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
-        folder = out or make_numbered_folder(Path("runs") / f"edit-{Path(next(iter(files), name)).stem}")
+        folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")
         with fill_folder(folder) as unfinished:
             if len(result.inversions) == 1 and wishes.get("inversion") is None:
                 # Made for this edit, it serves further ones
@@ -209,6 +210,7 @@ def _read_images(wishes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def _claim(out: Path | None) -> Iterator[None]:
     """Takes the folder that was named; after a mistake it is gone again."""
     if out is None:
+        refuse_unwritable(RUNS)
         yield
         return
     with hold_new_folder(out, out):

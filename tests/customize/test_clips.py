@@ -24,6 +24,7 @@ from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
 from backbone.adapters.motion import Moves, read_motion_lora, set_in_motion
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_tensors
+from backbone.io.run_folder import CHECKPOINT
 from backbone.media.clips import encode_webp, read_film
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import read_motion_adapter
@@ -330,13 +331,21 @@ def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
 ) -> None:
     few = ("--frames", "3", "--checkpointing-steps", "1")
     assert learn(tiny_folder, adapter, walks, tmp_path / "whole", *few).exit_code == 0
+    latest = (*few, "--resume", "latest")  # begins where no step was saved, and then goes on
     with stopped_at_the_second_step(monkeypatch):
-        assert learn(tiny_folder, adapter, walks, tmp_path / "parts", *few).exit_code != 0
+        assert learn(tiny_folder, adapter, walks, tmp_path / "parts", *latest).exit_code != 0
+    assert (tmp_path / "parts" / CHECKPOINT).exists()
     vain = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts"), "--steps", "9"])
     assert "so --steps has no effect" in str(vain.exception)
-    monkeypatch.chdir(tmp_path / "parts")  # from anywhere
-    answer = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path / "parts"), "--steps", "2"])
-    assert answer.exit_code == 0, answer.exception
+    changed = ("--frames", "4", *latest[2:])
+    other = learn(tiny_folder, adapter, walks, tmp_path / "parts", *changed)
+    assert "so --frames has no effect" in str(other.exception)
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    for words in (("parts/latest", "--steps", "2"), ("parts/checkpoint-2",)):
+        answer = CliRunner().invoke(app, ["train-motion", "--resume", *words])
+        assert answer.exit_code == 0, answer.exception
+    monkeypatch.chdir(adapter.parent)
+    assert learn(tiny_folder, Path(adapter.name), walks, tmp_path / "parts", *latest).exit_code == 0
     whole, parts = (read_motion_lora(tmp_path / name / LORA_WEIGHTS)[0] for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     nothing = CliRunner().invoke(app, ["train-motion", "--resume", str(tmp_path)])

@@ -32,6 +32,7 @@ from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import work_of
 from customize.training.control.run import OBEDIENCE, Obedience, columns_of
 from customize.training.run import describe_changes
+from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
 SIDE, PAIRS = 32, 12
 HERE = ("--precision", "fp32", "--device", "cpu", "--batch", 2, "--sample-steps", 2, "--validation-steps", 0)
@@ -486,6 +487,27 @@ def test_lines_agree_within_a_pixel() -> None:
     assert found == Agreement(0.5, 0.6)
     assert found.f1 == pytest.approx(2 * 0.5 * 0.6 / 1.1)
     assert agreement(asked, torch.zeros(20, 20)).f1 == 0
+
+
+def test_a_map_is_found_beside_its_image_however_its_name_is_spelled(tmp_path: Path) -> None:
+    circle(0, "red", "white").save(tmp_path / "caf\u00e9.png")
+    circle(0, "white").save(tmp_path / "cafe\u0301.Sketch.png")
+    (pair,) = read_control_pairs(str(tmp_path), "sketch")
+    assert pair.map is not None and pair.map.path.name == "cafe\u0301.Sketch.png"
+
+
+def test_the_values_of_a_map_are_learned_as_they_are_stored(tmp_path: Path) -> None:
+    """A profile says how colours look, and a map's values are no colours."""
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, SIDE).astype(np.uint8), (SIDE, 1)))
+    photo = circle(0, "red", "white")
+    photo.save(tmp_path / "0.png")
+    for suffix, profile in (("png", None), ("tif", grey_profile_of_light())):
+        ramp.save(tmp_path / f"0.depth.{suffix}", icc_profile=profile)
+        pair = read_control_pairs(str(tmp_path), "depth")[0]
+        pair.check_map("depth", None)
+        found = pair.read_map("depth", (SIDE, SIDE)).permute(1, 2, 0).mul(255).round().numpy()
+        assert np.array_equal(found, np.asarray(ramp.convert("RGB"))), suffix
+        (tmp_path / f"0.depth.{suffix}").unlink()
 
 
 # --- maps to look at ------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from backbone.cli.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once
-from backbone.media.clips import FILMS, count_frames, read_film
+from backbone.media.clips import FILMS, read_film
 from backbone.media.control.outlines import draw_lines, draw_outlines
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import count_frames, flatten_on_white, lay_on_white, open_map, open_rgb
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_box
 
@@ -34,6 +34,7 @@ LOW, HIGH = 100.0, 200.0  # Canny's thresholds, of 0…255, as ControlNets were 
 GREY = (0.15, 0.85)  # between them a pixel is neither ink nor paper
 MOST_GREY, MOST_COLOUR = 0.4, 0.06  # share of grey pixels, mean saturation: beyond, it is no line drawing
 SAME_SHAPE = 0.02  # of the logarithm of width by height
+FAINT = 85  # of 255: a depth map that stays below is told
 MANY_COLOURS = 512  # in a map of labels of no known palette
 
 
@@ -58,8 +59,10 @@ def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = N
     what is no map of its kind: black on white, a photograph, an empty or full one, colours that no label has.
     """
     if asked.path:
-        picture = open_rgb(asked.path)
-        refuse_transparency(Path(asked.path))
+        picture = open_map(asked.path)
+        refuse_transparency(picture, asked.path)
+        if asked.is_of_colours:
+            picture = open_rgb(asked.path)
     assert picture is not None
     return prepare_map(asked, target, picture)
 
@@ -79,7 +82,7 @@ def read_maps(
         refuse_other_count(asked, len(files), frames)
         return [read_map(replace(asked, path=str(file)), target) for file in files]
     if path.suffix.lower() in FILMS or count_frames(path) > 1:
-        drawn = read_film(path).frames
+        drawn = read_film(path, convert=flatten_on_white if asked.is_of_colours else lay_on_white).frames
         refuse_other_count(asked, len(drawn), frames)
         return [prepare_map(asked, target, frame) for frame in drawn]
     return [read_map(asked, target)] * frames
@@ -264,13 +267,9 @@ def _thinned(dx: Tensor, dy: Tensor) -> Tensor:
 # What is commonly wrong -------------------------------------------------------------------------------------
 
 
-def refuse_transparency(path: Path) -> None:
-    """`UserError` for a picture with see-through pixels: which colour is behind them is not said."""
-    with Image.open(path) as image:
-        if not image.has_transparency_data:
-            return
-        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-    if lowest != 255:
+def refuse_transparency(drawn: Image.Image, path: str | Path) -> None:
+    """`UserError` for a map with see-through pixels (`open_map`): which colour is behind them is not said."""
+    if drawn.mode == "RGBA":
         raise UserError(
             f"{path} is see-through in places, so its background is not said. Save it without transparency, lines "
             "white on black."
@@ -301,6 +300,11 @@ def refuse_wrong_kind(drawn: np.ndarray, asked: AskedMap, palette: Palette | Non
         refuse_foreign_colours(drawn, asked, palette)
     elif kind == "depth" and saturation(drawn) > MOST_COLOUR:
         raise UserError(f"{name} is in colours, and a depth map is grey, near white. Give the depth map.")
+    elif kind == "depth" and FAINT > drawn.max() > 0:
+        notify_once(
+            f"{name} is dark everywhere: its whitest value is {drawn.max()} of 255, and what is near is white in a "
+            "depth map. Values in millimetres are none; scale them, near to white."
+        )
     elif kind == "pose" and float((drawn.max(2) > 38).mean()) > 0.5:
         raise UserError(f"{name} is no pose on black: most of it is not black. Draw sticks on black.")
     refuse_empty(drawn, asked)
@@ -331,6 +335,8 @@ def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
 
 def refuse_empty(drawn: np.ndarray, asked: AskedMap) -> None:
     """`UserError` for one colour everywhere."""
+    if drawn.max() == 1:
+        raise UserError(f"{asked.path} has values of 0 and 1, and white is 255. Multiply them by 255.")
     if int(np.ptp(drawn.reshape(-1, 3).astype(int), axis=0).max()) < 26:
         raise UserError(
             f"{asked.path} shows nothing: it is one colour everywhere. Draw on it, or leave the condition out."

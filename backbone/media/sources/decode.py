@@ -18,6 +18,16 @@ from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from backbone.io.console import UserError
 
+Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
+OF_SEVERAL = (
+    ".gif",
+    ".webp",
+    ".png",
+    ".apng",
+    ".avif",
+    ".tif",
+    ".tiff",
+)  # an .mpo's further frames are views
 MAX_PIXELS = 400_000_000
 MAX_FULL_SIZE_PIXELS = (
     178_000_000  # a larger JPEG is decoded at half its size: at 400 MP it would take 1.6 GB
@@ -42,9 +52,7 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
 
     Raises `BadImageError` for a file that is missing, forbidden, empty, damaged, no image, or above 400 megapixels.
     """
-    path = Path(path)
-    with _open(path) as file:
-        return decode(file, str(path), at_least)
+    return open_as(path, flatten_on_white, at_least=at_least)
 
 
 def open_mask(path: str | Path) -> Image.Image:
@@ -54,9 +62,52 @@ def open_mask(path: str | Path) -> Image.Image:
     palette of black and one colour is black and white. Colour profiles do not count. Raises `BadImageError` as
     `open_rgb` does.
     """
+    return open_as(path, mask_from_image)
+
+
+def open_map(path: str | Path) -> Image.Image:
+    """Decode a map, whose values are numbers and no colours: as `open_rgb`, but no colour profile is applied.
+
+    RGB; RGBA where something is see-through. Raises `BadImageError` as `open_rgb` does.
+    """
+    return open_as(path, map_from_image)
+
+
+def open_bytes(path: Path) -> bytes:
+    """The encoded bytes of an image file; `BadImageError` for one that cannot be opened."""
+    with _open(path) as file:
+        return file.read()
+
+
+def open_loaded(image: Image.Image) -> Image.Image:
+    """An image that is in memory already as `open_rgb` would have read it; `BadImageError` where that cannot be."""
+    try:
+        return flatten_on_white(ImageOps.exif_transpose(image))
+    except ValueError as error:
+        raise BadImageError("The image", f"cannot be used ({error})") from error
+
+
+def open_as(path: str | Path, convert: Convert, *, at_least: int | None = None) -> Image.Image:
+    """Decode an image file as `convert` makes it from what is stored; otherwise as `open_rgb`."""
     path = Path(path)
     with _open(path) as file:
-        return decode_mask(file, str(path))
+        return decode(file, str(path), convert, at_least=at_least)
+
+
+def count_frames(path: Path) -> int:
+    """Frames of an animated file; 1 for what is none, which whoever reads it as a picture will say."""
+    try:
+        with Image.open(path) as opened:
+            return int(getattr(opened, "n_frames", 1))
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return 1
+
+
+def describe_further_frames(path: Path) -> str:
+    """A sentence on the frames or pages of a file that are not read; "" where there is one (or a phone's view)."""
+    if path.suffix.lower() not in OF_SEVERAL or (count := count_frames(path)) < 2:
+        return ""
+    return f"{path} has {count} frames or pages, of which the first counts."
 
 
 def read_size(file: IO[bytes]) -> tuple[int, int]:
@@ -106,20 +157,8 @@ _EXIF_ERRORS = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSErro
 _pillow_limit = threading.RLock()
 
 
-def decode(file: IO[bytes], name: str, at_least: int | None) -> Image.Image:
-    """`open_rgb` of an open file; `name` is what error messages call it."""
-    return _decode(file, name, at_least, _flatten_on_white)
-
-
-def decode_mask(file: IO[bytes], name: str) -> Image.Image:
-    """`open_mask` of an open file."""
-    return _decode(file, name, None, mask_from_image)
-
-
-def _decode(
-    file: IO[bytes], name: str, at_least: int | None, finish: Callable[[Image.Image], Image.Image]
-) -> Image.Image:
-    """The first frame upright, as `finish` makes it from what the file stores."""
+def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None = None) -> Image.Image:
+    """The first frame of an open file upright, as `convert` makes it; `name` is what error messages call it."""
     start = file.read(512)
     if not start:
         raise BadImageError(name, "is empty (0 bytes)")
@@ -138,14 +177,25 @@ def _decode(
         # In place, pixels are turned before the EXIF block is rewritten, where a damaged tag may raise.
         with suppress(*_EXIF_ERRORS):
             ImageOps.exif_transpose(image, in_place=True)
-        return finish(image)
+        return convert(image)
     except MemoryError as error:
         raise BadImageError(name, "needs more memory than there is") from error
     except _DECODER_ERRORS as error:
         raise BadImageError(name, _describe_error(start, error)) from error
 
 
-def _flatten_on_white(image: Image.Image) -> Image.Image:
+def lay_on_white(image: Image.Image) -> Image.Image:
+    """An image in any mode as RGB by its stored values alone: transparency blended onto white, no profile applied."""
+    drawn = map_from_image(image)
+    if drawn.mode == "RGB":
+        return drawn
+    ground = Image.new("RGB", drawn.size, "white")
+    ground.paste(drawn, mask=drawn.getchannel("A"))
+    return ground
+
+
+def flatten_on_white(image: Image.Image) -> Image.Image:
+    """An image in any mode as 8-bit sRGB: see `open_rgb`."""
     stored = image.info
     image = _to_8_bit(image)
     if not image.has_transparency_data:
@@ -175,6 +225,16 @@ def mask_from_image(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         values = values * np.asarray(image.convert("RGBA").getchannel("A")) / 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def map_from_image(image: Image.Image) -> Image.Image:
+    """An image in any mode as a map (mode RGB, or RGBA where something is see-through): see `open_map`."""
+    image = _to_8_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    lowest, _ = rgba.getchannel("A").getextrema()
+    return rgba.convert("RGB") if lowest == 255 else rgba
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
 """Image sources: list the images of a folder or dataset with their captions and masks, and check that all decode.
 
-A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl` or in
-`metadata.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
+A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl`,
+`.json` or `.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
 Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes
 nothing, so that `check_images` can report all unusable files at once; `describe_unused` says what a folder holds
 beside.
@@ -10,6 +10,7 @@ beside.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import re
@@ -26,8 +27,20 @@ from PIL import Image
 from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import inside, parse_json, plain
-from backbone.media.sources.decode import BadImageError, decode, nearest_path, open_mask, open_rgb, read_size
+from backbone.io.records import inside, iterate_entries, plain
+from backbone.media.sources.decode import (
+    BadImageError,
+    Convert,
+    decode,
+    describe_further_frames,
+    flatten_on_white,
+    map_from_image,
+    nearest_path,
+    open_as,
+    open_bytes,
+    open_mask,
+    read_size,
+)
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -41,7 +54,8 @@ CONDITION_STEM = re.compile(
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
 
@@ -70,11 +84,20 @@ class ImageRecord:
         """The hash of these bytes, by which caches and records know an image; read once."""
         return self.known_hash or content_hash(self.read())
 
-    def open(self, *, at_least: int | None = None) -> Image.Image:
-        """Decode as `open_rgb` does."""
+    def open(
+        self,
+        *,
+        at_least: int | None = None,
+        convert: Convert = flatten_on_white,
+    ) -> Image.Image:
+        """Decode as `open_rgb` does, or what is stored as `convert` makes it."""
         if self.row is None:
-            return open_rgb(self.path, at_least=at_least)
-        return decode(io.BytesIO(self.read()), str(self.path), at_least)
+            return open_as(self.path, convert, at_least=at_least)
+        return decode(io.BytesIO(self.read()), str(self.path), convert, at_least=at_least)
+
+    def open_map(self) -> Image.Image:
+        """Decode as `open_map` does."""
+        return self.open(convert=map_from_image)
 
     def read_size(self) -> tuple[int, int]:
         """(width, height) as the file's header says, for an image that can be decoded."""
@@ -109,7 +132,9 @@ class DatasetRow:
             stored, name = value.get("bytes"), value.get("path")
             value = stored
             if stored is None and isinstance(name, str) and name:
-                value = self._file(name, where).read_bytes()
+                value = name
+        if isinstance(value, str) and value:
+            value = open_bytes(self._file(value, where))
         if not isinstance(value, bytes):
             raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
         return value
@@ -148,7 +173,7 @@ def list_images(
         if pictures:
             _refuse_folder_of_masks(pictures)
             folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
-            if named and not any((folder / name).is_file() for folder in folders for name in METADATA):
+            if named and not any(find_lists(folder) for folder in folders):
                 raise UserError(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
                 )
@@ -183,7 +208,7 @@ def list_by_name(folder: Path) -> dict[str, ImageRecord]:
     """
     found: dict[str, ImageRecord] = {}
     for picture in list_images(folder):
-        name = _normalize_name(picture.path.relative_to(folder).with_suffix("").as_posix())
+        name = normalize_name(picture.path.relative_to(folder).with_suffix("").as_posix())
         if name in found:
             raise UserError(
                 f"{found[name].path} and {picture.path.name} have one name, and images are paired by their names. "
@@ -191,6 +216,22 @@ def list_by_name(folder: Path) -> dict[str, ImageRecord]:
             )
         found[name] = picture
     return found
+
+
+def find_spelled(path: Path) -> Path:
+    """The file of a path as its folder spells it: é is one character or two, and Windows knows no upper case.
+
+    The path itself where there is no such file, or where several could be meant.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return path
+    name = normalize_name(path.name)
+    names = [
+        file for file in path.parent.iterdir() if normalize_name(file.name).casefold() == name.casefold()
+    ]
+    same = [file for file in names if normalize_name(file.name) == name]
+    found = same or names
+    return found[0] if len(found) == 1 else path
 
 
 class ListedImages:
@@ -212,10 +253,10 @@ def read_captions(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
     Raises `UserError` for text that cannot be read, and for two captions of one file.
     """
     metadata, beside = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
-    by_name = {_normalize_name(name): caption for name, (caption, _) in metadata.items()}
+    by_name = {normalize_name(name): caption for name, (caption, _) in metadata.items()}
     found = {}
     for path in paths:
-        told = by_name.get(_normalize_name(path.name))
+        told = by_name.get(normalize_name(path.name))
         # A folder's name has no suffix to take away
         stem = path.with_name(f"{path.name}.folder") if path.is_dir() else path
         found[path] = told or _with_companions(stem, beside).caption or ""
@@ -225,6 +266,7 @@ def read_captions(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
 def check_images(pictures: Sequence[ImageRecord]) -> None:
     """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
     bad: list[tuple[str, str]] = []
+    moving: list[str] = []
     with progress(len(pictures), "reading", brief=True) as bar:
         for picture in pictures:
             try:
@@ -232,10 +274,16 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
                 mask = picture.open_mask()
                 if mask is not None:
                     _check_mask_shape(mask.size, size, picture)
+                if picture.row is None and (further := describe_further_frames(picture.path)):
+                    moving.append(further)
             except BadImageError as error:
                 bad.append((error.name, error.reason))
             bar.advance_images(1)
     refuse_bad_images(bad, len(pictures))
+    if moving:
+        notify(
+            moving[0] + (f" So it is of {count_of(len(moving) - 1, 'other image')}." if moving[1:] else "")
+        )
 
 
 def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
@@ -302,16 +350,16 @@ class Columns:
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
     own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
-    paths = {_normalize_name(file.name): file for file in own.images}
-    stems = {_normalize_name(file.stem) for file in paths.values()}
+    paths = {normalize_name(file.name): file for file in own.images}
+    stems = {normalize_name(file.stem) for file in paths.values()}
     for stem, masks in own.masks.items():
         if stem not in stems:
             raise UserError(
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
     for name in metadata:
-        paths.setdefault(_normalize_name(name), folder / name)
-    by_key = {_normalize_name(name): entry for name, entry in metadata.items()}
+        paths.setdefault(normalize_name(name), folder / name)
+    by_key = {normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
         picture = listed.record(path)
@@ -324,7 +372,7 @@ def _refuse_folder_of_masks(pictures: Sequence[ImageRecord]) -> None:
     """`UserError` for subfolders of which one holds the masks of another, as `images/` and `masks/` do."""
     names: dict[Path, set[str]] = {}
     for picture in pictures:
-        names.setdefault(picture.path.parent, set()).add(_normalize_name(picture.path.stem))
+        names.setdefault(picture.path.parent, set()).add(normalize_name(picture.path.stem))
     for masks in [folder for folder in names if folder.name.lower() in MASK_FOLDERS]:
         for images in [folder for folder in names if folder != masks and names[folder] & names[masks]]:
             name = min(names[images] & names[masks])
@@ -342,7 +390,7 @@ class _Companions:
         self.captions: dict[str, list[Path]] = {}
         self.masks: dict[str, list[Path]] = {}
         for file in _list_visible(folder) if folder.is_dir() else []:
-            stem, suffix = _normalize_name(file.stem), file.suffix.lower()
+            stem, suffix = normalize_name(file.stem), file.suffix.lower()
             if suffix in CAPTION_SUFFIXES and file.is_file():
                 self.captions.setdefault(stem, []).append(file)
             elif suffix not in IMAGE_SUFFIXES or CONDITION_STEM.fullmatch(stem):
@@ -355,7 +403,7 @@ class _Companions:
 
 def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
     """The record of an image with its caption and its mask; `UserError` where it has two of one kind."""
-    stem = _normalize_name(path.stem)
+    stem = normalize_name(path.stem)
     captions, masks = beside.captions.get(stem, []), beside.masks.get(stem, [])
     for what, files in (("caption", captions), ("mask", masks)):
         if len(files) > 1:
@@ -368,15 +416,12 @@ def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
 
 
 def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[str | None, Path]]:
-    """File name (relative, `/` between folders) → caption and where it stands, from metadata.jsonl or metadata.csv."""
-    present = [folder / name for name in METADATA if (folder / name).is_file()]
-    if len(present) > 1:
-        raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv. Keep one of them.")
+    """File name (relative, `/` between folders) → caption and where it stands, from the folder's metadata."""
+    present = find_lists(folder)
     captions: dict[str, tuple[str | None, Path]] = {}
     for metadata in present:
         words: dict[str, None] = {}  # columns of text, in the order in which they are met
-        for line, entry in read_metadata(metadata):
-            where = f"Line {line} of {metadata}"
+        for where, entry in read_metadata(metadata):
             words |= {name: None for name, value in entry.items() if isinstance(value, str)}
             name_column = columns.find("image", list(entry), where)
             name = entry.get(name_column) if name_column else None
@@ -386,7 +431,7 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
             caption = entry.get(caption_column) if caption_column else None
             if caption is not None and not isinstance(caption, str):
                 raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
-            name = inside(folder, name, where).relative_to(folder).as_posix()
+            name = find_spelled(inside(folder, name, where)).relative_to(folder).as_posix()
             if name in captions:
                 raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
             captions[name] = join_lines(caption), metadata
@@ -394,24 +439,48 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
     return captions
 
 
-def read_metadata(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a metadata.jsonl or metadata.csv, each with its number; `UserError` for one that is none."""
+def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
+    """The file of a folder that lists its images, in whatever case its name is written; `UserError` for two of them.
+
+    A .json counts where it is a list: other tools keep other records under the same names.
+    """
+    found = [
+        path
+        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
+        if path.name.lower() in names
+        and path.is_file()
+        and (path.suffix.lower() != ".json" or _is_list(path))
+    ]
+    if len(found) > 1:
+        raise UserError(f"{folder} holds both {found[0].name} and {found[1].name}. Keep one of them.")
+    return found
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is a JSON list, or JSON lines under the name of ControlNet's, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith(b"[") or path.name.lower() == PROMPT_LIST
+
+
+def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a list of images, each with where it stands; `UserError` for one that is none."""
     text = _read_text(metadata)
-    if metadata.suffix == ".csv":
+    if metadata.suffix.lower() == ".csv":
         heading = text.partition("\n")[0]
         # Spreadsheets write semicolons where the comma is decimal
         separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
         for row in table:
-            yield table.line_num, {name: value for name, value in row.items() if name is not None}
+            named = {name: value for name, value in row.items() if name is not None}
+            yield f"Line {table.line_num} of {metadata}", named
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        entry = parse_json(line, f"Line {number} of {metadata}")
+    for where, entry in iterate_entries(text, metadata):
+        if isinstance(entry, UserError):
+            raise entry
         if not isinstance(entry, dict):
-            raise UserError(f"Line {number} of {metadata} is not a JSON object. Write {{…}} on each line.")
-        yield number, entry
+            raise UserError(f"{where} is not a JSON object. Write {{…}} for each image.")
+        yield where, entry
 
 
 def _read_text(path: Path) -> str:
@@ -433,7 +502,7 @@ def _list_visible(folder: Path) -> list[Path]:
     )
 
 
-def _normalize_name(name: str) -> str:
+def normalize_name(name: str) -> str:
     """NFC, for file systems differ in how they spell é: as one character or two."""
     return unicodedata.normalize("NFC", name)
 
@@ -471,11 +540,12 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     if not root.is_dir() or not pictures or pictures[0].row is not None:
         return []
     folders = sorted({root, *(path.parent for path in used)})
+    used |= {path for folder in folders for path in find_lists(folder)}
     files = [
         path
         for folder in folders
         for path in _list_visible(folder)
-        if path.is_file() and path not in used and path.name.lower() not in {*SYSTEM_FILES, *METADATA}
+        if path.is_file() and path not in used and path.name.lower() not in SYSTEM_FILES
     ]
     kinds: dict[str, list[str]] = {}
     for path in files:
@@ -575,6 +645,7 @@ def load_tars(files: Sequence[Path]) -> Any:
             "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
         )
     except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
         raise UserError(
             f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
         ) from error
@@ -602,9 +673,23 @@ def _load_parquet(files: Sequence[Path]) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
         raise UserError(
             f"{files[0]} is not a readable Parquet file ({first_line(error)}). Save it again."
         ) from error
+
+
+def refuse_closed_cache(error: BaseException | None) -> None:
+    """`UserError` where it is the cache of `datasets`, and not the table, that cannot be used."""
+    while error is not None:
+        closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        name = getattr(error, "filename", None) if closed else None
+        if name is not None and Path(name).is_relative_to(fetched_folder().parent):
+            raise UserError(
+                f"Tables are unpacked in {name}, which may not be written. Change its permissions, or set HF_HOME to "
+                "another folder."
+            ) from error
+        error = error.__cause__ or error.__context__
 
 
 TABLES = {".parquet": _load_parquet, ".tar": load_tars}
@@ -619,6 +704,7 @@ def _load_from_hub(source: str) -> Any:
     try:
         return datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
         raise UserError(
             f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
             "Check the spelling, or give a folder of images."

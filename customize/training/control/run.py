@@ -72,7 +72,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     began = time.perf_counter()
     processes.init_process(asked.get("device") or "auto")
     run = out or Path("runs") / run_name(asked["images"])
-    refuse_taken(run)
+    refuse_taken(run, [asked["images"]])
     opened, asked = open_configs(asked)
     settings = resolved(asked, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))

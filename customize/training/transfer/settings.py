@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from backbone.cli.flags import DATA, MODEL, OUTPUT, JsonOptions
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
+from backbone.io.run_folder import name_beside
 
 TRAINING = "Training"
 OF_THE_RUN = 0.25  # of the run's learning rate
@@ -78,11 +79,7 @@ class TransferOptions(JsonOptions):
     @property
     def folder(self) -> Path:
         """The run folder that is written."""
-        return (
-            self.resume
-            or self.out
-            or self.run.with_name(f"{self.run.resolve().name}-on-{Path(self.to).stem}")
-        )
+        return self.resume or self.out or name_beside(self.run, f"-on-{Path(self.to).stem}")
 
     @property
     def lr_scheduler(self) -> str:

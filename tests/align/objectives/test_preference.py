@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from align.objectives.dataset import (
 )
 from align.objectives.losses import PairErrors, dpo
 from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
-from align.objectives.reference import CachedReference, reference_path
+from align.objectives.reference import CachedReference, open_cached_reference, reference_path
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences, split_held_out, to_singles
 from align.settings import Settings, as_command, resolved
@@ -484,6 +485,28 @@ def test_a_damaged_bank_begins_anew(tiny_folder: Path, pairs_file: Path, no_bank
     path.write_bytes(b"broken")
     again = training(tiny_folder, pairs_file, steps=4)
     assert isinstance(again.reference, CachedReference) and again.reference.filled == 0
+
+
+def test_a_bank_that_is_read_only_is_read_and_what_is_new_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path))
+    live: Any = None
+    first = open_cached_reference(live, "ab", (2, 3, 1))
+    first.values[0, 0] = 7.0
+    plain = np.lib.format.open_memmap
+
+    def closed(path: Path, mode: str) -> Any:
+        if mode == "r+":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, mode)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", closed)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    second = open_cached_reference(live, "ab", (2, 3, 1))
+    assert float(second.values[0, 0, 0]) == 7.0
+    second.values[1, 1] = 8.0
+    assert float(first.values[1, 1, 0]) != 8.0
 
 
 def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(

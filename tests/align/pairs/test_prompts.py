@@ -8,7 +8,7 @@ import pytest
 
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
-from backbone.io.prompts import Prompt, read_prompts
+from backbone.io.prompts import Prompt, prompts_of, read_prompts
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
 
@@ -46,7 +46,31 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     assert "line 2" in str(caught.value) and "line 3" in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".yaml"])
+@pytest.mark.parametrize(
+    "text", ['["a dog", "a cat"]', '[\n  {"prompt": "a dog"},\n  {"prompt": "a  cat"}\n]\n']
+)
+def test_a_json_list_says_what_json_lines_say(tmp_path: Path, text: str) -> None:
+    for name in ("p.json", "p.JSONL") if "prompt" in text else ("p.json",):
+        (tmp_path / name).write_text(f"\ufeff{text}")
+        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["a dog", "a cat"], name
+    (tmp_path / "p.json").write_text(text.replace('"a dog"', "7"))
+    with pytest.raises(UserError, match="1 bad line:\n  entry 1 holds no prompt"):
+        read_prompts(tmp_path / "p.json")
+    (tmp_path / "p.json").write_text(text[:-3])
+    with pytest.raises(UserError, match=r"p.json is not JSON .*Repair"):
+        read_prompts(tmp_path / "p.json")
+    (tmp_path / "p.json").write_text('{\n  "prompts": ["a dog"]\n}')
+    with pytest.raises(UserError, match=r"p\.json is one object, and a list is wanted"):
+        read_prompts(tmp_path / "p.json")
+
+
+def test_a_prompt_file_is_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("a dog\n")
+    assert prompts_of(["~/p.txt"]) == [Prompt("a dog")]
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".yaml"])
 def test_a_table_or_a_record_is_no_list_of_prompts(tmp_path: Path, suffix: str) -> None:
     """Its lines would be drawn as they are: brackets, quotes and the head of the table."""
     (tmp_path / f"p{suffix}").write_text('["a dog"]\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -174,6 +175,160 @@ def test_json_lines_are_read(pairs_file: Path) -> None:
     assert len(found.pairs) == 8
     assert {pair.label for pair in found.pairs} == {1.0}
     assert len(read_preferences(pairs_file, limit=3).pairs) == 3
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl"])
+def test_a_json_list_is_read_as_json_lines_are(pairs_file: Path, name: str) -> None:
+    wanted = [(pair.prompt, pair.first.path, pair.user) for pair in read_preferences(pairs_file).pairs]
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    for text in (json.dumps(rows), json.dumps(rows, indent=2).replace("\n", "\r\n")):
+        path = pairs_file.with_name(name)
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        found = check_preferences(read_preferences(path))
+        assert [(pair.prompt, pair.first.path, pair.user) for pair in found.pairs] == wanted
+        assert found.pairs[2].name == f"entry 3 of {path}"
+    path.write_text(json.dumps([*rows, 7]))
+    assert read_preferences(path).problems == [f"entry {len(rows) + 1} of {path} is not a JSON object"]
+    path.write_text(text[:-3])
+    with pytest.raises(UserError, match=rf"{name} is not JSON"):
+        read_preferences(path)
+    path.write_text(json.dumps({"pairs": rows}, indent=1))
+    with pytest.raises(UserError, match=rf"{name} is one object, and a list is wanted"):
+        read_preferences(path)
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match=rf"{name} is UTF-16"):
+        read_preferences(path)
+
+
+def test_hpdv2_s_preferences_and_ranks_are_read_as_pairs_of_a_prompt_s_images(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for number in range(4):
+        picture(number).save(tmp_path / "train" / f"{number}.png")
+    rows = [
+        {"prompt": "a dog", "file_path": ["0.png", "1.png"], "human_preference": [0, 1]},
+        {"prompt": "a cat", "file_path": ["2.png", "3.png"], "human_preference": [0, 0]},
+        {
+            "prompt": "a fox",
+            "image_path": ["0.png", "1.png", "2.png", "3.png"],
+            "human_preference": [1, 0, 0, 0],
+        },
+        {
+            "prompt": "a cow",
+            "image_path": ["0.png", "1.png", "2.png"],
+            "rank": [2, 1, 2],
+            "raw_annotations": [],
+        },
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    expected = [("a dog", "1", "0", 1.0), ("a cat", "2", "3", 0.5)]
+    expected += [("a fox", "0", other, 1.0) for other in "123"]
+    expected += [("a cow", "1", "0", 1.0), ("a cow", "0", "2", 0.5), ("a cow", "1", "2", 1.0)]
+    sources = [tmp_path / "train.json", write_lines(tmp_path / "train.jsonl", rows)]
+    every = dict.fromkeys(["prompt", "file_path", "image_path", "human_preference", "rank"])
+    parquet(tmp_path / "train.parquet", [every | {name: row.get(name) for name in every} for row in rows])
+    for source in [*sources, tmp_path / "train.parquet"]:
+        found = check_preferences(read_preferences(source))
+        assert [
+            (pair.prompt, pair.first.path.stem, pair.second.path.stem, pair.label) for pair in found.pairs
+        ] == expected, source
+    assert "8 pairs (2 ties) of 4 prompts" in describe_records(found.records)
+
+
+def test_imagereward_s_rows_of_a_prompt_are_read_as_its_pairs(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+    ranks = [("d", "a dog", 0, 3), ("c", "a cat", 3, 1), ("d", "a dog", 1, 1), ("d", "a dog", 2, 1)]
+    rows: Rows = [
+        {"prompt_id": key, "prompt": prompt, "image_path": f"{number}.png", "rank": rank, "overall_rating": 9}
+        for key, prompt, number, rank in ranks
+    ]
+    held = [
+        {"prompt": row["prompt"], "image": encoded(int(row["image_path"][0])), "rank": row["rank"]}
+        for row in rows
+    ]
+    sources = [
+        write_lines(tmp_path / "a.jsonl", rows),
+        parquet(tmp_path / "a.parquet", rows),
+        parquet(tmp_path / "b.parquet", held),
+    ]
+    for source in sources:
+        found = check_preferences(read_preferences(source))
+        assert [(pair.prompt, pair.label) for pair in found.pairs] == [
+            ("a dog", 1.0),
+            ("a dog", 1.0),
+            ("a dog", 0.5),
+        ]
+        assert found.skipped == 1  # the cat has nothing to be compared with
+        hashes = [picture.content_hash for picture in found.pairs[0].pictures]
+        assert hashes == [found.pairs[2].first.content_hash, found.pairs[1].second.content_hash], source
+    as_lists = {"prompt": "a dog", "generations": ["0.png", "1.png"], "ranking": [2, 1]}
+    (pair,) = read_preferences(write_lines(tmp_path / "c.jsonl", [as_lists])).pairs
+    assert (pair.first.path.name, pair.second.path.name) == ("1.png", "0.png")
+
+
+def test_each_person_s_ranks_are_compared_with_their_own(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    said = [("ann", 1, 2), ("bob", 2, 1)]
+    rows = [
+        {"Prompt": "a dog", "image_path": f"{number}.png", "Rank": ranks[number], "user": user}
+        for user, *ranks in said
+        for number in range(2)
+    ]
+    found = check_preferences(read_preferences(write_lines(tmp_path / "p.jsonl", rows)))
+    assert [(pair.user, pair.first.path.stem) for pair in found.pairs] == [("ann", "0"), ("bob", "1")]
+
+
+@pytest.mark.parametrize("yes", [True, 1, "true", "True", "1"])
+def test_a_tie_is_one_however_its_yes_is_written(tmp_path: Path, yes: Any) -> None:
+    row = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
+    rows = [row | {"tie": yes}, row | {"both_bad": yes}, row | {"tie": None, "both_bad": "false"}]
+    found = read_preferences(write_lines(tmp_path / "p.jsonl", rows)).pairs
+    assert [(pair.label, pair.both_bad) for pair in found] == [(0.5, False), (0.5, True), (1.0, False)]
+
+
+def test_columns_of_another_layout_are_named_with_those_that_are_read(tmp_path: Path) -> None:
+    rows = [{"prompt": "a dog", "win": "0.png", "lose": "1.png"}]
+    (problem,) = read_preferences(write_lines(tmp_path / "p.jsonl", rows)).problems
+    assert "line 1" in problem and "has prompt, win, lose" in problem and "chosen and rejected" in problem
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rank": [1]}, "has 2 images in image_path and not as many places in rank"),
+        ({"rank": 1}, "not as many places"),
+        ({"rank": ["first", "second"]}, "has 'first' in rank, and a number"),
+        ({"human_preference": [1, 2]}, "has 2 in human_preference, and 0 or 1"),
+        ({"image_path": ["../0.png", "1.png"]}, "lies outside the folder"),
+        ({"image_path": ["", "1.png"]}, "names no picture"),
+    ],
+)
+def test_a_ranking_that_does_not_fit_its_images_is_named(tmp_path: Path, changed: Any, words: str) -> None:
+    row = {"prompt": "a dog", "image_path": ["0.png", "1.png"], "rank": [1, 2]}
+    (problem,) = read_preferences(write_lines(tmp_path / "p.jsonl", [row | changed])).problems
+    assert words in problem and "line 1" in problem
+
+
+def test_a_name_is_found_however_it_is_spelled(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "caf\u00e9.PNG")
+    picture(1).save(tmp_path / "1.png")
+    rows = [{"prompt": "a dog", "chosen": "cafe\u0301.png", "rejected": ".\\1.PNG"}]
+    (pair,) = check_preferences(read_preferences(write_lines(tmp_path / "p.jsonl", rows))).pairs
+    assert [one.path.name for one in pair.pictures] == ["caf\u00e9.PNG", "1.png"]
+    picture(2).save(tmp_path / "1.Png")  # which of them is meant is not known
+    with pytest.raises(UserError, match="does not exist"):
+        check_preferences(read_preferences(tmp_path / "p.jsonl"))
+
+
+def test_pairs_of_parquet_may_name_the_files_of_their_images(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    row = {"prompt": "a dog", "chosen": "1.png", "rejected": "0.png"}
+    (pair,) = check_preferences(read_preferences(parquet(tmp_path / "p.parquet", [row]))).pairs
+    assert pair.first.path == tmp_path / "1.png"
+    (problem,) = read_preferences(parquet(tmp_path / "q.parquet", [row | {"chosen": "../1.png"}])).problems
+    assert "lies outside" in problem
 
 
 def test_classifierd_single_pictures_are_read(tmp_path: Path) -> None:

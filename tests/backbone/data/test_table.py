@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,29 @@ def test_a_shard_that_is_cut_off_is_refused_or_where_it_is_repaired_forgotten(
         Table(tmp_path)
     assert len(Table(tmp_path, repair=True)) == 10
     assert not shard.exists()
+
+
+def test_shards_of_another_user_are_left_alone_where_a_cache_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    closed, damaged, *_ = sorted(tmp_path.glob("*.arrow"))
+    os.truncate(damaged, 40)
+    plain = Path.open
+
+    def refused(self: Path, *words: Any, **more: Any) -> Any:
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *words, **more)
+
+    def kept(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "unlink", kept)
+    assert len(Table(tmp_path, repair=True)) == 5
+    with pytest.raises(PermissionError, match=closed.name):
+        Table(tmp_path)
 
 
 def test_rows_that_cannot_be_written_stay_in_memory_only_where_that_is_asked_for(

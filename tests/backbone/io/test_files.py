@@ -9,8 +9,10 @@ import pickle  # noqa: TID251  (to make the files that must be refused)
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -289,6 +291,7 @@ def test_a_folder_is_swept_of_what_no_writer_is_at_work_on(tmp_path: Path) -> No
 FILLED = """
 import os, sys, signal
 from pathlib import Path
+from typing import Any
 from backbone.io import files
 from backbone.io.files import fill_folder, write_bytes
 if sys.argv[2] == "moving":
@@ -342,6 +345,40 @@ def test_a_write_inside_a_write_goes_into_the_same_temporary_file(tmp_path: Path
         assert inner == outer
         inner.write_text("x")
     assert names(tmp_path) == ["w"]
+
+
+def test_what_another_process_has_written_meanwhile_is_not_mixed_with_what_is_moved_up(
+    tmp_path: Path,
+) -> None:
+    def fill(name: str) -> None:
+        with fill_folder(tmp_path / "new") as unfinished:
+            (unfinished / "a.txt").write_text("slow")
+            (tmp_path / "new" / name).write_text("quick")
+            if name.startswith("."):
+                raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        fill(".another-s.partial")
+    (tmp_path / "new" / ".another-s.partial").unlink()
+    with pytest.raises(UserError, match="Another process has written"):
+        fill("b.txt")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "new").iterdir()] == [("b.txt", "quick")]
+
+
+@pytest.mark.parametrize("read", [read_header, read_tensors, read_metadata])
+def test_a_file_that_may_not_be_read_is_no_missing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    """Other libraries write weights that their owner alone may read, and models are shared."""
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"a": torch.ones(2)})
+
+    def closed(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(PermissionError, match=r"model\.safetensors"):
+        read(path)
 
 
 def test_equal_tensors_and_metadata_give_equal_bytes_that_safetensors_reads(tmp_path: Path) -> None:

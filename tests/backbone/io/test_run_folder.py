@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from backbone.io.console import UserError
-from backbone.io.run_folder import SAVED, clear_failed_try, peak_memory, refuse_taken
+from backbone.io.run_folder import SAVED, clear_failed_try, name_beside, peak_memory, refuse_taken
 
 ASKED = "import json\nfrom backbone.io.run_folder import peak_memory\nprint(json.dumps(peak_memory()))"
 
@@ -27,6 +27,37 @@ def test_the_peak_is_not_that_of_the_process_that_started_it() -> None:
     own = json.loads(done.stdout)
     assert own < 0.9 * after
     assert own > 5_000_000 and large.sum() == 400_000_000
+
+
+def test_a_run_that_is_the_working_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dog").mkdir()
+    monkeypatch.chdir(tmp_path / "dog")
+    assert (
+        name_beside(Path(), "-model")
+        == name_beside(Path("../dog"), "-model").resolve()
+        == tmp_path / "dog-model"
+    )
+    (tmp_path / "dog" / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "dog" / "inner")
+    assert name_beside(Path(".."), "-model") == tmp_path / "dog-model"
+
+
+def test_somebody_s_own_folder_is_neither_cleared_nor_written_into(tmp_path: Path) -> None:
+    """`--out .`, and `--out "$OUT"` with a variable that was never set."""
+    (tmp_path / "previews").mkdir()
+    (tmp_path / "previews" / "mine.png").touch()
+    with pytest.raises(UserError, match="would replace its previews"):
+        refuse_taken(tmp_path)
+    clear_failed_try(tmp_path)
+    assert (tmp_path / "previews" / "mine.png").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").touch()
+    refuse_taken(tmp_path / "photos", [str(tmp_path)])
+    with pytest.raises(UserError, match="holds what is learned from"):
+        refuse_taken(tmp_path / "photos", ["", str(tmp_path / "previews" / ".." / "photos")])
+    (tmp_path / "README.md").touch()
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        refuse_taken(tmp_path / "README.md" / "run")
 
 
 @pytest.mark.parametrize("name", SAVED)

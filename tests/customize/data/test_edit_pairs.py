@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from customize.cli import app
+from customize.data.control_pairs import read_control_pairs
 from customize.data.edit_pairs import check_edit_pairs, plain_name, read_edit_pairs, usable_pairs
 from tests.backbone.media.test_registration import moved, picture
 
@@ -106,6 +107,36 @@ def test_numbered_columns_count_in_their_order_whatever_that_of_the_line(tmp_pat
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line | {"reference": "t.png"}))
     (pair,) = read_edit_pairs(tmp_path)
     assert [one.path.name for one in pair.references] == ["t.png", "1.png", "2.png", "10.png"]
+
+
+def test_a_list_s_names_are_found_however_they_are_spelled(tmp_path: Path) -> None:
+    for name in ("e\u0301.png", "B.PNG"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    row = {"source": "\u00e9.png", "target": "b.png", "instruction": "make it snow"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (pair,) = read_edit_pairs(tmp_path)
+    assert (pair.source.path.name, pair.target.path.name) == ("e\u0301.png", "B.PNG")
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "dataset.json", "prompt.json"])
+def test_a_list_of_pairs_may_be_one_json_list(tmp_path: Path, name: str) -> None:
+    rows = [
+        {"source": f"{side}-0.png", "target": f"{side}-1.png", "prompt": f"make it {side}"} for side in "ab"
+    ]
+    for row in rows:
+        for file in (row["source"], row["target"]):
+            Image.new("RGB", (8, 8), "red").save(tmp_path / file)
+    (tmp_path / name).write_text(json.dumps(rows, indent=1))
+    found = read_edit_pairs(tmp_path)
+    assert [(pair.source.path.name, pair.instruction) for pair in found] == [
+        ("a-0.png", "make it a"),
+        ("b-0.png", "make it b"),
+    ]
+    maps = read_control_pairs(str(tmp_path), "sketch") if name != "dataset.json" else []
+    assert [(pair.image.path.name, pair.caption) for pair in maps] == [
+        ("a-1.png", "make it a"),
+        ("b-1.png", "make it b"),
+    ][: len(maps)]
 
 
 def test_the_words_of_a_list_may_lie_beside_its_images(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_an_instance_prompt_alone_shows_its_token_or_leaves_it_open(
     assert as_template(prompt, token, found) == template
 
 
+def test_a_folder_s_repeats_may_be_a_fraction(tmp_path: Path) -> None:
+    dog, cat = pictures_in(tmp_path / "1.5_sks dog"), pictures_in(tmp_path / "0.25_mnp cat")
+    assert [(one.folder, one.token_words, one.class_noun) for one in read_concepts(tmp_path)] == [
+        (cat, "mnp", "cat"),
+        (dog, "sks", "dog"),
+    ]
+    pictures_in(tmp_path / "0.0_xyz fox")
+    with pytest.raises(UserError, match="0 times"):
+        read_concepts(tmp_path)
+
+
 def test_a_plain_folder_may_have_a_number_in_its_name_and_what_is_said_wins_over_it(tmp_path: Path) -> None:
     front, dog = pictures_in(tmp_path / "01_front"), pictures_in(tmp_path / "10_sks dog")
     assert not is_concept_source(front, token="[V]", class_noun="dog")

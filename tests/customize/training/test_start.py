@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import customize
 from backbone.adapters.concept import read_concept
@@ -19,6 +20,7 @@ from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensor
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.settings import find_resumed, said_anew
+from customize.cli import app
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.run import describe_changes, hash_images, make_prompts, resume_concept
@@ -289,6 +291,35 @@ def test_spaces_and_an_article_are_no_part_of_what_is_said(dog: Path) -> None:
     ((subject,), _) = subjects_of({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
     assert (subject.token, subject.class_noun) == ("[V]", "small dog")
     assert subject.filled("a {token} {class}") == "a [V] small dog"
+
+
+@pytest.mark.parametrize("flag", ["--out", "--images", "--resume"])
+@pytest.mark.parametrize("blank", ["", " "])
+def test_an_empty_path_is_not_the_working_folder(
+    flag: str, blank: str, subject: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(subject)
+    given = {"--images": str(subject), "--token": "[V]", "--class": "dog", flag: blank}
+    answer = CliRunner().invoke(app, ["train", *(word for pair in given.items() for word in pair)])
+    assert isinstance(answer.exception, UserError), answer.output
+    assert str(answer.exception).startswith(f"{flag} is empty") and not (subject / "settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"instance_prompt": "a {token} {class} in {place}"}, r"has \{place\}, and"),
+        ({"instance_prompt": "{} {token}"}, r"has \{\}, and"),
+        ({"class_prompt": "a {0}"}, r"class prompt “a \{0\}” has"),
+        ({"class_noun": "[V]"}, "The class \\[V\\] holds the token"),
+    ],
+)
+def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refused(
+    said: dict[str, str], words: str, subject: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        subjects_of({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
+    subjects_of({"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"})
 
 
 def test_one_pattern_has_one_rank() -> None:

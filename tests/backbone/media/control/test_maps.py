@@ -13,7 +13,10 @@ from PIL import Image, ImageDraw
 
 from backbone.cli.conditions import AskedControl, AskedMap, ControlOptions, check_strength, parse_map
 from backbone.io.console import UserError
-from backbone.media.control.maps import Target, as_hints, canny, compute_map, read_map
+from backbone.media.clips import read_film
+from backbone.media.control.maps import Target, as_hints, canny, compute_map, read_map, read_maps
+from backbone.media.sources.decode import open_rgb
+from tests.backbone.media.sources.test_pictures import profile_with_exponent
 
 PALETTE = {"sky": (160, 208, 248), "dog": (248, 0, 0)}
 SIZE = (64, 64)
@@ -96,6 +99,51 @@ def test_lines_survive_being_made_smaller_and_labels_keep_their_colours(tmp_path
     assert np.array_equal(np.array(same), np.array(ring()))
 
 
+def test_a_map_s_values_are_numbers_and_no_profile_changes_them_but_a_picture_s_does(tmp_path: Path) -> None:
+    profile = profile_with_exponent(1.0)  # of linear light: as colours, all greys would come out brighter
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1)))
+    labels = Image.new("RGB", SIZE, PALETTE["sky"])
+    labels.paste(PALETTE["dog"], (8, 8, 40, 40))
+    for kind, drawn in (("depth", ramp.convert("RGB")), ("labels", labels), ("normal", photograph())):
+        path = tmp_path / f"{kind}.png"
+        drawn.save(path, icc_profile=profile)
+        found = read_map(AskedMap(kind, str(path)), Target(SIZE, PALETTE))
+        assert np.array_equal(np.array(found), np.array(drawn)), kind
+        frames = [drawn, drawn.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+        frames[0].save(path, save_all=True, append_images=frames[1:], icc_profile=profile, duration=100)
+        several = read_maps(AskedMap(kind, str(path)), Target(SIZE, PALETTE), 2)
+        assert np.array_equal(np.array(several[0]), np.array(drawn)), kind
+    path = tmp_path / "tile.png"
+    photograph().save(path, icc_profile=profile)
+    tile = np.array(read_map(AskedMap("tile", str(path)), Target(SIZE)))
+    assert np.array_equal(tile, np.array(open_rgb(path))) and tile.mean() > np.array(photograph()).mean() + 20
+    photograph().save(
+        tmp_path / "film.png", save_all=True, append_images=[ramp.convert("RGB")], icc_profile=profile
+    )
+    assert np.array_equal(np.array(read_film(tmp_path / "film.png").frames[0]), tile)
+
+
+def test_a_clip_may_be_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        ring(width=number + 2).save(tmp_path / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(read_film(".").frames) == 2
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UserError, match="has one frame"):
+        read_film(".")
+    assert parse_map("sketch=scan.png:Inverted") == AskedMap("sketch", "scan.png", "inverted")
+
+
+def test_a_depth_map_of_millimetres_is_said_to_be_dark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, most in (("mm", 12_000), ("full", 65_535)):
+        depth = np.tile(np.linspace(0, most, 64).astype(np.uint16), (64, 1))
+        Image.fromarray(depth).save(tmp_path / f"{name}.png")
+        read_map(AskedMap("depth", str(tmp_path / f"{name}.png")), Target(SIZE))
+        assert ("mm.png is dark everywhere" in capsys.readouterr().err) == (name == "mm")
+
+
 def test_black_on_white_is_said_and_inverted_where_that_is_asked(tmp_path: Path) -> None:
     path = tmp_path / "scan.png"
     said = refused(path, ring(ink=0, paper=250))
@@ -124,6 +172,7 @@ def test_a_photograph_is_no_map_of_lines(kind: str, tmp_path: Path) -> None:
         (Image.new("L", SIZE, 128), "depth", "one colour everywhere"),
         (Image.new("L", SIZE, 150), "sketch", "one colour everywhere"),
         (Image.new("RGB", SIZE, PALETTE["dog"]), "labels", "one colour everywhere"),
+        (ring(ink=1), "sketch", "values of 0 and 1, and white is 255"),
         (photograph(), "depth", "is in colours, and a depth map is grey"),
         (photograph(), "pose", "no pose on black"),
         (ring(ink=(248, 0, 8), paper=PALETTE["sky"]), "labels", "#f80008 .*nearest is dog #f80000"),

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageCms
 
 from backbone.io.console import UserError
-from backbone.media.sources.decode import BadImageError, open_mask, open_rgb
+from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_rgb
 from backbone.media.sources.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
     CROPS,
@@ -596,6 +596,106 @@ def test_a_mask_without_picture_or_of_another_shape_is_an_error(tmp_path: Path) 
     write(tmp_path / "c.mask.png")
     with pytest.raises(UserError, match=r"c\.mask\.png is a mask, but there is no image"):
         list_images(tmp_path)
+
+
+def test_metadata_may_be_a_json_list_and_its_name_in_any_case(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    rows = [{"file_name": "1.png", "text": "a dog"}]
+    for name, text in (
+        ("metadata.json", json.dumps(rows, indent=2)),
+        ("metadata.jsonl", json.dumps(rows)),
+        ("Metadata.JSONL", json.dumps(rows[0])),
+        ("METADATA.CSV", "file_name,text\n1.png,a dog\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        (found,) = list_images(tmp_path)
+        assert found.caption == "a dog", name
+        assert describe_unused(tmp_path, [found]) == []
+        (tmp_path / name).unlink()
+    (tmp_path / "metadata.json").write_text(json.dumps([*rows, {"text": "a cat"}]))
+    with pytest.raises(UserError, match=r"Entry 2 of .*metadata\.json names no image"):
+        list_images(tmp_path)
+    # another tool's record of that name
+    (tmp_path / "metadata.json").write_text('{"1": {"caption": "a cat"}}')
+    (found,) = list_images(tmp_path)
+    assert found.caption is None and "metadata.json" in describe_unused(tmp_path, [found])[0]
+
+
+def test_metadata_names_images_in_whatever_case_and_spelling(tmp_path: Path) -> None:
+    write(tmp_path / "sub" / "caf\u00e9.png")
+    write(tmp_path / "1.PNG", format="PNG")
+    rows = [{"file_name": "sub/cafe\u0301.png", "text": "a caf\u00e9"}, {"file_name": "1.png", "text": "one"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [(one.path.name, one.caption) for one in list_images(tmp_path)] == [
+        ("1.PNG", "one"),
+        ("caf\u00e9.png", "a caf\u00e9"),
+    ]
+
+
+def test_a_cache_of_tables_that_cannot_be_written_is_not_the_table_s_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def closed(*_: object, **__: object) -> None:
+        try:
+            raise PermissionError(13, "Permission denied", str(tmp_path / "cache" / "datasets"))
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("it failed") from error
+
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", closed)
+    with pytest.raises(UserError, match=r"cache/datasets, which may not be written.*HF_HOME"):
+        list_images(tmp_path / "x.parquet")
+
+
+def test_further_frames_and_pages_are_said_not_to_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+    for name in ("1.gif", "2.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "3.png")
+    check_images(list_images(tmp_path))
+    said = capsys.readouterr().err
+    assert "1.gif has 3 frames or pages, of which the first counts. So it is of 1 other image." in said
+    for name in ("1.gif", "2.tif"):
+        (tmp_path / name).unlink()
+    check_images(list_images(tmp_path))
+    assert not capsys.readouterr().err
+
+
+def test_an_image_in_memory_is_read_as_its_file_is(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (32, 1))
+    seen = Image.merge("RGBA", [Image.fromarray(ramp)] * 4)
+    profile = profile_with_exponent(1.0)
+    cases: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        ("turned.png", seen.convert("RGB"), {"exif": exif}),
+        ("clear.png", seen, {}),
+        ("light.png", seen.convert("RGB"), {"icc_profile": profile}),
+        ("deep.png", Image.fromarray(ramp.astype(np.uint16) * 257), {}),
+    ]
+    for name, image, how in cases:
+        image.save(tmp_path / name, **how)
+        with Image.open(tmp_path / name) as opened:
+            assert open_loaded(opened).tobytes() == open_rgb(tmp_path / name).tobytes(), name
+
+
+def test_a_table_may_name_the_files_of_its_images(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number in range(2):
+        write(tmp_path / "photos" / f"{number}.png")
+    rows = [{"file_name": f"photos/{number}.png", "text": f"dog {number}"} for number in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    found = list_images(tmp_path / "x.parquet")
+    assert found[1].open().tobytes() == open_rgb(tmp_path / "photos" / "1.png").tobytes()
+    with pytest.raises(UserError, match=r"1 of 3 images cannot be used:\n .*photos/2\.png does not exist"):
+        check_images(found)
 
 
 def test_subfolders_are_read_only_where_the_folder_has_no_pictures_itself(tmp_path: Path) -> None:
