@@ -381,7 +381,8 @@ LOGGED_FIGURES = LoggedFigures(LoggedInterval(0.5, 0.4, 0.6), (0.5, None), 0.1, 
 
 def log_door(place: Place, random: Random) -> bool:
     usual: list[Any] = [
-        ("log.jsonl", Report(1, 0.5, 1.0, 1e-4, 0.1)), ("evaluations.jsonl", ConceptMetrics(1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)),
+        ("log.jsonl", Report(1, 0.5, 1.0, 1e-4, 0.1)),
+        ("evaluations.jsonl", ConceptMetrics(1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)),
         ("log.jsonl", LoggedStep(1, 0.5, 0.5)), ("rewards.jsonl", LoggedReward(1, 0.5)),
         ("evaluations.jsonl", LoggedEvaluation(1, 0.1, LOGGED_FIGURES, LOGGED_FIGURES)),
     ]  # fmt: skip
