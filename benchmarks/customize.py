@@ -84,14 +84,14 @@ RATES = {
 }
 SECONDS = "seconds.json"  # of a run that the script made
 SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on
-OURS = "--rank 16 --train_batch_size 6 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16"
+OURS = "--rank 16 --train_batch_size 3 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16"
 CLASS_PICTURES = 100  # as many as the script takes
 SCRIPTED = {
-    "the script, as many steps": f"{OURS} --learning_rate 4e-3 --max_train_steps 250",
-    "the script, as many seconds": f"{OURS} --learning_rate 4e-3 --max_train_steps 100",
+    "the script, as many steps": f"{OURS} --learning_rate 4e-3 --max_train_steps 500",
+    "the script, as many seconds": f"{OURS} --learning_rate 4e-3 --max_train_steps 200",
 }
 SCRIPT_RATES = {
-    f"the script at {rate}": f"{OURS} --learning_rate {rate} --max_train_steps 250"
+    f"the script at {rate}": f"{OURS} --learning_rate {rate} --max_train_steps 500"
     for rate in ("5e-4", "2e-3", "4e-3", "8e-3")
 }
 WAYS = {

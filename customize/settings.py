@@ -493,7 +493,7 @@ class Settings(TrainingSettings):
             "Evaluate every N steps; 0: never.",
             "Evaluation",
             aliases=("evaluate-every",),
-            default_text="125; with --steps auto 50",
+            default_text="by model, usually 125; with --steps auto 50",
             min=0,
         ),
     ] = 125
@@ -693,7 +693,7 @@ def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
         "lora_layers": usual.get("lora_layers", "attention"),
         "prior_batch": usual.get("prior_batch", 1),
         "loss_weighting": usual.get("loss_weighting", "none"),
-        "evaluation_steps": 50 if patient else Settings.evaluation_steps,
+        "evaluation_steps": 50 if patient else usual.get("evaluation_steps", Settings.evaluation_steps),
     }
     if asked.get("optimizer") == "prodigy":  # which finds the step size; learning rates are factors of it
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}

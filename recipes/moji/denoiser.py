@@ -4,6 +4,7 @@
     python -m recipes.moji.denoiser encode                 latents of all scenes, once: 5 minutes on two cores
     OMP_NUM_THREADS=1 python -m recipes.moji.denoiser train --processes 2      28 pictures/s on two cores
     python -m recipes.moji.denoiser export                 the whole pipeline folder, fp16
+    python -m recipes.moji.denoiser compare OLD/ NEW/      the loss of both on held-out scenes
 
 v-prediction (Salimans & Ho 2022) with weight 1: with many latent channels ε-prediction has to carry the noise itself
 through a top level hardly wider than they are. With `--prediction epsilon` (Ho et al. 2020) the weights are min-SNR-5
@@ -35,10 +36,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import denoising_score_matching, min_snr
-from backbone.diffusion.noise import PredictionType, add_noise, generator, vp
+from backbone.diffusion.noise import PredictionType, add_noise, generator, target, vp
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
+from backbone.models.locate import EMBEDDED
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import Scene, sample_scene
@@ -70,12 +72,13 @@ safetensors; this edition's denoiser and text encoder come from optimiser step {
 DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "steps": 25,
     "guidance": 4.0,
-    "train_steps": 250,
+    "train_steps": 500,
+    "evaluation_steps": 250,
     "learning_rate": 3e-3,
     "learning_rates": {"pairs": 1e-3},
     "rank": 16,
-    "batch": 6,
-    "prior_batch": 2,
+    "batch": 3,
+    "prior_batch": 1,
     "lora_layers": "all",
     "loss_weighting": "none",
     "align": {
@@ -320,6 +323,47 @@ def export(
     make_readable(out)
     write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")
+
+
+@app.command()
+@torch.no_grad()
+def compare(
+    models: Annotated[
+        list[Path], typer.Argument(help="Pipeline folders of one text encoder, or their unet/.")
+    ],
+    count: Annotated[int, typer.Option(min=1, help="How many of the held-out scenes.")] = 240,
+    workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
+) -> None:
+    """The loss of denoisers on scenes that were held out, with the same noise: all, and the hard ones among them."""
+    shards = sorted((workdir / "latents").glob("*.safetensors"))
+    first = SHARD * (len(shards) - 1)
+    clean = read_tensors(shards[-1])[0]["mean"][:count].float()
+    hard = torch.tensor([is_hard(sample_scene(first + row)) for row in range(count)])
+    tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
+    captions = [pair[0] for pair in load_captions(workdir)[first : first + count]]
+    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")[
+        "input_ids"
+    ]
+    text_encoder = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True).float()
+    text = torch.cat([text_encoder(some).last_hidden_state for some in ids.split(24)])
+    scheduler = build_scheduler()
+    for folder in models:
+        unet = UNet2DConditionModel.from_pretrained(
+            folder if folder.name == "unet" else folder / "unet"
+        ).float()
+        rows = []
+        for number, time in enumerate((60, 250, 450, 650, 850)):
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
+            level, index = vp(scheduler.alphas_cumprod[time]), torch.tensor(time)
+            noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, "v_prediction")
+            parts = zip(noisy.split(24), text.split(24), strict=True)
+            predicted = torch.cat([unet(some, index, words).sample for some, words in parts])
+            rows.append((predicted - wanted).square().mean((1, 2, 3)))
+        loss = torch.stack(rows).mean(0)
+        print(
+            f"{folder}: {loss.mean():.4f}, hard {loss[hard].mean():.4f}, others {loss[~hard].mean():.4f}",
+            flush=True,
+        )
 
 
 class Latents:
