@@ -18,7 +18,7 @@ from backbone.adapters.concept import Concept, trained_resolution
 from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import append_jsonl, read_json, read_jsonl
 from backbone.media.sources import pictures
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import open_as
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
 from customize.settings import read_settings, resolved
@@ -56,9 +56,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Trai
         )
     decodes: Counter[str] = Counter()
 
-    def count(path: Path, **how: Any) -> Image.Image:
+    def count(path: Path, *how: Any, **more: Any) -> Image.Image:
         decodes[path.name] += 1
-        return open_rgb(path, **how)
+        return open_as(path, *how, **more)
 
     def log(path: Path, line: Mapping[str, Any]) -> None:
         append_jsonl(path, line)
@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Trai
             (folder / "subject").rename(folder / "away")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "open_rgb", count)
+        patch.setattr(pictures, "open_as", count)
         patch.setattr("backbone.training.run.append_jsonl", log)
         done = invoked(
             *("train", "--images", folder / "subject", "--model", tiny_folder, "--class", "dog", *HERE),
