@@ -23,8 +23,8 @@ from backbone.cli.conditions import AskedControl
 from backbone.cli.sampling import DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import progress
-from backbone.io.files import refuse_filled, write_json
-from backbone.io.run_folder import hold_new_folder, package_versions, refuse_unwritable
+from backbone.io.files import write_json
+from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.decode import open_rgb
@@ -103,9 +103,7 @@ def sample_to_folder(
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(beside.references))
-    refuse_unwritable(out or SAMPLES.parent)
-    if out is not None:
-        refuse_filled(out)
+    refuse_new_folder(out, SAMPLES)
     if vram is not None:
         work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)

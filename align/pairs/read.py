@@ -29,7 +29,7 @@ from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Sin
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.records import inside, iterate_entries
+from backbone.io.records import inside, is_json_list, iterate_entries
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.pictures import (
     DatasetRow,
@@ -104,7 +104,7 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
     if tars := sorted(folder.glob("*.tar")):
         return _read_table(load_tar_table(tars), str(folder), limit)
     lines = sorted(folder.glob("*.jsonl")) or [
-        path for path in sorted(folder.glob("*.json")) if _is_list(path)
+        path for path in sorted(folder.glob("*.json")) if is_json_list(path)
     ]
     if len(lines) == 1:
         return _read_lines(lines[0], limit)
@@ -173,12 +173,6 @@ def _read_file(path: Path, limit: int | None) -> Preferences:
     raise UserError(
         f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .json, .parquet or .tar."
     )
-
-
-def _is_list(path: Path) -> bool:
-    """Whether a file is a JSON list."""
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _read_lines(path: Path, limit: int | None) -> Preferences:

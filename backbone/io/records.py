@@ -91,6 +91,12 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
                 yield where, error
 
 
+def is_json_list(path: Path) -> bool:
+    """Whether a file is a JSON array, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
 def _is_json(text: str | bytes) -> bool:
     try:
         parse_json(text, "")

@@ -110,17 +110,25 @@ def hold_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_new_folder(named: Path | None, usual: Path) -> None:
+    """`UserError` for a folder that `hold_new_folder` could not make, to be called before anything is computed."""
+    refuse_unwritable(named or usual.parent)
+    if named is None:
+        return
+    if named.suffix.lower() in OF_A_FILE and not named.exists():
+        raise UserError(
+            f"--out {named} would be a folder that is called as a file. Name a folder: --out {named.with_suffix('')}."
+        )
+    refuse_filled(named)
+
+
 @contextmanager
 def hold_new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
     """The folder that a command writes, kept for it: `named`, new or empty, or `usual`, numbered where that exists.
 
     After a failure that left nothing in it, it is gone again.
     """
-    refuse_unwritable(named or usual.parent)
-    if named is not None and named.suffix.lower() in OF_A_FILE and not named.exists():
-        raise UserError(
-            f"--out {named} would be a folder that is called as a file. Name a folder: --out {named.with_suffix('')}."
-        )
+    refuse_new_folder(named, usual)
     folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
     with hold_folder(folder):
         refuse_filled(folder)  # by a command that has been quicker

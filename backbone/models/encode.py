@@ -102,6 +102,7 @@ class View(NamedTuple):
     @property
     def key(self) -> str:
         """The hash of the image's bytes and of how it is cut."""
+        # What was cached before crops had a side of their own keeps its key
         where = tuple(self.crop) if self.crop.side < 1 else (self.crop.left, self.crop.top)
         return content_hash(f"{self.picture.content_hash}\n{self.size}\n{where}".encode())
 

@@ -29,11 +29,10 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
-from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.rendering.render import find_font, render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.customize import TOKEN
+from benchmarks.customize import TOKEN, Kind, make_questions
 
 FIRST_SEED = 1_960_000
 SHARES = (0.08, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the levels, from clean to noisy
@@ -95,20 +94,21 @@ def main(
 
 def true_pictures(concept: str, count: int) -> list[Unseen]:
     """The concept in each place that it is not learned in, with each accessory, in each style."""
-    words = load_vocabulary()
-    places = [place for place in words.places if place not in TRAINING_PLACES]
+    drawn: tuple[Kind, ...] = ("places", "accessories", "styles")
+    questions = {kind: make_questions(kind, "", "{}") for kind in drawn}
+    places, thing = questions["places"], Thing(concept)
     found = [
-        Unseen("place", f"a {{}} {place}", Scene((Thing(concept),), place, seed=FIRST_SEED + 10 * number + k))
+        Unseen("place", one.prompt, Scene((thing,), one.wanted, seed=FIRST_SEED + 10 * number + k))
         for number in range(count)
-        for k, place in enumerate(places)
+        for k, one in enumerate(places)
     ]
-    for k, accessory in enumerate(words.accessories):
-        wearing = (Thing(concept, accessory=accessory),)
-        scene = Scene(wearing, places[k], seed=FIRST_SEED + 1000 + k)
-        found.append(Unseen("accessory", f"a {{}} wearing {accessory} {places[k]}", scene))
-    for k, style in enumerate(words.styles):
-        scene = Scene((Thing(concept),), places[k], style=style, seed=FIRST_SEED + 2000 + k)
-        found.append(Unseen("style", f"{style} a {{}} {places[k]}", scene))
+    for k, one in enumerate(questions["accessories"]):
+        wearing = (Thing(concept, accessory=one.wanted),)
+        scene = Scene(wearing, places[k].wanted, seed=FIRST_SEED + 1000 + k)
+        found.append(Unseen("accessory", one.prompt, scene))
+    for k, one in enumerate(questions["styles"]):
+        scene = Scene((thing,), places[k].wanted, style=one.wanted, seed=FIRST_SEED + 2000 + k)
+        found.append(Unseen("style", one.prompt, scene))
     return found
 
 

@@ -24,9 +24,9 @@ from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify_once, progress
-from backbone.io.files import refuse_filled, write_json, write_text
+from backbone.io.files import write_json, write_text
 from backbone.io.report import command, heading, image_figure, table, write_report
-from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
@@ -80,8 +80,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
-    if asked.out is not None:
-        refuse_filled(asked.out)
+    refuse_new_folder(asked.out, CLIPS)
     model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = given_frames(asked)

@@ -16,8 +16,7 @@ from torch import Tensor
 from backbone.cli.options import as_command
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import refuse_filled
-from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import import_av, write_film
 from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_and_resize, to_image, to_tensor, working_size
@@ -64,8 +63,7 @@ def draw_pictures(asked: ClipOptions) -> Path:
         )
     width, height = choose_size(model, pictures[0].size, asked)
     asked = replace(asked, width=width, height=height, resolution=None)
-    if asked.out is not None:
-        refuse_filled(asked.out)
+    refuse_new_folder(asked.out, CLIPS)
     if asked.frames > model.latent_shape[1]:
         notify(
             f"{model.location.name} was trained on {model.latent_shape[1]} frames together: {asked.frames} may hold "

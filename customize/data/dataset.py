@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -53,6 +54,11 @@ class Group:
     prompts: Sequence[str]
     class_prompt: str
     source: str = ""
+
+    @cached_property
+    def prepared(self) -> PreparedImages | None:
+        """The folder that holds them encoded, opened once; None where they are still to be encoded."""
+        return PreparedImages(Path(self.source)) if is_prepared(self.source) else None
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def prepare(
         for flip, (own, where) in encode_group(model, group, views, flips, settings, read).items():
             places += [(len(parts) + part, row) for part, row in where]
             parts += own
-            masks += masks_of(views, flip=flip)
+            masks += masks_of(views, len(group.pictures), flip=flip)
             prompts += list(group.prompts) * (len(views) // len(group.pictures))
             names += [str(view.picture.path) for view in views]
             owners += [number] * len(views)
@@ -181,13 +187,12 @@ def views_of(group: Group, settings: Settings, resolution: int) -> list[View]:
     """
     count, pictures = settings.random_crop, group.pictures
     sizes: Sequence[tuple[int, int]] = [(resolution, resolution)] * len(pictures)
-    if is_prepared(group.source):
+    if (prepared := group.prepared) is not None:
         if count:
             notify(
                 f"{group.source} holds its images at their centre alone: none is learned as random crops too."
             )
         count = 0
-        prepared = PreparedImages(Path(group.source))
         sizes = prepared.sizes if prepared.facts.aspect_buckets else sizes
     elif settings.aspect_buckets:
         sizes = sizes_of(pictures, resolution)
@@ -201,6 +206,11 @@ def views_of(group: Group, settings: Settings, resolution: int) -> list[View]:
     return views
 
 
+def rows_by_image(views: Sequence[View], images: int) -> list[int]:
+    """The rows of `views_of` with all views of an image together, so that it is decoded once."""
+    return sorted(range(len(views)), key=lambda row: row % images)
+
+
 def encode_group(
     model: Backbone,
     group: Group,
@@ -210,12 +220,10 @@ def encode_group(
     read: ReadCrop,
 ) -> dict[bool, OfSizes]:
     """A subject's views encoded, mirrored as `flips` says."""
-    if is_prepared(group.source):
-        return open_group(model, PreparedImages(Path(group.source)), flips, settings.aspect_buckets)
-    count, by_size = len(group.pictures), dict[tuple[int, int], list[int]]()
-    for row in sorted(
-        range(len(views)), key=lambda row: row % count
-    ):  # all of an image together: decoded once
+    if group.prepared is not None:
+        return open_group(model, group.prepared, flips, settings.aspect_buckets)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for row in rows_by_image(views, len(group.pictures)):
         by_size.setdefault(views[row].size, []).append(row)
     places = [(0, 0)] * len(views)
     parts: dict[bool, list[Encoded]] = {flip: [] for flip in flips}
@@ -307,16 +315,18 @@ def preserves(settings: Settings) -> bool:
     return not settings.pairs and asked and changes_denoiser(settings)
 
 
-def masks_of(views: Sequence[View], *, flip: bool) -> list[Tensor | None]:
-    """The pictures' masks [1, H, W] in 0…1, cropped as the pictures are; None for a picture that has none.
+def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor | None]:
+    """The masks [1, H, W] in 0…1 of the views of so many images, cropped as they are; None where there is none.
 
     Raises `UserError` for a mask that is black all over. Where only a crop of it is, nothing of that crop is learned.
     """
-    found: list[Tensor | None] = []
-    for view in views:
-        picture, mask = view.picture, view.picture.open_mask()
+    found: list[Tensor | None] = [None] * len(views)
+    mask = None
+    for number, row in enumerate(rows_by_image(views, images)):
+        view, picture = views[row], views[row].picture
+        if number % (len(views) // images) == 0:
+            mask = picture.open_mask()
         if mask is None:
-            found.append(None)
             continue
         tensor = mask_to_tensor(crop_and_resize(mask, view.size, crop=view.crop))
         if view.crop.side == 1 and float(tensor.mean()) < 1e-3:
@@ -324,7 +334,7 @@ def masks_of(views: Sequence[View], *, flip: bool) -> list[Tensor | None]:
                 f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "
                 "Paint white what is to be learned."
             )
-        found.append(tensor.flip(-1) if flip else tensor)
+        found[row] = tensor.flip(-1) if flip else tensor
     return found
 
 

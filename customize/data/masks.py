@@ -86,14 +86,14 @@ def dilate(mask: Tensor) -> Tensor:
 
 
 def save_masks(
-    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, views: int, most: int
+    path: Path, pictures: Sequence[Sequence[ImageRecord]], masks: Sequence[Tensor], *, most: int
 ) -> None:
     """A sheet of every subject's first images, `most` at most, darkened outside their mask.
 
-    Each image has so many `views`, with crops and mirrored ones, of which only the first is shown.
+    `masks` are of every subject's images, then of their crops and of both mirrored, which are not shown.
     """
     rows: list[list[Cell | Image.Image | None]] = []
-    first = 0
+    views, first = len(masks) // max(1, sum(map(len, pictures))), 0
     for folder in pictures:
         own = masks[first : first + len(folder)][:most]
         rows.append([shown(picture, mask) for picture, mask in zip(folder[:most], own, strict=True)])

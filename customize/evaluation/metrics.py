@@ -144,7 +144,7 @@ class Evaluator:
         vectors = self.scorers.image_encoder.embed_images(images)
         subject_vectors, class_vectors = vectors[:count], vectors[count:]
         prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
-        likeness = (subject_vectors @ self.subject.T).mean(-1).tolist()
+        likeness = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
         obedience = text_scores(prompt_vectors, self.texts).tolist()
         metrics = ConceptMetrics(
             step=step,

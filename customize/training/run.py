@@ -151,8 +151,7 @@ def carry_on(
     training.sources = {"model": model.fingerprint}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
-        views = (1 + settings.random_crop) * (2 if settings.flip else 1)
-        save_masks(run / MASKS, pictures, training.data.masks or [], views=views, most=KEPT)
+        save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)
     shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
     previews = Previews(model, settings, concept)

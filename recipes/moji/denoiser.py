@@ -137,6 +137,10 @@ class LatentSettings(RecipeSettings):
     ] = 600
     warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 300
 
+    def shares(self, step: int) -> dict[str, float]:
+        """The shares of simple and of hard scenes in a step's batch, as `Latents.batch` takes them."""
+        return {"simple": max(0.0, 0.8 * (1 - step / self.simple_steps)), "hard": self.hard_share}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserSettings(LatentSettings):
@@ -226,8 +230,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
-        simple_share = max(0.0, 0.8 * (1 - step / settings.simple_steps))
-        clean, tokens = data.batch(settings.batch, random, simple=simple_share, hard=settings.hard_share)
+        clean, tokens = data.batch(settings.batch, random, **settings.shares(step))
         index = torch.multinomial(density, settings.batch, replacement=True, generator=random).to(
             settings.device
         )

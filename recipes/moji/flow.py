@@ -95,8 +95,7 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
-        simple_share = max(0.0, 0.8 * (1 - step / settings.simple_steps))
-        clean, tokens = data.batch(settings.batch, random, simple=simple_share, hard=settings.hard_share)
+        clean, tokens = data.batch(settings.batch, random, **settings.shares(step))
         level = flow(torch.randn(settings.batch, generator=random).sigmoid().to(settings.device))
         noise = torch.randn(clean.shape, generator=random).to(settings.device)
         with precision(clean.device):

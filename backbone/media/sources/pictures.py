@@ -27,7 +27,7 @@ from PIL import Image
 from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import inside, iterate_entries, plain
+from backbone.io.records import inside, is_json_list, iterate_entries, plain
 from backbone.media.sources.decode import (
     BadImageError,
     Convert,
@@ -449,18 +449,11 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
         for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
         if path.name.lower() in names
         and path.is_file()
-        and (path.suffix.lower() != ".json" or _is_list(path))
+        and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
     ]
     if len(found) > 1:
         raise UserError(f"{folder} holds both {found[0].name} and {found[1].name}. Keep one of them.")
     return found
-
-
-def _is_list(path: Path) -> bool:
-    """Whether a file is a JSON list, or JSON lines under the name of ControlNet's, by its first bytes."""
-    with path.open("rb") as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return start.startswith(b"[") or path.name.lower() == PROMPT_LIST
 
 
 def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:

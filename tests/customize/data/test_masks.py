@@ -104,7 +104,7 @@ def test_pictures_with_a_mask_file_keep_it(
     assert all(torch.equal(mask > 0, dilate(region[None]) > 0) for mask in (found[1], found[-1]))
     assert all(float(mask.mean()) == pytest.approx(1) for mask in found)
     assert prepare(tiny, groups, replace(settings, mask="files")).masks is not None
-    save_masks(tmp_path / "masks.png", [pictures], found, views=2, most=9)
+    save_masks(tmp_path / "masks.png", [pictures], found, most=9)
     assert Image.open(tmp_path / "masks.png").width > 3 * 32
     assert "--mask auto" in as_flags(settings, tmp_path)
 
