@@ -367,11 +367,16 @@ def is_finished(trial: Trial, out: Path) -> bool:
     return all((folder / "sheet.png").exists() for folder in folders)
 
 
+def training_scenes(concept: str) -> list[Scene]:
+    """The five scenes that a concept is learned from."""
+    number = list(load_vocabulary().development_concepts).index(concept)
+    return concept_scenes(concept, first_seed=1_900_000 + 10 * number)
+
+
 def write_training_images(concept: str, out: Path) -> Path:
     """The folder of a concept's five training pictures."""
     folder = out / "pictures" / concept.replace(" ", "-")
-    number = list(load_vocabulary().development_concepts).index(concept)
-    for k, scene in enumerate(concept_scenes(concept, first_seed=1_900_000 + 10 * number)):
+    for k, scene in enumerate(training_scenes(concept)):
         if not (folder / f"{k}.png").exists():
             save_png(folder / f"{k}.png", render(scene).image)
     return folder

@@ -3,16 +3,20 @@
     python -m benchmarks.judges.unseen peacock runs/peacock-a runs/peacock-b            10 seconds a run on one core
 
 The world renders the concept's glyph in the seven places that its training images leave out, wearing each accessory
-and in each style. On these the denoising loss is measured with the token in the prompt: with the same noise for every
-run, and without drawing anything, so that two ways to train are told apart by far fewer images than a classifier
-needs. *In the thing* weights the loss by how much of each latent the glyph covers. The base's, with the class in place
-of the token, stands in the first row. Runs must be of one model. Writes `unseen.json` and `unseen.md`.
+and in each style; and, to tell what it is that a run has not learned, the training images themselves (*learned*),
+with the thing three pixels away in the same place (*moved*), eight pixels, which is one latent (*moved by a latent*),
+and exactly where it was in another place (*elsewhere*). On these the denoising loss is measured with the token in the
+prompt: with the same noise for every run, and without drawing anything, so that two ways to train are told apart by
+far fewer images than a classifier needs. *In the thing* weights the loss by how much of each latent the glyph covers.
+The base's, with the class in place of the token, stands in the first row; `--scale` adds each run at another
+strength. Runs must be of one model. Writes `unseen.json` and `unseen.md`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -29,14 +33,15 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
-from backbone.world.rendering.render import find_font, render
-from backbone.world.scene import Scene
+from backbone.world.rendering.render import find_font, place_figures, render
+from backbone.world.scene import Pose, Scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.customize import TOKEN, Kind, make_questions
+from benchmarks.customize import TOKEN, Kind, make_questions, training_scenes
 
 FIRST_SEED = 1_960_000
 SHARES = (0.08, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the levels, from clean to noisy
-KINDS = ("place", "accessory", "style")
+KINDS = ("place", "accessory", "style", "learned", "moved", "moved by a latent", "elsewhere")
+MOVED = {"learned": (0.0,), "moved": (-3.0, 3.0), "moved by a latent": (-8.0, 8.0)}  # pixels to the right
 BATCH = 8
 
 
@@ -62,6 +67,9 @@ def main(
     runs: Annotated[list[Path], typer.Argument(help="Run folders that learned it, of one model.")],
     count: Annotated[int, typer.Option(min=1, help="Pictures in each place.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Measure each run at this LoRA scale too.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/unseen"),
 ) -> None:
     """Measures the base and every run, and writes the table."""
@@ -73,13 +81,14 @@ def main(
     if len(models) > 1:
         raise UserError(f"These runs are of {' and '.join(sorted(models))}. Compare runs of one model.")
     (model,) = models
-    unseen = true_pictures(concept, count)
+    unseen = [*true_pictures(concept, count), *near_training_images(concept)]
     rows = {"the base": measure(Backbone.open(model, device=device), unseen, classes[concept])}
-    for run in runs:
+    for run, strength in product(runs, [1.0, *(scale or [])]):
         backbone = Backbone.open(model, device=device)
         learned = read_concept(run)
-        load_concepts(backbone, [learned])
-        rows[str(run)] = measure(backbone, unseen, f"{learned.tokens[TOKEN]} {classes[concept]}")
+        load_concepts(backbone, [learned], scale=strength)
+        name = str(run) if strength == 1 else f"{run}, scale {strength:g}"
+        rows[name] = measure(backbone, unseen, f"{learned.tokens[TOKEN]} {classes[concept]}")
     facts = {
         name: {kind: (loss.everywhere, loss.in_the_thing) for kind, loss in each.items()}
         for name, each in rows.items()
@@ -112,6 +121,26 @@ def true_pictures(concept: str, count: int) -> list[Unseen]:
     return found
 
 
+def near_training_images(concept: str) -> list[Unseen]:
+    """The training images, and what differs from them in one respect: where the thing is, or the place alone."""
+    found = []
+    unseen = [one.wanted for one in make_questions("places", "", "{}")]
+    for number, scene in enumerate(training_scenes(concept)):
+        for kind, ways in MOVED.items():
+            for right in ways:
+                found.append(Unseen(kind, scene.caption(name="{}"), pose(scene, right)))
+        for place in (unseen[number], unseen[number + 2]):
+            other = replace(pose(scene), place=place)
+            found.append(Unseen("elsewhere", other.caption(name="{}"), other))
+    return found
+
+
+def pose(scene: Scene, right: float = 0.0) -> Scene:
+    """The scene with its thing held where its seed has it, or so many pixels to the right of there."""
+    (figure,) = place_figures(scene, scene.horizon)
+    return replace(scene, poses=(Pose(figure.x + right, figure.foot, figure.size, mirrored=figure.mirrored),))
+
+
 @torch.no_grad()
 def measure(model: Backbone, unseen: Sequence[Unseen], called: str) -> dict[str, Loss]:
     """The loss of a model on true pictures whose subject is called so in the prompts, by kind."""
@@ -136,7 +165,8 @@ def measure(model: Backbone, unseen: Sequence[Unseen], called: str) -> dict[str,
             wanted = target(clean[rows], noise[rows], level, model.path.prediction_type)
             errors.append((predicted - wanted).square().mean(1).cpu())
     error = torch.cat(errors).unflatten(0, (len(SHARES), len(clean))).mean(0)
-    return {kind: mean_loss(error, weight, [one.kind == kind for one in unseen]) for kind in KINDS}
+    kinds = [one.kind for one in unseen]
+    return {kind: mean_loss(error, weight, [kind == one for one in kinds]) for kind in KINDS if kind in kinds}
 
 
 def mean_loss(error: Tensor, weight: Tensor, chosen: Sequence[bool]) -> Loss:
@@ -148,10 +178,14 @@ def mean_loss(error: Tensor, weight: Tensor, chosen: Sequence[bool]) -> Loss:
 
 def markdown(rows: dict[str, dict[str, Loss]]) -> str:
     """A row for the base and for each run: the loss by kind, everywhere and in the thing."""
-    lines = ["| | " + " | ".join(f"{kind} | in the thing" for kind in KINDS) + " |", "|---" * 7 + "|"]
+    kinds = list(next(iter(rows.values())))
+    lines = [
+        f"| | {' | '.join(f'{kind} | in the thing' for kind in kinds)} |",
+        "|---" * (1 + 2 * len(kinds)) + "|",
+    ]
     for name, each in rows.items():
         values = [
-            f"{value:.3f}" for kind in KINDS for value in (each[kind].everywhere, each[kind].in_the_thing)
+            f"{value:.3f}" for kind in kinds for value in (each[kind].everywhere, each[kind].in_the_thing)
         ]
         lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"

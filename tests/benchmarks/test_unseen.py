@@ -7,12 +7,23 @@ import torch
 
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES
-from benchmarks.judges.unseen import KINDS, Loss, markdown, mean_loss, measure, true_pictures
+from backbone.world.rendering.render import render
+from benchmarks.customize import training_scenes
+from benchmarks.judges.unseen import (
+    KINDS,
+    Loss,
+    markdown,
+    mean_loss,
+    measure,
+    near_training_images,
+    pose,
+    true_pictures,
+)
 
 
 def test_what_is_unseen_leaves_out_the_training_s_places_and_names_what_it_shows() -> None:
     found = true_pictures("peacock", 2)
-    assert {one.kind for one in found} == set(KINDS)
+    assert {one.kind for one in found} == {"place", "accessory", "style"}
     assert not {one.scene.place for one in found} & set(TRAINING_PLACES)
     assert len({one.scene.seed for one in found}) == len(found)
     for one in found:
@@ -20,6 +31,22 @@ def test_what_is_unseen_leaves_out_the_training_s_places_and_names_what_it_shows
         assert all(thing.noun == "peacock" for thing in one.scene.things)
         assert one.kind != "accessory" or str(one.scene.things[0].accessory) in one.prompt
         assert one.kind != "style" or str(one.scene.style) in one.prompt
+
+
+@pytest.mark.font
+def test_what_is_near_the_training_images_differs_from_them_in_one_respect() -> None:
+    found = near_training_images("peacock")
+    assert {one.kind for one in found} | {"place", "accessory", "style"} == set(KINDS)
+    trained = training_scenes("peacock")
+    images = [render(scene).image.tobytes() for scene in trained]
+    learned = [render(one.scene).image.tobytes() for one in found if one.kind == "learned"]
+    assert learned == images
+    poses = {scene.seed: pose(scene).poses for scene in trained}
+    for one in found:
+        assert "{}" in one.prompt and one.scene.place in one.prompt
+        stays = one.kind in ("learned", "elsewhere")
+        assert (one.scene.poses == poses[one.scene.seed]) == stays
+        assert (one.scene.place in TRAINING_PLACES) == (one.kind != "elsewhere")
 
 
 def test_the_loss_in_the_thing_is_weighted_by_how_much_of_it_is_there() -> None:
