@@ -48,6 +48,7 @@ from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_r
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES, concept_scenes
 from backbone.world.rendering.render import find_font, render
+from backbone.world.scene import Scene
 from backbone.world.words import choose_article, load_vocabulary
 from benchmarks.judges.classifier import (
     FACTS,
