@@ -10,6 +10,7 @@ Pictures have a fourth channel, how opaque they are. The published weights are s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -57,7 +58,7 @@ SLOT = 4  # latents that stand in one place of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 ANNOUNCED = "<image{}><|vision_start|>{}<|vision_end|>"
-EYE = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the published processor's
+EYE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the published processor's
 MARKS = ("txt_in.text_norm.weight", "modulation.1.weight", "img_in.weight")
 
 
@@ -110,9 +111,7 @@ class QwenImage21(SplitFileFamily):
             notify_once(
                 f"{location.name} names sample_sigmas of its own, which are not used: the levels are those of --steps."
             )
-        network = cast(Any, super().denoiser(location, dtype))
-        network.set_attn_processor(CausalAttention(first_frequencies(network)))
-        return cast(nn.Module, network)
+        return read_causally(super().denoiser(location, dtype))
 
     def licence(self, location: Location) -> str:
         return "Qwen-Image 2.1's published weights are under a licence for research, not for commercial use."
@@ -128,7 +127,8 @@ class QwenImage21(SplitFileFamily):
         else:
             words = split_files.load_tokenizer(Qwen2Tokenizer, location)
             model = load_from_file(Qwen3VLModel, location, dtype)
-            processor = Qwen2VLImageProcessorPil(**EYE)
+            eye = location.config("text_encoder").get("vision_config", {})
+            processor = Qwen2VLImageProcessorPil(**EYE, patch_size=eye.get("patch_size", 16))
         slot = TextEncoderSlot("text_encoder", words, getattr(model, "language_model", model))
         width = int(location.config("transformer")["context_in_dim"])
         return BeforeTheNorm(slot, model, processor, name=location.name, width=width)
@@ -138,8 +138,9 @@ class QwenImage21(SplitFileFamily):
 
         width = int(location.config("transformer")["context_in_dim"])
         vae_dtype = loading.autoencoder_dtype(location, dtype)
+        network = diffusers_spec(QwenImage21Transformer2DModel, location, "transformer", dtype)
         return ModelSpec(
-            diffusers_spec(QwenImage21Transformer2DModel, location, "transformer", dtype),
+            replace(network, build=lambda: read_causally(network.build())),
             diffusers_spec(AutoencoderKLQwenImage21, location, "vae", vae_dtype),
             {"text_encoder": transformers_spec(Qwen3VLModel, location, "text_encoder", dtype)},
             {"hidden": (TOKENS, width), "mask": (TOKENS,), "images": (MOST_IMAGES,)},
@@ -178,6 +179,12 @@ class QwenImage21(SplitFileFamily):
         late = joint_attention.later_half_prefixes(blocks, "transformer_blocks")
         read = CausalAttention(first_frequencies(denoiser)).read
         return AttentionLayout({CausalAttention: read}, max_map_queries=None, detail_layers=late)
+
+
+def read_causally(denoiser: nn.Module) -> nn.Module:
+    """The same network, whose attention keeps no masks."""
+    cast(Any, denoiser).set_attn_processor(CausalAttention(first_frequencies(denoiser)))
+    return denoiser
 
 
 def first_frequencies(denoiser: nn.Module) -> Tensor:
