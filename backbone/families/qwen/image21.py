@@ -199,11 +199,9 @@ def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None
 
     hidden [B, T, D], mask [B, T] or None as of `cut_padding`, and slots [B, T + drawn / 4], in the processor's memory.
     """
-    text = conditions.text
-    hidden, mask = language_models.cut_padding(text)
+    hidden, mask = language_models.cut_padding(conditions.text)
     count, width = len(hidden), hidden.shape[2]
-    given = text["images"][0]
-    at = [0] * len(conditions.references) if given.is_meta else [int(place) for place in given.tolist()]
+    at = places_of_images(conditions)
     parts, masks, slots, start = [], [], [], 0
     for image, place in zip(conditions.references, at, strict=False):
         room = image[0, 0].numel() // SLOT
@@ -218,6 +216,14 @@ def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None
     ]
     joined = None if mask is None else torch.cat([*masks, mask[:, start:]], 1)
     return torch.cat(parts, 1), joined, torch.cat(slots).expand(count, -1)
+
+
+def places_of_images(conditions: Conditions) -> list[int]:
+    """Before how many words of the text each reference stands, the same in every row; on `meta` before all."""
+    if not conditions.references:
+        return []
+    given = conditions.text["images"][0]
+    return [0] * len(given) if given.is_meta else [int(place) for place in given.tolist()]
 
 
 def load_from_file(kind: Any, location: Location, dtype: torch.dtype) -> Any:

@@ -73,7 +73,10 @@ class Whole:
         logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         logits[..., [picture.start + key for key in self.edit.hidden]] = -torch.inf
         if self.mask is not None:
-            logits = logits.masked_fill(~self.mask[:, None, None], -torch.inf)
+            blind = (
+                slice(picture.start, None) if self.causal else slice(None)
+            )  # what is behind it no word sees
+            logits[:, :, blind] = logits[:, :, blind].masked_fill(~self.mask[:, None, None], -torch.inf)
         if self.causal:
             seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
             seen[picture] = True
