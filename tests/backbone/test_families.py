@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -447,38 +444,6 @@ def test_weights_and_buffers_are_those_that_diffusers_loads(
         assert list(found) == list(expected)
         for name, value in expected.items():
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
-
-
-HUB = """
-import sys
-from tests.backbone.test_families import opened, predicted
-from backbone.models.model import Backbone
-import torch
-for folder in sys.argv[1:]:
-    name = folder.rpartition("/")[2]
-    model, other = Backbone.open(f"some/{name}", device="cpu", precision="fp32"), opened(folder)
-    assert model.location.folder is None
-    assert torch.equal(predicted(model), predicted(other)), name
-    pictures = torch.rand(1, 3, 64, 64) * 2 - 1
-    assert torch.equal(model.encode(pictures).mean, other.encode(pictures).mean), name
-"""
-
-
-@pytest.mark.slow
-def test_a_hub_id_is_the_same_model_as_its_folder(folders: dict[str, Path], tmp_path: Path) -> None:
-    """As the hub's library keeps what it fetched, without a network."""
-    names = [case.name for case in CASES if case.name not in VARIANTS]
-    for name in names:
-        place = tmp_path / "hub" / f"models--some--{name}"
-        shutil.copytree(folders[name], place / "snapshots" / "c0ffee")
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text("c0ffee")
-    subprocess.run(
-        [sys.executable, "-c", HUB, *(str(folders[name]) for name in names)],
-        check=True,
-        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parents[2],
-    )
 
 
 def test_an_autoencoder_with_the_names_of_old_files_is_left_to_diffusers(
