@@ -26,7 +26,7 @@ from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
 from backbone.cli.options import fields_of, values_from_file
 from backbone.cli.sampling import DrawingOptions
-from backbone.families.location import hub_file
+from backbone.families.location import find_hub_file, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
@@ -230,9 +230,27 @@ def test_what_the_hub_does_not_give_is_one_sentence(
 
     monkeypatch.setattr("backbone.families.location.hub_answers", lambda repository: not offline)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: "there")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name, **how: "there")
     with pytest.raises(UserError, match=complaint):
         locate("some/model")
+
+
+def test_without_the_hub_a_file_that_it_did_not_have_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was fetched whole opens again without a network."""
+    commit, place = "c0ffee" + "0" * 34, tmp_path / "models--some--model"
+    for file in (f"snapshots/{commit}/vae/config.json", f".no_exist/{commit}/vae/index.json", "refs/main"):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("backbone.families.location.hub_answers", lambda repository: False)
+    for revision in (commit, None):
+        found = find_hub_file("some/model", "vae/config.json", revision)
+        assert found is not None and found.read_text() == commit
+        assert find_hub_file("some/model", "vae/index.json", revision) is None
+    with pytest.raises(UserError, match="is not on this machine"):
+        find_hub_file("some/model", "vae/weights.safetensors", commit)
 
 
 def test_a_hub_file_that_is_missing_is_a_sentence() -> None:

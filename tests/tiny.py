@@ -470,6 +470,8 @@ def tiny_qwen_edit(folder: Path, *, plus: bool = False) -> Path:
 
 def tiny_qwen_image21(folder: Path) -> Path:
     """The same of Qwen-Image 2.1: latents are not packed, pictures have a fourth channel, text is causal."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     torch.manual_seed(0)
     transformer = QwenImage21Transformer2DModel(
         in_channels=4,
@@ -495,18 +497,12 @@ def tiny_qwen_image21(folder: Path) -> Path:
         scale_factor_spatial=8,
     )
     tokenizer = tiny_qwen_tokenizer()
-    tokenizer.add_special_tokens(
-        {
-            "additional_special_tokens": [
-                "<|image_pad|>",
-                "<|vision_start|>",
-                "<|vision_end|>",
-                "<|video_pad|>",
-            ]
-        }
-    )
+    marks = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
     settings = tiny_vision_language(16)
     settings["text_config"]["vocab_size"] = len(tokenizer) + 5
+    settings["vision_config"] |= {"patch_size": 8}  # as large as the latents, of which four make a token
+    settings |= {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
     components = {
         "transformer": transformer,
         "vae": vae,
@@ -519,6 +515,8 @@ def tiny_qwen_image21(folder: Path) -> Path:
         component.save_pretrained(folder / name)
         library = "transformers" if name in ("text_encoder", "processor") else "diffusers"
         index[name] = [library, type(component).__name__]
+    looking = Qwen2VLImageProcessorPil(patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    looking.save_pretrained(folder / "processor")
     (folder / "model_index.json").write_text(json.dumps(index))
     return with_picture_size(folder)
 

@@ -108,6 +108,7 @@ class JointAttentionInputs:
     project_output     attention output [B, heads, tokens, D] → what the layer returns
     bias               added to the logits of each key, [1, tokens], or which keys a row has, [B, 1, 1, tokens]; or None
     padding            tokens behind the image's own that fill it up, no places of the image
+    causal             whether a text token, which then stands before the image, sees those up to itself alone
     """
 
     query: Tensor
@@ -117,13 +118,31 @@ class JointAttentionInputs:
     project_output: Callable[[Tensor], Any]
     bias: Tensor | None = None
     padding: int = 0
+    causal: bool = False
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rows: slice | Sequence[int] = slice(None)
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: slice | Sequence[int] = slice(None),
+        first: int = 0,
     ) -> Tensor:
-        """Scaled dot-product attention of some rows with this call's bias → [B, heads, queries, D]."""
+        """Scaled dot-product attention of some rows with this call's bias → [B, heads, queries, D].
+
+        `first` is the token that the first of the queries belongs to.
+        """
         bias = self.bias if self.bias is None or self.bias.ndim < 4 else self.bias[rows]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        words = min(max(0, self.text.stop - first), query.shape[2]) if self.causal else 0
+        if not words:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        assert first == self.text.start == 0
+        seen = (x[:, :, :words] for x in (query, key, value))
+        found = F.scaled_dot_product_attention(*seen, is_causal=True)
+        if words == query.shape[2]:
+            return found
+        image = F.scaled_dot_product_attention(query[:, :, words:], key, value, attn_mask=bias)
+        return torch.cat([found, image], dim=2)
 
     @property
     def image(self) -> slice:

@@ -180,7 +180,7 @@ def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
 
 def find_hub_file(repository: str, name: str, revision: str | None = None) -> Path | None:
     """`hub_file`, or None where the repository has no such file."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -191,6 +191,8 @@ def find_hub_file(repository: str, name: str, revision: str | None = None) -> Pa
     )
 
     offline = not hub_answers(repository)
+    if offline and try_to_load_from_cache(repository, name, revision=revision) is _CACHED_NO_EXIST:
+        return None  # as the hub said when it was asked
     try:
         if not offline and revision is None and try_to_load_from_cache(repository, name) is None:
             notify(f"Fetching {repository} from the hub ({name} first).")

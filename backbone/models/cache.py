@@ -20,7 +20,7 @@ from backbone.models.model import Backbone
 from backbone.models.references import Reference
 
 VARIABLE = "LIMNER_CACHE"
-TEXT = 2  # counts up when a family makes something else of a prompt
+TEXT = 3  # counts up when a family makes something else of a prompt
 
 
 def cache_folder() -> Path:

@@ -24,6 +24,7 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.data.ahead import work_ahead
 from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix
 from backbone.distributed import processes
+from backbone.families.components.latents import first_width
 from backbone.io.console import progress
 from backbone.io.files import content_hash
 from backbone.media.crops import ReadCrop, read_crop
@@ -159,7 +160,7 @@ def images_at_once(model: Backbone, size: tuple[int, int]) -> int:
         return 1
     if model.device.type != "cuda":
         return max(1, min(32, BATCH_PIXELS // pixels))
-    channels = int(model.autoencoder_config["block_out_channels"][0])
+    channels = first_width(model.autoencoder_config)
     there = min(BATCH_BYTES, torch.cuda.get_device_properties(model.device).total_memory // 4)
     return max(1, min(64, there // (pixels * channels * 4 * ACTIVATIONS)))
 

@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
 from backbone.io.records import inside, read_as
+from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import (
     METADATA,
@@ -53,6 +57,7 @@ REGISTERED = 48  # of the pairs of a training are looked at so closely …
 CLOSELY = 256  # … at so many pixels
 HELD_OUT = 8  # pairs at most, where no number is asked for
 EQUAL = 48.0  # dB: closer images are the same
+Bits = tuple[NDArray[np.bool_], NDArray[np.bool_]]  # hashes of an image before an edit and after it
 ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
 
 
@@ -236,7 +241,7 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
     """
     wrong = check_instructions(pairs)
     doubtful: list[str] = []
-    seen: dict[str, str] = {}
+    seen: dict[str, list[tuple[str, Bits]]] = {}
     with progress(len(pairs), "comparing", brief=True) as bar:
         for pair in pairs:
             try:
@@ -245,21 +250,29 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
                 found = Found(wrong=[f"{error.name} {error.reason}."])
             wrong += [*found.wrong, *found.drifted]
             doubtful += found.doubtful
-            both = pair.source.content_hash + pair.target.content_hash if not found.wrong else pair.name
-            if both in seen:
-                doubtful.append(f"{pair.name} and {seen[both]} are the same pair. Keep one of them.")
-            seen.setdefault(both, pair.name)
+            if found.looks is not None:
+                alike = seen.setdefault(pair.instruction.lower(), [])
+                doubtful += [
+                    f"{pair.name} and {name} are almost the same pair. Keep one of them."
+                    for name, looks in alike
+                    if all(map(almost_equal, looks, found.looks))
+                ][:1]
+                alike.append((pair.name, found.looks))
             bar.advance_images(1)
     return wrong, doubtful
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is wrong with a pair's images: what has to be mended, how it drifted, what may be a mistake."""
+    """What is wrong with a pair's images: what has to be mended, how it drifted, what may be a mistake.
+
+    `looks` are the hashes of its two images, where they were compared closely.
+    """
 
     wrong: Sequence[str] = ()
     drifted: Sequence[str] = ()
     doubtful: Sequence[str] = ()
+    looks: Bits | None = None
 
 
 def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[EditPair]:
@@ -366,7 +379,8 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
             f"at scale {found.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "
             "`edit keep-background` undoes it."
         )
-    return Found(drifted=drifted, doubtful=doubtful)
+    looks = perceptual_hash(source), perceptual_hash(target)
+    return Found(drifted=drifted, doubtful=doubtful, looks=looks)
 
 
 def check_instructions(pairs: Sequence[EditPair]) -> list[str]:

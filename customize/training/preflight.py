@@ -5,7 +5,6 @@ They are warnings; only images that cannot be read are errors (`backbone.media.s
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.pictures import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
 from customize.data.captions import LONG, TrainingPrompt, describe_truncated
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from backbone.models.model import Backbone
     from customize.settings import Settings
 
-NEAR = 6  # of 64 bits: at most so many differ between near-duplicates
 SHARP = 100.0  # variance of the Laplacian (8-bit grey levels) below which a picture is called blurred, by convention
 SHARP_SIDE = 512  # pixels a side at which sharpness is judged
 DIFFERENT_SHAPES = 1.5  # largest over smallest aspect ratio
@@ -99,18 +98,6 @@ def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[s
     return describe_truncated(prompts, "[V]", "[V]", model.text_encoder) if prompts else []
 
 
-def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
-    """64 bits: which of the 8 × 8 lowest frequencies (DCT-II of 32 × 32 grey pixels) lie over their median.
-
-    Scale, compression and small changes of brightness leave it almost as it is (Zauner 2010, section 3.2).
-    """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
-    position, frequency = np.meshgrid(np.arange(32), np.arange(1, 9))
-    basis = np.cos(math.pi / 32 * (position + 0.5) * frequency)
-    values = basis @ (grey - grey.mean()) @ basis.T
-    return np.asarray(values > np.median(values)).ravel()
-
-
 def sharpness(image: Image.Image) -> float:
     """The variance of the Laplacian of the grey picture (Pech-Pacheco et al. 2000), the longer side at most 512."""
     grey = image.convert("L")
@@ -129,8 +116,7 @@ def near_duplicates(looks: Sequence[Look]) -> list[list[str]]:
     for i, one in enumerate(looks):
         for j in range(i):
             other = looks[j]
-            distance = min((one.bits != other.bits).sum(), (one.mirrored != other.bits).sum())
-            if distance <= NEAR:
+            if almost_equal(one.bits, other.bits) or almost_equal(one.mirrored, other.bits):
                 old, new = group[i], group[j]
                 group = [new if value == old else value for value in group]
     members: dict[int, list[str]] = {}

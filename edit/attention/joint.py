@@ -21,6 +21,7 @@ the queries of the words, which cross-attention does not have, are left to the t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +62,16 @@ class JointProcessor:
         encoder_hidden_states_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
         freqs_cis: Tensor | None = None,
+        **others: Any,
     ) -> Any:
-        # diffusers hands on, by name, what a processor's signature has
+        # diffusers hands on, by name, what a processor's signature has, and here and there all that there is
         named = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
             "encoder_hidden_states_mask": encoder_hidden_states_mask,
             "image_rotary_emb": image_rotary_emb,
             "freqs_cis": freqs_cis,
+            **others,
         }
         named = {name: value for name, value in named.items() if value is not None}
         control = self.control
@@ -96,7 +99,9 @@ class JointProcessor:
         # Maps are read from the attention that there is now
         if control.maps is not None and has_words and control.maps.wants(places):
             read = slice(1 + control.targets)
-            attend = partial(streams.attend, query[read, :, picture], key[read], rows=read)
+            attend = partial(
+                streams.attend, query[read, :, picture], key[read], rows=read, first=picture.start
+            )
             shown = control.maps.columns[..., : streams.text.stop - streams.text.start]
             columns = F.pad(shown, _keys_around_words(streams))
             control.maps.add(read_columns(attend, query, columns))
@@ -120,7 +125,7 @@ def _cross(
     for outside in (slice(0, picture.start), slice(picture.stop, query.shape[2])):
         if outside.stop > outside.start:
             attended[of_targets, :, outside] = streams.attend(
-                query[of_targets, :, outside], key[of_targets], value[of_targets], of_targets
+                query[of_targets, :, outside], key[of_targets], value[of_targets], of_targets, outside.start
             )
     words = value[of_targets, :, text]  # V_w
     count = words.shape[2]  # of ragged prompts the longest one's: behind it there is padding alone
@@ -132,8 +137,8 @@ def _cross(
     mixed[:, :, text] = cross.from_source[:, :count, :count].to(value.dtype)[:, None] @ words
     query_source, key_source = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
     attended[of_targets, :, picture] = streams.attend(
-        query[of_targets, :, picture], key[of_targets], own, of_targets
-    ) + streams.attend(query_source, key_source, mixed, [0] * targets)
+        query[of_targets, :, picture], key[of_targets], own, of_targets, picture.start
+    ) + streams.attend(query_source, key_source, mixed, [0] * targets, picture.start)
     return attended
 
 
@@ -143,9 +148,8 @@ def _without_hidden(streams: JointAttentionInputs, visible: Tensor) -> Tensor:
     parts = [words, streams.image.start + visible]
     shown = torch.cat(parts if streams.text.start <= streams.image.start else parts[::-1])
     bias = None if streams.bias is None else streams.bias[..., shown]
-    return F.scaled_dot_product_attention(
-        streams.query, streams.key[:, :, shown], streams.value[:, :, shown], attn_mask=bias
-    )
+    found = replace(streams, bias=bias)
+    return found.attend(streams.query, streams.key[:, :, shown], streams.value[:, :, shown])
 
 
 def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:

@@ -63,8 +63,10 @@ class KeptBackground:
         """What was found, for a record."""
         right, down = self.registration.shift
         height, width = self.place.shape
+        drift = self.registration.drift((height, width))
         return {
-            "drift_px": round(self.registration.drift((height, width)), 3),
+            "drift_px": round(drift, 3),
+            "drift_percent": round(100 * drift / max(height, width), 3),  # of the longer side
             "shift_right_px": round(right, 3),
             "shift_down_px": round(down, 3),
             "scale": round(self.registration.scale, 5),

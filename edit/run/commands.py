@@ -144,7 +144,8 @@ def run_instruct(
     for one, drift in zip(instructions, result.facts["drift"], strict=False):
         notify(
             f"{one}: drifted {drift['shift_right_px']:+.2f} px right, {drift['shift_down_px']:+.2f} px down, scale "
-            f"{drift['scale']:.4f}; undone. The edit stands in {drift['changed_share']:.0%} of the image."
+            f"{drift['scale']:.4f}, {drift['drift_percent']:.2f} % of the longer side; undone. The edit stands in "
+            f"{drift['changed_share']:.0%} of the image."
         )
     return replace(
         result, prompts=tuple(instructions), title=f"by instruction: {', then '.join(instructions)}"

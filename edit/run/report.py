@@ -55,6 +55,7 @@ TITLES = {
 
 DRIFT = {
     "drift_px": "drift, px",
+    "drift_percent": "of the longer side, %",
     "shift_right_px": "to the right, px",
     "shift_down_px": "down, px",
     "scale": "scale",
@@ -169,7 +170,11 @@ def draw_result_sheet(
     rows = []
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         drift = result.facts.get("drift", ())
-        said = f"\ndrifted {drift[number]['drift_px']:.2f} px; undone" if drift else ""
+        said = (
+            f"\ndrifted {drift[number]['drift_px']:.2f} px, {drift[number]['drift_percent']:.2f} %; undone"
+            if drift
+            else ""
+        )
         row = [*lead, Cell(image, prompt + said)]
         row += [Cell(masks[number], "mask")] if masks else []
         rows.append([*row, Cell(difference(result.source, image), "difference to the source")])

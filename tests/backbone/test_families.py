@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -45,6 +46,7 @@ from backbone.families.flux import family as flux
 from backbone.families.pixart import family as pixart
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json, read_tensors, write_json, write_tensors
+from backbone.models.encode import images_at_once
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from customize.settings import Subject
@@ -628,6 +630,40 @@ def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[s
     torch.testing.assert_close(
         other.guided_predictor(text, text, 3.5)(noisy, level).clean, other.predictor(text)(noisy, level).clean
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "z-image",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen-image", "krea2", "chroma")),
+        "qwen-image-2.1",
+    ],
+)
+@torch.no_grad()
+def test_prompts_of_unlike_length_are_read_together_as_alone(name: str, folders: dict[str, Path]) -> None:
+    model = opened(folders[name])
+    noisy, time = question(model)
+    text = model.encode_prompts([PROMPT, "a dog", ""])
+    together = model.family.network(model.denoiser, text)(noisy.expand(3, -1, -1, -1), time)
+    for row in range(3):
+        alone = model.family.network(model.denoiser, text[row : row + 1])(noisy, time)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert float((together[0] - together[1]).abs().max()) > 1e-4
+
+
+@every
+def test_as_many_images_are_encoded_at_once_on_a_gpu_as_its_memory_takes(
+    case: Case, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened(folders[case.name])
+    model.device = torch.device("cuda")
+    sizes = []
+    for gib in (1, 80):
+        card = SimpleNamespace(total_memory=gib << 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        sizes.append(images_at_once(model, (1024, 1024)))
+    assert 1 <= sizes[0] < sizes[1] <= 64
 
 
 def test_packing_latents_is_undone_by_unpacking() -> None:

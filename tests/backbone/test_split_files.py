@@ -454,6 +454,19 @@ def test_a_text_encoder_that_differs_in_a_layer_and_a_missing_tokenizer_are_told
         Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
 
 
+def test_qwen3_vl_without_its_eye_reads_words_and_is_shown_no_image(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    transformer, vae, text = three_files(tmp_path, "qwen-image-2.1", folders["qwen-image-2.1"])
+    whole, spelt = text_of(folders["qwen-image-2.1"]), join_files(*map(str, (transformer, vae, text)))
+    write_tensors(text, {name: value for name, value in whole.items() if not name.startswith("visual.")})
+    one, other = Backbone.open(spelt, device="cpu", precision="fp32"), opened(folders["qwen-image-2.1"])
+    said = [model.encode_prompts(["a dog in the snow"]).text for model in (one, other)]
+    assert all(torch.equal(value, said[1][name]) for name, value in said[0].items())
+    with pytest.raises(UserError, match=r"without an eye.*name the file of all of Qwen3-VL-8B"):
+        one.encode_prompts(["a dog"], [Image.new("RGB", (64, 64), "red")])
+
+
 def test_the_options_name_the_files_at_every_door(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,9 @@ from backbone.models.model import Backbone
 Open = Callable[[str], Backbone]
 TRANSFORMERS = ("sd3", "flux-dev", "pixart")
 FAMILIES = ("xl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell", "pixart")
-NEWER = ("z-image", "flux2-klein", "qwen-image", "krea2")  # most of what is asked of them takes long
-SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in NEWER]
+# Most of what is asked of these takes long
+NEWER = ("z-image", "flux2-klein", "qwen-image", "krea2", "chroma", "qwen-image-2.1")
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in (*NEWER, "flux2-dev")]
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         "z-image": tiny.tiny_z_image,
         "qwen-image": tiny.tiny_qwen_image,
         "krea2": tiny.tiny_krea2,
+        "chroma": tiny.tiny_chroma,
+        "qwen-image-2.1": tiny.tiny_qwen_image21,
+        "flux2-dev": tiny.tiny_flux2_dev,
         "flux2-klein": tiny.tiny_flux2_klein,
         "flux2-klein-distilled": partial(tiny.tiny_flux2_klein, distilled=True),
     }

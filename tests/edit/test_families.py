@@ -33,7 +33,7 @@ from tests.tiny import tiny_t5_tokenizer, tiny_tokenizer
 SOURCE, TARGET, OTHER = "a cat in the snow", "a dog in the snow", "a red cat in the snow"
 STEPS = 3
 EVERYWHERE = ReplaceSettings(blend=())
-TOLD = ("flux-dev", "flux-schnell")  # asked once a step, with the prompt alone
+TOLD = ("flux-dev", "flux-schnell", "flux2-dev")  # asked once a step, with the prompt alone
 
 every = pytest.mark.parametrize("name", [*FAMILIES, *SLOWLY])
 each = pytest.mark.parametrize("name", ["xl", *TRANSFORMERS, *SLOWLY])
@@ -240,7 +240,13 @@ def test_ways_without_attention_keep_what_lies_outside_the_mask(family: Open, na
     assert torch.equal(same.latents[0], same.clean), "a target that says the same moves nothing"
 
 
-@pytest.mark.parametrize("name", [*TOLD, pytest.param("flux2-klein-distilled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *TOLD[:2],
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux2-klein-distilled", "flux2-dev")),
+    ],
+)
 def test_a_negative_prompt_that_nobody_would_hear_is_refused(
     family: Open, inverted: Callable[..., Inversion], name: str
 ) -> None:

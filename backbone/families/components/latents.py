@@ -124,6 +124,11 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     return int(channels) * patch_size(config) ** 2
 
 
+def first_width(config: Mapping[str, Any]) -> int:
+    """Channels of an encoder's first layer, the largest of its activations."""
+    return int(config["base_dim"] if has_frames(config) else config["block_out_channels"][0])
+
+
 def pixels_per_latent(config: Mapping[str, Any]) -> int:
     """Pixels a side for one of the network's latents."""
     if has_frames(config):

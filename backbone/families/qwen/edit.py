@@ -16,21 +16,19 @@ from typing import Any, ClassVar, cast
 
 import torch
 from PIL.Image import Image, Resampling
-from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from backbone.conditions.conditions import Text
-from backbone.families.base import ImageInput, ModelSpec, ModuleSpec, TextEncoderSlot
+from backbone.families.base import ImageInput, ModelSpec, TextEncoderSlot, transformers_spec
 from backbone.families.components import language_models, loading, tokenization
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
+from backbone.families.qwen import seeing
 from backbone.families.qwen.family import QwenImage, is_editor
 from backbone.families.single_file import split_files
-from backbone.io.console import UserError
 from backbone.io.files import Header
-from backbone.io.weights import refuse_damaged
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -40,7 +38,6 @@ TEMPLATE = (
     "<|im_end|>\n<|im_start|>assistant\n",
 )
 WORDS, DROPPED = 512, 64
-LOOK = "<|image_pad|>"
 SIDE = 32  # multiple of the sides at which images are seen
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}  # of the published processor
 
@@ -83,11 +80,7 @@ class SeeingEncoder(LanguageModelEncoder):
         reading = Reading(layers=(-1,), tokens=WORDS + looking.most * looking.tokens, dropped=DROPPED)
         super().__init__(slot, reading, write=lambda prompt: prompt.join(TEMPLATE), name=name, width=width)
         self.model, self.processor, self.looking = model.eval().requires_grad_(False), processor, looking
-        if slot.tokenizer.convert_tokens_to_ids(LOOK) != model.config.image_token_id:
-            raise UserError(
-                f"The tokenizer of {name} has another token for an image than its text encoder. Download the model "
-                "again."
-            )
+        seeing.refuse_other_mark(slot, model, name)
 
     def to(self, device: torch.device) -> Any:
         self.model.to(device)
@@ -98,11 +91,10 @@ class SeeingEncoder(LanguageModelEncoder):
         if not seen:
             return super().__call__(prompts)
         (slot,) = self.slots
-        images = self.processor(images=[self.look(image) for image in seen], return_tensors="pt")
-        counts = (images["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
+        patches, counts = seeing.cut_patches(self.processor, [self.look(image) for image in seen])
         before = "".join(
             (f"Picture {number}: " if self.looking.numbered else "")
-            + f"<|vision_start|>{LOOK * count}<|vision_end|>"
+            + f"<|vision_start|>{seeing.LOOK * count}<|vision_end|>"
             for number, count in enumerate(counts, 1)
         )
         self.warn_truncation(prompts, WORDS)
@@ -110,15 +102,7 @@ class SeeingEncoder(LanguageModelEncoder):
         tokens = tokenization.tokenize(
             slot, texts, self.reading.tokens + DROPPED, padding="longest", special=False
         )
-        states = self.model(
-            **tokens,
-            mm_token_type_ids=(tokens["input_ids"] == self.model.config.image_token_id).int(),
-            pixel_values=images["pixel_values"].repeat(len(texts), 1).to(self.model.device),
-            image_grid_thw=images["image_grid_thw"].repeat(len(texts), 1).to(self.model.device),
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states[-1]
-        rows = zip(states.float(), tokens["attention_mask"].bool(), strict=True)
+        rows = zip(seeing.see(self.model, tokens, patches), tokens["attention_mask"].bool(), strict=True)
         return language_models.pad_rows([row[there][DROPPED:] for row, there in rows], self.reading.tokens)
 
     def look(self, image: Image) -> Image:
@@ -147,7 +131,7 @@ class QwenImageEdit(QwenImage):
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> SeeingEncoder:
         if location.file is not None:
-            model = split_files.load_text_model(Qwen2_5_VLModel, location, dtype, part_name=name_part)
+            model = split_files.load_text_model(Qwen2_5_VLModel, location, dtype, part_name=seeing.name_part)
             words = split_files.load_tokenizer(Qwen2Tokenizer, location)
             processor = Qwen2VLImageProcessorPil(size=PIXELS)
         else:
@@ -160,18 +144,13 @@ class QwenImageEdit(QwenImage):
         return SeeingEncoder(slot, model, processor, self.looking, name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
-        plain, config = super().spec(location, dtype), location.config("text_encoder")
-
-        def build() -> nn.Module:
-            with refuse_damaged(location.name, "text_encoder"):
-                return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(config))
-
+        plain = super().spec(location, dtype)
         tokens = WORDS + self.looking.most * self.looking.tokens
         width = plain.text_shapes["hidden"][-1]
         return ModelSpec(
             plain.denoiser,
             plain.autoencoder,
-            {"text_encoder": ModuleSpec(build, dtype)},
+            {"text_encoder": transformers_spec(Qwen2_5_VLModel, location, "text_encoder", dtype)},
             {"hidden": (tokens, width), "mask": (tokens,)},
         )
 
@@ -189,9 +168,3 @@ class QwenImageEditPlus(QwenImageEdit):
     reads_images: ClassVar[Mapping[str, ImageInput]] = {
         "QwenImageEditPlusPipeline": ImageInput(PLUS.most, text_sees=True)
     }
-
-
-def name_part(name: str) -> str:
-    """A tensor's name in the whole model: files have the eye beside the language model, or within it."""
-    inner = split_files.name_inner(name)
-    return inner if inner.startswith(("visual.", "lm_head.")) else f"language_model.{inner}"

@@ -2,44 +2,63 @@
 
 The text tokens stand first and see only what is before them; modulated as at time 0, they do not depend on
 the noise level. A token of the image is one latent of 16 × 16 pixels. The prompt is read in a template of its own, and
-the language model's last layer before its norm is what the network is given. Pictures have a fourth channel, how opaque
-they are. The published weights are sampled without guidance.
+the language model's last layer before its norm is what the network is given. Images beside a prompt stand within the
+template: the language model looks at them there, and the network has their latents in the places of what it saw.
+Pictures have a fourth channel, how opaque they are. The published weights are sampled without guidance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 from diffusers.loaders.single_file_utils import (
     convert_qwen_image21_transformer_checkpoint_to_diffusers,
 )
 from diffusers.models.transformers import transformer_qwenimage21
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.families.base import (
     AttentionLayout,
+    ImageInput,
     ModelSpec,
     Network,
     NoisePath,
     TextEncoderSlot,
     diffusers_spec,
+    transformers_spec,
 )
-from backbone.families.components import language_models, loading, noise_paths
+from backbone.families.components import (
+    joint_attention,
+    language_models,
+    loading,
+    noise_paths,
+    tokenization,
+)
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
+from backbone.families.qwen import seeing
+from backbone.families.qwen.causal import CausalAttention
 from backbone.families.single_file import split_files
 from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
-from backbone.io.console import notify_once
+from backbone.io.console import UserError, notify_once
+from backbone.io.files import read_header
 
 TOKENS = 1024
+MOST_IMAGES = 4  # diffusers' pipeline takes any number
 SLOT = 4  # latents that stand in one place of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+ANNOUNCED = "<image{}><|vision_start|>{}<|vision_end|>"
+EYE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the published processor's
 MARKS = ("txt_in.text_norm.weight", "modulation.1.weight", "img_in.weight")
 
 
@@ -76,6 +95,9 @@ class QwenImage21(SplitFileFamily):
     files: ClassVar[SplitFiles] = FILES
     transformer_kind: ClassVar[Any] = QwenImage21Transformer2DModel
     vae_kind: ClassVar[Any] = AutoencoderKLQwenImage21
+    reads_images: ClassVar[Mapping[str, ImageInput]] = {
+        "QwenImage21Pipeline": ImageInput(MOST_IMAGES, text_sees=True)
+    }
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": (
@@ -89,34 +111,39 @@ class QwenImage21(SplitFileFamily):
             notify_once(
                 f"{location.name} names sample_sigmas of its own, which are not used: the levels are those of --steps."
             )
-        return super().denoiser(location, dtype)
+        return read_causally(super().denoiser(location, dtype))
 
     def licence(self, location: Location) -> str:
         return "Qwen-Image 2.1's published weights are under a licence for research, not for commercial use."
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> BeforeTheNorm:
-        from transformers import Qwen3VLForConditionalGeneration, Qwen3VLTextModel  # slow to import
+        from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel  # slow to import
 
-        if location.file is not None:
-            slot = split_files.load_language_model(Qwen3VLTextModel, Qwen2Tokenizer, location, dtype)
-        else:
+        if location.file is None:
             kind = Qwen3VLForConditionalGeneration
-            slot = language_models.load_language_model(
-                kind, Qwen2Tokenizer, location, dtype, tokenizer="processor"
-            )
+            words = loading.load_pretrained(Qwen2Tokenizer, location, "processor")
+            model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).model
+            processor = loading.load_pretrained(Qwen2VLImageProcessorPil, location, "processor")
+        else:
+            words = split_files.load_tokenizer(Qwen2Tokenizer, location)
+            model = load_from_file(Qwen3VLModel, location, dtype)
+            eye = location.config("text_encoder").get("vision_config", {})
+            processor = Qwen2VLImageProcessorPil(**EYE, patch_size=eye.get("patch_size", 16))
+        slot = TextEncoderSlot("text_encoder", words, getattr(model, "language_model", model))
         width = int(location.config("transformer")["context_in_dim"])
-        return BeforeTheNorm(slot, name=location.name, width=width)
+        return BeforeTheNorm(slot, model, processor, name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
-        from transformers import Qwen3VLTextModel
+        from transformers import Qwen3VLModel
 
         width = int(location.config("transformer")["context_in_dim"])
         vae_dtype = loading.autoencoder_dtype(location, dtype)
+        network = diffusers_spec(QwenImage21Transformer2DModel, location, "transformer", dtype)
         return ModelSpec(
-            diffusers_spec(QwenImage21Transformer2DModel, location, "transformer", dtype),
+            replace(network, build=lambda: read_causally(network.build())),
             diffusers_spec(AutoencoderKLQwenImage21, location, "vae", vae_dtype),
-            {"text_encoder": language_models.text_spec(Qwen3VLTextModel, location, dtype)},
-            {"hidden": (TOKENS, width), "mask": (TOKENS,)},
+            {"text_encoder": transformers_spec(Qwen3VLModel, location, "text_encoder", dtype)},
+            {"hidden": (TOKENS, width), "mask": (TOKENS,), "images": (MOST_IMAGES,)},
         )
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
@@ -128,60 +155,141 @@ class QwenImage21(SplitFileFamily):
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
+        dtype = cast(torch.dtype, network.dtype)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            hidden, mask = language_models.cut_padding(conditions.text)
-            time = time.expand(len(noisy))
-            if mask is None:
-                return call(network, noisy, time, hidden)
-            # where the image's places begin depends on the length of the text: rows of one length go together
-            lengths = mask.sum(1)
-            found = torch.empty_like(noisy)
-            for length in lengths.unique().tolist():
-                rows = (lengths == length).nonzero()[:, 0]
-                answer = call(network, noisy[rows], time[rows], hidden[rows, :length])
-                found = found.index_copy(0, rows, answer.to(found.dtype))
-            return found
+            count, _, height, width = noisy.shape
+            hidden, mask, slots = make_room(conditions, height * width)
+            images = (*conditions.references, noisy)
+            output = network(
+                hidden_states=torch.cat([image.flatten(2).transpose(1, 2) for image in images], 1).to(dtype),
+                timestep=time.expand(count) / 1000,
+                encoder_hidden_states=hidden.to(dtype),
+                encoder_hidden_states_mask=mask,
+                img_shapes=[[(1, *map(int, image.shape[-2:])) for image in images]] * count,
+                img_mask=slots if noisy.is_meta else slots.to(noisy.device),
+            )
+            drawn = output.sample[:, -height * width :]
+            return cast(Tensor, drawn.transpose(1, 2).unflatten(2, (height, width)))
 
         return predict
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        # Which `edit` cannot reach: words see no image here, and only words before them
-        return AttentionLayout()
+        blocks = cast(Any, denoiser).transformer_blocks
+        late = joint_attention.later_half_prefixes(blocks, "transformer_blocks")
+        read = CausalAttention(first_frequencies(denoiser)).read
+        return AttentionLayout({CausalAttention: read}, max_map_queries=None, detail_layers=late)
 
 
-def call(network: Any, noisy: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
-    """The network's velocity [B, C, H, W] at times [B] with text [B, T, D] without padding."""
-    count, _, height, width = noisy.shape
-    dtype = cast(torch.dtype, network.dtype)
-    slots = torch.zeros(count, hidden.shape[1] + height * width // SLOT, dtype=torch.bool)
-    slots[:, hidden.shape[1] :] = True
-    output = network(
-        hidden_states=noisy.flatten(2).transpose(1, 2).to(dtype),
-        timestep=time / 1000,
-        encoder_hidden_states=hidden.to(dtype),
-        img_shapes=[[(1, height, width)]] * count,
-        img_mask=slots if noisy.is_meta else slots.to(noisy.device),
-    )
-    image = output.sample[:, -height * width :]
-    return cast(Tensor, image.transpose(1, 2).unflatten(2, (height, width)))
+def read_causally(denoiser: nn.Module) -> nn.Module:
+    """The same network, whose attention keeps no masks."""
+    cast(Any, denoiser).set_attn_processor(CausalAttention(first_frequencies(denoiser)))
+    return denoiser
+
+
+def first_frequencies(denoiser: nn.Module) -> Tensor:
+    """How far a place's first coordinate turns what it is at, for each pair of numbers."""
+    places = cast(Any, denoiser).pos_embed
+    turns: Tensor = places.rope_params(torch.ones(1), places.axes_dim[0], places.theta)
+    return turns[0].angle()
+
+
+def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The text with room for the references within it, and which places of the sequence are images'.
+
+    hidden [B, T, D], mask [B, T] or None as of `cut_padding`, and slots [B, T + drawn / 4], in the processor's memory.
+    """
+    hidden, mask = language_models.cut_padding(conditions.text)
+    count, width = len(hidden), hidden.shape[2]
+    at = places_of_images(conditions)
+    parts, masks, slots, start = [], [], [], 0
+    for image, place in zip(conditions.references, at, strict=False):
+        room = image[0, 0].numel() // SLOT
+        parts += [hidden[:, start:place], hidden.new_zeros(count, room, width)]
+        masks += [] if mask is None else [mask[:, start:place], mask.new_ones(count, room)]
+        slots += [torch.zeros(place - start, dtype=torch.bool), torch.ones(room, dtype=torch.bool)]
+        start = place
+    parts.append(hidden[:, start:])
+    slots += [
+        torch.zeros(hidden.shape[1] - start, dtype=torch.bool),
+        torch.ones(drawn // SLOT, dtype=torch.bool),
+    ]
+    joined = None if mask is None else torch.cat([*masks, mask[:, start:]], 1)
+    return torch.cat(parts, 1), joined, torch.cat(slots).expand(count, -1)
+
+
+def places_of_images(conditions: Conditions) -> list[int]:
+    """Before how many words of the text each reference stands, the same in every row; on `meta` before all."""
+    if not conditions.references:
+        return []
+    given = conditions.text["images"][0]
+    return [0] * len(given) if given.is_meta else [int(place) for place in given.tolist()]
+
+
+def load_from_file(kind: Any, location: Location, dtype: torch.dtype) -> Any:
+    """Qwen3-VL from a file, or its language model alone where the file has no eye."""
+    from transformers import Qwen3VLTextModel
+
+    names = read_header(location.file_of("text_encoder")).shapes
+    if any("visual." in name for name in names):
+        return split_files.load_text_model(kind, location, dtype, part_name=seeing.name_part)
+    return split_files.load_text_model(Qwen3VLTextModel, location, dtype)
 
 
 class BeforeTheNorm(LanguageModelEncoder):
-    """The last layer of Qwen3-VL before its norm; no prompt is read as a space."""
+    """Implements `SeeingTextEncoder`: the last layer of Qwen3-VL before its norm; no prompt is read as a space."""
 
-    def __init__(self, slot: TextEncoderSlot, *, name: str, width: int) -> None:
+    def __init__(self, slot: TextEncoderSlot, model: Any, processor: Any, *, name: str, width: int) -> None:
+        """`slot` is the language model within the whole `model`; `processor` makes patches of images."""
         dropped = len(slot.tokenizer(SYSTEM, add_special_tokens=False)["input_ids"])
         reading = Reading(layers=(-1,), tokens=TOKENS, dropped=dropped)
         super().__init__(
             slot, reading, write=lambda prompt: (prompt or " ").join(FRAME), name=name, width=width
         )
+        self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
 
-    def __call__(self, prompts: Sequence[str]) -> Text:
-        """hidden [B, 1024, D], mask [B, 1024]; warns of truncated prompts."""
+    def to(self, device: torch.device) -> Any:
+        self.model.to(device)
+        return self
+
+    def __call__(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Text:
+        """hidden [B, 1024, D], mask [B, 1024] of the words, and before how many of them each image stands [B, 4].
+
+        Warns of truncated prompts.
+        """
         norm: Any = self.slots[0].model.norm
         handle = norm.register_forward_hook(lambda module, inputs, output: inputs[0])
         try:
-            return super().__call__(prompts)
+            text = self.look(prompts, seen) if seen else super().__call__(prompts)
         finally:
             handle.remove()
+        places = text.pop("images", text["mask"].new_zeros(len(prompts), 0))
+        return {**text, "images": F.pad(places, (0, MOST_IMAGES - places.shape[1]))}
+
+    def look(self, prompts: Sequence[str], seen: Sequence[Image]) -> Text:
+        """The same of prompts with images; what the language model makes of an image's places is left out."""
+        if self.model is self.slots[0].model:
+            raise UserError(
+                f"The text encoder of {self.name} is a language model without an eye. Leave the references out, or "
+                "name the file of all of Qwen3-VL-8B."
+            )
+        (slot,), dropped = self.slots, self.reading.dropped
+        seeing.refuse_other_mark(slot, self.model, self.name)
+        patches, counts = seeing.cut_patches(self.processor, seen, do_resize=False)
+        before = " ".join(
+            ANNOUNCED.format(number, seeing.LOOK * count) for number, count in enumerate(counts, 1)
+        )
+        self.warn_truncation(prompts, TOKENS + dropped)
+        texts = [self.write(before + (prompt or " ")) for prompt in prompts]
+        tokens = tokenization.tokenize(
+            slot, texts, TOKENS + dropped + sum(counts), padding="longest", special=False
+        )
+        states = seeing.see(self.model, tokens, patches)
+        rows, places = [], []
+        for row, numbers, there in zip(
+            states, tokens["input_ids"], tokens["attention_mask"].bool(), strict=True
+        ):
+            words = (numbers[there] != self.model.config.image_token_id)[dropped:]
+            rows.append(row[there][dropped:][words])
+            places.append(words.cumsum(0)[~words].unique_consecutive())
+        return {**language_models.pad_rows(rows, TOKENS), "images": torch.stack(places)}

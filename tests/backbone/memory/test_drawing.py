@@ -139,8 +139,9 @@ def test_an_image_as_channels_takes_three_rows(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_decoding")
-def test_references_are_encoded_and_stand_beside_the_noise(tmp_path: Path) -> None:
-    model = Backbone.open(str(models.tiny_flux2_klein(tmp_path / "m")), device="cpu", precision="fp32")
+@pytest.mark.parametrize("write", [models.tiny_flux2_klein, models.tiny_qwen_image21])
+def test_references_are_encoded_and_stand_beside_the_noise(write: Any, tmp_path: Path) -> None:
+    model = Backbone.open(str(write(tmp_path / "m")), device="cpu", precision="fp32")
     none, two = (
         DrawingEstimator(model, drawn(places=model.latent_shape[-2:], references=count)).phases(PLAIN)
         for count in (0, 2)

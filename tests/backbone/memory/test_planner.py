@@ -227,12 +227,7 @@ def test_the_batch_is_counted_although_nothing_looks_at_it() -> None:
     "name",  # the UNet of xl is sd's but for its blocks
     [pytest.param(name, marks=[pytest.mark.slow] * (name in (*NEWER, "xl"))) for name in WRITERS],
 )
-def test_more_rows_need_more_and_checkpointing_less(
-    models: dict[str, Backbone], name: str, request: pytest.FixtureRequest
-) -> None:
-    if name == "qwen-image-2.1":  # whose causal masks, 4 MB a layer in fp32, all rows share
-        reason = "in this small model the masks of the text are larger than what a row keeps"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_more_rows_need_more_and_checkpointing_less(models: dict[str, Backbone], name: str) -> None:
     one, four = (MemoryEstimator(models[name], lora(models[name], rows)) for rows in (1, 4))
     assert four.step_bytes("fp32", False).saved == pytest.approx(
         4 * one.step_bytes("fp32", False).saved, rel=0.15

@@ -6,16 +6,19 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxKontextPipeline,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
@@ -23,7 +26,12 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    BatchFeature,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from typer.testing import CliRunner
 
@@ -81,13 +89,21 @@ class Processor:
     def __init__(self, tokenizer: Any, images: Any) -> None:
         self.tokenizer, self.images = tokenizer, images
 
-    def __call__(self, *, text: list[str], images: Any, **more: Any) -> Any:
+    def __call__(self, *, text: list[str], images: Any, padding_side: Any = None, **more: Any) -> Any:
         patches = self.images(images=images, return_tensors="pt")
         for grid in patches["image_grid_thw"]:
             count = int(grid.prod()) // self.images.merge_size**2
             text = [words.replace("<|image_pad|>", "<|looked|>" * count, 1) for words in text]
         text = [words.replace("<|looked|>", "<|image_pad|>") for words in text]
-        return BatchFeature({**self.tokenizer(text, padding=True, return_tensors="pt"), **patches})
+        tokens = self.tokenizer(text, padding=True, padding_side=padding_side, return_tensors="pt")
+        return BatchFeature({**tokens, **patches})
+
+    def apply_chat_template(self, messages: Any, **more: Any) -> list[list[int]]:
+        return [
+            self.tokenizer(f"<|im_start|>system\n{messages[0]['content'][0]['text']}<|im_end|>\n")[
+                "input_ids"
+            ]
+        ]
 
 
 def said_by_qwen(
@@ -124,13 +140,46 @@ def said_by_qwen(
         )  # fmt: skip
 
 
+def said_by_qwen21(
+    folder: Path, latents: Tensor, images: list[Image.Image], steps: int, lora: Path | None = None
+) -> Tensor:
+    """diffusers' pipeline at 64 × 64 pixels, which compresses 8 times here and not 16; its latents decoded by ours."""
+    parts = {
+        "vae": AutoencoderKLQwenImage21,
+        "text_encoder": Qwen3VLForConditionalGeneration,
+        "transformer": QwenImage21Transformer2DModel,
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+    }
+    found: dict[str, Any] = {
+        name: cast(Any, kind).from_pretrained(folder, subfolder=name) for name, kind in parts.items()
+    }
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "processor")
+    eye = Qwen2VLImageProcessorPil.from_pretrained(
+        folder / "processor", size={"shortest_edge": 16, "longest_edge": 1 << 20}
+    )
+    pipeline: Any = QwenImage21Pipeline(processor=Processor(tokenizer, eye), **found)
+    pipeline.vae_scale_factor = 8
+    encoder = pipeline.text_encoder
+    plain, mark = encoder.forward, encoder.config.image_token_id
+
+    def forward(input_ids: Tensor, **more: Any) -> Any:
+        return plain(input_ids=input_ids, mm_token_type_ids=(input_ids == mark).int(), **more)
+
+    encoder.forward = forward
+    drawn = called(
+        pipeline, lora, image=images, latents=latents.flatten(2).transpose(1, 2), negative_prompt="",
+        true_cfg_scale=3.0, num_inference_steps=steps, output_resolution=64, output_type="latent",
+    )  # fmt: skip
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    return (model.decode(drawn.transpose(1, 2).unflatten(2, (8, 8))) + 1) / 2
+
+
 def called(pipeline: Any, lora: Path | None, **asked: Any) -> Tensor:
     if lora is not None:
         pipeline.load_lora_weights(lora)
     pipeline.set_progress_bar_config(disable=True)
-    return torch.as_tensor(
-        pipeline(prompt="a red dog", height=64, width=64, output_type="pt", **asked).images
-    )
+    asked = {"output_type": "pt"} | asked
+    return torch.as_tensor(pipeline(prompt="a red dog", height=64, width=64, **asked).images)
 
 
 Said = Callable[..., Tensor]
@@ -142,6 +191,7 @@ READERS: dict[
     "dev": (tiny.tiny_flux2_dev, said_by_flux2, 6, 1),
     "qwen-edit": (tiny.tiny_qwen_edit, said_by_qwen, 1, 2),
     "qwen-edit-plus": (partial(tiny.tiny_qwen_edit, plus=True), said_by_qwen, 3, 2),
+    "qwen-image-2.1": (tiny.tiny_qwen_image21, said_by_qwen21, 4, 2),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    ChromaPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
     Krea2Pipeline,
@@ -41,19 +42,28 @@ from customize.formats.model_weights import ModelWeights
 from customize.formats.read import read_adapter
 from customize.formats.write import write_adapter
 from tests.tiny import (
+    tiny_chroma,
     tiny_flux,
     tiny_flux2_klein,
     tiny_krea2,
     tiny_pipeline,
     tiny_pixart,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_stable_diffusion_3,
     tiny_stable_diffusion_xl,
     tiny_z_image,
 )
 
-FAMILIES = ("sd", "xl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2")
-NEWER = ("zimage", "flux2", "qwen", "krea2")  # of which every naming is tried by the long suite
+NEWER = (
+    "zimage",
+    "flux2",
+    "qwen",
+    "krea2",
+    "chroma",
+    "qwen21",
+)  # of which every naming is tried by the long suite
+FAMILIES = ("sd", "xl", "sd3", "flux", "pixart", *NEWER)
 Tensors = dict[str, Tensor]
 
 
@@ -88,6 +98,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
         "flux2": tiny_flux2_klein,
         "qwen": tiny_qwen_image,
         "krea2": tiny_krea2,
+        "chroma": tiny_chroma,
+        "qwen21": tiny_qwen_image21,
     }
     made = {}
     for family, make in makers.items():
@@ -143,7 +155,7 @@ def test_diffusers_names_under_every_tool_s_prefix_are_the_family_s_layers(
 @pytest.mark.parametrize(
     "prefix", ["lora_unet_", "diffusion_model.", "", "transformer.", "lora_transformer_"]
 )
-@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "zimage", "flux2", "krea2"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "zimage", "flux2", "krea2", "chroma", "qwen21"])
 def test_the_original_code_s_names_are_the_family_s_layers(
     family: str, prefix: str, models: dict[str, Tiny], tmp_path: Path
 ) -> None:
@@ -529,6 +541,7 @@ PIPELINES: dict[str, Any] = {
     "flux2": Flux2KleinPipeline,
     "qwen": QwenImagePipeline,
     "krea2": Krea2Pipeline,
+    "chroma": ChromaPipeline,
 }
 
 
@@ -823,6 +836,36 @@ def originals(family: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[str
     return dict(_originals(family, set(weights)))
 
 
+def chroma_originals(modules: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """FLUX.1's names without its modulations, and those of the network that computes them."""
+    yield from (
+        ("img_in", ("x_embedder",)),
+        ("txt_in", ("context_embedder",)),
+        ("final_layer.linear", ("proj_out",)),
+    )
+    for module in sorted(modules):
+        if module.startswith("distilled_guidance_layer."):
+            yield module.replace("linear_1", "in_layer").replace("linear_2", "out_layer"), (module,)
+    double = {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.net.0.proj",),
+        "img_mlp.2": ("ff.net.2",),
+        "txt_mlp.0": ("ff_context.net.0.proj",),
+        "txt_mlp.2": ("ff_context.net.2",),
+    }
+    single = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",)}
+    for block in range(2):
+        for theirs, ours, parts in (
+            ("double_blocks", "transformer_blocks", double),
+            ("single_blocks", "single_transformer_blocks", single),
+        ):
+            for name, layers in parts.items():
+                yield f"{theirs}.{block}.{name}", tuple(f"{ours}.{block}.{layer}" for layer in layers)
+
+
 def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
     if family == "krea2":
@@ -883,6 +926,16 @@ def _originals(family: str, modules: set[str]) -> Iterator[tuple[str, tuple[str,
         yield "double_blocks.0.img_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in qkv)
         added = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
         yield "double_blocks.0.txt_attn.qkv", tuple(f"transformer_blocks.0.{part}" for part in added)
+        return
+    if family == "qwen21":  # as ComfyUI writes it
+        for module in sorted(modules):
+            if module.endswith(".gate_layer"):
+                yield module.replace("gate_layer", "gate_up"), (module, module.replace("gate_layer", "proj"))
+            elif not module.endswith("img_mlp.proj"):
+                yield module, (module,)
+        return
+    if family == "chroma":
+        yield from chroma_originals(modules)
         return
     if family == "flux":
         names = ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")

@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from typer.testing import CliRunner
 
 from backbone.io.console import UserError
+from backbone.media.duplicates import NEAR, perceptual_hash
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
@@ -20,7 +21,6 @@ from customize.training.preflight import (
     estimate,
     look,
     near_duplicates,
-    perceptual_hash,
     sharpness,
     warnings_about,
 )
@@ -46,14 +46,14 @@ def test_the_hash_survives_scaling_compression_and_brightness(tmp_path: Path) ->
         Image.open(tmp_path / "low.jpg"),
         ImageEnhance.Brightness(picture).enhance(0.9),
     ):
-        assert (perceptual_hash(picture) != perceptual_hash(changed)).sum() <= preflight.NEAR
+        assert (perceptual_hash(picture) != perceptual_hash(changed)).sum() <= NEAR
 
 
 def test_different_pictures_have_different_hashes() -> None:
     distances = [
         (perceptual_hash(scene(a)) != perceptual_hash(scene(b))).sum() for a in range(6) for b in range(a)
     ]
-    assert min(distances) > 2 * preflight.NEAR
+    assert min(distances) > 2 * NEAR
 
 
 def test_copies_and_mirror_images_are_grouped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,7 +24,7 @@ from tests.edit.conftest import NEWER, SLOWLY, TRANSFORMERS, Open
 
 PROMPTS = ["a cat in the snow", "a red cat in the snow", "a dog in the snow", ""]
 TARGETS = 2
-SIZE = (6, 10)  # of the latents: 3 × 5 tokens of the picture
+SIZE = (6, 10)  # of the latents: 3 × 5 tokens of the picture, or as many where a latent is one
 PLACES = 15
 
 every = pytest.mark.parametrize("name", [*TRANSFORMERS, *SLOWLY])
@@ -56,6 +57,7 @@ class Whole:
     """A layer of diffusers with a materialised map, edited."""
 
     mask: Tensor | None = None  # which tokens each row has, [B, tokens]
+    causal = False  # whether words see those before them, and no picture
 
     def __init__(self, edit: Edit, words: int) -> None:
         self.edit, self.words = edit, words
@@ -71,7 +73,14 @@ class Whole:
         logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         logits[..., [picture.start + key for key in self.edit.hidden]] = -torch.inf
         if self.mask is not None:
-            logits = logits.masked_fill(~self.mask[:, None, None], -torch.inf)
+            blind = (
+                slice(picture.start, None) if self.causal else slice(None)
+            )  # what is behind it no word sees
+            logits[:, :, blind] = logits[:, :, blind].masked_fill(~self.mask[:, None, None], -torch.inf)
+        if self.causal:
+            seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+            seen[picture] = True
+            logits = logits.masked_fill(~seen, -torch.inf)
         maps = logits.softmax(-1)
         if text.stop > text.start:
             self.edit.maps.append(maps[: 1 + TARGETS, :, picture, text].clone())
@@ -244,9 +253,51 @@ class WholeKrea2(Whole):
         return attn.to_out[0](found * attn.to_gate(x).sigmoid())
 
 
+class WholeChroma(WholeTextFirst):
+    """Of Chroma: FLUX.1's with a mask of the prompts."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        self.mask = None if attention_mask is None else attention_mask[:, 0, -1] > 0
+        return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
+
+
+class WholeCausal(Whole):
+    """Of Qwen-Image 2.1: words first, which see those before them; the picture stands where its row's words end."""
+
+    causal = True
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **named: Any) -> Any:
+        x, n, words = hidden_states, attn.heads, self.words
+        self.mask = named["key_valid"]
+        turns = named["rotary_emb"].repeat(len(x), 1, 1)
+        if self.mask is not None:
+            behind = (~self.mask).sum(1)
+            places = torch.arange(2) / 2  # of a first coordinate of four numbers
+            turns[:, words:, :2] *= torch.exp(-1j * behind[:, None] * 10000.0**-places)[:, None]
+
+        def turned(tokens: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(tokens.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * turns[:, None]).flatten(3)
+
+        query, key = split(attn.to_q(x), n, attn.norm_q), split(attn.to_k(x), n, attn.norm_k)
+        value = split(attn.to_v(x), n)
+        found = self.joint(turned(query), turned(key), value, slice(words, None), slice(0, words))
+        return attn.to_out[0](found)
+
+
 WHOLE: dict[str, Callable[[Edit, int], Whole]] = {
     "qwen-image": WholeQwen,
     "krea2": WholeKrea2,
+    "chroma": WholeChroma,
+    "qwen-image-2.1": WholeCausal,
+    "flux2-dev": WholeParallel,
     "flux2-klein": WholeParallel,
     "z-image": WholeOneSequence,
     "sd3": WholePictureFirst,
@@ -269,10 +320,16 @@ class Asked:
     @property
     def words(self) -> int:
         """How many text tokens there are in the network."""
-        text, multiple = self.text.text, {"Z-Image": 32, "Qwen-Image": 1}.get(self.model.family.name)
+        by_count = {"Z-Image": 32, "Qwen-Image": 1, "Qwen-Image 2.1": 1, "Chroma": 1}
+        text, multiple = self.text.text, by_count.get(self.model.family.name)
         if multiple is None:
             return text["hidden"].shape[1]
         return -(-int(text["mask"].sum(1).max()) // multiple) * multiple
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The picture's tokens (rows, columns)."""
+        return SIZE if self.model.family.name == "Qwen-Image 2.1" else (3, 5)
 
     @torch.no_grad()
     def plainly(self) -> Tensor:
@@ -309,7 +366,7 @@ def asked(model: Backbone) -> Asked:
     random = torch.Generator().manual_seed(0)
     size = (3, 5) if model.family.name == "FLUX.2" else SIZE
     noisy = torch.randn(len(PROMPTS), model.latent_shape[0], *size, generator=random)
-    ragged = model.family.name == "Z-Image"
+    ragged = model.family.name in ("Z-Image", "Qwen-Image 2.1")
     prompts = [*PROMPTS[:2], PROMPTS[2] + " in the snow" * 10 * ragged, PROMPTS[3]]
     return Asked(model, model.encode_prompts(prompts), noisy)
 
@@ -401,7 +458,11 @@ def test_what_is_hidden_is_found_by_no_query(family: Open, name: str) -> None:
     hidden = torch.zeros(SIZE)
     hidden[2:4, 4:8] = 1  # two of 3 × 5 tokens
     found = question.by(question.control(hidden=hidden))
-    assert deviation(found, question.written_out(name, Edit(hidden=(7, 8)))) < 1e-5
+    _, columns = question.grid
+    keys = (
+        (7, 8) if columns == 5 else tuple(row * columns + column for row in (2, 3) for column in range(4, 8))
+    )
+    assert deviation(found, question.written_out(name, Edit(hidden=keys))) < 1e-5
     assert deviation(found, question.plainly()) > 1e-5
 
 
@@ -419,7 +480,7 @@ def test_maps_of_words_are_columns_of_the_whole_maps(family: Open, name: str) ->
     edit = Edit(words, "layout")
     question.written_out(name, edit)
     whole = torch.stack([maps.mean(1) for maps in edit.maps]).mean(0)  # [1 + N, places, T]
-    expected = (whole @ columns.transpose(1, 2)).transpose(1, 2).unflatten(-1, (3, 5))
+    expected = (whole @ columns.transpose(1, 2)).transpose(1, 2).unflatten(-1, question.grid)
     assert deviation(control.maps.read(), expected) < 1e-5
 
 
@@ -467,9 +528,9 @@ def test_the_network_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
 class Found(TorchDispatchMode):
     """Notes operations that make a map, and tensors as large as one."""
 
-    def __init__(self, words: int) -> None:
+    def __init__(self, words: int, places: int = PLACES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        sides = (PLACES, words, PLACES + words)
+        sides = (places, words, places + words)
         self.shapes = {(queries, keys) for queries in sides for keys in sides} - {(words, words)}
         self.found: list[str] = []
 
@@ -488,10 +549,10 @@ def test_no_map_is_materialised_not_even_to_read_words(family: Open, name: str) 
     for whose in ("own", "layout", "contents"):
         maps = Maps(torch.ones(1 + TARGETS, 3, question.words), SIZE, most=None)
         control = question.control(cross=cross_of(*words), self_attention=whose, maps=maps)
-        with Found(question.words) as counted:
+        with Found(question.words, math.prod(question.grid)) as counted:
             question.by(control)
         assert counted.found == []
-    with Found(question.words) as counted:
+    with Found(question.words, math.prod(question.grid)) as counted:
         question.written_out(name, Edit(words))
     assert counted.found, "and the counter finds them where they are"
 

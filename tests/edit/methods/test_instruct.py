@@ -76,7 +76,9 @@ def test_the_background_stays_over_any_number_of_instructions(
     assert torch.equal(last[:, outside], source[:, outside])
     assert float(outside.float().mean()) > 0.5
     assert bool((last[0, 28:36, 28:36] > 0.8).all())
-    assert result.facts["drift"][0]["shift_right_px"] == pytest.approx(1, abs=0.1)
+    drift = result.facts["drift"][0]
+    assert drift["shift_right_px"] == pytest.approx(1, abs=0.1)
+    assert drift["drift_percent"] == pytest.approx(100 * drift["drift_px"] / 64, abs=0.01)
 
 
 def test_what_is_drawn_may_be_kept_whole_or_on_the_autoencoder_s_copy(
