@@ -26,11 +26,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ from benchmarks.speed.customize import (
     take_one_image,
 )
 from benchmarks.speed.edit import SOURCE, TARGETS, sample_image, whole_edits
+from benchmarks.speed.lora import addmm, computed
 from benchmarks.speed.on_device import build, write_configs
 from benchmarks.speed.shapes import Parts, describe_machine, make_random_images
 from customize.data.dataset import Bucket, TrainingData
@@ -455,11 +457,7 @@ def lora_step(shape: str) -> Callable[[Bench], Facts]:
         def many(step: Callable[[], object]) -> Callable[[int], object]:
             return lambda count: [step() for _ in range(count)]
 
-        def ours(count: int) -> None:
-            training.settings = replace(training.settings, steps=training.done + count)
-            for _ in take_steps(training):
-                pass
-
+        ours = partial(take_more, training)
         kinds: dict[str, Callable[[int], object]] = {
             "script": many(lambda: script.step(prior=False, text_once=False)),
             "script, text once": many(lambda: script.step(prior=False, text_once=True)),
@@ -482,6 +480,55 @@ def lora_step(shape: str) -> Callable[[Bench], Facts]:
     return act
 
 
+def take_more(training: DreamBooth, count: int) -> None:
+    """So many steps more, as `customize train` takes them."""
+    training.settings = replace(training.settings, steps=training.done + count)
+    for _ in take_steps(training):
+        pass
+
+
+class ReplayedBlocks(CompiledBlocks):
+    """Compiled blocks that are recorded as CUDA graphs and replayed: torch.compile's mode `reduce-overhead`."""
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {**CompiledBlocks.OPTIONS, "triton.cudagraphs": True}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """A step: what the last one left in the graphs' memory is overwritten."""
+        torch.compiler.cudagraph_mark_step_begin()
+        with super().active():
+            yield
+
+
+def other_step(shape: str, way: str) -> Callable[[Bench], Facts]:
+    """A compiled step of this shape, as it is and another `way`: `CUDA graphs`, or `LoRA in one product`."""
+
+    def act(bench: Bench) -> Facts:
+        replays = way == "CUDA graphs"
+        if replays and bench.device == "cpu":
+            return {way: "need a GPU"}
+        parts, facts = bench.parts(shape), Facts(parity={}, seconds={})
+        whole = make_material(parts.model)
+        training = DreamBooth(
+            parts.model, replace(whole, buckets=[Bucket(whole.buckets[0].rows)]), make_settings(1)
+        )
+        training.compiled = bench.compiled(parts.model)
+        time_kind(bench, facts, "compiled", partial(take_more, training))
+        product = partial(computed, parts.model.denoiser, addmm)
+        changed = nullcontext if replays else product
+        blocks = ReplayedBlocks([parts.model.denoiser]) if replays else bench.compiled(parts.model)
+        facts["parity"][way] = compare_ways(training, blocks.active if replays else product)
+        with changed():
+            training.compiled = blocks
+            time_kind(bench, facts, f"compiled, {way}", partial(take_more, training))
+        times = facts["seconds"]
+        facts[f"compiled / {way}"] = times["compiled"] / times[f"compiled, {way}"]
+        bench.free()
+        return facts
+
+    return act
+
+
 def time_kind(bench: Bench, facts: Facts, name: str, kind: Callable[[int], object]) -> None:
     """A kind of step: two that are not counted, then many in a row; its time and its peak memory."""
     with bench.peak(facts, name):
@@ -494,8 +541,13 @@ def time_kind(bench: Bench, facts: Facts, name: str, kind: Callable[[int], objec
 
 def compare_compiled(training: DreamBooth, compiled: CompiledBlocks) -> Facts:
     """The gradients of a step with compiled blocks against those without."""
+    return compare_ways(training, compiled.active)
+
+
+def compare_ways(training: DreamBooth, way: Callable[[], AbstractContextManager[None]]) -> Facts:
+    """The gradients of a step inside of a `with` against those without."""
     found = []
-    for inside in (nullcontext, compiled.active):
+    for inside in (nullcontext, way):
         with training.learning(), inside():
             loss = next(training.losses(1))
             gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
@@ -671,6 +723,12 @@ ROWS = (
     Row("b3-sdxl", "DreamBooth-LoRA step, SDXL", lora_step("sdxl")),
     Row("d1-sd15", "DPO step, SD 1.5", preference_step("sd15")),
     Row("c1-sd15", "Prompt-to-prompt edit, SD 1.5", whole_edit("sd15")),
+    Row("b4-sd15", "DreamBooth-LoRA step, SD 1.5: CUDA graphs", other_step("sd15", "CUDA graphs")),
+    Row(
+        "b5-sd15",
+        "DreamBooth-LoRA step, SD 1.5: LoRA in one product",
+        other_step("sd15", "LoRA in one product"),
+    ),
     Row("a3-sample", "CUDA = CPU: a sample of `moji`, fp32", parity_sample),
     Row("a4-edit", "CUDA = CPU: an edit on `moji`, fp32", parity_edit),
     Row("e1-sdxl", "Planned and measured memory of a step, SDXL", plan_against_peak("sdxl")),

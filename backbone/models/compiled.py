@@ -9,9 +9,9 @@ In a training a preview or an evaluation runs the same blocks as they are; a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,10 @@ Backend = str | Callable[..., Any]
 class CompiledBlocks:
     """The blocks of networks, compiled where they are called inside `active`."""
 
+    OPTIONS: ClassVar[Mapping[str, Any]] = {  # of inductor
+        "emulate_precision_casts": True  # rounds where the blocks as they are round, so that both say the same
+    }
+
     def __init__(self, networks: Sequence[nn.Module], *, backend: Backend = "inductor") -> None:
         # (diffusers' `_repeated_blocks` names those of some networks only)
         names = {
@@ -40,8 +44,8 @@ class CompiledBlocks:
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, GRAPHS)
         how: dict[str, Any] = {"backend": backend, "dynamic": False}
-        if backend == "inductor":  # rounds where the blocks as they are round, so that both say the same
-            how["options"] = {"emulate_precision_casts": True}
+        if backend == "inductor":
+            how["options"] = dict(self.OPTIONS)
         self.calls = [torch.compile(block._call_impl, **how) for block in self.blocks]
 
     @contextmanager

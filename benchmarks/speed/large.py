@@ -5,7 +5,8 @@
 1. Two prepared folders are generated: pairs of latents and conditions of `moji`'s shapes, random numbers, 14 pairs a
    prompt as in Pick-a-Pic v2. They have the files, columns and sizes that `align prepare` writes.
 2. A training is started on each in a process of its own, as `align train` starts it, but for the pictures that it
-   draws and its evaluations, which cost the same at any size: seconds to its first step, memory at its end.
+   draws and its evaluations, which cost the same at any size: seconds to its first step, on the clock and of processor,
+   beside those of importing the libraries alone; memory at its end.
 3. The steps of both are timed in turns in one process.
 4. Real images are prepared: images a second beside what the encoder alone does with the same images in memory; and
    once more, killed half-way, with what the second try then had left to do. Beside the seconds stands the processor
@@ -42,6 +43,11 @@ IMAGES_SHARD = 16_384  # rows of a generated shard
 STEPS, BATCH, DRAWS = 20, 1, 16
 TURNS, IN_TURN = 8, 3  # blocks of steps of each, timed in turns
 PREPARED = 240  # pairs of real images
+LIBRARIES = """
+import gc; gc.set_threshold(200_000, 20, 100)  # as `backbone.io.console.run_app` has it
+import torch, torch._dynamo, peft
+from diffusers import UNet2DConditionModel
+"""  # what a step cannot do without: diffusers and torch's optimisers import dynamo, peft imports transformers
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 Out = Annotated[Path, typer.Option(help="Folder of all files, outside of git.")]
@@ -60,6 +66,7 @@ def main(
     facts_file = out / "large.json"
     facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
     parts: dict[str, Callable[[], Any]] = {
+        "libraries": import_libraries,
         "few": lambda: start_apart(generate(out / f"pairs-{few}", few, model), model),
         "many": lambda: start_apart(generate(out / f"pairs-{many}", many, model), model),
         "steps": lambda: time_in_turns(out / f"pairs-{few}", out / f"pairs-{many}", model),
@@ -174,6 +181,17 @@ def start_apart(folder: Path, model: str) -> dict[str, float]:
     return found
 
 
+def import_libraries(times: int = 3) -> float:
+    """Processor seconds of a process that only imports the libraries, the median of some."""
+
+    def measure() -> float:
+        before = processor_seconds()
+        subprocess.run([sys.executable, "-c", LIBRARIES], check=True)
+        return processor_seconds() - before
+
+    return statistics.median(measure() for _ in range(times))
+
+
 @app.command()
 def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: int = STEPS) -> None:
     """Train some steps from a prepared folder, and print seconds and bytes as JSON."""
@@ -183,13 +201,15 @@ def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: i
     opened = training.opened_seconds
     steps_of = take(training, steps)
     next(steps_of)
-    first = time.perf_counter()
+    first, used = time.perf_counter(), time.process_time()
     ready = memory()
     for _ in steps_of:
         pass
     found = {
         "data": opened,
         "first_step": first - began,
+        "first_step_processor": used - training.used_before,
+        "processor_since_start": used,
         "since_process_start": time.time() - psutil.Process().create_time() - (time.perf_counter() - first),
         "pairs": len(training.data.train),
         **{f"{name}_at_first_step": value for name, value in ready.items()},
@@ -207,7 +227,7 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     from align.settings import resolved
     from backbone.models.model import Backbone
 
-    began = time.perf_counter()
+    began, used_before = time.perf_counter(), time.process_time()
     model = Backbone.open(model_name, device="cpu")
     asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
     settings = resolved({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
@@ -217,7 +237,7 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     opened = time.perf_counter() - started
     with patch.object(preference, "GAP_RECORDS", 0):
         training: Any = preference.PreferenceTraining(model, data, settings)
-    training.opened_seconds = opened
+    training.opened_seconds, training.used_before = opened, used_before
     return training, began
 
 
@@ -255,7 +275,7 @@ def time_in_turns(few: Path, many: Path, model: str) -> dict[str, Any]:
 
 
 def write_images(folder: Path, count: int, side: int) -> Path:
-    """A source of pairs: PNG files of smooth random colours, twice the model's size."""
+    """A source of pairs: JPEG files, as Pick-a-Pic's are, of smooth random colours, twice the model's size."""
     import numpy as np
     from PIL import Image
 
@@ -267,9 +287,9 @@ def write_images(folder: Path, count: int, side: int) -> Path:
         for name in ("chosen", "rejected"):
             pixels = Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8))
             large = pixels.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
-            large.save(folder / f"{number}-{name}.png", compress_level=1)
-        line = {"prompt": f"a dog, number {number // PER_PROMPT}", "chosen": f"{number}-chosen.png"}
-        lines.append(json.dumps(line | {"rejected": f"{number}-rejected.png"}) + "\n")
+            large.save(folder / f"{number}-{name}.jpg", quality=92)
+        line = {"prompt": f"a dog, number {number // PER_PROMPT}", "chosen": f"{number}-chosen.jpg"}
+        lines.append(json.dumps(line | {"rejected": f"{number}-rejected.jpg"}) + "\n")
     write_text(folder / "pairs.jsonl", "".join(lines))
     return folder / "pairs.jsonl"
 
@@ -410,6 +430,7 @@ def format_tables(facts: dict[str, Any], few: int, many: int, model: str) -> str
     opened = Backbone.open(model, device="cpu")
     first, second, steps = facts["few"], facts["many"], facts["steps"]
     preparing, killed = facts["preparing"], facts["killed"]
+    libraries = f"{facts['libraries']:.2f} s"
 
     def row(name: str, key: str, unit: float, digits: int, word: str) -> str:
         a, b = first[key] / unit, second[key] / unit
@@ -424,7 +445,10 @@ def format_tables(facts: dict[str, Any], few: int, many: int, model: str) -> str
         "|---|---|---|---|",
         row("the prepared folder opened, records selected", "data", 1, 2, "s"),
         row("first step done, modules loaded", "first_step", 1, 2, "s"),
+        row("the same in processor time", "first_step_processor", 1, 2, "s"),
         row("first step done, from the start of the process", "since_process_start", 1, 2, "s"),
+        row("the same in processor time", "processor_since_start", 1, 2, "s"),
+        f"| importing torch, peft and diffusers' network alone, processor time | {libraries} | {libraries} | |",
         row("highest resident memory", "peak", 1e6, 0, "MB"),
         row("of it no file's, at the end", "own", 1e6, 0, "MB"),
         row("bank of reference errors, a mapped file", "bank_bytes", 1e6, 1, "MB"),

@@ -31,6 +31,7 @@ from backbone.adapters.motion import MOTION, Moves, set_in_motion
 from backbone.cli.options import as_command, fields_of
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
+from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
 from backbone.io.console import UserError, count_of, notify, progress
@@ -53,6 +54,7 @@ from backbone.models.clips.motion import (
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import fast_attention_backward
+from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective, drive
 from backbone.training.settings import find_resumed, read_run_settings
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
@@ -294,11 +296,9 @@ class MotionLearning(Objective):
         self._activate([LOOKS, MOTION], [True] * len(self.parameters))  # adding one put the others to rest
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=cast(float, settings.learning_rate),
-            weight_decay=settings.weight_decay,
-        )
+        rate = cast(float, settings.learning_rate)
+        groups: list[dict[str, Any]] = [{"params": list(self.parameters.values()), "lr": rate}]
+        self.optimizer = make_adamw(groups, weight_decay=settings.weight_decay)
 
     @property
     def images(self) -> int:
@@ -368,8 +368,8 @@ class MotionLearning(Objective):
         """What the network predicts of a picture or clip that is noised, and what it should."""
         model = self.model
         index = torch.randint(len(model.path.levels.a), (1,), generator=random)
-        noise = torch.randn(clean.shape, generator=random).to(model.device)
-        clean, level = clean.float().to(model.device), model.path.levels[index]
+        noise = send(torch.randn(clean.shape, generator=random), model.device)
+        clean, level = send(clean.float(), model.device), model.path.levels[index]
         noisy = add_noise(clean, noise, level)
         wanted = target(clean, noise, level, model.path.prediction_type)
         return model.predict(noisy, index, text), wanted

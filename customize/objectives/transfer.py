@@ -19,8 +19,10 @@ from torch import Tensor
 
 from backbone.adapters.lora import lora_parameters, save_lora
 from backbone.conditions.conditions import Conditions
+from backbone.data.ahead import Steps
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
+from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.few_step.model import Drawing
 from backbone.models.model import Backbone
@@ -115,6 +117,27 @@ def noting(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
     return predict_and_note
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """States [2B, C, …] before a step of the sampler, B of the subject and B of the class, with their answers."""
+
+    noisy: Tensor
+    clean: Tensor
+    conditions: Conditions
+
+    def to(self, device: torch.device) -> Drawn:
+        """On a device."""
+        return Drawn(send(self.noisy, device), send(self.clean, device), self.conditions.to(device))
+
+    def pin_memory(self) -> Drawn:
+        """In pinned memory, for asynchronous copies to a GPU."""
+        return Drawn(self.noisy.pin_memory(), self.clean.pin_memory(), self.conditions.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that lie on the device."""
+        return [self.noisy, self.clean, *self.conditions.tensors()]
+
+
 @dataclass
 class Part:
     """What is trained, as the optimiser takes it."""
@@ -154,6 +177,7 @@ class Transfer(Objective):
         prompts = [one.prompt for one in (*self.subject.requests, *self.prior.requests)]
         self.texts = encode_prompts_cached(model, prompts).to(torch.device("cpu"))
         self.empty = encode_prompts_cached(model, [""])
+        self.batches = Steps(self.draw_step, settings.steps, model.device)
 
     @property
     def images(self) -> int:
@@ -163,18 +187,25 @@ class Transfer(Objective):
         """Attention with a fast backward pass."""
         return fast_attention_backward(self.model.denoiser)
 
+    def rest(self) -> None:
+        self.batches.close()
+
     def losses(self, step: int) -> Iterator[Tensor]:
         """One loss for each level: the mean error of x̂0 on the subject, and λ times that on the class."""
         seen: list[Tensor] = []
-        for k in range(self.drawing.steps):
-            subject, prior = self.errors(k, generator(self.settings.seed, step, k))
+        for k, drawn in enumerate(self.batches.at(step)):
+            subject, prior = self.errors(self.schedule[k], drawn)
             seen.append(torch.stack([subject.detach(), prior.detach()]))
             means = torch.stack(seen).mean(0)
             self.figures = {"subject_error": means[0], "class_error": means[1]}
             yield subject + self.settings.prior_loss_weight * prior
 
-    def errors(self, k: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The mean errors [] at level k, on the subject and on the class, of a batch that is drawn now."""
+    def draw_step(self, step: int) -> list[Drawn]:
+        """A batch at each level; a function of the step alone."""
+        return [self.draw(k, generator(self.settings.seed, step, k)) for k in range(self.drawing.steps)]
+
+    def draw(self, k: int, random: torch.Generator) -> Drawn:
+        """A batch at level k."""
         count, level = self.settings.batch, self.schedule[k]
         own = torch.randint(len(self.subject.noise), (count,), generator=random)
         others = torch.randint(len(self.prior.states), (count,), generator=random)
@@ -182,13 +213,15 @@ class Transfer(Objective):
         if self.drawing.sampler in FRESH_NOISE:
             fresh = torch.randn(self.subject.noise[own].shape, generator=random)
         noisy = torch.cat([self.subject.states(own, level, k, fresh), self.prior.states[others, k]])
-        wanted = torch.cat([self.subject.clean[own], self.prior.clean[others, k]])
-        rows = torch.cat([own, len(self.subject.requests) + others])
-        texts: Conditions = self.texts[rows].to(self.model.device)
-        predict = self.model.guided_predictor(texts, self.empty.repeat(len(rows)), self.drawing.guidance)
-        found = predict(noisy.to(self.model.device), level).clean
-        errors = squared_error(found, wanted.to(self.model.device))
-        return errors[:count].mean(), errors[count:].mean()
+        clean = torch.cat([self.subject.clean[own], self.prior.clean[others, k]])
+        return Drawn(noisy, clean, self.texts[torch.cat([own, len(self.subject.requests) + others])])
+
+    def errors(self, level: Level, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """The mean errors [] at a level, on the subject and on the class."""
+        texts, empty = drawn.conditions, self.empty.repeat(len(drawn.noisy))
+        found = self.model.guided_predictor(texts, empty, self.drawing.guidance)(drawn.noisy, level).clean
+        subject, prior = squared_error(found, drawn.clean).chunk(2)
+        return subject.mean(), prior.mean()
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Writes the adapter, with its part of the text encoders where it has one."""

@@ -25,11 +25,13 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
 from backbone.training.run import take_steps
 from customize.cli import app
+from customize.evaluation.metrics import ConceptMetrics, EarlyStopping
 from customize.evaluation.survival import Fidelity, Survival
 from customize.objectives.transfer import Transfer
 from customize.settings import read_settings
 from customize.training.transfer.run import prepare_fit, transfer_run
 from customize.training.transfer.settings import TransferOptions
+from tests.syncs import count_waits
 from tests.tiny import tiny_moji, tiny_z_image
 
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
@@ -114,6 +116,12 @@ def test_a_step_is_the_error_of_x0_on_both_sets_of_answers_at_every_level(
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_no_step_of_a_fit_waits_for_the_device(make_fit: Callable[..., Transfer]) -> None:
+    fit = make_fit(steps=8)
+    assert count_waits(fit, fit.model, fit.empty.tensors()) == []
+
+
 def test_the_subject_s_answers_are_the_base_run_s_images_of_the_same_noise(
     make_fit: Callable[..., Transfer], trained: Path
 ) -> None:
@@ -147,7 +155,7 @@ def test_a_fit_comes_nearer_to_the_subject_and_an_adapter_of_zeros_is_at_the_cla
     with torch.no_grad():
         for value in untouched.parameters.values():
             nn.init.zeros_(value)
-    _, prior = untouched.errors(0, generator(0))
+    _, prior = untouched.errors(untouched.schedule[0], untouched.draw(0, generator(0)))
     assert float(prior.detach()) < 1e-8
 
 
@@ -237,8 +245,9 @@ def test_a_run_is_evaluated_on_the_few_step_model_and_keeps_what_is_best_there(
     there = read_jsonl(run / "on" / "evaluations.jsonl")
     assert [line["step"] for line in there] == [0, 1, 2]
     assert [line["step"] for line in read_jsonl(run / "evaluations.jsonl")] == [0, 1, 2]
-    rated = max(there[1:], key=lambda line: (line["rating"], -line["step"]))
-    assert read_tensors(run / "best" / LORA_WEIGHTS)[1]["limner_step"] == str(rated["step"])
+    kept: EarlyStopping[ConceptMetrics] = EarlyStopping(2)
+    kept.history += read_jsonl(run / "on" / "evaluations.jsonl", ConceptMetrics)
+    assert read_tensors(run / "best" / LORA_WEIGHTS)[1]["limner_step"] == str(kept.best.step)
     assert {path.name for path in (run / "on").iterdir()} == {
         "evaluations", "evaluations.jsonl", "previews", "sheet.png",
     }  # fmt: skip
