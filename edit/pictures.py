@@ -13,11 +13,10 @@ from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.clips import Film
 from backbone.media.sources.decode import (
-    describe_further_frames,
     mask_from_image,
     open_loaded,
     open_mask,
-    open_rgb,
+    open_named,
 )
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
@@ -52,9 +51,7 @@ def read_image(image: ImageLike) -> SourceImage:
     if isinstance(image, Image.Image):
         rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
-    if further := describe_further_frames(Path(image)):
-        notify_once(further)
-    return SourceImage(open_rgb(image), str(image), content_hash(Path(image)))
+    return SourceImage(open_named(image), str(image), content_hash(Path(image)))
 
 
 def read_mask(mask: ImageLike) -> SourceImage:

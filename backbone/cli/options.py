@@ -602,14 +602,18 @@ def _choice(one: Field, value: str, where: str) -> str:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word.lower(), known, n=1)
     return f" Did you mean {near[0]}?" if near else " Choose one of them." if len(known) < 12 else ""
 
 
 def check_values(settings: Any) -> None:
-    """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow."""
+    """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow.
+
+    A default is allowed that cannot be asked for: it stands for nothing said.
+    """
     for one in fields_of(type(settings)).values():
-        converted(one, getattr(settings, one.name), one.name)
+        if getattr(settings, one.name) != one.default:
+            converted(one, getattr(settings, one.name), one.name)
 
 
 def read_settings(declared: Callable[..., Made], path: Path) -> Made:

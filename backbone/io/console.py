@@ -115,6 +115,11 @@ def notify_once(text: str) -> None:
     notify(text)
 
 
+def shorten(text: str, most: int = 400) -> str:
+    """A text's beginning, where it has more than so many characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def count_of(number: int, noun: str) -> str:
     """“1 image”, “3 images”."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

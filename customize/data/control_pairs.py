@@ -193,6 +193,11 @@ def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
         names = images[0].row.table.column_names
         column = columns.map or next((one for one in names if plain_name(one) in MAP_COLUMNS), "")
         maps = list_images(source, image_column=column) if column else [None] * len(images)
+        if len(maps) != len(images):
+            raise UserError(
+                f"{source} has {count_of(len(images), 'image')} and {count_of(len(maps), 'map')} in {column}. Give each "
+                "image one map."
+            )
         return [ControlPair(image, one) for image, one in zip(images, maps, strict=True)]
     if columns.map:
         raise UserError(

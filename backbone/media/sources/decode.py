@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 
 Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
 OF_SEVERAL = (
@@ -53,6 +53,13 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
     Raises `BadImageError` for a file that is missing, forbidden, empty, damaged, no image, or above 400 megapixels.
     """
     return open_as(path, flatten_on_white, at_least=at_least)
+
+
+def open_named(path: str | Path) -> Image.Image:
+    """`open_rgb` of a picture that the user has named; that the file holds more than what is read is said."""
+    if further := describe_further_frames(Path(path)):
+        notify_once(further)
+    return open_rgb(path)
 
 
 def open_mask(path: str | Path) -> Image.Image:

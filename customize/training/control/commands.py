@@ -98,7 +98,7 @@ class MapOptions(JsonOptions):
     model: Annotated[str | None, model_option("moji")] = None
     resolution: Annotated[
         int,
-        Option("Pixels a side that a picture is brought to.", MODEL, default_text="the model's own", min=0),
+        Option("Pixels a side that a picture is brought to.", MODEL, default_text="the model's own", min=1),
     ] = 0
     out: Annotated[
         Path | None,
@@ -120,7 +120,12 @@ def map(asked: MapOptions) -> None:
     if asked.posed and asked.scene is None:
         raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
     scene = scene_of(asked)
-    if (scene is None) == (not pictures) or len(pictures) > 1:
+    if len(pictures) > 1:
+        unknown = next((word for word in pictures if not Path(word).expanduser().exists()), pictures[0])
+        raise UserError(
+            f"{unknown} is no kind of map, and one picture is taken at a time. Kinds are {', '.join(KINDS)}."
+        )
+    if (scene is None) == (not pictures):
         raise UserError(
             "Name one picture, as in: customize map edges photo.png; or a scene: customize map --scene 7, or "
             'customize map pose --prompt "a dog in the snow".'
