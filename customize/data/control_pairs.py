@@ -195,8 +195,8 @@ def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
         maps = list_images(source, image_column=column) if column else [None] * len(images)
         if len(maps) != len(images):
             raise UserError(
-                f"{source} has {count_of(len(images), 'image')} and {count_of(len(maps), 'map')} in {column}. Give each "
-                "image one map."
+                f"{source} has {count_of(len(images), 'image')} and {count_of(len(maps), 'map')} in {column}. Give "
+                "each image one map."
             )
         return [ControlPair(image, one) for image, one in zip(images, maps, strict=True)]
     if columns.map:

@@ -125,7 +125,8 @@ class Stream:
         """`UserError` where one of these columns holds the names of images in the place of images."""
         if named := [name for name in columns if name in self.names_files]:
             raise UserError(
-                f"{self.source} names its images in {named[0]} and does not hold them. Download it, and give its folder."
+                f"{self.source} names its images in {named[0]} and does not hold them. Download it, and give its "
+                "folder."
             )
 
     def _fetch(self, value: Any) -> Any:

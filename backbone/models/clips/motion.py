@@ -168,8 +168,8 @@ def _read_original(path: Path) -> MotionAdapter:
     if {name: tuple(value.shape) for name, value in state.items()} != own:
         wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if tuple(state[n].shape) != own[n])
         raise UserError(
-            f"{path} is no motion adapter that is known: {wrong[0]} is missing, or of another shape. Name the folder that "
-            "diffusers wrote, or AnimateDiff's own file."
+            f"{path} is no motion adapter that is known: {wrong[0]} is missing, or of another shape. Name the folder "
+            "that diffusers wrote, or AnimateDiff's own file."
         )
     adapter.load_state_dict(state)
     return _whole(adapter, str(path))

@@ -243,6 +243,8 @@ def test_images_in_lists_inside_of_a_table_are_ranked_as_files_are(tmp_path: Pat
     ]
     saved = parquet(tmp_path / "a.parquet", [{**row, "image_path": ["x", "y"]} for row in rows])
     if marked:
+        import datasets
+
         table = datasets.Dataset.from_parquet(str(saved))
         table.cast_column("images", datasets.List(datasets.Image())).to_parquet(str(saved))
     found = read_preferences(saved)
