@@ -51,7 +51,17 @@ def read_image(image: ImageLike) -> SourceImage:
     if isinstance(image, Image.Image):
         rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
+    _refuse_other_kinds(image)
     return SourceImage(open_named(image), str(image), content_hash(Path(image)))
+
+
+def _refuse_other_kinds(image: object) -> None:
+    """`UserError` for what is neither an image nor its path: of an array nobody knows what its values mean."""
+    if not isinstance(image, (str, Path)):
+        raise UserError(
+            f"An image is a PIL image or a path, and {type(image).__name__} is neither. Of an array of 0 to 255, "
+            "[H, W, 3], PIL.Image.fromarray makes one."
+        )
 
 
 def read_mask(mask: ImageLike) -> SourceImage:
@@ -67,6 +77,7 @@ def read_mask(mask: ImageLike) -> SourceImage:
         grey, name = mask_from_image(mask), ""
         content = content_hash(grey.tobytes())
     else:
+        _refuse_other_kinds(mask)
         grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():

@@ -395,6 +395,9 @@ def test_a_folder_is_not_called_as_a_file(name: str, tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
     Path(name).mkdir(parents=True)
     refuse_taken(Path(name))  # it is a folder already
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link is a link to nowhere, which is not there"):
+        refuse_taken(Path("link"))
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 import threading
@@ -47,7 +48,9 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     diffusers, whose objects stay alive; the threshold is raised to GC_THRESHOLD.
     """
     gc.set_threshold(GC_THRESHOLD, 20, 100)
+    write_what_the_terminal_can()
     try:
+        refuse_lost_folder()
         app()
     except KeyboardInterrupt as interrupt:
         _exit(str(interrupt) or "Stopped.", EXIT_INTERRUPTED)
@@ -61,6 +64,21 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
             raise
         _exit(f"Error: {message}", EXIT_USER_ERROR)
     sys.exit(0)
+
+
+def write_what_the_terminal_can() -> None:
+    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def refuse_lost_folder() -> None:
+    """`UserError` where the working folder was removed: paths mean nothing there, and torch's kernels do not load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("The working folder is not there any more. Change into one that is.") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

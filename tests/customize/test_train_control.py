@@ -532,6 +532,9 @@ def test_the_map_of_a_picture_is_the_one_in_training_whatever_its_format(pairs: 
     ("words", "sentence"),
     [
         ((), "Name one picture"),
+        (("egdes", "0.png"), "egdes is no kind of map"),
+        (("edges", "0.png", "--out", "one.txt"), "called as a file"),
+        (("edges", "0.png", "--resolution", 0), "at least 1"),
         (("depth", "0.png"), "needs a network"),
         (("edges", "--all", "0.png"), "--all makes every kind"),
         (("edges", "nowhere.png"), "does not exist"),
