@@ -129,6 +129,8 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
         if path.is_dir():
             raise BadImageError(str(path), "is a folder, not a picture")
+        if path.exists() and not path.is_file():
+            raise BadImageError(str(path), "is a pipe or a device, not a picture")  # reading may never end
         file = path.open("rb")
     except FileNotFoundError as error:
         near = nearest_path(path)
