@@ -296,11 +296,8 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
         )
     pictures = {name for name in pictures if not table.names_files(name)}
     preferences, rankings = Preferences(source), Rankings()
-    other_columns = [
-        name
-        for name in names
-        if name not in pictures and (name == ranking[0] if ranking and name in IMAGES else True)
-    ]
+    others = set(IMAGES) - {ranking[0]} if ranking is not None and ranking[0] in pictures else set()
+    other_columns = [name for name in names if name not in pictures and name not in others]
     for index, row in enumerate(table.values(other_columns)):
         if limit is not None and index >= limit:
             break

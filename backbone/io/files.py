@@ -409,6 +409,8 @@ def _check_safetensors_path(path: str | Path) -> Path:
         raise UserError(f"{path} {IS_GGUF}")
     if not path.exists():
         raise FileNotFoundError(2, os.strerror(2), str(path))
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device, not a safetensors file. Name a file.")
     with path.open("rb"):  # safetensors says of a file that may not be read that there is none, and not which
         return path
 

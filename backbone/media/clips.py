@@ -65,7 +65,15 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
             )
         if records[0].row is None:
             _look_at_numbers([record.path for record in records], path)
-        frames = [record.open(convert=convert) for record in records]
+        see_through: list[bool] = []
+
+        def noted(frame: Image.Image) -> Image.Image:
+            see_through.append(is_see_through(frame))
+            return convert(frame)
+
+        frames = [record.open(convert=noted) for record in records]
+        if any(see_through):
+            notify(f"{source}: its transparent parts are white.")
         found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         found = _read_video(path)

@@ -88,6 +88,8 @@ def open_bytes(path: Path) -> bytes:
 
 def open_loaded(image: Image.Image) -> Image.Image:
     """An image that is in memory already as `open_rgb` would have read it; `BadImageError` where that cannot be."""
+    if not image.width or not image.height:
+        raise BadImageError("The image", "has no pixels")
     try:
         return flatten_on_white(ImageOps.exif_transpose(image))
     except ValueError as error:
@@ -133,6 +135,8 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
             raise BadImageError(str(path), "is a pipe or a device, not a picture")  # reading may never end
         file = path.open("rb")
     except FileNotFoundError as error:
+        if path.is_symlink():
+            raise BadImageError(str(path), f"is a link to {os.readlink(path)}, which is not there") from error
         near = nearest_path(path)
         raise BadImageError(
             str(path), "does not exist" + (f" (nearest name: {near.name})" if near else "")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.cli.commands import print_json
-from backbone.cli.conditions import KINDS, SYNONYMS
+from backbone.cli.conditions import KINDS, LINE_KINDS, SYNONYMS
 from backbone.cli.flags import (
     DATA,
     DRAWING,
@@ -145,6 +145,8 @@ def map(asked: MapOptions) -> None:
     else:
         picture, maps = maps_of_picture(pictures[0], kinds, model=asked.model, resolution=asked.resolution)
         title = Path(pictures[0]).name
+    if empty := [kind for kind in maps if kind in LINE_KINDS and maps[kind].getbbox() is None]:
+        notify(f"Nothing is found in {title} for {' and '.join(empty)}: the map is black.")
     if single:
         assert asked.out is not None
         (kind, made), *_ = maps.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.media.clips import read_film
@@ -39,3 +40,13 @@ def test_two_files_of_one_frame_are_refused(one: str, other: str, tmp_path: Path
         picture(number, (8, 8)).save(tmp_path / name)
     with pytest.raises(UserError, match=r"are one frame by their names\. Keep one"):
         read_film(tmp_path)
+
+
+def test_see_through_frames_are_said_to_be_white(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        picture(number, (8, 8)).convert("RGBA").save(tmp_path / f"{number}.png")
+    read_film(tmp_path)
+    assert not capsys.readouterr().err
+    Image.new("RGBA", (8, 8)).save(tmp_path / "2.png")
+    assert read_film(tmp_path).frames[2].getpixel((0, 0)) == (255, 255, 255)
+    assert "its transparent parts are white" in capsys.readouterr().err

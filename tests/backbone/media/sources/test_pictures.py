@@ -651,12 +651,21 @@ def test_a_cache_of_tables_that_cannot_be_written_is_not_the_table_s_fault(
         list_images(tmp_path / "x.parquet")
 
 
+def broken_link(path: Path) -> Path:
+    path.parent.mkdir()
+    path.symlink_to("gone.png")
+    return path
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
 def test_what_never_ends_is_listed_like_any_bad_file(tmp_path: Path) -> None:
     write(tmp_path / "0.png")
     os.mkfifo(tmp_path / "1.png")
     (tmp_path / "2.png").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"2 of 3 images(.|\n)*1\.png is a pipe or a device(.|\n)*2\.png is a pipe"):
+    assert reason(broken_link(tmp_path / "a" / "3.png")) == "is a link to gone.png, which is not there"
+    with pytest.raises(
+        UserError, match=r"2 of 3 images(.|\n)*1\.png is a pipe or a device(.|\n)*2\.png is a pipe"
+    ):
         check_images(list_images(tmp_path))
 
 
