@@ -55,6 +55,8 @@ def prompts_of(given: str | Sequence[str]) -> list[Prompt]:
         if os.path.isfile(path := os.path.expanduser(words)):
             found += read_prompts(Path(path))
         elif words.strip().lower().endswith(SUFFIXES):
+            if os.path.isdir(path):
+                raise UserError(f"{words} is a folder. Name a file with a prompt on each line.")
             raise UserError(
                 f"{words} does not exist. Name a file with a prompt on each line, or give the words."
             )

@@ -33,6 +33,7 @@ ReportTo = Annotated[
 ]
 WEIGHTINGS = ("none", "min-snr", "debiased")
 SCHEDULES = ("cosine", "constant")
+MOST_STEPS = 10**9  # of a training, whatever the machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class TrainingSettings:
             by_model=True,
         ),
     ] = False
-    steps: Annotated[int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1)] = 400
+    steps: Annotated[
+        int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1, max=MOST_STEPS)
+    ] = 400
     batch: Annotated[
         int, Option("Images in a batch.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
     ] = 4

@@ -291,6 +291,8 @@ def test_spaces_and_an_article_are_no_part_of_what_is_said(dog: Path) -> None:
     ((subject,), _) = subjects_of({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
     assert (subject.token, subject.class_noun) == ("[V]", "small dog")
     assert subject.filled("a {token} {class}") == "a [V] small dog"
+    with pytest.raises(UserError, match="The token is empty"):
+        subjects_of({"images": "dog", "token": " ", "class_noun": "dog"})
 
 
 @pytest.mark.parametrize("flag", ["--out", "--images", "--resume"])
