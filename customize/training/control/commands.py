@@ -25,7 +25,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify
-from backbone.io.files import read_json
+from backbone.io.files import read_json, refuse_existing
 from backbone.io.run_folder import hold_new_folder
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 from backbone.world.parse import parse_pose, parse_scene
@@ -137,6 +137,8 @@ def map(asked: MapOptions) -> None:
     single = asked.out is not None and asked.out.suffix.lower() == ".png"
     if single and len(kinds) != 1:
         raise UserError(f"{asked.out} is one file. Name one kind for it, or give --out a folder.")
+    if single and asked.out is not None:
+        refuse_existing(asked.out)
     from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
 
     if scene is not None:
