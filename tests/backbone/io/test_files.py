@@ -423,3 +423,8 @@ def test_a_file_that_another_process_writes_meanwhile_is_not_overwritten(tmp_pat
     assert path.read_text() == "ours"
     with pytest.raises(UserError, match="exists already and is not overwritten"):
         refuse_existing(path)
+
+
+def test_a_device_is_no_file_of_weights() -> None:
+    with pytest.raises(UserError, match="/dev/null is a pipe or a device, not a safetensors file"):
+        read_tensors("/dev/null")

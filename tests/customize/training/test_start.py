@@ -305,6 +305,8 @@ def test_an_empty_path_is_not_the_working_folder(
     answer = CliRunner().invoke(app, ["train", *(word for pair in given.items() for word in pair)])
     assert isinstance(answer.exception, UserError), answer.output
     assert str(answer.exception).startswith(f"{flag} is empty") and not (subject / "settings.json").exists()
+    answer = CliRunner().invoke(app, ["sample", "a dog", "--concept", blank])
+    assert str(answer.exception).startswith("--concept is empty")
 
 
 @pytest.mark.parametrize(
