@@ -36,5 +36,5 @@ def test_a_part_of_a_whole_model_is_not_taken_for_its_file(tiny_folder: Path) ->
     with pytest.raises(UserError, match=rf"is one file of a model\. Name its folder: {tiny_folder}"):
         locate.locate(str(tiny_folder / "model_index.json"))
     vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(UserError, match="is a whole model, .* --vae and --text-encoder have no effect"):
+    with pytest.raises(UserError, match=r"is a whole model, .* --vae and --text-encoder have no effect"):
         locate.locate(locate.join_files(str(tiny_folder), str(vae)))
