@@ -462,6 +462,7 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
             "--adapter-size has no effect",
         ),
         (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
+        (("--condition", "sketch", "--map-dropout", "1"), "every map is black"),
         (
             ("--condition", "sketch", "--kind", "controlnet", "--cpu-offload", 0.5),
             "--cpu-offload has no effect",
