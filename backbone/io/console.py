@@ -10,6 +10,7 @@ import errno
 import gc
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -51,7 +52,8 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     write_what_the_terminal_can()
     try:
         refuse_lost_folder()
-        app()
+        with stop_on_termination():
+            app()
     except KeyboardInterrupt as interrupt:
         _exit(str(interrupt) or "Stopped.", EXIT_INTERRUPTED)
     except SystemExit as exit_:  # typer turns Ctrl-C into exit code 130 and prints nothing
@@ -71,6 +73,27 @@ def write_what_the_terminal_can() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def stop_on_termination() -> Iterator[None]:
+    """Let SIGTERM, by which machines and schedulers stop a command, end it as Ctrl-C does: nothing is half-written."""
+    own = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_lost_folder() -> None:

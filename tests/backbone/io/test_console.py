@@ -148,7 +148,8 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_real_ctrl_c_prints_no_traceback() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_ctrl_c_and_a_scheduler_s_end_print_no_traceback(number: int) -> None:
     script = (
         "import signal, time, typer\nfrom backbone.io.console import run_app\napp = typer.Typer()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
@@ -159,7 +160,7 @@ def test_a_real_ctrl_c_prints_no_traceback() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "Stopped.\n")
 
