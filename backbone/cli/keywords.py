@@ -71,7 +71,8 @@ def folder_of(out: object) -> Path | None:
 
 def folders_of(runs: object) -> tuple[Path, ...]:
     """Run folders that were given as one, as several, or not at all; `UserError` for what is no path and no run."""
-    given = [] if runs is None else runs if isinstance(runs, (list, tuple)) else [runs]
+    several: Sequence[object] = runs if isinstance(runs, (list, tuple)) else [runs]
+    given = [] if runs is None else several
     for one in given:
         if not isinstance(one, (str, Path, Run)):
             raise UserError(f"concept is {type(one).__name__}, which is no run folder. Give its path.")

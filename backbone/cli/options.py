@@ -647,7 +647,7 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
 
 def _fitted(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as their fields want them: text and numbers are, what else there may be is left as it is."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         one, optional = _plain_fields(declared)[name]
         if value is None and not optional:
@@ -666,7 +666,8 @@ def _fitted(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str
 def _plain_fields(declared: Hashable) -> dict[str, tuple[Field | None, bool]]:
     """The fields of a dataclass that hold text, numbers or yes and no, and whether None may stand there."""
     assert isinstance(declared, type)
-    known, hints, found = fields_of(declared), get_type_hints(declared), {}
+    known, hints = fields_of(declared), get_type_hints(declared)
+    found: dict[str, tuple[Field | None, bool]] = {}
     for one in dataclasses.fields(declared):
         hint = hints[one.name]
         kind, many = _kind_of(hint)

@@ -240,7 +240,8 @@ def _to_stream(table: Any, named: Named, limit: int) -> Stream:
         found += [f"{name}.{inner}" for inner in kind] if samples and isinstance(kind, dict) else [name]
     names = name_tar_columns(found) if samples else dict(zip(found, found, strict=True))
     pictures = [name for name, kind in table.features.items() if holds_images(kind)]
-    lists, files = ([], [])
+    lists: list[str] = []
+    files: list[str] = []
     for old, new in names.items():
         kind = _value(table.features, old)
         lists += [new] if is_list(kind) else []
