@@ -175,7 +175,8 @@ def test_a_folder_that_is_no_run_is_not_made_by_measuring_it(
 def test_what_edit_is_given_in_another_type_is_a_sentence(tiny: Backbone) -> None:
     array = np.zeros((64, 64, 3), np.uint8)
     image = Image.fromarray(array)
-    for given in (array, torch.zeros(3, 64, 64), None, 5, [image]):
+    others: list[Any] = [array, torch.zeros(3, 64, 64), None, 5, [image]]
+    for given in others:
         with pytest.raises(UserError, match=r"An image is a PIL image or a path, and \w+ is neither"):
             edit.sdedit(tiny, given, "a dog", steps=2)
     for mask in (array, torch.zeros(64, 64), 5, True):
@@ -186,21 +187,19 @@ def test_what_edit_is_given_in_another_type_is_a_sentence(tiny: Backbone) -> Non
     for prompt in (None, 3, ["a dog"]):
         with pytest.raises(UserError, match="The prompt is text"):
             edit.sdedit(tiny, image, prompt, steps=2)  # type: ignore[arg-type]
-    for wrong in (
-        {"seed": "cpu"},
-        {"strength": "half"},
-        {"steps": 2.5},
-        {"guidance": math.inf},
-        {"count": True},
-    ):
+    settings: dict[str, Any] = {
+        "seed": "cpu", "strength": "half", "steps": 2.5, "guidance": math.inf, "count": True,
+    }  # fmt: skip
+    for name, value in settings.items():
         with pytest.raises(UserError, match="which is not a"):
-            edit.sdedit(tiny, image, "a dog", **wrong)
+            edit.sdedit(tiny, image, "a dog", **{name: value})
 
 
 def test_a_model_is_opened_by_its_name_or_path(tiny_folder: Path) -> None:
     for model in (tiny_folder, str(tiny_folder)):
         assert backbone.open(model, device=torch.device("cpu")).location.name == str(tiny_folder)
-    for wrong in (None, 5, object()):
+    names: list[Any] = [None, 5, object()]
+    for wrong in names:
         with pytest.raises(UserError, match="is no model's name or folder"):
             backbone.open(wrong)
     with pytest.raises(UserError, match="no number of pixels"):
