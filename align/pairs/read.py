@@ -347,7 +347,7 @@ class PairStream:
                 name: value for name, value in row.items() if name not in IMAGES or name == self.ranking[0]
             }
         _add_row(found, Rankings(), _point_to_images(row, self.pictures, self.ranking), where, to_picture)
-        if len(found.pairs) > ITEMS:
+        if len(found.records) > ITEMS:
             return [f"{where} ranks so many images that {len(found.pairs)} pairs are made of them"]
         wanted = [one for one in found.records if self.user is None or one.user == self.user]
         return [*found.problems, *wanted]
@@ -364,7 +364,9 @@ def stream_preferences(stream: Stream, *, user: str | None = None) -> PairStream
     embedded = [name for name in IMAGES if name in names and name not in stream.names_files]
     ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
     pictures = _picture_columns(names, stream.source) if ranking is None else {ranking[0]}
-    stream.refuse_names(pictures)
+    layouts = (*PAIR_COLUMNS, *ORDERED_COLUMNS, ("image",))
+    used = next((columns for columns in layouts if pictures >= {*columns}), tuple(pictures))
+    stream.refuse_names(used)
     if ranking is not None and ranking[0] not in stream.lists:
         raise UserError(
             f"{stream.source} has a row for each image of a prompt, and a stream is read row by row. Download it, and "

@@ -159,6 +159,8 @@ class ImageStream:
         """The images of a row."""
         caption, where = row[self.caption] if self.caption else None, self.stream.where(shard, number)
         count = len(row[self.image] or ()) if self.image in self.stream.lists else None
+        if (count or 0) > ITEMS:
+            raise UserError(f"{where} has {count} images, and {ITEMS} are the most. Give another dataset.")
         found = []
         for item in list_items(count):
             picture = self.stream.picture(row, self.image, shard, number, item and item[0])
