@@ -267,7 +267,7 @@ class Item(NamedTuple):
 
     column: str
     number: int
-    count: int
+    of: int
 
 
 def _point_to_images(
@@ -304,7 +304,7 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
         where = f"row {index} of {source}"
 
         def picture_at(column: Any, index: int = index, where: str = where) -> ImageRecord | None:
-            item = (column.number, column.count) if isinstance(column, Item) else None
+            item = (column.number, column.of) if isinstance(column, Item) else None
             name = f"{column.column}-{column.number}" if isinstance(column, Item) else str(column)
             column = column.column if isinstance(column, Item) else column
             if column not in pictures:

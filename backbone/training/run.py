@@ -262,8 +262,6 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
     """The bare loop: trains from step `objective.done` to the last, or to `until`."""
     settings = objective.settings
     last = settings.steps if until is None else until
-    if objective.done == 0 and settings.learning_rate == 0:
-        notify("The learning rate is 0: what it is the rate of learns nothing.")
     if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
         share = settings.steps / settings.lr_warmup_steps
         notify(

@@ -151,8 +151,6 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, capsys: pytest.Ca
     drive(Nearest(Settings(lr_warmup_steps=100_000)), tmp_path, command="learn")
     said = "The warm-up takes 100000 steps and the run 6: the learning rate reaches 6e-05"
     assert said in capsys.readouterr().err
-    drive(Nearest(Settings(learning_rate=0.0)), tmp_path / "idle", command="learn")
-    assert "The learning rate is 0: what it is the rate of learns nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("every", "expected"), [(4, [0, 4, 6]), (0, [0, 6]), (3, [0, 3, 6])])
