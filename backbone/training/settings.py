@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, read_metadata
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, absolute
