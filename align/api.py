@@ -10,9 +10,10 @@ from align.settings import ComparisonSettings, PairSampling, Settings
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.cli.keywords import build_drawing, takes
+from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
 from backbone.cli.options import build, refuse_idle
-from backbone.io.prompts import prompts_of, unique_prompts
+from backbone.io.console import UserError
+from backbone.io.prompts import some_prompts, unique_prompts
 from backbone.io.run import Run
 
 
@@ -32,11 +33,12 @@ def sample(
     """
     from align.collect.sample import sample_pairs
 
-    how = build_drawing(PairSampling, settings, concept)
-    asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
+    folder = _named(out)
+    how = build_drawing(PairSampling, settings, folders_of(concept))
+    asked = unique_prompts(some_prompts(prompts))
     concepts = [read_concept(find_checkpoint(run, how.checkpoint)) for run in how.concepts]
-    sample_pairs(asked, Path(out), how, concepts=concepts)
-    return Path(out)
+    sample_pairs(asked, folder, how, concepts=concepts)
+    return folder
 
 
 @takes(Settings)
@@ -64,7 +66,7 @@ def train(
         **settings,
     }
     known = {name: value for name, value in asked.items() if value is not None}
-    return Run(start(known, out=None if out is None else Path(out), vram=vram))
+    return Run(start(known, out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(ComparisonSettings)
@@ -85,8 +87,16 @@ def compare(
     from align.comparison.compare import compare_models
     from align.comparison.sides import Side
 
-    asked = unique_prompts(prompts_of([prompts] if isinstance(prompts, str) else prompts))
+    asked = unique_prompts(some_prompts(prompts))
     known = {name: value for name, value in settings.items() if value is not None}
     how = build(ComparisonSettings, {"count": count, **known})
     refuse_idle(how, known)
-    return compare_models(Side.from_name(str(base)), Side.from_name(str(tuned)), asked, Path(out), how)
+    return compare_models(Side.from_name(str(base)), Side.from_name(str(tuned)), asked, _named(out), how)
+
+
+def _named(out: str | Path) -> Path:
+    """The folder that is written; `UserError` where none is named."""
+    folder = folder_of(out)
+    if folder is None:
+        raise UserError("out names no folder. Give one.")
+    return folder

@@ -15,7 +15,7 @@ from backbone.cli.commands import command_group, print_json
 from backbone.cli.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
-from backbone.io.files import read_json
+from backbone.io.files import read_json, refuse_existing
 from backbone.io.prompts import Prompt, prompts_of, unique_prompts
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
@@ -295,8 +295,7 @@ def export(
         raise UserError(
             f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
         )
-    if out.exists():
-        raise UserError(f"{out} is there already and is not overwritten. Remove it, or name another file.")
+    refuse_existing(out)
     found = check_preferences(
         read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
     )

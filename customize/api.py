@@ -11,15 +11,15 @@ from typing import Any
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
-from backbone.cli.keywords import build_drawing, takes
+from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
 from backbone.cli.options import build
 from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import read_json
-from backbone.io.prompts import prompts_of
+from backbone.io.prompts import some_prompts
 from backbone.io.run import Run
 from backbone.io.run_folder import hold_new_folder
 from backbone.media.gallery import Images
-from customize.settings import Settings
+from customize.settings import Settings, read_settings
 from customize.training.start import start
 
 
@@ -49,7 +49,7 @@ def train(
         **settings,
     }
     known = {name: value for name, value in asked.items() if value is not None}
-    return Run(start(known, out=None if out is None else Path(out), vram=vram))
+    return Run(start(known, out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(DrawingOptions, ControlOptions, without=("concepts",))
@@ -79,12 +79,13 @@ def sample(
     """
     from customize.sampling import RECORD, Beside, sample_to_folder
 
-    runs = tuple(Path(str(one)) for one in _several(concept))
-    asked = [one.text for one in prompts_of([prompts] if isinstance(prompts, str) else prompts)]
+    runs = folders_of(concept)
+    asked = [one.text for one in some_prompts(prompts)]
     drawing, controls = _drawing_of(runs, settings)
     concepts = [read_concept(find_checkpoint(run, drawing.checkpoint)) for run in runs]
+    out, vram = folder_of(out), memory_of(vram)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if out is None else Path(out)
+        folder = Path(temporary) if out is None else out
         beside = Beside(tuple(map(str, references)), controls)
         sheet = sample_to_folder(asked, drawing, folder, concepts=concepts, beside=beside, on=on, vram=vram)
         record = read_json(sheet.with_name(RECORD))
@@ -144,7 +145,8 @@ def evaluate(
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
     place, prompts = Path(str(run)), moji_prompts()
-    with hold_new_folder(None if out is None else Path(out), place / DREAMBENCH) as folder:
+    read_settings(place)  # before a folder is made in it
+    with hold_new_folder(folder_of(out), place / DREAMBENCH) as folder:
         evaluate_run(
             place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder,
             against_references=against_references,

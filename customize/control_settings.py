@@ -146,6 +146,10 @@ class ControlSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.map_dropout >= 1:
+            raise UserError(
+                "With --map-dropout 1 every map is black, and the network learns none. Give less."
+            )
         if len(self.validation_prompt) not in (0, 1, len(self.validation_image)):
             raise UserError(
                 f"There are {len(self.validation_prompt)} --validation-prompt for {len(self.validation_image)} "

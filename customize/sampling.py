@@ -27,7 +27,7 @@ from backbone.io.files import write_json
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import open_named
 from backbone.memory.drawing import Drawn, fit_drawing
 from backbone.models.control import (
     Condition,
@@ -117,7 +117,7 @@ def sample_to_folder(
     ]
     began = time.perf_counter()
     with _hold_folder(out) as folder:
-        shown = encode_references(backbone, [open_rgb(path) for path in beside.references])
+        shown = encode_references(backbone, [open_named(path) for path in beside.references])
         facts = {"model": name, **asked.facts(), **_brief(concepts, asked.scale, conditions)}
         _write_images(backbone, requests, folder, Drawing(prompts, asked, facts, conditions, shown))
         processes.barrier()  # now all pictures are there

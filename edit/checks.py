@@ -33,6 +33,8 @@ def not_negative(name: str, value: float) -> float:
 
 def prompt(text: str, what: str) -> str:
     """The prompt, if it says something; `what` names it in the complaint."""
+    if not isinstance(text, str):
+        raise UserError(f"The {what} is text, and {type(text).__name__} is none. Give its words.")
     if not text.strip():
         told = what == "instruction"
         remedy = "to do: “make it snow”" if told else "the picture shows and what it should show"
@@ -42,7 +44,7 @@ def prompt(text: str, what: str) -> str:
 
 def prompts(texts: Sequence[str], what: str) -> tuple[str, ...]:
     """The prompts, if there are any and each says something."""
-    if not texts:
+    if texts is None or not len(texts):
         raise UserError(f"There is no {what}. Say what the picture should show.")
     return tuple(prompt(text, what) for text in texts)
 

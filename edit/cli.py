@@ -14,7 +14,7 @@ from backbone.cli.commands import command_group, typed
 from backbone.cli.options import settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.examples import EXAMPLES, SCENE
-from backbone.io.files import make_empty_folder, write_bytes
+from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of
 from edit import checks
 from edit.settings import (
@@ -70,8 +70,7 @@ def invert(asked: InvertOptions) -> None:
     file = asked.out or Path(f"{Path(asked.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
-    if file.exists():
-        raise UserError(f"{file} is there already. Remove it, or choose another --out.")
+    refuse_existing(file)
     from edit.run.invert import write_inversion
 
     for line in write_inversion(file, image, prompt, wishes):

@@ -13,11 +13,10 @@ from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.clips import Film
 from backbone.media.sources.decode import (
-    describe_further_frames,
     mask_from_image,
     open_loaded,
     open_mask,
-    open_rgb,
+    open_named,
 )
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 
@@ -52,9 +51,17 @@ def read_image(image: ImageLike) -> SourceImage:
     if isinstance(image, Image.Image):
         rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
-    if further := describe_further_frames(Path(image)):
-        notify_once(further)
-    return SourceImage(open_rgb(image), str(image), content_hash(Path(image)))
+    _refuse_other_kinds(image)
+    return SourceImage(open_named(image), str(image), content_hash(Path(image)))
+
+
+def _refuse_other_kinds(image: object) -> None:
+    """`UserError` for what is neither an image nor its path: of an array nobody knows what its values mean."""
+    if not isinstance(image, (str, Path)):
+        raise UserError(
+            f"An image is a PIL image or a path, and {type(image).__name__} is neither. Of an array of 0 to 255, "
+            "[H, W, 3], PIL.Image.fromarray makes one."
+        )
 
 
 def read_mask(mask: ImageLike) -> SourceImage:
@@ -70,6 +77,7 @@ def read_mask(mask: ImageLike) -> SourceImage:
         grey, name = mask_from_image(mask), ""
         content = content_hash(grey.tobytes())
     else:
+        _refuse_other_kinds(mask)
         grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import align
 import backbone
 import customize
 import edit
-from backbone import UserError
+from backbone import Backbone, UserError
+from backbone.cli.options import build
+from backbone.cli.sampling import DrawingOptions
 
 TINY: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> customize.Run:
-    from PIL import Image
 
     folder = tmp_path_factory.mktemp("api") / "dog"
     folder.mkdir()
@@ -118,3 +123,84 @@ def test_a_keyword_that_there_is_not_is_answered_with_the_nearest_one() -> None:
         align.sample("a dog", "out", concepts=["runs/dog"])
     with pytest.raises(UserError, match="--scale has no effect without --concept"):
         customize.sample("a dog", scale=0.5)
+
+
+# What Python is given in another type -------------------------------------------------------------------------
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"prompts": None}, "A prompt is text, and NoneType is none"),
+    "bytes": ({"prompts": b"a dog"}, "A prompt is text, and bytes is none"),
+    "a number": ({"prompts": 5}, "A prompt is text, and int is none"),
+    "lists of lists": ({"prompts": [["a dog"]]}, "A prompt is text, and list is none"),
+    "no prompts": ({"prompts": []}, "There are no prompts"),
+    "an empty folder": ({"out": ""}, "out is '', which names no folder"),
+    "a folder's number": ({"out": 5}, "out is '5', which names no folder"),
+    "no memory": ({"vram": math.nan}, "vram is nan"),
+    "memory in words": ({"vram": "8"}, "vram is '8'"),
+    "a concept's number": ({"concept": 5}, "concept is int, which is no run folder"),
+    "a seed in words": ({"seed": "cpu"}, "seed is cpu, which is not a whole number"),
+    "half a seed": ({"seed": 1.5}, "seed is 1.5, which is not a whole number"),
+    "a generator": ({"seed": object()}, "which is not a whole number"),
+    "a count in words": ({"count": "two"}, "count is two, which is not a whole number"),
+    "several negatives": ({"negative": ["a", "b"]}, "negative is .* which is no text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_sample_is_given_in_another_type_is_a_sentence_and_writes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given, said = WRONG[name]
+    with pytest.raises(UserError, match=said):
+        customize.sample(**{"prompts": "a dog", **given})
+    assert not list(tmp_path.iterdir())
+
+
+def test_none_is_as_good_as_left_out_and_numbers_may_be_text() -> None:
+    made = build(DrawingOptions, {"seed": None, "width": None, "count": "2", "guidance": 3})
+    assert (made.seed, made.width, made.count, made.guidance) == (0, None, 2, 3.0)
+
+
+def test_a_folder_that_is_no_run_is_not_made_by_measuring_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nope"):
+        customize.evaluate("nope")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_edit_is_given_in_another_type_is_a_sentence(tiny: Backbone) -> None:
+    array = np.zeros((64, 64, 3), np.uint8)
+    image = Image.fromarray(array)
+    others: list[Any] = [array, torch.zeros(3, 64, 64), None, 5, [image]]
+    for given in others:
+        with pytest.raises(UserError, match=r"An image is a PIL image or a path, and \w+ is neither"):
+            edit.sdedit(tiny, given, "a dog", steps=2)
+    for mask in (array, torch.zeros(64, 64), 5, True):
+        with pytest.raises(UserError, match="An image is a PIL image or a path"):
+            edit.sdedit(tiny, image, "a dog", steps=2, mask=mask)
+    with pytest.raises(UserError, match="has no pixels"):
+        edit.sdedit(tiny, Image.new("RGB", (0, 8)), "a dog", steps=2)
+    for prompt in (None, 3, ["a dog"]):
+        with pytest.raises(UserError, match="The prompt is text"):
+            edit.sdedit(tiny, image, prompt, steps=2)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "seed": "cpu", "strength": "half", "steps": 2.5, "guidance": math.inf, "count": True,
+    }  # fmt: skip
+    for name, value in settings.items():
+        with pytest.raises(UserError, match="which is not a"):
+            edit.sdedit(tiny, image, "a dog", **{name: value})
+
+
+def test_a_model_is_opened_by_its_name_or_path(tiny_folder: Path) -> None:
+    for model in (tiny_folder, str(tiny_folder)):
+        assert backbone.open(model, device=torch.device("cpu")).location.name == str(tiny_folder)
+    names: list[Any] = [None, 5, object()]
+    for wrong in names:
+        with pytest.raises(UserError, match="is no model's name or folder"):
+            backbone.open(wrong)
+    with pytest.raises(UserError, match="no number of pixels"):
+        backbone.open(str(tiny_folder), resolution="64")  # type: ignore[arg-type]

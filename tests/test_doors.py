@@ -68,12 +68,18 @@ COMMANDS = dict(commands())
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
 
-def help_of(name: str, columns: int = 80) -> str:
+def help_of(name: str, columns: int | str = 80) -> str:
     """What `--help` of a command prints at this width."""
     program, command = name.split()
     result = CliRunner().invoke(PROGRAMS[program], [command, "--help"], env={"COLUMNS": str(columns)})
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+@pytest.mark.parametrize("columns", ["0", "-3", "1", "wide", ""])
+def test_help_is_shown_whatever_the_terminal_says_of_its_width(columns: str) -> None:
+    shown = help_of("customize sample", columns)
+    assert "--negative" in shown and max(map(len, shown.splitlines())) <= 100
 
 
 def context_of(name: str) -> Any:

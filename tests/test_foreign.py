@@ -30,7 +30,7 @@ from backbone.families.location import find_hub_file, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
-from backbone.io.run_folder import hold_folder, hold_new_folder
+from backbone.io.run_folder import hold_folder, hold_new_folder, refuse_taken
 from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED, locate
 from backbone.models.model import Backbone
@@ -400,17 +400,22 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(
     assert not list(Path("closed").iterdir()) and not Path("runs").exists() and not Path("samples").exists()
 
 
-@pytest.mark.parametrize("name", ["dog.png", "dog.JPG", "runs/dog.safetensors"])
-def test_a_folder_of_images_is_not_called_as_a_file(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["dog.png", "dog.JPG", "runs/dog.safetensors", "dog.txt", "dog.tiff"])
+def test_a_folder_is_not_called_as_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with (
-        pytest.raises(UserError, match=r"called as a file.* --out .*dog\."),
-        hold_new_folder(Path(name), Path("x")),
+    for take in (
+        lambda: hold_new_folder(Path(name), Path("x")).__enter__(),
+        lambda: refuse_taken(Path(name)),  # a run's
+        lambda: hold_folder(Path(name)).__enter__(),  # what is prepared
     ):
-        pass
+        with pytest.raises(UserError, match=r"called as a file.* --out .*dog\."):
+            take()
     assert not list(tmp_path.iterdir())
+    Path(name).mkdir(parents=True)
+    refuse_taken(Path(name))  # it is a folder already
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link is a link to nowhere, which is not there"):
+        refuse_taken(Path("link"))
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:

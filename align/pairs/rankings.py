@@ -25,7 +25,7 @@ IMAGES = (
 )  # fmt: skip
 PREFERRED = "human_preference"
 PLACES = (PREFERRED, "rank", "ranking", "ranks")
-OTHERS = ("chosen", "rejected", "label", "label_0")  # columns of other layouts, which say more
+OTHERS = ("chosen", "rejected", "label", "label_0", "path1")  # columns of other layouts, which say more
 ToPicture = Callable[[Any], ImageRecord | None]
 
 
@@ -104,9 +104,13 @@ class Rankings(dict[str, Ranking]):
             preferences.skipped += len(ranking.images) == 1
 
 
-def ranking_columns(names: Collection[str]) -> tuple[str, str] | None:
-    """The columns of a ranking's images and of their places; None where `names` are of another layout."""
-    images, places = (next((name for name in known if name in names), None) for known in (IMAGES, PLACES))
+def ranking_columns(names: Collection[str], embedded: Collection[str] = ()) -> tuple[str, str] | None:
+    """The columns of a ranking's images and of their places; None where `names` are of another layout.
+
+    Of several columns of images one of those that hold them, `embedded`, and not their names.
+    """
+    by_use = sorted(IMAGES, key=lambda name: name not in embedded)
+    images, places = (next((name for name in known if name in names), None) for known in (by_use, PLACES))
     return None if images is None or places is None or set(OTHERS) & set(names) else (images, places)
 
 

@@ -6,6 +6,7 @@
 | a JSON-lines file       | `prompt` with `chosen` and `rejected`, with `image_0`, `image_1` and `label_0`, or with |
 |                         | `image` and `label`; names of pictures are relative to the file; a .json of such a list |
 | rankings                | HPDv2's and ImageReward's columns (`align.pairs.rankings`), in either or in Parquet     |
+| HPDv3                   | `prompt` with `path1`, which was preferred, and `path2`                                 |
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
 | webdataset shards, .tar | the same by what stands behind a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`  |
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from align.pairs.choices import CHOICES, Choice, read_choices, replay
-from align.pairs.rankings import Ranking, Rankings, ToPicture, ranking_columns
+from align.pairs.rankings import IMAGES, Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
@@ -38,11 +39,12 @@ from backbone.media.sources.pictures import (
     find_spelled,
     list_by_name,
 )
-from backbone.media.sources.stream import Stream
+from backbone.media.sources.stream import ITEMS, Stream
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
-COLUMNS = "chosen and rejected, image_0, image_1 and label_0, image and label, or image_path and rank"
+ORDERED_COLUMNS = (("chosen", "rejected"), ("path1", "path2"))  # the better one first; the latter HPDv3's
+COLUMNS = "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image and label, or image_path and rank"
 PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 
 
@@ -246,20 +248,47 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     required = (
         {"jpg_0", "jpg_1", "label_0"},
         {"image_0", "image_1", "label_0"},
-        {"chosen", "rejected"},
+        *map(set, ORDERED_COLUMNS),
         {"image", "label"},
     )
     if not has_prompt or not any(needed <= set(names) for needed in required):
         raise UserError(
             f"{source} has the columns {', '.join(names)}. Pairs need caption with jpg_0, jpg_1, label_0 (Pick-a-Pic), "
-            "prompt with chosen and rejected, prompt with image and label, or prompt with image_path and rank."
+            "prompt with chosen and rejected, or path1 and path2 (HPDv3), prompt with image and label, or prompt with "
+            "image_path and rank."
         )
-    return {"jpg_0", "jpg_1", "chosen", "rejected", "image", "image_0", "image_1"} & set(names)
+    return {"image", *(name for columns in (*PAIR_COLUMNS, *ORDERED_COLUMNS) for name in columns)} & set(
+        names
+    )
+
+
+class Item(NamedTuple):
+    """One of the images of a row's list."""
+
+    column: str
+    number: int
+    of: int
+
+
+def _point_to_images(
+    row: Mapping[str, Any], pictures: Set[str], ranking: tuple[str, str] | None
+) -> dict[str, Any]:
+    """A row that says in which column an image is, in the place of the image; of a list, as which item.
+
+    A list that is not in the row has as many as the row has places.
+    """
+    named: dict[str, Any] = {**row, **{name: name for name in pictures}}
+    if ranking is not None and ranking[0] in pictures and isinstance(row.get(ranking[1]), list):
+        stored = row.get(ranking[0])
+        count = len(stored if isinstance(stored, list) else row[ranking[1]])
+        named[ranking[0]] = [Item(ranking[0], number, count) for number in range(count)]
+    return named
 
 
 def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
     names = table.column_names
-    ranking = ranking_columns(names) if set(PROMPT_COLUMNS) & set(names) else None
+    embedded = [name for name in IMAGES if name in names and not table.names_files(name)]
+    ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
     pictures = _picture_columns(names, source) if ranking is None else {ranking[0]}
     if table.fetched and any(table.names_files(name) for name in pictures):
         raise UserError(
@@ -267,21 +296,25 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
         )
     pictures = {name for name in pictures if not table.names_files(name)}
     preferences, rankings = Preferences(source), Rankings()
-    other_columns = [name for name in names if name not in pictures]
+    others = set(IMAGES) - {ranking[0]} if ranking is not None and ranking[0] in pictures else set()
+    other_columns = [name for name in names if name not in pictures and name not in others]
     for index, row in enumerate(table.values(other_columns)):
         if limit is not None and index >= limit:
             break
         where = f"row {index} of {source}"
 
         def picture_at(column: Any, index: int = index, where: str = where) -> ImageRecord | None:
+            item = (column.number, column.of) if isinstance(column, Item) else None
+            name = f"{column.column}-{column.number}" if isinstance(column, Item) else str(column)
+            column = column.column if isinstance(column, Item) else column
             if column not in pictures:
                 return _picture_from(column, listed=table.folder / table.name, where=where)
             return ImageRecord(
-                Path(source) / f"{index:06d}-{column}",
-                row=DatasetRow(table, str(column), index, table.folder, table.fetched),
+                Path(source) / f"{index:06d}-{name}",
+                row=DatasetRow(table, str(column), index, table.folder, table.fetched, item),
             )
 
-        _add_row(preferences, rankings, {**row, **{name: name for name in pictures}}, where, picture_at)
+        _add_row(preferences, rankings, _point_to_images(row, pictures, ranking), where, picture_at)
     rankings.add_to(preferences)
     return preferences
 
@@ -292,19 +325,32 @@ class PairStream:
 
     stream: Stream
     pictures: Set[str]
+    ranking: tuple[str, str] | None
     user: str | None
 
-    def read(self, row: Mapping[str, Any], shard: int, number: int) -> Record | str | None:
-        """A row's record, or the problem with it; None for one without a label, and one of another user."""
+    @property
+    def per_row(self) -> int:
+        """How many records a row may give."""
+        return 1 if self.ranking is None else ITEMS
+
+    def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[Record | str]:
+        """A row's records, or the problem with it; none for one without a label, and one of another user."""
 
         def to_picture(column: Any) -> ImageRecord:
+            if isinstance(column, Item):
+                return self.stream.picture(row, column.column, shard, number, column.number)
             return self.stream.picture(row, str(column), shard, number)
 
-        named = {**row, **{name: name for name in self.pictures}}
-        record = _read_row(named, self.stream.where(shard, number), to_picture)
-        if self.user is not None and not isinstance(record, str) and record and record.user != self.user:
-            return None
-        return record
+        where, found = self.stream.where(shard, number), Preferences(self.stream.source)
+        if self.ranking is not None:
+            row = {
+                name: value for name, value in row.items() if name not in IMAGES or name == self.ranking[0]
+            }
+        _add_row(found, Rankings(), _point_to_images(row, self.pictures, self.ranking), where, to_picture)
+        if len(found.records) > ITEMS:
+            return [f"{where} ranks so many images that {len(found.pairs)} pairs are made of them"]
+        wanted = [one for one in found.records if self.user is None or one.user == self.user]
+        return [*found.problems, *wanted]
 
     def refuse_none(self, found: int) -> None:
         """`UserError` where nothing was found of the user that was asked for."""
@@ -313,8 +359,20 @@ class PairStream:
 
 
 def stream_preferences(stream: Stream, *, user: str | None = None) -> PairStream:
-    """The preferences of a stream. `UserError` where its columns are no pairs'."""
-    return PairStream(stream, _picture_columns(stream.column_names, stream.source), user)
+    """The preferences of a stream. `UserError` where its columns are no pairs', or name their images."""
+    names = stream.column_names
+    embedded = [name for name in IMAGES if name in names and name not in stream.names_files]
+    ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
+    pictures = _picture_columns(names, stream.source) if ranking is None else {ranking[0]}
+    layouts = (*PAIR_COLUMNS, *ORDERED_COLUMNS, ("image",))
+    used = next((columns for columns in layouts if pictures >= {*columns}), tuple(pictures))
+    stream.refuse_names(used)
+    if ranking is not None and ranking[0] not in stream.lists:
+        raise UserError(
+            f"{stream.source} has a row for each image of a prompt, and a stream is read row by row. Download it, and "
+            "give its folder."
+        )
+    return PairStream(stream, pictures, ranking, user)
 
 
 # A row of any of them ---------------------------------------------------------------------------------------
@@ -363,8 +421,9 @@ def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Reco
         if columns is not None:
             pictures = [to_picture(row[name]) for name in columns]
             return _labelled_pair(row, pictures, prompt, where, user)
-        if "chosen" in row and "rejected" in row:
-            pictures = [to_picture(row["chosen"]), to_picture(row["rejected"])]
+        ordered = next((names for names in ORDERED_COLUMNS if names[0] in row and names[1] in row), None)
+        if ordered is not None:
+            pictures = [to_picture(row[name]) for name in ordered]
             return _chosen_pair(row, pictures, prompt, where, user)
         column = next((name for name in ("image", "file_name") if name in row), None)
         if column is None:
@@ -405,7 +464,7 @@ def _labelled_pair(
 def _chosen_pair(
     row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
 ) -> Pair | str:
-    """A pair from `chosen` and `rejected`, a tie where `tie` is true; or the problem with it."""
+    """A pair from two columns, of which the first is preferred, a tie where `tie` is true; or the problem with it."""
     chosen, rejected = pictures
     if chosen is None or rejected is None:
         return f"{where} names no picture"

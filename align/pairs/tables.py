@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.media.sources.pictures import fetched_folder, load_saved, load_tars, refuse_closed_cache
+from backbone.media.sources.pictures import (
+    fetched_folder,
+    leave_encoded,
+    load_saved,
+    load_tars,
+    refuse_closed_cache,
+)
 
 
 class ParquetTable:
@@ -90,14 +96,8 @@ class DatasetTable:
     """
 
     def __init__(self, table: Any, folder: Path, fetched: Path | None = None) -> None:
-        import datasets
-
         self.folder, self.name, self.fetched = folder, "dataset", fetched
-
-        for name, kind in table.features.items():
-            if isinstance(kind, datasets.Image):
-                table = table.cast_column(name, datasets.Image(decode=False))
-        self.table = table
+        self.table = leave_encoded(table, table.column_names)
         self.column_names: list[str] = list(table.column_names)
 
     def names_files(self, column: str) -> bool:

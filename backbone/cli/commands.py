@@ -12,6 +12,7 @@ show their help in panels (`backbone.cli.help`).
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -54,7 +55,12 @@ def print_json(value: Any) -> None:
     """Prints a value as JSON on stdout: what `--json` promises. NaN and infinities are null."""
     from backbone.io.files import json_text
 
-    typer.echo(json_text(value))
+    text = json_text(value)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2)  # every character that is not ASCII as its number
+    typer.echo(text)
 
 
 class Application(typer.Typer):

@@ -7,7 +7,6 @@ command or a group asks for it by its class: `typer.Typer(cls=Group, rich_markup
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import textwrap
@@ -22,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from backbone.io.console import UserError
 
 WIDEST = 100  # columns; longer lines are hard to read
+NARROWEST = 40  # below, a terminal breaks lines itself
 NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
 SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are listed in the text
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
@@ -116,7 +116,7 @@ def refuse_repeats(order: Sequence[Any]) -> None:
 
 def page(command: Any, ctx: Any) -> str:
     """The help of a command or a group: usage, what it is for, then a panel after the other."""
-    columns = min(int(os.environ.get("COLUMNS") or shutil.get_terminal_size().columns), WIDEST)
+    columns = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
     about = [textwrap.fill(" ".join(part.split()), columns) for part in (command.help or "").split("\n\n")]
     panels: dict[str, list[tuple[str, str]]] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from backbone.cli.options import build, refuse_idle
 from backbone.io.console import UserError
+from backbone.io.run import Run
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
@@ -56,6 +58,34 @@ def build_drawing(kind: Callable[..., Made], settings: Mapping[str, Any], concep
     made = build(kind, {"concepts": runs, **known})
     refuse_idle(made, known)
     return made
+
+
+def folder_of(out: object) -> Path | None:
+    """A folder to write, None for none; `UserError` for what is no path. An empty one is no working folder."""
+    if out is None:
+        return None
+    if not isinstance(out, (str, Path)) or not str(out):
+        raise UserError(f"out is {str(out)[:60]!r}, which names no folder. Name one, or leave it out.")
+    return Path(out).expanduser()
+
+
+def folders_of(runs: object) -> tuple[Path, ...]:
+    """Run folders that were given as one, as several, or not at all; `UserError` for what is no path and no run."""
+    several: Sequence[object] = runs if isinstance(runs, (list, tuple)) else [runs]
+    given = [] if runs is None else several
+    for one in given:
+        if not isinstance(one, (str, Path, Run)):
+            raise UserError(f"concept is {type(one).__name__}, which is no run folder. Give its path.")
+    return tuple(Path(str(one)) for one in given)
+
+
+def memory_of(vram: object) -> float | None:
+    """A device's memory in GiB, None for what is not planned; `UserError` for what is no number above 0."""
+    if vram is None:
+        return None
+    if isinstance(vram, bool) or not isinstance(vram, (int, float)) or not 0 < vram < math.inf:
+        raise UserError(f"vram is {vram!r}, which is no number of GiB. Give one above 0.")
+    return float(vram)
 
 
 def _parameter(one: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

@@ -387,12 +387,9 @@ class _Said(dict[str, Any]):
             for other, meant in one.option.words[value].items():
                 self.put(other, meant, f"{name} {value}")
             return
-        if (
-            self.file is None
-            and isinstance(value, str)
-            and not value.strip()
-            and one.option.is_place(one.kind)
-        ):
+        values = value if one.many and isinstance(value, (list, tuple)) else [value]
+        empty = any(isinstance(part, str) and not part.strip() for part in values)
+        if self.file is None and empty and one.option.is_place(one.kind):
             # An empty path is the working folder, and a variable of the shell that was never set is empty
             raise UserError(f"{name} is empty. Name one, or leave it out.")
         self.put(one.name, converted(one, value, name, self.file), name)
@@ -602,14 +599,18 @@ def _choice(one: Field, value: str, where: str) -> str:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word.lower(), known, n=1)
     return f" Did you mean {near[0]}?" if near else " Choose one of them." if len(known) < 12 else ""
 
 
 def check_values(settings: Any) -> None:
-    """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow."""
+    """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow.
+
+    A default is allowed that cannot be asked for: it stands for nothing said.
+    """
     for one in fields_of(type(settings)).values():
-        converted(one, getattr(settings, one.name), one.name)
+        if getattr(settings, one.name) != one.default:
+            converted(one, getattr(settings, one.name), one.name)
 
 
 def read_settings(declared: Callable[..., Made], path: Path) -> Made:
@@ -630,7 +631,10 @@ def read_settings(declared: Callable[..., Made], path: Path) -> Made:
 
 
 def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
-    """The dataclass with these values; `UserError`, naming the argument, for unknown ones and missing ones."""
+    """The dataclass with these values, of which None is as good as left out where nothing else may be.
+
+    Raises `UserError`, naming the argument, for unknown ones, missing ones, and those of another type.
+    """
     known = {one.name: one for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
@@ -638,7 +642,45 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")
-    return declared(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return declared(**_fitted(declared, values))
+
+
+def _fitted(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as their fields want them: text and numbers are, what else there may be is left as it is."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        one, optional = _plain_fields(declared)[name]
+        if value is None and not optional:
+            continue
+        if (
+            value is not None
+            and one is not None
+            and not (isinstance(value, str) and value in one.option.words)
+        ):
+            value = converted(one, value, name)
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+@cache
+def _plain_fields(declared: Hashable) -> dict[str, tuple[Field | None, bool]]:
+    """The fields of a dataclass that hold text, numbers or yes and no, and whether None may stand there."""
+    assert isinstance(declared, type)
+    known, hints = fields_of(declared), get_type_hints(declared)
+    found: dict[str, tuple[Field | None, bool]] = {}
+    for one in dataclasses.fields(declared):
+        hint = hints[one.name]
+        kind, many = _kind_of(hint)
+        plain = known.get(one.name) or Field(one.name, kind, many, one.default, Option("", ""))
+        told = kind in (int, float, str, bool) and (one.name in known or _is_plain(hint))
+        found[one.name] = (plain if told else None, type(None) in get_args(hint))
+    return found
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type is one of a number, of text or of yes and no, or that or nothing."""
+    inner = [one for one in get_args(hint) if one is not type(None)] or [hint]
+    return len(inner) == 1 and inner[0] in (int, float, str, bool)
 
 
 def part(declared: type[Made], settings: Any) -> Made:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -47,8 +49,11 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     diffusers, whose objects stay alive; the threshold is raised to GC_THRESHOLD.
     """
     gc.set_threshold(GC_THRESHOLD, 20, 100)
+    write_what_the_terminal_can()
     try:
-        app()
+        refuse_lost_folder()
+        with stop_on_termination():
+            app()
     except KeyboardInterrupt as interrupt:
         _exit(str(interrupt) or "Stopped.", EXIT_INTERRUPTED)
     except SystemExit as exit_:  # typer turns Ctrl-C into exit code 130 and prints nothing
@@ -61,6 +66,42 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
             raise
         _exit(f"Error: {message}", EXIT_USER_ERROR)
     sys.exit(0)
+
+
+def write_what_the_terminal_can() -> None:
+    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def stop_on_termination() -> Iterator[None]:
+    """Let SIGTERM, by which machines and schedulers stop a command, end it as Ctrl-C does: nothing is half-written."""
+    own = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def refuse_lost_folder() -> None:
+    """`UserError` where the working folder was removed: paths mean nothing there, and torch's kernels do not load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("The working folder is not there any more. Change into one that is.") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -113,6 +154,11 @@ def notify(text: str) -> None:
 def notify_once(text: str) -> None:
     """`notify`, unless this very text was said before in this process."""
     notify(text)
+
+
+def shorten(text: str, most: int = 400) -> str:
+    """A text's beginning, where it has more than so many characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def count_of(number: int, noun: str) -> str:

@@ -279,6 +279,19 @@ def content_hash(content: bytes | str | Path) -> str:
 
 
 _being_written: set[Path] = set()  # the temporary files of this process
+_to_be_new: set[Path] = set()  # files that were not there when this process began to make them
+
+
+def refuse_existing(path: Path) -> None:
+    """`UserError` for a file that exists, which is not overwritten.
+
+    Nor is one that another process writes before this one has finished: `atomic_write` refuses it then.
+    """
+    if path.exists():
+        raise UserError(
+            f"{path} exists already and is not overwritten. Name another file, or remove this one."
+        )
+    _to_be_new.add(Path(os.path.realpath(path)))
 
 
 @contextmanager
@@ -306,7 +319,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, permissions)  # a writer may have replaced it
         _flush(temporary)
-        os.replace(temporary, destination)
+        _put(temporary, destination)
         _flush_folder(destination.parent)
     except OSError as error:
         if error.filename is None or error.filename == os.fspath(temporary):
@@ -315,6 +328,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         _being_written.discard(temporary)
+
+
+def _put(temporary: Path, destination: Path) -> None:
+    """Moves a whole file to where it belongs; `UserError` where it had to be new (`refuse_existing`) and is not."""
+    if destination in _to_be_new:
+        _to_be_new.discard(destination)
+        try:
+            os.link(temporary, destination)
+            return
+        except FileExistsError as error:
+            raise UserError(
+                f"{destination} was written by another process meanwhile and is not overwritten. Name another file."
+            ) from error
+        except OSError:  # a file system without links
+            pass
+    os.replace(temporary, destination)
 
 
 def remove_abandoned(folder: Path, start: str = ".") -> None:
@@ -409,6 +438,8 @@ def _check_safetensors_path(path: str | Path) -> Path:
         raise UserError(f"{path} {IS_GGUF}")
     if not path.exists():
         raise FileNotFoundError(2, os.strerror(2), str(path))
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device, not a safetensors file. Name a file.")
     with path.open("rb"):  # safetensors says of a file that may not be read that there is none, and not which
         return path
 

@@ -7,7 +7,7 @@ these, or of words.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,23 @@ def is_caption(words: str) -> bool:
     return (words.split() or [""])[0].lower() in VERBLESS
 
 
-def prompts_of(given: Sequence[str]) -> list[Prompt]:
+def prompts_of(given: str | Sequence[str]) -> list[Prompt]:
     """The prompts of what was given, in order: a file that exists is read, other words are a prompt themselves.
 
-    Raises `UserError` for empty words, and for the name of a .txt, .jsonl or .json file that is not there.
+    Raises `UserError` for empty words, for what is no text, and for the name of a .txt, .jsonl or .json file that is
+    not there.
     """
     found = []
-    for words in given:
+    for words in [given] if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else given:
+        if not isinstance(words, str):
+            raise UserError(
+                f"A prompt is text, and {type(words).__name__} is none. Give words, or several in a list."
+            )
         if os.path.isfile(path := os.path.expanduser(words)):
             found += read_prompts(Path(path))
         elif words.strip().lower().endswith(SUFFIXES):
+            if os.path.isdir(path):
+                raise UserError(f"{words} is a folder. Name a file with a prompt on each line.")
             raise UserError(
                 f"{words} does not exist. Name a file with a prompt on each line, or give the words."
             )
@@ -57,6 +64,14 @@ def prompts_of(given: Sequence[str]) -> list[Prompt]:
             found.append(Prompt(words))
         else:
             raise UserError("A prompt is empty. Say in words what to draw.")
+    return found
+
+
+def some_prompts(given: str | Sequence[str]) -> list[Prompt]:
+    """`prompts_of` where at least one is wanted."""
+    found = prompts_of(given)
+    if not found:
+        raise UserError("There are no prompts. Say in words what to draw.")
     return found
 
 

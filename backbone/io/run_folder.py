@@ -36,7 +36,38 @@ LEFT_BEHIND = (
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
 WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
-OF_A_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".safetensors", ".json", ".html")
+OF_A_FILE = frozenset(
+    {
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".mp4",
+        ".mov",
+        ".mkv",
+        ".avi",
+    }
+    | {
+        ".webm",
+        ".safetensors",
+        ".ckpt",
+        ".pt",
+        ".pth",
+        ".bin",
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".csv",
+    }
+    | {".txt", ".md", ".html", ".pdf", ".log", ".parquet", ".tar", ".zip", ".gz"}
+)
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -69,7 +100,19 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """`UserError` for a folder that cannot be made or written, which is said before anything is computed for it."""
+    """`UserError` for a folder that cannot be made or written, which is said before anything is computed for it.
+
+    One to be made that is called as a file is refused: a file was meant.
+    """
+    if folder.suffix.lower() in OF_A_FILE and not folder.exists():
+        raise UserError(
+            f"{folder} would be a folder that is called as a file. Name a folder: --out {folder.with_suffix('')}."
+        )
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder} is a link to {os.readlink(folder)}, which is not there. Make that folder, or choose another "
+            "--out."
+        )
     above = folder.absolute()
     place = next(path for path in (above, *above.parents) if path.exists())
     if not place.is_dir():
@@ -113,13 +156,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def refuse_new_folder(named: Path | None, usual: Path) -> None:
     """`UserError` for a folder that `hold_new_folder` could not make, to be called before anything is computed."""
     refuse_unwritable(named or usual.parent)
-    if named is None:
-        return
-    if named.suffix.lower() in OF_A_FILE and not named.exists():
-        raise UserError(
-            f"--out {named} would be a folder that is called as a file. Name a folder: --out {named.with_suffix('')}."
-        )
-    refuse_filled(named)
+    if named is not None:
+        refuse_filled(named)
 
 
 @contextmanager

@@ -6,10 +6,12 @@ A clip is read whole, in order, and no frame is dropped in silence. Frames are R
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,17 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
                 f"{source} holds no frames itself, but folders of images: {records[0].path.parent.name} … Give one of "
                 "these."
             )
-        frames = [record.open(convert=convert) for record in records]
+        if records[0].row is None:
+            _look_at_numbers([record.path for record in records], path)
+        see_through: list[bool] = []
+
+        def noted(frame: Image.Image) -> Image.Image:
+            see_through.append(is_see_through(frame))
+            return convert(frame)
+
+        frames = [record.open(convert=noted) for record in records]
+        if any(see_through):
+            notify(f"{source}: its transparent parts are white.")
         found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         found = _read_video(path)
@@ -83,6 +95,32 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
             "them alike."
         )
     return found
+
+
+def _look_at_numbers(files: Sequence[Path], folder: Path) -> None:
+    """Says which numbers are left out among the frames of a folder; `UserError` where two files are one frame.
+
+    Every second or third frame of a clip is a clip.
+    """
+    names = [re.fullmatch(r"(.*?)(\d*)", file.stem) for file in files]
+    keys = [(match[1], int(match[2][-18:] or -1)) for match in names if match]
+    for (one, file), (other, after) in pairwise(zip(keys, files, strict=True)):
+        if one == other:
+            raise UserError(f"{file} and {after.name} are one frame by their names. Keep one of them.")
+    numbers = [number for _, number in keys]
+    if len({prefix for prefix, _ in keys}) > 1 or -1 in numbers:
+        return
+    usual = min((after - number for number, after in pairwise(numbers)), default=1)
+    lost = [
+        str(between)
+        for number, after in pairwise(numbers)
+        for between in range(number + usual, min(after, number + MOST_FRAMES), usual)
+    ]
+    if lost:
+        notify(
+            f"{folder} has no frame {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: the frames beside a gap "
+            "follow one another."
+        )
 
 
 def _read_animation(path: Path, convert: Convert) -> Film:

@@ -57,6 +57,14 @@ def locate(model: str) -> Location:
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
         )
     files = [Path(one).expanduser() for one in split_files(place)]
+    if path.name == "model_index.json" and path.is_file():
+        raise UserError(f"{path} is one file of a model. Name its folder: {path.parent}.")
+    whole = Path(place.split(JOIN)[0]).expanduser() if JOIN in place else path
+    if whole != path and whole.is_dir() and not path.exists():
+        raise UserError(
+            f"{whole} is a whole model, whose other components lie in it: --vae and --text-encoder have no effect. "
+            "Leave them out."
+        )
     if path.is_file() or len(files) > 1:
         return _single_file(model, files)
     if path.suffix.lower() in WEIGHTS:

@@ -11,6 +11,7 @@ Parts load when first used and can be freed again, so a training run never holds
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -120,9 +121,9 @@ class Backbone:
     @classmethod
     def open(
         cls,
-        model: str = "moji",
+        model: str | os.PathLike[str] = "moji",
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str = "auto",
         placement: Placement | None = None,
         resolution: int = 0,
@@ -140,11 +141,17 @@ class Backbone:
         Raises `UserError` when there is no such model, when its family is not served, when it is made for another task,
         or when it cannot work at that resolution.
         """
-        location, widen = locate(model), task == "learn-to-edit"
+        if not isinstance(model, (str, os.PathLike)) or not isinstance(resolution, int):
+            given = model if isinstance(resolution, int) else resolution
+            raise UserError(
+                f"{type(given).__name__} is no model's name or folder, and no number of pixels. Open one as "
+                'backbone.open("moji", resolution=128).'
+            )
+        location, widen = locate(os.fspath(model)), task == "learn-to-edit"
         found = location.index.get("_class_name", "")
         for family in families():
             if found in family.pipeline_classes:
-                place = resolve_device(device)
+                place = resolve_device(str(device))
                 dtype = resolve_dtype(precision, place)
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, read_metadata
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, absolute
@@ -33,6 +33,7 @@ ReportTo = Annotated[
 ]
 WEIGHTINGS = ("none", "min-snr", "debiased")
 SCHEDULES = ("cosine", "constant")
+MOST_STEPS = 10**9  # of a training, whatever the machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class TrainingSettings:
             by_model=True,
         ),
     ] = False
-    steps: Annotated[int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1)] = 400
+    steps: Annotated[
+        int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1, max=MOST_STEPS)
+    ] = 400
     batch: Annotated[
         int, Option("Images in a batch.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
     ] = 4
@@ -184,6 +187,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.learning_rate == 0:
+            notify_once("The learning rate is 0: what it is the rate of learns nothing.")
         if self.lora_alpha <= 0:
             raise UserError(
                 f"lora_alpha is {self.lora_alpha:g}; the adapter works with strength α/rank, so α has to be above 0."

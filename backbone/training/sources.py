@@ -25,16 +25,20 @@ from backbone.models.encode import ShardWriter
 from backbone.training.prepared import chunks_left
 
 Found = TypeVar("Found", covariant=True)
-ROWS = 1 << 32  # a shard's rows have numbers from `shard · ROWS` on
+ROWS = (
+    1 << 32
+)  # a shard's records have numbers from `shard · ROWS` on, those of a row from `row · per_row` on
 SHARDS = "shards"
 
 
 class Rows(Protocol[Found]):
-    """What makes records of the rows of a stream: None where a row is to be passed over."""
+    """What makes records of the rows of a stream: none where a row is to be passed over, `per_row` at most."""
 
     @property
     def stream(self) -> Stream: ...
-    def read(self, row: Mapping[str, Any], shard: int, number: int) -> Found | None: ...
+    @property
+    def per_row(self) -> int: ...
+    def read(self, row: Mapping[str, Any], shard: int, number: int) -> Sequence[Found]: ...
 
 
 class Source(Protocol[Found]):
@@ -89,11 +93,12 @@ class Listed(Generic[Found]):
 
 @dataclass(frozen=True)
 class Read:
-    """How far a shard was read: `rows` of it, which gave `records`; whether that is all."""
+    """How far a shard was read: `rows` of it, which gave `records`; whether that is all; how many gave none."""
 
     rows: int = 0
     records: int = 0
     finished: bool = False
+    empty: int = 0
 
 
 class Streamed(Generic[Found]):
@@ -111,7 +116,7 @@ class Streamed(Generic[Found]):
         shards = self.rows.stream.shards
         read = [self.read(shard) for shard in range(shards)]
         starts = np.arange(shards) * ROWS
-        ends = np.searchsorted(done, starts + [one.rows for one in read])
+        ends = np.searchsorted(done, starts + [one.rows * self.rows.per_row for one in read])
         whole = ends - np.searchsorted(done, starts) == [
             one.records for one in read
         ]  # nothing has vanished since
@@ -131,13 +136,15 @@ class Streamed(Generic[Found]):
         return chunk
 
     def find(self, numbers: Sequence[int]) -> Iterator[Found]:
+        per_row = self.rows.per_row
         for shard in sorted({number // ROWS for number in numbers}):
-            wanted = [number % ROWS for number in numbers if number // ROWS == shard]
-            rows = self.rows.stream.rows(shard, wanted[0])
-            for number, row in enumerate(islice(rows, wanted[-1] + 1 - wanted[0]), wanted[0]):
-                record = self.rows.read(row, shard, number) if number in wanted else None
-                if record is not None:
-                    yield record
+            wanted = [divmod(number % ROWS, per_row) for number in numbers if number // ROWS == shard]
+            first, last = wanted[0][0], wanted[-1][0]
+            rows = self.rows.stream.rows(shard, first)
+            for number, row in enumerate(islice(rows, last + 1 - first), first):
+                if places := [place for one, place in wanted if one == number]:
+                    records = self.rows.read(row, shard, number)
+                    yield from (records[place] for place in places)
 
     def took(self) -> None:
         shard, read = self._handed.popleft()
@@ -156,8 +163,7 @@ class Streamed(Generic[Found]):
     @property
     def passed_over(self) -> int:
         """How many rows of the shards gave no record, as far as they were read."""
-        read = [self.read(shard) for shard in range(self.rows.stream.shards)]
-        return sum(one.rows - one.records for one in read)
+        return sum(self.read(shard).empty for shard in range(self.rows.stream.shards))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.json"
@@ -172,15 +178,15 @@ class Streamed(Generic[Found]):
             rows = enumerate(self.rows.stream.rows(shard, read.rows), read.rows)
             while not read.finished:
                 chunk: list[tuple[int, Found]] = []
-                number, finished = read.rows - 1, True
+                number, finished, empty = read.rows - 1, True, read.empty
                 for number, row in rows:
-                    record = self.rows.read(row, shard, number)
-                    if record is not None:
-                        chunk.append((shard * ROWS + number, record))
-                    if len(chunk) == length:
+                    records = self.rows.read(row, shard, number)
+                    chunk += enumerate(records, shard * ROWS + number * self.rows.per_row)
+                    empty += not records
+                    if len(chunk) >= length:
                         finished = False
                         break
-                read = Read(number + 1, read.records + len(chunk), finished)
+                read = Read(number + 1, read.records + len(chunk), finished, empty)
                 self._handed.append((shard, read))
                 yield [one for one in chunk if one[0] not in known]
 

@@ -38,10 +38,10 @@ from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
 from backbone.io.records import inside
 from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder
-from backbone.media.clips import Film, choose_strip, encode_webp, read_film
+from backbone.media.clips import ANIMATED, FILMS, Film, choose_strip, encode_webp, read_film
 from backbone.media.control.camera import CameraPath, read_camera, trace_corners
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import open_named
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.model import Backbone
 from backbone.world.motions import CAMERAS, find_moves
@@ -149,6 +149,8 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
     Raises `UserError` for a place that holds no clips and cannot draw any.
     """
     place = Path(asked.what).expanduser()
+    if not place.exists() and place.suffix.lower() in (*ANIMATED, *FILMS):
+        read_film(place)  # says that there is none
     run = (place / ADAPTER_FILE).is_file()
     beside = place.parent if place.exists() else Path()
     usual = (
@@ -254,7 +256,7 @@ class ScoredWords:
 
 def gather(folder: Path, asked: EvaluateClipOptions) -> list[Shown]:
     """The clips of a folder with their words: of customize clip by its record, of others by the texts beside them."""
-    picture = None if asked.image is None else open_rgb(asked.image)
+    picture = None if asked.image is None else open_named(asked.image)
     record = folder / RECORD
     said = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
     if folder.is_file():

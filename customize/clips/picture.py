@@ -18,7 +18,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import import_av, write_film
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import open_named
 from backbone.media.transforms import crop_and_resize, to_image, to_tensor, working_size
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.animate import Still, animate, condition_on_stills
@@ -53,7 +53,7 @@ def draw_pictures(asked: ClipOptions) -> Path:
     if asked.mp4:
         import_av("--mp4")
     model = open_for_pictures(asked)
-    pictures = [open_rgb(path) for path in asked.images]
+    pictures = [open_named(path) for path in asked.images]
     asked = asked.with_defaults(model.defaults)
     asked = replace(asked, frames=asked.frames or model.latent_shape[1], fps=asked.fps or FPS)
     if asked.guidance is not None and asked.min_guidance > max(1.0, asked.guidance):

@@ -56,13 +56,13 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             "Frames of a clip.",
             MOTION,
             aliases=("num-frames", "video-length"),
-            min=0,
+            min=SHORTEST,
             max=1024,
             default_text="16; of SVD by model",
         ),
     ] = 0
     fps: Annotated[
-        float, Option("Frames per second.", MOTION, min=0, max=240, default_text="8; of SVD 7")
+        float, Option("Frames per second.", MOTION, min=SLOWEST, max=240, default_text="8; of SVD 7")
     ] = 0.0
     motion: Annotated[
         str,
@@ -158,10 +158,6 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_pictures(words=not self.by_picture_alone)
-        if self.frames == 1:
-            raise UserError(f"--frames must lie between {SHORTEST} and 1024, and 1 does not.")
-        if 0 < self.fps < SLOWEST:
-            raise UserError(f"--fps must lie between {SLOWEST} and 240, and {self.fps:g} does not.")
         if not self.by_picture_alone:
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
             object.__setattr__(self, "fps", self.fps or USUAL_FPS)

@@ -17,7 +17,7 @@ from backbone.cli.conditions import ANY, RGB, AskedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
 from backbone.media.control.maps import Target, as_hints, number_maps, read_numbered_maps
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import open_named
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from backbone.models.clips.sparse import SparseControl, open_sparsectrl
@@ -38,7 +38,7 @@ def given_frames(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
         return [], []
     refuse_windows(asked)
     places = place_frames(asked.image_at, len(asked.images), asked.frames)
-    return [open_rgb(path) for path in asked.images], places
+    return [open_named(path) for path in asked.images], places
 
 
 def refuse_windows(asked: ClipOptions) -> None:

@@ -43,6 +43,7 @@ from backbone.media.sources.pictures import (
     ImageRecord,
     ListedImages,
     find_lists,
+    list_by_name,
     list_images,
     normalize_name,
     read_metadata,
@@ -64,6 +65,14 @@ IMAGE_COLUMNS = ("filename", "image", "target", "imagepath")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Of a map beside its image: `1.sketch.png`, `1_canny.png`; OneTrainer's `1-condlabel.png` is of any kind
 MAP_STEM = re.compile(r"(.+)[._-](" + "|".join([*KINDS, *SYNONYMS, "condlabel"]) + ")", re.IGNORECASE)
+# Of any kind too, where there is such an image: `1_control.png`, `hint_1.png`; and `canny_1.png`
+ANY_KIND = ("condlabel", "control", "cond", "condition", "conditioning", "hint", "map")
+PERHAPS_MAP = re.compile(
+    rf"(?P<stem>.+)[._-](?P<word>{'|'.join(ANY_KIND)})"
+    rf"|(?P<first>{'|'.join([*KINDS, *SYNONYMS, *ANY_KIND])})[._-](?P<rest>.+)",
+    re.IGNORECASE,
+)
+IMAGE_FOLDERS = (*TARGETS, "img", "photo", "picture")
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,8 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
             ControlPair(replace(one.target, caption=one.instruction or None), one.source)
             for one in read_edit_pairs(path)
         ]
+    elif path.is_dir() and (folders := _find_two_folders(path, kind)):
+        pairs = _from_folders(path, *folders)
     else:
         pairs = _from_images(source, kind, columns)
     bare = [pair for pair in pairs if pair.map is None]
@@ -186,6 +197,31 @@ def _has_two_folders(folder: Path) -> bool:
     return bool(names & set(SOURCES)) and bool(names & set(TARGETS))
 
 
+def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
+    """The folders of images and of their maps, which is called after maps or the kind; None where there are none."""
+    below = {plain_name(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    words = (*SOURCES, "map", "hint", kind, *(word for word, meant in SYNONYMS.items() if meant == kind))
+    images, drawn = (
+        next((below[plain_name(name)] for name in names if plain_name(name) in below), None)
+        for names in (IMAGE_FOLDERS, words)
+    )
+    return None if images is None or drawn is None else (images, drawn)
+
+
+def _from_folders(folder: Path, images: Path, drawn: Path) -> list[ControlPair]:
+    """The pairs of two folders by their files' names."""
+    pictures, maps = list_by_name(images), list_by_name(drawn)
+    if alone := sorted({*pictures} ^ {*maps}):
+        raise UserError(
+            f"{count_of(len(alone), 'name')} of {folder} in only one of {images.name}/ and {drawn.name}/ "
+            f"(first: {alone[0]}). Give each its partner with the same name."
+        )
+    return [
+        ControlPair(replace(one, caption=one.caption or maps[name].caption), maps[name])
+        for name, one in pictures.items()
+    ]
+
+
 def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
     """Images with maps beside them (`1.png`, `1.sketch.png`), or the rows of a table."""
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
@@ -193,6 +229,11 @@ def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
         names = images[0].row.table.column_names
         column = columns.map or next((one for one in names if plain_name(one) in MAP_COLUMNS), "")
         maps = list_images(source, image_column=column) if column else [None] * len(images)
+        if len(maps) != len(images):
+            raise UserError(
+                f"{source} has {count_of(len(images), 'image')} and {count_of(len(maps), 'map')} in {column}. Give "
+                "each image one map."
+            )
         return [ControlPair(image, one) for image, one in zip(images, maps, strict=True)]
     if columns.map:
         raise UserError(
@@ -210,13 +251,16 @@ def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair
     maps_of: dict[Path, Path] = {}
     others: list[Path] = []
     for path in [file for folder in sorted({stem.parent for stem in stems}) for file in _image_files(folder)]:
-        match = MAP_STEM.fullmatch(path.stem)
-        stem = path.with_name(normalize_name(match[1])) if match else path
-        if match is None or (stem not in stems and not path.stem.lower().endswith(f".{match[2].lower()}")):
+        match, perhaps = MAP_STEM.fullmatch(path.stem), PERHAPS_MAP.fullmatch(path.stem)
+        of, word = (match[1], match[2]) if match else ("", "")
+        if perhaps and not match:
+            of, word = perhaps["stem"] or perhaps["rest"], perhaps["word"] or perhaps["first"]
+        stem, word = path.with_name(normalize_name(of or path.name)), word.lower()
+        if not of or (stem not in stems and (match is None or not path.stem.lower().endswith(f".{word}"))):
             continue  # an image whose name ends so
         if stem not in stems:
             raise UserError(f"{path} is a map, but there is no image {stem}.* beside it. Remove it.")
-        if (word := match[2].lower()) not in (kind, "condlabel") and SYNONYMS.get(word) != kind:
+        if word not in (kind, *ANY_KIND) and SYNONYMS.get(word) != kind:
             others.append(path)
         elif stem in maps_of:
             raise UserError(

@@ -209,7 +209,7 @@ def _from_folders(folder: Path) -> list[EditPair]:
     alone = sorted({*before} ^ {*after})
     if alone:
         raise UserError(
-            f"{len(alone)} images of {folder} stand in one of {source.name}/ and {target.name}/ only "
+            f"{count_of(len(alone), 'name')} of {folder} in one of {source.name}/ and {target.name}/ only "
             f"(first: {alone[0]}). Give each its partner with the same name."
         )
     further = [

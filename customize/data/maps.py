@@ -10,7 +10,7 @@ from PIL.Image import Image
 from backbone.io.console import UserError
 from backbone.media.control.maps import COMPUTED, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.decode import open_named
 from backbone.media.transforms import crop_square
 from backbone.world.maps import draw_maps, look_at
 from backbone.world.rendering.record import SIZE
@@ -55,7 +55,7 @@ def maps_of_picture(
             f"{missing[0].capitalize()} of a photograph is found by a network that is not here. Draw the map, or take "
             f"that of a scene: customize map {missing[0]} --scene 7. Found without one: {', '.join(COMPUTED)}."
         )
-    picture = crop_square(open_rgb(path), resolution or _resolution(model))
+    picture = crop_square(open_named(path), resolution or _resolution(model))
     return picture, {kind: compute_map(kind, picture) for kind in kinds or COMPUTED}
 
 

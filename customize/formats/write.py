@@ -17,7 +17,7 @@ from torch import Tensor
 from backbone.adapters.config import CONFIG_KEY
 from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
-from backbone.io.files import atomic_write, write_tensors
+from backbone.io.files import atomic_write, refuse_existing, write_tensors
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
 from customize.formats.layers.names import (
@@ -88,10 +88,7 @@ def check_output(out: Path) -> None:
         raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name a file in it.")
-    if out.exists():
-        raise UserError(
-            f"{out} exists already and is not overwritten. Name another file, or remove this one."
-        )
+    refuse_existing(out)
 
 
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:

@@ -107,6 +107,8 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
 
     rest = dict(asked)
     images, token = rest.pop("images", None), rest.pop("token", None)
+    if token is not None and not token.strip():
+        raise UserError("The token is empty. Give a word, as in --token sks, or leave it out for [V].")
     noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
     more = [read_subject(flag) for flag in rest.pop("subject", ())]
     if images is None:

@@ -510,3 +510,53 @@ def test_rows_of_a_stream_that_are_no_pairs_are_listed_and_its_columns_are_looke
     monkeypatch.setattr(streams, "from_hub", served("parquet", other))
     with pytest.raises(UserError, match=r"somebody/pairs has the columns picture, text\. Pairs need"):
         streamed(tiny_folder, tmp_path / "columns")
+
+
+def test_rankings_are_streamed_as_their_files_are_read(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    orders = ([0, 1], [1, 0, 0], [0, 0], None)
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": f"a dog number {number}",
+            "image": [{"bytes": encoded(4 * number + n), "path": None} for n in range(len(order or "ab"))],
+            "human_preference": order,
+        }
+        for number, order in enumerate(orders)
+    ]
+    files = write_rows(tmp_path / "shards", (3, 1), rows)
+    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    there = streamed(tiny_folder, tmp_path / "out")
+    listed = read_preferences(tmp_path / "shards")
+    assert there.facts.records == len(listed.pairs) == 4
+    asked = settings(held_out=0.0)
+    _, one = data_of(tiny_folder, there.folder, asked)
+    _, other = data_of(
+        tiny_folder, prepared(tiny_folder, tmp_path / "shards", tmp_path / "listed").folder, asked
+    )
+    assert torch.equal(one.latents[one.train.pictures], other.latents[other.train.pictures])
+    assert torch.equal(one.train.preference, other.train.preference)
+    again = streamed(tiny_folder, tmp_path / "out")
+    assert again.facts.records == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image_path": ["a.png", "b.png"], "rank": [1, 2]}, "names its images in image_path"),
+        ({"chosen": "a.png", "rejected": "b.png"}, "names its images in (chosen|rejected)"),
+        ({"image": {"bytes": b"", "path": None}, "rank": 1}, "a row for each image of a prompt"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_row_by_row_is_said_to_be_downloaded(
+    row: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(0).save("a.png")  # of this folder, and none of the dataset
+    files = write_rows(tmp_path / "shards", (1,), [{"prompt": "a dog", **row}])
+    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    stream = find_stream(Named("somebody/pairs"), out=tmp_path / "out")
+    assert stream is not None
+    with pytest.raises(UserError, match=rf"somebody/pairs (has )?{said}.* Download it, and give its folder"):
+        stream_preferences(stream)

@@ -143,6 +143,8 @@ def test_motion_loras_are_read_whatever_wrote_them(style: str, ends: tuple[str, 
     ("words", "said"),
     [
         (("--frames", "1"), "must lie between 2"),
+        (("--frames", "0"), "must lie between 2"),
+        (("--fps", "0"), "must lie between 0.1"),
         (("--frames", "9"), "positions for 8 frames, and 9"),
         (("--frames", "20", "--context-length", "12"), "positions for 8 frames, and 12"),
         (("--context-length", "4", "--context-stride", "4"), "do not overlap"),

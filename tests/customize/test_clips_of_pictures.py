@@ -111,6 +111,16 @@ def test_what_a_picture_alone_cannot_become_is_said_and_nothing_is_written(
     assert said in refusal(answer) and not out.exists()
 
 
+def test_of_an_animated_file_it_is_said_that_its_first_frame_begins_to_move(
+    video_folder: Path, photo: Path, tmp_path: Path
+) -> None:
+    still = Image.open(photo)
+    still.save(tmp_path / "a.gif", save_all=True, append_images=[still.rotate(90)])
+    usual = ("--model", video_folder, "--steps", "1", "--frames", "2", "--out", tmp_path / "out")
+    answer = call("--image", tmp_path / "a.gif", *usual)
+    assert answer.exit_code == 0 and "a.gif has 2 frames or pages, of which the first counts" in answer.output
+
+
 def test_what_belongs_to_pictures_alone_is_refused_beside_words(video_folder: Path, photo: Path) -> None:
     assert "read a picture and no words (SVD)" in refusal(call("a dog", "--min-guidance", "2"))
     told = ("a dog", "--image", photo, "--sparsectrl", "x", "--noise-aug-strength", "1")

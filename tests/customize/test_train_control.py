@@ -462,6 +462,7 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
             "--adapter-size has no effect",
         ),
         (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
+        (("--condition", "sketch", "--map-dropout", "1"), "every map is black"),
         (
             ("--condition", "sketch", "--kind", "controlnet", "--cpu-offload", 0.5),
             "--cpu-offload has no effect",
@@ -510,6 +511,42 @@ def test_the_values_of_a_map_are_learned_as_they_are_stored(tmp_path: Path) -> N
         (tmp_path / f"0.depth.{suffix}").unlink()
 
 
+@pytest.mark.parametrize(
+    "name", ["control_{}.png", "canny-{}.png", "{}_hint.png", "{}.cond.png", "map_{}.jpg"]
+)
+def test_a_map_beside_its_image_is_one_before_its_name_too(name: str, pairs: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        shutil.copy(pairs / f"{number}.png", tmp_path / f"{number}.png")
+        circle(number, "white", "black").save(tmp_path / name.format(number))
+    found = read_control_pairs(str(tmp_path), "edges")
+    assert [(one.image.path.name, one.map.path.name if one.map else "") for one in found] == [
+        (f"{number}.png", name.format(number)) for number in range(2)
+    ]
+
+
+def test_an_image_alone_is_no_map_by_its_name(tmp_path: Path) -> None:
+    for name in ("map_1.png", "control_2.png", "my_hint.png"):
+        circle(1, "red", "white").save(tmp_path / name)
+    assert len(read_control_pairs(str(tmp_path), "edges")) == 3
+
+
+@pytest.mark.parametrize(
+    "names", [("images", "maps"), ("img", "canny"), ("image", "hint"), ("photos", "edges")]
+)
+def test_two_folders_are_images_and_maps_by_their_names(names: tuple[str, str], tmp_path: Path) -> None:
+    for folder, colours in zip(names, (("red", "white"), ("white", "black")), strict=True):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            circle(number, *colours).save(tmp_path / folder / f"{number}.png")
+    (tmp_path / names[0] / "0.txt").write_text("a circle")
+    found = read_control_pairs(str(tmp_path), "edges")
+    assert [one.map.path.parent.name for one in found if one.map] == [names[1]] * 2
+    assert [one.caption for one in found] == ["a circle", ""]
+    (tmp_path / names[1] / "1.png").unlink()
+    with pytest.raises(UserError, match=r"1 name of .* in only one of"):
+        read_control_pairs(str(tmp_path), "edges")
+
+
 # --- maps to look at ------------------------------------------------------------------------------------------
 
 
@@ -532,6 +569,9 @@ def test_the_map_of_a_picture_is_the_one_in_training_whatever_its_format(pairs: 
     ("words", "sentence"),
     [
         ((), "Name one picture"),
+        (("egdes", "0.png"), "egdes is no kind of map"),
+        (("edges", "0.png", "--out", "one.txt"), "called as a file"),
+        (("edges", "0.png", "--resolution", 0), "at least 1"),
         (("depth", "0.png"), "needs a network"),
         (("edges", "--all", "0.png"), "--all makes every kind"),
         (("edges", "nowhere.png"), "does not exist"),

@@ -20,7 +20,7 @@ from backbone.conditions.conditions import Text
 from backbone.families.base import ModuleSpec, TextEncoderSlot, TextSegment
 from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify_once, shorten
 from backbone.io.weights import refuse_damaged
 
 MARK = "\ue000"  # stands for the prompt while its place in a template is looked up
@@ -118,7 +118,7 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
                 dropped = self.tokenizer.decode(words[length - before :])
                 notify_once(
                     f"The prompt has {len(words)} tokens and this model reads {length - before}: it will not see "
-                    f"“{dropped}”."
+                    f"“{shorten(dropped)}”."
                 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.diffusion.transfer import send
 from backbone.families.base import TextEncoderSlot
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify_once, shorten
 
 
 class MultiTextEncoder:
@@ -94,5 +94,6 @@ def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int |
         if len(tokens) > length:
             dropped = slot.tokenizer.decode(tokens[length - 1 : -1])
             notify_once(
-                f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see “{dropped}”."
+                f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see "
+                f"“{shorten(dropped)}”."
             )

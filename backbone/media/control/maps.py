@@ -24,7 +24,14 @@ from backbone.cli.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once
 from backbone.media.clips import FILMS, read_film
 from backbone.media.control.outlines import draw_lines, draw_outlines
-from backbone.media.sources.decode import count_frames, flatten_on_white, lay_on_white, open_map, open_rgb
+from backbone.media.sources.decode import (
+    count_frames,
+    describe_further_frames,
+    flatten_on_white,
+    lay_on_white,
+    open_map,
+    open_rgb,
+)
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_box
 
@@ -63,6 +70,8 @@ def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = N
         refuse_transparency(picture, asked.path)
         if asked.is_of_colours:
             picture = open_rgb(asked.path)
+        if further := describe_further_frames(Path(asked.path)):
+            notify_once(further)
     assert picture is not None
     return prepare_map(asked, target, picture)
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 
 Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
 OF_SEVERAL = (
@@ -55,6 +55,13 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
     return open_as(path, flatten_on_white, at_least=at_least)
 
 
+def open_named(path: str | Path) -> Image.Image:
+    """`open_rgb` of a picture that the user has named; that the file holds more than what is read is said."""
+    if further := describe_further_frames(Path(path)):
+        notify_once(further)
+    return open_rgb(path)
+
+
 def open_mask(path: str | Path) -> Image.Image:
     """Decode a mask to mode L, EXIF orientation applied: white is what counts, and transparent ground is black.
 
@@ -81,6 +88,8 @@ def open_bytes(path: Path) -> bytes:
 
 def open_loaded(image: Image.Image) -> Image.Image:
     """An image that is in memory already as `open_rgb` would have read it; `BadImageError` where that cannot be."""
+    if not image.width or not image.height:
+        raise BadImageError("The image", "has no pixels")
     try:
         return flatten_on_white(ImageOps.exif_transpose(image))
     except ValueError as error:
@@ -122,8 +131,12 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
         if path.is_dir():
             raise BadImageError(str(path), "is a folder, not a picture")
+        if path.exists() and not path.is_file():
+            raise BadImageError(str(path), "is a pipe or a device, not a picture")  # reading may never end
         file = path.open("rb")
     except FileNotFoundError as error:
+        if path.is_symlink():
+            raise BadImageError(str(path), f"is a link to {os.readlink(path)}, which is not there") from error
         near = nearest_path(path)
         raise BadImageError(
             str(path), "does not exist" + (f" (nearest name: {near.name})" if near else "")

@@ -110,10 +110,11 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A row of a `datasets` table whose image column holds encoded bytes, or the name of a file.
+    """A row of a `datasets` table whose image column holds encoded bytes, the name of a file, or a list of them.
 
     folder    that of the table: a name is of a file inside of it
     fetched   where a dataset of the hub was downloaded to, and names its files; None for a table on this machine
+    item      which of the row's images, and of how many; None where it holds one
     """
 
     table: Any
@@ -121,6 +122,7 @@ class DatasetRow:
     index: int
     folder: Path = Path()
     fetched: Path | None = None
+    item: tuple[int, int] | None = None
 
     def read(self) -> bytes:
         where = f"Row {self.index}"
@@ -128,6 +130,8 @@ class DatasetRow:
             value = self.table[self.index][self.column]
         except ValueError as error:  # a damaged page of a Parquet file
             raise UserError(f"{where} cannot be read ({first_line(error)}). Save the table again.") from error
+        if isinstance(value, list):
+            value = self._of_list(value, where)
         if isinstance(value, Mapping):
             stored, name = value.get("bytes"), value.get("path")
             value = stored
@@ -138,6 +142,16 @@ class DatasetRow:
         if not isinstance(value, bytes):
             raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
         return value
+
+    def _of_list(self, values: Sequence[Any], where: str) -> Any:
+        """The one that is meant of a row's images; `UserError` where there are others than the row says."""
+        number, count = self.item or (0, 1)
+        if len(values) != count:
+            raise UserError(
+                f"{where} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
+                f"{'is' if count == 1 else 'are'} expected. Mend the row, or remove it."
+            )
+        return values[number]
 
     def _file(self, name: str, where: str) -> Path:
         """A file that a row names: one beside the table, or one that `datasets` itself has fetched."""
@@ -714,17 +728,16 @@ def fetched_folder() -> Path:
 def _list_table(
     table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
 ) -> list[ImageRecord]:
-    datasets = import_datasets()
     if isinstance(table, dict):  # splits
         table = table["train"] if "train" in table else next(iter(table.values()))
-    pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
     image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
     texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"]
     columns.say_without_captions(texts, source)
-    if image_column in pictures:
-        table = table.cast_column(image_column, datasets.Image(decode=False))
+    table = leave_encoded(table, [image_column])
     try:
         captions = list(table[caption_column]) if caption_column else [None] * len(table)
+        counts = _count_items(table, image_column)
     except ValueError as error:  # bytes that are no UTF-8
         raise UserError(
             f"{source} has captions that cannot be read ({first_line(error)}). Save it again."
@@ -733,12 +746,69 @@ def _list_table(
         raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
     return [
         ImageRecord(
-            Path(source) / f"{index:06d}",
-            join_lines(caption) if isinstance(caption, str) else None,
-            row=DatasetRow(table, image_column, index, folder, fetched),
+            Path(source) / (f"{index:06d}" if item is None else f"{index:06d}-{item[0]}"),
+            caption_at(caption, item, f"Row {index} of {source}"),
+            row=DatasetRow(table, image_column, index, folder, fetched, item),
         )
-        for index, caption in enumerate(captions)
+        for index, (caption, count) in enumerate(zip(captions, counts, strict=True))
+        for item in list_items(count)
     ]
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether a feature is an image, as it is marked or by its bytes, or a list of images."""
+    datasets = import_datasets()
+    return (
+        isinstance(kind, datasets.Image)
+        or (isinstance(kind, Mapping) and set(kind) == {"bytes", "path"})
+        or (is_list(kind) and holds_images(kind.feature))
+    )
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a feature is a list."""
+    datasets = import_datasets()
+    return isinstance(kind, (datasets.List, datasets.LargeList))
+
+
+def leave_encoded(table: Any, names: Iterable[str]) -> Any:
+    """The table with the images of these columns left as they are stored, in lists too."""
+    datasets = import_datasets()
+    plain = datasets.Image(decode=False)
+    for name in names:
+        kind = table.features[name]
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, plain)
+        elif is_list(kind) and isinstance(kind.feature, datasets.Image):
+            table = table.cast_column(name, type(kind)(plain))
+    return table
+
+
+def list_items(count: int | None) -> list[tuple[int, int] | None]:
+    """Which of how many, for each image of a row with a list of them; None for the image of a row with one (None)."""
+    return [None] if count is None else [(number, count) for number in range(count)]
+
+
+def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | None:
+    """The caption of an image of a row, which has one for all its images or one for each."""
+    if isinstance(caption, list) and item is not None and len(caption) == item[1]:
+        caption = caption[item[0]]
+    if caption is not None and not isinstance(caption, str):
+        raise UserError(
+            f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
+        )
+    return join_lines(caption)
+
+
+def _count_items(table: Any, column: str) -> list[int | None]:
+    """How many images the list of each row holds; None for a row of a column without lists. No image is read."""
+    if not is_list(table.features[column]):
+        return [None] * len(table)
+    import pyarrow.compute
+
+    stored = table.select_columns([column]).with_format("arrow")[:][column]
+    lengths: list[int | None] = pyarrow.compute.list_value_length(stored).to_pylist()
+    return [length or 0 for length in lengths]
 
 
 def import_datasets() -> Any:

@@ -7,7 +7,7 @@ and from any row on, so processes share shards, and what was stopped goes on whe
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,18 @@ from backbone.media.sources.pictures import (
     Columns,
     DatasetRow,
     ImageRecord,
+    caption_at,
     could_be_dataset,
     first_line,
+    holds_images,
     import_datasets,
-    join_lines,
+    is_list,
+    leave_encoded,
+    list_items,
     name_tar_columns,
 )
 
+ITEMS = 1 << 10  # records that a row with a list of images may give
 SAMPLE = ("__key__", "__url__")  # columns that `datasets` gives the samples of webdataset shards
 
 
@@ -48,6 +53,8 @@ class Stream:
     table      the `datasets.IterableDataset`
     names      what its columns are called here, by what they are called there, structs in samples flattened
     pictures   those that hold images, as far as the dataset says so
+    lists      those that hold lists
+    names_files those that hold text, or lists of it: names of files, where an image is looked for in them
     limit      of how many rows, all together; 0: of all
     """
 
@@ -55,6 +62,8 @@ class Stream:
     table: Any
     names: Mapping[str, str]
     pictures: Sequence[str]
+    lists: Sequence[str] = ()
+    names_files: Sequence[str] = ()
     limit: int = 0
 
     @property
@@ -96,15 +105,34 @@ class Stream:
         """A row's name in messages."""
         return f"row {row} of shard {shard} of {self.source}"
 
-    def picture(self, row: Mapping[str, Any], column: str, shard: int, number: int) -> ImageRecord:
-        """The image in a column of the row of this number; it needs nothing of the stream any more."""
+    def picture(
+        self, row: Mapping[str, Any], column: str, shard: int, number: int, item: int | None = None
+    ) -> ImageRecord:
+        """The image in a column of the row of this number, of a list the one of number `item`; it needs nothing of the
+        stream any more.
+        """
         path = Path(self.source) / f"{shard:05d}-{number:06d}-{column}"
         value = row[column]
-        stored = value.get("bytes") if isinstance(value, Mapping) else value  # a path may name anything
+        if item is not None:
+            path, value = path.with_name(f"{path.name}-{item}"), value[item]
+        # A path may name anything
+        stored = (
+            value.get("bytes") if isinstance(value, Mapping) else value if isinstance(value, bytes) else None
+        )
         return ImageRecord(path, row=DatasetRow({number: {column: stored}}, column, number))
+
+    def refuse_names(self, columns: Collection[str]) -> None:
+        """`UserError` where one of these columns holds the names of images in the place of images."""
+        if named := [name for name in columns if name in self.names_files]:
+            raise UserError(
+                f"{self.source} names its images in {named[0]} and does not hold them. Download it, and give its "
+                "folder."
+            )
 
     def _fetch(self, value: Any) -> Any:
         """An image's value with its bytes, where it names a file of the dataset's own repository instead."""
+        if isinstance(value, list):
+            return [self._fetch(one) for one in value]
         name = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
         if not isinstance(name, str) or f"hf://datasets/{self.source}@" not in name:
             return value
@@ -122,19 +150,30 @@ class ImageStream:
     image: str
     caption: str | None
 
-    def read(self, row: Mapping[str, Any], shard: int, number: int) -> ImageRecord:
-        """The image of a row."""
-        caption = row[self.caption] if self.caption else None
-        found = self.stream.picture(row, self.image, shard, number)
-        return ImageRecord(
-            found.path, join_lines(caption) if isinstance(caption, str) else None, row=found.row
-        )
+    @property
+    def per_row(self) -> int:
+        """How many images a row may have."""
+        return ITEMS if self.image in self.stream.lists else 1
+
+    def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[ImageRecord]:
+        """The images of a row."""
+        caption, where = row[self.caption] if self.caption else None, self.stream.where(shard, number)
+        count = len(row[self.image] or ()) if self.image in self.stream.lists else None
+        if (count or 0) > ITEMS:
+            raise UserError(f"{where} has {count} images, and {ITEMS} are the most. Give another dataset.")
+        found = []
+        for item in list_items(count):
+            picture = self.stream.picture(row, self.image, shard, number, item and item[0])
+            found.append(ImageRecord(picture.path, caption_at(caption, item, where), row=picture.row))
+        return found
 
 
 def stream_images(stream: Stream, *, caption_column: str | None, image_column: str | None) -> ImageStream:
     """The images of a stream; columns are chosen as `list_images` does. `UserError` where there is no such column."""
     columns = Columns(caption_column, image_column)
-    return ImageStream(stream, *columns.choose(stream.column_names, stream.pictures, stream.source))
+    image, caption = columns.choose(stream.column_names, stream.pictures, stream.source)
+    stream.refuse_names([image])
+    return ImageStream(stream, image, caption)
 
 
 def find_stream(named: Named, *, out: Path, limit: int = 0) -> Stream | None:
@@ -191,7 +230,6 @@ def from_hub(named: Named) -> tuple[Any, str]:
 
 def _to_stream(table: Any, named: Named, limit: int) -> Stream:
     """A `datasets.IterableDataset` with its images left encoded and its columns named."""
-    datasets = import_datasets()
     try:
         table = table if table.features is not None else table._resolve_features()
     except unreadable() as error:
@@ -203,10 +241,15 @@ def _to_stream(table: Any, named: Named, limit: int) -> Stream:
     for name, kind in table.features.items():
         found += [f"{name}.{inner}" for inner in kind] if samples and isinstance(kind, dict) else [name]
     names = name_tar_columns(found) if samples else dict(zip(found, found, strict=True))
-    pictures = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
-    for name in pictures:
-        table = table.cast_column(name, datasets.Image(decode=False))
-    return Stream(named, table, names, [names[name] for name in pictures], limit)
+    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
+    lists: list[str] = []
+    files: list[str] = []
+    for old, new in names.items():
+        kind = _value(table.features, old)
+        lists += [new] if is_list(kind) else []
+        files += [new] if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string" else []
+    table = leave_encoded(table, pictures)
+    return Stream(named, table, names, [names[name] for name in pictures], lists, files, limit)
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:

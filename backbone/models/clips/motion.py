@@ -91,8 +91,10 @@ def read_motion_adapter(source: str) -> MotionAdapter:
         raise UserError(
             f"{path} is a pickle, which is never read. Take the motion adapter's .safetensors version."
         )
-    if path.is_file():
+    if path.is_file() and (path.name != loading.WEIGHTS or not (path.parent / "config.json").is_file()):
         return _read_original(path)
+    if path.is_file():  # what `save_pretrained` wrote, named by its file
+        path = path.parent
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     if not path.is_dir() and (source.count("/") != 1 or path.parent.exists()):
@@ -166,7 +168,8 @@ def _read_original(path: Path) -> MotionAdapter:
     if {name: tuple(value.shape) for name, value in state.items()} != own:
         wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if tuple(state[n].shape) != own[n])
         raise UserError(
-            f"{path} is no motion adapter that is known: {wrong[0]} is missing, or of another shape."
+            f"{path} is no motion adapter that is known: {wrong[0]} is missing, or of another shape. Name the folder "
+            "that diffusers wrote, or AnimateDiff's own file."
         )
     adapter.load_state_dict(state)
     return _whole(adapter, str(path))

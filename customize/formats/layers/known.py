@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, cast
@@ -133,6 +134,9 @@ def _build(network: Network) -> list[nn.Module]:
 
     name, published, blocks = ONE_BLOCK[network]
     config = {} if published is None else _config(published, "transformer")
+    warnings.filterwarnings(
+        "ignore", message=".*FluxPosEmbed.*", category=FutureWarning
+    )  # by diffusers of itself
     return [getattr(diffusers, name).from_config(config | blocks)]
 
 

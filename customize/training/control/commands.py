@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.cli.commands import print_json
-from backbone.cli.conditions import KINDS, SYNONYMS
+from backbone.cli.conditions import KINDS, LINE_KINDS, SYNONYMS
 from backbone.cli.flags import (
     DATA,
     DRAWING,
@@ -25,7 +25,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify
-from backbone.io.files import read_json
+from backbone.io.files import read_json, refuse_existing
 from backbone.io.run_folder import hold_new_folder
 from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
 from backbone.world.parse import parse_pose, parse_scene
@@ -98,7 +98,7 @@ class MapOptions(JsonOptions):
     model: Annotated[str | None, model_option("moji")] = None
     resolution: Annotated[
         int,
-        Option("Pixels a side that a picture is brought to.", MODEL, default_text="the model's own", min=0),
+        Option("Pixels a side that a picture is brought to.", MODEL, default_text="the model's own", min=1),
     ] = 0
     out: Annotated[
         Path | None,
@@ -120,7 +120,12 @@ def map(asked: MapOptions) -> None:
     if asked.posed and asked.scene is None:
         raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
     scene = scene_of(asked)
-    if (scene is None) == (not pictures) or len(pictures) > 1:
+    if len(pictures) > 1:
+        unknown = next((word for word in pictures if not Path(word).expanduser().exists()), pictures[0])
+        raise UserError(
+            f"{unknown} is no kind of map, and one picture is taken at a time. Kinds are {', '.join(KINDS)}."
+        )
+    if (scene is None) == (not pictures):
         raise UserError(
             "Name one picture, as in: customize map edges photo.png; or a scene: customize map --scene 7, or "
             'customize map pose --prompt "a dog in the snow".'
@@ -132,6 +137,8 @@ def map(asked: MapOptions) -> None:
     single = asked.out is not None and asked.out.suffix.lower() == ".png"
     if single and len(kinds) != 1:
         raise UserError(f"{asked.out} is one file. Name one kind for it, or give --out a folder.")
+    if single and asked.out is not None:
+        refuse_existing(asked.out)
     from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
 
     if scene is not None:
@@ -140,6 +147,8 @@ def map(asked: MapOptions) -> None:
     else:
         picture, maps = maps_of_picture(pictures[0], kinds, model=asked.model, resolution=asked.resolution)
         title = Path(pictures[0]).name
+    if empty := [kind for kind in maps if kind in LINE_KINDS and maps[kind].getbbox() is None]:
+        notify(f"Nothing is found in {title} for {' and '.join(empty)}: the map is black.")
     if single:
         assert asked.out is not None
         (kind, made), *_ = maps.items()

@@ -81,6 +81,12 @@ def test_a_table_or_a_record_is_no_list_of_prompts(tmp_path: Path, suffix: str) 
         read_prompts(tmp_path / "p.txt")
 
 
+def test_a_folder_called_as_a_file_of_prompts_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").mkdir()
+    with pytest.raises(UserError, match=r"p\.txt is a folder\. Name a file"):
+        prompts_of([str(tmp_path / "p.txt")])
+
+
 def test_a_file_without_prompts_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match="holds no prompts"):

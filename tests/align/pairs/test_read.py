@@ -234,6 +234,53 @@ def test_hpdv2_s_preferences_and_ranks_are_read_as_pairs_of_a_prompt_s_images(tm
     assert "8 pairs (2 ties) of 4 prompts" in describe_records(found.records)
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_images_in_lists_inside_of_a_table_are_ranked_as_files_are(tmp_path: Path, marked: bool) -> None:
+    rows: Rows = [
+        {"prompt": "a dog", "images": [inside(0), inside(1)], "human_preference": [0, 1]},
+        {"prompt": "a fox", "images": [inside(2), inside(3), inside(0)], "human_preference": [1, 0, 0]},
+        {"prompt": "a cow", "images": [inside(2)], "human_preference": [1, 0]},
+    ]
+    saved = parquet(tmp_path / "a.parquet", [{**row, "image_path": ["x", "y"]} for row in rows])
+    if marked:
+        import datasets
+
+        table = datasets.Dataset.from_parquet(str(saved))
+        table.cast_column("images", datasets.List(datasets.Image())).to_parquet(str(saved))
+    found = read_preferences(saved)
+    assert [(pair.prompt, pair.label) for pair in found.pairs[:3]] == [("a dog", 1.0), *[("a fox", 1.0)] * 2]
+    first, second, third, cow = found.pairs
+    assert [one.read() for one in first.pictures] == [encoded(1), encoded(0)]
+    assert [one.read() for one in (*second.pictures, *third.pictures)] == [encoded(n) for n in (2, 3, 2, 0)]
+    with pytest.raises(UserError, match=r"Row 2 has 1 image in its column 'images', and 2 are expected"):
+        cow.first.read()
+
+
+def inside(number: int) -> dict[str, object]:
+    """An image as tables hold it."""
+    return {"bytes": encoded(number), "path": f"{number}.png"}
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "held"])
+def test_hpdv3_s_first_image_is_the_preferred_one(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        picture(number).save(tmp_path / "images" / f"{number}.png")
+    more = {"prompt": "a dog", "confidence": 0.9, "model1": "flux", "model2": "kolors"}
+    rows: Rows = [{**more, "path1": "images/1.png", "path2": "images/0.png"}]
+    path = tmp_path / f"train.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        write_lines(path, rows)
+    else:
+        held = [{**more, "path1": inside(1), "path2": inside(0)}]
+        path = parquet(tmp_path / "train.parquet", rows if kind == "parquet" else held)
+    (pair,) = check_preferences(read_preferences(path)).pairs
+    assert (pair.prompt, pair.label) == ("a dog", 1.0)
+    assert [one.read() for one in pair.pictures] == [encoded(1), encoded(0)]
+
+
 def test_imagereward_s_rows_of_a_prompt_are_read_as_its_pairs(tmp_path: Path) -> None:
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")

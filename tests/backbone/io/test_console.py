@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from backbone.cli.commands import print_json
 from backbone.io import console
 from backbone.io.console import ProgressBar, UserError, notify, progress, run_app
 
@@ -49,6 +52,35 @@ def test_a_user_error_is_its_sentence_and_exit_code_two(
 
     code, said = ending(command(body, monkeypatch), capsys)
     assert (code, said) == (2, "Error: The step count is 0. Give at least 1.\n")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_what_a_terminal_s_encoding_has_not_ends_no_command(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+
+    def body() -> None:
+        typer.echo("── Hübsch 🐶")
+        print_json({"prompt": "a dög 🐶", "title": "── plain"})
+
+    with pytest.raises(SystemExit) as leaving:
+        run_app(body)
+    sys.stdout.flush()
+    line, _, record = written.getvalue().decode(encoding).partition("\n")
+    assert leaving.value.code == 0 and line.startswith("?? H")
+    assert json.loads(record) == {"prompt": "a dög 🐶", "title": "── plain"}
+
+
+def test_a_working_folder_that_was_removed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, said = ending(lambda: None, capsys)
+    assert code == 2 and "The working folder is not there any more. Change into" in said
 
 
 @pytest.mark.parametrize(
@@ -116,7 +148,8 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_real_ctrl_c_prints_no_traceback() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_ctrl_c_and_a_scheduler_s_end_print_no_traceback(number: int) -> None:
     script = (
         "import signal, time, typer\nfrom backbone.io.console import run_app\napp = typer.Typer()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
@@ -127,7 +160,7 @@ def test_a_real_ctrl_c_prints_no_traceback() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "Stopped.\n")
 

@@ -30,6 +30,7 @@ from backbone.io.files import (
     read_jsonl,
     read_metadata,
     read_tensors,
+    refuse_existing,
     remove_abandoned,
     write_bytes,
     write_json,
@@ -409,3 +410,21 @@ def test_equal_tensors_and_metadata_give_equal_bytes_that_safetensors_reads(tmp_
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         assert torch.equal(found[name].to(torch.complex128), tensor.to(torch.complex128))
+
+
+def test_a_file_that_another_process_writes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "new.txt"
+    refuse_existing(path)
+    path.write_text("theirs")
+    with pytest.raises(UserError, match=r"new\.txt was written by another process meanwhile"):
+        write_text(path, "ours")
+    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
+    write_text(path, "ours")  # which was not asked to be new
+    assert path.read_text() == "ours"
+    with pytest.raises(UserError, match="exists already and is not overwritten"):
+        refuse_existing(path)
+
+
+def test_a_device_is_no_file_of_weights() -> None:
+    with pytest.raises(UserError, match="/dev/null is a pipe or a device, not a safetensors file"):
+        read_tensors("/dev/null")

@@ -78,6 +78,8 @@ def test_freed_parts_load_again_with_the_same_weights(tiny: Backbone) -> None:
 def test_a_long_prompt_is_cut_and_said_so(tiny: Backbone, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.encode_prompts(["a dog " * 60])
     assert "it will not see" in capsys.readouterr().err
+    tiny.encode_prompts(["a cat " * 6000])
+    assert len(capsys.readouterr().err) < 1000
 
 
 @pytest.mark.parametrize(

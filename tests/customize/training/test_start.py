@@ -291,6 +291,8 @@ def test_spaces_and_an_article_are_no_part_of_what_is_said(dog: Path) -> None:
     ((subject,), _) = subjects_of({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
     assert (subject.token, subject.class_noun) == ("[V]", "small dog")
     assert subject.filled("a {token} {class}") == "a [V] small dog"
+    with pytest.raises(UserError, match="The token is empty"):
+        subjects_of({"images": "dog", "token": " ", "class_noun": "dog"})
 
 
 @pytest.mark.parametrize("flag", ["--out", "--images", "--resume"])
@@ -303,6 +305,8 @@ def test_an_empty_path_is_not_the_working_folder(
     answer = CliRunner().invoke(app, ["train", *(word for pair in given.items() for word in pair)])
     assert isinstance(answer.exception, UserError), answer.output
     assert str(answer.exception).startswith(f"{flag} is empty") and not (subject / "settings.json").exists()
+    answer = CliRunner().invoke(app, ["sample", "a dog", "--concept", blank])
+    assert str(answer.exception).startswith("--concept is empty")
 
 
 @pytest.mark.parametrize(

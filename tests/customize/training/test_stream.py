@@ -30,7 +30,7 @@ from customize.data.prepared import PreparedImages
 from customize.training.prepare import prepare_images
 from tests.align.conftest import encoded
 from tests.commands import run_here
-from tests.shards import served, write_parquet, write_tar
+from tests.shards import served, write_parquet, write_rows, write_tar
 
 NAME = "somebody/dogs"
 SIZES = (3, 4, 2)  # rows of the shards
@@ -305,3 +305,51 @@ def test_what_the_hub_says_of_a_name_a_config_or_a_split_is_passed_on(
         UserError, match=r"opened \(Config name is missing\. Please pick .*'b'\]\)\. Check the"
     ):
         find_stream(Named(NAME), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_row_s_list_of_images_is_as_many_images_with_its_caption(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: bool, small_chunks: None
+) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    rows: list[dict[str, Any]] = [
+        {"images": [{"bytes": encoded(n), "path": None} for n in numbers], "text": f"dog {numbers}"}
+        for numbers in ([0, 1], [], [2], [3, 4, 5])
+    ]
+    table = datasets.Dataset.from_list(rows)
+    if marked:
+        table = table.cast_column("images", datasets.List(datasets.Image()))
+    (tmp_path / "shards").mkdir()
+    table.to_parquet(str(tmp_path / "shards" / "train.parquet"))
+    listed = list_images(tmp_path / "shards")
+    captions = ["dog [0, 1]", "dog [0, 1]", "dog [2]", *["dog [3, 4, 5]"] * 3]
+    assert [one.caption for one in listed] == captions
+    assert [one.read() for one in listed] == [encoded(n) for n in range(6)]
+    assert len({one.path for one in listed}) == 6
+    monkeypatch.setattr(streams, "from_hub", served("parquet", [tmp_path / "shards" / "train.parquet"]))
+    found = streamed(tiny_folder, tmp_path / "out")
+    assert [one.caption for one in found.pictures] == captions
+    assert [one.read() for one in found.pictures] == [encoded(n) for n in range(6)]
+    assert Streamed(stream_of(tmp_path), tmp_path / "out").passed_over == 1
+
+
+def stream_of(folder: Path) -> Any:
+    """The images of the dataset that is served."""
+    stream = find_stream(Named(NAME), out=folder / "out")
+    assert stream is not None
+    return stream_images(stream, caption_column=None, image_column=None)
+
+
+def test_a_caption_that_is_no_text_is_refused_in_tables_as_in_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image = {"bytes": encoded(0), "path": None}
+    (file,) = write_rows(tmp_path / "shards", (1,), [{"image": image, "text": ["a dog", "a red dog"]}])
+    with pytest.raises(UserError, match=r"Row 0 of .*has a caption that is not text .*one text for each"):
+        list_images(file)
+    monkeypatch.setattr(streams, "from_hub", served("parquet", [file]))
+    with pytest.raises(UserError, match=r"row 0 of shard 0 .*has a caption that is not text"):
+        stream_of(tmp_path).read(next(stream_of(tmp_path).stream.rows(0)), 0, 0)

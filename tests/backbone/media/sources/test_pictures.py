@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -648,6 +649,24 @@ def test_a_cache_of_tables_that_cannot_be_written_is_not_the_table_s_fault(
     monkeypatch.setattr(datasets, "load_dataset", closed)
     with pytest.raises(UserError, match=r"cache/datasets, which may not be written.*HF_HOME"):
         list_images(tmp_path / "x.parquet")
+
+
+def broken_link(path: Path) -> Path:
+    path.parent.mkdir()
+    path.symlink_to("gone.png")
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_what_never_ends_is_listed_like_any_bad_file(tmp_path: Path) -> None:
+    write(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to("/dev/zero")
+    assert reason(broken_link(tmp_path / "a" / "3.png")) == "is a link to gone.png, which is not there"
+    with pytest.raises(
+        UserError, match=r"2 of 3 images(.|\n)*1\.png is a pipe or a device(.|\n)*2\.png is a pipe"
+    ):
+        check_images(list_images(tmp_path))
 
 
 def test_further_frames_and_pages_are_said_not_to_count(

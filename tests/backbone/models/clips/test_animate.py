@@ -131,6 +131,9 @@ def test_a_picture_that_becomes_smaller_is_blurred_first() -> None:
     assert resize_smoothed(stripes, (224, 224)).abs().max() < 0.6
     same = torch.rand(1, 3, 20, 24)
     torch.testing.assert_close(resize_smoothed(same, (20, 24)), same)
+    for few in ((1, 1), (1, 900), (2, 300)):  # of which less is there than the blur mirrors
+        grey = torch.full((1, 3, *few), 0.25)
+        torch.testing.assert_close(resize_smoothed(grey, (8, 8)), torch.full((1, 3, 8, 8), 0.25))
 
 
 def test_a_model_without_words_is_opened_for_clips_of_pictures_alone(

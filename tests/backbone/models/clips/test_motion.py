@@ -245,3 +245,11 @@ def test_what_is_no_motion_adapter_for_this_model_is_said_with_its_numbers(
     assert "missing" in refused(lambda: read_motion_adapter(str(tmp_path / "cut.safetensors")))
     tiny_motion_adapter(conv_in_channels=9).save_pretrained(tmp_path / "pia")
     assert "PIA" in refused(lambda: read_motion_adapter(str(tmp_path / "pia")))
+
+
+def test_the_file_of_a_folder_is_the_folder_s_adapter(adapter_folder: Path) -> None:
+    own, named = (
+        read_motion_adapter(str(place)).state_dict()
+        for place in (adapter_folder, adapter_folder / "diffusion_pytorch_model.safetensors")
+    )
+    assert own.keys() == named.keys() and all(torch.equal(own[name], named[name]) for name in own)
