@@ -204,7 +204,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMotionOptions(PlaceOptions):
-    """Options of `customize train-motion`."""
+    """Settings of `customize train-motion`; of its run's folder are `RunFolderOptions`."""
 
     clips: Annotated[
         str,
@@ -235,19 +235,6 @@ class TrainMotionOptions(PlaceOptions):
             switches={"whole": "full"},
         ),
     ] = "lora"
-    out: Annotated[
-        Path | None,
-        Option("The run folder, new or empty.", OUTPUT, aliases=("output-dir",), default_text="runs/NAME"),
-    ] = None
-    resume: Annotated[
-        Path | None,
-        Option(
-            "Resume this run folder; latest: the one that this command writes to, else the newest in runs/.",
-            OUTPUT,
-            aliases=("resume-from-checkpoint",),
-            metavar="RUN",
-        ),
-    ] = None
     model: Annotated[str, model_option("moji")] = "moji"
     token: Annotated[
         str,
@@ -333,7 +320,7 @@ class TrainMotionOptions(PlaceOptions):
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", USUAL_RATES[self.method])
         for flag, value in (("--clips", self.clips), ("--motion", self.motion or self.method == "full")):
-            if self.resume is None and not value:
+            if not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
         if (
             self.prior == "base"
