@@ -17,8 +17,9 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from backbone.cli.commands import run_main
 from backbone.families.location import PUBLISHED_CONFIGS
-from backbone.io.console import UserError, progress, run_app
+from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, plan_memory
 from backbone.models.model import Backbone, Task
@@ -139,4 +140,4 @@ def table_of(rows: Sequence[Row], size: float) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import statistics
@@ -206,6 +207,20 @@ def test_every_option_has_a_text_and_a_panel(name: str) -> None:
         if not param.help or (param.param_type_name == "option" and not param.rich_help_panel)
     ]
     assert bare == []
+
+
+def test_the_scripts_have_the_programs_help_and_every_option_a_text() -> None:
+    found = []
+    for path in sorted(one for folder in ("recipes", "benchmarks") for one in (ROOT / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+            if name in ("typer.run", "typer.Typer"):  # backbone.cli.commands.run_main, script_app
+                found.append(f"{path.relative_to(ROOT)}: {name}")
+            elif name in ("typer.Option", "typer.Argument"):
+                assert isinstance(call, ast.Call)
+                if "help" not in {one.arg for one in call.keywords}:
+                    found.append(f"{path.relative_to(ROOT)}:{call.lineno}: no help")
+    assert found == []
 
 
 @every_command

@@ -15,11 +15,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 import typer
 
 from backbone.cli.help import Command, Group
+from backbone.io.console import run_app
 
 
 def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
@@ -30,18 +31,37 @@ def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        context_settings={
-            "token_normalize_func": hyphens,
-            "help_option_names": ["--help", "-h"],
-        },
+        context_settings=SPELLING,
     )
     app.callback()(_version)
     return app
 
 
+def script_app(help: str | None = None) -> typer.Typer:
+    """The application of a script that is no program of its own: without `--version` and completion."""
+    return Application(
+        cls=Group,
+        help=help,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=SPELLING,
+    )
+
+
+def run_main(main: Callable[..., None]) -> NoReturn:
+    """Runs a script that is one function of typer's options, with the help and the errors of the programs."""
+    app = script_app()
+    app.command()(main)
+    run_app(app)
+
+
 def hyphens(name: str) -> str:
     """An option's name with hyphens, so that the spelling with underscores works too."""
     return name.replace("_", "-")
+
+
+SPELLING = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
 
 
 def typed(program: str) -> list[str]:
@@ -62,7 +82,7 @@ class Application(typer.Typer):
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Registers a command, as `typer.Typer.command` does."""
-        return super().command(name, **{"cls": Command, **settings})
+        return super().command(name, **{"cls": Command, "context_settings": SPELLING, **settings})
 
 
 class Elsewhere(NamedTuple):

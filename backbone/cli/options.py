@@ -34,6 +34,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 
 import typer
 
+from backbone.cli.commands import hyphens
 from backbone.cli.help import ReadLater
 from backbone.io.console import UserError
 from backbone.io.files import read_json
@@ -268,11 +269,6 @@ def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]
         return not one.option.argument, order.get(one.option.panel, len(order)), not needed
 
     return sorted(known.values(), key=place)
-
-
-def hyphens(name: str) -> str:
-    """An option's name with hyphens, so that diffusers' own spelling with underscores serves too."""
-    return name.replace("_", "-")
 
 
 def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:

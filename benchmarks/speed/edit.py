@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
@@ -60,7 +60,7 @@ SOURCE, TARGETS = (
 CROSS, SELF = 0.8, 0.4
 INNER = 10
 MOST_TOKENS = 32 * 32  # of the maps that the reference stores and whose self-attention it replaces
-app = typer.Typer(add_completion=False)
+app = script_app()
 SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "ours, four targets")
 
 

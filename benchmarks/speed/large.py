@@ -30,6 +30,7 @@ from unittest.mock import patch
 
 import typer
 
+from backbone.cli.commands import script_app
 from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 
@@ -43,7 +44,7 @@ STEPS, BATCH, DRAWS = 20, 1, 16
 TURNS, IN_TURN = 8, 3  # blocks of steps of each, timed in turns
 PREPARED = 240  # pairs of real images
 
-app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+app = script_app(__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of all files, outside of git.")]
 OUT = Path("build/benchmarks/large")
 
@@ -51,9 +52,9 @@ OUT = Path("build/benchmarks/large")
 @app.command("all")
 def main(
     out: Out = OUT,
-    few: Annotated[int, typer.Option(min=32)] = FEW,
-    many: Annotated[int, typer.Option(min=32)] = MANY,
-    model: Annotated[str, typer.Option()] = "moji",
+    few: Annotated[int, typer.Option(min=32, help="Images of the small source.")] = FEW,
+    many: Annotated[int, typer.Option(min=32, help="Images of the large source.")] = MANY,
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
     pairs: Annotated[int, typer.Option(min=8, help="Pairs of real images to prepare.")] = PREPARED,
 ) -> None:
     """Measure everything and print the tables."""
@@ -175,7 +176,11 @@ def start_apart(folder: Path, model: str) -> dict[str, float]:
 
 
 @app.command()
-def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: int = STEPS) -> None:
+def start(
+    folder: Annotated[Path, typer.Argument(help="A prepared folder.")],
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = STEPS,
+) -> None:
     """Train some steps from a prepared folder, and print seconds and bytes as JSON."""
     import psutil
 
@@ -332,8 +337,8 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
 @app.command()
 def preparing(
     out: Out = OUT,
-    model: Annotated[str, typer.Option()] = "moji",
-    pairs: Annotated[int, typer.Option(min=8)] = PREPARED,
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
+    pairs: Annotated[int, typer.Option(min=8, help="Pairs of real images to prepare.")] = PREPARED,
 ) -> None:
     """Only the throughput of preparation, as JSON."""
     print(json.dumps(prepare_apart(out, pairs, model)))
@@ -389,7 +394,11 @@ def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
 
 
 @app.command()
-def prepare_in_shards(source: Path, folder: Path, model: Annotated[str, typer.Option()] = "moji") -> None:
+def prepare_in_shards(
+    source: Annotated[Path, typer.Argument(help="What is prepared.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
+) -> None:
     """Prepare with a shard every second, so that a kill costs a second."""
     from align.pairs.read import read_preferences
     from align.training.prepare import prepare_pairs

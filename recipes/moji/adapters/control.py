@@ -28,10 +28,10 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
@@ -67,7 +67,7 @@ SHOWN = 2  # of each kind in previews
 NAME = "world"  # of the exported network's folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WHAT, TRAINING, OUTPUT = "What is learned", "Training", "Output"
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
