@@ -455,7 +455,7 @@ class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
     tie: Annotated[float, Option("Scores that differ by no more than this are even.", SCORING, min=0)] = 0.0
 
 
-def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for over what works with the model.
 
     That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise. Raises `UserError` for

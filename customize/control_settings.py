@@ -162,7 +162,7 @@ class ControlSettings(TrainingSettings):
         return list(zip(self.validation_image, prompts, strict=True))
 
 
-def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSettings:
+def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSettings:
     """The settings of a run: what was asked for over what works with the model (`usual`, of its `limner.json`)."""
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     kind = asked.get("kind", ADAPTER)

@@ -23,7 +23,7 @@ import customize.cli
 import edit.cli
 import limner.cli
 from backbone import __version__
-from backbone.cli.commands import hyphens, typed
+from backbone.cli.commands import hyphens, program_words
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
@@ -180,7 +180,7 @@ def test_what_was_typed_is_the_program_s_own_line_through_either_door(
 ) -> None:
     for words in (["limner", "edit", "sdedit", "a.png"], ["edit", "sdedit", "a.png"]):
         monkeypatch.setattr(sys, "argv", words)
-        assert typed("edit") == ["edit", "sdedit", "a.png"]
+        assert program_words("edit") == ["edit", "sdedit", "a.png"]
 
 
 # The help of every command -----------------------------------------------------------------------------------

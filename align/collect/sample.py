@@ -132,7 +132,7 @@ def sample_images(
 ) -> Iterator[Image.Image]:
     """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives.
 
-    `advance` is told after each step how many images' worth of work it was.
+    `advance` is called after each step with its work, in images.
     """
     negative = _expand_tokens(sampling.negative, concepts)
     refuse_negative(model, negative, sampling.guidance)

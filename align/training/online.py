@@ -38,7 +38,7 @@ from align.settings import (
     Settings,
     as_command,
     read_settings,
-    resolved,
+    resolve_settings,
 )
 from align.training.monitor import Validation
 from align.training.reporting.logs import read_rewards, read_steps
@@ -85,7 +85,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
     refuse_taken(run)
     model, asked = open_configs(asked)
-    settings = resolved(asked, model.defaults)
+    settings = resolve_settings(asked, model.defaults)
     if settings.loss == "draft":
         refuse_not_differentiable(settings.online)
     open_scorer(settings.online)

@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from align.objectives.dataset import prepare, read_again, records_of
+from align.objectives.dataset import prepare, records_of, reread_preferences
 from align.objectives.preference import PreferenceTraining, share_of
 from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import Preferences, Records, refuse_another_model
-from align.settings import FILE, Settings, as_command, read_settings, resolved
+from align.settings import FILE, Settings, as_command, read_settings, resolve_settings
 from align.training.monitor import Validation
 from align.training.reporting.pictures import AFTER, draw_before
 from align.training.reporting.report import write_summary
@@ -41,7 +41,7 @@ def train_preferences(
     run = out or Path("runs") / run_name(asked["pairs"])
     refuse_taken(run, [asked["pairs"]])
     model, asked = open_configs(asked)
-    settings = resolved(asked, model.defaults)
+    settings = resolve_settings(asked, model.defaults)
     _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
     model = open_model(settings)
@@ -62,7 +62,7 @@ def resume_preferences(run: Path) -> Path:
     began = time.perf_counter()
     settings = read_settings(run)
     processes.init_process(settings.device)
-    found = read_again(settings, skip_bad=settings.skip_bad)
+    found = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
     _refuse_other_model(found, settings, model)
     with processes.hold_folder(run):

@@ -64,7 +64,7 @@ def hyphens(name: str) -> str:
 SPELLING = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
 
 
-def typed(program: str) -> list[str]:
+def program_words(program: str) -> list[str]:
     """The command line as `program` gets it: of `limner edit sdedit …`, `edit sdedit …`."""
     words = sys.argv[1:]
     return [program, *(words[1:] if words[:1] == [program] else words)]

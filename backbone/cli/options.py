@@ -391,7 +391,7 @@ class _Said(dict[str, Any]):
         ):
             # An empty path is the working folder, and a variable of the shell that was never set is empty
             raise UserError(f"{name} is empty. Name one, or leave it out.")
-        self.put(one.name, converted(one, value, name, self.file), name)
+        self.put(one.name, convert_value(one, value, name, self.file), name)
 
     def with_implied(self) -> _Said:
         """With what follows from what was said."""
@@ -533,7 +533,7 @@ def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def converted(one: Field, value: Any, name: str, file: Path | None = None) -> Any:
+def convert_value(one: Field, value: Any, name: str, file: Path | None = None) -> Any:
     """A value as the field wants it; `UserError`, with the flag or with the file and its key, where it does not fit."""
     where = f"{name} in {file}" if file else name
     if type(value) is type(one.default) and value == one.default:
@@ -543,11 +543,11 @@ def converted(one: Field, value: Any, name: str, file: Path | None = None) -> An
         fits = (int, float, str) if one.kind in (int, float) else (str, Path)
         if not isinstance(values, (list, tuple)) or not all(isinstance(part, fits) for part in values):
             raise UserError(f"{where} is not a list of texts ({SHORT.repr(value)}). Put each in quotes.")
-        return tuple(_converted_one(one, part, where) for part in values)
-    return _converted_one(one, value, where)
+        return tuple(_convert_one(one, part, where) for part in values)
+    return _convert_one(one, value, where)
 
 
-def _converted_one(one: Field, value: Any, where: str) -> Any:
+def _convert_one(one: Field, value: Any, where: str) -> Any:
     """One value, also of a field that holds many."""
     if one.kind is bool:
         if not isinstance(value, bool):
@@ -605,7 +605,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def check_values(settings: Any) -> None:
     """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow."""
     for one in fields_of(type(settings)).values():
-        converted(one, getattr(settings, one.name), one.name)
+        convert_value(one, getattr(settings, one.name), one.name)
 
 
 def read_settings(declared: Callable[..., Made], path: Path) -> Made:
@@ -616,7 +616,7 @@ def read_settings(declared: Callable[..., Made], path: Path) -> Made:
     record = read_json(path, RunRecord)
     known = fields_of(cast(type, declared))
     values = {
-        name: converted(known[name], value, name, path) if name in known else value
+        name: convert_value(known[name], value, name, path) if name in known else value
         for name, value in record.settings.items()
     }
     try:

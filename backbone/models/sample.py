@@ -88,8 +88,7 @@ def sample(
 ) -> Iterator[Image]:
     """Sample the requested images, in order; `how` is by the fields of `SamplerArguments`.
 
-    `controls`, of one row each, hold for all images. `advance` is told after each step how many images' worth of work
-    it was.
+    `controls`, of one row each, hold for all images. `advance` is called after each step with its work, in images.
     """
     for latents in sample_latents(
         model, requests, references=references, controls=controls, advance=advance, **how
@@ -182,7 +181,7 @@ def beside(text: Conditions, references: Sequence[Reference]) -> Conditions:
 
 
 def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:
-    """The same predictions; `advance` is told of so much `work` after each."""
+    """The same predictions; `advance` is called with so much `work` after each."""
 
     def reporting(noisy: Tensor, level: Level) -> Estimate:
         estimate = predict(noisy, level)

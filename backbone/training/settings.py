@@ -340,7 +340,7 @@ def _newest_run(folder: Path, program: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
-def said_anew(
+def changed_settings(
     own: Any,
     asked: Mapping[str, Any],
     said: RunFolderOptions,

@@ -111,11 +111,11 @@ def write_texts(folder: Path, model: Backbone, prompts: Sequence[str]) -> None:
     import torch
 
     from backbone.data.table import KEY, Table
-    from backbone.models.encode import kept_text, prompt_keys
+    from backbone.models.encode import cast_text, prompt_keys
     from backbone.training.prepared import PROMPTS
 
     random = torch.Generator().manual_seed(0)
-    text, table = kept_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
+    text, table = cast_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
     for first in range(0, len(prompts) + 1, IMAGES_SHARD // 16):
         some = ["", *prompts][first : first + IMAGES_SHARD // 16]
         states = {
@@ -209,13 +209,13 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     from align.objectives import preference
     from align.objectives.dataset import prepare, records_of
     from align.pairs.prepared import Prepared
-    from align.settings import resolved
+    from align.settings import resolve_settings
     from backbone.models.model import Backbone
 
     began = time.perf_counter()
     model = Backbone.open(model_name, device="cpu")
     asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
-    settings = resolved({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
+    settings = resolve_settings({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
     learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
     data = prepare(model, learn, out, settings)

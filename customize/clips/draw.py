@@ -50,7 +50,7 @@ from customize.clips.plan import POSE, PlannedClip, plan_clip
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (
     describe_given_frames,
-    given_frames,
+    frames_of,
     open_given_frames,
     open_sparse_condition,
     split_controls,
@@ -83,7 +83,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     refuse_new_folder(asked.out, CLIPS)
     model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
-    pictures, places = given_frames(asked)
+    pictures, places = frames_of(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
@@ -182,7 +182,7 @@ def plan_clips(
     concepts: Sequence[Concept],
     size: tuple[int, int],
 ) -> list[PlannedClip]:
-    """What the picture model is told for each prompt: the prompt alone where an adapter or maps say what moves.
+    """The picture model's text for each prompt: the prompt alone where an adapter or maps say what moves.
 
     Elsewhere the words of motion become maps of poses, if the model has a network that reads them.
     """

@@ -32,7 +32,7 @@ ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA
 SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
 OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
 USUAL_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
-USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that are told in words
+USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that words describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
     @property
     def by_picture_alone(self) -> bool:
-        """Whether a picture is all that the model is told; its frames and speed are then the model's own."""
+        """Whether a picture is the model's only condition; its frames and speed are then the model's own."""
         return bool(self.images) and not self.words and not self.prompts
 
 

@@ -1,4 +1,4 @@
-"""Pictures or maps at some frames of a clip that is told in words: `customize clip … --sparsectrl NETWORK`.
+"""Pictures or maps at some frames of a clip that words describe: `customize clip … --sparsectrl NETWORK`.
 
 `--image PICTURE` are frames, `--condition KIND=FOLDER` are maps, whose files are named by the frames that they are of.
 """
@@ -29,7 +29,7 @@ from customize.clips.settings import ClipOptions
 CROPPED = 0.01  # of a picture, from which on it is said
 
 
-def given_frames(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
+def frames_of(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
     """The pictures that were named and the frames that they are of; nothing without any.
 
     Raises `UserError` for a picture that cannot be read, and for frames that are not there or are named twice.

@@ -54,7 +54,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import fast_attention_backward
 from backbone.training.run import Objective, drive
-from backbone.training.settings import RunFolderOptions, find_resumed, read_run_settings, said_anew
+from backbone.training.settings import RunFolderOptions, changed_settings, find_resumed, read_run_settings
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 
 PROGRAM = "customize train-motion"
@@ -249,7 +249,7 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
     if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
-    return run, replace(own, **said_anew(own, given, said, run, allowed=RESUMED)), True
+    return run, replace(own, **changed_settings(own, given, said, run, allowed=RESUMED)), True
 
 
 def describe(asked: TrainMotionOptions, run: Path, films: Sequence[Captioned]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from backbone.media.sources.pictures import (
     read_metadata,
 )
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
-from customize.data.edit_pairs import SOURCES, TARGETS, listed_file, plain_name, read_edit_pairs
+from customize.data.edit_pairs import SOURCES, TARGETS, find_listed, plain_name, read_edit_pairs
 
 MAP_COLUMNS = (
     "conditioningimage",
@@ -163,9 +163,9 @@ def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
         for what, value in (("map", drawn), ("caption", caption)):
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{where} has a {what} that is not text ({value!r}). Put it in quotes.")
-        record = beside.record(listed_file(path, image, where))
+        record = beside.record(find_listed(path, image, where))
         record = replace(record, caption=" ".join((caption or "").split()) or record.caption)
-        pairs.append(ControlPair(record, ImageRecord(listed_file(path, drawn, where)) if drawn else None))
+        pairs.append(ControlPair(record, ImageRecord(find_listed(path, drawn, where)) if drawn else None))
     if not pairs:
         raise UserError(f"{path} names no image. Write a line for each.")
     return pairs

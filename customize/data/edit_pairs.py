@@ -131,14 +131,14 @@ def _from_list(path: Path) -> Iterator[EditPair]:
                     f"{where} names no {what} image. Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
-        before, after = (listed.record(listed_file(path, name, where)) for name in (source, target))
+        before, after = (listed.record(find_listed(path, name, where)) for name in (source, target))
         told = read_as(str, _first(named, INSTRUCTIONS) or after.caption or "", where, "instruction")
         further = [read_as(str, name, where, "references") for name in references]
         yield EditPair(
             before,
             after,
             " ".join(told.split()),
-            tuple(listed.record(listed_file(path, name, where)) for name in further),
+            tuple(listed.record(find_listed(path, name, where)) for name in further),
         )
 
 
@@ -157,7 +157,7 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((named[name] for name in names if named.get(name) not in (None, "")), None)
 
 
-def listed_file(listed: Path, name: str, where: str) -> Path:
+def find_listed(listed: Path, name: str, where: str) -> Path:
     """The file of this name beside a list; `UserError` where there is none."""
     path = find_spelled(inside(listed.parent, name, where))
     if not path.is_file():

@@ -31,7 +31,7 @@ from backbone.models.model import Backbone
 from backbone.models.references import Reference, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
-from customize.data.prepared import stored_images
+from customize.data.prepared import read_stored_images
 from customize.evaluation.metrics import Scorers, score_prompts
 from customize.settings import Settings, read_settings
 
@@ -165,7 +165,7 @@ def draw_from_references(
     model: Backbone, settings: Settings, prompts: Sequence[str], per_prompt: int, seed: int
 ) -> list[Image]:
     """The prompts about the class, drawn by the base beside at most REFERENCES of the subject's own images."""
-    own = stored_images(settings.images)[: min(REFERENCES, model.most_references)]
+    own = read_stored_images(settings.images)[: min(REFERENCES, model.most_references)]
     references = encode_references(model, [image.open() for image in own])
     requests = [
         Request(prompt.format(settings.class_noun), (i, j))
@@ -260,7 +260,7 @@ def write_results(
 
 def embed_subject(scorers: Scorers, settings: Settings) -> Tensor:
     """The image encoder's vectors of the subject's own images [R, D]."""
-    images = [crop_square(image.open(), 512) for image in stored_images(settings.images)]
+    images = [crop_square(image.open(), 512) for image in read_stored_images(settings.images)]
     return scorers.image_encoder.embed_images(images)
 
 

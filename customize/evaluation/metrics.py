@@ -144,22 +144,22 @@ class Evaluator:
         vectors = self.scorers.image_encoder.embed_images(images)
         subject_vectors, class_vectors = vectors[:count], vectors[count:]
         prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
-        likeness = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
-        obedience = text_scores(prompt_vectors, self.texts).tolist()
+        subject_scores = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
+        prompt_scores = text_scores(prompt_vectors, self.texts).tolist()
         metrics = ConceptMetrics(
             step=step,
-            subject_fidelity=mean(likeness),
-            prompt_fidelity=mean(obedience),
+            subject_fidelity=mean(subject_scores),
+            prompt_fidelity=mean(prompt_scores),
             prior_preservation=prior_drift(class_vectors, self.subject),
             diversity=diversity(class_vectors),
             loss=loss,
             rating=0.0,
         )
         self.baseline = self.baseline or metrics
-        return self.with_rating(metrics, likeness, obedience), images
+        return self.with_rating(metrics, subject_scores, prompt_scores), images
 
     def with_rating(
-        self, metrics: ConceptMetrics, likeness: Sequence[float], obedience: Sequence[float]
+        self, metrics: ConceptMetrics, subject_scores: Sequence[float], prompt_scores: Sequence[float]
     ) -> ConceptMetrics:
         """The same metrics with their rating (`rate_checkpoint`), from the two fidelities of each image."""
         assert self.baseline is not None
@@ -168,13 +168,15 @@ class Evaluator:
         def rate(rows: Sequence[int]) -> float:
             some = replace(
                 metrics,
-                subject_fidelity=mean(likeness[row] for row in rows),
-                prompt_fidelity=mean(obedience[row] for row in rows),
+                subject_fidelity=mean(subject_scores[row] for row in rows),
+                prompt_fidelity=mean(prompt_scores[row] for row in rows),
             )
             return rate_checkpoint(some, baseline=baseline, ceiling=ceiling)
 
         return replace(
-            metrics, rating=rate(range(len(likeness))), ratings=pseudo_ratings(rate, len(likeness))
+            metrics,
+            rating=rate(range(len(subject_scores))),
+            ratings=pseudo_ratings(rate, len(subject_scores)),
         )
 
 

@@ -94,7 +94,7 @@ def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, s
             for prompts in ([one.prompt for one in some], [one.negative for one in some])
         )
         seen: list[tuple[Tensor, Tensor]] = []
-        predict = noting(model.guided_predictor(texts, empty, drawing.guidance), seen)
+        predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), seen)
         noise = torch.stack([initial_noise(model, seed, *one.key) for one in some]).to(model.device)
         start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         randoms = [generator(seed, *one.key, "steps") for one in some]
@@ -104,7 +104,7 @@ def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, s
     return ClassAnswers(requests, torch.cat(states), torch.cat(estimates))
 
 
-def noting(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
+def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
     """The same predictions; every state with its clean estimate is put into `seen`."""
 
     def predict_and_note(noisy: Tensor, level: Level) -> Estimate:

@@ -37,7 +37,7 @@ from customize.evaluation.edits import EditMetrics, HeldOut, draw_held_out, meas
 from customize.evaluation.metrics import EarlyStopping
 from customize.objectives.dreambooth import share_of
 from customize.objectives.instruction_edits import InstructionEdits
-from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolved
+from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolve_settings
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
 from customize.training.reporting.card import edit_card, push
@@ -64,7 +64,7 @@ def train_edits(
         refuse_image_guidance(opened)
     if misfit := opened.describe_misfit([pair.target.read_size() for pair in pairs[:SHOWN]]):
         notify_once(misfit)
-    settings = resolved({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
+    settings = resolve_settings({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
     model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
     if vram is not None:

@@ -26,7 +26,7 @@ from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import fit_to_vram
@@ -66,7 +66,7 @@ def train_concept(
     if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
-    settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
+    settings = resolve_settings(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")

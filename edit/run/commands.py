@@ -70,13 +70,13 @@ def run_replace(
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
-        became = alignment.describe(loaded.spoken)
+        became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     with progress(inversion.steps - inversion.start(asked.strength), "editing") as bar:
         result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
     control = settings.get("control", "prompt-to-prompt")
     title = f"{start.source or inversion.prompt}: {control} on {_how(inversion)}"
-    return replace(result, prompts=targets, title=title, spoken=loaded.spoken)
+    return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
 
 
 def run_sdedit(

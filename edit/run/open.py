@@ -55,7 +55,7 @@ class ModelWithConcepts:
         return resolve_placeholder_tokens(prompt, self.concepts)
 
     @property
-    def spoken(self) -> dict[str, str]:
+    def placeholders(self) -> dict[str, str]:
         """What a person writes for the words that the model reads: a concept's token."""
         return {words: token for concept in self.concepts for token, words in concept.tokens.items()}
 

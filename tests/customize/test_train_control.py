@@ -23,7 +23,7 @@ from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
-from customize.control_settings import PROGRAM, read_settings, resolved, usual_folder
+from customize.control_settings import PROGRAM, read_settings, resolve_settings, usual_folder
 from customize.data.control_pairs import Columns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
@@ -234,7 +234,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
 
 def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, tmp_path: Path) -> None:
     asked = {"images": "x", "condition": "sketch", "kind": "control-lora", "rank": 2, "lora_alpha": 4.0}
-    network = make_network(tiny, resolved(asked, {}))
+    network = make_network(tiny, resolve_settings(asked, {}))
     module, random = network.module, torch.Generator().manual_seed(0)
     learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
     assert all(".lora_" in name or name.startswith(OWN_LAYERS) for name in learned)
@@ -262,7 +262,7 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
 
 @pytest.mark.parametrize("kind", ["t2i-adapter", *SLOW])
 def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
-    settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
+    settings = resolve_settings({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
     counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
     network = make_network(tiny, settings)
     trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)

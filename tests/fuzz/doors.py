@@ -147,7 +147,7 @@ class Place:
         perform("sdedit", wishes, out=self.root / "edit")
         programs: list[Any] = [customize.settings, align.settings]
         for program in programs:
-            made = program.resolved(NEEDED[program.__name__], {})
+            made = program.resolve_settings(NEEDED[program.__name__], {})
             write_json(
                 self.root / f"{program.__name__}.json", {"settings": made, "command": "x", "versions": {}}
             )
@@ -231,7 +231,7 @@ def config_door(program: Any, place: Place, random: Random) -> bool:
     content, damaged = damaged_json(usual, random)
     kind = random.choice((".json", ".json", ".yaml"))
     asked = values_from_file(place.write(f"c{kind}", content), fields_of(program.Settings), {})
-    program.resolved({**NEEDED[program.__name__], **asked}, {})
+    program.resolve_settings({**NEEDED[program.__name__], **asked}, {})
     return damaged and kind == ".json"
 
 
@@ -239,7 +239,7 @@ def number_door(program: Any, place: Place, random: Random) -> bool:
     known = {name: one for name, one in fields_of(program.Settings).items() if one.kind in (int, float)}
     name, number = random.choice(list(known)), random.choice(NUMBERS)
     asked = values_from_flags({name: number}, known)
-    program.resolved({**NEEDED[program.__name__], **asked}, {})
+    program.resolve_settings({**NEEDED[program.__name__], **asked}, {})
     return number in ("nan", "inf", "-inf", "x", "", " ", "½", "0x10")
 
 

@@ -115,7 +115,7 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             note="Where it grows, training fits its noise samples rather than the pictures: more --draws help.",
         )
     )
-    points = smoothed_log(read_steps(run))
+    points = smooth_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
         reward = [(line.step, _number(line.reward)) for line in points]
         drawn.append(
@@ -209,7 +209,7 @@ def _curves(name: str, seen: list[tuple[int, LoggedFigures]]) -> list[str]:
     ]
 
 
-def smoothed_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
+def smooth_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
     """At most so many points, each the mean of its neighbours: loss, and reward where there is one."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]

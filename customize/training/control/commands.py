@@ -27,7 +27,7 @@ from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder
-from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
+from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
 from customize.control_settings import PROGRAM, ControlSettings, read_settings, usual_folder
@@ -301,7 +301,7 @@ def train_control(asked: dict[str, Any], run: RunOptions) -> None:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
         from customize.training.control.start import as_kept
 
-        anew = said_anew(own, as_kept(asked), run, resumed, allowed=RESUMED)
+        anew = changed_settings(own, as_kept(asked), run, resumed, allowed=RESUMED)
         from customize.training.control.run import resume_control
 
         finished = resume_control(resumed, anew)

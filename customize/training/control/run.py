@@ -40,7 +40,7 @@ from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.rendering.record import load_labels
-from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolved
+from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolve_settings
 from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
 from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, mean_agreement, measure_loss
 from customize.objectives.control import ControlTraining, PairData
@@ -74,7 +74,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     run = out or Path("runs") / run_name(asked["images"])
     refuse_taken(run, [asked["images"]])
     opened, asked = open_configs(asked)
-    settings = resolved(asked, opened.defaults)
+    settings = resolve_settings(asked, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)
     if vram is not None:
@@ -122,7 +122,7 @@ def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[Control
         wordless=settings.proportion_empty_prompts == 1,
     )
     for path, _ in settings.validation_pairs():
-        named_map(path, settings, size)
+        read_named_map(path, settings, size)
     return pairs
 
 
@@ -131,7 +131,7 @@ def palette_of(settings: ControlSettings) -> Palette | None:
     return load_labels() if settings.condition == "labels" and settings.model in OWN else None
 
 
-def named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
+def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
     """A map that the user names for previews, as a tensor [3, H, W]."""
     asked = AskedMap(settings.condition, path)
     return as_hints(read_map(asked, Target(size, palette_of(settings))))[0]
@@ -147,13 +147,13 @@ def carry_on(
     began: float,
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
-    held = held_out(pairs)
+    held = hold_out_pairs(pairs)
     learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
     data = PairData(model, learned, settings.condition, flip=settings.flip)
     training = ControlTraining(model, network, data, settings)
     training.sources = {"model": model.fingerprint}
-    previews = Previews(model, training, shown_by(settings, held, model))
-    validation = Validation(run, training, held_latents(model, held, settings.condition))
+    previews = Previews(model, training, preview_maps(settings, held, model))
+    validation = Validation(run, training, encode_held_out(model, held, settings.condition))
     model.free("text_encoder")
     training.resume(run)
     validation.remember()
@@ -183,13 +183,13 @@ def carry_on(
     return run
 
 
-def held_out(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
+def hold_out_pairs(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
     """The last pairs, a tenth of all and at most `HELD`; of few pairs all, which are trained on too."""
     count = min(HELD, len(pairs) // 10)
     return pairs[len(pairs) - count :] if count else pairs[:HELD]
 
 
-def held_latents(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOut:
+def encode_held_out(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOut:
     """The held-out pairs, encoded."""
     size = model.resolution, model.resolution
     each = PairData(model, list(held), kind, flip=False)
@@ -243,12 +243,12 @@ class Shown(NamedTuple):
     map: Tensor
 
 
-def shown_by(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[Shown]:
+def preview_maps(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[Shown]:
     """The maps that the user named for previews, or some of the pairs held out."""
     kind, size = settings.condition, (model.resolution, model.resolution)
     named = settings.validation_pairs()
     if named:
-        return [Shown(prompt, kind, named_map(path, settings, size)) for path, prompt in named]
+        return [Shown(prompt, kind, read_named_map(path, settings, size)) for path, prompt in named]
     return [Shown(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
 
 

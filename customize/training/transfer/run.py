@@ -25,7 +25,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from backbone.training.models import open_model
 from backbone.training.run import drive
-from customize.data.prepared import stored_images
+from customize.data.prepared import read_stored_images
 from customize.objectives.transfer import ClassAnswers, SubjectAnswers, Transfer, draw_class, draw_subject
 from customize.settings import FILE, SHEET, Settings, read_settings
 from customize.training.evaluation import Previews
@@ -49,7 +49,7 @@ def transfer_run(asked: TransferOptions) -> Path:
     drawing = usual_drawing(few)
     rate = OF_THE_RUN * settings.learning_rate if asked.learning_rate is None else asked.learning_rate
     asked, out = replace(asked, learning_rate=rate, out=asked.folder), asked.folder
-    moved = replace(carry_over(concept, base, few), model=named_from_anywhere(asked.to))
+    moved = replace(carry_over(concept, base, few), model=absolute_model(asked.to))
     own = settings_of(settings, asked, moved, drawing)
     with hold_folder(out) if asked.resume else processes.hold_new_run(out):
         begin(out, asked, own)
@@ -168,7 +168,7 @@ def finish(
     replace(moved, **files).write(out)
     side = fit.model.resolution
     shown: list[Image] = [
-        crop_square(image.open(), side) for image in list(stored_images(own.images))[:SHOWN]
+        crop_square(image.open(), side) for image in list(read_stored_images(own.images))[:SHOWN]
     ]
     previews = Previews(fit.model, own, moved)
     previews.save(out / SHEET, count=SHOWN, subject=shown)
@@ -196,7 +196,7 @@ def describe(own: Settings, asked: TransferOptions) -> Sequence[str]:
     ]
 
 
-def named_from_anywhere(model: str) -> str:
+def absolute_model(model: str) -> str:
     """A model's name, absolute where it is a folder on this machine."""
     place = Path(model).expanduser()
     return str(place.absolute()) if place.is_dir() else model

@@ -54,7 +54,7 @@ from backbone.world.maps import draw_maps, draw_sketch, look_at, sample_hand
 from backbone.world.rendering.record import load_labels
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
-from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolved
+from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolve_settings
 from customize.evaluation.obedience import HeldOut
 from customize.objectives.control import ControlTraining
 from customize.objectives.control_networks import make_network
@@ -308,7 +308,7 @@ def within(minutes: float, validation: Validation) -> Callable[[int], str]:
 
 def as_run(settings: TrainSettings) -> ControlSettings:
     """The settings of the run, as `customize train-control` has them."""
-    return resolved(
+    return resolve_settings(
         {
             "images": str(settings.workdir),
             "condition": settings.kinds[0],

@@ -31,7 +31,7 @@ from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
 from align.objectives.reference import CachedReference, open_cached_reference, reference_path
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences, split_held_out, to_singles
-from align.settings import Settings, as_command, resolved
+from align.settings import Settings, as_command, resolve_settings
 from backbone.adapters.lora import load_lora, use_adapters
 from backbone.cli.options import fields_of
 from backbone.diffusion.noise import generator
@@ -632,27 +632,30 @@ def test_the_repeating_command_names_what_was_chosen() -> None:
 def test_what_works_with_a_model_serves_where_nothing_was_asked() -> None:
     own = {"beta": 700.0, "learning_rate": 1e-3, "loss_weighting": "debiased", "safeguard": 0.5}
     usual = {"rank": 8, "align": own}
-    plain = resolved({"pairs": "p"}, usual)
+    plain = resolve_settings({"pairs": "p"}, usual)
     assert (plain.rank, plain.beta, plain.learning_rate) == (8, 700.0, 1e-3)
     assert (plain.loss_weighting, plain.safeguard) == ("debiased", 0.5)
-    assert resolved({"pairs": "p", "safeguard": -1.0}, usual).safeguard < 0
-    assert resolved({"pairs": "p", "loss": "kto"}, usual).safeguard < 0  # which knows no pairs
-    asked = resolved({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
+    assert resolve_settings({"pairs": "p", "safeguard": -1.0}, usual).safeguard < 0
+    assert resolve_settings({"pairs": "p", "loss": "kto"}, usual).safeguard < 0  # which knows no pairs
+    asked = resolve_settings({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
     assert (asked.beta, asked.loss_weighting) == (50.0, "none")
-    assert resolved({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
-    assert resolved({"pairs": "p", "loss": "ipo"}, usual).beta == 200.0
+    assert resolve_settings({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
+    assert resolve_settings({"pairs": "p", "loss": "ipo"}, usual).beta == 200.0
 
 
 def test_the_embedded_model_says_how_it_is_aligned() -> None:
     usual = Backbone.open("moji").defaults
     assert usual["align"] == DEFAULTS["align"]
-    found = resolved({"pairs": "p"}, usual)
+    found = resolve_settings({"pairs": "p"}, usual)
     for name, value in usual["align"].items():
         assert getattr(found, name) == value and fields_of(Settings)[name].option.by_model
     assert usual["draft"] == DEFAULTS["draft"]
-    found = resolved({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
+    found = resolve_settings({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
     assert all(getattr(found, name) == value for name, value in usual["draft"].items())
     assert "--reward-steps 5" in as_command(found, Path("out"))
     assert (
-        resolved({"pairs": "", "loss": "ddpo", "online": "moji", "prompts": "p.txt"}, usual).reward_steps == 1
+        resolve_settings(
+            {"pairs": "", "loss": "ddpo", "online": "moji", "prompts": "p.txt"}, usual
+        ).reward_steps
+        == 1
     )

@@ -26,7 +26,7 @@ from customize.data.edit_pairs import hold_out, read_edit_pairs
 from customize.evaluation.edits import HeldOut, changed_place, measure_edits
 from customize.formats.convert import import_adapter
 from customize.objectives.instruction_edits import draw_dropout
-from customize.settings import resolved
+from customize.settings import resolve_settings
 from edit.methods.instruct import instruct
 from edit.run.open import Opening, load_model
 from tests.backbone.media.test_registration import moved, picture
@@ -104,7 +104,7 @@ def test_edits_have_a_learning_rate_of_their_own() -> None:
         (words, moji, 1e-3),
         (words | {"pairs": ""}, moji, moji["learning_rate"]),
     ):
-        assert resolved(asked, usual).learning_rate == rate
+        assert resolve_settings(asked, usual).learning_rate == rate
 
 
 def test_its_adapter_alone_is_none_of_the_text_to_image_model(

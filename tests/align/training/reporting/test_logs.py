@@ -11,7 +11,7 @@ import pytest
 from align.objectives.metrics import Figures
 from align.settings import EVALUATIONS, REWARDS, Settings
 from align.training.reporting.logs import LoggedStep, read_evaluations, read_rewards, read_steps
-from align.training.reporting.report import draw_curves, smoothed_log
+from align.training.reporting.report import draw_curves, smooth_log
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
@@ -75,6 +75,6 @@ def test_a_line_of_another_type_is_named_with_its_file_and_key(
 
 def test_a_long_log_is_drawn_as_the_means_of_neighbours() -> None:
     log = [LoggedStep(n + 1, float(n), float(n) if n % 2 else None) for n in range(400)]
-    points = smoothed_log(log)
+    points = smooth_log(log)
     assert len(points) == 200 and points[0] == LoggedStep(2, 0.5, 1.0)
     assert [point.step for point in points[-2:]] == [398, 400]
