@@ -122,10 +122,10 @@ def log_probability(after: Tensor, noisy: Tensor, estimate: Estimate, here: Leve
     code, is what a clip range of 1e-4 goes with.
     """
     mean = ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy))
-    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * spread(here, there) ** 2)
+    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * ancestral_std(here, there) ** 2)
 
 
-def spread(here: Level, there: Level) -> float:
+def ancestral_std(here: Level, there: Level) -> float:
     """The standard deviation of an ancestral step: 0 where it lands on the clean end."""
     nothing = torch.zeros(1, dtype=torch.float64)
     still = Estimate(nothing, nothing)
@@ -134,7 +134,7 @@ def spread(here: Level, there: Level) -> float:
 
 def is_random(here: Level, there: Level) -> bool:
     """Whether a step has a density."""
-    return spread(here, there) > 1e-6
+    return ancestral_std(here, there) > 1e-6
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:

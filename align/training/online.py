@@ -53,7 +53,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, write_json
 from backbone.io.prompts import Prompt, read_prompts
-from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
+from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, package_versions, refuse_taken
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
@@ -344,7 +344,7 @@ def _write_reward_report(
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
         paragraph("The scorer that trained a model does not judge it: compare with another one."),
         heading("Again"),
-        command(as_command(settings, run)),
+        command_block(as_command(settings, run)),
     ]
     write_report(run / REPORT, f"{run.name}: {describe(settings)}", parts)
 

@@ -32,7 +32,7 @@ PART = "control"  # of the planned denoiser: control networks are counted with i
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawingWorkload:
     """What is drawn.
 
     batch       so many images or clips together
@@ -58,7 +58,7 @@ class Drawn:
 class DrawingEstimator(MemoryEstimator):
     """Counts the bytes of drawing images."""
 
-    def __init__(self, model: Backbone, drawn: Drawn, *, device: str = "cuda") -> None:
+    def __init__(self, model: Backbone, drawn: DrawingWorkload, *, device: str = "cuda") -> None:
         work = Workload(
             self._attach,
             drawn.batch,
@@ -150,7 +150,7 @@ class DrawingEstimator(MemoryEstimator):
         ]
 
 
-def fit_drawing(model: Backbone, drawn: Drawn, size: float) -> Backbone:
+def fit_drawing(model: Backbone, drawn: DrawingWorkload, size: float) -> Backbone:
     """The (unloaded) model as it draws on its device of `size` GiB, by a plan that is printed.
 
     Raises `UserError` where nothing fits.

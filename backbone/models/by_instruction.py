@@ -24,7 +24,7 @@ from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, latents_of
+from backbone.models.references import ReferenceImage, latents_of
 
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
@@ -99,7 +99,7 @@ def evaluations_of(model: Backbone, text: Conditions, guidance: float) -> int:
 @torch.no_grad()
 def draw_edit(
     model: Backbone,
-    references: Sequence[Reference],
+    references: Sequence[ReferenceImage],
     instruction: str,
     *,
     steps: int,

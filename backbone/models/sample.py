@@ -24,7 +24,7 @@ from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import in_windows
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, latents_of
+from backbone.models.references import ReferenceImage, latents_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sample(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    references: Sequence[Reference] = (),
+    references: Sequence[ReferenceImage] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
     **how: Any,
@@ -103,7 +103,7 @@ def sample_latents(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    references: Sequence[Reference] = (),
+    references: Sequence[ReferenceImage] = (),
     controls: Sequence[Control] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
@@ -174,7 +174,7 @@ def _in_window(guide: Callable[[Conditions], Predict], text: Conditions, window:
     return guide(text.in_window(window))
 
 
-def beside(text: Conditions, references: Sequence[Reference]) -> Conditions:
+def beside(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
     """The same conditions with images beside each of them."""
     shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
     return replace(text, references=shown)

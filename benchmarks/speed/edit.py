@@ -45,7 +45,7 @@ from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from benchmarks.speed.shapes import read_peak_memory, run_module, time_in_turns, write_model_folder
 from edit.attention.alignment import align, read_prompt, steps_inside
-from edit.attention.control import Control, cross_of
+from edit.attention.control import AttentionControl, cross_of
 from edit.attention.install import control_attention
 from edit.inversion.inversion import invert
 from edit.inversion.trajectories import invert_ddim
@@ -442,17 +442,17 @@ class Steps:
         """A step without an edit."""
         self.predict(rows)
 
-    def control(self, targets: int) -> Control:
+    def control(self, targets: int) -> AttentionControl:
         """Our control of so many targets beside their source."""
         device = self.model.device
         ones = torch.ones(targets, 77, device=device)
         whole = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
-        control = Control(targets, cross=whole)
+        control = AttentionControl(targets, cross=whole)
         control.self_attention = "layout"
         return control
 
     @torch.no_grad()
-    def edited(self, control: Control) -> None:
+    def edited(self, control: AttentionControl) -> None:
         """A step of ours while the maps are held: the source, and two rows a target."""
         with control_attention(self.unet, control):
             self.predict(1 + 2 * control.targets)

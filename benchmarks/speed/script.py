@@ -59,7 +59,7 @@ from benchmarks.speed.shapes import (
     write_model_folder,
     write_section,
 )
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import SubjectGroup, prepare
 from customize.objectives.dreambooth import DreamBooth
 
 SIDES = ("script", "restated", "here")
@@ -184,7 +184,7 @@ def run_here(model: str, place: Path, out: Path, *, steps: int, precision: str, 
     settings = replace(
         make_settings(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
-    group = Group(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
+    group = SubjectGroup(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
     training = DreamBooth(backbone, prepare(backbone, [group], settings), settings)
     for _ in take_steps(training):
         pass

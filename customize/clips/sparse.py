@@ -16,7 +16,7 @@ from PIL import Image
 from backbone.cli.conditions import ANY, RGB, AskedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
-from backbone.media.control.maps import Target, as_hints, number_maps, read_numbered_maps
+from backbone.media.control.maps import MapTarget, as_hints, number_maps, read_numbered_maps
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
@@ -156,7 +156,7 @@ def open_sparse_condition(
     if condition is None:
         return ()
     height, width = (side * model.factor for side in latent_size(model, asked.size))
-    found = read_numbered_maps(condition.map, Target((width, height)), asked.frames)
+    found = read_numbered_maps(condition.map, MapTarget((width, height)), asked.frames)
     network = open_network(model, asked)
     if condition.map.kind != ANY and network.reads_latents != (condition.map.kind == RGB):
         reads = "pictures (rgb=FOLDER)" if network.reads_latents else "lines, white on black (sketch=FOLDER)"

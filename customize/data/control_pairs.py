@@ -45,7 +45,7 @@ from backbone.media.sources.pictures import (
     find_lists,
     list_images,
     normalize_name,
-    read_metadata,
+    read_image_list,
 )
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from customize.data.edit_pairs import SOURCES, TARGETS, find_listed, plain_name, read_edit_pairs
@@ -67,7 +67,7 @@ MAP_STEM = re.compile(r"(.+)[._-](" + "|".join([*KINDS, *SYNONYMS, "condlabel"])
 
 
 @dataclass(frozen=True)
-class Columns:
+class ControlColumns:
     """Names of a table's columns; "" for the usual ones."""
 
     image: str = ""
@@ -117,7 +117,9 @@ class ControlPair:
         refuse_wrong_kind(as_array(drawn), AskedMap(kind, str(self.map.path)), palette)
 
 
-def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> list[ControlPair]:
+def read_control_pairs(
+    source: str, kind: str, columns: ControlColumns = ControlColumns()
+) -> list[ControlPair]:
     """The pairs of a source, in the order of its list or of the names.
 
     Raises `UserError` for images without a map where the kind is not found in images, and for lists that name other
@@ -146,10 +148,10 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
     return pairs
 
 
-def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
+def _from_list(path: Path, columns: ControlColumns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv or prompt.json."""
     pairs, beside = [], ListedImages()
-    for where, entry in read_metadata(path):
+    for where, entry in read_image_list(path):
         image = _value(
             entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, where
         )
@@ -186,7 +188,7 @@ def _has_two_folders(folder: Path) -> bool:
     return bool(names & set(SOURCES)) and bool(names & set(TARGETS))
 
 
-def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
+def _from_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """Images with maps beside them (`1.png`, `1.sketch.png`), or the rows of a table."""
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:

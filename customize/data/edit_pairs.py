@@ -30,7 +30,7 @@ from backbone.media.sources.pictures import (
     find_lists,
     find_spelled,
     list_by_name,
-    read_metadata,
+    read_image_list,
 )
 
 # Names of columns and of folders, as `plain_name` has them; the first that is there counts
@@ -114,7 +114,7 @@ def plain_name(name: str) -> str:
 def _from_list(path: Path) -> Iterator[EditPair]:
     """The pairs of a list; every line has to name two images beside it, and may leave its words to a .txt there."""
     listed = ListedImages()
-    for where, entry in read_metadata(path):
+    for where, entry in read_image_list(path):
         keys = sorted(entry, key=_by_number)
         named = {plain_name(key): entry[key] for key in reversed(keys)}
         source, target = (_first(named, names) for names in (SOURCES, TARGETS))
@@ -325,7 +325,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
     Raises `BadImageError` for one that cannot be read.
     """
     from backbone.evaluation.image_metrics import psnr
-    from backbone.media.registration import register
+    from backbone.media.registration import register_to_source
     from backbone.media.transforms import crop_and_resize, to_tensor
 
     source, target = pair.source.open(), pair.target.open()
@@ -354,7 +354,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         )
     if not drift:
         return Found(doubtful=doubtful)
-    found = register(second, first)
+    found = register_to_source(second, first)
     moved, drifted = found.drift((size[1], size[0])), []
     if found.share < ALIKE:
         doubtful.append(

@@ -28,7 +28,7 @@ from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_square
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, encode_references, refuse_too_many
+from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
 from customize.data.prepared import read_stored_images
@@ -51,7 +51,7 @@ class DreamBenchPrompts:
     classes: dict[str, str]
 
 
-def read_prompts(path: Path) -> DreamBenchPrompts:
+def read_dreambench_prompts(path: Path) -> DreamBenchPrompts:
     """Read google/dreambooth's prompts_and_classes.txt. Raises `UserError` for a file of another format."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Name a prompts_and_classes.txt.")
@@ -84,7 +84,7 @@ def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, 
     found: list[str] = []
     for words in given:
         if is_prompt_lists(words):
-            lists = read_prompts(Path(words))
+            lists = read_dreambench_prompts(Path(words))
             found += lists.living if living else lists.things
         else:
             found += [prompt.text for prompt in prompts_of([words])]
@@ -270,7 +270,7 @@ def sample_images(
     settings: Settings,
     seed: int,
     label: str,
-    references: Sequence[Reference] = (),
+    references: Sequence[ReferenceImage] = (),
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
     with progress(len(requests), label) as bar:

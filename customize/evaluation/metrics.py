@@ -31,7 +31,7 @@ from backbone.evaluation.clip import (
 )
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
-from backbone.models.few_step.model import Drawing, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -97,10 +97,12 @@ class Evaluator:
         concept: Concept,
         settings: Settings,
         images: Sequence[Image],
-        drawing: Drawing | None = None,
+        drawing: SamplingDefaults | None = None,
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
-        self.drawing = drawing or Drawing(SAMPLING_STEPS, settings.guidance, usual_drawing(model).sampler)
+        self.drawing = drawing or SamplingDefaults(
+            SAMPLING_STEPS, settings.guidance, usual_drawing(model).sampler
+        )
         noun = settings.class_noun
         self.subject_requests = [
             Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))

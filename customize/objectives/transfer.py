@@ -22,7 +22,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.few_step.model import Drawing
+from backbone.models.few_step.model import SamplingDefaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
 from backbone.training.attention import fast_attention_backward
@@ -72,7 +72,9 @@ class ClassAnswers:
 
 
 @torch.no_grad()
-def draw_subject(model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int) -> SubjectAnswers:
+def draw_subject(
+    model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int
+) -> SubjectAnswers:
     """The answers of a model that carries the subject, by deterministic steps from each request's own noise."""
     clean = list(
         sample_latents(
@@ -84,7 +86,9 @@ def draw_subject(model: Backbone, requests: Sequence[Request], drawing: Drawing,
 
 
 @torch.no_grad()
-def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int) -> ClassAnswers:
+def draw_class(
+    model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int
+) -> ClassAnswers:
     """A few-step model's trajectories of requests, as its own sampler draws them."""
     schedule, states, estimates = model.schedule(drawing.steps), [], []
     for first in range(0, len(requests), AT_ONCE):
@@ -116,7 +120,7 @@ def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predic
 
 
 @dataclass
-class Part:
+class TrainedPart:
     """What is trained, as the optimiser takes it."""
 
     parameters: Mapping[str, Tensor]
@@ -133,7 +137,7 @@ class Transfer(Objective):
     def __init__(
         self,
         model: Backbone,
-        drawing: Drawing,
+        drawing: SamplingDefaults,
         adapter: str,
         answers: tuple[SubjectAnswers, ClassAnswers],
         settings: TransferFit,
@@ -147,7 +151,7 @@ class Transfer(Objective):
         self.parameters = lora_parameters(model.denoiser, adapter)
         for value in self.parameters.values():
             value.requires_grad_(True)
-        part = Part(self.parameters, settings.learning_rate or 0.0)
+        part = TrainedPart(self.parameters, settings.learning_rate or 0.0)
         self.optimizer = make_optimizer("adamw", [part], weight_decay=0.0)
         self.schedule: Schedule = model.schedule(drawing.steps)
         self.figures = {}

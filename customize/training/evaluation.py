@@ -19,7 +19,7 @@ from backbone.distributed.processes import is_main_process, is_participant
 from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.few_step.model import Drawing, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -226,7 +226,7 @@ class Previews:
             return []
         requests = self.requests[:count]
         sampler = usual_drawing(self.model).sampler
-        usual = Drawing(self.settings.sample_steps, self.settings.guidance, sampler)
+        usual = SamplingDefaults(self.settings.sample_steps, self.settings.guidance, sampler)
         drawing = few.drawing if few else usual
         with (
             few.opened() if few else nullcontext(self.model) as model,

@@ -22,7 +22,7 @@ from backbone.adapters.concept import Concept
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, write_text
-from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
 from customize.evaluation.survival import Fidelity, Survival
@@ -49,7 +49,7 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
     return open_few_step(model, settings.preview_on)
 
 
-def sampler_of(few: Backbone, settings: Settings) -> Drawing:
+def sampler_of(few: Backbone, settings: Settings) -> SamplingDefaults:
     """How the few-step model samples: its own steps and guidance, unless the settings give others."""
     usual = usual_drawing(few)
     return replace(

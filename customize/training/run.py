@@ -20,7 +20,7 @@ from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import SubjectGroup, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
@@ -116,7 +116,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 
 def make_prompts(
     settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
-) -> tuple[Concept, list[Group]]:
+) -> tuple[Concept, list[SubjectGroup]]:
     """The run's concept, and each subject's images with their training prompts.
 
     Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
@@ -139,7 +139,13 @@ def make_prompts(
 
 
 def carry_on(
-    run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    concept: Concept,
+    groups: Sequence[SubjectGroup],
+    *,
+    began: float,
 ) -> Path:
     """Train from the last checkpoint, or from the start, and complete the run folder."""
     pictures = [list(group.pictures) for group in groups]

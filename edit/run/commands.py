@@ -28,7 +28,7 @@ from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace
 
 
 @dataclass(frozen=True)
-class Command:
+class EditCommand:
     """A command by its parts.
 
     run             (model, wishes …) → result; with `from_start` (model, start, other wishes …)
@@ -233,14 +233,14 @@ def there_and_back(result: Result) -> list[Image.Image]:
     return [*images, *images[-2:0:-1]]
 
 
-COMMANDS: Mapping[str, Command] = {
-    "invert-and-replace": Command(run_replace, from_start=True),
-    "sdedit": Command(run_sdedit),
-    "flow-edit": Command(run_flow_edit),
-    "instruct": Command(run_instruct, by_instruction=True),
-    "remove": Command(run_remove, from_start=True),
-    "compose": Command(run_compose, from_start=True),
-    "interpolate": Command(run_interpolate, compared=False, frames=there_and_back),
+COMMANDS: Mapping[str, EditCommand] = {
+    "invert-and-replace": EditCommand(run_replace, from_start=True),
+    "sdedit": EditCommand(run_sdedit),
+    "flow-edit": EditCommand(run_flow_edit),
+    "instruct": EditCommand(run_instruct, by_instruction=True),
+    "remove": EditCommand(run_remove, from_start=True),
+    "compose": EditCommand(run_compose, from_start=True),
+    "interpolate": EditCommand(run_interpolate, compared=False, frames=there_and_back),
 }
 
 

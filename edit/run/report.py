@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from backbone.io.files import write_bytes, write_json, write_text
-from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import package_versions
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -127,10 +127,10 @@ def publish(
     rows = [(COUNTS.get(name, name), "–" if value is None else value) for name, value in counts.items()]
     parts += [heading("The run"), table(("", ""), rows)]
     if alignments:
-        parts += [heading("What became of the words"), *(command(text) for text in alignments)]
+        parts += [heading("What became of the words"), *(command_block(text) for text in alignments)]
     if strips:
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
-    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command(again)])
+    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(again)])
     write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
 
 

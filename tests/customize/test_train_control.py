@@ -24,7 +24,7 @@ from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
 from customize.control_settings import PROGRAM, read_settings, resolve_settings, usual_folder
-from customize.data.control_pairs import Columns, read_control_pairs
+from customize.data.control_pairs import ControlColumns, read_control_pairs
 from customize.evaluation.obedience import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
@@ -376,12 +376,12 @@ def test_a_list_s_captions_may_lie_beside_its_images(pairs: Path, tmp_path: Path
 
 
 def test_named_columns_win_and_a_missing_one_is_named(pairs: Path) -> None:
-    found = read_control_pairs(str(pairs), "sketch", Columns(caption="file_name"))
+    found = read_control_pairs(str(pairs), "sketch", ControlColumns(caption="file_name"))
     assert found[3].caption == "3.png"
     with pytest.raises(
         UserError, match="has no column 'drawing'; it has file_name, conditioning_image, text"
     ):
-        read_control_pairs(str(pairs), "sketch", Columns(map="drawing"))
+        read_control_pairs(str(pairs), "sketch", ControlColumns(map="drawing"))
 
 
 def test_edges_are_found_in_the_images_where_no_map_is_given(pairs: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from backbone.io.files import write_json
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.control import RECORD
 from backbone.models.model import Backbone
-from edit.attention.control import Control as AttentionControl
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct

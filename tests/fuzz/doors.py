@@ -42,7 +42,7 @@ from backbone.io.files import read_header, read_jsonl, read_tensors, write_json,
 from backbone.io.prompts import prompts_of, read_prompts
 from backbone.io.run_folder import trim_log
 from backbone.media.clips import read_film
-from backbone.media.control.maps import Target, read_map
+from backbone.media.control.maps import MapTarget, read_map
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
@@ -490,7 +490,7 @@ def map_door(place: Place, random: Random) -> bool:
     kind, path = random.choice(("sketch", "edges", "lines")), place.folder / "map.png"
     drawn.convert(random.choice(("L", "RGB", "1", "P", "RGBA"))).save(path)
     path.write_bytes(damaged_bytes(path.read_bytes(), random))
-    assert read_map(AskedMap(kind, str(path)), Target(place.image.size)).size == place.image.size
+    assert read_map(AskedMap(kind, str(path)), MapTarget(place.image.size)).size == place.image.size
     return False
 
 

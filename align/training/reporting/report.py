@@ -29,7 +29,7 @@ from backbone.adapters.concept import Concept, summarize_concepts
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import notify_once
 from backbone.io.files import write_json
-from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.report import command_block, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import package_versions
 
 RENEW_SECONDS = 15
@@ -89,7 +89,7 @@ def write_running_report(run: Path, settings: Settings, pictures: Pictures, step
     write_report(
         run / REPORT,
         f"{run.name}: {describe(settings)}",
-        [*parts, command(as_command(settings, run))],
+        [*parts, command_block(as_command(settings, run))],
         renew=RENEW_SECONDS,
     )
 
@@ -170,7 +170,7 @@ def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pic
         plot_row(draw_curves(run, settings)),
         *pictures.parts(),
         heading("Again"),
-        command(as_command(settings, run)),
+        command_block(as_command(settings, run)),
         table(
             ("setting", "value"),
             [(name, str(value)) for name, value in chosen if value not in ("", (), None)],

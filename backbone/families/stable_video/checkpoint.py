@@ -103,13 +103,13 @@ def refuse_other_ids(header: Header) -> None:
 
 def load_denoiser(location: Location, dtype: torch.dtype) -> nn.Module:
     """The UNet of a file; `UserError` where it is not built as its config says."""
-    network = build(UNetSpatioTemporalConditionModel, location, "unet")
+    network = build_outline(UNetSpatioTemporalConditionModel, location, "unet")
     return fill(network, location, "unet", name_unet_layers(network), dtype)
 
 
 def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
     """The encoder of the conditioner's autoencoder, where the file holds that, and the first stage's decoder."""
-    network = build(AutoencoderKLTemporalDecoder, location, "vae")
+    network = build_outline(AutoencoderKLTemporalDecoder, location, "vae")
     held = read_header(location.source).shapes
     prefix = PICTURE if f"{PICTURE}encoder.conv_in.weight" in held else AUTOENCODER
     stored = name_coder_layers(network, prefix)
@@ -140,7 +140,7 @@ def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def build(kind: Any, location: Location, part: str) -> nn.Module:
+def build_outline(kind: Any, location: Location, part: str) -> nn.Module:
     """A network on `meta`, as its config says."""
     config = location.config(part)
     config.refuse_other_kinds(kind)

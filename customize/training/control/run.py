@@ -28,7 +28,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
-from backbone.media.control.maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
+from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
@@ -41,8 +41,14 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.rendering.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolve_settings
-from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
-from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, mean_agreement, measure_loss
+from customize.data.control_pairs import ControlColumns, ControlPair, check_control_pairs, read_control_pairs
+from customize.evaluation.obedience import (
+    Agreement,
+    HeldOutMaps,
+    edge_agreement,
+    mean_agreement,
+    measure_loss,
+)
 from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
@@ -112,7 +118,9 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 
 def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[ControlPair]:
     """The pairs of a run, checked; and the maps of its previews."""
-    columns = Columns(settings.image_column, settings.conditioning_image_column, settings.caption_column)
+    columns = ControlColumns(
+        settings.image_column, settings.conditioning_image_column, settings.caption_column
+    )
     pairs = read_control_pairs(settings.images, settings.condition, columns)
     check_control_pairs(
         pairs,
@@ -134,7 +142,7 @@ def palette_of(settings: ControlSettings) -> Palette | None:
 def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
     """A map that the user names for previews, as a tensor [3, H, W]."""
     asked = AskedMap(settings.condition, path)
-    return as_hints(read_map(asked, Target(size, palette_of(settings))))[0]
+    return as_hints(read_map(asked, MapTarget(size, palette_of(settings))))[0]
 
 
 def carry_on(
@@ -189,20 +197,20 @@ def hold_out_pairs(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
     return pairs[len(pairs) - count :] if count else pairs[:HELD]
 
 
-def encode_held_out(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOut:
+def encode_held_out(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOutMaps:
     """The held-out pairs, encoded."""
     size = model.resolution, model.resolution
     each = PairData(model, list(held), kind, flip=False)
     rows = torch.arange(len(held))
     clean = each.posteriors.gather(rows).mean
     conditions = each.conditions[rows].to(model.device)
-    return HeldOut(clean, torch.stack([pair.read_map(kind, size) for pair in held]), conditions)
+    return HeldOutMaps(clean, torch.stack([pair.read_map(kind, size) for pair in held]), conditions)
 
 
 class Validation:
     """Measures the loss on pairs held out, with the map and without, and keeps the network that is best there."""
 
-    def __init__(self, run: Path, training: ControlTraining, held: HeldOut) -> None:
+    def __init__(self, run: Path, training: ControlTraining, held: HeldOutMaps) -> None:
         self.run, self.training, self.held = run, training, held
         self.history: list[Obedience] = []
         self.without: float | None = None
@@ -235,7 +243,7 @@ class Validation:
         return ""
 
 
-class Shown(NamedTuple):
+class PreviewMap(NamedTuple):
     """What a preview draws by: a prompt and a map [3, H, W] in 0…1 of a kind."""
 
     prompt: str
@@ -243,19 +251,19 @@ class Shown(NamedTuple):
     map: Tensor
 
 
-def preview_maps(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[Shown]:
+def preview_maps(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[PreviewMap]:
     """The maps that the user named for previews, or some of the pairs held out."""
     kind, size = settings.condition, (model.resolution, model.resolution)
     named = settings.validation_pairs()
     if named:
-        return [Shown(prompt, kind, read_named_map(path, settings, size)) for path, prompt in named]
-    return [Shown(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
+        return [PreviewMap(prompt, kind, read_named_map(path, settings, size)) for path, prompt in named]
+    return [PreviewMap(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
 
 
 class Previews:
     """Draws by maps, beside the maps and what is found in the drawn images."""
 
-    def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[Shown]) -> None:
+    def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[PreviewMap]) -> None:
         self.model, self.training, self.shown = model, training, shown
         encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
 

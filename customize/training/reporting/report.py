@@ -13,7 +13,7 @@ from backbone.adapters.concept import BEST
 from backbone.io.console import notify_once
 from backbone.io.files import read_jsonl
 from backbone.io.report import (
-    command,
+    command_block,
     heading,
     image_figure,
     image_row,
@@ -85,7 +85,7 @@ class RunReport:
         )
         step = max([figures.step for figures in self.history], default=self.settings.steps)
         survived = [] if self.survival is None else [paragraph(self.survival.sentence())]
-        self._write([paragraph(why), command(shlex.join(call)), *weights, *survived], step, best=best)
+        self._write([paragraph(why), command_block(shlex.join(call)), *weights, *survived], step, best=best)
 
     def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
         settings = self.settings
@@ -96,7 +96,7 @@ class RunReport:
         write_report(
             self.run / REPORT,
             title,
-            [*parts, heading("Again"), command(as_flags(settings, self.run))],
+            [*parts, heading("Again"), command_block(as_flags(settings, self.run))],
             renew=renew,
         )
 
@@ -224,7 +224,7 @@ class EditReport:
                 )
             ]
         )
-        self._write([paragraph(why), command(shlex.join(call)), *said], best=best)
+        self._write([paragraph(why), command_block(shlex.join(call)), *said], best=best)
 
     def _write(self, status: Sequence[str], *, best: int | None = None, renew: int = 0) -> None:
         settings, history = self.settings, self.history
@@ -247,7 +247,7 @@ class EditReport:
         title = (
             f"Edits by instruction: {describe_training(settings)} on {settings.model}, {settings.steps} steps"
         )
-        again = [heading("Again"), command(as_flags(settings, self.run))]
+        again = [heading("Again"), command_block(as_flags(settings, self.run))]
         write_report(self.run / REPORT, title, [*parts, *again], renew=renew)
 
 

@@ -20,7 +20,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
-from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from backbone.training.models import open_model
@@ -60,7 +60,9 @@ def transfer_run(asked: TransferOptions) -> Path:
         return finish(out, fit, own, moved, asked, seconds=time.perf_counter() - began)
 
 
-def settings_of(settings: Settings, asked: TransferOptions, moved: Concept, drawing: Drawing) -> Settings:
+def settings_of(
+    settings: Settings, asked: TransferOptions, moved: Concept, drawing: SamplingDefaults
+) -> Settings:
     """The settings of the new run, which are its base run's but for the model, the fit and how it is drawn with."""
     return replace(
         settings,
@@ -118,7 +120,7 @@ def prepare_fit(
     prior: ClassAnswers = draw_class(few, others, drawing, asked.seed)
     few.free("denoiser")
     load_concepts(base, [concept])
-    usual = Drawing(settings.sample_steps, settings.guidance)
+    usual = SamplingDefaults(settings.sample_steps, settings.guidance)
     answers: SubjectAnswers = draw_subject(base, subject, usual, asked.seed)
     base.free("denoiser", "autoencoder", "text_encoder")
     load_concepts(few, [replace(moved, folder=concept.folder)])

@@ -55,10 +55,10 @@ from backbone.world.rendering.record import load_labels
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
 from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolve_settings
-from customize.evaluation.obedience import HeldOut
+from customize.evaluation.obedience import HeldOutMaps
 from customize.objectives.control import ControlTraining
 from customize.objectives.control_networks import make_network
-from customize.training.control.run import Previews, Shown, Validation
+from customize.training.control.run import PreviewMap, Previews, Validation
 
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 SHARD = 500  # scenes in a file
@@ -326,17 +326,17 @@ def as_run(settings: TrainSettings) -> ControlSettings:
     )
 
 
-def held_out(model: Backbone, data: WorldData) -> HeldOut:
+def held_out(model: Backbone, data: WorldData) -> HeldOutMaps:
     """Scenes held out, each under a map of one kind, all kinds equally often."""
     rows = torch.arange(len(data))
     maps = torch.stack([data.map(int(row), data.kinds[int(row) % len(data.kinds)]) for row in rows])
-    return HeldOut(data.mean.float(), maps, data.conditions[rows].to(model.device))
+    return HeldOutMaps(data.mean.float(), maps, data.conditions[rows].to(model.device))
 
 
-def shown_of(data: WorldData) -> list[Shown]:
+def shown_of(data: WorldData) -> list[PreviewMap]:
     """What previews draw by: some held-out scenes of every kind."""
     return [
-        Shown(data.said[row % len(data)], kind, data.map(row % len(data), kind))
+        PreviewMap(data.said[row % len(data)], kind, data.map(row % len(data), kind))
         for number, kind in enumerate(data.kinds)
         for row in range(number * SHOWN, (number + 1) * SHOWN)
     ]

@@ -15,10 +15,10 @@ from align.collect.scorers import refuse_not_differentiable
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
+    ancestral_std,
     clipped_loss,
     is_random,
     log_probability,
-    spread,
     stochastic_walk,
 )
 from align.objectives.draft import RewardGradients, embed_pictures
@@ -92,7 +92,7 @@ def test_the_log_probability_is_the_normal_density_s_up_to_its_constant() -> Non
     noisy = torch.randn(2, 4, 3, 3, generator=generator(2))
     estimate = denoise(noisy, here)
     mean = ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy))
-    normal = torch.distributions.Normal(mean, spread(here, there))
+    normal = torch.distributions.Normal(mean, ancestral_std(here, there))
     points = [torch.randn(noisy.shape, generator=generator(3, k)) for k in range(2)]
     ours = [log_probability(point, noisy, estimate, here, there) for point in points]
     theirs = [normal.log_prob(point).flatten(1).mean(1) for point in points]
@@ -101,8 +101,8 @@ def test_the_log_probability_is_the_normal_density_s_up_to_its_constant() -> Non
 
 def test_the_spread_is_that_of_the_posterior() -> None:
     """On VE from σ to σ': up² = σ'²(σ² − σ'²)/σ²: from 2 to 1, √0.75."""
-    assert spread(ve(torch.tensor(2.0)), ve(torch.tensor(1.0))) == pytest.approx(math.sqrt(0.75))
-    assert spread(ve(torch.tensor(2.0)), ve(torch.tensor(0.0))) == 0.0
+    assert ancestral_std(ve(torch.tensor(2.0)), ve(torch.tensor(1.0))) == pytest.approx(math.sqrt(0.75))
+    assert ancestral_std(ve(torch.tensor(2.0)), ve(torch.tensor(0.0))) == 0.0
 
 
 def test_hand_worked_values_of_the_clipped_loss() -> None:
