@@ -760,3 +760,20 @@ def spellings(program: str, *declared: type) -> str:
             if names or meant:
                 lines.append(f"| `{shown}` | {', '.join([*(f'`{name}`' for name in names), *meant])} |")
     return "\n".join(lines) + "\n"
+
+
+def other_spellings(commands: Mapping[str, Any]) -> str:
+    """The same of many commands, typer's by name: an option, its other names, and the commands that have it so."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, one in commands.items():
+        for option in one.params:
+            flags = [flag for flag in option.opts if flag.startswith("--")]
+            if option.hidden and not flags[0].startswith("--no-"):
+                rows.setdefault((flags[0], f"({option.help})"), []).append(name)
+            elif len(flags) > 1 and not option.hidden:
+                others = ", ".join("`--" + flag[2:].replace("-", "_") + "`" for flag in flags[1:])
+                rows.setdefault((flags[0], others), []).append(name)
+    lines = [
+        f"| `{flag}` | {others} | {', '.join(names)} |" for (flag, others), names in sorted(rows.items())
+    ]
+    return "\n".join(["| option | is understood too | of |", "| --- | --- | --- |", *lines]) + "\n"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import typer
+import typer.main
 from typer.testing import CliRunner
 
 import align.cli
@@ -20,6 +21,7 @@ import align.settings
 import customize.cli
 import customize.settings
 import customize.training.start
+import edit.cli
 from backbone.cli.options import (
     Option,
     as_command,
@@ -27,6 +29,7 @@ from backbone.cli.options import (
     command,
     convert_value,
     fields_of,
+    other_spellings,
     refuse_idle,
     settled_command,
     spellings,
@@ -474,6 +477,9 @@ def test_the_spellings_of_diffusers_and_kohya_are_understood(
     assert customize.settings.resolve_settings({**DOG, "token_words": "", **heard}, USUAL)
 
 
+PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
+
+
 def page() -> str:
     """The page that says which spellings are understood."""
     return "\n".join(
@@ -487,6 +493,17 @@ def page() -> str:
             spellings("customize train", customize.settings.Settings, customize.settings.TrainOptions),
             spellings("customize train-control", ControlSettings, RunOptions),
             spellings("align train", align.settings.Settings, RunOptions),
+            "The other commands have these; a setting that is on is switched off with `--no-` before its name.",
+            "",
+            other_spellings(
+                {
+                    f"{program} {name}": one
+                    for program, app in PROGRAMS.items()
+                    for name, one in typer.main.get_group(app).commands.items()
+                    if f"{program} {name}"
+                    not in ("customize train", "customize train-control", "align train")
+                }
+            ),
         ]
     )
 
