@@ -65,7 +65,7 @@ from benchmarks.judges.classifier import (
 from benchmarks.judges.fidelity import Template, decode_renderings, make_template, register
 from benchmarks.judges.reader import FOLDER as READER
 from benchmarks.judges.reader import Reader, load_reader
-from customize.evaluation.obedience import agreement
+from customize.evaluation.condition_fidelity import agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")

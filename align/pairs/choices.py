@@ -1,7 +1,7 @@
 """The labeller's append-only log: one line per choice or undo, flushed to disk before the next pair is shown.
 
-Lines are never rewritten; `standing_choices` leaves out what was retracted. A process that is killed at any moment costs at most
-the choice that was being made.
+Lines are never rewritten; `standing_choices` leaves out what was retracted. A process that is killed at any moment
+costs at most the choice that was being made.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ from backbone.training.settings import RunOptions, find_resumed, read_run_settin
 from customize.cli import app
 from customize.control_settings import PROGRAM, read_settings, resolve_settings, usual_folder
 from customize.data.control_pairs import ControlColumns, read_control_pairs
-from customize.evaluation.obedience import Agreement, agreement
+from customize.evaluation.condition_fidelity import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import work_of
-from customize.training.control.run import OBEDIENCE, Obedience, columns_of
+from customize.training.control.run import FIDELITY, HeldOutFidelity, columns_of
 from customize.training.run import describe_changes
 from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
@@ -165,7 +165,7 @@ def test_a_run_leaves_what_diffusers_opens_and_says_how_it_is_used(trained: Trai
     assert record["kinds"] == ["sketch"] and record["base"] == tiny.fingerprint
     assert f"--condition sketch=map.png --controlnet {trained.run}" in trained.said.replace("\n", " ")
     assert Image.open(trained.run / "sheet.png").width > 300
-    history = read_jsonl(trained.run / OBEDIENCE, Obedience)
+    history = read_jsonl(trained.run / FIDELITY, HeldOutFidelity)
     assert [one.step for one in history] == [0, 2, 4]
     assert len({one.loss_without_map for one in history}) == 1 and len({one.loss for one in history}) == 3
     best = min(history[1:], key=lambda one: one.loss)
@@ -227,7 +227,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
         read_tensors(run / part / "diffusion_pytorch_model.safetensors")[0] for run in (trained.run, again)
     )
     assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
-    assert (again / OBEDIENCE).read_text() == (trained.run / OBEDIENCE).read_text()
+    assert (again / FIDELITY).read_text() == (trained.run / FIDELITY).read_text()
     assert "--steps 4" in read_json(again / "settings.json")["command"]
     assert read_settings(again).condition == "sketch"
 
@@ -472,7 +472,7 @@ def test_settings_without_effect_are_refused(flags: tuple[object, ...], sentence
     assert sentence in refused("train-control", "--images", pairs, *flags)
 
 
-# --- obedience ------------------------------------------------------------------------------------------------
+# --- condition fidelity ---------------------------------------------------------------------------------------
 
 
 def test_lines_agree_within_a_pixel() -> None:

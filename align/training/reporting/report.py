@@ -64,8 +64,8 @@ def write_summary(
         },
         "held_out": last.held_out,
         "training": last.training,
-        "bank_gap": last.bank_gap,
-        "bank": {"cells": reference.filled, "of": reference.values[..., 0].numel()}
+        "noise_gap": last.noise_gap,
+        "cached_errors": {"computed": reference.filled, "of": reference.values[..., 0].numel()}
         if isinstance(reference, CachedReference)
         else None,
         "reference_rows": training.live.nfe,
@@ -106,7 +106,7 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     drawn = [one for name, seen in sides.items() for one in _curves(name, seen)]
     rewards = [(line.round, _number(line.reward)) for line in read_rewards(run)]
     drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
-    gap = [(line.step, _number(line.bank_gap)) for line in evaluations]
+    gap = [(line.step, _number(line.noise_gap)) for line in evaluations]
     drawn.append(
         line_plot(
             "Seen/unseen-noise gap: accuracy at seen minus unseen noise",

@@ -35,7 +35,7 @@ from customize.control_settings import PROGRAM, ControlSettings, read_settings, 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
 MAPS = Path("maps")
-OBEDIENCE = Path("obedience")
+FIDELITY = Path("condition-fidelity")
 
 
 def register(app: typer.Typer) -> None:
@@ -229,7 +229,7 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",
-            default_text="obedience, obedience-2 …",
+            default_text="condition-fidelity, condition-fidelity-2 …",
         ),
     ] = None
 
@@ -264,7 +264,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
         float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
         asked.seed,
     )
-    with hold_new_folder(asked.out, OBEDIENCE) as folder:
+    with hold_new_folder(asked.out, FIDELITY) as folder:
         opened = open_control(model, asked.network)
         read = None if scorer is None else load_scorer(scorer)
         found = measure(model, opened, pairs, drawing, scorer=read, out=folder)

@@ -4,7 +4,7 @@ runs/sketch/t2i_adapter/ or controlnet/    the network, as diffusers saves it
 runs/sketch/condition.json                 what it reads, and what it was trained on
 runs/sketch/best/                          the same of the step that was best on pairs held out
 runs/sketch/settings.json, log.jsonl       what was asked for, and every step
-runs/sketch/obedience.jsonl                the loss on held-out pairs with the map and without, and how edges agree
+runs/sketch/condition_fidelity.jsonl       the loss on held-out pairs with the map and without, and how edges agree
 runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
 """
 
@@ -42,7 +42,7 @@ from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.rendering.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolve_settings
 from customize.data.control_pairs import ControlColumns, ControlPair, check_control_pairs, read_control_pairs
-from customize.evaluation.obedience import (
+from customize.evaluation.condition_fidelity import (
     Agreement,
     HeldOutMaps,
     edge_agreement,
@@ -55,14 +55,14 @@ from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
 from customize.training.run import describe_changes, hash_images
 
-OBEDIENCE = "obedience.jsonl"
+FIDELITY = "condition_fidelity.jsonl"
 PREVIEWS = "previews"
 HELD = 16  # pairs that are held out at most, and at most a tenth of all
 SHOWN = 4  # of them in previews
 
 
 @dataclass(frozen=True)
-class Obedience:
+class HeldOutFidelity:
     """What an evaluation measured on pairs held out. F1 is NaN where the kind is not found in images, or not drawn."""
 
     step: int
@@ -212,15 +212,15 @@ class Validation:
 
     def __init__(self, run: Path, training: ControlTraining, held: HeldOutMaps) -> None:
         self.run, self.training, self.held = run, training, held
-        self.history: list[Obedience] = []
+        self.history: list[HeldOutFidelity] = []
         self.without: float | None = None
 
     def remember(self) -> None:
         """What an interrupted run has measured up to the step that it goes on from."""
-        path = self.run / OBEDIENCE
+        path = self.run / FIDELITY
         if not path.exists():
             return
-        self.history = [line for line in read_jsonl(path, Obedience) if line.step <= self.training.done]
+        self.history = [line for line in read_jsonl(path, HeldOutFidelity) if line.step <= self.training.done]
         self.without = self.history[0].loss_without_map if self.history else None
         if processes.is_main_process():
             write_text(path, "".join(_line(one) for one in self.history))
@@ -235,9 +235,9 @@ class Validation:
         with self.training.averaged():
             loss = measure_loss(model, self.training.network, self.held, seed=seed)
         best = step > 0 and all(loss < one.loss for one in self.history if one.step)
-        self.history.append(Obedience(step, loss, self.without))
+        self.history.append(HeldOutFidelity(step, loss, self.without))
         if processes.is_main_process():
-            append_jsonl(self.run / OBEDIENCE, asdict(self.history[-1]))
+            append_jsonl(self.run / FIDELITY, asdict(self.history[-1]))
             if best:
                 self.training.write(self.run / BEST, {})
         return ""
@@ -350,7 +350,7 @@ def write_record(
     write_json(run / FILE, record)
 
 
-def _line(one: Obedience) -> str:
+def _line(one: HeldOutFidelity) -> str:
     import json
 
     return json.dumps(asdict(one)) + "\n"

@@ -55,7 +55,7 @@ from backbone.world.rendering.record import load_labels
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
 from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolve_settings
-from customize.evaluation.obedience import HeldOutMaps
+from customize.evaluation.condition_fidelity import HeldOutMaps
 from customize.objectives.control import ControlTraining
 from customize.objectives.control_networks import make_network
 from customize.training.control.run import PreviewMap, Previews, Validation

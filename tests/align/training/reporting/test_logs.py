@@ -19,7 +19,7 @@ from backbone.training.run import LOG
 
 FOUND = Figures(Interval(0.75, 0.5, 1.0), (0.5, math.nan, 1.0, 0.5), -0.01, 0.02, 4, 8)
 LINES: dict[str, dict[str, Any]] = {
-    EVALUATIONS: {"step": 2, "bank_gap": math.nan, "held_out": FOUND.as_json(), "training": None},
+    EVALUATIONS: {"step": 2, "noise_gap": math.nan, "held_out": FOUND.as_json(), "training": None},
     LOG: {"step": 2, "loss": 0.5, "reward": 0.25, "gradient_norm": 1.0},
     REWARDS: {"round": 0, "reward": 0.5},
 }
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 def test_what_was_logged_is_read_back_and_drawn(run: Path) -> None:
     (evaluation,), (step,), (reward,) = read_evaluations(run), read_steps(run), read_rewards(run)
     assert evaluation.held_out is not None and evaluation.held_out.accuracy.low == 0.5
-    assert evaluation.bank_gap is None and evaluation.held_out.by_level == (0.5, None, 1.0, 0.5)
+    assert evaluation.noise_gap is None and evaluation.held_out.by_level == (0.5, None, 1.0, 0.5)
     assert (step.loss, step.reward, reward.reward) == (0.5, 0.25, 0.5)
     drawn = "".join(draw_curves(run, Settings(loss="draft", online="moji")))
     for title in ("Accuracy, held out", "Mean score of each round", "Reward", "Loss"):
@@ -47,7 +47,7 @@ def test_what_was_logged_is_read_back_and_drawn(run: Path) -> None:
     ("name", "change", "said"),
     [
         (EVALUATIONS, {"step": "2"}, "step is '2'"),
-        (EVALUATIONS, {"bank_gap": [1]}, "bank_gap is"),
+        (EVALUATIONS, {"noise_gap": [1]}, "noise_gap is"),
         (EVALUATIONS, {"held_out": 3}, "held_out is 3"),
         (
             EVALUATIONS,
