@@ -21,7 +21,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import write_json
-from backbone.io.run_folder import package_versions, refuse_taken
+from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
@@ -131,12 +131,6 @@ def write_record(run: Path, settings: Settings, model: Backbone) -> None:
             "hardware": describe_hardware(model, settings),
         },
     )
-
-
-def run_name(source: str) -> str:
-    """A run's name from its pairs: the folder's, or the file's without its ending."""
-    path = Path(source).expanduser().resolve()
-    return (path.stem if path.is_file() else path.name) or "run"
 
 
 def _refuse_other_model(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
