@@ -23,7 +23,8 @@ import customize.cli
 import edit.cli
 import limner.cli
 from backbone import __version__
-from backbone.cli.commands import hyphens, program_words
+from backbone.cli.commands import program_words
+from backbone.cli.help import hyphens
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}

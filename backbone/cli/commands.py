@@ -19,8 +19,10 @@ from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 import typer
 
-from backbone.cli.help import Command, Group
+from backbone.cli.help import Command, Group, hyphens
 from backbone.io.console import run_app
+
+SPELLING = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
 
 
 def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
@@ -54,14 +56,6 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     app = script_app()
     app.command()(main)
     run_app(app)
-
-
-def hyphens(name: str) -> str:
-    """An option's name with hyphens, so that the spelling with underscores works too."""
-    return name.replace("_", "-")
-
-
-SPELLING = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
 
 
 def program_words(program: str) -> list[str]:

@@ -34,6 +34,11 @@ ENDS = {
 SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
 
 
+def hyphens(name: str) -> str:
+    """An option's name with hyphens, so that the spelling with underscores works too."""
+    return name.replace("_", "-")
+
+
 class Command(TyperCommand):
     """A command whose help comes in panels."""
 

@@ -34,8 +34,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 
 import typer
 
-from backbone.cli.commands import hyphens
-from backbone.cli.help import ReadLater
+from backbone.cli.help import ReadLater, hyphens
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord, parse_json, plain, read_as

@@ -169,7 +169,9 @@ def run_remove(
     seen = prompt if prompt is not None else without(source, word) if word.strip() else ""
     if prompt is None:
         notify(
-            f"Without {word or 'what the mask covers'}: “{seen}”" if seen else "Nothing is left of the prompt."
+            f"Without {word or 'what the mask covers'}: “{seen}”"
+            if seen
+            else "Nothing is left of the prompt."
         )
     with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "removing") as bar:
         result = remove(
