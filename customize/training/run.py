@@ -170,11 +170,7 @@ def carry_on(
     read.forget()
 
     def preview(step: int) -> None:
-        name = f"step-{step:06d}.png"
-        with training.averaged():
-            previews.save(run / PREVIEWS / name, count=4)
-        if few is not None:
-            previews.save(run / ON / PREVIEWS / name, count=4, few=few)
+        draw_sheets(run, f"{PREVIEWS}/step-{step:06d}.png", training, previews, few, count=4)
         if processes.is_main_process():
             report.samples = previews.drawn
             report.renew(step)
@@ -189,10 +185,7 @@ def carry_on(
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
-    with training.averaged():
-        prompts = previews.save(run / SHEET, count=8, subject=shown)
-    if few is not None:
-        previews.save(run / ON / SHEET, count=8, subject=shown, few=few)
+    prompts = draw_sheets(run, SHEET, training, previews, few, count=8, subject=shown)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
@@ -204,6 +197,17 @@ def carry_on(
         write_readme(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
+
+
+def draw_sheets(
+    run: Path, name: str, training: DreamBooth, previews: Previews, few: FewStepSide | None, **how: Any
+) -> list[str]:
+    """Draw a sheet of the run, and beside it that of the few-step model, each to its file `name`; gives the prompts."""
+    with training.averaged():
+        prompts = previews.save(run / name, **how)
+    if few is not None:
+        previews.save(run / ON / name, few=few, **how)
+    return prompts
 
 
 # The run's files ---------------------------------------------------------------------------------------------
