@@ -95,8 +95,15 @@ class ControlSettings(TrainingSettings):
     gradient_accumulation_steps: Annotated[
         int, Option("Batches accumulated for one optimiser step.", "Training", min=1)
     ] = 1
-    proportion_empty_prompts: Annotated[
-        float, Option("Share of the prompts replaced by the empty prompt.", "Training", min=0, max=1)
+    prompt_dropout: Annotated[
+        float,
+        Option(
+            "Share of the prompts replaced by the empty prompt.",
+            "Training",
+            aliases=("proportion-empty-prompts",),
+            min=0,
+            max=1,
+        ),
     ] = 0.3
     map_dropout: Annotated[
         float, Option("Share of the maps replaced by a black one.", "Training", min=0, max=1)

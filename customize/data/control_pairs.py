@@ -300,5 +300,5 @@ def check_control_pairs(
         said = f"All captions are “{words.pop()}”" if words != {""} else "No image has a caption"
         raise UserError(
             f"{said}, so the network would learn to draw without hearing the prompt. Write one for each image, or "
-            "train without words: --proportion-empty-prompts 1."
+            "train without words: --prompt-dropout 1."
         )

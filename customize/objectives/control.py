@@ -198,7 +198,7 @@ class ControlTraining(Objective):
         index = self.draw_levels(random, step)
         level = path.levels[index]
         weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
-        wordless = torch.rand(settings.batch, generator=random) < settings.proportion_empty_prompts
+        wordless = torch.rand(settings.batch, generator=random) < settings.prompt_dropout
         seen = torch.rand(settings.batch, generator=random) >= settings.map_dropout
         prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))
         maps = data.maps(rows, random) * seen.reshape(-1, 1, 1, 1)

@@ -127,7 +127,7 @@ def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[Control
         settings.condition,
         size,
         palette=palette_of(settings),
-        wordless=settings.proportion_empty_prompts == 1,
+        wordless=settings.prompt_dropout == 1,
     )
     for path, _ in settings.validation_pairs():
         read_named_map(path, settings, size)
