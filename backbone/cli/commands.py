@@ -22,7 +22,7 @@ import typer
 from backbone.cli.help import Command, Group, hyphens
 from backbone.io.console import run_app
 
-SPELLING = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
+SPELLING: dict[str, Any] = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
 
 
 def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
@@ -76,7 +76,8 @@ class Application(typer.Typer):
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Registers a command, as `typer.Typer.command` does."""
-        return super().command(name, **{"cls": Command, "context_settings": SPELLING, **settings})
+        usual: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
+        return super().command(name, **(usual | settings))
 
 
 class Elsewhere(NamedTuple):
