@@ -35,7 +35,7 @@ SOURCE_HELP = (
 PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
-REFERENCES = ("bank", "live", "copy")
+REFERENCES = ("cached", "live", "copy")
 BETAS = {  # where 2000 is too much
     "mapo": 500.0,  # its authors'
     "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
@@ -56,7 +56,7 @@ class Settings(TrainingSettings):
     level before the loss compares them, and no level below the share `least_noise` of the noise path is trained on.
     With `random_crop` = N a draw cuts all images of a record at one of N places instead of the centre.
 
-    `reference` is `bank` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
+    `reference` is `cached` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
     afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen
     second network). `batch` counts pairs.
 
@@ -203,14 +203,14 @@ class Settings(TrainingSettings):
     reference: Annotated[
         str,
         Option(
-            "Where the base model's errors come from: bank: fixed noise samples, computed once; live: every step "
+            "Where the base model's errors come from: cached: fixed noise samples, computed once; live: every step "
             "anew; copy: a frozen copy.",
             "Preference",
             choices=REFERENCES,
-            default_text="bank; dspo and --online: live",
+            default_text="cached; dspo and --online: live",
             needs=OF_PAIRS,
         ),
-    ] = "bank"
+    ] = "cached"
     draws: Annotated[int, Option("Noise samples of each pair.", "Preference", needs=OF_PAIRS, min=1)] = 16
     least_noise: Annotated[
         float,
@@ -346,11 +346,11 @@ class Settings(TrainingSettings):
             )
         if self.full and self.reference == "live":
             raise UserError(
-                "With --full the base is gone once training begins. Use --reference bank or copy."
+                "With --full the base is gone once training begins. Use --reference cached or copy."
             )
         if not self.full and self.reference == "copy":
-            raise UserError("A LoRA's base is there with the adapter off. Use --reference bank or live.")
-        if self.loss == "dspo" and self.reference == "bank":
+            raise UserError("A LoRA's base is there with the adapter off. Use --reference cached or live.")
+        if self.loss == "dspo" and self.reference == "cached":
             raise UserError(
                 "DSPO needs the base's predictions, not its errors alone. Use --reference live (or copy)."
             )
@@ -455,7 +455,7 @@ class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
     tie: Annotated[float, Option("Scores that differ by no more than this are even.", SCORING, min=0)] = 0.0
 
 
-def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for over what works with the model.
 
     That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise. Raises `UserError` for

@@ -48,6 +48,7 @@ from align.pairs.read import read_preferences
 from align.pairs.records import Pair, check_preferences
 from align.settings import Settings
 from backbone.adapters.lora import disable_adapters
+from backbone.cli.commands import script_app
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify, run_app
@@ -74,7 +75,7 @@ PAIRS, DRAWS, VISITS = 200, 8, (1, 2, 5, 10)
 KINDS = ("script", "script, checkpointing", "cached", "cached, checkpointing", "bank", "bank, checkpointing")
 IN_MEMORY = ("script", "script, checkpointing", "bank", "bank, checkpointing")
 
-app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+app = script_app(__doc__)
 
 
 @app.command()
@@ -83,7 +84,7 @@ def steps(
     batch: Annotated[int, typer.Option(min=1, help="Pairs in a batch.")] = 1,
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option()] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of the frozen weights: fp32, bf16 or fp16.")] = "bf16",
     clock: ClockFlag = "wall",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
@@ -124,7 +125,13 @@ def steps(
 
 
 @app.command()
-def peak(kind: str, model: str, batch: int = 1, device: str = "cpu", precision: str = "bf16") -> None:
+def peak(
+    kind: Annotated[str, typer.Argument(help="One of the rows of the table.")],
+    model: Annotated[str, typer.Argument(help="A diffusers folder, or moji.")],
+    batch: Annotated[int, typer.Option(min=1, help="Pairs in a batch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="Of the frozen weights: fp32, bf16 or fp16.")] = "bf16",
+) -> None:
     """Two steps of one kind; prints the peak memory in GiB: resident, or the GPU's."""
     if kind not in KINDS:
         raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(KINDS)}.")
@@ -148,11 +155,11 @@ def peak(kind: str, model: str, batch: int = 1, device: str = "cpu", precision: 
 @app.command()
 def whole(
     pairs: Annotated[str, typer.Argument(help="Any source of pairs that `moji` may learn from.")],
-    steps: Annotated[int, typer.Option(min=1)] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each side.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Pairs in a batch.")] = 4,
     draws: Annotated[int, typer.Option(min=1, help="Noise samples of each pair, on our side.")] = DRAWS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option()] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of the frozen weights: fp32, bf16 or fp16.")] = "bf16",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
     """Whole runs of `moji`, caches empty: the script's steps, then ours with the bank, encoding counted."""

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.commands import run_main
 from backbone.conditions.control import Control
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import (
@@ -42,7 +43,7 @@ from backbone.evaluation.motion import (
     trace_moved,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, notify, progress, run_app
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import write_json, write_text
 from backbone.media.control.camera import embed_rays, flat_path
 from backbone.media.transforms import to_image
@@ -286,6 +287,4 @@ def _share(flags: Sequence[bool]) -> str:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_main(main)

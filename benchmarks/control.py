@@ -35,11 +35,11 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
@@ -65,7 +65,7 @@ from benchmarks.judges.classifier import (
 from benchmarks.judges.fidelity import Template, decode_renderings, make_template, register
 from benchmarks.judges.reader import FOLDER as READER
 from benchmarks.judges.reader import Reader, load_reader
-from customize.evaluation.obedience import agreement
+from customize.evaluation.condition_fidelity import agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
@@ -78,7 +78,7 @@ KEPT = 6  # of its poses, around which it is finer
 DRAWINGS = Path(__file__).with_name("control_drawings.json")
 SHEET = 12  # scenes
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-import typer
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation.statistics import wilson_interval
@@ -101,7 +101,7 @@ WAYS = {
 }  # fmt: skip
 Table = Literal["concepts", "methods", "rates", "script", "script-rates"]
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ from random import Random
 from typing import Annotated, Any, cast
 
 import torch
-import typer
 from PIL import Image, ImageChops, ImageFilter
 
 from backbone.adapters.concept import is_run
+from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation import image_metrics as measure
@@ -98,7 +98,7 @@ FIRST_SEED = BENCHMARK_SEEDS[0] + 300_000
 SHEET, FEW = 24, 4  # scenes of the sheet; methods beside which there is room for another scene
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

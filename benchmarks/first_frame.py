@@ -22,8 +22,9 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import run_main
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import progress, run_app
+from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image, to_tensor
@@ -141,6 +142,4 @@ def write_strips(path: Path, strips: list[Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_main(main)

@@ -39,9 +39,10 @@ import typer
 from PIL import Image, ImageChops
 from torch import Tensor
 
+from backbone.cli.commands import run_main
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, notify, run_app
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, has_bitsandbytes, plan_memory
@@ -773,4 +774,4 @@ def _cells(facts: Facts, before: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

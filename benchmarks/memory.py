@@ -17,13 +17,14 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from backbone.cli.commands import run_main
 from backbone.families.location import PUBLISHED_CONFIGS
-from backbone.io.console import UserError, progress, run_app
+from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, plan_memory
 from backbone.models.model import Backbone, Task
 from backbone.models.placement import Placement
-from customize.settings import resolved
+from customize.settings import resolve_settings
 from customize.training.memory import work_of
 
 
@@ -93,7 +94,7 @@ def count(name: str, model: Backbone, size: float) -> Row:
     asked = {"images": "", "token": "[V]", "class_noun": "dog", "rank": 8, "batch": 1, "prior": "off"}
     if model.edits_by_instruction:
         asked |= {"pairs": "pairs"}
-    estimator = MemoryEstimator(model, work_of(model, resolved(asked, model.defaults)))
+    estimator = MemoryEstimator(model, work_of(model, resolve_settings(asked, model.defaults)))
     start = MemorySettings("bf16", checkpointing=True, placement=Placement())
     training = estimator.phases(start)["training"].total_bytes
     parameters = sum(value.numel() for value in estimator.meta_denoiser("bf16").parameters())
@@ -139,4 +140,4 @@ def table_of(rows: Sequence[Row], size: float) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

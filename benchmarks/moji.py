@@ -26,10 +26,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
@@ -64,7 +64,7 @@ SHEET, WORST = 64, 16
 FIGURES = "## Figures (`python -m benchmarks.moji --card`)"
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 
 

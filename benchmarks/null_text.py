@@ -17,8 +17,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from backbone.cli.commands import run_main
 from backbone.evaluation import image_metrics as measure
-from backbone.io.console import progress, run_app
+from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font
@@ -92,4 +93,4 @@ def format_markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

@@ -21,9 +21,10 @@ import torch
 import typer
 from PIL import Image, ImageChops, ImageFilter
 
+from backbone.cli.commands import run_main
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.statistics import wilson_interval
-from backbone.io.console import notify, progress, run_app
+from backbone.io.console import notify, progress
 from backbone.io.files import write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
@@ -229,4 +230,4 @@ def save_sheet(out: Path, cases: Sequence[Case], rows: Sequence[Mapping[str, Any
 
 if __name__ == "__main__":
     notify("edit remove")
-    run_app(lambda: typer.run(main))
+    run_main(main)

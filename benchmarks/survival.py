@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SCORING
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation.statistics import wilson_interval
@@ -46,7 +45,7 @@ class Survived:
     seconds: Mapping[str, float]
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,10 @@ from backbone.cli.sampling import CountOption, DrawingOptions
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json, refuse_filled
 from backbone.io.run_folder import hold_new_folder, run_name
-from backbone.training.settings import PANELS, find_resumed, said_anew
+from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
-from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolved
+from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolve_settings
 from customize.training.control import commands as control_commands
 from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
 from customize.training.transfer import cli as transfer_cli
@@ -119,7 +119,7 @@ def check(asked: CheckOptions) -> None:
         warnings.append(misfit)
     for warning in warnings:
         notify(f"Warning: {warning}")
-    settings = resolved({"images": asked.images, "token": "[V]", "class_noun": ""}, opened.defaults)
+    settings = resolve_settings({"images": asked.images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
     if asked.vram is not None:
         from customize.training.memory import describe_plan
@@ -179,7 +179,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     else:
         own = read_settings(resumed)  # user errors are raised before torch is imported
         refuse_transferred(resumed)
-        anew = said_anew(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
+        anew = changed_settings(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
         if own.pairs:
             from customize.training.edits import resume_edits as resume
         else:

@@ -95,8 +95,15 @@ class ControlSettings(TrainingSettings):
     gradient_accumulation_steps: Annotated[
         int, Option("Batches accumulated for one optimiser step.", "Training", min=1)
     ] = 1
-    proportion_empty_prompts: Annotated[
-        float, Option("Share of the prompts replaced by the empty prompt.", "Training", min=0, max=1)
+    prompt_dropout: Annotated[
+        float,
+        Option(
+            "Share of the prompts replaced by the empty prompt.",
+            "Training",
+            aliases=("proportion-empty-prompts",),
+            min=0,
+            max=1,
+        ),
     ] = 0.3
     map_dropout: Annotated[
         float, Option("Share of the maps replaced by a black one.", "Training", min=0, max=1)
@@ -166,7 +173,7 @@ class ControlSettings(TrainingSettings):
         return list(zip(self.validation_image, prompts, strict=True))
 
 
-def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSettings:
+def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSettings:
     """The settings of a run: what was asked for over what works with the model (`usual`, of its `limner.json`)."""
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     kind = asked.get("kind", ADAPTER)

@@ -28,7 +28,7 @@ from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.decode import open_named
-from backbone.memory.drawing import Drawn, fit_drawing
+from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.control import (
     Condition,
     describe_conditions,
@@ -38,7 +38,7 @@ from backbone.models.control import (
 )
 from backbone.models.few_step.model import name_few_step, open_few_step
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, encode_references, refuse_too_many
+from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
@@ -60,7 +60,7 @@ class Drawing:
     settings: SamplingSettings
     facts: Mapping[str, Any]
     conditions: Sequence[Condition]
-    references: Sequence[Reference]
+    references: Sequence[ReferenceImage]
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,11 @@ def _count(
     beside: Beside,
     concepts: Sequence[Concept],
     prompts: int,
-) -> Drawn:
+) -> DrawingWorkload:
     """What is drawn of so many prompts, as a plan counts it."""
     processes.require_whole_model("--vram counts for a process alone; it")
     assert asked.guidance is not None
-    return Drawn(
+    return DrawingWorkload(
         min(asked.batch, prompts * asked.count),
         places,
         asked.guidance,

@@ -669,7 +669,7 @@ class PrepareImages(PrepareOptions, JsonOptions):
     ] = ""
 
 
-def resolved(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
     """The settings of a run: what the user asked for, over the usual settings of the model (its `limner.json`).
 
     Raises `UserError` for an unknown setting.

@@ -49,7 +49,7 @@ def prompts(texts: Sequence[str], what: str) -> tuple[str, ...]:
     return tuple(prompt(text, what) for text in texts)
 
 
-def valued(asked: str, option: str) -> tuple[str, float]:
+def split_weight(asked: str, option: str) -> tuple[str, float]:
     """`word=2` as a word and a number."""
     word, separator, number = asked.rpartition("=")
     try:

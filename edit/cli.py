@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backbone.cli.commands import command_group, typed
+from backbone.cli.commands import command_group, program_words
 from backbone.cli.options import settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.examples import EXAMPLES, SCENE
@@ -85,7 +85,7 @@ def invert_and_replace(asked: ReplaceOptions) -> None:
     words = {
         "targets": targets,
         "swaps": [checks.swap(swap) for swap in asked.swaps],
-        "weights": dict(checks.valued(weight, "--reweight") for weight in asked.weights),
+        "weights": dict(checks.split_weight(weight, "--reweight") for weight in asked.weights),
         "windows": dict(checks.window(window, "--window") for window in asked.windows),
         "blend": checks.blend(asked.blend),
     }
@@ -148,8 +148,8 @@ def remove(asked: RemoveOptions) -> None:
 @settled_command(app, ComposeOptions, panels=PANELS)
 def compose(asked: ComposeOptions) -> None:
     """Compose an image's prompt with others: towards some (a style, say) and away from others."""
-    weighted = [checks.valued(prompt, "--toward") for prompt in asked.toward]
-    away = [checks.valued(prompt, "--away") for prompt in asked.away]
+    weighted = [checks.split_weight(prompt, "--toward") for prompt in asked.toward]
+    away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
     if not weighted:
         raise UserError("There is no prompt to compose with. Give --toward “a watercolor=3”, or --away.")
@@ -180,7 +180,7 @@ def keep_background(asked: KeepBackgroundOptions) -> None:
 
     mask = None if asked.mask is None else read_mask(asked.mask)
     folder, lines = write_kept_background(
-        source, edited, mask=mask, align=asked.align, out=asked.out, said=shlex.join(typed("edit"))
+        source, edited, mask=mask, align=asked.align, out=asked.out, said=shlex.join(program_words("edit"))
     )
     for line in lines:
         notify(line)
@@ -290,7 +290,7 @@ def finish(name: str, wishes: dict[str, Any]) -> None:
     from edit.run.run import perform
 
     out = wishes.pop("out")
-    folder = perform(name, wishes, out=out, said=shlex.join(typed("edit")))
+    folder = perform(name, wishes, out=out, said=shlex.join(program_words("edit")))
     notify(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
 
 

@@ -150,7 +150,7 @@ class Layout:
                 apart = (drawn - as_hints(before[0].map)).abs().amax(1, keepdim=True) > DIFFERS
                 place = F.adaptive_max_pool2d(apart.float(), size)[0, 0]
             elif kind in (*LINE_KINDS, "pose"):
-                place = enclosed(F.adaptive_max_pool2d(drawn.amax(1, keepdim=True), size)[0, 0] > 0.5)
+                place = fill_outlines(F.adaptive_max_pool2d(drawn.amax(1, keepdim=True), size)[0, 0] > 0.5)
             else:
                 continue
             if place.any():
@@ -248,7 +248,7 @@ def read_layout(
     return Layout(tuple(conditions), ((True, True),) * len(conditions))
 
 
-def enclosed(lines: Tensor) -> Tensor:
+def fill_outlines(lines: Tensor) -> Tensor:
     """Lines [H, W] and what cannot be reached from the picture's edge without crossing one, as 0 or 1."""
     free = F.pad((~lines).float(), (1, 1, 1, 1), value=1.0)[None]
     outside = torch.zeros_like(free)

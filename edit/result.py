@@ -38,7 +38,7 @@ class Result:
     inversions   from which the edits began
     title        what was done, in a command's words
     layout       control maps under which it was done
-    spoken       what a person writes for words that the model reads, as a concept's
+    placeholders       what a person writes for words that the model reads, as a concept's
 
     Of `edit.replace` alone:
 
@@ -59,7 +59,7 @@ class Result:
     inversions: tuple[Inversion, ...] = ()
     title: str = ""
     layout: Layout = NO_LAYOUT
-    spoken: Mapping[str, str] = field(default_factory=dict)
+    placeholders: Mapping[str, str] = field(default_factory=dict)
     trajectory: Tensor | None = None
     alignments: tuple[Alignment, ...] = ()
     heatmaps: Mapping[str, Tensor] = field(default_factory=dict)

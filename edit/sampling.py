@@ -36,7 +36,7 @@ def evenly_spaced(first: int, last: int, count: int) -> set[int]:
     return {first + round((last - 1 - first) * k / max(count - 1, 1)) for k in range(count)}
 
 
-class Frames:
+class KeptEstimates:
     """Keeps `count` of the estimates of the steps `first` to `last` − 1, evenly spaced: the frames of a film."""
 
     def __init__(self, first: int, last: int, count: int) -> None:

@@ -27,6 +27,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from backbone.cli.commands import run_main
 from backbone.diffusion.losses import denoising_score_matching, variance
 from backbone.diffusion.noise import Level, Predict, add_noise, predictor, randn_like, ve
 from backbone.diffusion.samplers import heun, langevin, reverse_sde, trajectory
@@ -303,4 +304,4 @@ def on_panel(points: Tensor) -> Iterable[tuple[float, float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the batches are too small to share
-    typer.run(main)
+    run_main(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import statistics
@@ -22,7 +23,8 @@ import customize.cli
 import edit.cli
 import limner.cli
 from backbone import __version__
-from backbone.cli.commands import hyphens, typed
+from backbone.cli.commands import program_words
+from backbone.cli.help import hyphens
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
@@ -185,7 +187,7 @@ def test_what_was_typed_is_the_program_s_own_line_through_either_door(
 ) -> None:
     for words in (["limner", "edit", "sdedit", "a.png"], ["edit", "sdedit", "a.png"]):
         monkeypatch.setattr(sys, "argv", words)
-        assert typed("edit") == ["edit", "sdedit", "a.png"]
+        assert program_words("edit") == ["edit", "sdedit", "a.png"]
 
 
 # The help of every command -----------------------------------------------------------------------------------
@@ -212,6 +214,20 @@ def test_every_option_has_a_text_and_a_panel(name: str) -> None:
         if not param.help or (param.param_type_name == "option" and not param.rich_help_panel)
     ]
     assert bare == []
+
+
+def test_the_scripts_have_the_programs_help_and_every_option_a_text() -> None:
+    found = []
+    for path in sorted(one for folder in ("recipes", "benchmarks") for one in (ROOT / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+            if name in ("typer.run", "typer.Typer"):  # backbone.cli.commands.run_main, script_app
+                found.append(f"{path.relative_to(ROOT)}: {name}")
+            elif name in ("typer.Option", "typer.Argument"):
+                assert isinstance(call, ast.Call)
+                if "help" not in {one.arg for one in call.keywords}:
+                    found.append(f"{path.relative_to(ROOT)}:{call.lineno}: no help")
+    assert found == []
 
 
 @every_command

@@ -65,7 +65,7 @@ def sent(tmp_path: Path, canary: Path) -> Path:
         "online": str(run / "evil.py"), "prompts": str(tmp_path / "prompts.txt"), "rounds": 1, "steps": 1,
         "per_prompt": 2,
     }  # fmt: skip
-    settings = align.settings.resolved(asked, {"steps": 2, "guidance": 2.0})
+    settings = align.settings.resolve_settings(asked, {"steps": 2, "guidance": 2.0})
     write_json(run / "settings.json", {"settings": settings, "command": "align train"})
     return run
 
@@ -294,7 +294,7 @@ def test_an_upload_is_private_and_telemetry_is_off(tmp_path: Path, monkeypatch: 
 def test_settings_of_a_run_are_in_the_range_of_their_options(
     tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    settings = customize.settings.resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, {})
+    settings = customize.settings.resolve_settings({"images": "x", "token": "[V]", "class_noun": "dog"}, {})
     write_json(tmp_path / "settings.json", {"settings": settings, "command": "x"})
     path = tmp_path / "settings.json"
     record = json.loads(path.read_text())

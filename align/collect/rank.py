@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align.collect.scorers import combine_scores, open_scorer
 from align.pairs.prompts import strip_tokens
-from align.pairs.records import RANKING, SAMPLES, SCORES, Drawn
+from align.pairs.records import RANKING, SAMPLES, SCORES, SamplesRecord
 from align.pairs.samples import count_images, image_name, prompt_and_noise, read_samples, sample_index
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
@@ -63,7 +63,7 @@ def rank_samples(
     prompts, images = read_samples(folder)
     files = [(i, name) for i, names in enumerate(images) for name in names]
     check_images([ImageRecord(folder / name) for _, name in files])
-    concepts = read_json(folder / SAMPLES, Drawn).concepts
+    concepts = read_json(folder / SAMPLES, SamplesRecord).concepts
     plain_prompts = [replace(prompt, text=strip_tokens(prompt.text, concepts)) for prompt in prompts]
     scores = {scorer: score_images(folder, scorer, plain_prompts, files) for scorer in dict.fromkeys(scorers)}
     single_scores = list(scores.values())
@@ -112,7 +112,7 @@ def select_rows(
     """Yield the pairs of rows that a rule compares; `UserError` where it needs hard negatives and there are none."""
     if rule == "best-worst" or rule == "all":
         return pair_within_prompts(range(len(files)), files, total, rule)
-    per_prompt = read_json(folder / SAMPLES, Drawn).per_prompt
+    per_prompt = read_json(folder / SAMPLES, SamplesRecord).per_prompt
     if rule == "own":
         own_rows = [row for row, (_, name) in enumerate(files) if sample_index(name) < per_prompt]
         return pair_within_prompts(own_rows, files, total, "all")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from align.pairs.records import SAMPLES, Drawn
+from align.pairs.records import SAMPLES, SamplesRecord
 from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
 from align.settings import PairSampling
 from backbone.adapters.apply import load_concepts
@@ -108,7 +108,7 @@ def _draw_missing(
                 save_png(out / image_name(i, j), image, text=said)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
-        seconds = read_json(out / SAMPLES, Drawn).seconds + time.perf_counter() - began
+        seconds = read_json(out / SAMPLES, SamplesRecord).seconds + time.perf_counter() - began
         write_json(out / SAMPLES, {**record, "seconds": round(seconds, 2), "versions": package_versions()})
     return len(missing)
 
@@ -132,7 +132,7 @@ def sample_images(
 ) -> Iterator[Image.Image]:
     """Yield the images of `keys` (prompt index, sample index); samples from `per_prompt` on are hard negatives.
 
-    `advance` is told after each step how many images' worth of work it was.
+    `advance` is called after each step with its work, in images.
     """
     negative = _expand_tokens(sampling.negative, concepts)
     refuse_negative(model, negative, sampling.guidance)

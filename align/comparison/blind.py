@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.comparison.sides import BASE, side_image_name, tuned_side_name
-from align.pairs.choices import CHOICES, Choice, measure_consistency, read_choices, replay
+from align.pairs.choices import CHOICES, Choice, measure_consistency, read_choices, standing_choices
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
@@ -31,7 +31,7 @@ def iterate_blind_pairs(
 
 def summarize_choices(folder: Path) -> dict[str, Any]:
     """Win rate of the tuned side over the pairs answered and not skipped so far, and the labeller's consistency."""
-    choices = replay(read_choices(folder / CHOICES))
+    choices = standing_choices(read_choices(folder / CHOICES))
     first = [choice for choice in choices if not choice.repeat and choice.verdict != "skip"]
     wins = sum(_is_tuned(choice) for choice in first)
     even = sum(choice.preferred is None for choice in first)

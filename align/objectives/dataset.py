@@ -489,7 +489,7 @@ def mean_squares(residual: Tensor) -> Tensor:
     return residual.square().flatten(2).mean(2)
 
 
-def read_again(settings: Settings, *, skip_bad: bool) -> Preferences | Prepared:
+def reread_preferences(settings: Settings, *, skip_bad: bool) -> Preferences | Prepared:
     """The preferences that a run was trained on, checked."""
     if is_prepared(settings.pairs):
         return Prepared(Path(settings.pairs))

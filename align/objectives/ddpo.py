@@ -50,20 +50,20 @@ class PolicyGradients(RewardTraining):
         parts = self._micro()
         for part in parts:
             scale = len(part) * len(parts) * processes.world_size() / batch
-            for rung in range(len(self.schedule) - 1):
-                if is_random(self.schedule[rung], self.schedule[rung + 1]):
-                    yield self.loss(rung, [rows[row] for row in part]) * scale
+            for index in range(len(self.schedule) - 1):
+                if is_random(self.schedule[index], self.schedule[index + 1]):
+                    yield self.loss(index, [rows[row] for row in part]) * scale
 
-    def loss(self, rung: int, rows: Sequence[int]) -> Tensor:
+    def loss(self, index: int, rows: Sequence[int]) -> Tensor:
         """−mean over walks of min(ρ·A, clip(ρ)·A), ρ the step's probability now over that when it was taken."""
         walks = self.walks
         chosen = send(torch.tensor(list(rows)), walks.states.device)
-        noisy, then = walks.states[rung, chosen], walks.states[rung + 1, chosen]
+        noisy, then = walks.states[index, chosen], walks.states[index + 1, chosen]
         predict = self.predictor([walks.prompts[row] for row in rows])
-        here, there = self.schedule[rung], self.schedule[rung + 1]
+        here, there = self.schedule[index], self.schedule[index + 1]
         now = log_probability(then, noisy, predict(noisy, here), here, there)
-        ratio = (now - walks.log_probability[rung, chosen]).exp()
-        return clipped(ratio, walks.advantage[chosen], self.settings.clip_range).mean()
+        ratio = (now - walks.log_probability[index, chosen]).exp()
+        return clipped_loss(ratio, walks.advantage[chosen], self.settings.clip_range).mean()
 
     @torch.no_grad()
     def collect(self, number: int) -> Trajectories:
@@ -72,9 +72,9 @@ class PolicyGradients(RewardTraining):
         Each process draws some of them, and all get all.
         """
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
-        device, rungs = self.model.device, len(self.schedule)
-        states = torch.zeros(rungs, len(keys), *self.model.latent_shape, device=device)
-        chances = torch.zeros(rungs - 1, len(keys), device=device)
+        device, levels = self.model.device, len(self.schedule)
+        states = torch.zeros(levels, len(keys), *self.model.latent_shape, device=device)
+        chances = torch.zeros(levels - 1, len(keys), device=device)
         rewards = torch.zeros(len(keys))
         for first in range(0, len(keys), 8)[processes.rank() :: processes.world_size()]:
             some, here = keys[first : first + 8], slice(first, first + 8)
@@ -122,10 +122,10 @@ def log_probability(after: Tensor, noisy: Tensor, estimate: Estimate, here: Leve
     code, is what a clip range of 1e-4 goes with.
     """
     mean = ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy))
-    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * spread(here, there) ** 2)
+    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * ancestral_std(here, there) ** 2)
 
 
-def spread(here: Level, there: Level) -> float:
+def ancestral_std(here: Level, there: Level) -> float:
     """The standard deviation of an ancestral step: 0 where it lands on the clean end."""
     nothing = torch.zeros(1, dtype=torch.float64)
     still = Estimate(nothing, nothing)
@@ -134,10 +134,10 @@ def spread(here: Level, there: Level) -> float:
 
 def is_random(here: Level, there: Level) -> bool:
     """Whether a step has a density."""
-    return spread(here, there) > 1e-6
+    return ancestral_std(here, there) > 1e-6
 
 
-def clipped(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
     """PPO's loss [B]: −min(ρ·A, clip(ρ, 1 ± range)·A) (Schulman et al. 2017, eq. 7)."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 

@@ -62,12 +62,12 @@ def open_reward(name: str) -> Reward:
             if prompt not in texts:
                 texts[prompt] = scorer.embed_texts([prompt])[0]
         wanted = send(torch.stack([texts[prompt] for prompt in prompts]), pictures.device)
-        return (embedded(scorer, pictures) * wanted).sum(-1)
+        return (embed_pictures(scorer, pictures) * wanted).sum(-1)
 
     return reward
 
 
-def embedded(scorer: Scorer, pictures: Tensor) -> Tensor:
+def embed_pictures(scorer: Scorer, pictures: Tensor) -> Tensor:
     """Unit vectors [B, D] of square pictures [B, 3, H, W] in −1…1, with gradients."""
     size = (scorer.crop_size, scorer.crop_size)
     if pictures.shape[-2:] != size:

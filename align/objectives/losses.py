@@ -22,7 +22,7 @@ so β is Salesforce's `--beta_dpo` (2000 to 5000 in their runs), whichever loss 
 At the start, where m = r, every z is 0: Diffusion-DPO's loss is ln 2, IPO's ¼, hinge's 1, KTO's ½.
 
 A preference p [B] is the probability that the first picture is the better one: 1 for a choice, ½ for a tie (which
-then pulls z to 0), something between where a label may be wrong (`smoothed`). A tie is never a win.
+then pulls z to 0), something between where a label may be wrong (`smooth_labels`). A tie is never a win.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def kto_baseline(reward: Tensor) -> Tensor:
 # Around a loss ----------------------------------------------------------------------------------------------
 
 
-def smoothed(preference: Tensor, smoothing: float) -> Tensor:
+def smooth_labels(preference: Tensor, smoothing: float) -> Tensor:
     """The preference [B] when a share `smoothing` of the labels is wrong: p·(1 − s) + (1 − p)·s."""
     if not 0 <= smoothing <= 0.5:
         raise ValueError(f"label smoothing is between 0 and 0.5, not {smoothing}.")
@@ -272,12 +272,12 @@ class PreferenceLoss:
 def _of_pairs(loss: PairLoss) -> Callable[[PairBatch, LossSettings], Tensor]:
     """A loss of errors, β and preference alone."""
     return lambda batch, settings: loss(
-        batch.pair, settings.beta, smoothed(batch.preference, settings.label_smoothing)
+        batch.pair, settings.beta, smooth_labels(batch.preference, settings.label_smoothing)
     )
 
 
 def _mapo(batch: PairBatch, settings: LossSettings) -> Tensor:
-    preference = smoothed(batch.preference, settings.label_smoothing)
+    preference = smooth_labels(batch.preference, settings.label_smoothing)
     return mapo(batch.pair, settings.beta, preference, weight=settings.mapo_weight)
 
 

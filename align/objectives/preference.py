@@ -126,7 +126,7 @@ class PreferenceTraining(Objective):
         """Learns from these data from now on, what was learned so far kept; its reference is evaluated anew."""
         settings = self.settings
         self.read_from(data)
-        cached = settings.reference == "bank" and data.train
+        cached = settings.reference == "cached" and data.train
         self.reference: Reference = self._cached_reference() if cached else self.live
         fresh, held_out = data.train[self.gap_rows], data.held_out.chosen(JUDGED)
         if len(held_out) < len(data.held_out):

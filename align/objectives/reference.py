@@ -115,9 +115,9 @@ class CachedReference:
         self.land()
         if processes.world_size() == 1:
             return
-        cells = torch.cat([*self.new, torch.empty(0, 2, dtype=torch.long)])
+        samples = torch.cat([*self.new, torch.empty(0, 2, dtype=torch.long)])
         self.new = []
-        own = torch.cat([cells.double(), self.values[cells[:, 0], cells[:, 1]].double()], dim=1)
+        own = torch.cat([samples.double(), self.values[samples[:, 0], samples[:, 1]].double()], dim=1)
         found = processes.gather_rows(own)
         rows, ks = found[:, :2].long().T
         self.values[rows, ks] = found[:, 2:].float()

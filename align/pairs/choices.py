@@ -1,7 +1,7 @@
 """The labeller's append-only log: one line per choice or undo, flushed to disk before the next pair is shown.
 
-Lines are never rewritten; `replay` gives the choices that stand. A process that is killed at any moment costs at most
-the choice that was being made.
+Lines are never rewritten; `standing_choices` leaves out what was retracted. A process that is killed at any moment
+costs at most the choice that was being made.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
     return choice
 
 
-def replay(entries: Iterable[Choice | Undo]) -> list[Choice]:
+def standing_choices(entries: Iterable[Choice | Undo]) -> list[Choice]:
     """Choices that stand, oldest first: not retracted, and of a pair that a person answered twice the last answer."""
     standing: dict[int, Choice] = {}
     for entry in entries:

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from align.pairs.choices import CHOICES, Choice, read_choices, replay
+from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
 from align.pairs.rankings import IMAGES, Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
@@ -180,7 +180,7 @@ def _read_file(path: Path, limit: int | None) -> Preferences:
 def _read_lines(path: Path, limit: int | None) -> Preferences:
     preferences = Preferences(str(path), provenance=_read_provenance(path.parent))
     if path.name == CHOICES:
-        choices = replay(read_choices(path))
+        choices = standing_choices(read_choices(path))
         for choice in [choice for choice in choices if not choice.repeat][:limit]:
             _add_choice(preferences, choice, path.parent)
         return preferences

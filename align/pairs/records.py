@@ -20,7 +20,7 @@ PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SamplesRecord:
     """`samples.json`, as far as it is read again."""
 
     prompts: list[DrawnPrompt]

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from align.pairs.records import SAMPLES, Drawn
+from align.pairs.records import SAMPLES, SamplesRecord
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.prompts import Prompt
@@ -57,7 +57,7 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
         raise UserError(
             f"{folder} is not a folder of `align sample` ({SAMPLES} is missing). Name another one."
         )
-    record = read_json(path, Drawn)
+    record = read_json(path, SamplesRecord)
     if record.format != FORMAT or record.per_prompt < 1:
         raise UserError(f"{path} is not a list of samples that this version reads. Draw them again.")
     prompts = [Prompt(entry.prompt, entry.category, tuple(entry.hard_negatives)) for entry in record.prompts]

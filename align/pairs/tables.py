@@ -45,8 +45,7 @@ class ParquetTable:
 
     def names_files(self, column: str) -> bool:
         """Whether a column holds names of files, or lists of them."""
-        kind = str(self.files[0].schema_arrow.field(column).type)
-        return "string" in kind and "binary" not in kind and "struct" not in kind
+        return _is_text(self.files[0].schema_arrow.field(column).type)
 
     def __len__(self) -> int:
         return sum(rows for _, _, rows in self.groups)
@@ -102,8 +101,7 @@ class DatasetTable:
 
     def names_files(self, column: str) -> bool:
         """Whether a column holds names of files, or lists of them."""
-        kind = str(self.table.features[column])
-        return "string" in kind and "Image(" not in kind and "bytes" not in kind
+        return _is_text(self.table.features.arrow_schema.field(column).type)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -114,6 +112,15 @@ class DatasetTable:
 
     def __getitem__(self, index: int) -> Any:
         return self.table[index]
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether Arrow's type of a column is text, or lists of text; images are bytes, or records of bytes and a name."""
+    from pyarrow import types
+
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

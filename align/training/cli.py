@@ -15,7 +15,7 @@ from backbone.cli.flags import DATA, OUTPUT
 from backbone.cli.options import command, settled_command
 from backbone.io.console import is_main_rank, notify
 from backbone.io.run_folder import run_name
-from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
+from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +54,7 @@ def _usual_folder(asked: dict[str, Any]) -> Path | None:
 def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
     """Goes on with a run; `UserError` for anything that is said otherwise beside."""
     settings = read_settings(run)  # mistakes are answered before torch is imported
-    said_anew(settings, asked, said, run)
+    changed_settings(settings, asked, said, run)
     if settings.online:
         from align.training.online import resume_online
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from align.objectives.dataset import prepare, read_again, records_of
+from align.objectives.dataset import prepare, records_of, reread_preferences
 from align.objectives.metrics import make_evaluation
 from align.objectives.reference import LiveReference
 from align.settings import EVALUATION, ROUNDS, Settings
@@ -37,9 +37,9 @@ def evaluate_taste(
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
     if source is not None:  # all of it
         named = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
-        found = read_again(named, skip_bad=skip_bad or settings.skip_bad)
+        found = reread_preferences(named, skip_bad=skip_bad or settings.skip_bad)
     else:
-        found = read_again(settings, skip_bad=skip_bad or settings.skip_bad)
+        found = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
     records = records_of(found, settings if source is None else named)
     if source is None:
         _, records = records.split(share=settings.held_out, seed=settings.seed)

@@ -54,7 +54,7 @@ class Validation:
         found, gap = self.training.evaluate(), self.training.gap()
         if not processes.is_main_process():
             return
-        line: dict[str, Any] = {"step": step, "bank_gap": gap}
+        line: dict[str, Any] = {"step": step, "noise_gap": gap}
         line |= {name: figures.as_json() for name, figures in found.items()}
         append_jsonl(self.path, line)
         self.seen = read_evaluations(self.run)

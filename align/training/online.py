@@ -38,7 +38,7 @@ from align.settings import (
     Settings,
     as_command,
     read_settings,
-    resolved,
+    resolve_settings,
 )
 from align.training.monitor import Validation
 from align.training.reporting.logs import read_rewards, read_steps
@@ -53,7 +53,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, write_json
 from backbone.io.prompts import Prompt, read_prompts
-from backbone.io.report import command, heading, paragraph, plot_row, table, write_report
+from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import catch_interrupts, package_versions, refuse_taken
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
@@ -85,7 +85,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
     refuse_taken(run)
     model, asked = open_configs(asked)
-    settings = resolved(asked, model.defaults)
+    settings = resolve_settings(asked, model.defaults)
     if settings.loss == "draft":
         refuse_not_differentiable(settings.online)
     open_scorer(settings.online)
@@ -344,7 +344,7 @@ def _write_reward_report(
         table(("", "mean reward"), [("first tenth of the steps", first), ("last tenth", last)]),
         paragraph("The scorer that trained a model does not judge it: compare with another one."),
         heading("Again"),
-        command(as_command(settings, run)),
+        command_block(as_command(settings, run)),
     ]
     write_report(run / REPORT, f"{run.name}: {describe(settings)}", parts)
 

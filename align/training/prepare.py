@@ -83,14 +83,14 @@ class Plan:
         images = torch.stack(list(pixels.values())) if pixels else torch.empty(0, 3, *self.size[::-1])
         return Chunk(rows, list(pixels), images)
 
-    def _row(self, number: int, record: Record | str, pixels: dict[str, Tensor]) -> Row:
+    def _row(self, number: int, record: Record | str, pixels: dict[str, Tensor]) -> ScannedRecord:
         if isinstance(record, str):  # what is wrong with a row that gives none
-            return Row(number, Said(), record)
+            return ScannedRecord(number, RecordFacts(), record)
         record = record.ordered if isinstance(record, Pair) else record  # the better one first
         images, problems = open_record(record, at_least=max(self.size))
-        said = Said.of(record)
+        said = RecordFacts.of(record)
         if problems:
-            return Row(number, said, "; ".join(problems))
+            return ScannedRecord(number, said, "; ".join(problems))
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
         places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
@@ -99,10 +99,10 @@ class Plan:
             for view, image in zip(place, images, strict=True):
                 if view.key not in pixels:
                     pixels[view.key] = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
-        return Row(number, said, "", key, hashes, [[view.key for view in place] for place in views])
+        return ScannedRecord(number, said, "", key, hashes, [[view.key for view in place] for place in views])
 
 
-class Said(NamedTuple):
+class RecordFacts(NamedTuple):
     """What the source says of a record beside its images."""
 
     label: float = 0.0
@@ -113,18 +113,18 @@ class Said(NamedTuple):
     name: str = ""
 
     @staticmethod
-    def of(record: Record) -> Said:
+    def of(record: Record) -> RecordFacts:
         """What it says of this one."""
         if isinstance(record, Pair):
-            return Said(record.label, True, record.both_bad, record.prompt, record.user, record.name)
-        return Said(float(record.good), False, False, record.prompt, record.user, record.name)
+            return RecordFacts(record.label, True, record.both_bad, record.prompt, record.user, record.name)
+        return RecordFacts(float(record.good), False, False, record.prompt, record.user, record.name)
 
 
-class Row(NamedTuple):
+class ScannedRecord(NamedTuple):
     """What was seen of a record: what is wrong with it, or its keys and those of its images at each place."""
 
     number: int
-    said: Said
+    said: RecordFacts
     problem: str
     key: str = NOTHING
     hashes: Sequence[str] = ()
@@ -134,7 +134,7 @@ class Row(NamedTuple):
 class Chunk(NamedTuple):
     """Some records, and their different images as they are cut: keys, and bytes [N, 3, H, W]."""
 
-    rows: list[Row]
+    rows: list[ScannedRecord]
     keys: list[str]
     pixels: Tensor
 
@@ -189,7 +189,7 @@ def prepare_pairs(
 
 def _hash_found(found: Preferences) -> str:
     """The hash of what a source says, and of its files' names and sizes."""
-    return hash_listing((repr(Said.of(record)), record.pictures) for record in found.records)
+    return hash_listing((repr(RecordFacts.of(record)), record.pictures) for record in found.records)
 
 
 def _open_source(found: Preferences | PairStream, out: Path) -> tuple[str, list[str], Source[Record | str]]:
@@ -251,7 +251,7 @@ def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter])
         )
 
 
-def _columns(rows: Sequence[Row], random_crop: int) -> dict[str, Tensor | list[str]]:
+def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tensor | list[str]]:
     """The rows of the table of records."""
     size = 1 + random_crop
 

@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from align.objectives.dataset import prepare, read_again, records_of
+from align.objectives.dataset import prepare, records_of, reread_preferences
 from align.objectives.preference import PreferenceTraining, share_of
 from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import Preferences, Records, refuse_another_model
-from align.settings import FILE, Settings, as_command, read_settings, resolved
+from align.settings import FILE, Settings, as_command, read_settings, resolve_settings
 from align.training.monitor import Validation
 from align.training.reporting.pictures import AFTER, draw_before
 from align.training.reporting.report import write_summary
@@ -21,7 +21,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import write_json
-from backbone.io.run_folder import package_versions, refuse_taken
+from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
@@ -41,7 +41,7 @@ def train_preferences(
     run = out or Path("runs") / run_name(asked["pairs"])
     refuse_taken(run, [asked["pairs"]])
     model, asked = open_configs(asked)
-    settings = resolved(asked, model.defaults)
+    settings = resolve_settings(asked, model.defaults)
     _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
     model = open_model(settings)
@@ -62,7 +62,7 @@ def resume_preferences(run: Path) -> Path:
     began = time.perf_counter()
     settings = read_settings(run)
     processes.init_process(settings.device)
-    found = read_again(settings, skip_bad=settings.skip_bad)
+    found = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
     _refuse_other_model(found, settings, model)
     with processes.hold_folder(run):
@@ -131,12 +131,6 @@ def write_record(run: Path, settings: Settings, model: Backbone) -> None:
             "hardware": describe_hardware(model, settings),
         },
     )
-
-
-def run_name(source: str) -> str:
-    """A run's name from its pairs: the folder's, or the file's without its ending."""
-    path = Path(source).expanduser().resolve()
-    return (path.stem if path.is_file() else path.name) or "run"
 
 
 def _refuse_other_model(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.settings import PreparePairs, resolved
+from align.settings import PreparePairs, resolve_settings
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, notify, progress
 from backbone.io.run_folder import absolute, is_prepared
@@ -27,7 +27,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
             asked[name] = absolute(str(asked[name]))
     if "concepts" in asked:
         asked["concepts"] = tuple(absolute(str(folder)) for folder in asked["concepts"])
-    wanted = resolved(asked, {})
+    wanted = resolve_settings(asked, {})
     refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
     require_packages(wanted)
     if "online" in asked:

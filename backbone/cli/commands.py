@@ -16,11 +16,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 import typer
 
-from backbone.cli.help import Command, Group
+from backbone.cli.help import Command, Group, hyphens
+from backbone.io.console import run_app
+
+SPELLING: dict[str, Any] = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
 
 
 def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
@@ -31,21 +34,32 @@ def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        context_settings={
-            "token_normalize_func": hyphens,
-            "help_option_names": ["--help", "-h"],
-        },
+        context_settings=SPELLING,
     )
     app.callback()(_version)
     return app
 
 
-def hyphens(name: str) -> str:
-    """An option's name with hyphens, so that the spelling with underscores works too."""
-    return name.replace("_", "-")
+def script_app(help: str | None = None) -> typer.Typer:
+    """The application of a script that is no program of its own: without `--version` and completion."""
+    return Application(
+        cls=Group,
+        help=help,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=SPELLING,
+    )
 
 
-def typed(program: str) -> list[str]:
+def run_main(main: Callable[..., None]) -> NoReturn:
+    """Runs a script that is one function of typer's options, with the help and the errors of the programs."""
+    app = script_app()
+    app.command()(main)
+    run_app(app)
+
+
+def program_words(program: str) -> list[str]:
     """The command line as `program` gets it: of `limner edit sdedit …`, `edit sdedit …`."""
     words = sys.argv[1:]
     return [program, *(words[1:] if words[:1] == [program] else words)]
@@ -68,7 +82,8 @@ class Application(typer.Typer):
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Registers a command, as `typer.Typer.command` does."""
-        return super().command(name, **{"cls": Command, **settings})
+        usual: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
+        return super().command(name, **(usual | settings))
 
 
 class Elsewhere(NamedTuple):

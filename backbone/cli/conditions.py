@@ -150,14 +150,14 @@ class ControlOptions:
         maps = [parse_map(said, self.READ) for said in self.condition]
         count = len(maps)
         if self.guess_mode and not count:
-            spread([True], 0, "--guess-mode")
+            spread_values([True], 0, "--guess-mode")
         every = {
             "--controlnet": self.controlnet,
             "--condition-scale": self.condition_scale,
             "--condition-start": self.condition_start,
             "--condition-stop": self.condition_stop,
         }
-        columns = [spread(values, count, flag) for flag, values in every.items()]
+        columns = [spread_values(values, count, flag) for flag, values in every.items()]
         asked = tuple(
             AskedControl(each, network or "", scale, start, stop, self.guess_mode)
             for each, network, scale, start, stop in zip(maps, *columns, strict=True)
@@ -184,7 +184,7 @@ class ClipControlOptions(ControlOptions):
     ] = ()
 
 
-def spread(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
+def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
     """One value for each condition: none, one for all, or as many as there are; else `UserError`."""
     if values and not count:
         raise UserError(

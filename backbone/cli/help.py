@@ -34,6 +34,11 @@ ENDS = {
 SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
 
 
+def hyphens(name: str) -> str:
+    """An option's name with hyphens, so that the spelling with underscores works too."""
+    return name.replace("_", "-")
+
+
 class Command(TyperCommand):
     """A command whose help comes in panels."""
 
@@ -118,7 +123,7 @@ def page(command: Any, ctx: Any) -> str:
     """The help of a command or a group: usage, what it is for, then a panel after the other."""
     columns = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
-    about = [textwrap.fill(" ".join(part.split()), columns) for part in (command.help or "").split("\n\n")]
+    about = [_fill(part, columns) for part in (command.help or "").split("\n\n")]
     panels: dict[str, list[tuple[str, str]]] = {}
     for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
         if name in getattr(command, "elsewhere", ()):
@@ -128,14 +133,23 @@ def page(command: Any, ctx: Any) -> str:
         if inner is not None and not inner.hidden:
             panel = getattr(inner, "rich_help_panel", None) or "Commands"
             panels.setdefault(panel, []).append((name, inner.get_short_help_str(limit=200)))
-    for parameter in command.get_params(ctx):
+    parameters = command.get_params(ctx)
+    named = any(getattr(parameter, "rich_help_panel", None) for parameter in parameters)
+    for parameter in parameters:
         row = row_of(parameter, ctx)
         if row is not None:
-            usual = "Arguments" if parameter.param_type_name == "argument" else "Other"
+            usual = (
+                "Arguments" if parameter.param_type_name == "argument" else "Other" if named else "Options"
+            )
             panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(row)
     ordered = sorted(panels.items(), key=lambda panel: ENDS.get(panel[0], 0))
     shown = [panel_of(title, rows, columns) for title, rows in ordered]
     return "\n".join([f"Usage: {usage}\n", *(f"{part}\n" for part in about if part), *shown])
+
+
+def _fill(paragraph: str, columns: int) -> str:
+    """A paragraph in lines of this width; indented lines, as of a command, stay."""
+    return paragraph if paragraph.startswith("    ") else textwrap.fill(" ".join(paragraph.split()), columns)
 
 
 def row_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:

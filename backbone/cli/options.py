@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 
 import typer
 
-from backbone.cli.help import ReadLater
+from backbone.cli.help import ReadLater, hyphens
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord, parse_json, plain, read_as
@@ -270,11 +270,6 @@ def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]
     return sorted(known.values(), key=place)
 
 
-def hyphens(name: str) -> str:
-    """An option's name with hyphens, so that diffusers' own spelling with underscores serves too."""
-    return name.replace("_", "-")
-
-
 def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
     """What typer reads: a parameter for every field, one for every switch, and `--config`."""
     found = [_parameter(one.name, *_typed(one)) for one in fields]
@@ -392,7 +387,7 @@ class _Said(dict[str, Any]):
         if self.file is None and empty and one.option.is_place(one.kind):
             # An empty path is the working folder, and a variable of the shell that was never set is empty
             raise UserError(f"{name} is empty. Name one, or leave it out.")
-        self.put(one.name, converted(one, value, name, self.file), name)
+        self.put(one.name, convert_value(one, value, name, self.file), name)
 
     def with_implied(self) -> _Said:
         """With what follows from what was said."""
@@ -534,7 +529,7 @@ def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def converted(one: Field, value: Any, name: str, file: Path | None = None) -> Any:
+def convert_value(one: Field, value: Any, name: str, file: Path | None = None) -> Any:
     """A value as the field wants it; `UserError`, with the flag or with the file and its key, where it does not fit."""
     where = f"{name} in {file}" if file else name
     if type(value) is type(one.default) and value == one.default:
@@ -544,11 +539,11 @@ def converted(one: Field, value: Any, name: str, file: Path | None = None) -> An
         fits = (int, float, str) if one.kind in (int, float) else (str, Path)
         if not isinstance(values, (list, tuple)) or not all(isinstance(part, fits) for part in values):
             raise UserError(f"{where} is not a list of texts ({SHORT.repr(value)}). Put each in quotes.")
-        return tuple(_converted_one(one, part, where) for part in values)
-    return _converted_one(one, value, where)
+        return tuple(_convert_one(one, part, where) for part in values)
+    return _convert_one(one, value, where)
 
 
-def _converted_one(one: Field, value: Any, where: str) -> Any:
+def _convert_one(one: Field, value: Any, where: str) -> Any:
     """One value, also of a field that holds many."""
     if one.kind is bool:
         if not isinstance(value, bool):
@@ -610,7 +605,7 @@ def check_values(settings: Any) -> None:
     """
     for one in fields_of(type(settings)).values():
         if getattr(settings, one.name) != one.default:
-            converted(one, getattr(settings, one.name), one.name)
+            convert_value(one, getattr(settings, one.name), one.name)
 
 
 def read_settings(declared: Callable[..., Made], path: Path) -> Made:
@@ -621,7 +616,7 @@ def read_settings(declared: Callable[..., Made], path: Path) -> Made:
     record = read_json(path, RunRecord)
     known = fields_of(cast(type, declared))
     values = {
-        name: converted(known[name], value, name, path) if name in known else value
+        name: convert_value(known[name], value, name, path) if name in known else value
         for name, value in record.settings.items()
     }
     try:
@@ -657,7 +652,7 @@ def _fitted(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str
             and one is not None
             and not (isinstance(value, str) and value in one.option.words)
         ):
-            value = converted(one, value, name)
+            value = convert_value(one, value, name)
         found[name] = tuple(value) if isinstance(value, list) else value
     return found
 
@@ -806,3 +801,20 @@ def spellings(program: str, *declared: type) -> str:
             if names or meant:
                 lines.append(f"| `{shown}` | {', '.join([*(f'`{name}`' for name in names), *meant])} |")
     return "\n".join(lines) + "\n"
+
+
+def other_spellings(commands: Mapping[str, Any]) -> str:
+    """The same of many commands, typer's by name: an option, its other names, and the commands that have it so."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, one in commands.items():
+        for option in one.params:
+            flags = [flag for flag in option.opts if flag.startswith("--")]
+            if option.hidden and not flags[0].startswith("--no-"):
+                rows.setdefault((flags[0], f"({option.help})"), []).append(name)
+            elif len(flags) > 1 and not option.hidden:
+                others = ", ".join("`--" + flag[2:].replace("-", "_") + "`" for flag in flags[1:])
+                rows.setdefault((flags[0], others), []).append(name)
+    lines = [
+        f"| `{flag}` | {others} | {', '.join(names)} |" for (flag, others), names in sorted(rows.items())
+    ]
+    return "\n".join(["| option | is understood too | of |", "| --- | --- | --- |", *lines]) + "\n"

@@ -90,7 +90,7 @@ class Conditions:
         return replace(self, controls=tuple(control for control in acting if bool(control.scale.any())))
 
     def drop_references(self, dropped: Tensor) -> Conditions:
-        """Reference latents of zeros where `dropped` [B] is true: how a network is told that there is no image."""
+        """Reference latents of zeros where `dropped` [B] is true: how a network sees that there is no image."""
         kept = [
             value * send(~dropped, value.device).to(value).reshape(-1, *[1] * (value.ndim - 1))
             for value in self.references

@@ -30,7 +30,7 @@ def vp_schedule(
 ) -> Schedule:
     """S steps over a trained schedule ᾱ [train steps], to ᾱ = 1 or to the schedule's first ᾱ.
 
-    `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network is told integer timesteps,
+    `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network gets integer timesteps,
     and the last level's is 0. DDIMScheduler itself steps by train steps // S whatever the spacing: the two
     agree for leading, and for trailing where S divides the train steps; elsewhere this schedule's levels join
     and the scheduler's do not.
@@ -56,7 +56,7 @@ def flow_schedule(
     terminal: float | None = None,
     train_steps: int = 1000,
 ) -> Schedule:
-    """S steps of a rectified flow from t = 1 to t = 0; the network is told train_steps·t.
+    """S steps of a rectified flow from t = 1 to t = 0; the network gets train_steps·t.
 
     FlowMatchEulerDiscreteScheduler's levels. `shift` moves them towards the noisy end (Esser et al. 2024, eq.
     23); with `mu`, the dynamic shift exp(mu) takes its place. `lowest` is the last level before t = 0, before
@@ -88,7 +88,7 @@ def logit_normal_levels(
     """Quantiles of the density that a rectified flow is trained with [count], clean to noisy.
 
     t is logit-normal (Esser et al. 2024, eq. 19) and shifted (eq. 23), so that a uniform choice among these levels
-    draws from that density. The network is told train_steps·t; t = 1 itself, where sampling begins, is beyond them.
+    draws from that density. The network gets train_steps·t; t = 1 itself, where sampling begins, is beyond them.
     """
     share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     t = torch.sigmoid(mean + deviation * torch.special.ndtri(share))
@@ -97,7 +97,7 @@ def logit_normal_levels(
 
 
 def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Schedule:
-    """S steps of VE from sigma_max over sigma_min to 0 (Karras et al. 2022, eq. 5); the network is told σ."""
+    """S steps of VE from sigma_max over sigma_min to 0 (Karras et al. 2022, eq. 5); the network gets σ."""
     if steps < 1 or not 0 < sigma_min <= sigma_max:
         raise ValueError(
             "a Karras schedule needs steps ≥ 1 and 0 < sigma_min ≤ sigma_max, "

@@ -261,7 +261,7 @@ class PictureEncoder(Protocol):
 
 @runtime_checkable
 class PictureFamily(Protocol):
-    """A family whose network is told a picture in the place of words, and makes a clip of it.
+    """A family whose network is conditioned on a picture in the place of words, and makes a clip of it.
 
     Its conditions are `hidden` [B, T, D] of the picture and `ids` [B, 3] (frames a second less one, motion bucket,
     deviation of the noise on the picture), and one reference, the picture's latents at the autoencoder's own scale.

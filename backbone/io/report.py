@@ -75,7 +75,7 @@ def paragraph(text: str) -> str:
     return f"<p>{_escape(text)}</p>"
 
 
-def command(text: str) -> str:
+def command_block(text: str) -> str:
     """A shell command, verbatim."""
     return f"<pre>{_escape(text)}</pre>"
 

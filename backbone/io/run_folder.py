@@ -32,7 +32,7 @@ CHECKPOINT = "checkpoint.safetensors"
 SAVED = (CHECKPOINT, "concept.json", "best/concept.json", "condition.json")
 BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
 LEFT_BEHIND = (
-    *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "obedience.jsonl", "report.html"),
+    *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "condition_fidelity.jsonl", "report.html"),
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
 WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others

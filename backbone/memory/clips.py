@@ -77,9 +77,11 @@ class ClipEstimator:
         )
         vae = tensor_bytes(self.spec.autoencoder.instantiate().parameters())
         offload = choice.placement.offload
-        lent = [tensor_bytes(one.parameters()) for one in find_offloadable_layers(self.denoiser, offload)]
-        own = tensor_bytes(self.denoiser.parameters()) - sum(lent) * bool(offload) + self.beside
-        unpacked = 2 * max(lent, default=0) * bool(offload)
+        offloaded = [
+            tensor_bytes(one.parameters()) for one in find_offloadable_layers(self.denoiser, offload)
+        ]
+        own = tensor_bytes(self.denoiser.parameters()) - sum(offloaded) * bool(offload) + self.beside
+        unpacked = 2 * max(offloaded, default=0) * bool(offload)
         rows = 1 if choice.placement.one_by_one else 2
         return {
             "the picture": Phase(tower + vae, self._count("encode", 1)),

@@ -26,13 +26,13 @@ from backbone.memory.planner import (
 )
 from backbone.models.clips.motion import attach_motion, clip_of
 from backbone.models.control import controlled_family, outline_control
-from backbone.models.model import Backbone, decoded_together
+from backbone.models.model import Backbone, decode_batch_size
 
 PART = "control"  # of the planned denoiser: control networks are counted with it
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawingWorkload:
     """What is drawn.
 
     batch       so many images or clips together
@@ -42,7 +42,7 @@ class Drawn:
     conditions  the kind of each map and the name of the network that reads it
     frames      of a clip that go through the network together; 0: images
     motion      the adapter that links them
-    whole       concepts change the network's weights, which therefore stay as they are: not in fewer bits, nor lent
+    whole       concepts change the network's weights, which therefore stay as they are: not quantised, nor offloaded
     """
 
     batch: int
@@ -58,7 +58,7 @@ class Drawn:
 class DrawingEstimator(MemoryEstimator):
     """Counts the bytes of drawing images."""
 
-    def __init__(self, model: Backbone, drawn: Drawn, *, device: str = "cuda") -> None:
+    def __init__(self, model: Backbone, drawn: DrawingWorkload, *, device: str = "cuda") -> None:
         work = Workload(
             self._attach,
             drawn.batch,
@@ -85,7 +85,7 @@ class DrawingEstimator(MemoryEstimator):
             encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
             found["references"] = Phase(resident, encoding)
         drawing = self.forward_bytes(precision, rows) + self.unpacked_layer_bytes(choice)
-        together = min(pictures, decoded_together(self.drawn.places, self.model.factor))
+        together = min(pictures, decode_batch_size(self.drawn.places, self.model.factor))
         decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
         return found | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
 
@@ -150,7 +150,7 @@ class DrawingEstimator(MemoryEstimator):
         ]
 
 
-def fit_drawing(model: Backbone, drawn: Drawn, size: float) -> Backbone:
+def fit_drawing(model: Backbone, drawn: DrawingWorkload, size: float) -> Backbone:
     """The (unloaded) model as it draws on its device of `size` GiB, by a plan that is printed.
 
     Raises `UserError` where nothing fits.

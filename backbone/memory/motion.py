@@ -23,7 +23,7 @@ from backbone.memory.planner import (
     Workload,
 )
 from backbone.models.clips.motion import attach_motion, clip_of
-from backbone.models.model import Backbone, decoded_together
+from backbone.models.model import Backbone, decode_batch_size
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MotionEstimator(MemoryEstimator):
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
         denoiser = self.denoiser_bytes(choice) + sizes.beside
-        together = min(frames, decoded_together(self.latent_shape[-2:], self.model.factor))
+        together = min(frames, decode_batch_size(self.latent_shape[-2:], self.model.factor))
         encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, together)
         phases = {"encoding": Phase(denoiser + sizes.autoencoder + text_encoders, encoding)}
         unpacked = self.unpacked_layer_bytes(choice)

@@ -22,7 +22,7 @@ from backbone.distributed.device import PRECISIONS
 from backbone.families.components.latents import latent_space
 from backbone.io.console import UserError, notify
 from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
-from backbone.models.model import Backbone, decoded_together
+from backbone.models.model import Backbone, decode_batch_size
 from backbone.models.placement import (
     INSTALL,
     KINDS,
@@ -156,7 +156,7 @@ class MemoryEstimator:
         # Images are sampled while the optimiser's state is in memory
         resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
         sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
-        together = min(batch, decoded_together(self.latent_shape[-2:], self.model.factor))
+        together = min(batch, decode_batch_size(self.latent_shape[-2:], self.model.factor))
         decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
         transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
         phases["previews"] = Phase(resident, transient)

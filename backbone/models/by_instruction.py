@@ -24,7 +24,7 @@ from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, latents_of
+from backbone.models.references import ReferenceImage, latents_of
 
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
@@ -48,7 +48,7 @@ def instructed_predictor(
     references: Sequence[Tensor],
     guidances: Guidances,
 ) -> Predict:
-    """Guided predictions of B samples, each told an instruction and shown images.
+    """Guided predictions of B samples, each conditioned on an instruction and images.
 
     text, empty  instructions and what stands in their place without one, B rows each
     references   latents [B, C, h, w] as the denoiser reads them
@@ -99,7 +99,7 @@ def evaluations_of(model: Backbone, text: Conditions, guidance: float) -> int:
 @torch.no_grad()
 def draw_edit(
     model: Backbone,
-    references: Sequence[Reference],
+    references: Sequence[ReferenceImage],
     instruction: str,
     *,
     steps: int,
@@ -111,7 +111,7 @@ def draw_edit(
     """The latent [1, C, h, w] of an edit by an instruction.
 
     `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `controls`
-    are of one row each. `after_step` is told of each step and of the clean latent that was estimated in it.
+    are of one row each. `after_step` is called with each step and the clean latent that was estimated in it.
     """
     words = (instruction, guidances.negative)
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)

@@ -17,7 +17,7 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.models.model import Backbone
-from backbone.models.references import Reference
+from backbone.models.references import ReferenceImage
 
 VARIABLE = "LIMNER_CACHE"
 TEXT = 3  # counts up when a family makes something else of a prompt
@@ -54,7 +54,7 @@ def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tens
 
 
 def encode_prompts_cached(
-    model: Backbone, prompts: Sequence[str], references: Sequence[Reference] = ()
+    model: Backbone, prompts: Sequence[str], references: Sequence[ReferenceImage] = ()
 ) -> Conditions:
     """Encode prompts to conditions, each once: later calls read the cache and load no text encoder.
 

@@ -24,7 +24,7 @@ from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
-from backbone.media.control.maps import Target, as_hints, read_map, read_maps
+from backbone.media.control.maps import MapTarget, as_hints, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
 
@@ -225,7 +225,7 @@ def _open(
     asked: Sequence[AskedControl],
     size: tuple[int, int],
     drawn_on: tuple[int, int] | None,
-    read: Callable[[AskedMap, Target], Sequence[Image.Image]],
+    read: Callable[[AskedMap, MapTarget], Sequence[Image.Image]],
     opened: dict[str, OpenedControl],
 ) -> tuple[Condition, ...]:
     """The conditions, a row for each map that `read` gives of one."""
@@ -234,7 +234,7 @@ def _open(
     ready = []
     for said, name in zip(asked, named, strict=True):
         one = _of_known_kind(said, found[name])
-        target = Target(size, found[name].record.palette or None, drawn_on)
+        target = MapTarget(size, found[name].record.palette or None, drawn_on)
         ready.append((one, name, read(one.map, target)))
     say_sum(asked)
     for name in found:

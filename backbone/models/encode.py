@@ -374,7 +374,7 @@ def encode_texts(
         with progress(sum(map(len, batches)), label, brief=True) as bar:
             for rows in batches:
                 text = encode_some(model, [unlike[row] for row in rows], read).text
-                writer.add({KEY: torch.from_numpy(keys[rows].copy()), **kept_text(model, text)})
+                writer.add({KEY: torch.from_numpy(keys[rows].copy()), **cast_text(model, text)})
                 writer.close_if_due()
                 bar.advance(len(rows))
         writer.close()
@@ -391,7 +391,7 @@ def encode_texts(
     return Prompts(Encoded(table, table.find(keys)[which]))
 
 
-def kept_text(model: Backbone, text: Text) -> dict[str, Tensor]:
+def cast_text(model: Backbone, text: Text) -> dict[str, Tensor]:
     """What text encoders gave as it is kept: in the model's precision, in which its network reads it."""
     return {
         name: (value.to(model.dtype) if value.is_floating_point() else value).cpu()

@@ -64,7 +64,7 @@ PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an i
 DECODED_AT_ONCE = 512 * 512  # pixels
 
 
-def decoded_together(places: Sequence[int], factor: int) -> int:
+def decode_batch_size(places: Sequence[int], factor: int) -> int:
     """How many latents of so many places are decoded in one call."""
     return max(1, DECODED_AT_ONCE // (math.prod(places) * factor**2))
 
@@ -359,7 +359,7 @@ class Backbone:
 
     @property
     def reads_words(self) -> bool:
-        """Whether it is told what to draw; else it makes a clip of a picture."""
+        """Whether words condition it; else it makes a clip of a picture."""
         return not isinstance(self.family, PictureFamily)
 
     def refuse_other_task(self, task: Task = "text-to-image") -> None:
@@ -441,7 +441,7 @@ class Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
         # Of one sample, all its frames
-        portions = latents.split(decoded_together(latents[0, 0].shape, self.factor))
+        portions = latents.split(decode_batch_size(latents[0, 0].shape, self.factor))
         return torch.cat([self.decode_with_gradients(some) for some in portions])
 
     def encode_clip(self, clip: Tensor) -> Tensor:

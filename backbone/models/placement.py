@@ -57,7 +57,7 @@ class Placement:
             raise UserError("A quantised base is not offloaded as well. Choose one of the two.")
         if self.quantize or self.offload or self.one_by_one:
             processes.require_whole_model(
-                "A base that is quantised, lent from the CPU or asked picture by picture"
+                "A base that is quantised, offloaded to the CPU or asked picture by picture"
             )
 
 
@@ -142,7 +142,7 @@ def quantize(denoiser: nn.Module, kind: str) -> None:
     cast(Any, denoiser).is_loaded_in_8bit = kind == "8bit"
 
 
-# Layers lent from the CPU's memory --------------------------------------------------------------------------
+# Layers offloaded to the CPU's memory --------------------------------------------------------------------------
 
 
 def find_offloadable_layers(denoiser: nn.Module, share: float = 1.0) -> list[nn.Module]:
@@ -173,7 +173,7 @@ def offload(layer: nn.Module, *, pinned: bool = False) -> None:
 
 
 class _Offloaded:
-    """What lent layers share: they stay when their network is moved."""
+    """What offloaded layers share: they stay when their network is moved."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self
@@ -215,7 +215,7 @@ class OffloadedConv2d(_Offloaded, nn.Conv2d):
 
 
 class _Use(torch.autograd.Function):
-    """One use of a lent layer. Nothing is kept for the backward pass but the layer itself."""
+    """One use of an offloaded layer. Nothing is kept for the backward pass but the layer itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:

@@ -20,7 +20,7 @@ from backbone.models.model import Backbone
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class ReferenceImage:
     """An image beside a prompt.
 
     latents  [1, C, h, w] as the denoiser reads them
@@ -30,7 +30,7 @@ class Reference:
     latents: Tensor
     picture: Image
 
-    def to(self, device: torch.device) -> Reference:
+    def to(self, device: torch.device) -> ReferenceImage:
         """The same on another device."""
         return replace(self, latents=send(self.latents, device))
 
@@ -49,7 +49,7 @@ def refuse_too_many(model: Backbone, images: int) -> None:
         )
 
 
-def encode_references(model: Backbone, images: Sequence[Image]) -> list[Reference]:
+def encode_references(model: Backbone, images: Sequence[Image]) -> list[ReferenceImage]:
     """Images as they stand beside a prompt, each in its own shape at about the model's own number of pixels.
 
     Raises `UserError` for more than the model reads.
@@ -59,10 +59,10 @@ def encode_references(model: Backbone, images: Sequence[Image]) -> list[Referenc
     for image in images:
         size = working_size(image.size, area=model.resolution**2, unit=2 * model.factor)
         picture = crop_and_resize(image, size)
-        found.append(Reference(model.encode_reference(to_tensor(picture)[None]), picture))
+        found.append(ReferenceImage(model.encode_reference(to_tensor(picture)[None]), picture))
     return found
 
 
-def latents_of(references: Sequence[Reference]) -> tuple[Tensor, ...]:
+def latents_of(references: Sequence[ReferenceImage]) -> tuple[Tensor, ...]:
     """What the denoiser reads of them, [1, C, h, w] each."""
     return tuple(one.latents for one in references)

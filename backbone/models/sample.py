@@ -24,7 +24,7 @@ from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import in_windows
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, latents_of
+from backbone.models.references import ReferenceImage, latents_of
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,14 @@ def sample(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    references: Sequence[Reference] = (),
+    references: Sequence[ReferenceImage] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
     **how: Any,
 ) -> Iterator[Image]:
     """Sample the requested images, in order; `how` is by the fields of `SamplerArguments`.
 
-    `controls`, of one row each, hold for all images. `advance` is told after each step how many images' worth of work
-    it was.
+    `controls`, of one row each, hold for all images. `advance` is called after each step with its work, in images.
     """
     for latents in sample_latents(
         model, requests, references=references, controls=controls, advance=advance, **how
@@ -104,7 +103,7 @@ def sample_latents(
     model: Backbone,
     requests: Sequence[Request],
     *,
-    references: Sequence[Reference] = (),
+    references: Sequence[ReferenceImage] = (),
     controls: Sequence[Control] = (),
     clean: Tensor | None = None,
     share: float = 1.0,
@@ -175,14 +174,14 @@ def _in_window(guide: Callable[[Conditions], Predict], text: Conditions, window:
     return guide(text.in_window(window))
 
 
-def beside(text: Conditions, references: Sequence[Reference]) -> Conditions:
+def beside(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
     """The same conditions with images beside each of them."""
     shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
     return replace(text, references=shown)
 
 
 def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:
-    """The same predictions; `advance` is told of so much `work` after each."""
+    """The same predictions; `advance` is called with so much `work` after each."""
 
     def reporting(noisy: Tensor, level: Level) -> Estimate:
         estimate = predict(noisy, level)

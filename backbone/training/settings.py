@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
@@ -196,8 +196,8 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Options of a training command that are not saved with its settings."""
+class RunFolderOptions:
+    """The folder of a training run, which is not saved with its settings."""
 
     out: Annotated[
         Path | None,
@@ -218,6 +218,12 @@ class RunOptions:
             metavar="RUN",
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RunFolderOptions):
+    """Options of a training command that are not saved with its settings."""
+
     vram: Annotated[
         float | None,
         Option(
@@ -293,16 +299,7 @@ def read_run_settings(declared: type[Declared], run: Path, program: str) -> Decl
     return read_settings(declared, path)
 
 
-class SaysRun(Protocol):
-    """Options that name the run that goes on, and the folder to write."""
-
-    @property
-    def resume(self) -> Path | None: ...
-    @property
-    def out(self) -> Path | None: ...
-
-
-def find_resumed(said: SaysRun, program: str, usual: Path | None) -> Path | None:
+def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Path | None:
     """The run folder that `--resume` names, or None where the run is yet to start.
 
     `latest`, as diffusers' scripts have it, is the folder of --out, or `usual`, the one that the same command takes
@@ -348,15 +345,15 @@ def _newest_run(folder: Path, program: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
-def said_anew(
-    own: TrainingSettings,
+def changed_settings(
+    own: Any,
     asked: Mapping[str, Any],
-    said: RunOptions,
+    said: RunFolderOptions,
     run: Path,
     *,
     allowed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The settings given beside `--resume` that differ from the run's `own`.
+    """The settings given beside `--resume` that differ from the run's `own`, an instance of its dataclass.
 
     Raises `UserError` for any that is not `allowed` to change: it would have no effect.
     """

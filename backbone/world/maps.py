@@ -70,10 +70,10 @@ def look_at(scene: Scene) -> tuple[Rendering, Layers]:
     """A scene as it is drawn, and its layers."""
     record = Record()
     rendering = render(scene, record=record)
-    return rendering, read_layers(record)
+    return rendering, find_visible(record)
 
 
-def read_layers(record: Record) -> Layers:
+def find_visible(record: Record) -> Layers:
     """What is seen of each part: the nearest one whose opacity is half or more, and how near it is."""
     rows = np.arange(SIZE, dtype=np.float32)[:, None]
     slope = ((rows - record.horizon) / max(SIZE - record.horizon, 1)).clip(0, 1)

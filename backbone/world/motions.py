@@ -91,7 +91,7 @@ def say_camera(move: str, *, speed: str = "", random: Random | None = None) -> s
 
 
 @dataclass(frozen=True)
-class Said:
+class MoveWords:
     """Words in a prompt that name a move of `MOTIONS` or `CAMERAS`: prompt[start:end]."""
 
     move: str
@@ -99,11 +99,11 @@ class Said:
     end: int
 
 
-def find_said(prompt: str) -> list[Said]:
+def find_said(prompt: str) -> list[MoveWords]:
     """The words of motion and of the camera in a prompt, the longest first; none lies in another (“camera rising”)."""
     phrases, pattern = _phrases()
     found = [
-        Said(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
+        MoveWords(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
         for match in pattern.finditer(prompt)
     ]
     return sorted(found, key=lambda said: said.start - said.end)

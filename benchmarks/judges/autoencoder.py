@@ -26,8 +26,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import run_main
 from backbone.evaluation.image_metrics import psnr_8_bit
-from backbone.io.console import progress, run_app
+from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
 from backbone.media.sheet import save_png
 from backbone.media.sources.pictures import list_images
@@ -190,4 +191,4 @@ def cell(name: str, value: float) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

@@ -27,8 +27,9 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import run_main
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
-from backbone.io.console import progress, run_app
+from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
@@ -342,4 +343,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

@@ -20,7 +20,8 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.io.console import progress, run_app
+from backbone.cli.commands import run_main
+from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
@@ -91,4 +92,4 @@ def square_root(matrix: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

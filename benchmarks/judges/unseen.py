@@ -28,8 +28,9 @@ from torch import Tensor
 
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept
+from backbone.cli.commands import run_main
 from backbone.diffusion.noise import add_noise, generator, target
-from backbone.io.console import UserError, run_app
+from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
@@ -192,4 +193,4 @@ def markdown(rows: dict[str, dict[str, Loss]]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

@@ -21,8 +21,9 @@ import typer
 from diffusers import AnimateDiffPipeline, DDPMScheduler, MotionAdapter, UNetMotionModel
 from torch import Tensor, nn
 
+from backbone.cli.commands import run_main
 from backbone.diffusion.noise import add_noise, target
-from backbone.io.console import UserError, run_app
+from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import attach_motion
@@ -208,6 +209,4 @@ def write_results(out: Path, shape: str, found: dict[str, tuple[float, float, fl
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_main(main)

@@ -27,9 +27,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from backbone.cli.commands import run_main
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.diffusion.noise import add_noise
-from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.control import new_control
@@ -210,4 +210,4 @@ def write_results(out: Path, shape: str, found: dict[str, tuple[float, float, fl
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

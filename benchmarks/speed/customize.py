@@ -42,9 +42,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from backbone.adapters.lora import disable_adapters
+from backbone.cli.commands import run_main
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, notify, run_app
+from backbone.io.console import UserError, notify
 from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
@@ -82,7 +83,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step; as many again of the class.")] = 1,
     warm: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one that is not.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option()] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of the frozen weights: fp32, bf16 or fp16.")] = "bf16",
     clock: ClockFlag = "wall",
     results: ResultsFlag = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
@@ -472,4 +473,4 @@ def format_markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
@@ -45,7 +45,7 @@ from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from benchmarks.speed.shapes import read_peak_memory, run_module, time_in_turns, write_model_folder
 from edit.attention.alignment import align, read_prompt, steps_inside
-from edit.attention.control import Control, cross_of
+from edit.attention.control import AttentionControl, cross_of
 from edit.attention.install import control_attention
 from edit.inversion.inversion import invert
 from edit.inversion.trajectories import invert_ddim
@@ -60,7 +60,7 @@ SOURCE, TARGETS = (
 CROSS, SELF = 0.8, 0.4
 INNER = 10
 MOST_TOKENS = 32 * 32  # of the maps that the reference stores and whose self-attention it replaces
-app = typer.Typer(add_completion=False)
+app = script_app()
 SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "ours, four targets")
 
 
@@ -442,17 +442,17 @@ class Steps:
         """A step without an edit."""
         self.predict(rows)
 
-    def control(self, targets: int) -> Control:
+    def control(self, targets: int) -> AttentionControl:
         """Our control of so many targets beside their source."""
         device = self.model.device
         ones = torch.ones(targets, 77, device=device)
         whole = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
-        control = Control(targets, cross=whole)
+        control = AttentionControl(targets, cross=whole)
         control.self_attention = "layout"
         return control
 
     @torch.no_grad()
-    def edited(self, control: Control) -> None:
+    def edited(self, control: AttentionControl) -> None:
         """A step of ours while the maps are held: the source, and two rows a target."""
         with control_attention(self.unet, control):
             self.predict(1 + 2 * control.targets)

@@ -31,6 +31,7 @@ from unittest.mock import patch
 
 import typer
 
+from backbone.cli.commands import script_app
 from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 
@@ -49,7 +50,7 @@ import torch, torch._dynamo, peft
 from diffusers import UNet2DConditionModel
 """  # what a step cannot do without: diffusers and torch's optimisers import dynamo, peft imports transformers
 
-app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+app = script_app(__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of all files, outside of git.")]
 OUT = Path("build/benchmarks/large")
 
@@ -57,9 +58,9 @@ OUT = Path("build/benchmarks/large")
 @app.command("all")
 def main(
     out: Out = OUT,
-    few: Annotated[int, typer.Option(min=32)] = FEW,
-    many: Annotated[int, typer.Option(min=32)] = MANY,
-    model: Annotated[str, typer.Option()] = "moji",
+    few: Annotated[int, typer.Option(min=32, help="Images of the small source.")] = FEW,
+    many: Annotated[int, typer.Option(min=32, help="Images of the large source.")] = MANY,
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
     pairs: Annotated[int, typer.Option(min=8, help="Pairs of real images to prepare.")] = PREPARED,
 ) -> None:
     """Measure everything and print the tables."""
@@ -117,11 +118,11 @@ def write_texts(folder: Path, model: Backbone, prompts: Sequence[str]) -> None:
     import torch
 
     from backbone.data.table import KEY, Table
-    from backbone.models.encode import kept_text, prompt_keys
+    from backbone.models.encode import cast_text, prompt_keys
     from backbone.training.prepared import PROMPTS
 
     random = torch.Generator().manual_seed(0)
-    text, table = kept_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
+    text, table = cast_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
     for first in range(0, len(prompts) + 1, IMAGES_SHARD // 16):
         some = ["", *prompts][first : first + IMAGES_SHARD // 16]
         states = {
@@ -193,7 +194,11 @@ def import_libraries(times: int = 3) -> float:
 
 
 @app.command()
-def start(folder: Path, model: Annotated[str, typer.Option()] = "moji", steps: int = STEPS) -> None:
+def start(
+    folder: Annotated[Path, typer.Argument(help="A prepared folder.")],
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = STEPS,
+) -> None:
     """Train some steps from a prepared folder, and print seconds and bytes as JSON."""
     import psutil
 
@@ -224,13 +229,13 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     from align.objectives import preference
     from align.objectives.dataset import prepare, records_of
     from align.pairs.prepared import Prepared
-    from align.settings import resolved
+    from align.settings import resolve_settings
     from backbone.models.model import Backbone
 
     began, used_before = time.perf_counter(), time.process_time()
     model = Backbone.open(model_name, device="cpu")
     asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
-    settings = resolved({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
+    settings = resolve_settings({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
     learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
     data = prepare(model, learn, out, settings)
@@ -352,8 +357,8 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
 @app.command()
 def preparing(
     out: Out = OUT,
-    model: Annotated[str, typer.Option()] = "moji",
-    pairs: Annotated[int, typer.Option(min=8)] = PREPARED,
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
+    pairs: Annotated[int, typer.Option(min=8, help="Pairs of real images to prepare.")] = PREPARED,
 ) -> None:
     """Only the throughput of preparation, as JSON."""
     print(json.dumps(prepare_apart(out, pairs, model)))
@@ -409,7 +414,11 @@ def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
 
 
 @app.command()
-def prepare_in_shards(source: Path, folder: Path, model: Annotated[str, typer.Option()] = "moji") -> None:
+def prepare_in_shards(
+    source: Annotated[Path, typer.Argument(help="What is prepared.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[str, typer.Option(help="A diffusers folder, or moji.")] = "moji",
+) -> None:
     """Prepare with a shard every second, so that a kill costs a second."""
     from align.pairs.read import read_preferences
     from align.training.prepare import prepare_pairs

@@ -22,8 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import typer
-
+from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
@@ -38,7 +37,7 @@ WAYS: tuple[Way, ...] = ("script", "cached", "bank")
 BANK_BYTES = 8  # two errors, float32, for a pair's draw
 
 COSTS, MACHINES = "Costs", "Machines"  # panels of --help
-app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+app = script_app(__doc__)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from backbone.cli.commands import script_app
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_bytes, write_json, write_text
 from backbone.media.sources.pictures import list_images
@@ -58,14 +59,14 @@ from benchmarks.speed.shapes import (
     write_model_folder,
     write_section,
 )
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import SubjectGroup, prepare
 from customize.objectives.dreambooth import DreamBooth
 
 SIDES = ("script", "restated", "here")
 DRAWS = 8
 Side = Literal["script", "restated", "here"]
 
-app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+app = script_app(__doc__)
 
 
 @app.command()
@@ -73,7 +74,7 @@ def compare(
     script: Annotated[Path, typer.Argument(help="diffusers' train_dreambooth_lora.py.")],
     shape: Annotated[str, typer.Option(help="sd15 or moji.")] = "sd15",
     steps: Annotated[int, typer.Option(min=2, help="Steps of each side; the first is not counted.")] = 6,
-    precision: Annotated[str, typer.Option()] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of the frozen weights: fp32, bf16 or fp16.")] = "bf16",
     clock: ClockFlag = "wall",
     results: ResultsFlag = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
@@ -111,7 +112,7 @@ def compare(
     print(text)
 
 
-@app.command("side")
+@app.command("side", hidden=True)  # a process of `compare`
 def run_side(
     side: Side, model: str, place: Path, steps: int = 6, precision: str = "bf16", clock: Clock = "wall",
     prior: bool = False, script: Path = Path(),
@@ -132,7 +133,10 @@ def run_side(
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
-def alone(script: Path, flags: Annotated[list[str], typer.Argument(help="The script's own flags.")]) -> None:
+def alone(
+    script: Annotated[Path, typer.Argument(help="The file.")],
+    flags: Annotated[list[str], typer.Argument(help="The script's own flags.")],
+) -> None:
     """Runs the file with flags of its own, whatever torchvision is there."""
     if importlib.util.find_spec("torchvision") is None:
         install_stand_in()
@@ -180,7 +184,7 @@ def run_here(model: str, place: Path, out: Path, *, steps: int, precision: str, 
     settings = replace(
         make_settings(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
-    group = Group(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
+    group = SubjectGroup(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
     training = DreamBooth(backbone, prepare(backbone, [group], settings), settings)
     for _ in take_steps(training):
         pass

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from backbone.cli.commands import print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
-from backbone.cli.options import settled_command
+from backbone.cli.options import command, settled_command
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json, refuse_filled
 from backbone.io.records import read_as
+from backbone.training.settings import RunFolderOptions, read_run_settings
 from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import (
     ADAPTER_FILE,
@@ -30,7 +32,7 @@ from customize.clips.settings import (
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     settled_command(app, ClipOptions, panels=(DRAWING, MOTION, PICTURE, CONTROL, CONCEPTS, SAMPLING))(clip)
-    settled_command(app, TrainMotionOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
+    command(app, TrainMotionOptions, RunFolderOptions, panels=(DATA, MOTION, TRAINING))(train_motion)
     settled_command(app, EvaluateClipOptions, panels=(DATA, DRAWING, MOTION, SAMPLING, SCORING))(
         evaluate_clip
     )
@@ -89,14 +91,16 @@ def report_clips(folder: Path, count: int, asked: ClipOptions) -> None:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
 
 
-def train_motion(asked: TrainMotionOptions) -> None:
+def train_motion(asked: dict[str, Any], run_folder: RunFolderOptions) -> None:
     """Learn a motion from a few clips, apart from what they look like."""
+    from customize.clips.train import PROGRAM
     from customize.clips.train import train_motion as learn
 
-    run = learn(asked)
+    run = learn(asked, run_folder)
+    token = read_run_settings(TrainMotionOptions, run, PROGRAM).token
     where = shlex.quote(str(run))
     concept = (run / ADAPTER_FILE).is_file()
-    how = f'"a dog in a park, {asked.token}" --concept' if concept else '"a dog in a park" --motion'
+    how = f'"a dog in a park, {token}" --concept' if concept else '"a dog in a park" --motion'
     notify(f"Next: customize clip {how} {where}")
 
 

@@ -25,14 +25,14 @@ from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import write_json, write_text
-from backbone.io.report import command, heading, image_figure, table, write_report
+from backbone.io.report import command_block, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
-from backbone.memory.drawing import Drawn, fit_drawing
+from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.clips.motion import Motion, read_motion_adapter
@@ -50,7 +50,7 @@ from customize.clips.plan import POSE, PlannedClip, plan_clip
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (
     describe_given_frames,
-    given_frames,
+    frames_of,
     open_given_frames,
     open_sparse_condition,
     split_controls,
@@ -81,9 +81,9 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
     refuse_new_folder(asked.out, CLIPS)
-    model = fit(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
+    model = fit_clips(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
-    pictures, places = given_frames(asked)
+    pictures, places = frames_of(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
@@ -117,7 +117,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     return folder
 
 
-def fit(
+def fit_clips(
     model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
 ) -> Backbone:
     """The model as it draws so many clips on a device of `asked.vram` GiB, if that is asked for.
@@ -127,7 +127,7 @@ def fit(
     if asked.vram is None:
         return model
     assert asked.guidance is not None
-    drawn = Drawn(
+    drawn = DrawingWorkload(
         min(asked.batch, count),
         places,
         asked.guidance,
@@ -182,7 +182,7 @@ def plan_clips(
     concepts: Sequence[Concept],
     size: tuple[int, int],
 ) -> list[PlannedClip]:
-    """What the picture model is told for each prompt: the prompt alone where an adapter or maps say what moves.
+    """The picture model's text for each prompt: the prompt alone where an adapter or maps say what moves.
 
     Elsewhere the words of motion become maps of poses, if the model has a network that reads them.
     """
@@ -323,5 +323,5 @@ def publish(
     del facts["command"]
     parts = [image_figure(folder / f"{name}.webp", title) for name, title in zip(names, titles, strict=True)]
     parts += [heading("Frames"), image_figure(page, "strips"), heading("The run")]
-    parts += [table(("", ""), list(facts.items())), heading("Again"), command(record["command"])]
+    parts += [table(("", ""), list(facts.items())), heading("Again"), command_block(record["command"])]
     write_report(folder / REPORT, f"Clips: {said[0]}", parts)

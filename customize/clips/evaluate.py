@@ -36,7 +36,7 @@ from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_inte
 from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
 from backbone.io.records import inside
-from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder
 from backbone.media.clips import ANIMATED, FILMS, Film, choose_strip, encode_webp, read_film
 from backbone.media.control.camera import CameraPath, read_camera, trace_corners
@@ -73,7 +73,7 @@ MEANS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ExpectedClip:
     """A clip and what it is to show.
 
     words    "" where nothing says them
@@ -90,7 +90,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Row:
+class ClipMetrics:
     """What is measured of a clip; None where nothing can be said.
 
     moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
@@ -173,7 +173,7 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
     return folder
 
 
-def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> Row:
+def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = ()) -> ClipMetrics:
     """Everything of one clip."""
     film, words = shown.film, shown.words
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.frames]
@@ -185,7 +185,7 @@ def measure(shown: Shown, scores: ScoredWords, learned: Sequence[Any] = ()) -> R
     moved = measure_moved(frames, camera=bool(camera or shown.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
     changes = np.diff(pixels, axis=0)
-    row = Row(
+    row = ClipMetrics(
         Path(film.name).name,
         words,
         moved,
@@ -254,7 +254,7 @@ class ScoredWords:
 # Where clips come from ---------------------------------------------------------------------------------------
 
 
-def gather(folder: Path, asked: EvaluateClipOptions) -> list[Shown]:
+def gather(folder: Path, asked: EvaluateClipOptions) -> list[ExpectedClip]:
     """The clips of a folder with their words: of customize clip by its record, of others by the texts beside them."""
     picture = None if asked.image is None else open_named(asked.image)
     record = folder / RECORD
@@ -272,7 +272,7 @@ def gather(folder: Path, asked: EvaluateClipOptions) -> list[Shown]:
     def path_of(film: Film) -> CameraPath | None:
         return read_camera(place, len(film.frames), film.size) if place else None
 
-    return [Shown(film, words, picture, camera, path_of(film)) for film, words in found]
+    return [ExpectedClip(film, words, picture, camera, path_of(film)) for film, words in found]
 
 
 def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Path] | None:
@@ -336,7 +336,7 @@ def load_encoder(asked: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
 # What is written ---------------------------------------------------------------------------------------------
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Interval]:
+def summarize(rows: Sequence[ClipMetrics]) -> dict[str, Interval]:
     """Each figure over the clips of which it can be said: shares of clips by Wilson, means by the bootstrap."""
     found = {}
     for name in (*SHARES, *MEANS):
@@ -358,7 +358,9 @@ def describe(figures: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return lines
 
 
-def publish(folder: Path, shown: Sequence[Shown], rows: Sequence[Row], asked: EvaluateClipOptions) -> None:
+def publish(
+    folder: Path, shown: Sequence[ExpectedClip], rows: Sequence[ClipMetrics], asked: EvaluateClipOptions
+) -> None:
     """Write the table, a sheet of strips, and a report in which the clips play."""
     again = as_command("customize evaluate-clip", replace(asked, out=None, as_json=False))
     figures = {
@@ -386,5 +388,5 @@ def publish(folder: Path, shown: Sequence[Shown], rows: Sequence[Row], asked: Ev
         moved = (row.moved.x, row.moved.y, float(np.exp(row.moved.growth)), row.moved.turn)
         lines.append((title, *moved, *("–" if value is None else value for value in values)))
     parts += [heading("Frames"), image_figure(page, "strips"), heading("Clip by clip"), table(columns, lines)]
-    parts += [paragraph(f"Pixels are of pictures of {SIDE} a side."), heading("Again"), command(again)]
+    parts += [paragraph(f"Pixels are of pictures of {SIDE} a side."), heading("Again"), command_block(again)]
     write_report(folder / "report.html", f"Clips: {asked.what}", parts)

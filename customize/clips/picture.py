@@ -126,21 +126,21 @@ def choose_size(model: Backbone, picture: tuple[int, int], asked: ClipOptions) -
 
 
 @dataclass(frozen=True)
-class Shown:
+class FirstPicture:
     """A picture as its clip begins with it, and before it was made so small."""
 
     small: Image.Image
     whole: Image.Image
 
 
-def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[Shown]:
+def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[FirstPicture]:
     """Pictures at the size of the clips; that one was cropped for it is said."""
     assert asked.width is not None and asked.height is not None
     size, shown = (asked.width, asked.height), []
     for path, picture in zip(asked.images, pictures, strict=True):
         box = say_crop(path.name, picture.size, size)
         shown.append(
-            Shown(
+            FirstPicture(
                 crop_and_resize(picture, size),
                 picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))),
             )
@@ -149,7 +149,7 @@ def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[S
 
 
 def draw_latents(
-    model: Backbone, shown: Sequence[Shown], keys: Sequence[tuple[int, int]], asked: ClipOptions
+    model: Backbone, shown: Sequence[FirstPicture], keys: Sequence[tuple[int, int]], asked: ClipOptions
 ) -> list[Tensor]:
     """Latents [C, F, H, W] of every clip, in order; the denoiser is freed, since only decoding is left."""
     assert asked.steps is not None and asked.guidance is not None and asked.sampler is not None

@@ -32,7 +32,7 @@ ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA
 SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
 OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
 USUAL_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
-USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that are told in words
+USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that words describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +194,13 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
     @property
     def by_picture_alone(self) -> bool:
-        """Whether a picture is all that the model is told; its frames and speed are then the model's own."""
+        """Whether a picture is the model's only condition; its frames and speed are then the model's own."""
         return bool(self.images) and not self.words and not self.prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMotionOptions(PlaceOptions):
-    """Options of `customize train-motion`."""
+    """Settings of `customize train-motion`; of its run's folder are `RunFolderOptions`."""
 
     clips: Annotated[
         str,
@@ -231,19 +231,6 @@ class TrainMotionOptions(PlaceOptions):
             switches={"whole": "full"},
         ),
     ] = "lora"
-    out: Annotated[
-        Path | None,
-        Option("The run folder, new or empty.", OUTPUT, aliases=("output-dir",), default_text="runs/NAME"),
-    ] = None
-    resume: Annotated[
-        Path | None,
-        Option(
-            "Resume this run folder; latest: the one that this command writes to, else the newest in runs/.",
-            OUTPUT,
-            aliases=("resume-from-checkpoint",),
-            metavar="RUN",
-        ),
-    ] = None
     model: Annotated[str, model_option("moji")] = "moji"
     token: Annotated[
         str,
@@ -329,7 +316,7 @@ class TrainMotionOptions(PlaceOptions):
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", USUAL_RATES[self.method])
         for flag, value in (("--clips", self.clips), ("--motion", self.motion or self.method == "full")):
-            if self.resume is None and not value:
+            if not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")
         if (
             self.prior == "base"

@@ -1,4 +1,4 @@
-"""Pictures or maps at some frames of a clip that is told in words: `customize clip … --sparsectrl NETWORK`.
+"""Pictures or maps at some frames of a clip that words describe: `customize clip … --sparsectrl NETWORK`.
 
 `--image PICTURE` are frames, `--condition KIND=FOLDER` are maps, whose files are named by the frames that they are of.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from backbone.cli.conditions import ANY, RGB, AskedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
-from backbone.media.control.maps import Target, as_hints, number_maps, read_numbered_maps
+from backbone.media.control.maps import MapTarget, as_hints, number_maps, read_numbered_maps
 from backbone.media.sources.decode import open_named
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
@@ -29,7 +29,7 @@ from customize.clips.settings import ClipOptions
 CROPPED = 0.01  # of a picture, from which on it is said
 
 
-def given_frames(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
+def frames_of(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
     """The pictures that were named and the frames that they are of; nothing without any.
 
     Raises `UserError` for a picture that cannot be read, and for frames that are not there or are named twice.
@@ -156,7 +156,7 @@ def open_sparse_condition(
     if condition is None:
         return ()
     height, width = (side * model.factor for side in latent_size(model, asked.size))
-    found = read_numbered_maps(condition.map, Target((width, height)), asked.frames)
+    found = read_numbered_maps(condition.map, MapTarget((width, height)), asked.frames)
     network = open_network(model, asked)
     if condition.map.kind != ANY and network.reads_latents != (condition.map.kind == RGB):
         reads = "pictures (rgb=FOLDER)" if network.reads_latents else "lines, white on black (sketch=FOLDER)"

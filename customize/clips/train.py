@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from backbone.adapters.lora import (
     save_lora,
 )
 from backbone.adapters.motion import MOTION, Moves, set_in_motion
-from backbone.cli.options import as_command, fields_of
+from backbone.cli.options import as_command, build, refuse_idle
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
@@ -56,10 +56,11 @@ from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import fast_attention_backward
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective, drive
-from backbone.training.settings import find_resumed, read_run_settings
+from backbone.training.settings import RunFolderOptions, changed_settings, find_resumed, read_run_settings
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 
 PROGRAM = "customize train-motion"
+RESUMED = ("device",)  # what may be said anew beside --resume
 LOOKS = "looks"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 FILM_SUFFIXES = (".webp", ".gif", ".png", ".apng", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
@@ -93,12 +94,13 @@ def list_films(folder: str) -> list[Captioned]:
     return [Captioned(read_film(place), captions.get(place, "")) for place in places]
 
 
-def train_motion(asked: TrainMotionOptions) -> Path:
+def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
     """Learn the motion of clips, and give the run folder, which is a concept of the kind `motion`.
 
-    Raises `UserError` for clips that cannot be used, an adapter of another model, and a folder that is taken.
+    `given` are settings by field of `TrainMotionOptions`. Raises `UserError` for clips that cannot be used, an adapter
+    of another model, and a folder that is taken.
     """
-    run, asked, goes_on = open_run(asked)
+    run, asked, goes_on = open_run(given, said)
     held = hold_folder if goes_on else processes.hold_new_run
     whole = asked.method == "full"
     if processes.world_size() > 1:
@@ -125,7 +127,7 @@ def train_motion(asked: TrainMotionOptions) -> Path:
         learning = kind(model, latents, conditions, settled, kept)
         learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
         learning.resume(run)
-        write_json(run / "settings.json", describe(asked, films))
+        write_json(run / "settings.json", describe(asked, run, films))
         notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(asked.steps, 'step')}.")
         drive(learning, run, command=PROGRAM)
         learning.write(run, {"limner_token": asked.token, "base_model": asked.model})
@@ -232,42 +234,31 @@ def without_token(prompt: str, token: str) -> str:
     return ", ".join(" ".join(part.split()) for part in parts if part.strip())
 
 
-def open_run(asked: TrainMotionOptions) -> tuple[Path, TrainMotionOptions, bool]:
+def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, TrainMotionOptions, bool]:
     """The run's folder and settings, new ones or those of a run that goes on, and whether it does (`find_resumed`).
 
     Raises `UserError` for a folder that is taken, for one that holds no run that was stopped, and for settings beside
     such a run's own.
     """
-    usual_folder = Path("runs") / run_name(asked.clips) if asked.clips else None
-    run = None if asked.resume is None else find_resumed(asked, PROGRAM, usual_folder)
+    usual_folder = Path("runs") / run_name(given["clips"]) if given.get("clips") else None
+    run = None if said.resume is None else find_resumed(said, PROGRAM, usual_folder)
     if run is None:
-        asked = replace(asked, resume=None)  # `latest`, of which no step was saved yet
-        run = asked.out or Path("runs") / run_name(asked.clips)
+        asked = build(TrainMotionOptions, given)
+        refuse_idle(asked, given)
+        run = said.out or Path("runs") / run_name(asked.clips)
         refuse_taken(run, [asked.clips])
-        clips, motion = absolute(asked.clips), absolute(asked.motion)
-        return run, replace(asked, out=run, clips=clips, motion=motion), False
+        return run, replace(asked, clips=absolute(asked.clips), motion=absolute(asked.motion)), False
     if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
-    usual = TrainMotionOptions(resume=asked.resume)
-    for name, one in fields_of(TrainMotionOptions).items():
-        value = getattr(asked, name)
-        same = value in (getattr(usual, name), getattr(own, name)) or (name == "out" and value == run)
-        if isinstance(value, str) and absolute(value) == getattr(own, name):
-            same = True
-        if not same and name != "device":
-            raise UserError(
-                f"--resume {asked.resume} goes on with that run's own settings, so {one.flag} has no effect. Leave out "
-                "one of the two."
-            )
-    return run, own if asked.device == usual.device else replace(own, device=asked.device), True
+    return run, replace(own, **changed_settings(own, given, said, run, allowed=RESUMED)), True
 
 
-def describe(asked: TrainMotionOptions, films: Sequence[Captioned]) -> dict[str, Any]:
+def describe(asked: TrainMotionOptions, run: Path, films: Sequence[Captioned]) -> dict[str, Any]:
     """The run's record."""
     return {
         "settings": asked,
-        "command": as_command(PROGRAM, asked),
+        "command": as_command(PROGRAM, asked, out=run),
         "clips": {one.film.name: one.film.content[:16] for one in films},
         "versions": package_versions(),
     }

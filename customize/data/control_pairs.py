@@ -46,10 +46,10 @@ from backbone.media.sources.pictures import (
     list_by_name,
     list_images,
     normalize_name,
-    read_metadata,
+    read_image_list,
 )
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
-from customize.data.edit_pairs import SOURCES, TARGETS, listed_file, plain_name, read_edit_pairs
+from customize.data.edit_pairs import SOURCES, TARGETS, find_listed, plain_name, read_edit_pairs
 
 MAP_COLUMNS = (
     "conditioningimage",
@@ -76,7 +76,7 @@ IMAGE_FOLDERS = (*TARGETS, "img", "photo", "picture")
 
 
 @dataclass(frozen=True)
-class Columns:
+class ControlColumns:
     """Names of a table's columns; "" for the usual ones."""
 
     image: str = ""
@@ -126,7 +126,9 @@ class ControlPair:
         refuse_wrong_kind(as_array(drawn), AskedMap(kind, str(self.map.path)), palette)
 
 
-def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> list[ControlPair]:
+def read_control_pairs(
+    source: str, kind: str, columns: ControlColumns = ControlColumns()
+) -> list[ControlPair]:
     """The pairs of a source, in the order of its list or of the names.
 
     Raises `UserError` for images without a map where the kind is not found in images, and for lists that name other
@@ -157,10 +159,10 @@ def read_control_pairs(source: str, kind: str, columns: Columns = Columns()) -> 
     return pairs
 
 
-def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
+def _from_list(path: Path, columns: ControlColumns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv or prompt.json."""
     pairs, beside = [], ListedImages()
-    for where, entry in read_metadata(path):
+    for where, entry in read_image_list(path):
         image = _value(
             entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, where
         )
@@ -174,9 +176,9 @@ def _from_list(path: Path, columns: Columns) -> list[ControlPair]:
         for what, value in (("map", drawn), ("caption", caption)):
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{where} has a {what} that is not text ({value!r}). Put it in quotes.")
-        record = beside.record(listed_file(path, image, where))
+        record = beside.record(find_listed(path, image, where))
         record = replace(record, caption=" ".join((caption or "").split()) or record.caption)
-        pairs.append(ControlPair(record, ImageRecord(listed_file(path, drawn, where)) if drawn else None))
+        pairs.append(ControlPair(record, ImageRecord(find_listed(path, drawn, where)) if drawn else None))
     if not pairs:
         raise UserError(f"{path} names no image. Write a line for each.")
     return pairs
@@ -222,7 +224,7 @@ def _from_folders(folder: Path, images: Path, drawn: Path) -> list[ControlPair]:
     ]
 
 
-def _from_images(source: str, kind: str, columns: Columns) -> list[ControlPair]:
+def _from_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """Images with maps beside them (`1.png`, `1.sketch.png`), or the rows of a table."""
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:
@@ -342,5 +344,5 @@ def check_control_pairs(
         said = f"All captions are “{words.pop()}”" if words != {""} else "No image has a caption"
         raise UserError(
             f"{said}, so the network would learn to draw without hearing the prompt. Write one for each image, or "
-            "train without words: --proportion-empty-prompts 1."
+            "train without words: --prompt-dropout 1."
         )

@@ -44,7 +44,7 @@ CLASS_IMAGES = 48  # where neither a number nor a folder is given
 
 
 @dataclass(frozen=True)
-class Group:
+class SubjectGroup:
     """The images of one subject with their prompts and its class prompt, placeholder tokens resolved.
 
     `source` is where the images came from: a folder of `customize prepare` holds them encoded.
@@ -116,7 +116,7 @@ class Bucket:
 
 
 def prepare(
-    model: Backbone, groups: Sequence[Group], settings: Settings, *, read: ReadCrop = read_crop
+    model: Backbone, groups: Sequence[SubjectGroup], settings: Settings, *, read: ReadCrop = read_crop
 ) -> TrainingData:
     """Encodes images and prompts and frees the encoders, then caches the base model's predictions for the prior.
 
@@ -179,7 +179,7 @@ OfSizes: TypeAlias = tuple[list[Encoded], list[tuple[int, int]]]
 """Images as parts of one size each, and the (part, row) of each image."""
 
 
-def views_of(group: Group, settings: Settings, resolution: int) -> list[View]:
+def views_of(group: SubjectGroup, settings: Settings, resolution: int) -> list[View]:
     """How a subject's images are cut: each at its centre, then each at its first random place, and so on.
 
     A random crop has between LEAST_SIDE and all of the side that the centred one has. Images that are prepared have
@@ -213,7 +213,7 @@ def rows_by_image(views: Sequence[View], images: int) -> list[int]:
 
 def encode_group(
     model: Backbone,
-    group: Group,
+    group: SubjectGroup,
     views: Sequence[View],
     flips: Sequence[bool],
     settings: Settings,

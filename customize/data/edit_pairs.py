@@ -34,7 +34,7 @@ from backbone.media.sources.pictures import (
     find_lists,
     find_spelled,
     list_by_name,
-    read_metadata,
+    read_image_list,
 )
 
 # Names of columns and of folders, as `plain_name` has them; the first that is there counts
@@ -119,7 +119,7 @@ def plain_name(name: str) -> str:
 def _from_list(path: Path) -> Iterator[EditPair]:
     """The pairs of a list; every line has to name two images beside it, and may leave its words to a .txt there."""
     listed = ListedImages()
-    for where, entry in read_metadata(path):
+    for where, entry in read_image_list(path):
         keys = sorted(entry, key=_by_number)
         named = {plain_name(key): entry[key] for key in reversed(keys)}
         source, target = (_first(named, names) for names in (SOURCES, TARGETS))
@@ -136,14 +136,14 @@ def _from_list(path: Path) -> Iterator[EditPair]:
                     f"{where} names no {what} image. Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
-        before, after = (listed.record(listed_file(path, name, where)) for name in (source, target))
+        before, after = (listed.record(find_listed(path, name, where)) for name in (source, target))
         told = read_as(str, _first(named, INSTRUCTIONS) or after.caption or "", where, "instruction")
         further = [read_as(str, name, where, "references") for name in references]
         yield EditPair(
             before,
             after,
             " ".join(told.split()),
-            tuple(listed.record(listed_file(path, name, where)) for name in further),
+            tuple(listed.record(find_listed(path, name, where)) for name in further),
         )
 
 
@@ -162,7 +162,7 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((named[name] for name in names if named.get(name) not in (None, "")), None)
 
 
-def listed_file(listed: Path, name: str, where: str) -> Path:
+def find_listed(listed: Path, name: str, where: str) -> Path:
     """The file of this name beside a list; `UserError` where there is none."""
     path = find_spelled(inside(listed.parent, name, where))
     if not path.is_file():
@@ -338,7 +338,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
     Raises `BadImageError` for one that cannot be read.
     """
     from backbone.evaluation.image_metrics import psnr
-    from backbone.media.registration import register
+    from backbone.media.registration import register_to_source
     from backbone.media.transforms import crop_and_resize, to_tensor
 
     source, target = pair.source.open(), pair.target.open()
@@ -367,7 +367,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         )
     if not drift:
         return Found(doubtful=doubtful)
-    found = register(second, first)
+    found = register_to_source(second, first)
     moved, drifted = found.drift((size[1], size[0])), []
     if found.share < ALIKE:
         doubtful.append(

@@ -18,7 +18,7 @@ from backbone.media.sources.pictures import ImageRecord
 from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
 from backbone.models.model import Backbone
 from backbone.models.references import refuse_too_many
-from customize.data.dataset import Group, TrainingData, buckets_of, encode_group, views_of
+from customize.data.dataset import SubjectGroup, TrainingData, buckets_of, encode_group, views_of
 from customize.data.edit_pairs import EditPair
 from customize.settings import Settings
 
@@ -129,7 +129,7 @@ def encode_images(
     model: Backbone, images: Sequence[ImageRecord], settings: Settings, flips: Sequence[bool], read: ReadCrop
 ) -> Posteriors:
     """The posteriors of images, the mirrored ones behind them where `flips` asks."""
-    group = Group(images, [""] * len(images), "", settings.pairs)
+    group = SubjectGroup(images, [""] * len(images), "", settings.pairs)
     parts: list[Encoded] = []
     places: list[tuple[int, int]] = []
     views = views_of(group, settings, model.resolution)

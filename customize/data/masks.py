@@ -96,12 +96,12 @@ def save_masks(
     views, first = len(masks) // max(1, sum(map(len, pictures))), 0
     for folder in pictures:
         own = masks[first : first + len(folder)][:most]
-        rows.append([shown(picture, mask) for picture, mask in zip(folder[:most], own, strict=True)])
+        rows.append([darken_outside(picture, mask) for picture, mask in zip(folder[:most], own, strict=True)])
         first += len(folder) * views
     save_png(path, draw_sheet(rows, note="Dark: does not count."))
 
 
-def shown(picture: ImageRecord, mask: Tensor) -> Image.Image:
+def darken_outside(picture: ImageRecord, mask: Tensor) -> Image.Image:
     """An image, darkened outside its mask; the mask [1, H, W] may be of any scale."""
     height, width = mask.shape[-2:]
     seen = crop_and_resize(picture.open(), (PIXELS * width, PIXELS * height))

@@ -25,7 +25,7 @@ IMAGES, MIRRORED, PICTURES = "images", "mirrored", "pictures"
 KEPT = 64  # images that are kept as they were stored
 
 
-def stored_images(source: str) -> list[ImageRecord]:
+def read_stored_images(source: str) -> list[ImageRecord]:
     """The images of a source as they were stored; of a prepared folder those that it keeps."""
     if is_prepared(source):
         return PreparedImages(Path(source)).pictures[:KEPT]

@@ -28,10 +28,10 @@ from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_square
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, encode_references, refuse_too_many
+from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
-from customize.data.prepared import stored_images
+from customize.data.prepared import read_stored_images
 from customize.evaluation.metrics import Scorers, score_prompts
 from customize.settings import Settings, read_settings
 
@@ -51,7 +51,7 @@ class DreamBenchPrompts:
     classes: dict[str, str]
 
 
-def read_prompts(path: Path) -> DreamBenchPrompts:
+def read_dreambench_prompts(path: Path) -> DreamBenchPrompts:
     """Read google/dreambooth's prompts_and_classes.txt. Raises `UserError` for a file of another format."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Name a prompts_and_classes.txt.")
@@ -84,7 +84,7 @@ def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, 
     found: list[str] = []
     for words in given:
         if is_prompt_lists(words):
-            lists = read_prompts(Path(words))
+            lists = read_dreambench_prompts(Path(words))
             found += lists.living if living else lists.things
         else:
             found += [prompt.text for prompt in prompts_of([words])]
@@ -165,7 +165,7 @@ def draw_from_references(
     model: Backbone, settings: Settings, prompts: Sequence[str], per_prompt: int, seed: int
 ) -> list[Image]:
     """The prompts about the class, drawn by the base beside at most REFERENCES of the subject's own images."""
-    own = stored_images(settings.images)[: min(REFERENCES, model.most_references)]
+    own = read_stored_images(settings.images)[: min(REFERENCES, model.most_references)]
     references = encode_references(model, [image.open() for image in own])
     requests = [
         Request(prompt.format(settings.class_noun), (i, j))
@@ -260,7 +260,7 @@ def write_results(
 
 def embed_subject(scorers: Scorers, settings: Settings) -> Tensor:
     """The image encoder's vectors of the subject's own images [R, D]."""
-    images = [crop_square(image.open(), 512) for image in stored_images(settings.images)]
+    images = [crop_square(image.open(), 512) for image in read_stored_images(settings.images)]
     return scorers.image_encoder.embed_images(images)
 
 
@@ -270,7 +270,7 @@ def sample_images(
     settings: Settings,
     seed: int,
     label: str,
-    references: Sequence[Reference] = (),
+    references: Sequence[ReferenceImage] = (),
 ) -> list[Image]:
     """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
     with progress(len(requests), label) as bar:

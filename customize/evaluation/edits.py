@@ -22,7 +22,7 @@ from backbone.io.console import progress
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import Guidances, draw_edit
 from backbone.models.model import Backbone
-from backbone.models.references import Reference
+from backbone.models.references import ReferenceImage
 from customize.settings import Settings
 
 CHANGED = 0.12  # of the range −1…1: places that differ by more are the edit's
@@ -50,23 +50,23 @@ class EditMetrics:
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOut:
+class HeldOutEdits:
     """Held-out pairs in pixels, [3, H, W] each in −1…1, and as the network reads them."""
 
     sources: Sequence[Tensor]
     targets: Sequence[Tensor]
-    references: Sequence[Sequence[Reference]]
+    references: Sequence[Sequence[ReferenceImage]]
     instructions: Sequence[str]
 
-    def first(self, count: int) -> HeldOut:
+    def first(self, count: int) -> HeldOutEdits:
         """At most so many of them."""
-        return HeldOut(
+        return HeldOutEdits(
             self.sources[:count], self.targets[:count], self.references[:count], self.instructions[:count]
         )
 
 
 def draw_held_out(
-    model: Backbone, pairs: HeldOut, settings: Settings, *, label: str, steps: int = 0
+    model: Backbone, pairs: HeldOutEdits, settings: Settings, *, label: str, steps: int = 0
 ) -> list[Tensor]:
     """The model's edit of each held-out source [3, H, W], always from the same noise."""
     guidances = Guidances(settings.guidance, settings.image_guidance)
@@ -85,7 +85,9 @@ def draw_held_out(
     return drawn
 
 
-def measure_edits(step: int, pairs: HeldOut, drawn: Sequence[Tensor], scorer: Scorer | None) -> EditMetrics:
+def measure_edits(
+    step: int, pairs: HeldOutEdits, drawn: Sequence[Tensor], scorer: Scorer | None
+) -> EditMetrics:
     """The metrics of edits [3, H, W], one for each held-out pair."""
     rows: list[dict[str, float | None]] = []
     for source, target, edit in zip(pairs.sources, pairs.targets, drawn, strict=True):

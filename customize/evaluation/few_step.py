@@ -18,7 +18,7 @@ from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept, resol
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
-from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers
@@ -70,7 +70,7 @@ def measure_survival(
     plain = [replace(one, prompt=_without_words(one.prompt, concept)) for one in requests]
     found: list[Fidelity] = []
     images: list[Image] = []
-    drawings = Drawing(settings.sample_steps, settings.guidance), usual_drawing(few)
+    drawings = SamplingDefaults(settings.sample_steps, settings.guidance), usual_drawing(few)
     for model, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
         for learned in (False, True):
             if learned:
@@ -78,7 +78,7 @@ def measure_survival(
             label = f"{model.location.name}{'' if learned else ' without it'}"
             asked = requests if learned else plain
             images = draw(model, asked, drawing, seed, label)
-            found.append(score(scorers, settings, images, prompts, per_prompt))
+            found.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
         model.free("denoiser", "autoencoder")
     name = str(on)
     survived = Survival(name, drawings[1].steps, *found)
@@ -94,14 +94,14 @@ def measure_survival(
 
 
 def draw(
-    model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int, label: str
+    model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int, label: str
 ) -> list[Image]:
     """Images of requests; `label` is shown beside the progress bar."""
     with progress(len(requests), f"drawing with {label}") as bar:
         return list(sample(model, requests, **asdict(drawing), seed=seed, advance=bar.advance_images))
 
 
-def score(
+def mean_fidelities(
     scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
 ) -> Fidelity:
     """The mean subject and prompt fidelity of images, `per_prompt` of each prompt."""

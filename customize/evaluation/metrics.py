@@ -31,7 +31,7 @@ from backbone.evaluation.clip import (
 )
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
-from backbone.models.few_step.model import Drawing, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -97,10 +97,12 @@ class Evaluator:
         concept: Concept,
         settings: Settings,
         images: Sequence[Image],
-        drawing: Drawing | None = None,
+        drawing: SamplingDefaults | None = None,
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
-        self.drawing = drawing or Drawing(SAMPLING_STEPS, settings.guidance, usual_drawing(model).sampler)
+        self.drawing = drawing or SamplingDefaults(
+            SAMPLING_STEPS, settings.guidance, usual_drawing(model).sampler
+        )
         noun = settings.class_noun
         self.subject_requests = [
             Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))
@@ -144,22 +146,22 @@ class Evaluator:
         vectors = self.scorers.image_encoder.embed_images(images)
         subject_vectors, class_vectors = vectors[:count], vectors[count:]
         prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
-        likeness = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
-        obedience = text_scores(prompt_vectors, self.texts).tolist()
+        subject_scores = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
+        prompt_scores = text_scores(prompt_vectors, self.texts).tolist()
         metrics = ConceptMetrics(
             step=step,
-            subject_fidelity=mean(likeness),
-            prompt_fidelity=mean(obedience),
+            subject_fidelity=mean(subject_scores),
+            prompt_fidelity=mean(prompt_scores),
             prior_preservation=prior_drift(class_vectors, self.subject),
             diversity=diversity(class_vectors),
             loss=loss,
             rating=0.0,
         )
         self.baseline = self.baseline or metrics
-        return self.with_rating(metrics, likeness, obedience), images
+        return self.with_rating(metrics, subject_scores, prompt_scores), images
 
     def with_rating(
-        self, metrics: ConceptMetrics, likeness: Sequence[float], obedience: Sequence[float]
+        self, metrics: ConceptMetrics, subject_scores: Sequence[float], prompt_scores: Sequence[float]
     ) -> ConceptMetrics:
         """The same metrics with their rating (`rate_checkpoint`), from the two fidelities of each image."""
         assert self.baseline is not None
@@ -168,13 +170,15 @@ class Evaluator:
         def rate(rows: Sequence[int]) -> float:
             some = replace(
                 metrics,
-                subject_fidelity=mean(likeness[row] for row in rows),
-                prompt_fidelity=mean(obedience[row] for row in rows),
+                subject_fidelity=mean(subject_scores[row] for row in rows),
+                prompt_fidelity=mean(prompt_scores[row] for row in rows),
             )
             return rate_checkpoint(some, baseline=baseline, ceiling=ceiling)
 
         return replace(
-            metrics, rating=rate(range(len(likeness))), ratings=pseudo_ratings(rate, len(likeness))
+            metrics,
+            rating=rate(range(len(subject_scores))),
+            ratings=pseudo_ratings(rate, len(subject_scores)),
         )
 
 

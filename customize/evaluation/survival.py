@@ -59,9 +59,9 @@ class Survival:
         subject = (
             "nothing was learned that could survive"
             if self.subject is None
-            else f"{self.subject:.0%} of the likeness gained"
+            else f"{self.subject:.0%} of the subject fidelity gained"
         )
-        prompt = "" if self.prompt is None else f" and {self.prompt:.0%} of the obedience to prompts"
+        prompt = "" if self.prompt is None else f" and {self.prompt:.0%} of the prompt fidelity"
         return f"On {self.model}, in {count_of(self.steps, 'step')}: {subject}{prompt} survives."
 
     def table(self) -> list[str]:

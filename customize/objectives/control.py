@@ -56,22 +56,22 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class EncodedBatch:
     """A batch, with the encoded conditions of its prompts."""
 
     batch: Batch
     conditions: Conditions
 
-    def to(self, device: torch.device) -> Drawn:
+    def to(self, device: torch.device) -> EncodedBatch:
         """On a device; levels stay on the host, where they index the schedule."""
         noisy, level, *rest = self.batch
         moved = [send(value, device) for value in (noisy, *rest)]
-        return Drawn(Batch(moved[0], level, *moved[1:]), self.conditions.to(device))
+        return EncodedBatch(Batch(moved[0], level, *moved[1:]), self.conditions.to(device))
 
-    def pin_memory(self) -> Drawn:
+    def pin_memory(self) -> EncodedBatch:
         """In pinned memory, for asynchronous copies to a GPU."""
         batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
-        return Drawn(batch, self.conditions.pin_memory())
+        return EncodedBatch(batch, self.conditions.pin_memory())
 
     def tensors(self) -> list[Tensor]:
         """The tensors that lie on the device."""
@@ -184,12 +184,12 @@ class ControlTraining(Objective):
         for drawn in self.batches.at(step):
             yield self.loss_of(drawn)
 
-    def draw_step(self, step: int) -> list[Drawn]:
+    def draw_step(self, step: int) -> list[EncodedBatch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
         micros = range(self.settings.gradient_accumulation_steps)[self.share.micros]
         return [self.draw(generator(self.settings.seed, "control", step, micro), step) for micro in micros]
 
-    def draw(self, random: torch.Generator, step: int) -> Drawn:
+    def draw(self, random: torch.Generator, step: int) -> EncodedBatch:
         """A batch; every process draws the same one and keeps its own samples of it."""
         settings, data, path = self.settings, self.data, self.model.path
         rows = torch.randint(len(data), (settings.batch,), generator=random)
@@ -198,7 +198,7 @@ class ControlTraining(Objective):
         index = self.draw_levels(random, step)
         level = path.levels[index]
         weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
-        wordless = torch.rand(settings.batch, generator=random) < settings.proportion_empty_prompts
+        wordless = torch.rand(settings.batch, generator=random) < settings.prompt_dropout
         seen = torch.rand(settings.batch, generator=random) >= settings.map_dropout
         prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))
         maps = data.maps(rows, random) * seen.reshape(-1, 1, 1, 1)
@@ -210,7 +210,7 @@ class ControlTraining(Objective):
             weight[mine],
             maps[mine],
         )
-        return Drawn(batch, data.conditions[prompts[mine]])
+        return EncodedBatch(batch, data.conditions[prompts[mine]])
 
     def draw_levels(self, random: torch.Generator, step: int) -> Tensor:
         """Indices of noise levels [B]: a share of them from the noisier levels, at the end uniform over all."""
@@ -222,7 +222,7 @@ class ControlTraining(Objective):
         chosen = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, left)
         return torch.where(chosen, noisy, spread)
 
-    def loss_of(self, drawn: Drawn) -> Tensor:
+    def loss_of(self, drawn: EncodedBatch) -> Tensor:
         """The denoising loss, the mean over the whole batch."""
         batch = drawn.batch
         with self.model.autocast():

@@ -66,24 +66,26 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class EncodedBatch:
     """A batch, and the encoded conditions of its prompts; None where the text encoder is trained."""
 
     batch: Batch
     conditions: Conditions | None
 
-    def to(self, device: torch.device) -> Drawn:
+    def to(self, device: torch.device) -> EncodedBatch:
         """On a device; levels and rows stay on the host, where they index tables."""
         noisy, level, target, weight, rows = self.batch
         noisy, target, weight = (send(value, device) for value in (noisy, target, weight))
         known = self.conditions
-        return Drawn(Batch(noisy, level, target, weight, rows), None if known is None else known.to(device))
+        return EncodedBatch(
+            Batch(noisy, level, target, weight, rows), None if known is None else known.to(device)
+        )
 
-    def pin_memory(self) -> Drawn:
+    def pin_memory(self) -> EncodedBatch:
         """In pinned memory, for asynchronous copies to a GPU."""
         known = self.conditions
         batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
-        return Drawn(batch, None if known is None else known.pin_memory())
+        return EncodedBatch(batch, None if known is None else known.pin_memory())
 
     def tensors(self) -> list[Tensor]:
         """The tensors that lie on the device."""
@@ -132,7 +134,7 @@ class DreamBooth(Objective):
         for drawn in self.batches.at(step):
             yield self.loss_of(drawn, step)
 
-    def draw_step(self, step: int) -> list[Drawn]:
+    def draw_step(self, step: int) -> list[EncodedBatch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
         keys = [
             (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
@@ -140,7 +142,7 @@ class DreamBooth(Objective):
         ]
         return [self.draw(generator(*key)) for key in keys]
 
-    def draw(self, random: torch.Generator) -> Drawn:
+    def draw(self, random: torch.Generator) -> EncodedBatch:
         """A batch; every process draws the same one and keeps its own samples of it."""
         bucket = self.draw_bucket(random)
         parts = [self.subject_batch(bucket, random)]
@@ -148,13 +150,13 @@ class DreamBooth(Objective):
             parts.append(self.prior_batch(bucket, random))
         batch = Batch.cat(parts).part(self.share.rows)
         known = self.data.conditions
-        return Drawn(batch, None if known is None else known[batch.rows])
+        return EncodedBatch(batch, None if known is None else known[batch.rows])
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
         """The loss of a newly drawn batch."""
         return self.loss_of(self.draw(random).to(self.model.device), step)
 
-    def loss_of(self, drawn: Drawn, step: int) -> Tensor:
+    def loss_of(self, drawn: EncodedBatch, step: int) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
         batch, conditions = drawn.batch, drawn.conditions
         if conditions is None:

@@ -24,7 +24,7 @@ from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.few_step.model import Drawing
+from backbone.models.few_step.model import SamplingDefaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
 from backbone.training.attention import fast_attention_backward
@@ -74,7 +74,9 @@ class ClassAnswers:
 
 
 @torch.no_grad()
-def draw_subject(model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int) -> SubjectAnswers:
+def draw_subject(
+    model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int
+) -> SubjectAnswers:
     """The answers of a model that carries the subject, by deterministic steps from each request's own noise."""
     clean = list(
         sample_latents(
@@ -86,7 +88,9 @@ def draw_subject(model: Backbone, requests: Sequence[Request], drawing: Drawing,
 
 
 @torch.no_grad()
-def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, seed: int) -> ClassAnswers:
+def draw_class(
+    model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int
+) -> ClassAnswers:
     """A few-step model's trajectories of requests, as its own sampler draws them."""
     schedule, states, estimates = model.schedule(drawing.steps), [], []
     for first in range(0, len(requests), AT_ONCE):
@@ -96,7 +100,7 @@ def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, s
             for prompts in ([one.prompt for one in some], [one.negative for one in some])
         )
         seen: list[tuple[Tensor, Tensor]] = []
-        predict = noting(model.guided_predictor(texts, empty, drawing.guidance), seen)
+        predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), seen)
         noise = torch.stack([initial_noise(model, seed, *one.key) for one in some]).to(model.device)
         start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         randoms = [generator(seed, *one.key, "steps") for one in some]
@@ -106,7 +110,7 @@ def draw_class(model: Backbone, requests: Sequence[Request], drawing: Drawing, s
     return ClassAnswers(requests, torch.cat(states), torch.cat(estimates))
 
 
-def noting(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
+def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
     """The same predictions; every state with its clean estimate is put into `seen`."""
 
     def predict_and_note(noisy: Tensor, level: Level) -> Estimate:
@@ -139,7 +143,7 @@ class Drawn:
 
 
 @dataclass
-class Part:
+class TrainedPart:
     """What is trained, as the optimiser takes it."""
 
     parameters: Mapping[str, Tensor]
@@ -156,7 +160,7 @@ class Transfer(Objective):
     def __init__(
         self,
         model: Backbone,
-        drawing: Drawing,
+        drawing: SamplingDefaults,
         adapter: str,
         answers: tuple[SubjectAnswers, ClassAnswers],
         settings: TransferFit,
@@ -170,7 +174,7 @@ class Transfer(Objective):
         self.parameters = lora_parameters(model.denoiser, adapter)
         for value in self.parameters.values():
             value.requires_grad_(True)
-        part = Part(self.parameters, settings.learning_rate or 0.0)
+        part = TrainedPart(self.parameters, settings.learning_rate or 0.0)
         self.optimizer = make_optimizer("adamw", [part], weight_decay=0.0)
         self.schedule: Schedule = model.schedule(drawing.steps)
         self.figures = {}

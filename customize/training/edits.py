@@ -28,16 +28,16 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
 from backbone.models.by_instruction import refuse_image_guidance
 from backbone.models.model import Backbone
-from backbone.models.references import Reference
+from backbone.models.references import ReferenceImage
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
 from customize.data.edits import count_references, prepare_pairs
-from customize.evaluation.edits import EditMetrics, HeldOut, draw_held_out, measure_edits
+from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
 from customize.evaluation.metrics import EarlyStopping
 from customize.objectives.dreambooth import share_of
 from customize.objectives.instruction_edits import InstructionEdits
-from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolved
+from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolve_settings
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
 from customize.training.reporting.card import edit_card, push
@@ -64,7 +64,7 @@ def train_edits(
         refuse_image_guidance(opened)
     if misfit := opened.describe_misfit([pair.target.read_size() for pair in pairs[:SHOWN]]):
         notify_once(misfit)
-    settings = resolved({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
+    settings = resolve_settings({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
     model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
     if vram is not None:
@@ -161,7 +161,7 @@ def carry_on(
 
 def prepare_held_out(
     model: Backbone, pairs: Sequence[EditPair], settings: Settings, read: CropReader
-) -> HeldOut:
+) -> HeldOutEdits:
     """The pairs that are measured, and drawn: in pixels, and as the network reads them."""
     data = prepare_pairs(model, pairs, replace(settings, flip=False), read=read)
     sides = bucket_sizes(model.resolution) if settings.aspect_buckets else [(model.resolution,) * 2]
@@ -176,8 +176,8 @@ def prepare_held_out(
             read(one, pixels_of(model, z))
             for one, z in zip((pair.source, *pair.references), latents, strict=True)
         ]
-        shown.append([Reference(z, picture) for z, picture in zip(latents, pictures, strict=True)])
-    return HeldOut([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
+        shown.append([ReferenceImage(z, picture) for z, picture in zip(latents, pictures, strict=True)])
+    return HeldOutEdits([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
 
 
 def pixels_of(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
@@ -185,7 +185,7 @@ def pixels_of(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
     return latents.shape[-1] * model.factor, latents.shape[-2] * model.factor
 
 
-def save_sheet(path: Path, training: InstructionEdits, pairs: HeldOut) -> None:
+def save_sheet(path: Path, training: InstructionEdits, pairs: HeldOutEdits) -> None:
     """Writes the source, the model's edit and the true edit of the first pairs, side by side.
 
     Of several processes the writer does, and the others draw along where the model is sharded.
@@ -220,7 +220,7 @@ class EditValidation:
     """Measures a run's edits of held-out pairs as it trains, and keeps the best weights; nothing where none are."""
 
     def __init__(
-        self, report: EditReport, training: InstructionEdits, concept: Concept, pairs: HeldOut | None
+        self, report: EditReport, training: InstructionEdits, concept: Concept, pairs: HeldOutEdits | None
     ) -> None:
         self.report, self.training, self.concept, self.pairs = report, training, concept, pairs
         settings = training.settings

@@ -19,7 +19,7 @@ from backbone.distributed.processes import is_main_process, is_participant
 from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl, read_jsonl, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.few_step.model import Drawing, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -34,7 +34,7 @@ from customize.evaluation.survival import Survival
 from customize.objectives.dreambooth import DreamBooth, level_weight
 from customize.settings import Settings
 from customize.training.few_step import ON, FewStepSide
-from customize.training.reporting.card import described
+from customize.training.reporting.card import describe_training
 from customize.training.reporting.report import STRIPS, RunReport
 
 EVALUATIONS = "evaluations.jsonl"
@@ -75,7 +75,7 @@ class Validation:
             if few is not None:
                 few.evaluator = Evaluator(model, scorers, concept, settings, images, few.drawing)
         self._remember()
-        self.report.likeness = scorers.image_encoder.similarity_name
+        self.report.similarity = scorers.image_encoder.similarity_name
         self.report.ceiling = mean_similarity(self.evaluator.subject)
 
     def __call__(self, step: int) -> str:
@@ -226,7 +226,7 @@ class Previews:
             return []
         requests = self.requests[:count]
         sampler = usual_drawing(self.model).sampler
-        usual = Drawing(self.settings.sample_steps, self.settings.guidance, sampler)
+        usual = SamplingDefaults(self.settings.sample_steps, self.settings.guidance, sampler)
         drawing = few.drawing if few else usual
         with (
             few.opened() if few else nullcontext(self.model) as model,
@@ -250,7 +250,7 @@ class Previews:
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
         how = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
-        trained = f"{described(settings)}, {settings.steps} steps" if subject else path.stem
+        trained = f"{describe_training(settings)}, {settings.steps} steps" if subject else path.stem
         note = f"{trained}; {few.name if few else settings.model}, {how}"
         if processes.is_main_process():
             save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))

@@ -22,7 +22,7 @@ from backbone.adapters.concept import Concept
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_jsonl, write_text
-from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
 from customize.evaluation.survival import Fidelity, Survival
@@ -49,7 +49,7 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
     return open_few_step(model, settings.preview_on)
 
 
-def drawing_of(few: Backbone, settings: Settings) -> Drawing:
+def sampler_of(few: Backbone, settings: Settings) -> SamplingDefaults:
     """How the few-step model samples: its own steps and guidance, unless the settings give others."""
     usual = usual_drawing(few)
     return replace(
@@ -64,7 +64,7 @@ class FewStepSide:
 
     def __init__(self, run: Path, training: DreamBooth, concept: Concept, few: Backbone) -> None:
         self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
-        self.drawing = drawing_of(few, training.settings)
+        self.drawing = sampler_of(few, training.settings)
         most = training.settings.patience or training.settings.steps
         self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
         self.evaluator: Evaluator | None = None
@@ -74,7 +74,7 @@ class FewStepSide:
         """The few-step model with the current weights; the base model is back on its device afterwards."""
         base = self.training.model
         few = open_few_step(base, self.training.settings.preview_on)
-        with TemporaryDirectory() as folder, parked(base.denoiser):
+        with TemporaryDirectory() as folder, offload_to_cpu(base.denoiser):
             files = self.training.write(Path(folder), {})
             learned = replace(self.concept, **files, folder=Path(folder))
             load_concepts(few, [carry_over(learned, base, few)])
@@ -128,7 +128,7 @@ def fidelity(figures: ConceptMetrics) -> Fidelity:
 
 
 @contextmanager
-def parked(network: nn.Module) -> Iterator[None]:
+def offload_to_cpu(network: nn.Module) -> Iterator[None]:
     """Inside the `with`, a network's weights are in CPU memory; on a CPU they stay where they are."""
     places = {name: value.device for name, value in network.named_parameters() if value.device.type != "cpu"}
     _move(network, dict.fromkeys(places, torch.device("cpu")))

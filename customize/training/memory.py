@@ -40,10 +40,10 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
             return
         if settings.method in ("full", "custom-diffusion"):
             pattern = "" if settings.method == "full" else CROSS_ATTENTION
-            yield from chosen(denoiser, pattern)
+            yield from select_parameters(denoiser, pattern)
             return
         if settings.pairs and model.widened:
-            yield from chosen(denoiser, INPUT)
+            yield from select_parameters(denoiser, INPUT)
         yield from add_lora(
             denoiser,
             "planned",
@@ -67,7 +67,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
     )
 
 
-def chosen(denoiser: nn.Module, pattern: str) -> list[Tensor]:
+def select_parameters(denoiser: nn.Module, pattern: str) -> list[Tensor]:
     """The denoiser's weights of these names, trainable and in fp32."""
     found: list[Tensor] = [value for name, value in denoiser.named_parameters() if re.search(pattern, name)]
     for value in found:

@@ -126,7 +126,7 @@ def near_duplicates(looks: Sequence[Look]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """What a run will need. Bytes are those of tensors; Python and its libraries take some hundred megabytes beside.
 
     `phases` follow each other; `activations` are kept from forward to backward; `step_seconds` is None where no step
@@ -162,14 +162,14 @@ class Estimate:
         return said
 
 
-def estimate(model: Backbone, settings: Settings) -> Estimate:
+def estimate(model: Backbone, settings: Settings) -> RunEstimate:
     """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
     account = MemoryEstimator(model, work_of(model, settings), device=model.device.type)
     choice = choice_of(model, settings)
     step = account.step_bytes(choice.precision, choice.checkpointing)
     small = account.model_sizes(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
     seconds = timed_step(model, settings) if small else None
-    return Estimate(account.phases(choice), step.saved, seconds, settings.steps)
+    return RunEstimate(account.phases(choice), step.saved, seconds, settings.steps)
 
 
 def timed_step(model: Backbone, settings: Settings) -> float:

@@ -20,13 +20,13 @@ from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import SubjectGroup, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolved
+from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import fit_to_vram
@@ -66,7 +66,7 @@ def train_concept(
     if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
-    settings = resolved(asked | fields_of_subjects(subjects), opened.defaults)
+    settings = resolve_settings(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
@@ -116,7 +116,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 
 def make_prompts(
     settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
-) -> tuple[Concept, list[Group]]:
+) -> tuple[Concept, list[SubjectGroup]]:
     """The run's concept, and each subject's images with their training prompts.
 
     Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
@@ -139,7 +139,13 @@ def make_prompts(
 
 
 def carry_on(
-    run: Path, settings: Settings, model: Backbone, concept: Concept, groups: Sequence[Group], *, began: float
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    concept: Concept,
+    groups: Sequence[SubjectGroup],
+    *,
+    began: float,
 ) -> Path:
     """Train from the last checkpoint, or from the start, and complete the run folder."""
     pictures = [list(group.pictures) for group in groups]
@@ -164,11 +170,7 @@ def carry_on(
     read.forget()
 
     def preview(step: int) -> None:
-        name = f"step-{step:06d}.png"
-        with training.averaged():
-            previews.save(run / PREVIEWS / name, count=4)
-        if few is not None:
-            previews.save(run / ON / PREVIEWS / name, count=4, few=few)
+        draw_sheets(run, f"{PREVIEWS}/step-{step:06d}.png", training, previews, few, count=4)
         if processes.is_main_process():
             report.samples = previews.drawn
             report.renew(step)
@@ -183,10 +185,7 @@ def carry_on(
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
-    with training.averaged():
-        prompts = previews.save(run / SHEET, count=8, subject=shown)
-    if few is not None:
-        previews.save(run / ON / SHEET, count=8, subject=shown, few=few)
+    prompts = draw_sheets(run, SHEET, training, previews, few, count=8, subject=shown)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
@@ -198,6 +197,17 @@ def carry_on(
         write_readme(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
     processes.end_process()
     return run
+
+
+def draw_sheets(
+    run: Path, name: str, training: DreamBooth, previews: Previews, few: FewStepSide | None, **how: Any
+) -> list[str]:
+    """Draw a sheet of the run, and beside it that of the few-step model, each to its file `name`; gives the prompts."""
+    with training.averaged():
+        prompts = previews.save(run / name, **how)
+    if few is not None:
+        previews.save(run / ON / name, few=few, **how)
+    return prompts
 
 
 # The run's files ---------------------------------------------------------------------------------------------

@@ -13,7 +13,15 @@ from backbone.cli.options import fields_of, refuse_idle, require_packages, unmet
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_json
 from backbone.io.run_folder import absolute, run_name
-from customize.settings import FILE, OWN_WORDS, PrepareImages, Settings, Subject, read_subject, resolved
+from customize.settings import (
+    FILE,
+    OWN_WORDS,
+    PrepareImages,
+    Settings,
+    Subject,
+    read_subject,
+    resolve_settings,
+)
 
 if TYPE_CHECKING:
     from customize.data.prepared import PreparedImages
@@ -38,7 +46,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         "class_noun": "",
         "subject": [one.flag() for one in subjects[1:]],
     }
-    wanted = resolved({**placeholder, **settings}, {})
+    wanted = resolve_settings({**placeholder, **settings}, {})
     refuse_idle(wanted, asked)
     require_packages(wanted)
     from customize.data.folders import read_images
@@ -73,7 +81,7 @@ def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: floa
     for name in ("pairs", "scorer"):
         if name in settings:
             settings[name] = absolute(settings[name])
-    wanted = resolved({"images": "", "token": "", "class_noun": "", **settings}, {})
+    wanted = resolve_settings({"images": "", "token": "", "class_noun": "", **settings}, {})
     refuse_idle(wanted, asked)
     require_packages(wanted)
     pairs = usable_pairs(read_edit_pairs(asked["pairs"]), skip_bad=wanted.skip_bad)

@@ -15,7 +15,7 @@ from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from customize.data.captions import describe_brackets, describe_truncated, write_prompt
-from customize.data.dataset import Group
+from customize.data.dataset import SubjectGroup
 from customize.settings import OWN_WORDS, Settings, Subject
 
 LOOKED_AT = 64  # images at most, from which a class is guessed
@@ -65,7 +65,7 @@ def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
 
 def group_of(
     subject: Subject, folder: list[ImageRecord], settings: Settings, concept: Concept, model: Backbone
-) -> Group:
+) -> SubjectGroup:
     """A subject's images with their prompts, as the model reads them.
 
     Prints what the token stands for, unknown tokens in captions, and captions that are truncated.
@@ -84,7 +84,7 @@ def group_of(
     )
     notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
     class_prompt = subject.filled(settings.class_prompt)
-    return Group(folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images)
+    return SubjectGroup(folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images)
 
 
 def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:

@@ -158,10 +158,10 @@ class Alignment:
     def __str__(self) -> str:
         return self.describe({})
 
-    def describe(self, spoken: Mapping[str, str]) -> str:
+    def describe(self, placeholders: Mapping[str, str]) -> str:
         """Three lines: the source's words, what became of them, the target's words.
 
-        `spoken` says what a person writes for words that the model reads, as a concept's.
+        `placeholders` says what a person writes for words that the model reads, as a concept's.
         """
         columns = [["source", "", "target"]]  # of the table, three cells each
         for span in self.spans:
@@ -170,7 +170,9 @@ class Alignment:
                 before = len(_positions_in(self.source.sections[0], _positions(span.source)))
                 after = len(_positions_in(self.target.sections[0], _positions(span.target)))
                 label += f" ({before}→{after} tokens)" if before != after else ""
-            texts = [speak(_text_of(words), spoken) for words in (span.source, span.target)]
+            texts = [
+                restore_placeholders(_text_of(words), placeholders) for words in (span.source, span.target)
+            ]
             columns.append([texts[0], label, texts[1]])
         widths = [max(map(len, column)) for column in columns]
         padded = [
@@ -179,9 +181,9 @@ class Alignment:
         return "\n".join(" │ ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
-def speak(text: str, spoken: Mapping[str, str]) -> str:
+def restore_placeholders(text: str, placeholders: Mapping[str, str]) -> str:
     """A text in which whole words that the model reads, whatever their case, are what a person writes for them."""
-    for words, token in spoken.items():
+    for words, token in placeholders.items():
         pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
         text = re.sub(pattern, token.replace("\\", r"\\"), text, flags=re.IGNORECASE)
     return text

@@ -32,14 +32,14 @@ from torch import nn
 
 from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
-from edit.attention.control import UNET, Control
+from edit.attention.control import UNET, AttentionControl
 from edit.attention.joint import JointProcessor
 from edit.attention.separate import Processor, features_of, gather_features
 
 
 @contextmanager
 def control_attention(
-    denoiser: nn.Module, control: Control, attention: AttentionLayout = UNET
+    denoiser: nn.Module, control: AttentionControl, attention: AttentionLayout = UNET
 ) -> Iterator[None]:
     """Inside the `with`, the denoiser computes attention as `control` says; afterwards, also after an error, as before.
 

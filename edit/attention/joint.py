@@ -1,4 +1,4 @@
-"""Attention over text and picture jointly, as a `Control` says: transformers that hold both in one sequence.
+"""Attention over text and picture jointly, as an `AttentionControl` says: transformers that hold both in one sequence.
 
 A row of the map P holds the picture's columns and the words', under one softmax, and its queries are the picture's
 places (p) and the words (w). Every change is made on the sides of Q, K and V, so no map is materialised:
@@ -33,7 +33,7 @@ from backbone.families.base import JointAttentionInputs
 from edit.attention.control import never_traced, read_columns
 
 if TYPE_CHECKING:
-    from edit.attention.control import Control, Cross
+    from edit.attention.control import AttentionControl, Cross
 
 
 class JointProcessor:
@@ -44,7 +44,7 @@ class JointProcessor:
     """
 
     def __init__(
-        self, control: Control, plain: Any, name: str, read: Callable[..., JointAttentionInputs]
+        self, control: AttentionControl, plain: Any, name: str, read: Callable[..., JointAttentionInputs]
     ) -> None:
         self.control = control
         self.plain = plain

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.models.clips.frames import first_and_previous
-from edit.attention.control import OVER_TIME, Control, Cross, Maps, never_traced, read_columns
+from edit.attention.control import OVER_TIME, AttentionControl, Cross, Maps, never_traced, read_columns
 
 
 class Processor:
     """Computes one attention layer as `control` says, and as before where it says nothing."""
 
-    def __init__(self, control: Control, plain: Any, name: str = "") -> None:
+    def __init__(self, control: AttentionControl, plain: Any, name: str = "") -> None:
         self.control = control
         self.plain = plain
         self.name = name
@@ -98,7 +98,9 @@ def features_of(network: Any) -> nn.Module | None:
     return cast(nn.Module, inner[min(1, len(inner) - 1)].conv2) if inner else None
 
 
-def gather_features(control: Control, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+def gather_features(
+    control: AttentionControl, module: nn.Module, inputs: Any, output: Tensor
+) -> Tensor | None:
     """A forward hook: the features [B, C, h, w], the targets' being the source's; None leaves them as they are."""
     if control.features == "own":
         return None

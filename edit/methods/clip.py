@@ -37,7 +37,7 @@ from backbone.models.sample import Frames, Request, refuse_negative, sample_late
 from backbone.world.motions import find_moves
 from edit import checks
 from edit.attention.alignment import Alignment
-from edit.attention.control import Control
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion, Method, invert
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
@@ -119,13 +119,13 @@ class ClipResult:
 
 
 @contextmanager
-def link_frames(model: Backbone, clips: int) -> Iterator[Control | None]:
+def link_frames(model: Backbone, clips: int) -> Iterator[AttentionControl | None]:
     """Inside the `with` a UNet without a motion adapter links a clip's frames by attention; None where it has one."""
     refuse_transformer(model)
     if motion_of(model.denoiser) is not None:
         yield None
         return
-    control = Control(0, clips=clips, across_frames=True)
+    control = AttentionControl(0, clips=clips, across_frames=True)
     with control_attention(model.denoiser, control):
         yield control
 
@@ -212,7 +212,7 @@ def edit_clip(
     with link_frames(model, 1):
         masks, nfe = find_places(inversion, alignments, settings, first)
     guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
-    control = Control(
+    control = AttentionControl(
         count, clips=1 + count + guided, across_frames=motion_of(model.denoiser) is None, reach=asked.reach
     )
     now = inversion.states[first][None].repeat_interleave(1 + count, 0)

@@ -17,7 +17,7 @@ from edit.layout import SOURCE, TARGET
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike
 from edit.result import Result
-from edit.sampling import Frames, select
+from edit.sampling import KeptEstimates, select
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def compose(
     sides = [SOURCE, *[TARGET] * (2 + len(toward))]
     predict = model.predictor(inversion.layout.under(text, schedule, sides, unprompted=[2]))
     first = inversion.start(strength)
-    now, nfe, kept = states[first], 0, Frames(first, inversion.steps, frames)
+    now, nfe, kept = states[first], 0, KeptEstimates(first, inversion.steps, frames)
     mask_latent = load_latent_mask(mask, inversion.encoded)
     for step in range(first, inversion.steps):
         here, there = schedule[step], schedule[step + 1]

@@ -33,7 +33,7 @@ from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import Alignment
-from edit.attention.control import Control
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
@@ -145,7 +145,7 @@ def carry_first_frame(
     own = 1.0 if inversion.overwrites else guidance
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     clips = 2 + (predict.guidance != 1) + (predict.source_guidance != 1)
-    control = Control(1, clips=clips, reach=asked.reach)
+    control = AttentionControl(1, clips=clips, reach=asked.reach)
     control.across_frames = motion_of(model.denoiser) is None
     held = hold_first_frame(inversion, first)
     start = inversion.start(checks.strength(settings.strength, steps))

@@ -22,7 +22,7 @@ from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import Frames, SourceAndTargets, guidance_of, schedule_of
+from edit.sampling import KeptEstimates, SourceAndTargets, guidance_of, schedule_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +83,7 @@ def flow_edit(
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
     predict = SourceAndTargets(model, text, source_guidance=asked.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
-    edited, kept = clean.repeat_interleave(len(targets), 0), Frames(0, len(schedule) - 1, asked.frames)
+    edited, kept = clean.repeat_interleave(len(targets), 0), KeptEstimates(0, len(schedule) - 1, asked.frames)
     for step, (here, there) in enumerate(pairwise(schedule)):
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
         for draw in range(asked.draws):

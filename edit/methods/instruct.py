@@ -30,7 +30,7 @@ from backbone.models.by_instruction import (
 )
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.models.references import Reference, refuse_too_many
+from backbone.models.references import ReferenceImage, refuse_too_many
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
@@ -38,7 +38,7 @@ from edit.masks import load_pixel_mask
 from edit.methods.keep_background import KeptBackground, NoBackgroundError, keep_background
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import Frames, guidance_of, schedule_of
+from edit.sampling import KeptEstimates, guidance_of, schedule_of
 
 Keep = Literal["auto", "pixels", "latents", "none"]
 
@@ -96,7 +96,7 @@ def instruct(
     more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
     schedule_of(model, asked.steps, encoded.latent)  # which says where there is none of so many steps
-    kept_frames = Frames(0, asked.steps, asked.frames)
+    kept_frames = KeptEstimates(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         shown = [as_reference(model, now), *more]
@@ -138,9 +138,9 @@ def say_captions(instructions: Sequence[str]) -> None:
         )
 
 
-def as_reference(model: Backbone, image: EncodedImage) -> Reference:
+def as_reference(model: Backbone, image: EncodedImage) -> ReferenceImage:
     """An encoded image as it stands beside an instruction."""
-    return Reference(model.as_reference(image.latent), to_image(image.pixels))
+    return ReferenceImage(model.as_reference(image.latent), to_image(image.pixels))
 
 
 def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
@@ -158,7 +158,9 @@ def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
         refuse_image_guidance(model)
 
 
-def after_each_step(progress: Callable[[], Any], frames: Frames | None) -> Callable[[int, Tensor], None]:
+def after_each_step(
+    progress: Callable[[], Any], frames: KeptEstimates | None
+) -> Callable[[int, Tensor], None]:
     """What is done after each step: `progress` is told, and the estimate kept where `frames` are."""
 
     def after_step(step: int, clean: Tensor) -> None:

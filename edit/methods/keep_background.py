@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backbone.evaluation.image_metrics import background_metrics
 from backbone.io.console import UserError
-from backbone.media.registration import TOLERANCE, Registration, register, undo
+from backbone.media.registration import TOLERANCE, Registration, register_to_source, undo
 
 SEEDS = 0.35  # of the range −1…1's half: a place that differs by so much has changed …
 GROWN = 0.12  # … with what around it differs by so much and hangs together with it
@@ -92,7 +92,7 @@ def keep_background(
 
     Raises `NoBackgroundError` where nearly everything has changed.
     """
-    found = register(edited, source, changed=changed) if align else Registration()
+    found = register_to_source(edited, source, changed=changed) if align else Registration()
     straight = undo(edited, found, beyond=source)
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
     agree = float(((small[0] - small[1]).abs().amax(0) < 2 * TOLERANCE).float().mean())

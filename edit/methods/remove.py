@@ -20,7 +20,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
-from edit.attention.control import Control
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
@@ -35,7 +35,7 @@ from edit.masks import (
 from edit.phrases import things, without
 from edit.pictures import ImageLike
 from edit.result import Result
-from edit.sampling import Frames, as_strong_as_state, guidance_of, nfe_of
+from edit.sampling import KeptEstimates, as_strong_as_state, guidance_of, nfe_of
 
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
 # Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
@@ -98,8 +98,11 @@ def remove(
     text = layout.under(text, schedule, [TARGET] * count)
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     filling = _fill(inversion, hidden, first, asked)
-    now, kept = torch.where(inside > 0, filling, states[first]), Frames(first, inversion.steps, asked.frames)
-    control = Control(targets=0, hidden=hidden)
+    now, kept = (
+        torch.where(inside > 0, filling, states[first]),
+        KeptEstimates(first, inversion.steps, asked.frames),
+    )
+    control = AttentionControl(targets=0, hidden=hidden)
     with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
         for step in range(first, inversion.steps):
             here, there = schedule[step], schedule[step + 1]

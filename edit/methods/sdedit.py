@@ -25,7 +25,7 @@ from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
 from edit.sampling import (
-    Frames,
+    KeptEstimates,
     as_strong_as_state,
     guidance_of,
     nfe_of,
@@ -90,7 +90,7 @@ def sdedit(
     ]
     text, empty = (encode_prompts_cached(model, [words] * count) for words in (prompt, asked.negative))
     text = layout.under(text, whole, [TARGET] * count)
-    kept = Frames(0, len(schedule) - 1, asked.frames)
+    kept = KeptEstimates(0, len(schedule) - 1, asked.frames)
     latents = sample_masked(
         clean,
         send(torch.stack(random).to(clean.dtype), clean.device),
@@ -122,7 +122,7 @@ def sample_masked(
     *,
     mask: Tensor | None,
     from_noise: bool,
-    frames: Frames,
+    frames: KeptEstimates,
     progress: Callable[[], Any],
 ) -> Tensor:
     """Latents [N, C, H, W] sampled from a clean latent [1, C, H, W] with noise [N, C, H, W] at the first level.

@@ -16,7 +16,7 @@ from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, write_json
-from backbone.io.report import command, heading, image_figure, table, write_report
+from backbone.io.report import command_block, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -157,7 +157,7 @@ def run_clip(
     with progress(steps, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
-        became = alignment.describe(loaded.spoken)
+        became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
 
@@ -262,7 +262,7 @@ def publish_clip(
     write_report(
         folder / REPORT,
         f"Clip: {', '.join(result.prompts)}",
-        [*parts, heading("Again"), command(record["command"])],
+        [*parts, heading("Again"), command_block(record["command"])],
     )
 
 

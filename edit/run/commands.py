@@ -28,7 +28,7 @@ from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace
 
 
 @dataclass(frozen=True)
-class Command:
+class EditCommand:
     """A command by its parts.
 
     run             (model, wishes …) → result; with `from_start` (model, start, other wishes …)
@@ -70,13 +70,13 @@ def run_replace(
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
-        became = alignment.describe(loaded.spoken)
+        became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     with progress(inversion.steps - inversion.start(asked.strength), "editing") as bar:
         result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
     control = settings.get("control", "prompt-to-prompt")
     title = f"{start.source or inversion.prompt}: {control} on {_how(inversion)}"
-    return replace(result, prompts=targets, title=title, spoken=loaded.spoken)
+    return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
 
 
 def run_sdedit(
@@ -170,7 +170,9 @@ def run_remove(
     seen = prompt if prompt is not None else without(source, word) if word.strip() else ""
     if prompt is None:
         notify(
-            f"Without {word or 'what the mask covers'}: “{seen}”" if seen else "Nothing is left to be said."
+            f"Without {word or 'what the mask covers'}: “{seen}”"
+            if seen
+            else "Nothing is left of the prompt."
         )
     with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "removing") as bar:
         result = remove(
@@ -234,14 +236,14 @@ def there_and_back(result: Result) -> list[Image.Image]:
     return [*images, *images[-2:0:-1]]
 
 
-COMMANDS: Mapping[str, Command] = {
-    "invert-and-replace": Command(run_replace, from_start=True),
-    "sdedit": Command(run_sdedit),
-    "flow-edit": Command(run_flow_edit),
-    "instruct": Command(run_instruct, by_instruction=True),
-    "remove": Command(run_remove, from_start=True),
-    "compose": Command(run_compose, from_start=True),
-    "interpolate": Command(run_interpolate, compared=False, frames=there_and_back),
+COMMANDS: Mapping[str, EditCommand] = {
+    "invert-and-replace": EditCommand(run_replace, from_start=True),
+    "sdedit": EditCommand(run_sdedit),
+    "flow-edit": EditCommand(run_flow_edit),
+    "instruct": EditCommand(run_instruct, by_instruction=True),
+    "remove": EditCommand(run_remove, from_start=True),
+    "compose": EditCommand(run_compose, from_start=True),
+    "interpolate": EditCommand(run_interpolate, compared=False, frames=there_and_back),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.evaluation.image_metrics import psnr
-from edit.attention.alignment import speak
+from edit.attention.alignment import restore_placeholders
 from edit.inversion.inversion import Inversion, read_source_prompt, reconstruct
 from edit.layout import AskedLayout
 from edit.methods.prompt_to_prompt.regions import (
@@ -65,10 +65,14 @@ def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     lines = []
     for alignment in alignments:
         named = blended_words(alignment, settings.blend)
-        words = ", ".join(dict.fromkeys(speak(word.text, loaded.spoken) for side in named for word in side))
+        words = ", ".join(
+            dict.fromkeys(
+                restore_placeholders(word.text, loaded.placeholders) for side in named for word in side
+            )
+        )
         places = [f"where these stand: {words}"] if words else []
         if AUTO in settings.blend and prompts_to_compare(alignment, settings.weights) is not None:
             places.append("where the model predicts the two prompts differently")
         where = f"It changes {' and '.join(places)}." if places else "It changes everywhere."
-        lines.append(f"{alignment.describe(loaded.spoken)}\n{where}")
+        lines.append(f"{alignment.describe(loaded.placeholders)}\n{where}")
     return lines

@@ -10,7 +10,7 @@ from PIL import Image
 from backbone.evaluation.image_metrics import background_metrics
 from backbone.io.console import UserError
 from backbone.io.files import fill_folder, write_json
-from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import crop_and_resize, mask_to_tensor, to_image, to_tensor
@@ -70,7 +70,7 @@ def write_kept_background(
         write_json(unfinished / RECORD, {**record, "versions": package_versions()})
         parts = [image_figure(page, "source and edit, before and after"), *map(paragraph, lines)]
         parts += [heading("Figures"), table(("", ""), [(name, value) for name, value in figures.items()])]
-        write_report(unfinished / REPORT, "background kept", [*parts, heading("Again"), command(said)])
+        write_report(unfinished / REPORT, "background kept", [*parts, heading("Again"), command_block(said)])
     return folder, lines
 
 

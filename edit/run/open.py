@@ -55,7 +55,7 @@ class ModelWithConcepts:
         return resolve_placeholder_tokens(prompt, self.concepts)
 
     @property
-    def spoken(self) -> dict[str, str]:
+    def placeholders(self) -> dict[str, str]:
         """What a person writes for the words that the model reads: a concept's token."""
         return {words: token for concept in self.concepts for token, words in concept.tokens.items()}
 
@@ -125,11 +125,13 @@ def load_model(asked: Opening, *, shown: int = 0) -> ModelWithConcepts:
 
 def fit_editor(model: Backbone, shown: int, vram: float, *, whole: bool) -> Backbone:
     """The model as it edits an image by an instruction on a device of `vram` GiB; `UserError` where it cannot."""
-    from backbone.memory.drawing import Drawn, fit_drawing
+    from backbone.memory.drawing import DrawingWorkload, fit_drawing
 
     height, width = model.latent_shape[-2:]
     guidance = float(model.defaults["guidance"])
-    return fit_drawing(model, Drawn(1, (height, width), guidance, references=shown, whole=whole), vram)
+    return fit_drawing(
+        model, DrawingWorkload(1, (height, width), guidance, references=shown, whole=whole), vram
+    )
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from backbone.io.files import write_bytes, write_json, write_text
-from backbone.io.report import command, heading, image_figure, paragraph, table, write_report
+from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import package_versions
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import mask_to_tensor
-from edit.attention.alignment import speak
+from edit.attention.alignment import restore_placeholders
 from edit.masks import mask_to_image
 from edit.result import Result
 
@@ -101,7 +101,10 @@ def publish(
         save_png(folder / f"condition_{number}_{condition.facts['kind']}.png", condition.map)
     page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
-    strips = {speak(word, result.spoken): strip for word, strip in draw_heatmaps(result, images).items()}
+    strips = {
+        restore_placeholders(word, result.placeholders): strip
+        for word, strip in draw_heatmaps(result, images).items()
+    }
     for word, strip in strips.items():
         save_png(folder / f"heatmap_{slug(word)}.png", strip)
     if frames:
@@ -110,7 +113,7 @@ def publish(
         {"file": f"edit_{number}.png", "prompt": prompt, **(figures[number] if figures else {})}
         for number, prompt in enumerate(result.prompts)
     ]
-    alignments = [alignment.describe(result.spoken) for alignment in result.alignments]
+    alignments = [alignment.describe(result.placeholders) for alignment in result.alignments]
     entries = {"edits": edits, "alignment": alignments, "versions": package_versions()}
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
@@ -125,10 +128,10 @@ def publish(
     rows = [(COUNTS.get(name, name), "–" if value is None else value) for name, value in counts.items()]
     parts += [heading("The run"), table(("", ""), rows)]
     if alignments:
-        parts += [heading("What became of the words"), *(command(text) for text in alignments)]
+        parts += [heading("What became of the words"), *(command_block(text) for text in alignments)]
     if strips:
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
-    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command(again)])
+    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(again)])
     write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
 
 

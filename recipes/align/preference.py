@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
@@ -38,7 +37,7 @@ from recipes.align.experiment import (
 
 WARM = Path(__file__).with_name("warm.py")
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
@@ -66,7 +65,7 @@ BUDGET = (
 )  # fmt: skip
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

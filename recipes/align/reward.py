@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
@@ -47,7 +46,7 @@ BUDGET = (
 )  # fmt: skip
 KINDS = {"hard prompts": is_hard, "any prompts": is_unstyled}
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.noise import generator
 from backbone.io.console import run_app
@@ -48,7 +48,7 @@ FITTED = 1200  # pictures that the linear start is fitted to
 WHOLE = 128
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
@@ -72,7 +72,7 @@ IMPORTANCE = {
 UNKNOWN = -100  # what cross-entropy passes over
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import denoising_score_matching, min_snr
 from backbone.diffusion.noise import PredictionType, add_noise, generator, target, vp
@@ -108,7 +109,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
         "two {}s in space",
     ],
 }
-app = typer.Typer(add_completion=False)
+app = script_app()
 WORKDIR = typer.Option(help="Where intermediate files go.")
 
 
@@ -257,7 +258,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
 
 @app.command()
 def encode(
-    batch: Annotated[int, typer.Option()] = 50,
+    batch: Annotated[int, typer.Option(help="Scenes encoded together.")] = 50,
     shards: Annotated[int, typer.Option(help=f"How many, of {SHARD} scenes each.")] = 10**6,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),

@@ -31,6 +31,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import settled_command
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, flow, generator
@@ -60,7 +61,7 @@ fp16 safetensors, from optimiser step {step}.
 Data, autoencoder and first text encoder are those of `moji`, whose card says more. Prompts are cut at 32 tokens.
 Made by `recipes/moji/flow.py`. Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ from typing import Annotated, Any, TextIO, TypeVar, cast
 
 import numpy as np
 import torch
-import typer
 
+from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
@@ -49,7 +49,7 @@ LARGEST = 15 * 2**20  # bytes of a file that is carried away
 SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
 PACE = 0.1  # of a part's time, in which its pace is measured
 ENDLESS = 10**7  # steps of a run that only the clock ends
-app = typer.Typer(add_completion=False)
+app = script_app()
 Made = TypeVar("Made", bound=RecipeSettings)
 
 

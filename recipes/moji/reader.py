@@ -19,10 +19,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, run_app
@@ -36,7 +36,7 @@ from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 NOISE = 0.4  # the most that half of the latents get, in units of their deviation
 DEPTH = 4.0  # weight of the depth's error beside the labels'
 FACTS = "reader.json"
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +39,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
 from backbone.io.console import run_app
@@ -62,7 +62,7 @@ WIDTH = 192  # of the vision tower
 WRONG = 3  # captions with a wrong fact for each picture
 FARTHEST = 8  # pixels of a shift
 TOWERS = ("text_model.", "vision_model.", "text_projection", "visual_projection", "logit_scale")
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import typer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from backbone.cli.commands import run_main
 from backbone.training.loop import Average, Update, train, warm_cosine
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
@@ -33,8 +34,8 @@ SEEN_POSITIONS = 8  # end and padding positions that are asked in each caption
 def main(
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 900,
     batch: Annotated[int, typer.Option(help="Captions a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    seed: Annotated[int, typer.Option()] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Trains, and writes `text_encoder/` in the work directory."""
@@ -127,4 +128,4 @@ def scene_facts(scene: Scene, place: str | None) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

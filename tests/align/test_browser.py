@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from align.pairs.choices import CHOICES, read_choices, replay
+from align.pairs.choices import CHOICES, read_choices, standing_choices
 from backbone.io.files import read_json, write_json
 from backbone.io.report import image_figure, line_plot, write_report
 from tests.align.browser import Browser, Tab
@@ -51,7 +51,7 @@ def address(folder: Path) -> Iterator[str]:
 
 
 def verdicts(folder: Path) -> list[str]:
-    return [choice.verdict for choice in replay(read_choices(folder / CHOICES))]
+    return [choice.verdict for choice in standing_choices(read_choices(folder / CHOICES))]
 
 
 def ready(tab: Tab) -> None:

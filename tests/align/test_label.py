@@ -28,7 +28,7 @@ from align.collect.label.session import (
     list_label_pairs,
     lock_folder,
 )
-from align.pairs.choices import CHOICES, Choice, read_choices, replay
+from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
 from align.pairs.read import read_preferences
 from backbone.io.console import UserError
 from backbone.io.files import write_json
@@ -195,7 +195,7 @@ def test_undo_asks_the_same_pair_again_with_the_same_sides(session: Session) -> 
     assert again is not None
     assert (again.pair, again.left, again.right) == (first.pair, first.left, first.right)
     session.answer(again.number, "right")
-    assert [choice.verdict for choice in replay(read_choices(session.path))] == ["right"]
+    assert [choice.verdict for choice in standing_choices(read_choices(session.path))] == ["right"]
 
 
 def test_a_new_process_goes_on_where_the_old_one_was_killed(folder: Path, client: TestClient) -> None:
@@ -207,7 +207,7 @@ def test_a_new_process_goes_on_where_the_old_one_was_killed(folder: Path, client
     again = client_of(Session(folder, asked(folder)))
     assert state(again) == before
     assert choose(again, "tie").status_code == 200
-    assert [c.verdict for c in replay(read_choices(folder / CHOICES))] == ["left", "right", "tie"]
+    assert [c.verdict for c in standing_choices(read_choices(folder / CHOICES))] == ["left", "right", "tie"]
 
 
 def test_a_second_window_cannot_answer_a_question_that_is_gone(client: TestClient, folder: Path) -> None:
@@ -265,7 +265,7 @@ def test_nothing_sent_names_a_file_or_tells_a_repeat(client: TestClient) -> None
 def test_the_picture_of_each_side_is_the_one_that_is_written_down(client: TestClient, folder: Path) -> None:
     left = client.get(f"/{TOKEN}/picture/0/left").content
     choose(client, "left")
-    (choice,) = replay(read_choices(folder / CHOICES))
+    (choice,) = standing_choices(read_choices(folder / CHOICES))
     assert (folder / choice.left).read_bytes() == left
     assert choice.preferred == choice.left
 
@@ -414,7 +414,7 @@ def test_the_server_listens_on_this_machine_alone_and_survives_a_kill(tmp_path: 
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    assert [choice.verdict for choice in replay(read_choices(folder / CHOICES))] == [
+    assert [choice.verdict for choice in standing_choices(read_choices(folder / CHOICES))] == [
         "left", "tie", "right", "both_bad",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`align` in two processes: the same weights, figures and pictures as in one, a bank of both, one writer."""
+"""`align` in two processes: the same weights, figures and pictures as in one, one cache of both, one writer."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_whole_micro_batches_give_the_same_bits_and_the_same_evaluations(both: P
 def test_the_bank_holds_what_both_have_asked(both: Path) -> None:
     for name in ("rows", "kto", "full"):
         one, two = (read_json(both / count / name / SUMMARY) for count in ("one", "two"))
-        assert two["bank"] == one["bank"] and two["reference_rows"] == one["reference_rows"]
+        assert two["cached_errors"] == one["cached_errors"] and two["reference_rows"] == one["reference_rows"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.stable_video.checkpoint import (
     PICTURE,
     TOWER,
-    build,
+    build_outline,
     name_coder_layers,
     name_unet_layers,
 )
@@ -57,8 +57,8 @@ PUBLISHED_CODERS = {
 
 def test_layers_are_called_as_in_the_published_files() -> None:
     location = Location("svd", "none.safetensors", {}, (PUBLISHED_CONFIGS / "stable-video-diffusion",))
-    unet = name_unet_layers(build(UNetSpatioTemporalConditionModel, location, "unet"))
-    coders = name_coder_layers(build(AutoencoderKLTemporalDecoder, location, "vae"), PICTURE)
+    unet = name_unet_layers(build_outline(UNetSpatioTemporalConditionModel, location, "unet"))
+    coders = name_coder_layers(build_outline(AutoencoderKLTemporalDecoder, location, "vae"), PICTURE)
     assert {name: unet[name] for name in PUBLISHED} == {k: UNET + v for k, v in PUBLISHED.items()}
     assert {name: coders[name] for name in PUBLISHED_CODERS} == PUBLISHED_CODERS
     assert len(set(unet.values())) == 1428 and len(set(coders.values())) == 374
@@ -79,7 +79,7 @@ def original(folder: Path) -> dict[str, Tensor]:
         ("vae", AutoencoderKLTemporalDecoder, lambda network: name_coder_layers(network, PICTURE)),
     ):
         held, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
-        for name, stored in names(build(kind, location, part)).items():
+        for name, stored in names(build_outline(kind, location, part)).items():
             kernel = "mid.attn_1" in stored and stored.endswith(
                 ("q.weight", "k.weight", "v.weight", "t.weight")
             )

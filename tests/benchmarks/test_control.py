@@ -28,7 +28,7 @@ from benchmarks.control import (
     thing_iou,
 )
 from benchmarks.judges.classifier import prepare_images
-from customize.control_settings import resolved
+from customize.control_settings import resolve_settings
 from customize.objectives.control_networks import make_network, save_network
 from tests.tiny import tiny_moji
 
@@ -105,7 +105,7 @@ def test_the_benchmark_writes_its_tables_and_sheets(
 ) -> None:
     model = tiny_moji(tmp_path / "model")
     opened = Backbone.open(str(model), device="cpu", precision="fp32")
-    settings = resolved({"images": "x", "condition": "sketch"}, {})
+    settings = resolve_settings({"images": "x", "condition": "sketch"}, {})
     save_network(make_network(opened, settings).module, settings.kind, tmp_path / "net")
     monkeypatch.setattr(control, "FEW", 3)
     asked: dict[str, Any] = {

@@ -16,7 +16,7 @@ from backbone.io.console import UserError
 from backbone.media.clips import Film, encode_webp
 from backbone.media.control.camera import as_lines, read_camera
 from customize.cli import app
-from customize.clips.evaluate import DIRECTED, ScoredWords, Shown, gather, measure
+from customize.clips.evaluate import DIRECTED, ExpectedClip, ScoredWords, gather, measure
 from customize.clips.settings import EvaluateClipOptions
 from tests.tiny import tiny_motion_adapter
 
@@ -32,7 +32,7 @@ def walking(step: int, count: int = 5, side: int = 128) -> list[Image.Image]:
 
 
 def row(frames: list[Image.Image], words: str, **more: Any) -> Any:
-    return measure(Shown(Film(tuple(frames), 8.0, "it.webp"), words, **more), ScoredWords(None))
+    return measure(ExpectedClip(Film(tuple(frames), 8.0, "it.webp"), words, **more), ScoredWords(None))
 
 
 def test_a_clip_does_what_its_words_say_or_not() -> None:

@@ -22,7 +22,7 @@ from backbone.media.sources.pictures import ImageRecord, list_images
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
-from customize.data.dataset import LEAST_SIDE, Group, prepare
+from customize.data.dataset import LEAST_SIDE, SubjectGroup, prepare
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import METHODS, OWN_WORDS, Settings
 
@@ -64,7 +64,9 @@ def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[DreamBooth, 
     concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
     pictures = list_images(subject)
     prompts = [resolve_placeholder_tokens("a [V] dog", [concept]) for _ in pictures]
-    return DreamBooth(model, prepare(model, [Group(pictures, prompts, "a dog")], asked), asked), concept
+    return DreamBooth(
+        model, prepare(model, [SubjectGroup(pictures, prompts, "a dog")], asked), asked
+    ), concept
 
 
 def fresh(folder: Path) -> Backbone:
@@ -189,7 +191,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     assert first.data.class_latents is not None
     assert first.data.class_latents.shape == (3, *tiny.latent_shape)
     monkeypatch.setattr("customize.data.dataset.sample_latents", None)  # a second drawing would fail
-    again = prepare(tiny, [Group(list_images(subject), ["a bcd dog"] * 3, "a dog")], asked)
+    again = prepare(tiny, [SubjectGroup(list_images(subject), ["a bcd dog"] * 3, "a dog")], asked)
     assert again.class_latents is not None
     assert torch.equal(again.class_latents, first.data.class_latents)
     assert torch.isfinite(next(first.losses(1)))
@@ -208,7 +210,7 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     pictures = list_images(subject)
     assert all(picture.mask is not None for picture in pictures)
     asked = settings(subject, prior="off")
-    material = prepare(tiny, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+    material = prepare(tiny, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
     assert material.masks is not None
     training = DreamBooth(tiny, material, asked)
     weight = training.subject_batch(material.buckets[0], generator(1)).weight
@@ -238,8 +240,8 @@ def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, su
     pictures = list_images(subject)
     asked = settings(subject, batch=64, prior_batch=32)
     groups = [
-        Group(pictures, ["a bcd dog"] * len(pictures), "a dog"),
-        Group(pictures[:1], ["a fgh cat"], "a cat"),
+        SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog"),
+        SubjectGroup(pictures[:1], ["a fgh cat"], "a cat"),
     ]
     training = DreamBooth(tiny, prepare(tiny, groups, asked), asked)
     rows = training.subject_batch(training.data.buckets[0], generator(0)).rows
@@ -264,7 +266,7 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     pictures = list_images(subject)
     asked = settings(subject, aspect_buckets=True, batch=3, steps=12)
     prompts = [f"a bcd dog {picture.path.stem}" for picture in pictures]
-    training = DreamBooth(tiny, prepare(tiny, [Group(pictures, prompts, "a dog")], asked), asked)
+    training = DreamBooth(tiny, prepare(tiny, [SubjectGroup(pictures, prompts, "a dog")], asked), asked)
     material = training.data
     shapes = {
         Path(name).stem: posterior.mean.shape[-2:]
@@ -299,7 +301,7 @@ def test_random_crops_are_parts_of_their_images_with_their_prompts_and_masks(
     Image.new("L", (90, 90), 255).save(subject / "square.mask.png")
     pictures = list_images(subject)
     asked = settings(subject, aspect_buckets=buckets, random_crop=3, flip=True)
-    group = Group(pictures, ["a square", "a wide one"], "a dog")
+    group = SubjectGroup(pictures, ["a square", "a wide one"], "a dog")
     seen: list[tuple[str, tuple[float, ...]]] = []
 
     def read(

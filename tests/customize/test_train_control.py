@@ -23,14 +23,14 @@ from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from customize.cli import app
-from customize.control_settings import PROGRAM, read_settings, resolved, usual_folder
-from customize.data.control_pairs import Columns, read_control_pairs
-from customize.evaluation.obedience import Agreement, agreement
+from customize.control_settings import PROGRAM, read_settings, resolve_settings, usual_folder
+from customize.data.control_pairs import ControlColumns, read_control_pairs
+from customize.evaluation.condition_fidelity import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import work_of
-from customize.training.control.run import OBEDIENCE, Obedience, columns_of
+from customize.training.control.run import FIDELITY, HeldOutFidelity, columns_of
 from customize.training.run import describe_changes
 from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
@@ -165,7 +165,7 @@ def test_a_run_leaves_what_diffusers_opens_and_says_how_it_is_used(trained: Trai
     assert record["kinds"] == ["sketch"] and record["base"] == tiny.fingerprint
     assert f"--condition sketch=map.png --controlnet {trained.run}" in trained.said.replace("\n", " ")
     assert Image.open(trained.run / "sheet.png").width > 300
-    history = read_jsonl(trained.run / OBEDIENCE, Obedience)
+    history = read_jsonl(trained.run / FIDELITY, HeldOutFidelity)
     assert [one.step for one in history] == [0, 2, 4]
     assert len({one.loss_without_map for one in history}) == 1 and len({one.loss for one in history}) == 3
     best = min(history[1:], key=lambda one: one.loss)
@@ -227,14 +227,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
         read_tensors(run / part / "diffusion_pytorch_model.safetensors")[0] for run in (trained.run, again)
     )
     assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
-    assert (again / OBEDIENCE).read_text() == (trained.run / OBEDIENCE).read_text()
+    assert (again / FIDELITY).read_text() == (trained.run / FIDELITY).read_text()
     assert "--steps 4" in read_json(again / "settings.json")["command"]
     assert read_settings(again).condition == "sketch"
 
 
 def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, tmp_path: Path) -> None:
     asked = {"images": "x", "condition": "sketch", "kind": "control-lora", "rank": 2, "lora_alpha": 4.0}
-    network = make_network(tiny, resolved(asked, {}))
+    network = make_network(tiny, resolve_settings(asked, {}))
     module, random = network.module, torch.Generator().manual_seed(0)
     learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
     assert all(".lora_" in name or name.startswith(OWN_LAYERS) for name in learned)
@@ -262,7 +262,7 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
 
 @pytest.mark.parametrize("kind", ["t2i-adapter", *SLOW])
 def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
-    settings = resolved({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
+    settings = resolve_settings({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
     counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
     network = make_network(tiny, settings)
     trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)
@@ -376,12 +376,12 @@ def test_a_list_s_captions_may_lie_beside_its_images(pairs: Path, tmp_path: Path
 
 
 def test_named_columns_win_and_a_missing_one_is_named(pairs: Path) -> None:
-    found = read_control_pairs(str(pairs), "sketch", Columns(caption="file_name"))
+    found = read_control_pairs(str(pairs), "sketch", ControlColumns(caption="file_name"))
     assert found[3].caption == "3.png"
     with pytest.raises(
         UserError, match="has no column 'drawing'; it has file_name, conditioning_image, text"
     ):
-        read_control_pairs(str(pairs), "sketch", Columns(map="drawing"))
+        read_control_pairs(str(pairs), "sketch", ControlColumns(map="drawing"))
 
 
 def test_edges_are_found_in_the_images_where_no_map_is_given(pairs: Path, tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_settings_without_effect_are_refused(flags: tuple[object, ...], sentence
     assert sentence in refused("train-control", "--images", pairs, *flags)
 
 
-# --- obedience ------------------------------------------------------------------------------------------------
+# --- condition fidelity ---------------------------------------------------------------------------------------
 
 
 def test_lines_agree_within_a_pixel() -> None:

@@ -19,7 +19,7 @@ import edit
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
-from edit.attention.control import Control, SelfAttention
+from edit.attention.control import AttentionControl, SelfAttention
 from edit.attention.install import control_attention
 from tests.backbone.models.test_compiled import Counting
 from tests.edit.conftest import Open
@@ -77,7 +77,7 @@ def test_a_block_under_changing_control_is_the_same_and_compiles_once() -> None:
     def steps() -> list[Tensor]:
         """Of an edit: the targets' attention the source's, then their own; and of a prediction without one."""
         found = []
-        control = Control(targets=1)
+        control = AttentionControl(targets=1)
         kinds: tuple[SelfAttention, ...] = ("layout", "contents", "own")
         with control_attention(network, control):
             for control.self_attention in kinds:

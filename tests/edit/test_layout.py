@@ -19,11 +19,11 @@ from backbone.io.files import write_json
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.control import RECORD
 from backbone.models.model import Backbone
-from edit.attention.control import Control as AttentionControl
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct
-from edit.layout import NO_LAYOUT, SOURCE, TARGET, AskedLayout, Layout, enclosed, open_layout
+from edit.layout import NO_LAYOUT, SOURCE, TARGET, AskedLayout, Layout, fill_outlines, open_layout
 from edit.masks import difference_maps
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import instruct
@@ -163,9 +163,9 @@ def test_a_closed_outline_encloses_its_place_and_an_open_one_does_not() -> None:
     box[2:7, 2:7] = True
     ring_ = box.clone()
     ring_[3:6, 3:6] = False
-    assert torch.equal(enclosed(ring_), box.float())
+    assert torch.equal(fill_outlines(ring_), box.float())
     ring_[2, 4] = False
-    assert enclosed(ring_)[4, 4] == 0
+    assert fill_outlines(ring_)[4, 4] == 0
 
 
 def test_an_inversion_s_file_keeps_the_maps_that_it_was_made_under(

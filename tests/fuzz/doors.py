@@ -42,7 +42,7 @@ from backbone.io.files import read_header, read_jsonl, read_tensors, write_json,
 from backbone.io.prompts import prompts_of, read_prompts
 from backbone.io.run_folder import trim_log
 from backbone.media.clips import read_film
-from backbone.media.control.maps import Target, read_map
+from backbone.media.control.maps import MapTarget, read_map
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
@@ -147,7 +147,7 @@ class Place:
         perform("sdedit", wishes, out=self.root / "edit")
         programs: list[Any] = [customize.settings, align.settings]
         for program in programs:
-            made = program.resolved(NEEDED[program.__name__], {})
+            made = program.resolve_settings(NEEDED[program.__name__], {})
             write_json(
                 self.root / f"{program.__name__}.json", {"settings": made, "command": "x", "versions": {}}
             )
@@ -231,7 +231,7 @@ def config_door(program: Any, place: Place, random: Random) -> bool:
     content, damaged = damaged_json(usual, random)
     kind = random.choice((".json", ".json", ".yaml"))
     asked = values_from_file(place.write(f"c{kind}", content), fields_of(program.Settings), {})
-    program.resolved({**NEEDED[program.__name__], **asked}, {})
+    program.resolve_settings({**NEEDED[program.__name__], **asked}, {})
     return damaged and kind == ".json"
 
 
@@ -239,7 +239,7 @@ def number_door(program: Any, place: Place, random: Random) -> bool:
     known = {name: one for name, one in fields_of(program.Settings).items() if one.kind in (int, float)}
     name, number = random.choice(list(known)), random.choice(NUMBERS)
     asked = values_from_flags({name: number}, known)
-    program.resolved({**NEEDED[program.__name__], **asked}, {})
+    program.resolve_settings({**NEEDED[program.__name__], **asked}, {})
     return number in ("nan", "inf", "-inf", "x", "", " ", "½", "0x10")
 
 
@@ -490,7 +490,7 @@ def map_door(place: Place, random: Random) -> bool:
     kind, path = random.choice(("sketch", "edges", "lines")), place.folder / "map.png"
     drawn.convert(random.choice(("L", "RGB", "1", "P", "RGBA"))).save(path)
     path.write_bytes(damaged_bytes(path.read_bytes(), random))
-    assert read_map(AskedMap(kind, str(path)), Target(place.image.size)).size == place.image.size
+    assert read_map(AskedMap(kind, str(path)), MapTarget(place.image.size)).size == place.image.size
     return False
 
 

@@ -24,7 +24,7 @@ from align.pairs.choices import (
     append_entry,
     measure_consistency,
     read_choices,
-    replay,
+    standing_choices,
 )
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.console import UserError, notify, progress
@@ -74,7 +74,9 @@ class Session:
         self.path = folder / CHOICES
         entries = read_choices(self.path)
         self.choices = [
-            choice for choice in replay(entries) if choice.pair in self.pairs and choice.user == user
+            choice
+            for choice in standing_choices(entries)
+            if choice.pair in self.pairs and choice.user == user
         ]
         self.next_number = 1 + max(
             (entry.number for entry in entries if isinstance(entry, Choice)), default=-1

@@ -42,7 +42,7 @@ class LoggedEvaluation:
     """A line of `evaluations.jsonl`."""
 
     step: int
-    bank_gap: float | None = None
+    noise_gap: float | None = None
     held_out: LoggedFigures | None = None
     training: LoggedFigures | None = None
 

@@ -29,7 +29,7 @@ from backbone.adapters.concept import Concept, summarize_concepts
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import notify_once
 from backbone.io.files import write_json
-from backbone.io.report import command, heading, line_plot, paragraph, plot_row, table, write_report
+from backbone.io.report import command_block, heading, line_plot, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import package_versions
 
 RENEW_SECONDS = 15
@@ -64,8 +64,8 @@ def write_summary(
         },
         "held_out": last.held_out,
         "training": last.training,
-        "bank_gap": last.bank_gap,
-        "bank": {"cells": reference.filled, "of": reference.values[..., 0].numel()}
+        "noise_gap": last.noise_gap,
+        "cached_errors": {"computed": reference.filled, "of": reference.values[..., 0].numel()}
         if isinstance(reference, CachedReference)
         else None,
         "reference_rows": training.live.nfe,
@@ -89,7 +89,7 @@ def write_running_report(run: Path, settings: Settings, pictures: Pictures, step
     write_report(
         run / REPORT,
         f"{run.name}: {describe(settings)}",
-        [*parts, command(as_command(settings, run))],
+        [*parts, command_block(as_command(settings, run))],
         renew=RENEW_SECONDS,
     )
 
@@ -106,7 +106,7 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     drawn = [one for name, seen in sides.items() for one in _curves(name, seen)]
     rewards = [(line.round, _number(line.reward)) for line in read_rewards(run)]
     drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
-    gap = [(line.step, _number(line.bank_gap)) for line in evaluations]
+    gap = [(line.step, _number(line.noise_gap)) for line in evaluations]
     drawn.append(
         line_plot(
             "Seen/unseen-noise gap: accuracy at seen minus unseen noise",
@@ -115,7 +115,7 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             note="Where it grows, training fits its noise samples rather than the pictures: more --draws help.",
         )
     )
-    points = smoothed_log(read_steps(run))
+    points = smooth_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
         reward = [(line.step, _number(line.reward)) for line in points]
         drawn.append(
@@ -170,7 +170,7 @@ def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pic
         plot_row(draw_curves(run, settings)),
         *pictures.parts(),
         heading("Again"),
-        command(as_command(settings, run)),
+        command_block(as_command(settings, run)),
         table(
             ("setting", "value"),
             [(name, str(value)) for name, value in chosen if value not in ("", (), None)],
@@ -209,7 +209,7 @@ def _curves(name: str, seen: list[tuple[int, LoggedFigures]]) -> list[str]:
     ]
 
 
-def smoothed_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
+def smooth_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
     """At most so many points, each the mean of its neighbours: loss, and reward where there is one."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]

@@ -3,7 +3,7 @@
 klein reads Qwen3, dev reads Mistral; three hidden layers lie side by side, padding included. Latents are patches of
 2 × 2, normalised by the autoencoder's batch norm, so a token is one latent of 16 × 16 pixels. How far the schedule is
 shifted depends on the tokens and on the steps. klein's base takes classifier-free guidance, its distilled models none
-in four steps, and dev is told the scale.
+in four steps, and dev is conditioned on the scale.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Flux2(SplitFileFamily):
 
 
 def is_told_guidance(location: Location) -> bool:
-    """Whether the network is told the guidance scale, as dev is and klein is not."""
+    """Whether the network is conditioned on the guidance scale, as dev is and klein is not."""
     return bool(location.config("transformer").get("guidance_embeds", True))
 
 

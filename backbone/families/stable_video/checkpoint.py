@@ -23,7 +23,7 @@ from backbone.families.components.empty import without_weights
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
 from backbone.families.single_file.clip import convert_openclip
-from backbone.families.unet.original import ORIGINAL_RESNET, renamed, to_original
+from backbone.families.unet.original import ORIGINAL_RESNET, rename_prefix, to_original
 from backbone.io.console import UserError, notify
 from backbone.io.files import Header, read_header, read_tensors
 from backbone.io.weights import refuse_damaged
@@ -89,7 +89,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 
 def refuse_other_ids(header: Header) -> None:
-    """`UserError` for a network of the published size that is told something else than speed, motion and noise."""
+    """`UserError` for a network of the published size with other conditions than speed, motion and noise."""
     width, ids = (header.shapes.get(name, ()) for name in (f"{UNET}input_blocks.0.0.weight", IDS))
     if width[:1] == (PUBLISHED_WIDTH,) and ids[1:] != (PUBLISHED_IDS,):
         raise UserError(
@@ -103,13 +103,13 @@ def refuse_other_ids(header: Header) -> None:
 
 def load_denoiser(location: Location, dtype: torch.dtype) -> nn.Module:
     """The UNet of a file; `UserError` where it is not built as its config says."""
-    network = build(UNetSpatioTemporalConditionModel, location, "unet")
+    network = build_outline(UNetSpatioTemporalConditionModel, location, "unet")
     return fill(network, location, "unet", name_unet_layers(network), dtype)
 
 
 def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
     """The encoder of the conditioner's autoencoder, where the file holds that, and the first stage's decoder."""
-    network = build(AutoencoderKLTemporalDecoder, location, "vae")
+    network = build_outline(AutoencoderKLTemporalDecoder, location, "vae")
     held = read_header(location.source).shapes
     prefix = PICTURE if f"{PICTURE}encoder.conv_in.weight" in held else AUTOENCODER
     stored = name_coder_layers(network, prefix)
@@ -140,7 +140,7 @@ def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def build(kind: Any, location: Location, part: str) -> nn.Module:
+def build_outline(kind: Any, location: Location, part: str) -> nn.Module:
     """A network on `meta`, as its config says."""
     config = location.config(part)
     config.refuse_other_kinds(kind)
@@ -185,7 +185,7 @@ def name_unet_layer(name: str, layers: int, plain: Collection[int]) -> str:
 def name_over_time(name: str) -> str:
     """The original name of a tensor in a residual block over time; another one unchanged."""
     head, over_time, rest = name.partition(".temporal_res_block.")
-    return f"{head}.time_stack.{renamed(rest, ORIGINAL_RESNET)}" if over_time else name
+    return f"{head}.time_stack.{rename_prefix(rest, ORIGINAL_RESNET)}" if over_time else name
 
 
 def name_coder_layers(network: nn.Module, encoder: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Its noise levels are EDM's, σ from 0.002 to 700 (Karras et al. 2022), and it predicts v at c_in·x with c_in =
 1/√(1 + σ²): that is a variance-preserving path with a = c_in and b = σ·c_in, so latents here are c_in times
-diffusers', and Euler's step in σ is the deterministic step of every other family. The network is told ¼·ln σ.
+diffusers', and Euler's step in σ is the deterministic step of every other family. The network gets ¼·ln σ.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class StableVideo:
         raise UserError(f"{location.name} reads a picture and no words. Leave the words out.")
 
     def picture_encoder(self, location: Location, dtype: torch.dtype) -> ClipPictureEncoder:
-        """CLIP's tower, by which the network is told what the picture shows."""
+        """CLIP's tower, which conditions the network on the picture."""
         return ClipPictureEncoder.load(location, dtype)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:

@@ -195,7 +195,9 @@ def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: cast_to(name, value) for name, value in inputs.items()}
 
 
-def controlled(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def add_controls(
+    controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
     """A UNet's arguments with what the controls add; lists are new at every call, since the UNet empties them."""
     found = residuals_of(controls, inputs, dtype)
     middle = found.pop(MIDDLE, None)

@@ -43,7 +43,7 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 def from_original(name: str, layers: int = LAYERS_PER_BLOCK) -> str:
     """diffusers' name from the original code's, for `layers` per block; diffusers' names are returned unchanged."""
-    if (fixed := renamed(name, _FIXED)) != name:
+    if (fixed := rename_prefix(name, _FIXED)) != name:
         return fixed
     if zero := re.match(r"zero_convs\.(\d+)\.0\b", name):
         return f"controlnet_down_blocks.{zero[1]}{name[zero.end() :]}"
@@ -55,14 +55,14 @@ def from_original(name: str, layers: int = LAYERS_PER_BLOCK) -> str:
         inner = rest if place is None else f"{place}.{rest}"
         if number == 1:
             return f"mid_block.attentions.0.{inner}"
-        return f"mid_block.resnets.{number // 2}.{renamed(inner, RESNET)}"
+        return f"mid_block.resnets.{number // 2}.{rename_prefix(inner, RESNET)}"
     # input_blocks.0 is conv_in; then each block counts its layers and one resampling layer.
     block, layer = divmod(number - 1 if side == "input_blocks" else number, layers + 1)
     way = "down" if side == "input_blocks" else "up"
     if rest.split(".")[0] in ("op", "conv"):
-        return f"{way}_blocks.{block}.{way}samplers.0.{renamed(rest, {'op': 'conv'})}"
+        return f"{way}_blocks.{block}.{way}samplers.0.{rename_prefix(rest, {'op': 'conv'})}"
     if place == "0":
-        return f"{way}_blocks.{block}.resnets.{layer}.{renamed(rest, RESNET)}"
+        return f"{way}_blocks.{block}.resnets.{layer}.{rename_prefix(rest, RESNET)}"
     return f"{way}_blocks.{block}.attentions.{layer}.{rest}"
 
 
@@ -71,30 +71,30 @@ def to_original(name: str, layers: int = LAYERS_PER_BLOCK, plain: Collection[int
 
     Left out, every upsampler follows a transformer, as in Stable Diffusion XL.
     """
-    if (fixed := renamed(name, _ORIGINAL_FIXED)) != name:
+    if (fixed := rename_prefix(name, _ORIGINAL_FIXED)) != name:
         return fixed
     if zero := re.match(r"controlnet_down_blocks\.(\d+)\b", name):
         return f"zero_convs.{zero[1]}.0{name[zero.end() :]}"
     if match := _MIDDLE.fullmatch(name):
         if match[1] == "attentions":
             return f"middle_block.1.{match[3]}"
-        return f"middle_block.{2 * int(match[2])}.{renamed(match[3], ORIGINAL_RESNET)}"
+        return f"middle_block.{2 * int(match[2])}.{rename_prefix(match[3], ORIGINAL_RESNET)}"
     match = _DIFFUSERS.fullmatch(name)
     if match is None:
         return name
     way, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     first = block * (layers + 1) + (way == "down")
     if kind == "downsamplers":
-        return f"input_blocks.{first + layers}.0.{renamed(rest, {'conv': 'op'})}"
+        return f"input_blocks.{first + layers}.0.{rename_prefix(rest, {'conv': 'op'})}"
     if kind == "upsamplers":
         return f"output_blocks.{first + layers}.{1 if block in plain else 2}.{rest}"
     side = "input_blocks" if way == "down" else "output_blocks"
     if kind == "attentions":
         return f"{side}.{first + layer}.1.{rest}"
-    return f"{side}.{first + layer}.0.{renamed(rest, ORIGINAL_RESNET)}"
+    return f"{side}.{first + layer}.0.{rename_prefix(rest, ORIGINAL_RESNET)}"
 
 
-def renamed(name: str, table: Mapping[str, str]) -> str:
+def rename_prefix(name: str, table: Mapping[str, str]) -> str:
     """A name whose first parts are in the table, with those of the table; another one unchanged."""
     parts = name.split(".")
     for count in range(1, min(len(parts), 3) + 1):

@@ -1,6 +1,6 @@
 """Z-Image: a transformer over one sequence of image and text tokens, Qwen3, a rectified flow.
 
-The network is told 1 − σ and predicts the velocity from noise to image, so its output is negated. Prompts are ragged:
+The network gets 1 − σ and predicts the velocity from noise to image, so its output is negated. Prompts are ragged:
 each row has as many tokens as its prompt, filled up to a multiple of 32 by a learned token, as its image is. The base
 takes classifier-free guidance; Turbo is distilled to eight steps without.
 """

@@ -46,7 +46,7 @@ MANY_COLOURS = 512  # in a map of labels of no known palette
 
 
 @dataclass(frozen=True)
-class Target:
+class MapTarget:
     """The picture that a map is for.
 
     size      (width, height) in pixels
@@ -59,7 +59,7 @@ class Target:
     drawn_on: tuple[int, int] | None = None
 
 
-def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = None) -> Image.Image:
+def read_map(asked: AskedMap, target: MapTarget, *, picture: Image.Image | None = None) -> Image.Image:
     """A map as its network reads it: RGB of the picture's size. `picture` is what `auto` finds the map in.
 
     Raises `UserError` for a file that cannot be read or is see-through, for another shape than the picture's, and for
@@ -77,7 +77,7 @@ def read_map(asked: AskedMap, target: Target, *, picture: Image.Image | None = N
 
 
 def read_maps(
-    asked: AskedMap, target: Target, frames: int, *, film: Sequence[Image.Image] = ()
+    asked: AskedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
 ) -> list[Image.Image]:
     """The maps of a clip's frames: of a folder or an animated file one each, a still's for all, or found in `film`.
 
@@ -136,7 +136,7 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_numbered_maps(asked: AskedMap, target: Target, frames: int) -> dict[int, Image.Image]:
+def read_numbered_maps(asked: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
     """The maps of some frames of a clip (see `number_maps`), as their network reads them.
 
     Raises `UserError` as `read_map`, and for maps of unlike size.
@@ -154,7 +154,7 @@ def read_numbered_maps(asked: AskedMap, target: Target, frames: int) -> dict[int
     return found
 
 
-def prepare_map(asked: AskedMap, target: Target, picture: Image.Image) -> Image.Image:
+def prepare_map(asked: AskedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
     """A map that has been read, or a picture in which it is found, as its network reads it: see `read_map`."""
     if asked.path:
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):

@@ -435,7 +435,7 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
     captions: dict[str, tuple[str | None, Path]] = {}
     for metadata in present:
         words: dict[str, None] = {}  # columns of text, in the order in which they are met
-        for where, entry in read_metadata(metadata):
+        for where, entry in read_image_list(metadata):
             words |= {name: None for name, value in entry.items() if isinstance(value, str)}
             name_column = columns.find("image", list(entry), where)
             name = entry.get(name_column) if name_column else None
@@ -470,7 +470,7 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
     return found
 
 
-def read_metadata(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a list of images, each with where it stands; `UserError` for one that is none."""
     text = _read_text(metadata)
     if metadata.suffix.lower() == ".csv":

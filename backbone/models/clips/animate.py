@@ -37,7 +37,7 @@ from backbone.models.sample import (
 
 @dataclass(frozen=True, eq=False)
 class Still:
-    """The picture that begins to move, and what the model is told of its motion.
+    """The picture that begins to move, and the motion that the model is conditioned on.
 
     pixels         [3, 8H, 8W] in −1…1, at the size of the clip
     fps            frames a second; the network was trained to read one less
@@ -95,7 +95,7 @@ def animate(
     """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
 
     The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `how` is by the fields of
-    `SamplerArguments`; the size is the still's. `advance` is told after each step how many clips' worth of work it was.
+    `SamplerArguments`; the size is the still's. `advance` is called after each step with its work in clips.
     """
     asked = SamplerArguments(**how)
     places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
@@ -115,7 +115,7 @@ def animate(
         yield get_sampler(asked.sampler, randoms)(start, predict, schedule)
 
 
-def unconditioned(conditions: Conditions) -> Conditions:
+def drop_picture(conditions: Conditions) -> Conditions:
     """The same without the picture: zeros in its place, and the ids as they are."""
     text = {
         name: value if name == "ids" else torch.zeros_like(value) for name, value in conditions.text.items()
@@ -127,7 +127,7 @@ def guide_over_frames(model: Backbone, conditions: Conditions, scales: Tensor) -
     """Classifier-free guidance whose scale is another one for each frame [F]; no second call where all are 1."""
     if bool((scales == 1).all()):
         return model.predictor(conditions)
-    empty = unconditioned(conditions)
+    empty = drop_picture(conditions)
     with_picture, without = model.predictor(conditions), model.predictor(empty)
     both = model.predictor(Conditions.cat([conditions, empty]))
 

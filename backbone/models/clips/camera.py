@@ -1,4 +1,4 @@
-"""A camera's path as the condition of clips (He et al. 2024, CameraCtrl): an encoder of rays, heard over time.
+"""A camera's path as the condition of clips (He et al. 2024, CameraCtrl): an encoder of rays, read over time.
 
     camera = open_camera(model, "moji-camera.safetensors")       # beside an attached motion adapter
     rays = embed_rays(read_camera("pan-left", 16, (128, 128)), (128, 128))
@@ -175,7 +175,7 @@ class Camera:
         return cast("tuple[Tensor, ...]", module.encoder(rays.to(weight.device, weight.dtype)))
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
-        """Nothing among the denoiser's arguments: it is heard inside, over time."""
+        """Nothing among the denoiser's arguments: it is read inside, over time."""
         return {}
 
 
@@ -188,7 +188,7 @@ def layers_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     Raises `UserError` where there is no motion adapter.
     """
     if motion_of(denoiser) is None:
-        raise UserError("A camera's path is heard by a motion adapter. Name one with --motion.")
+        raise UserError("A camera's path is followed by a motion adapter. Name one with --motion.")
     network, found = cast(Any, denoiser), {}
     last = len(network.down_blocks) - 1
     places = [(f"down_blocks.{i}", block, i) for i, block in enumerate(network.down_blocks)]

@@ -89,7 +89,9 @@ class SparseControl:
         given = as_dtype(inputs, network.dtype)
         time = given["timestep"]
         pictures, places = hints
-        shown, mask = spread(pictures[::frames], places[::frames], frames)  # rows of a clip hold the same
+        shown, mask = scatter_frames(
+            pictures[::frames], places[::frames], frames
+        )  # rows of a clip hold the same
         skips, middle = network(
             sample=rows_as_frames(given["sample"][:, : network.config.in_channels], frames),
             timestep=time[::frames] if time.ndim else time,
@@ -101,7 +103,7 @@ class SparseControl:
         return {SKIPS: list(skips), MIDDLE: [middle]}
 
 
-def spread(pictures: Tensor, places: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+def scatter_frames(pictures: Tensor, places: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     """Pictures [B, K, c, h, w] of the frames `places` [B, K] as clips [B, c, F, h, w], zero elsewhere; and their mask.
 
     The mask [B, 1, F, h, w] is 1 where a frame is given. A place of −1 is none.

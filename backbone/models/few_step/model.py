@@ -19,7 +19,7 @@ from backbone.models.model import Backbone
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingDefaults:
     """How a model is drawn with: as the keyword arguments of `backbone.models.sample.sample`."""
 
     steps: int
@@ -27,10 +27,10 @@ class Drawing:
     sampler: Sampler = "ddim"
 
 
-def usual_drawing(model: Backbone) -> Drawing:
+def usual_drawing(model: Backbone) -> SamplingDefaults:
     """A model's own steps, guidance and sampler."""
     usual = model.defaults
-    return Drawing(int(usual["steps"]), float(usual["guidance"]), usual.get("sampler", "ddim"))
+    return SamplingDefaults(int(usual["steps"]), float(usual["guidance"]), usual.get("sampler", "ddim"))
 
 
 def name_few_step(model: str) -> str:

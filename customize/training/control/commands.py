@@ -27,7 +27,7 @@ from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, refuse_existing
 from backbone.io.run_folder import hold_new_folder
-from backbone.training.settings import PANELS, RunOptions, find_resumed, said_anew
+from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
 from customize.control_settings import PROGRAM, ControlSettings, read_settings, usual_folder
@@ -35,7 +35,7 @@ from customize.control_settings import PROGRAM, ControlSettings, read_settings, 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
 MAPS = Path("maps")
-OBEDIENCE = Path("obedience")
+FIDELITY = Path("condition-fidelity")
 
 
 def register(app: typer.Typer) -> None:
@@ -238,7 +238,7 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
             OUTPUT,
             aliases=("output-dir",),
             metavar="FOLDER",
-            default_text="obedience, obedience-2 …",
+            default_text="condition-fidelity, condition-fidelity-2 …",
         ),
     ] = None
 
@@ -273,7 +273,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
         float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
         asked.seed,
     )
-    with hold_new_folder(asked.out, OBEDIENCE) as folder:
+    with hold_new_folder(asked.out, FIDELITY) as folder:
         opened = open_control(model, asked.network)
         read = None if scorer is None else load_scorer(scorer)
         found = measure(model, opened, pairs, drawing, scorer=read, out=folder)
@@ -310,7 +310,7 @@ def train_control(asked: dict[str, Any], run: RunOptions) -> None:
         own = read_settings(resumed)  # mistakes are answered before torch is imported
         from customize.training.control.start import as_kept
 
-        anew = said_anew(own, as_kept(asked), run, resumed, allowed=RESUMED)
+        anew = changed_settings(own, as_kept(asked), run, resumed, allowed=RESUMED)
         from customize.training.control.run import resume_control
 
         finished = resume_control(resumed, anew)

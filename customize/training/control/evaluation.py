@@ -27,7 +27,7 @@ from backbone.models.control import OpenedControl
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.data.control_pairs import ControlPair
-from customize.evaluation.obedience import agreement
+from customize.evaluation.condition_fidelity import agreement
 
 TABLE = "table.json"
 UNDER, FLOOR, BOUND, APART = "under the map", "no condition", "true, round trip", "under the map − without"

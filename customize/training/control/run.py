@@ -4,7 +4,7 @@ runs/sketch/t2i_adapter/ or controlnet/    the network, as diffusers saves it
 runs/sketch/condition.json                 what it reads, and what it was trained on
 runs/sketch/best/                          the same of the step that was best on pairs held out
 runs/sketch/settings.json, log.jsonl       what was asked for, and every step
-runs/sketch/obedience.jsonl                the loss on held-out pairs with the map and without, and how edges agree
+runs/sketch/condition_fidelity.jsonl       the loss on held-out pairs with the map and without, and how edges agree
 runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
 """
 
@@ -28,7 +28,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_json, write_text
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
-from backbone.media.control.maps import COMPUTED, Palette, Target, as_hints, compute_map, read_map
+from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
@@ -40,23 +40,29 @@ from backbone.training.hardware import describe_hardware
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.rendering.record import load_labels
-from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolved
-from customize.data.control_pairs import Columns, ControlPair, check_control_pairs, read_control_pairs
-from customize.evaluation.obedience import Agreement, HeldOut, edge_agreement, mean_agreement, measure_loss
+from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolve_settings
+from customize.data.control_pairs import ControlColumns, ControlPair, check_control_pairs, read_control_pairs
+from customize.evaluation.condition_fidelity import (
+    Agreement,
+    HeldOutMaps,
+    edge_agreement,
+    mean_agreement,
+    measure_loss,
+)
 from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
 from customize.training.run import describe_changes, hash_images
 
-OBEDIENCE = "obedience.jsonl"
+FIDELITY = "condition_fidelity.jsonl"
 PREVIEWS = "previews"
 HELD = 16  # pairs that are held out at most, and at most a tenth of all
 SHOWN = 4  # of them in previews
 
 
 @dataclass(frozen=True)
-class Obedience:
+class HeldOutFidelity:
     """What an evaluation measured on pairs held out. F1 is NaN where the kind is not found in images, or not drawn."""
 
     step: int
@@ -74,7 +80,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     run = out or Path("runs") / run_name(asked["images"])
     refuse_taken(run, [asked["images"]])
     opened, asked = open_configs(asked)
-    settings = resolved(asked, opened.defaults)
+    settings = resolve_settings(asked, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)
     if vram is not None:
@@ -112,17 +118,19 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 
 def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[ControlPair]:
     """The pairs of a run, checked; and the maps of its previews."""
-    columns = Columns(settings.image_column, settings.conditioning_image_column, settings.caption_column)
+    columns = ControlColumns(
+        settings.image_column, settings.conditioning_image_column, settings.caption_column
+    )
     pairs = read_control_pairs(settings.images, settings.condition, columns)
     check_control_pairs(
         pairs,
         settings.condition,
         size,
         palette=palette_of(settings),
-        wordless=settings.proportion_empty_prompts == 1,
+        wordless=settings.prompt_dropout == 1,
     )
     for path, _ in settings.validation_pairs():
-        named_map(path, settings, size)
+        read_named_map(path, settings, size)
     return pairs
 
 
@@ -131,10 +139,10 @@ def palette_of(settings: ControlSettings) -> Palette | None:
     return load_labels() if settings.condition == "labels" and settings.model in OWN else None
 
 
-def named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
+def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
     """A map that the user names for previews, as a tensor [3, H, W]."""
     asked = AskedMap(settings.condition, path)
-    return as_hints(read_map(asked, Target(size, palette_of(settings))))[0]
+    return as_hints(read_map(asked, MapTarget(size, palette_of(settings))))[0]
 
 
 def carry_on(
@@ -147,13 +155,13 @@ def carry_on(
     began: float,
 ) -> Path:
     """Trains from the last checkpoint, if there is one, to the finished folder."""
-    held = held_out(pairs)
+    held = hold_out_pairs(pairs)
     learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
     data = PairData(model, learned, settings.condition, flip=settings.flip)
     training = ControlTraining(model, network, data, settings)
     training.sources = {"model": model.fingerprint}
-    previews = Previews(model, training, shown_by(settings, held, model))
-    validation = Validation(run, training, held_latents(model, held, settings.condition))
+    previews = Previews(model, training, preview_maps(settings, held, model))
+    validation = Validation(run, training, encode_held_out(model, held, settings.condition))
     model.free("text_encoder")
     training.resume(run)
     validation.remember()
@@ -183,36 +191,36 @@ def carry_on(
     return run
 
 
-def held_out(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
+def hold_out_pairs(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
     """The last pairs, a tenth of all and at most `HELD`; of few pairs all, which are trained on too."""
     count = min(HELD, len(pairs) // 10)
     return pairs[len(pairs) - count :] if count else pairs[:HELD]
 
 
-def held_latents(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOut:
+def encode_held_out(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOutMaps:
     """The held-out pairs, encoded."""
     size = model.resolution, model.resolution
     each = PairData(model, list(held), kind, flip=False)
     rows = torch.arange(len(held))
     clean = each.posteriors.gather(rows).mean
     conditions = each.conditions[rows].to(model.device)
-    return HeldOut(clean, torch.stack([pair.read_map(kind, size) for pair in held]), conditions)
+    return HeldOutMaps(clean, torch.stack([pair.read_map(kind, size) for pair in held]), conditions)
 
 
 class Validation:
     """Measures the loss on pairs held out, with the map and without, and keeps the network that is best there."""
 
-    def __init__(self, run: Path, training: ControlTraining, held: HeldOut) -> None:
+    def __init__(self, run: Path, training: ControlTraining, held: HeldOutMaps) -> None:
         self.run, self.training, self.held = run, training, held
-        self.history: list[Obedience] = []
+        self.history: list[HeldOutFidelity] = []
         self.without: float | None = None
 
     def remember(self) -> None:
         """What an interrupted run has measured up to the step that it goes on from."""
-        path = self.run / OBEDIENCE
+        path = self.run / FIDELITY
         if not path.exists():
             return
-        self.history = [line for line in read_jsonl(path, Obedience) if line.step <= self.training.done]
+        self.history = [line for line in read_jsonl(path, HeldOutFidelity) if line.step <= self.training.done]
         self.without = self.history[0].loss_without_map if self.history else None
         if processes.is_main_process():
             write_text(path, "".join(_line(one) for one in self.history))
@@ -227,15 +235,15 @@ class Validation:
         with self.training.averaged():
             loss = measure_loss(model, self.training.network, self.held, seed=seed)
         best = step > 0 and all(loss < one.loss for one in self.history if one.step)
-        self.history.append(Obedience(step, loss, self.without))
+        self.history.append(HeldOutFidelity(step, loss, self.without))
         if processes.is_main_process():
-            append_jsonl(self.run / OBEDIENCE, asdict(self.history[-1]))
+            append_jsonl(self.run / FIDELITY, asdict(self.history[-1]))
             if best:
                 self.training.write(self.run / BEST, {})
         return ""
 
 
-class Shown(NamedTuple):
+class PreviewMap(NamedTuple):
     """What a preview draws by: a prompt and a map [3, H, W] in 0…1 of a kind."""
 
     prompt: str
@@ -243,19 +251,19 @@ class Shown(NamedTuple):
     map: Tensor
 
 
-def shown_by(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[Shown]:
+def preview_maps(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[PreviewMap]:
     """The maps that the user named for previews, or some of the pairs held out."""
     kind, size = settings.condition, (model.resolution, model.resolution)
     named = settings.validation_pairs()
     if named:
-        return [Shown(prompt, kind, named_map(path, settings, size)) for path, prompt in named]
-    return [Shown(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
+        return [PreviewMap(prompt, kind, read_named_map(path, settings, size)) for path, prompt in named]
+    return [PreviewMap(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
 
 
 class Previews:
     """Draws by maps, beside the maps and what is found in the drawn images."""
 
-    def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[Shown]) -> None:
+    def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[PreviewMap]) -> None:
         self.model, self.training, self.shown = model, training, shown
         encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
 
@@ -342,7 +350,7 @@ def write_record(
     write_json(run / FILE, record)
 
 
-def _line(one: Obedience) -> str:
+def _line(one: HeldOutFidelity) -> str:
     import json
 
     return json.dumps(asdict(one)) + "\n"

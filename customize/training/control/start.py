@@ -9,7 +9,7 @@ from typing import Any
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, progress
 from backbone.io.run_folder import absolute
-from customize.control_settings import resolved, usual_folder
+from customize.control_settings import resolve_settings, usual_folder
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -21,7 +21,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         if not asked.get(name):
             raise UserError(f"Say {example}: images with their maps, and of which kind these are.")
     kept = as_kept(asked)
-    wanted = resolved(kept, {})
+    wanted = resolve_settings(kept, {})
     refuse_idle(wanted, kept)
     require_packages(wanted)
     for path in wanted.validation_image:

@@ -32,10 +32,10 @@ def card(settings: Settings, model: Backbone) -> str:
         *([f"base_model: {place}"] if HUB_ID.fullmatch(place) and not Path(place).exists() else []),
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"instance_prompt: {quoted(prompt)}",
+        f"instance_prompt: {quote_yaml(prompt)}",
         f"tags: [{', '.join(tags)}]",
         "widget:",
-        f"- text: {quoted(prompt)}",
+        f"- text: {quote_yaml(prompt)}",
         "  output:",
         "    url: sheet.png",
         "---",
@@ -89,7 +89,7 @@ def push(run: Path, repository: str) -> str:
     return str(made)
 
 
-def quoted(text: str) -> str:
+def quote_yaml(text: str) -> str:
     """A text as YAML's double-quoted scalar."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
@@ -106,7 +106,7 @@ def readme(
         f"# {settings.called()}",
         "",
         f"A concept learned by `customize train` from `{settings.images}` on `{settings.model}`: "
-        f"{described(settings)}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
+        f"{describe_training(settings)}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
         f"({seconds['all']:.0f} s in all).",
         "",
         f"Write `{settings.token}` in a prompt; the model reads “{settings.token_words}”. Trained on “{instance}”."
@@ -132,7 +132,7 @@ def readme(
     return "\n".join(lines)
 
 
-def described(settings: Settings) -> str:
+def describe_training(settings: Settings) -> str:
     """What was trained, in a phrase."""
     if settings.pairs and settings.method == "full":
         return "all of the denoiser's weights"

@@ -13,7 +13,7 @@ from backbone.adapters.concept import BEST
 from backbone.io.console import notify_once
 from backbone.io.files import read_jsonl
 from backbone.io.report import (
-    command,
+    command_block,
     heading,
     image_figure,
     image_row,
@@ -28,7 +28,7 @@ from customize.evaluation.edits import EditMetrics
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics
 from customize.evaluation.survival import Survival
 from customize.settings import Settings, as_flags
-from customize.training.reporting.card import described
+from customize.training.reporting.card import describe_training
 
 REPORT = "report.html"
 STRIPS = "evaluations"
@@ -36,8 +36,8 @@ PREVIEWS = "previews"
 RENEW_SECONDS = 15
 RULE = (
     "The best checkpoint is the latest one that none beats by more than the noise in its rating: the harmonic mean of "
-    "how far the likeness has come, from where it started to that of the subject's pictures among themselves, and of "
-    "how much obedience to prompts is left."
+    "how far subject fidelity has come, from where it started to that of the subject's pictures among themselves, and "
+    "of how much prompt fidelity is left."
 )
 
 
@@ -46,7 +46,7 @@ class RunReport:
     """The report of a run folder.
 
     subject   some of the subject's own images
-    likeness  name of the image similarity: CLIP-I or DINO
+    similarity  name of the image similarity: CLIP-I or DINO
     ceiling   mean similarity between the subject's own images
     history   the evaluations so far
     samples   what the model drew last, with captions
@@ -56,7 +56,7 @@ class RunReport:
     run: Path
     settings: Settings
     subject: Sequence[Image]
-    likeness: str = "CLIP-I"
+    similarity: str = "CLIP-I"
     ceiling: float | None = None
     history: Sequence[ConceptMetrics] = ()
     samples: Sequence[tuple[Image, str]] = field(default=())
@@ -85,16 +85,18 @@ class RunReport:
         )
         step = max([figures.step for figures in self.history], default=self.settings.steps)
         survived = [] if self.survival is None else [paragraph(self.survival.sentence())]
-        self._write([paragraph(why), command(shlex.join(call)), *weights, *survived], step, best=best)
+        self._write([paragraph(why), command_block(shlex.join(call)), *weights, *survived], step, best=best)
 
     def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
         settings = self.settings
-        title = f"{settings.called()}: {described(settings)} on {settings.model}, {settings.steps} steps"
+        title = (
+            f"{settings.called()}: {describe_training(settings)} on {settings.model}, {settings.steps} steps"
+        )
         parts = [*status, *self._pictures(step), *self._curves(best), *self._along(step)]
         write_report(
             self.run / REPORT,
             title,
-            [*parts, heading("Again"), command(as_flags(settings, self.run))],
+            [*parts, heading("Again"), command_block(as_flags(settings, self.run))],
             renew=renew,
         )
 
@@ -128,19 +130,19 @@ class RunReport:
         noun, called = self.settings.class_noun, self.settings.called()
         return {
             "subject_fidelity": (
-                f"{self.likeness}: likeness with the subject",
+                f"{self.similarity}: subject fidelity",
                 f"How alike pictures of “{called}” and yours are; 1 is the same picture. It should rise towards the "
-                "dashed line, the likeness of your pictures among themselves.",
+                "dashed line, the similarity of your images among themselves.",
             ),
             "prompt_fidelity": (
-                "CLIP-T: obedience to prompts",
+                "CLIP-T: prompt fidelity",
                 f"How well the same pictures fit their prompts with “{noun}” in the token's place. The scorer knows "
                 f"the class and not your subject, so this falls as the pictures come to show yours rather than any "
-                f"{noun}; that alone is no fault. Where it goes on falling and the likeness no longer rises, prompts "
-                "are no longer obeyed: take an earlier step.",
+                f"{noun}; that alone is no fault. Where it goes on falling and subject fidelity no longer rises, "
+                "prompts are no longer followed: take an earlier step.",
             ),
             "prior_preservation": (
-                "PRES (lower is better): likeness of the class with the subject",
+                "PRES (lower is better): similarity of the class to the subject",
                 f"How alike pictures of a plain “{noun}” are to yours. A rise means that every {noun} comes to look "
                 "like the subject.",
             ),
@@ -153,7 +155,10 @@ class RunReport:
                 "The denoising error of your pictures at the same noise each time. It falls as they are learned, and "
                 "says little about new pictures.",
             ),
-            "rating": ("Rating", "Likeness gained and obedience kept, in one number; dashed: the best step."),
+            "rating": (
+                "Rating",
+                "Subject fidelity gained and prompt fidelity kept, in one number; dashed: the best step.",
+            ),
         }
 
     def _along(self, step: int) -> list[str]:
@@ -178,7 +183,7 @@ class RunReport:
         return parts
 
 
-def smoothed(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
+def smooth_points(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
     """The mean of each `window` points, at their last x."""
     groups = [points[first : first + window] for first in range(0, len(points), window)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
@@ -219,7 +224,7 @@ class EditReport:
                 )
             ]
         )
-        self._write([paragraph(why), command(shlex.join(call)), *said], best=best)
+        self._write([paragraph(why), command_block(shlex.join(call)), *said], best=best)
 
     def _write(self, status: Sequence[str], *, best: int | None = None, renew: int = 0) -> None:
         settings, history = self.settings, self.history
@@ -239,8 +244,10 @@ class EditReport:
             ]
             titles = [title.split(":")[0] for title, _ in EDIT_FIGURES.values()]
             parts += [heading("Evaluations"), table(("step", *titles), rows)]
-        title = f"Edits by instruction: {described(settings)} on {settings.model}, {settings.steps} steps"
-        again = [heading("Again"), command(as_flags(settings, self.run))]
+        title = (
+            f"Edits by instruction: {describe_training(settings)} on {settings.model}, {settings.steps} steps"
+        )
+        again = [heading("Again"), command_block(as_flags(settings, self.run))]
         write_report(self.run / REPORT, title, [*parts, *again], renew=renew)
 
 
@@ -266,6 +273,6 @@ def loss_plot(run: Path) -> str:
     """The training loss of a run's log."""
     log = read_jsonl(run / LOG, LoggedLoss) if (run / LOG).exists() else []
     width = max(1, min(20, len(log) // 10))
-    losses = smoothed([(line.step, line.loss) for line in log], window=width)
+    losses = smooth_points([(line.step, line.loss) for line in log], window=width)
     note = "Its ups and downs are mostly chance: every step draws noise levels of its own."
     return line_plot(f"Training loss, mean of {width}", {"": losses}, note=note)

@@ -20,12 +20,12 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
-from backbone.models.few_step.model import Drawing, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from backbone.training.models import open_model
 from backbone.training.run import drive
-from customize.data.prepared import stored_images
+from customize.data.prepared import read_stored_images
 from customize.objectives.transfer import ClassAnswers, SubjectAnswers, Transfer, draw_class, draw_subject
 from customize.settings import FILE, SHEET, Settings, read_settings
 from customize.training.evaluation import Previews
@@ -49,7 +49,7 @@ def transfer_run(asked: TransferOptions) -> Path:
     drawing = usual_drawing(few)
     rate = OF_THE_RUN * settings.learning_rate if asked.learning_rate is None else asked.learning_rate
     asked, out = replace(asked, learning_rate=rate, out=asked.folder), asked.folder
-    moved = replace(carry_over(concept, base, few), model=named_from_anywhere(asked.to))
+    moved = replace(carry_over(concept, base, few), model=absolute_model(asked.to))
     own = settings_of(settings, asked, moved, drawing)
     with hold_folder(out) if asked.resume else processes.hold_new_run(out):
         begin(out, asked, own)
@@ -60,7 +60,9 @@ def transfer_run(asked: TransferOptions) -> Path:
         return finish(out, fit, own, moved, asked, seconds=time.perf_counter() - began)
 
 
-def settings_of(settings: Settings, asked: TransferOptions, moved: Concept, drawing: Drawing) -> Settings:
+def settings_of(
+    settings: Settings, asked: TransferOptions, moved: Concept, drawing: SamplingDefaults
+) -> Settings:
     """The settings of the new run, which are its base run's but for the model, the fit and how it is drawn with."""
     return replace(
         settings,
@@ -118,7 +120,7 @@ def prepare_fit(
     prior: ClassAnswers = draw_class(few, others, drawing, asked.seed)
     few.free("denoiser")
     load_concepts(base, [concept])
-    usual = Drawing(settings.sample_steps, settings.guidance)
+    usual = SamplingDefaults(settings.sample_steps, settings.guidance)
     answers: SubjectAnswers = draw_subject(base, subject, usual, asked.seed)
     base.free("denoiser", "autoencoder", "text_encoder")
     load_concepts(few, [replace(moved, folder=concept.folder)])
@@ -168,7 +170,7 @@ def finish(
     replace(moved, **files).write(out)
     side = fit.model.resolution
     shown: list[Image] = [
-        crop_square(image.open(), side) for image in list(stored_images(own.images))[:SHOWN]
+        crop_square(image.open(), side) for image in list(read_stored_images(own.images))[:SHOWN]
     ]
     previews = Previews(fit.model, own, moved)
     previews.save(out / SHEET, count=SHOWN, subject=shown)
@@ -196,7 +198,7 @@ def describe(own: Settings, asked: TransferOptions) -> Sequence[str]:
     ]
 
 
-def named_from_anywhere(model: str) -> str:
+def absolute_model(model: str) -> str:
     """A model's name, absolute where it is a folder on this machine."""
     place = Path(model).expanduser()
     return str(place.absolute()) if place.is_dir() else model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from edit.attention.alignment import Alignment, steps_inside, token_weights, token_windows
-from edit.attention.control import Control, Cross, SelfAttention, cross_of
+from edit.attention.control import AttentionControl, Cross, SelfAttention, cross_of
 from edit.methods.prompt_to_prompt.regions import only_colours
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
@@ -28,7 +28,7 @@ class ControlPlan:
     controlled: Sequence[tuple[bool, ...]]
     features: Sequence[bool]
 
-    def apply(self, control: Control, step: int) -> None:
+    def apply(self, control: AttentionControl, step: int) -> None:
         """Sets what the processors read at a step."""
         control.cross = self.cross[step]
         control.controlled_targets = self.controlled[step]

@@ -27,7 +27,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
-from edit.attention.control import Control, Maps
+from edit.attention.control import AttentionControl, Maps
 from edit.attention.install import control_attention
 from edit.attention.separate import features_of
 from edit.inversion.inversion import Inversion
@@ -36,7 +36,7 @@ from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
 from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.result import Result
-from edit.sampling import Frames, SourceAndTargets, select
+from edit.sampling import KeptEstimates, SourceAndTargets, select
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def replace(
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     # Where the targets may differ, as far as that is known before the first step
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
-    trajectory, kept = [now], Frames(first, steps, settings.frames)
+    trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
         controlling.enter_context(control_attention(model.denoiser, control, attention))
         for step in range(first, steps):
@@ -167,12 +167,12 @@ def _last_step_with_source(
     return max(plan.last_step(), read_once)
 
 
-def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> Control:
+def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> AttentionControl:
     """Attention control before the first step, of the layers that `attention` has."""
     maps = None
     if regions.columns is not None:
         maps = Maps(send(regions.columns, regions.device), regions.size, most=attention.max_map_queries)
-    return Control(
+    return AttentionControl(
         regions.count,
         self_tokens=attention.max_map_queries,
         layers=attention.detail_layers if settings.layers == "late" else ("",),

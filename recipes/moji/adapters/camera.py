@@ -25,6 +25,7 @@ import typer
 from torch import Tensor, nn
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
@@ -46,7 +47,7 @@ from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
 from recipes.moji.training.run import TRAINING, fill, read_trained
 
 NAMED, MOVING = 0.5, 0.3  # shares of the clips whose camera has a word, and in which a thing moves too
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,10 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
@@ -54,11 +54,11 @@ from backbone.world.maps import draw_maps, draw_sketch, look_at, sample_hand
 from backbone.world.rendering.record import load_labels
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
-from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolved
-from customize.evaluation.obedience import HeldOut
+from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolve_settings
+from customize.evaluation.condition_fidelity import HeldOutMaps
 from customize.objectives.control import ControlTraining
 from customize.objectives.control_networks import make_network
-from customize.training.control.run import Previews, Shown, Validation
+from customize.training.control.run import PreviewMap, Previews, Validation
 
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 SHARD = 500  # scenes in a file
@@ -67,7 +67,7 @@ SHOWN = 2  # of each kind in previews
 NAME = "world"  # of the exported network's folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WHAT, TRAINING, OUTPUT = "What is learned", "Training", "Output"
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +308,7 @@ def within(minutes: float, validation: Validation) -> Callable[[int], str]:
 
 def as_run(settings: TrainSettings) -> ControlSettings:
     """The settings of the run, as `customize train-control` has them."""
-    return resolved(
+    return resolve_settings(
         {
             "images": str(settings.workdir),
             "condition": settings.kinds[0],
@@ -326,17 +326,17 @@ def as_run(settings: TrainSettings) -> ControlSettings:
     )
 
 
-def held_out(model: Backbone, data: WorldData) -> HeldOut:
+def held_out(model: Backbone, data: WorldData) -> HeldOutMaps:
     """Scenes held out, each under a map of one kind, all kinds equally often."""
     rows = torch.arange(len(data))
     maps = torch.stack([data.map(int(row), data.kinds[int(row) % len(data.kinds)]) for row in rows])
-    return HeldOut(data.mean.float(), maps, data.conditions[rows].to(model.device))
+    return HeldOutMaps(data.mean.float(), maps, data.conditions[rows].to(model.device))
 
 
-def shown_of(data: WorldData) -> list[Shown]:
+def shown_of(data: WorldData) -> list[PreviewMap]:
     """What previews draw by: some held-out scenes of every kind."""
     return [
-        Shown(data.said[row % len(data)], kind, data.map(row % len(data), kind))
+        PreviewMap(data.said[row % len(data)], kind, data.map(row % len(data), kind))
         for number, kind in enumerate(data.kinds)
         for row in range(number * SHOWN, (number + 1) * SHOWN)
     ]

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.adapters.concept import checkpoint, read_concept
+from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, progress, run_app
@@ -53,7 +54,7 @@ Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1
 TOLD = ("model", "steps", "batch", "rank", "learning_rate", "held_out", "device")  # to `customize train`
 
 
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import denoising_score_matching
@@ -61,7 +62,7 @@ cross-attention and the text encoder (`{lora}`), by which words of motion are he
 Trained on clips of `backbone/world/clip.py`: 14 motions and 8 movements of the camera, three paraphrases each.
 Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ import typer
 from torch import Tensor, nn
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
@@ -56,7 +57,7 @@ Trained on clips of `backbone/world/clip.py`, as latents. diffusers' own pipelin
 `moji`'s have more, so it is drawn with `customize clip --sparsectrl`.
 Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

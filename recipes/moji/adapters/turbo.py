@@ -26,6 +26,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora, use_adapters
+from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, add_noise, generator, guide
@@ -49,7 +50,7 @@ A LoRA on `{base}` that makes a latent consistency model of it: 4 steps, no guid
 `recipes/moji/adapters/turbo.py`. Apache-2.0; the glyphs that `moji` draws are Noto Color Emoji by Google, SIL Open Font
 License 1.1.
 """
-app = typer.Typer(add_completion=False)
+app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)

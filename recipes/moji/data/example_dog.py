@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.commands import run_main
 from backbone.io.files import write_text
 from backbone.media.sheet import save_png
 from backbone.world.concepts import FIRST_SEED, concept_scenes
@@ -34,8 +35,8 @@ def prompts() -> list[str]:
 
 
 def main(
-    out: Annotated[Path, typer.Option()] = Path("customize/examples"),
-    extras: Annotated[Path, typer.Option()] = Path("backbone/examples"),
+    out: Annotated[Path, typer.Option(help="Where the images of the dog go.")] = Path("customize/examples"),
+    extras: Annotated[Path, typer.Option(help="Where the scenes to edit go.")] = Path("backbone/examples"),
 ) -> None:
     """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
     for number, scene in enumerate(concept_scenes("poodle", first_seed=FIRST_SEED), start=1):
@@ -48,4 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from backbone.cli.commands import run_main
 from backbone.media.sheet import save_png
 from backbone.world.rendering.render import render
 from backbone.world.scene import BENCHMARK_SEEDS, sample_scene
@@ -17,7 +18,7 @@ from backbone.world.scene import BENCHMARK_SEEDS, sample_scene
 
 def main(
     count: Annotated[int, typer.Option(help="How many scenes.")] = 16,
-    out: Annotated[Path, typer.Option()] = Path("tests/fixtures/scenes"),
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tests/fixtures/scenes"),
 ) -> None:
     """Renders the last scenes of the benchmark's seeds; the caption is in each file's text."""
     for seed in BENCHMARK_SEEDS[-count:]:
@@ -26,4 +27,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

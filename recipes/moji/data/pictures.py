@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from backbone.cli.commands import run_main
 from backbone.world.rendering.render import find_font, render, to_array
 from backbone.world.rendering.textures import Pixels, draw_texture
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
@@ -75,4 +76,4 @@ def load_captions(workdir: Path) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

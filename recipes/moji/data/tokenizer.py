@@ -23,6 +23,7 @@ import typer
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from backbone.cli.commands import run_main
 from backbone.world.scene import sample_scene
 from backbone.world.words import load_vocabulary, pluralize
 
@@ -33,7 +34,7 @@ RARE = 256
 def main(
     captions: Annotated[int, typer.Option(help="How many scenes' captions to learn from.")] = 20_000,
     merges: Annotated[int, typer.Option(help="Byte pairs to merge.")] = 2_800,
-    workdir: Annotated[Path, typer.Option()] = Path("build/moji"),
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes `tokenizer/` in the work directory: tokenizer.json, and vocab.json with merges.txt for older tools."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -138,4 +139,4 @@ winter summer spring autumn animal dog cat bird fish horse toy car truck boat sh
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

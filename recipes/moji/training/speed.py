@@ -26,11 +26,12 @@ import torch
 import typer
 from torch import Tensor
 
+from backbone.cli.commands import run_main
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator, vp
 from backbone.distributed.processes import average_in_place
 from backbone.distributed.spawn import run_workers
-from backbone.io.console import progress, run_app
+from backbone.io.console import progress
 from backbone.io.files import write_text
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import Update, train
@@ -198,4 +199,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2])
     else:
-        run_app(lambda: typer.run(main))
+        run_main(main)

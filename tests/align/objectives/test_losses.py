@@ -23,7 +23,7 @@ from align.objectives.losses import (
     safeguard,
     scaled_gradient,
     sft,
-    smoothed,
+    smooth_labels,
     with_sft,
 )
 
@@ -226,7 +226,7 @@ def test_hand_worked_values(loss: Callable[[PairErrors, float], Tensor], value: 
 
 
 def test_hand_worked_values_of_ties_and_smoothing() -> None:
-    half, most = torch.tensor([0.5]), smoothed(torch.tensor([1.0]), 0.1)
+    half, most = torch.tensor([0.5]), smooth_labels(torch.tensor([1.0]), 0.1)
     assert float(most) == pytest.approx(0.9)
     assert float(dpo(errors(*HAND), 40.0, half)) == pytest.approx(1.1269280, abs=1e-6)  # (0.1269 + 2.1269)/2
     assert float(dpo(errors(*HAND), 40.0, most)) == pytest.approx(0.3269280, abs=1e-6)  # .9·.1269 + .1·2.1269
@@ -282,4 +282,4 @@ def test_the_winners_error_joins_with_its_weight() -> None:
 
 def test_impossible_smoothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"between 0 and 0\.5"):
-        smoothed(torch.ones(1), 0.7)
+        smooth_labels(torch.ones(1), 0.7)

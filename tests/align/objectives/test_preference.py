@@ -31,7 +31,7 @@ from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
 from align.objectives.reference import CachedReference, open_cached_reference, reference_path
 from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences, split_held_out, to_singles
-from align.settings import Settings, as_command, resolved
+from align.settings import Settings, as_command, resolve_settings
 from backbone.adapters.lora import load_lora, use_adapters
 from backbone.cli.options import fields_of
 from backbone.diffusion.noise import generator
@@ -315,7 +315,7 @@ def told_apart(ready: PreferenceData) -> PreferenceData:
 def test_training_learns_the_preference(tiny_folder: Path, pairs_file: Path, loss: str) -> None:
     """Of held-out prompts, at draws that training never visits."""
     asked = settings(
-        loss=loss, steps=30, batch=4, draws=16, reference={"dspo": "live"}.get(loss, "bank"),
+        loss=loss, steps=30, batch=4, draws=16, reference={"dspo": "live"}.get(loss, "cached"),
         beta=20.0 if loss in ("ipo", "kto") else 2000.0,  # these two have an aim, which a large β makes small
         learning_rate=1e-2, mapo_weight=1.0, evaluation_draws=8, prompt_dropout=0.0, lora_layers="all",
     )  # fmt: skip
@@ -418,9 +418,9 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
 def test_the_bank_trains_as_the_live_reference_does(
     tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
 ) -> None:
-    changes = {"steps": 8, "draws": 2}  # every draw comes twice, once from the bank
+    changes = {"steps": 8, "draws": 2}  # every draw comes twice, once from the cache
     live = trained(training(tiny_folder, pairs_file, reference="live", **changes))
-    banked = trained(training(tiny_folder, pairs_file, reference="bank", **changes))
+    banked = trained(training(tiny_folder, pairs_file, reference="cached", **changes))
     for name, value in weights(live).items():
         torch.testing.assert_close(banked.parameters[name].detach(), value, atol=2e-4, rtol=0)
     assert isinstance(banked.reference, CachedReference)
@@ -432,7 +432,7 @@ def test_a_full_run_s_bank_trains_as_a_frozen_copy_does(
 ) -> None:
     changes = {"full": True, "steps": 8, "draws": 2, "learning_rate": 1e-4}
     copied = trained(training(tiny_folder, pairs_file, reference="copy", **changes))
-    banked = trained(training(tiny_folder, pairs_file, reference="bank", **changes))
+    banked = trained(training(tiny_folder, pairs_file, reference="cached", **changes))
     for name, value in weights(copied).items():
         torch.testing.assert_close(banked.parameters[name].detach(), value, atol=1e-5, rtol=0)
 
@@ -517,7 +517,7 @@ def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
     below.write(tmp_path, {})
     model = opened(tiny_folder)
     load_lora(tmp_path / "pytorch_lora_weights.safetensors", model.denoiser, "concept_0")
-    asked = settings(reference="live")  # the bank is known by the concepts' files, and here is none
+    asked = settings(reference="live")  # the cache is known by the concepts' files, and here is none
     run = PreferenceTraining(model, data(model, pairs_file, asked), asked, base=["concept_0"])
     with torch.no_grad():
         (first,) = run.losses(1)
@@ -632,27 +632,30 @@ def test_the_repeating_command_names_what_was_chosen() -> None:
 def test_what_works_with_a_model_serves_where_nothing_was_asked() -> None:
     own = {"beta": 700.0, "learning_rate": 1e-3, "loss_weighting": "debiased", "safeguard": 0.5}
     usual = {"rank": 8, "align": own}
-    plain = resolved({"pairs": "p"}, usual)
+    plain = resolve_settings({"pairs": "p"}, usual)
     assert (plain.rank, plain.beta, plain.learning_rate) == (8, 700.0, 1e-3)
     assert (plain.loss_weighting, plain.safeguard) == ("debiased", 0.5)
-    assert resolved({"pairs": "p", "safeguard": -1.0}, usual).safeguard < 0
-    assert resolved({"pairs": "p", "loss": "kto"}, usual).safeguard < 0  # which knows no pairs
-    asked = resolved({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
+    assert resolve_settings({"pairs": "p", "safeguard": -1.0}, usual).safeguard < 0
+    assert resolve_settings({"pairs": "p", "loss": "kto"}, usual).safeguard < 0  # which knows no pairs
+    asked = resolve_settings({"pairs": "p", "beta": 50.0, "loss_weighting": "none"}, usual)
     assert (asked.beta, asked.loss_weighting) == (50.0, "none")
-    assert resolved({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
-    assert resolved({"pairs": "p", "loss": "ipo"}, usual).beta == 200.0
+    assert resolve_settings({"pairs": "p", "loss": "mapo"}, usual).beta == 500.0  # whose scale is another
+    assert resolve_settings({"pairs": "p", "loss": "ipo"}, usual).beta == 200.0
 
 
 def test_the_embedded_model_says_how_it_is_aligned() -> None:
     usual = Backbone.open("moji").defaults
     assert usual["align"] == DEFAULTS["align"]
-    found = resolved({"pairs": "p"}, usual)
+    found = resolve_settings({"pairs": "p"}, usual)
     for name, value in usual["align"].items():
         assert getattr(found, name) == value and fields_of(Settings)[name].option.by_model
     assert usual["draft"] == DEFAULTS["draft"]
-    found = resolved({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
+    found = resolve_settings({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
     assert all(getattr(found, name) == value for name, value in usual["draft"].items())
     assert "--reward-steps 5" in as_command(found, Path("out"))
     assert (
-        resolved({"pairs": "", "loss": "ddpo", "online": "moji", "prompts": "p.txt"}, usual).reward_steps == 1
+        resolve_settings(
+            {"pairs": "", "loss": "ddpo", "online": "moji", "prompts": "p.txt"}, usual
+        ).reward_steps
+        == 1
     )

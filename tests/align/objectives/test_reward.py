@@ -15,13 +15,13 @@ from align.collect.scorers import refuse_not_differentiable
 from align.objectives.ddpo import (
     PolicyGradients,
     advantages,
-    clipped,
+    ancestral_std,
+    clipped_loss,
     is_random,
     log_probability,
-    spread,
     stochastic_walk,
 )
-from align.objectives.draft import RewardGradients, embedded
+from align.objectives.draft import RewardGradients, embed_pictures
 from align.settings import Settings
 from backbone.diffusion.noise import Estimate, Level, generator, ve
 from backbone.diffusion.samplers import ancestral, ancestral_step
@@ -92,7 +92,7 @@ def test_the_log_probability_is_the_normal_density_s_up_to_its_constant() -> Non
     noisy = torch.randn(2, 4, 3, 3, generator=generator(2))
     estimate = denoise(noisy, here)
     mean = ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy))
-    normal = torch.distributions.Normal(mean, spread(here, there))
+    normal = torch.distributions.Normal(mean, ancestral_std(here, there))
     points = [torch.randn(noisy.shape, generator=generator(3, k)) for k in range(2)]
     ours = [log_probability(point, noisy, estimate, here, there) for point in points]
     theirs = [normal.log_prob(point).flatten(1).mean(1) for point in points]
@@ -101,14 +101,14 @@ def test_the_log_probability_is_the_normal_density_s_up_to_its_constant() -> Non
 
 def test_the_spread_is_that_of_the_posterior() -> None:
     """On VE from σ to σ': up² = σ'²(σ² − σ'²)/σ²: from 2 to 1, √0.75."""
-    assert spread(ve(torch.tensor(2.0)), ve(torch.tensor(1.0))) == pytest.approx(math.sqrt(0.75))
-    assert spread(ve(torch.tensor(2.0)), ve(torch.tensor(0.0))) == 0.0
+    assert ancestral_std(ve(torch.tensor(2.0)), ve(torch.tensor(1.0))) == pytest.approx(math.sqrt(0.75))
+    assert ancestral_std(ve(torch.tensor(2.0)), ve(torch.tensor(0.0))) == 0.0
 
 
 def test_hand_worked_values_of_the_clipped_loss() -> None:
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0])
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    assert clipped(ratio, advantage, 0.2).tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8, -2.0])
+    assert clipped_loss(ratio, advantage, 0.2).tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8, -2.0])
 
 
 def test_advantages_are_within_a_prompt_and_of_unit_deviation() -> None:
@@ -189,5 +189,5 @@ def test_a_scorer_sees_tensors_as_it_sees_pictures() -> None:
         0, 255, (scorer.crop_size, scorer.crop_size, 3), dtype=np.uint8
     )
     image = Image.fromarray(pixels)
-    ours = embedded(scorer, to_tensor(image)[None])
+    ours = embed_pictures(scorer, to_tensor(image)[None])
     torch.testing.assert_close(ours, scorer.embed_images([image]), atol=1e-5, rtol=1e-4)

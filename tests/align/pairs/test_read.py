@@ -15,7 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align.pairs.choices import CHOICES, Choice, Undo, append_entry, measure_consistency, read_choices, replay
+from align.pairs.choices import (
+    CHOICES,
+    Choice,
+    Undo,
+    append_entry,
+    measure_consistency,
+    read_choices,
+    standing_choices,
+)
 from align.pairs.export import write_jsonl as export_lines
 from align.pairs.export import write_parquet
 from align.pairs.read import read_preferences
@@ -442,11 +450,11 @@ def test_what_was_taken_back_does_not_count() -> None:
         Undo(1),
         choice(2, "y", "right"),
     ]
-    assert [(c.pair, c.verdict) for c in replay(entries)] == [("x", "left"), ("y", "right")]
+    assert [(c.pair, c.verdict) for c in standing_choices(entries)] == [("x", "left"), ("y", "right")]
 
 
 def test_of_two_answers_the_last_counts() -> None:
-    assert [c.verdict for c in replay([choice(0, "x", "left"), choice(1, "x", "tie")])] == ["tie"]
+    assert [c.verdict for c in standing_choices([choice(0, "x", "left"), choice(1, "x", "tie")])] == ["tie"]
 
 
 def test_consistency_looks_at_pictures_not_at_sides() -> None:
@@ -466,7 +474,7 @@ def test_each_person_s_answers_stand_beside_the_others() -> None:
     ann, bob = (replace(choice(number, "x", "left"), user=user) for number, user in enumerate(("ann", "bob")))
     again = replace(choice(2, "x", "right"), user="bob")
     hidden = replace(choice(3, "x", "left", repeat=True), user="ann")
-    standing = replay([ann, bob, again, hidden])
+    standing = standing_choices([ann, bob, again, hidden])
     assert [(c.user, c.verdict) for c in standing] == [("ann", "left"), ("bob", "right"), ("ann", "left")]
     assert measure_consistency(standing).agreed == measure_consistency(standing).repeats == 1
 
@@ -477,7 +485,7 @@ def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: len(whole) // 2])
     append_entry(path, choice(1, "y", "right"))
-    assert [c.pair for c in replay(read_choices(path))] == ["x", "y"]
+    assert [c.pair for c in standing_choices(read_choices(path))] == ["x", "y"]
 
 
 def test_a_repeat_is_not_a_second_pair(tmp_path: Path) -> None:

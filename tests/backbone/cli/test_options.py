@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import typer
+import typer.main
 from typer.testing import CliRunner
 
 import align.cli
@@ -20,13 +21,15 @@ import align.settings
 import customize.cli
 import customize.settings
 import customize.training.start
+import edit.cli
 from backbone.cli.options import (
     Option,
     as_command,
     build,
     command,
-    converted,
+    convert_value,
     fields_of,
+    other_spellings,
     refuse_idle,
     settled_command,
     spellings,
@@ -210,7 +213,7 @@ def test_a_file_that_does_not_fit_is_answered_with_its_name_and_key(
 
 def test_a_home_is_found_where_no_shell_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert converted(fields_of(RunOptions)["out"], "~/runs/dog", "--out") == tmp_path / "runs" / "dog"
+    assert convert_value(fields_of(RunOptions)["out"], "~/runs/dog", "--out") == tmp_path / "runs" / "dog"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -315,7 +318,7 @@ def said_by(app: typer.Typer, line: str, monkeypatch: pytest.MonkeyPatch, module
         raise UserError("heard")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "resolved", remember)
+        patch.setattr(module, "resolve_settings", remember)
         done = CliRunner().invoke(app, shlex.split(line)[1:])
     assert isinstance(done.exception, UserError) and heard, done.output + str(done.exception)
     return heard[-1]
@@ -327,11 +330,11 @@ def test_the_repeating_command_of_customize_gives_the_same_settings(
 ) -> None:
     words = {} if asked.get("method") == "pivotal" else {"token_words": "fgh"}
     named = {**DOG, "token_words": "", **words}
-    wanted = customize.settings.resolved({**named, **asked}, USUAL)
+    wanted = customize.settings.resolve_settings({**named, **asked}, USUAL)
     line = customize.settings.as_flags(wanted, Path("runs/x"))
     heard = said_by(customize.cli.app, line, monkeypatch, customize.training.start)
     subjects = {"images": wanted.images, "token": wanted.token, "class_noun": "dog", **words}
-    assert customize.settings.resolved({**heard, **subjects}, USUAL) == wanted
+    assert customize.settings.resolve_settings({**heard, **subjects}, USUAL) == wanted
     for part in ("--images 'my dog'", "--token '[V]'", "--class dog", "--out runs/x"):
         assert part in line
 
@@ -340,13 +343,13 @@ def test_the_repeating_command_of_customize_gives_the_same_settings(
 def test_the_repeating_command_of_align_gives_the_same_settings(
     asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = align.settings.resolved(asked, USUAL)
+    wanted = align.settings.resolve_settings(asked, USUAL)
     line = align.settings.as_command(wanted, Path("runs/x"))
     from align.training import start
 
     heard = said_by(align.cli.app, line, monkeypatch, start)
-    assert align.settings.resolved(heard, USUAL) == wanted
-    assert align.settings.resolved(heard, {}) == wanted  # whatever is usual by then
+    assert align.settings.resolve_settings(heard, USUAL) == wanted
+    assert align.settings.resolve_settings(heard, {}) == wanted  # whatever is usual by then
 
 
 def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,10 +357,10 @@ def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: 
 
     path = tmp_path / "settings.json"
     for asked in ALIGN:
-        wanted = align.settings.resolved(asked, USUAL)
+        wanted = align.settings.resolve_settings(asked, USUAL)
         write_json(path, {"settings": wanted, "command": "align train", "versions": {}})
         heard = said_by(align.cli.app, f"align train --config {path}", monkeypatch, start)
-        assert align.settings.resolved(heard, {}) == wanted
+        assert align.settings.resolve_settings(heard, {}) == wanted
 
 
 # What has no effect -----------------------------------------------------------------------------------------------
@@ -384,7 +387,7 @@ def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: 
 )
 def test_customize_refuses_what_has_no_effect(asked: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
-        refuse_idle(customize.settings.resolved({**DOG, "token_words": "", **asked}, {}), asked)
+        refuse_idle(customize.settings.resolve_settings({**DOG, "token_words": "", **asked}, {}), asked)
 
 
 @pytest.mark.parametrize(
@@ -402,12 +405,12 @@ def test_customize_refuses_what_has_no_effect(asked: dict[str, Any], complaint: 
 )
 def test_align_refuses_what_has_no_effect(asked: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
-        refuse_idle(align.settings.resolved(asked, {}), asked)
+        refuse_idle(align.settings.resolve_settings(asked, {}), asked)
 
 
 def test_switching_a_thing_off_has_the_effect_that_was_asked_for() -> None:
     asked = {"method": "textual-inversion", "prior": "off", "lora_dropout": 0.0, "one_by_one": False}
-    found = customize.settings.resolved({**DOG, "token_words": "", **asked}, {})
+    found = customize.settings.resolve_settings({**DOG, "token_words": "", **asked}, {})
     refuse_idle(found, asked)
     assert found.prior == "off"
 
@@ -471,7 +474,10 @@ def test_the_spellings_of_diffusers_and_kohya_are_understood(
     flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = said_by(customize.cli.app, f"customize train {flags}", monkeypatch, customize.training.start)
-    assert customize.settings.resolved({**DOG, "token_words": "", **heard}, USUAL)
+    assert customize.settings.resolve_settings({**DOG, "token_words": "", **heard}, USUAL)
+
+
+PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
 
 
 def page() -> str:
@@ -487,6 +493,17 @@ def page() -> str:
             spellings("customize train", customize.settings.Settings, customize.settings.TrainOptions),
             spellings("customize train-control", ControlSettings, RunOptions),
             spellings("align train", align.settings.Settings, RunOptions),
+            "The other commands have these; a setting that is on is switched off with `--no-` before its name.",
+            "",
+            other_spellings(
+                {
+                    f"{program} {name}": one
+                    for program, app in PROGRAMS.items()
+                    for name, one in typer.main.get_group(app).commands.items()
+                    if f"{program} {name}"
+                    not in ("customize train", "customize train-control", "align train")
+                }
+            ),
         ]
     )
 
@@ -518,7 +535,7 @@ def test_help_of_train_answers_in_less_than_two_fifths_of_a_second(tmp_path: Pat
 
 
 def test_settings_may_be_changed_and_are_checked_again() -> None:
-    wanted = customize.settings.resolved(DOG, {})
+    wanted = customize.settings.resolve_settings(DOG, {})
     with pytest.raises(UserError, match="steps is 0"):
         replace(wanted, steps=0)
     assert as_command("x", replace(wanted, steps=3)).startswith("x --images 'my dog'")

@@ -12,7 +12,7 @@ from PIL import Image
 from backbone.io.report import (
     CHARACTER,
     STYLE,
-    command,
+    command_block,
     image_figure,
     image_row,
     line_plot,
@@ -76,7 +76,7 @@ def test_wide_things_scroll_in_themselves_and_never_the_page(tmp_path: Path) -> 
         plot_row([line_plot("t", {"a": [(0, 0.0), (1, 1.0)]}, note="what it says")]),
         image_figure(Image.new("RGB", (1200, 300)), "sheet"),
         image_row([(Image.new("RGB", (128, 128)), "a dog"), (Image.new("RGB", (1024, 512)), "")]),
-        command("customize train " + "x" * 300),
+        command_block("customize train " + "x" * 300),
         paragraph("a/very/long/path" * 40),
     ]
     write_report(tmp_path / "r.html", "t", parts)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.media.registration import Registration, register, undo, warp
+from backbone.media.registration import Registration, register_to_source, undo, warp
 
 DRIFTS = [(0.0, 0.0, 1.0), (1.37, -0.6, 1.0), (5.3, 2.1, 1.02), (-9.0, 6.5, 0.97), (12.0, 0.0, 1.05)]
 
@@ -47,7 +47,7 @@ def repainted(edited: Tensor) -> Tensor:
 @pytest.mark.parametrize("drift", DRIFTS)
 def test_a_drift_is_found_to_a_tenth_of_a_pixel_beside_an_edit(drift: tuple[float, float, float]) -> None:
     source = picture()
-    found = register(repainted(moved(source, drift)), source)
+    found = register_to_source(repainted(moved(source, drift)), source)
     assert found.shift == pytest.approx(drift[:2], abs=0.1)
     assert found.scale == pytest.approx(drift[2], abs=0.002)
 
@@ -55,7 +55,7 @@ def test_a_drift_is_found_to_a_tenth_of_a_pixel_beside_an_edit(drift: tuple[floa
 def test_what_is_undone_lies_over_the_source_again() -> None:
     source = picture()
     edited = moved(source, (2.4, -1.2, 1.01))
-    straight = undo(edited, register(edited, source))
+    straight = undo(edited, register_to_source(edited, source))
     inside = (slice(None), slice(8, -8), slice(8, -8))
     before, after = ((one[inside] - source[inside]).square().mean().sqrt() for one in (edited, straight))
     assert after < 0.02 < before / 5
@@ -63,7 +63,7 @@ def test_what_is_undone_lies_over_the_source_again() -> None:
 
 def test_a_picture_lies_exactly_over_itself() -> None:
     source = picture()
-    found = register(source, source)
+    found = register_to_source(source, source)
     assert found == Registration((0.0, 0.0), 1.0, 1.0)
     assert undo(source, found) is source
 
@@ -77,7 +77,7 @@ def test_where_a_picture_has_nothing_the_source_stands() -> None:
 
 @pytest.mark.parametrize("other", [torch.zeros(3, 80, 96), -picture(7)], ids=["even", "another"])
 def test_what_cannot_be_matched_is_left_where_it_is_or_agrees_better(other: Tensor) -> None:
-    found, source = register(other, picture()), picture()
+    found, source = register_to_source(other, picture()), picture()
     agreeing = (source - other).abs().amax(0) < 0.12
     assert found.share >= float(agreeing.double().mean())
 
@@ -93,5 +93,5 @@ def test_a_known_place_is_left_out_of_the_fit() -> None:
     changed = torch.zeros(80, 96)
     changed[5:75, 20:90] = 1
     edited = torch.where(changed.bool(), picture(5), edited)  # most of it is another picture
-    found = register(edited, source, changed=changed)
+    found = register_to_source(edited, source, changed=changed)
     assert found.shift == pytest.approx((1.5, 0.5), abs=0.1)

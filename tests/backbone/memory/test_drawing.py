@@ -15,7 +15,7 @@ from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_tensors
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
-from backbone.memory.drawing import DrawingEstimator, Drawn
+from backbone.memory.drawing import DrawingEstimator, DrawingWorkload
 from backbone.memory.planner import MemoryEstimator, MemorySettings
 from backbone.models.clips.motion import attach_motion, clip_of, detach_motion
 from backbone.models.control import open_control
@@ -47,8 +47,8 @@ def weights_alone(no_decoding: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryEstimator, "_count_forward", lambda *call: 0)
 
 
-def drawn(**more: object) -> Drawn:
-    return replace(Drawn(2, (8, 8), 4.0), **more)  # type: ignore[arg-type]
+def drawn(**more: object) -> DrawingWorkload:
+    return replace(DrawingWorkload(2, (8, 8), 4.0), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("no_decoding")

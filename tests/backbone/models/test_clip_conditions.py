@@ -15,7 +15,7 @@ from backbone.cli.conditions import AskedControl, parse_map
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.media.clips import encode_webp
-from backbone.media.control.maps import Target, read_maps
+from backbone.media.control.maps import MapTarget, read_maps
 from backbone.media.transforms import to_image
 from backbone.models.clips.motion import attach_motion
 from backbone.models.control import open_clip_conditions, open_control
@@ -141,4 +141,4 @@ def test_a_folder_an_animation_a_still_and_a_clip_to_look_at_give_a_map_a_frame(
 )
 def test_what_are_no_maps_of_these_frames_is_said(said: str, frames: int, answer: str, walk: Path) -> None:
     with pytest.raises(UserError, match=answer):
-        read_maps(parse_map(said.format(walk=walk)), Target((64, 64)), frames)
+        read_maps(parse_map(said.format(walk=walk)), MapTarget((64, 64)), frames)

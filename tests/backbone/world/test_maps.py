@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from backbone.world.maps import HandStyle, draw_by_hand, draw_labels, draw_maps, look_at, read_layers
+from backbone.world.maps import HandStyle, draw_by_hand, draw_labels, draw_maps, find_visible, look_at
 from backbone.world.rendering.record import GROUND, Part, Record, Stick, label_of, load_labels
 from backbone.world.rendering.render import SIZE, find_font, render
 from backbone.world.scene import Pose, Scene, sample_posed_scene, sample_scene
@@ -58,7 +58,7 @@ def test_every_noun_has_a_label_and_a_colour_of_its_own() -> None:
 
 
 def test_the_nearest_part_is_seen_and_the_ground_rises_to_the_viewer() -> None:
-    layers = read_layers(drawn_record())
+    layers = find_visible(drawn_record())
     names = np.array(list(load_labels()))[layers.labels]
     assert [names[y, x] for x, y in ((5, 10), (5, 120), (40, 50), (60, 70))] == [
         "sky",
@@ -73,7 +73,7 @@ def test_the_nearest_part_is_seen_and_the_ground_rises_to_the_viewer() -> None:
 
 
 def test_labels_survive_a_png() -> None:
-    image = draw_labels(read_layers(drawn_record()).labels)
+    image = draw_labels(find_visible(drawn_record()).labels)
     file = io.BytesIO()
     image.save(file, "PNG")
     again = Image.open(file)
@@ -84,7 +84,7 @@ def test_labels_survive_a_png() -> None:
 
 def test_lines_run_where_labels_meet() -> None:
     record = drawn_record()
-    layers = read_layers(record)
+    layers = find_visible(record)
     lines = np.asarray(draw_maps(layers)["lines"].convert("L")) > 0
     assert lines[63:65, 5].all() and not lines[60, 5] and not lines[68, 5]  # the horizon
     meets = layers.part[:, 1:] != layers.part[:, :-1]
@@ -106,7 +106,7 @@ def test_a_steady_hand_draws_the_outline_and_a_shaky_one_stays_near_it() -> None
 
 
 def test_a_stick_says_which_end_is_the_top_and_which_the_right() -> None:
-    pose = np.asarray(draw_maps(read_layers(drawn_record()))["pose"]).astype(int)
+    pose = np.asarray(draw_maps(find_visible(drawn_record()))["pose"]).astype(int)
     red = (pose[..., 0] > 150) & (pose[..., 1] < 120)
     green = (pose[..., 1] > 150) & (pose[..., 0] < 120)
     assert red[38:43, 46:55].sum() > 2 * red[78:83, 46:55].sum()  # a disc at the top

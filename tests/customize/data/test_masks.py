@@ -21,7 +21,7 @@ from backbone.models.model import Backbone, Posterior
 from backbone.world.rendering.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
-from customize.data.dataset import Group, prepare
+from customize.data.dataset import SubjectGroup, prepare
 from customize.data.masks import dilate, otsu, predict_mask, prediction_difference, save_masks
 from customize.settings import Settings, as_flags
 
@@ -97,7 +97,7 @@ def test_pictures_with_a_mask_file_keep_it(
     region[:2, :2] = 1
     seeing(tiny, region, monkeypatch)
     settings = Settings(images="", token="[V]", class_noun="dog", prior="off", mask="auto", flip=True)
-    groups = [Group(pictures, ["a rkh dog"] * len(pictures), "a dog")]
+    groups = [SubjectGroup(pictures, ["a rkh dog"] * len(pictures), "a dog")]
     found = prepare(tiny, groups, settings).masks
     assert found is not None and len(found) == 2 * len(pictures)
     assert torch.equal(found[0] > 0, found[len(pictures)].flip(-1) > 0)  # the file's, mirrored

@@ -17,7 +17,7 @@ from backbone.io.console import UserError
 from backbone.io.report import line_plot, table, write_report
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.evaluation.dreambench import compare_with_references, moji_prompts, read_prompts
+from customize.evaluation.dreambench import compare_with_references, moji_prompts, read_dreambench_prompts
 from customize.evaluation.metrics import (
     ConceptMetrics,
     EarlyStopping,
@@ -127,7 +127,7 @@ def test_the_likeness_of_pictures_among_themselves() -> None:
 def test_the_prompts_of_dreambooth_are_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts_and_classes.txt"
     path.write_text(FILE)
-    found = read_prompts(path)
+    found = read_dreambench_prompts(path)
     assert found.things == ("a {} in the jungle", "a cube shaped {}")
     assert found.living == ("a {} wearing a santa hat",)
     assert found.classes == {"backpack": "backpack", "dog6": "dog"}
@@ -138,7 +138,7 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text(text)
     with pytest.raises(UserError, match="google/dreambooth"):
-        read_prompts(path)
+        read_dreambench_prompts(path)
 
 
 def test_our_own_prompts_are_twenty_five_different_ones() -> None:

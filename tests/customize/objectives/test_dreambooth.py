@@ -25,7 +25,7 @@ from backbone.models.encode import View, encode_views
 from backbone.models.model import Backbone, Posterior
 from backbone.training.base_predictions import base_predictions, stratified_levels
 from backbone.training.run import take_steps
-from customize.data.dataset import Bucket, Group, TrainingData, prepare
+from customize.data.dataset import Bucket, SubjectGroup, TrainingData, prepare
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import Settings, as_flags
 
@@ -49,7 +49,7 @@ def settings(subject: Path, **changes: object) -> Settings:
 
 def dataset(model: Backbone, subject: Path, asked: Settings) -> TrainingData:
     pictures = list_images(subject)
-    return prepare(model, [Group(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+    return prepare(model, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
 
 
 def latents(model: Backbone, pictures: Sequence[ImageRecord]) -> Tensor:

@@ -23,10 +23,10 @@ from backbone.media.transforms import to_image, to_tensor
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.data.edit_pairs import hold_out, read_edit_pairs
-from customize.evaluation.edits import HeldOut, changed_place, measure_edits
+from customize.evaluation.edits import HeldOutEdits, changed_place, measure_edits
 from customize.formats.convert import import_adapter
 from customize.objectives.instruction_edits import draw_dropout
-from customize.settings import resolved
+from customize.settings import resolve_settings
 from edit.methods.instruct import instruct
 from edit.run.open import Opening, load_model
 from tests.backbone.media.test_registration import moved, picture
@@ -104,7 +104,7 @@ def test_edits_have_a_learning_rate_of_their_own() -> None:
         (words, moji, 1e-3),
         (words | {"pairs": ""}, moji, moji["learning_rate"]),
     ):
-        assert resolved(asked, usual).learning_rate == rate
+        assert resolve_settings(asked, usual).learning_rate == rate
 
 
 def test_its_adapter_alone_is_none_of_the_text_to_image_model(
@@ -204,7 +204,7 @@ def test_a_share_is_told_nothing_shown_nothing_or_both() -> None:
 def test_an_edit_is_rated_by_how_much_nearer_it_comes() -> None:
     source, target = picture(0), picture(0)
     target[:, 20:50, 30:70] = 0.9
-    held = HeldOut([source], [target], [()], ["x"])
+    held = HeldOutEdits([source], [target], [()], ["x"])
     assert measure_edits(0, held, [source], None).rating == 0
     half, spoiled = (source + target) / 2, target + 0.2 * torch.randn_like(target)
     assert measure_edits(0, held, [half], None).rating == pytest.approx(6.02, abs=0.1)

@@ -15,7 +15,7 @@ from backbone.media.duplicates import NEAR, perceptual_hash
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from customize.cli import app
-from customize.settings import Subject, read_settings, resolved
+from customize.settings import Subject, read_settings, resolve_settings
 from customize.training import preflight
 from customize.training.preflight import (
     estimate,
@@ -98,7 +98,7 @@ def test_every_fault_gets_its_warning_and_good_pictures_none(tmp_path: Path) -> 
 
 
 def test_memory_follows_from_shapes(tiny: Backbone) -> None:
-    settings = resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
+    settings = resolve_settings({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
     found = estimate(tiny, settings)
     network = UNet2DConditionModel.from_config(tiny.location.config("unet"))
     weights = 4 * sum(value.numel() for value in network.parameters())
@@ -111,7 +111,7 @@ def test_memory_follows_from_shapes(tiny: Backbone) -> None:
 
 def test_a_large_model_is_not_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SMALL_MODEL", 10)
-    settings = resolved({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
+    settings = resolve_settings({"images": "x", "token": "[V]", "class_noun": "dog"}, tiny.defaults)
     found = estimate(tiny, settings)
     assert found.step_seconds is None
     assert any("unknown" in sentence for sentence in found.sentences())

@@ -21,7 +21,7 @@ from backbone.training import prepared as folders
 from backbone.training.prepared import Cuts
 from backbone.training.run import take_steps
 from customize.cli import app
-from customize.data.dataset import Group, TrainingData, prepare
+from customize.data.dataset import SubjectGroup, TrainingData, prepare
 from customize.data.folders import read_images
 from customize.data.prepared import PreparedImages
 from customize.objectives.dreambooth import DreamBooth
@@ -43,7 +43,7 @@ def learned(folder: Path, source: Path, asked: Settings) -> dict[str, Tensor]:
     model = opened(folder)
     (pictures,) = read_images([Subject(str(source), "[V]", "dog")])
     prompts = [picture.caption or "a bcd dog" for picture in pictures]
-    data: TrainingData = prepare(model, [Group(pictures, prompts, "a dog", str(source))], asked)
+    data: TrainingData = prepare(model, [SubjectGroup(pictures, prompts, "a dog", str(source))], asked)
     training = DreamBooth(model, data, asked)
     for _ in take_steps(training):
         pass

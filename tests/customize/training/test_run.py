@@ -21,7 +21,7 @@ from backbone.media.sources import pictures
 from backbone.media.sources.decode import open_as
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
-from customize.settings import read_settings, resolved
+from customize.settings import read_settings, resolve_settings
 from customize.training.reporting.report import RunReport
 from tests.customize.evaluation.test_metrics import FILE
 from tests.tiny import tiny_eye, tiny_flux2_klein
@@ -104,9 +104,9 @@ def test_the_report_names_the_method_shows_the_subject_and_explains_its_curves(t
     assert subject.count('<img class="small" width="256" height="256"') == 3  # of 32 pixels
     assert drawn.count("<img") == len(read_json(trained.run / "settings.json")["settings"]["sheet_prompts"])
     for words in (
-        "CLIP-I: likeness",
-        "CLIP-T: obedience",
-        "PRES (lower is better): likeness",
+        "CLIP-I: subject fidelity",
+        "CLIP-T: prompt fidelity",
+        "PRES (lower is better): similarity",
         "DIV: diversity",
     ):
         assert words in page
@@ -130,7 +130,8 @@ def test_a_run_that_goes_on_has_a_page_that_renews_itself(trained: Trained, tmp_
 @pytest.mark.parametrize(("steps", "every"), [(50, 100), (250, 125), (400, 200), (5000, 500)])
 def test_a_run_that_is_long_enough_has_previews_by_itself(steps: int, every: int) -> None:
     assert (
-        resolved({"images": "", "token": "", "class_noun": "", "steps": steps}, {}).validation_steps == every
+        resolve_settings({"images": "", "token": "", "class_noun": "", "steps": steps}, {}).validation_steps
+        == every
     )
 
 

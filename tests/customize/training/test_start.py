@@ -19,7 +19,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
-from backbone.training.settings import find_resumed, said_anew
+from backbone.training.settings import changed_settings, find_resumed
 from customize.cli import app
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
@@ -238,7 +238,7 @@ def test_the_latest_checkpoint_is_the_run_folder_s(
     run = find_resumed(said, "customize train", None if usual is None else Path(usual))
     assert run == (None if found is None else Path(found))
     if run is not None and out is not None:
-        assert said_anew(saved, {}, said, run) == {}
+        assert changed_settings(saved, {}, said, run) == {}
 
 
 @pytest.mark.parametrize(
@@ -259,13 +259,13 @@ def test_a_checkpoint_that_is_not_there_is_said(
 
 def test_beside_resume_only_what_may_change_is_said_otherwise(saved: Settings) -> None:
     said, run = TrainOptions(resume=Path("runs/r1")), Path("runs/r1")
-    assert said_anew(saved, {"steps": 6}, said, run, allowed=("steps",)) == {"steps": 6}
+    assert changed_settings(saved, {"steps": 6}, said, run, allowed=("steps",)) == {"steps": 6}
     again = {"images": "dog", "instance_prompt": "a photo of sks dog", "token": "sks", "steps": saved.steps}
-    assert said_anew(saved, as_kept(again, saved), said, run) == {}  # the whole command once more
+    assert changed_settings(saved, as_kept(again, saved), said, run) == {}  # the whole command once more
     with pytest.raises(UserError, match=r"--rank has no effect.*anew: --steps"):
-        said_anew(saved, {"rank": 6}, said, run, allowed=("steps",))
+        changed_settings(saved, {"rank": 6}, said, run, allowed=("steps",))
     with pytest.raises(UserError, match="--vram has no effect"):
-        said_anew(saved, {}, TrainOptions(resume=run, vram=8.0), run)
+        changed_settings(saved, {}, TrainOptions(resume=run, vram=8.0), run)
 
 
 def test_changed_images_are_told_from_moved_ones() -> None:

@@ -216,7 +216,7 @@ def test_survival_is_the_share_of_the_gain_and_of_the_obedience() -> None:
     survived = Survival("few", 4, *figures)
     assert survived.subject == pytest.approx(0.5)
     assert survived.prompt == pytest.approx(0.8)
-    assert "50% of the likeness gained and 80%" in survived.sentence()
+    assert "50% of the subject fidelity gained and 80%" in survived.sentence()
     unlearned = replace(survived, base=Fidelity(0.505, None))
     assert unlearned.subject is None and unlearned.prompt is None
 

@@ -17,7 +17,7 @@ from backbone.adapters.lora import add_lora, lora_parameters
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.attention.control import Control, Cross, Maps, Reach, cross_of, grid
+from edit.attention.control import AttentionControl, Cross, Maps, Reach, cross_of, grid
 from edit.attention.install import control_attention
 from edit.attention.separate import Processor
 
@@ -134,7 +134,7 @@ def test_edited_cross_attention_is_the_formula(
     layers = wrapped(layers) if lora else layers
     x, text = rows(layers, targets, free)
     data = CASES[case](*given(targets, steps_in=0.5))
-    control = Control(targets, cross=cross_of(*data))
+    control = AttentionControl(targets, cross=cross_of(*data))
     said = Processor(control, layers.words.processor)(layers.words, x, text)
     whole = edited_maps(maps_of(layers.words, x, text), targets, *data)
     assert torch.allclose(said, applied(layers.words, whole, text), atol=1e-5)
@@ -145,7 +145,7 @@ def test_edited_cross_attention_is_the_formula(
 def test_self_attention_takes_the_sources_layout(layers: Layers, targets: int, free: int, lora: bool) -> None:
     layers = wrapped(layers) if lora else layers
     x, _ = rows(layers, targets, free)
-    control = Control(targets, self_attention="layout")
+    control = AttentionControl(targets, self_attention="layout")
     said = Processor(control, layers.alone.processor)(layers.alone, x)
     maps = maps_of(layers.alone, x, x)
     maps[1 : 1 + targets] = maps[:1]
@@ -154,7 +154,7 @@ def test_self_attention_takes_the_sources_layout(layers: Layers, targets: int, f
 
 def test_self_attention_takes_the_sources_contents(layers: Layers) -> None:
     x, _ = rows(layers, 2, 1)
-    said = Processor(Control(2, self_attention="contents"), layers.alone.processor)(layers.alone, x)
+    said = Processor(AttentionControl(2, self_attention="contents"), layers.alone.processor)(layers.alone, x)
     seen = x.clone()
     seen[1:3] = x[:1]
     assert torch.allclose(said, applied(layers.alone, maps_of(layers.alone, x, seen), seen), atol=1e-5)
@@ -166,12 +166,14 @@ def test_a_target_that_does_not_obey_has_its_own_self_attention(
     layers: Layers, reach: Reach, free: int
 ) -> None:
     x, _ = rows(layers, 3, free)
-    control = Control(3, self_attention="layout", reach=reach, controlled_targets=(True, False, True))
+    control = AttentionControl(
+        3, self_attention="layout", reach=reach, controlled_targets=(True, False, True)
+    )
     said = Processor(control, layers.alone.processor)(layers.alone, x)
     all_controlled = Processor(replace(control, controlled_targets=None), layers.alone.processor)(
         layers.alone, x
     )
-    none_obeys = Processor(Control(3), layers.alone.processor)(layers.alone, x)
+    none_obeys = Processor(AttentionControl(3), layers.alone.processor)(layers.alone, x)
     own = [2, len(x) - 2] if free else [2]  # the second target's row, and its row without a prompt
     others = [row for row in range(len(x)) if row not in own]
     assert torch.allclose(said[own], none_obeys[own], atol=1e-5)
@@ -183,7 +185,7 @@ def test_a_target_that_does_not_obey_has_its_own_self_attention(
 def test_rows_without_a_prompt_may_take_it_too(layers: Layers, free: int) -> None:
     """From the source's row of their own kind, where there is one."""
     x, _ = rows(layers, 2, free)
-    control = Control(2, self_attention="contents", reach="all")
+    control = AttentionControl(2, self_attention="contents", reach="all")
     said = Processor(control, layers.alone.processor)(layers.alone, x)
     seen = x.clone()
     seen[1:3] = x[:1]
@@ -196,7 +198,7 @@ def test_what_is_hidden_is_found_by_no_query(layers: Layers) -> None:
     hidden = torch.zeros(6, 10)  # a layer of 3 × 5
     hidden[2, 4:6] = 1  # the third key of the second line
     hidden[0, 0] = 1
-    control = Control(1, hidden=hidden)
+    control = AttentionControl(1, hidden=hidden)
     visible = [key for key in range(15) if key not in (0, 5 + 2)]
     found = control.visible_keys(15)
     assert found is not None and found.tolist() == visible
@@ -205,12 +207,12 @@ def test_what_is_hidden_is_found_by_no_query(layers: Layers) -> None:
     assert torch.allclose(said, applied(layers.alone, maps_of(layers.alone, x, seen), seen), atol=1e-5)
     words = Processor(control, layers.words.processor)(layers.words, x, text)
     assert torch.equal(words, layers.words(x, text))
-    assert Control(1, hidden=torch.ones(6, 10)).visible_keys(15) is None  # none would be left
+    assert AttentionControl(1, hidden=torch.ones(6, 10)).visible_keys(15) is None  # none would be left
 
 
 def test_only_the_named_layers_are_changed(layers: Layers) -> None:
     x, _ = rows(layers, 1, 1)
-    control = Control(1, self_attention="layout", layers=("up_blocks",))
+    control = AttentionControl(1, self_attention="layout", layers=("up_blocks",))
     for name, changed in (("up_blocks.0.attn1", True), ("down_blocks.0.attn1", False)):
         found = Processor(control, layers.alone.processor, name)(layers.alone, x)
         assert torch.equal(found, layers.alone(x)) is not changed
@@ -218,7 +220,7 @@ def test_only_the_named_layers_are_changed(layers: Layers) -> None:
 
 def test_self_attention_of_many_queries_stays(layers: Layers) -> None:
     x, _ = rows(layers, 1, 1)
-    control = Control(1, self_attention="layout", self_tokens=14)
+    control = AttentionControl(1, self_attention="layout", self_tokens=14)
     said = Processor(control, layers.alone.processor)(layers.alone, x)
     assert torch.equal(said, layers.alone(x))
 
@@ -228,7 +230,7 @@ def test_maps_of_words_are_the_columns_of_the_whole_map(layers: Layers, words: i
     """Also for more words than a head is wide."""
     x, text = rows(layers, 2, 1)
     columns = (torch.rand(3, words, TOKENS, generator=seeded(3)) < 0.3).float()
-    control = Control(2, cross=cross_of(*given(2)), maps=Maps(columns, (3, 5)))
+    control = AttentionControl(2, cross=cross_of(*given(2)), maps=Maps(columns, (3, 5)))
     processor = Processor(control, layers.words.processor)
     with_maps = processor(layers.words, x, text)
     assert control.maps is not None
@@ -244,7 +246,9 @@ def test_an_attention_mask_is_followed(layers: Layers) -> None:
     mask = torch.zeros(3, 1, TOKENS)
     mask[:, :, 7:] = -10_000.0
     data = CASES["windows"](*given(1, steps_in=0.5))
-    said = Processor(Control(1, cross=cross_of(*data)), layers.words.processor)(layers.words, x, text, mask)
+    said = Processor(AttentionControl(1, cross=cross_of(*data)), layers.words.processor)(
+        layers.words, x, text, mask
+    )
     attn: Any = layers.words
     scores = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) @ attn.to_k(text).unflatten(
         -1, (attn.heads, -1)
@@ -259,7 +263,7 @@ def test_an_attention_mask_is_followed(layers: Layers) -> None:
 def test_no_map_is_materialised_where_none_is_asked_for(data: Callable[..., Any]) -> None:
     layers = Layers(64, 2, text=20).eval().requires_grad_(False)
     x, text = rows(layers, 2, 2, queries=96)
-    control = Control(2, cross=cross_of(*data(*given(2, steps_in=0.5))), self_attention="layout")
+    control = AttentionControl(2, cross=cross_of(*data(*given(2, steps_in=0.5))), self_attention="layout")
     with Found(96, TOKENS) as across:
         Processor(control, layers.words.processor)(layers.words, x, text)
     with Found(96, 96) as alone:
@@ -272,7 +276,7 @@ def test_reading_words_materialises_no_map_either() -> None:
     x, text = rows(layers, 1, 1, queries=96)
     maps = Maps(torch.ones(2, 1, TOKENS), (8, 12))
     with Found(96, TOKENS) as across:
-        Processor(Control(1, maps=maps), layers.words.processor)(layers.words, x, text)
+        Processor(AttentionControl(1, maps=maps), layers.words.processor)(layers.words, x, text)
     assert across.found == []
 
 
@@ -291,7 +295,7 @@ def test_a_term_that_is_zero_is_left_out() -> None:
     assert cross_of(mapping, taken, weight, torch.zeros_like(window)) is None
 
 
-def said(model: Backbone, control: Control | None = None) -> Tensor:
+def said(model: Backbone, control: AttentionControl | None = None) -> Tensor:
     """The denoiser's prediction on four rows, not square."""
     random = seeded(4)
     noisy = torch.randn(4, model.latent_shape[0], 6, 10, generator=random)
@@ -309,18 +313,21 @@ def whole_cross(targets: int) -> Cross | None:
 
 
 def test_a_control_that_asks_for_nothing_changes_nothing(tiny: Backbone) -> None:
-    assert torch.equal(said(tiny, Control(2)), said(tiny))
+    assert torch.equal(said(tiny, AttentionControl(2)), said(tiny))
 
 
 def test_features_of_the_source_reach_the_targets_alone(tiny: Backbone) -> None:
-    before, edited = said(tiny), said(tiny, Control(2, features="source"))
+    before, edited = said(tiny), said(tiny, AttentionControl(2, features="source"))
     assert torch.allclose(edited[[0, 3]], before[[0, 3]], atol=1e-6)
     assert not torch.allclose(edited[1], before[1], atol=1e-3)
     assert torch.equal(said(tiny), before), "and nothing stays behind"
 
 
 def test_rows_outside_the_edit_predict_what_they_predicted(tiny: Backbone) -> None:
-    before, edited = said(tiny), said(tiny, Control(2, cross=whole_cross(2), self_attention="layout"))
+    before, edited = (
+        said(tiny),
+        said(tiny, AttentionControl(2, cross=whole_cross(2), self_attention="layout")),
+    )
     assert torch.allclose(edited[[0, 3]], before[[0, 3]], atol=1e-6)
     assert not torch.allclose(edited[1], before[1], atol=1e-3)
 
@@ -329,11 +336,11 @@ def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(tin
     denoiser = cast(Any, tiny.denoiser)
     before, weights = said(tiny), {name: value.clone() for name, value in denoiser.state_dict().items()}
     processors = dict(denoiser.attn_processors)
-    said(tiny, Control(1, cross=whole_cross(1), self_attention="contents"))
-    with pytest.raises(RuntimeError), control_attention(denoiser, Control(1)):
+    said(tiny, AttentionControl(1, cross=whole_cross(1), self_attention="contents"))
+    with pytest.raises(RuntimeError), control_attention(denoiser, AttentionControl(1)):
         raise RuntimeError
     with pytest.raises(RuntimeError, match=r"must match|size"):  # an edit of fewer tokens than the prompt has
-        said(tiny, Control(1, cross=Cross(torch.ones(1, 5, 5), None)))
+        said(tiny, AttentionControl(1, cross=Cross(torch.ones(1, 5, 5), None)))
     after = denoiser.attn_processors
     assert all(after[name] is processors[name] for name in processors) and len(after) == len(processors)
     assert all(torch.equal(value, weights[name]) for name, value in denoiser.state_dict().items())
@@ -348,7 +355,7 @@ def test_attention_that_is_not_plain_is_refused(tiny: Backbone) -> None:
     try:
         with (
             pytest.raises(UserError, match="IPAdapterAttnProcessor2_0"),
-            control_attention(denoiser, Control(1)),
+            control_attention(denoiser, AttentionControl(1)),
         ):
             raise AssertionError
     finally:

@@ -18,7 +18,7 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.attention.control import Control, Cross, Maps, cross_of
+from edit.attention.control import AttentionControl, Cross, Maps, cross_of
 from edit.attention.install import attention_layers, control_attention
 from tests.edit.conftest import NEWER, SLOWLY, TRANSFORMERS, Open
 
@@ -338,7 +338,7 @@ class Asked:
         assert level.time is not None
         return self.model.family.network(self.model.denoiser, self.text)(self.noisy, level.time[600])
 
-    def by(self, control: Control) -> Tensor:
+    def by(self, control: AttentionControl) -> Tensor:
         """The prediction under a control."""
         attention = self.model.family.attention(self.model.denoiser, self.text)
         with control_attention(self.model.denoiser, control, attention):
@@ -357,9 +357,9 @@ class Asked:
             for key, layer in layers.items():
                 layer.processor = before[key]
 
-    def control(self, **wishes: Any) -> Control:
+    def control(self, **wishes: Any) -> AttentionControl:
         """Of two targets, in layers of any size."""
-        return Control(TARGETS, self_tokens=None, **wishes)
+        return AttentionControl(TARGETS, self_tokens=None, **wishes)
 
 
 def asked(model: Backbone) -> Asked:
@@ -562,6 +562,6 @@ def test_attention_of_another_kind_is_refused(family: Open) -> None:
     model = family("sd3")
     with (
         pytest.raises(UserError, match="JointAttnProcessor2_0"),
-        control_attention(model.denoiser, Control(1)),
+        control_attention(model.denoiser, AttentionControl(1)),
     ):
         raise AssertionError

@@ -22,7 +22,7 @@ from backbone.media.clips import Film, encode_webp, read_film
 from backbone.models.clips.motion import attach_motion, frames_as_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, initial_noise
-from edit.attention.control import Control
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import reconstruct
@@ -105,7 +105,7 @@ def test_outside_the_place_frames_are_the_sources_own_pixels(moving: Backbone, f
     assert (result.pixels != source).any()
 
 
-def predictions(model: Backbone, control: Control | None, clips: Tensor) -> Tensor:
+def predictions(model: Backbone, control: AttentionControl | None, clips: Tensor) -> Tensor:
     text = model.encode_prompts([SOURCE, "a cat in the snow"])
     predict, level = model.predictor(text), model.schedule(4)[1]
     if control is None:
@@ -117,10 +117,10 @@ def predictions(model: Backbone, control: Control | None, clips: Tensor) -> Tens
 def test_the_sources_attention_is_taken_frame_by_frame(tiny: Backbone) -> None:
     """Without anything over time a clip's frames are pictures, so controlling both is the same."""
     clips = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    control = Control(1, clips=2, self_attention="layout")
+    control = AttentionControl(1, clips=2, self_attention="layout")
     together = predictions(tiny, control, clips)
     for frame in range(3):
-        alone = predictions(tiny, Control(1, self_attention="layout"), clips[:, :, frame])
+        alone = predictions(tiny, AttentionControl(1, self_attention="layout"), clips[:, :, frame])
         torch.testing.assert_close(together[:, :, frame], alone, atol=1e-5, rtol=0)
     assert (together - predictions(tiny, None, clips)).abs().max() > 1e-4
 
@@ -128,12 +128,12 @@ def test_the_sources_attention_is_taken_frame_by_frame(tiny: Backbone) -> None:
 def test_over_time_a_target_looks_where_the_source_looks(moving: Backbone) -> None:
     clips = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     plain = predictions(moving, None, clips)
-    controlled = predictions(moving, Control(1, clips=2, temporal=True), clips)
+    controlled = predictions(moving, AttentionControl(1, clips=2, temporal=True), clips)
     torch.testing.assert_close(controlled[0], plain[0], atol=1e-5, rtol=0)
     assert (controlled[1] - plain[1]).abs().max() > 1e-5
     same = torch.cat([clips[:1], clips[:1]])
     text = moving.encode_prompts([SOURCE] * 2)
-    with control_attention(moving.denoiser, Control(1, clips=2, temporal=True)):
+    with control_attention(moving.denoiser, AttentionControl(1, clips=2, temporal=True)):
         rows = moving.predictor(text)(same, moving.schedule(4)[1]).noise
     torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=0)
 
@@ -142,7 +142,9 @@ def test_frames_linked_by_attention_see_the_first_and_the_one_before(tiny: Backb
     clips = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     other = clips.clone()
     other[:, :, 2] = 0
-    one, two = (predictions(tiny, Control(0, clips=2, across_frames=True), x) for x in (clips, other))
+    one, two = (
+        predictions(tiny, AttentionControl(0, clips=2, across_frames=True), x) for x in (clips, other)
+    )
     changed = (one - two).abs().amax((0, 1, 3, 4)) > 1e-6
     assert changed.tolist() == [False, False, True, True]
     assert frames_as_rows(clips).shape[0] == 8

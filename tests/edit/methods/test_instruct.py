@@ -104,7 +104,9 @@ def test_the_autoencoder_s_copy_does_not_decay_over_ten_edits(
     square = torch.zeros(source.shape[-2:])
     square[24:40, 24:40] = 1
     monkeypatch.setattr(model, "decode", lambda latents: 0.95 * drawing_a_square(source)[None])
-    monkeypatch.setattr(method, "register", lambda edited, source, changed: Registration((1.0, 0.0)))
+    monkeypatch.setattr(
+        method, "register_to_source", lambda edited, source, changed: Registration((1.0, 0.0))
+    )
     mask = mask_to_image(square, (64, 64))
     result = instruct(model, photo(), ["a red dog"] * 10, steps=1, keep="latents", mask=mask)
     assert result.finished is not None and result.masks is not None

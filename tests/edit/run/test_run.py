@@ -396,10 +396,10 @@ def test_every_image_is_read_once_and_the_model_opened_once(
 
 
 def test_what_options_say() -> None:
-    assert checks.valued("silver cat=2.5", "--reweight") == ("silver cat", 2.5)
+    assert checks.split_weight("silver cat=2.5", "--reweight") == ("silver cat", 2.5)
     assert checks.window("cat=0.2:0.8", "--window") == ("cat", (0.2, 0.8))
     assert checks.window("cat=0.8", "--window") == ("cat", (0.0, 0.8))
     assert checks.swap("red cat = tiger") == ("red cat", "tiger")
     for wrong in ("cat", "=2", "cat=", "cat=x"):
         with pytest.raises(UserError):
-            checks.valued(wrong, "--reweight")
+            checks.split_weight(wrong, "--reweight")

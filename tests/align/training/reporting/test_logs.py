@@ -11,7 +11,7 @@ import pytest
 from align.objectives.metrics import Figures
 from align.settings import EVALUATIONS, REWARDS, Settings
 from align.training.reporting.logs import LoggedStep, read_evaluations, read_rewards, read_steps
-from align.training.reporting.report import draw_curves, smoothed_log
+from align.training.reporting.report import draw_curves, smooth_log
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
@@ -19,7 +19,7 @@ from backbone.training.run import LOG
 
 FOUND = Figures(Interval(0.75, 0.5, 1.0), (0.5, math.nan, 1.0, 0.5), -0.01, 0.02, 4, 8)
 LINES: dict[str, dict[str, Any]] = {
-    EVALUATIONS: {"step": 2, "bank_gap": math.nan, "held_out": FOUND.as_json(), "training": None},
+    EVALUATIONS: {"step": 2, "noise_gap": math.nan, "held_out": FOUND.as_json(), "training": None},
     LOG: {"step": 2, "loss": 0.5, "reward": 0.25, "gradient_norm": 1.0},
     REWARDS: {"round": 0, "reward": 0.5},
 }
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 def test_what_was_logged_is_read_back_and_drawn(run: Path) -> None:
     (evaluation,), (step,), (reward,) = read_evaluations(run), read_steps(run), read_rewards(run)
     assert evaluation.held_out is not None and evaluation.held_out.accuracy.low == 0.5
-    assert evaluation.bank_gap is None and evaluation.held_out.by_level == (0.5, None, 1.0, 0.5)
+    assert evaluation.noise_gap is None and evaluation.held_out.by_level == (0.5, None, 1.0, 0.5)
     assert (step.loss, step.reward, reward.reward) == (0.5, 0.25, 0.5)
     drawn = "".join(draw_curves(run, Settings(loss="draft", online="moji")))
     for title in ("Accuracy, held out", "Mean score of each round", "Reward", "Loss"):
@@ -47,7 +47,7 @@ def test_what_was_logged_is_read_back_and_drawn(run: Path) -> None:
     ("name", "change", "said"),
     [
         (EVALUATIONS, {"step": "2"}, "step is '2'"),
-        (EVALUATIONS, {"bank_gap": [1]}, "bank_gap is"),
+        (EVALUATIONS, {"noise_gap": [1]}, "noise_gap is"),
         (EVALUATIONS, {"held_out": 3}, "held_out is 3"),
         (
             EVALUATIONS,
@@ -75,6 +75,6 @@ def test_a_line_of_another_type_is_named_with_its_file_and_key(
 
 def test_a_long_log_is_drawn_as_the_means_of_neighbours() -> None:
     log = [LoggedStep(n + 1, float(n), float(n) if n % 2 else None) for n in range(400)]
-    points = smoothed_log(log)
+    points = smooth_log(log)
     assert len(points) == 200 and points[0] == LoggedStep(2, 0.5, 1.0)
     assert [point.step for point in points[-2:]] == [398, 400]

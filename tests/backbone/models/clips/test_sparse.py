@@ -18,7 +18,7 @@ from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.media.control.maps import as_hints
 from backbone.models.clips.motion import attach_motion, read_motion_adapter
-from backbone.models.clips.sparse import build_sparsectrl, open_sparsectrl, spread
+from backbone.models.clips.sparse import build_sparsectrl, open_sparsectrl, scatter_frames
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from tests.tiny import tiny_motion_adapter
@@ -127,7 +127,7 @@ def test_at_scale_zero_and_untrained_it_changes_nothing(
 
 def test_given_frames_stand_where_they_were_given_and_nothing_elsewhere() -> None:
     pictures = torch.arange(1.0, 5).reshape(2, 2, 1, 1, 1)
-    shown, mask = spread(pictures, torch.tensor([[0, 2], [1, -1]]), 3)
+    shown, mask = scatter_frames(pictures, torch.tensor([[0, 2], [1, -1]]), 3)
     assert shown[:, 0, :, 0, 0].tolist() == [[1, 0, 2], [0, 3, 0]]
     assert mask[:, 0, :, 0, 0].tolist() == [[1, 0, 1], [0, 1, 0]]
 

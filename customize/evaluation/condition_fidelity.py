@@ -52,7 +52,7 @@ def edge_agreement(asked: Tensor, picture: Tensor) -> Agreement:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutMaps:
     """Pairs that are not trained on: clean latents [N, C, H, W], maps [N, 3, H, W] in 0…1, and their prompts."""
 
     clean: Tensor
@@ -64,7 +64,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def measure_loss(model: Backbone, network: ControlNetwork | None, held: HeldOut, *, seed: int) -> float:
+def measure_loss(model: Backbone, network: ControlNetwork | None, held: HeldOutMaps, *, seed: int) -> float:
     """The denoising loss over the same pairs, noise and levels each time: under the maps, or for no network without."""
     path, total = model.path, 0.0
     for k in range(LEVELS):
