@@ -137,12 +137,13 @@ class JointAttentionInputs:
         if not words:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         assert first == self.text.start == 0
-        seen = (x[:, :, :words] for x in (query, key, value))
-        found = F.scaled_dot_product_attention(*seen, is_causal=True)
+        text = F.scaled_dot_product_attention(
+            query[:, :, :words], key[:, :, :words], value[:, :, :words], is_causal=True
+        )
         if words == query.shape[2]:
-            return found
+            return text
         image = F.scaled_dot_product_attention(query[:, :, words:], key, value, attn_mask=bias)
-        return torch.cat([found, image], dim=2)
+        return torch.cat([text, image], dim=2)
 
     @property
     def image(self) -> slice:

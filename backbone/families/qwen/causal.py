@@ -7,7 +7,7 @@ processor counts padding, and gives each layer a mask of the text that as many r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,6 @@ class CausalAttention:
 def turn(x: Tensor, turns: Tensor) -> Tensor:
     """Heads [B, tokens, heads, D] turned by angles given as complex numbers [tokens, D/2], or [B, tokens, D/2]."""
     if turns.ndim == 2:
-        return apply_rotary_emb_qwen(x, turns, use_real=False)
+        return cast(Tensor, apply_rotary_emb_qwen(x, turns, use_real=False))
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns[:, :, None]).flatten(3).to(x.dtype)

@@ -58,7 +58,7 @@ SLOT = 4  # latents that stand in one place of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 ANNOUNCED = "<image{}><|vision_start|>{}<|vision_end|>"
-EYE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the published processor's
+MEAN = STD = [0.5, 0.5, 0.5]  # of the pixels, as the published processor has them
 MARKS = ("txt_in.text_norm.weight", "modulation.1.weight", "img_in.weight")
 
 
@@ -128,7 +128,9 @@ class QwenImage21(SplitFileFamily):
             words = split_files.load_tokenizer(Qwen2Tokenizer, location)
             model = load_from_file(Qwen3VLModel, location, dtype)
             eye = location.config("text_encoder").get("vision_config", {})
-            processor = Qwen2VLImageProcessorPil(**EYE, patch_size=eye.get("patch_size", 16))
+            processor = Qwen2VLImageProcessorPil(
+                image_mean=MEAN, image_std=STD, patch_size=eye.get("patch_size", 16)
+            )
         slot = TextEncoderSlot("text_encoder", words, getattr(model, "language_model", model))
         width = int(location.config("transformer")["context_in_dim"])
         return BeforeTheNorm(slot, model, processor, name=location.name, width=width)

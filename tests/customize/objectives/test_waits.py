@@ -13,7 +13,7 @@ from backbone.media.sources.pictures import list_images
 from backbone.models.cache import encode_prompts_cached
 from customize.clips.settings import TrainMotionOptions
 from customize.clips.train import MotionLearning, Prior, WholeMotionLearning
-from customize.control_settings import resolved
+from customize.control_settings import resolve_settings
 from customize.data.control_pairs import ControlPair
 from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
@@ -34,7 +34,7 @@ def test_no_step_of_a_control_network_waits_for_the_device(
     tiny_folder: Path, subject: Path, kind: str
 ) -> None:
     model = fresh(tiny_folder)
-    asked = resolved(
+    asked = resolve_settings(
         {
             "images": str(subject),
             "condition": "edges",
@@ -43,7 +43,7 @@ def test_no_step_of_a_control_network_waits_for_the_device(
             "batch": 2,
             "map_dropout": 0.3,
         }
-        | {"proportion_empty_prompts": 0.3, "device": "cpu", "precision": "fp32"},
+        | {"prompt_dropout": 0.3, "device": "cpu", "precision": "fp32"},
         {},
     )
     network = make_network(model, asked)
