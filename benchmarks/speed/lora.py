@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from backbone.adapters.lora import add_lora
-from backbone.io.console import run_app
+from backbone.cli.commands import run_main
 from backbone.io.files import write_text
 from backbone.models.model import Backbone
 from benchmarks.speed.customize import Bare, make_material, make_settings
@@ -141,4 +141,4 @@ def row(title: str, seconds: Mapping[str, list[float]]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(lambda: typer.run(main))
+    run_main(main)

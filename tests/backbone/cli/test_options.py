@@ -493,7 +493,7 @@ def page() -> str:
             spellings("customize train", customize.settings.Settings, customize.settings.TrainOptions),
             spellings("customize train-control", ControlSettings, RunOptions),
             spellings("align train", align.settings.Settings, RunOptions),
-            "The other commands have these; a setting that is on is switched off with `--no-` before its name.",
+            "The other commands have these; a setting that is on is switched off by `no-` before its name.",
             "",
             other_spellings(
                 {

@@ -137,7 +137,7 @@ def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.Capt
     assert edit("invert-and-replace", *file, "--source", "a dog", "--target", "a cat") == 2
     assert "Leave --source out" in capsys.readouterr().err
     assert edit("invert", "photo.png", "--prompt", "a cat") == 2
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> None:
@@ -384,7 +384,7 @@ def test_every_image_is_read_once_and_the_model_opened_once(
         opened.append(model)
         return open_model(model, **how)
 
-    monkeypatch.setattr("edit.pictures.open_rgb", reading)
+    monkeypatch.setattr("edit.pictures.open_named", reading)
     monkeypatch.setattr("edit.pictures.open_mask", reading_mask)
     monkeypatch.setattr(Backbone, "open", opening)
     left_half().save("mask.png")
