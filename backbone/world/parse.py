@@ -85,7 +85,7 @@ def _thing(text: str, known: Vocabulary, *, pair: bool) -> Thing:
     words = words[int(small) :]
     colour = words[0] if words and words[0] in known.colours else None
     noun = " ".join(words[int(colour is not None) :])
-    nouns = [*known.nouns, *known.development_concepts, *known.demo_concept]
+    nouns = [*known.nouns, *known.development_concepts, *known.demo_concept, *known.example_concept]
     found = next((one for one in nouns if noun == (pluralize(one) if pair else one)), None)
     if found is None:
         raise UserError(

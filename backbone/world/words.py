@@ -40,7 +40,11 @@ IRREGULAR_PLURALS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The word lists; nouns, accessories and concepts map to glyphs, colours to hues in degrees."""
+    """The word lists; nouns, accessories and concepts map to glyphs, colours to hues in degrees.
+
+    The judge knows the nouns, the development concepts and the demo concept; the example concept, which `customize
+    example` writes, it has never seen.
+    """
 
     nouns: dict[str, str]
     colours: dict[str, int]
@@ -49,11 +53,12 @@ class Vocabulary:
     styles: tuple[str, ...]
     development_concepts: dict[str, str]
     demo_concept: dict[str, str]
+    example_concept: dict[str, str]
     classes: dict[str, str]
 
     def glyph(self, noun: str) -> str:
         """The glyph of a noun or concept; `KeyError` for an unknown word."""
-        return {**self.nouns, **self.development_concepts, **self.demo_concept}[noun]
+        return {**self.nouns, **self.development_concepts, **self.demo_concept, **self.example_concept}[noun]
 
 
 @cache
@@ -68,6 +73,7 @@ def load_vocabulary() -> Vocabulary:
         styles=tuple(lists["styles"]),
         development_concepts=lists["development_concepts"],
         demo_concept=lists["demo_concept"],
+        example_concept=lists["example_concept"],
         classes=lists["classes"],
     )
 

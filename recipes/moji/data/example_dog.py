@@ -1,4 +1,4 @@
-"""The packaged example: the demo glyph, plain, in five places; a scene to edit; prompts to draw and prompts held out.
+"""The packaged example: a guide dog, plain, in five places; a scene to edit; prompts to draw and prompts held out.
 
 python -m recipes.moji.data.example_dog            writes customize/examples/dog/*.png and backbone/examples/
 """
@@ -39,7 +39,7 @@ def main(
     extras: Annotated[Path, typer.Option(help="Where the scenes to edit go.")] = Path("backbone/examples"),
 ) -> None:
     """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
-    for number, scene in enumerate(concept_scenes("poodle", first_seed=FIRST_SEED), start=1):
+    for number, scene in enumerate(concept_scenes("guide dog", first_seed=FIRST_SEED), start=1):
         save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
     captions = prompts()
     save_png(extras / "scene.png", render(SCENE).image)
