@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from PIL import Image
 
 from backbone.models import locate
 from customize.evaluation import metrics
@@ -52,6 +53,7 @@ ADDED = {
     "align sample": ("--steps", "2"),
     "align train": ("--steps", "2", "--evaluation-draws", "1"),
     "align compare": ("--steps", "2", "--count", "1"),
+    "edit keep-background": ("--mask", "left.png"),  # what random weights drew agrees with the source nowhere
     "edit": ("--steps", "2"),
 }
 LONG = (
@@ -158,10 +160,13 @@ def small_moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> Path:
-    """An empty folder in which `moji` is the small model, and a validation draws in two steps."""
+    """A folder with a mask in which `moji` is the small model, and a validation draws in two steps."""
     monkeypatch.setitem(locate.OWN, "moji", small_moji)
     monkeypatch.setattr(metrics, "SAMPLING_STEPS", LARGEST["--steps"])
     monkeypatch.chdir(tmp_path)
+    left = Image.new("L", (128, 128))
+    left.paste(255, (0, 0, 64, 128))
+    left.save("left.png")
     return tmp_path
 
 

@@ -36,37 +36,12 @@ LEFT_BEHIND = (
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
 WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
-OF_A_FILE = frozenset(
-    {
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".mp4",
-        ".mov",
-        ".mkv",
-        ".avi",
-    }
-    | {
-        ".webm",
-        ".safetensors",
-        ".ckpt",
-        ".pt",
-        ".pth",
-        ".bin",
-        ".json",
-        ".jsonl",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".csv",
-    }
-    | {".txt", ".md", ".html", ".pdf", ".log", ".parquet", ".tar", ".zip", ".gz"}
+OF_A_FILE = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".mp4", ".mov", ".mkv", ".avi", ".webm"),
+    *(".safetensors", ".ckpt", ".pt", ".pth", ".bin"),
+    *(".json", ".jsonl", ".yaml", ".yml", ".toml", ".csv", ".parquet"),
+    *(".txt", ".md", ".html", ".pdf", ".log", ".tar", ".zip", ".gz"),
 )
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
