@@ -43,13 +43,19 @@ from backbone.media.sources.pictures import (
     ImageRecord,
     ListedImages,
     find_lists,
-    list_by_name,
     list_images,
     normalize_name,
     read_image_list,
 )
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
-from customize.data.edit_pairs import SOURCES, TARGETS, find_listed, plain_name, read_edit_pairs
+from customize.data.edit_pairs import (
+    SOURCES,
+    TARGETS,
+    find_listed,
+    list_partners,
+    plain_name,
+    read_edit_pairs,
+)
 
 MAP_COLUMNS = (
     "conditioningimage",
@@ -144,7 +150,7 @@ def read_control_pairs(
             for one in read_edit_pairs(path)
         ]
     elif path.is_dir() and (folders := _find_two_folders(path, kind)):
-        pairs = _from_folders(path, *folders)
+        pairs = _from_folders(*folders)
     else:
         pairs = _from_images(source, kind, columns)
     bare = [pair for pair in pairs if pair.map is None]
@@ -210,14 +216,9 @@ def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     return None if images is None or drawn is None else (images, drawn)
 
 
-def _from_folders(folder: Path, images: Path, drawn: Path) -> list[ControlPair]:
+def _from_folders(images: Path, drawn: Path) -> list[ControlPair]:
     """The pairs of two folders by their files' names."""
-    pictures, maps = list_by_name(images), list_by_name(drawn)
-    if alone := sorted({*pictures} ^ {*maps}):
-        raise UserError(
-            f"{count_of(len(alone), 'name')} of {folder} in only one of {images.name}/ and {drawn.name}/ "
-            f"(first: {alone[0]}). Give each its partner with the same name."
-        )
+    pictures, maps = list_partners(images, drawn)
     return [
         ControlPair(replace(one, caption=one.caption or maps[name].caption), maps[name])
         for name, one in pictures.items()

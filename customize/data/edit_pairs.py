@@ -191,6 +191,17 @@ def _from_run(run: Path) -> list[EditPair]:
     return pairs
 
 
+def list_partners(first: Path, second: Path) -> tuple[dict[str, ImageRecord], dict[str, ImageRecord]]:
+    """The images of two folders side by side, by name; `UserError` where a name is in one of them alone."""
+    here, there = list_by_name(first), list_by_name(second)
+    if alone := sorted({*here} ^ {*there}):
+        raise UserError(
+            f"{count_of(len(alone), 'name')} of {first.parent} in only one of {first.name}/ and {second.name}/ "
+            f"(first: {alone[0]}). Give each its partner with the same name."
+        )
+    return here, there
+
+
 def _from_folders(folder: Path) -> list[EditPair]:
     """Two subfolders with the same names in them; captions stand beside the targets, or beside the sources."""
     subfolders = {
@@ -205,13 +216,7 @@ def _from_folders(folder: Path) -> list[EditPair]:
             f"{folder} has no two folders with images before and after (its folders: {there}) and no metadata.jsonl. "
             "Call them source/ and target/."
         )
-    before, after = (list_by_name(each) for each in (source, target))
-    alone = sorted({*before} ^ {*after})
-    if alone:
-        raise UserError(
-            f"{count_of(len(alone), 'name')} of {folder} in one of {source.name}/ and {target.name}/ only "
-            f"(first: {alone[0]}). Give each its partner with the same name."
-        )
+    before, after = list_partners(source, target)
     further = [
         list_by_name(path)
         for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name))

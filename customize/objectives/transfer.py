@@ -122,20 +122,20 @@ def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predic
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class EncodedStates:
     """States [2B, C, …] before a step of the sampler, B of the subject and B of the class, with their answers."""
 
     noisy: Tensor
     clean: Tensor
     conditions: Conditions
 
-    def to(self, device: torch.device) -> Drawn:
+    def to(self, device: torch.device) -> EncodedStates:
         """On a device."""
-        return Drawn(send(self.noisy, device), send(self.clean, device), self.conditions.to(device))
+        return EncodedStates(send(self.noisy, device), send(self.clean, device), self.conditions.to(device))
 
-    def pin_memory(self) -> Drawn:
+    def pin_memory(self) -> EncodedStates:
         """In pinned memory, for asynchronous copies to a GPU."""
-        return Drawn(self.noisy.pin_memory(), self.clean.pin_memory(), self.conditions.pin_memory())
+        return EncodedStates(self.noisy.pin_memory(), self.clean.pin_memory(), self.conditions.pin_memory())
 
     def tensors(self) -> list[Tensor]:
         """The tensors that lie on the device."""
@@ -204,11 +204,11 @@ class Transfer(Objective):
             self.figures = {"subject_error": means[0], "class_error": means[1]}
             yield subject + self.settings.prior_loss_weight * prior
 
-    def draw_step(self, step: int) -> list[Drawn]:
+    def draw_step(self, step: int) -> list[EncodedStates]:
         """A batch at each level; a function of the step alone."""
         return [self.draw(k, generator(self.settings.seed, step, k)) for k in range(self.drawing.steps)]
 
-    def draw(self, k: int, random: torch.Generator) -> Drawn:
+    def draw(self, k: int, random: torch.Generator) -> EncodedStates:
         """A batch at level k."""
         count, level = self.settings.batch, self.schedule[k]
         own = torch.randint(len(self.subject.noise), (count,), generator=random)
@@ -218,9 +218,9 @@ class Transfer(Objective):
             fresh = torch.randn(self.subject.noise[own].shape, generator=random)
         noisy = torch.cat([self.subject.states(own, level, k, fresh), self.prior.states[others, k]])
         clean = torch.cat([self.subject.clean[own], self.prior.clean[others, k]])
-        return Drawn(noisy, clean, self.texts[torch.cat([own, len(self.subject.requests) + others])])
+        return EncodedStates(noisy, clean, self.texts[torch.cat([own, len(self.subject.requests) + others])])
 
-    def errors(self, level: Level, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    def errors(self, level: Level, drawn: EncodedStates) -> tuple[Tensor, Tensor]:
         """The mean errors [] at a level, on the subject and on the class."""
         texts, empty = drawn.conditions, self.empty.repeat(len(drawn.noisy))
         found = self.model.guided_predictor(texts, empty, self.drawing.guidance)(drawn.noisy, level).clean
