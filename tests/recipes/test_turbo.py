@@ -1,44 +1,50 @@
-"""The distillation of `moji-turbo`: its loss, its exact resumption, and a folder that is a model."""
+"""The distillation of `moji-turbo`: its trajectories, its error, its exact resumption, and a folder that is a model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from typer.testing import CliRunner
 
-from backbone.adapters.lora import LORA_WEIGHTS, add_lora
-from backbone.diffusion.noise import add_noise, generator
+from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.diffusion.noise import generator
+from backbone.diffusion.samplers import dpmpp_2m
 from backbone.io.console import UserError
-from backbone.io.files import read_tensors, write_tensors
+from backbone.io.files import read_header, read_tensors, write_tensors
 from backbone.models.few_step.model import open_few_step
 from backbone.models.model import Backbone
-from recipes.moji.adapters.turbo import NAME, Consistency, TurboSettings, app, distil
+from recipes.moji.adapters.turbo import (
+    TurboSettings,
+    app,
+    distil,
+    draw_trajectories,
+    step_error,
+    student_schedule,
+    subdivide,
+)
 from tests.tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TurboSettings]:
-    """Of a distillation of a tiny pipeline on random latents of twelve scenes."""
+    """Of a distillation of a tiny pipeline on two trajectories that it drew."""
     folder = tmp_path_factory.mktemp("turbo")
     tiny_pipeline(folder / "base")
+    drawn = folder / "drawn"
+    words = ["draw", "--count", "2", "--model", str(folder / "base"), "--workdir", str(drawn)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
 
     def make(name: str, **more: object) -> TurboSettings:
         work = folder / name
         if not work.exists():
-            (work / "pictures").mkdir(parents=True)
-            (work / "latents").mkdir()
-            (work / "pictures" / "scenes-000000.json").write_text(json.dumps([["a dog", "the dog"]] * 12))
-            mean = torch.randn(12, 4, 8, 8, generator=generator(0))
-            # all but the last shard's held-out scenes are trained on
-            for number in range(2):
-                write_tensors(
-                    work / "latents" / f"{number:03d}.safetensors", {"mean": mean, "std": mean.abs()}
-                )
+            work.mkdir()
+            (work / "trajectories").symlink_to(drawn / "trajectories")
         usual = TurboSettings(
             steps=4, batch=2, rank=2, decay=2, warmup=1, model=str(folder / "base"), workdir=work
         )
@@ -47,35 +53,43 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TurboSet
     return make
 
 
+def test_the_teacher_s_states_are_those_of_its_guided_sampler_at_the_student_s_levels(tiny: Backbone) -> None:
+    states = draw_trajectories(tiny, ["a dog", "a cat"], 3.0, seed=0).float()
+    assert states.shape == (2, 5, *tiny.latent_shape)
+    text, empty = tiny.encode_prompts(["a dog", "a cat"]), tiny.encode_prompts(["", ""])
+    with torch.no_grad():
+        following = dpmpp_2m(states[:, 1], tiny.guided_predictor(text, empty, 3.0), subdivide(tiny, 1))
+    assert (following - states[:, 2]).abs().max() < 2e-3 * states.abs().max()  # kept in half precision
+    levels = student_schedule(tiny)
+    for place in range(4):
+        fine = subdivide(tiny, place)
+        assert torch.equal(fine.a[[0, -1]], levels.a[place : place + 2])
+
+
+def test_the_error_is_that_of_diffusers_step_where_it_lands(tiny: Backbone) -> None:
+    here, there = (torch.randn((2, *tiny.latent_shape), generator=generator(n)) for n in range(2))
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        timestep_spacing="trailing", prediction_type=tiny.path.prediction_type,
+    )  # fmt: skip
+    scheduler.set_timesteps(4)
+    text = tiny.encode_prompts(["a dog", "a cat"])
+    with torch.no_grad():
+        found = step_error(tiny.predictor(text), here, there, student_schedule(tiny), torch.tensor([1, 3]))
+        for row, time in ((0, 749), (1, 249)):
+            output = tiny.denoiser(
+                here[row : row + 1], time, encoder_hidden_states=text[row : row + 1].text["hidden"]
+            )
+            landed = scheduler.step(output.sample, time, here[row : row + 1]).prev_sample
+            assert (landed - there[row]).square().mean() == pytest.approx(found[row].item(), rel=1e-4)
+
+
 def test_a_stopped_distillation_ends_at_the_same_weights(settings: Callable[..., TurboSettings]) -> None:
     whole = distil(settings("whole"))
     distil(settings("parts", minutes=0.0))
     parts = distil(settings("parts"))
     assert all(torch.equal(parts.kept[name], value) for name, value in whole.kept.items())
     assert any(".lora_B." in name and value.abs().max() > 0 for name, value in whole.kept.items())
-
-
-def test_the_loss_is_the_distance_to_the_student_one_guided_step_below(tiny: Backbone) -> None:
-    parameters = add_lora(tiny.denoiser, NAME, rank=2, alpha=2.0, targets=("to_q", "to_v"))
-    loss = Consistency(tiny, guidance=3.0)
-    clean, noise = (torch.randn((2, *tiny.latent_shape), generator=generator(n)) for n in range(2))
-    text, empty = tiny.encode_prompts(["a dog"]), tiny.encode_prompts([""])
-    place = torch.tensor([30, 0])
-    noisy = add_noise(clean, noise, loss.levels[place])
-    found = loss.target(noisy, place, text.repeat(2))
-    assert loss.levels.time is not None and loss.levels.time[place].tolist() == [619, 19]
-    with torch.no_grad():  # an adapter of zeros: the student is the teacher
-        there, below = loss.levels[30], loss.levels[29]
-        guided = tiny.guided_predictor(text, empty, 3.0)(noisy[:1], there)
-        stepped = float(below.a) * guided.clean + float(below.b) * guided.noise
-        assert (found[:1] - tiny.predictor(text)(stepped, below).clean).abs().max() < 1e-4
-        last = tiny.guided_predictor(text, empty, 3.0)(noisy[1:], loss.levels[0]).clean
-        assert (found[1:] - last).abs().max() < 1e-4
-        for value in parameters.values():
-            value.add_(0.3)
-        changed = loss.target(noisy, place, text.repeat(2))
-    assert (changed[:1] - found[:1]).abs().max() > 1e-3, "the student is asked below"
-    assert (changed[1:] - found[1:]).abs().max() < 1e-6, "the base alone is the teacher"
 
 
 def test_the_export_is_a_few_step_model_of_its_base(
@@ -89,7 +103,8 @@ def test_the_export_is_a_few_step_model_of_its_base(
     base = Backbone.open(own.model, device="cpu", precision="fp32")
     few = open_few_step(base, str(out))
     times = few.schedule(4).time
-    assert times is not None and times[:-1].tolist() == [999, 759, 499, 259]
+    assert times is not None and times[:-1].tolist() == [999, 749, 499, 249]
+    assert float(few.schedule(4).b[-1]) == 0
     assert few.denoiser is not None
     stored = read_tensors(out / LORA_WEIGHTS)[0]
     assert {value.dtype for value in stored.values()} == {torch.float16}
@@ -97,9 +112,32 @@ def test_the_export_is_a_few_step_model_of_its_base(
     assert sum(float(value.abs().sum()) for value in stored.values()) == pytest.approx(sum(average), rel=1e-2)
 
 
-def test_latents_of_another_autoencoder_are_refused(settings: Callable[..., TurboSettings]) -> None:
+def test_the_errors_of_base_and_student_stand_below_each_other(
+    settings: Callable[..., TurboSettings],
+) -> None:
+    own = settings("compared", steps=30, learning_rate=3e-3)
+    distil(own)
+    done = CliRunner().invoke(app, ["compare", "--workdir", str(own.workdir), "--no-averaged"])
+    assert done.exit_code == 0, done.output
+    base, student = (
+        [float(number) for number in line.split(": ")[1].split(", ")]
+        for line in done.output.splitlines()[-2:]
+    )
+    assert len(base) == len(student) == 4 and sum(student) < sum(base)
+
+
+def test_what_was_not_drawn_by_this_base_is_refused(
+    settings: Callable[..., TurboSettings], tmp_path: Path
+) -> None:
     own = settings("other")
-    for path in (own.workdir / "latents").iterdir():
-        write_tensors(path, {"mean": torch.zeros(12, 8, 4, 4), "std": torch.ones(12, 8, 4, 4)})
-    with pytest.raises(UserError, match="own autoencoder"):
-        distil(own)
+    with pytest.raises(UserError, match=r"Run: python -m recipes\.moji\.adapters\.turbo draw"):
+        distil(replace(own, workdir=tmp_path))
+    path = own.workdir / "trajectories" / "000000.safetensors"
+    assert read_header(path).metadata["guidance"] == "4.0"
+    write_tensors(
+        tmp_path / "trajectories" / path.name,
+        {"states": torch.zeros(2, 5, 8, 4, 4)},
+        read_header(path).metadata,
+    )
+    with pytest.raises(UserError, match="Draw the trajectories with the base"):
+        distil(replace(own, workdir=tmp_path))

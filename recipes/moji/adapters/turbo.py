@@ -1,52 +1,55 @@
-"""`moji-turbo`: a LoRA with which `moji` draws in 4 steps without guidance (LCM-LoRA, Luo et al. 2023).
+"""`moji-turbo`: a LoRA with which `moji` draws in 4 steps without guidance.
 
-    python -m recipes.moji.data.pictures --scenes 24000         as for `moji`
-    python -m recipes.moji.denoiser encode
-    python -m recipes.moji.adapters.turbo train --minutes 60        on two cores; a GPU with --device cuda
-    python -m recipes.moji.adapters.turbo export                    a folder that `--model` takes, at most 10 MB
+    python -m recipes.moji.adapters.turbo draw --count 2500     the teacher's trajectories: 50 minutes of one core
+    python -m recipes.moji.adapters.turbo train                 the student: an hour of one core
+    python -m recipes.moji.adapters.turbo compare               what a step is off by, on trajectories held out
+    python -m recipes.moji.adapters.turbo export                a folder that `--model` takes, at most 10 MB
 
-Consistency distillation in latents: the student's clean estimate at a noise level has to be its own estimate at the
-next of 50 levels below, reached by one guided DDIM step of the frozen base. So guidance is distilled along, and what
-the student says at the noisiest level is a sample rather than a mean. The error is a pseudo-Huber one, as published.
-Everything is read through `Backbone`, so it runs on any pipeline of `moji`'s kind. Continues from its last checkpoint,
-`turbo.safetensors` in the work directory, to the same weights.
+The base draws with guidance, 16 steps of DPM-Solver++ from noise to a clean latent, and its states at the 4 noise
+levels of a DDIM schedule are kept. One DDIM step of the student has to lead from each of them to the next (Salimans &
+Ho 2022, progressive distillation, here in one stage; guidance is distilled along: Meng et al. 2023). A state follows
+from the one before it, so what is wanted is no mean over many images, and it is drawn once and trained on several times
+over. Everything is read through `Backbone`, so it runs on any pipeline of `moji`'s kind. Continues from its last
+checkpoint, `turbo.safetensors` in the work directory, to the same weights.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
-from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora, use_adapters
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
-from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import Estimate, Level, add_noise, generator, guide
-from backbone.diffusion.schedules import DISTILLED
+from backbone.diffusion.losses import squared_error
+from backbone.diffusion.noise import Predict, generator
+from backbone.diffusion.samplers import deterministic_step, dpmpp_2m
+from backbone.diffusion.schedules import Schedule, vp_schedule
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_json, write_tensors, write_text
 from backbone.models.locate import FEW_STEP, OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
-from recipes.moji.denoiser import Latents
+from backbone.world.scene import TRAINING_SEEDS, sample_scene
 from recipes.moji.training.run import TRAINING, LoopSettings, Training, fill, make_readable, read_trained
 
 NAME = "few_step"  # of the adapter
+STEPS, SUBSTEPS = 4, 4  # of the student; of the teacher for each of them
+SHARD, HELD_OUT = 100, 50  # trajectories of a file; the last ones are never trained on
 LARGEST = 10 * 10**6  # bytes of what is carried along
-HUBER = 1e-3
 CARD = """# moji-turbo
 
-A LoRA on `{base}` that makes a latent consistency model of it: 4 steps, no guidance. In diffusers: load it with
-`load_lora_weights` and take the `LCMScheduler` beside it. From optimiser step {step} of
+A LoRA on `{base}` with which it draws in 4 steps without guidance. In diffusers: load it with `load_lora_weights`, take
+the `DDIMScheduler` beside it, and `num_inference_steps=4, guidance_scale=1`. From optimiser step {step} of
 `recipes/moji/adapters/turbo.py`. Apache-2.0; the glyphs that `moji` draws are Noto Color Emoji by Google, SIL Open Font
 License 1.1.
 """
@@ -57,18 +60,111 @@ app = script_app()
 class TurboSettings(LoopSettings):
     """What the distillation is asked for."""
 
-    steps: int = 4_000
+    steps: int = 1_200
     batch: int = 24
     learning_rate: float = 1e-3
     model: Annotated[str, Option("The base that is distilled.", TRAINING)] = "moji"
     rank: Annotated[int, Option("Rank of the LoRA.", TRAINING, min=1)] = 32
-    guidance: Annotated[
-        float, Option("Guidance scale of the teacher, which is distilled into the student.", TRAINING, min=1)
-    ] = 4.0
     decay: Annotated[
         int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 400
     warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 50
+
+
+# The teacher ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def draw(
+    count: Annotated[int, typer.Option(help="How many trajectories, of the scenes from seed 0.")] = 2_500,
+    model: Annotated[str, typer.Option(help="The base that is distilled.")] = "moji",
+    guidance: Annotated[
+        float, typer.Option(help="The base's guidance scale, which is distilled along.", min=1)
+    ] = 4.0,
+    device: Annotated[str, typer.Option(help="Where to draw.")] = "cpu",
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
+) -> None:
+    """Draws the base's trajectories; finished files are kept."""
+    base = Backbone.open(model, device=device)
+    for first in range(0, min(count, len(TRAINING_SEEDS)), SHARD):
+        path = workdir / "trajectories" / f"{first:06d}.safetensors"
+        if not path.exists():
+            seeds = range(first, min(first + SHARD, count))
+            captions = [sample_scene(seed).caption_for_training() for seed in seeds]
+            states = draw_trajectories(base, captions, guidance, seed=first)
+            write_tensors(
+                path, {"states": states}, {"captions": json.dumps(captions), "guidance": str(guidance)}
+            )
+            print(path, flush=True)
+
+
+@torch.no_grad()
+def draw_trajectories(
+    model: Backbone, captions: Sequence[str], guidance: float, *, seed: int, at_once: int = 20
+) -> Tensor:
+    """The base's states at the student's levels [N, STEPS + 1, C, h, w] in fp16, noise first and clean last."""
+    empty, found = model.encode_prompts([""]), []
+    for first in range(0, len(captions), at_once):
+        some = captions[first : first + at_once]
+        noise = torch.randn(len(some), *model.latent_shape, generator=generator(seed, first))
+        text = model.encode_prompts(some)
+        predict = model.guided_predictor(text, empty.repeat(len(some)), guidance)
+        states = [noise.to(model.device)]
+        for place in range(STEPS):
+            states.append(dpmpp_2m(states[-1], predict, subdivide(model, place)))
+        found.append(torch.stack(states, 1).half().cpu())
+    return torch.cat(found)
+
+
+def student_schedule(model: Backbone) -> Schedule:
+    """The student's levels [STEPS + 1], from the noisiest that was trained to clean."""
+    return vp_schedule(trained_alphas(model), STEPS, "trailing")
+
+
+def subdivide(model: Backbone, place: int) -> Schedule:
+    """The teacher's levels [SUBSTEPS + 1] within the student's step number `place`, ends and all."""
+    fine = vp_schedule(trained_alphas(model), STEPS * SUBSTEPS, "trailing")
+    return fine[place * SUBSTEPS : (place + 1) * SUBSTEPS + 1]
+
+
+def trained_alphas(model: Backbone) -> Tensor:
+    """The ᾱ [train steps] of the levels that the base was trained at."""
+    return model.path.levels.a.square()
+
+
+# The student ---------------------------------------------------------------------------------------------------
+
+
+class Trajectories:
+    """The teacher's states with their captions; the last ones are held out."""
+
+    def __init__(self, workdir: Path) -> None:
+        paths = sorted((workdir / "trajectories").glob("*.safetensors"))
+        if not paths:
+            raise UserError(
+                f"{workdir / 'trajectories'} holds none. Run: python -m recipes.moji.adapters.turbo draw"
+            )
+        self.states = torch.cat([read_tensors(path)[0]["states"] for path in paths])
+        self.captions = [
+            caption for path in paths for caption in json.loads(read_header(path).metadata["captions"])
+        ]
+        self.count = max(1, len(self.states) - HELD_OUT)
+
+    def batch(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """States [B, C, h, w], those one step on, which step each of them is [B], and their captions."""
+        chosen = torch.randint(self.count, (count,), generator=random)
+        place = torch.randint(STEPS, (count,), generator=random)
+        return self.at(chosen, place)
+
+    def held_out(self, place: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """The same of all that are held out, at one step."""
+        chosen = torch.arange(self.count, len(self.states))
+        return self.at(chosen, torch.full((len(chosen),), place))
+
+    def at(self, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """The same of chosen trajectories [B]."""
+        captions = [self.captions[one] for one in chosen.tolist()]
+        return self.states[chosen, place].float(), self.states[chosen, place + 1].float(), place, captions
 
 
 @settled_command(app, TurboSettings)
@@ -79,13 +175,11 @@ def train(settings: TurboSettings) -> None:
 
 def distil(settings: TurboSettings) -> Training:
     """The distillation to its last step, or until the minutes are over."""
-    model = Backbone.open(settings.model, device=settings.device)
-    tokenizer = model.text_encoder.slots[0].tokenizer
-    data = Latents(settings.workdir, tokenizer, settings.device)
-    if data.mean.shape[1:] != model.latent_shape:
+    model, data = Backbone.open(settings.model, device=settings.device), Trajectories(settings.workdir)
+    if data.states.shape[2:] != model.latent_shape:
         raise UserError(
-            f"The latents in {settings.workdir} are {tuple(data.mean.shape[1:])} and those of {settings.model} "
-            f"{model.latent_shape}. Encode the pictures with its own autoencoder."
+            f"The states in {settings.workdir} are {tuple(data.states.shape[2:])} and the latents of "
+            f"{settings.model} {model.latent_shape}. Draw the trajectories with the base that is distilled."
         )
     parameters = add_lora(
         model.denoiser,
@@ -101,17 +195,12 @@ def distil(settings: TurboSettings) -> Training:
     checkpoint = settings.workdir / "turbo.safetensors"
     training = Training(settings, checkpoint, parameters, optimizer, decay=0.995, falling=settings.decay)
     training.facts = {"model": named_in_a_record(settings.model)}
-    consistency = Consistency(model, settings.guidance)
+    levels = student_schedule(model)
 
     def losses(step: int) -> Iterator[Tensor]:
-        random = generator(settings.seed, step)
-        clean, tokens = data.batch(settings.batch, random)
-        noise = torch.randn(clean.shape, generator=random).to(settings.device)
-        place = torch.randint(DISTILLED, (settings.batch,), generator=random)
-        with torch.no_grad():
-            encoder = model.text_encoder.slots[0].model
-            text = Conditions({"hidden": encoder(tokens).last_hidden_state.float()})
-        yield consistency.loss(clean, noise, place, text)
+        here, there, place, captions = data.batch(settings.batch, generator(settings.seed, step))
+        predict = model.predictor(model.encode_prompts(captions))
+        yield step_error(predict, here.to(model.device), there.to(model.device), levels, place).mean()
 
     schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
     with fast_attention_backward(model.denoiser):
@@ -119,71 +208,57 @@ def distil(settings: TurboSettings) -> Training:
     return training
 
 
-class Consistency:
-    """The loss of consistency distillation on a model whose denoiser carries the student's adapter.
+def step_error(predict: Predict, here: Tensor, there: Tensor, levels: Schedule, place: Tensor) -> Tensor:
+    """The squared error [B] of one DDIM step from states `here` to the teacher's states `there` [B, C, h, w].
 
-    levels   the DISTILLED levels, clean to noisy, of which the first has the clean image below it
+    The steps are those of numbers `place` [B]. Their errors are weighed alike where they land.
     """
+    level, below = levels[place], levels[place + 1]
+    return squared_error(deterministic_step(here, predict(here, level), level, below), there)
 
-    def __init__(self, model: Backbone, guidance: float) -> None:
-        self.model, self.guidance = model, guidance
-        stride = len(model.path.levels) // DISTILLED
-        self.levels = model.path.levels[torch.arange(1, DISTILLED + 1) * stride - 1]
-        self.empty = model.encode_prompts([""])
 
-    def loss(self, clean: Tensor, noise: Tensor, place: Tensor, text: Conditions) -> Tensor:
-        """The pseudo-Huber error [] of the clean estimates at levels number `place` [B], 0 the least noisy one."""
-        level = self.levels[place]
-        noisy = add_noise(clean, noise, level)
-        wanted = self.target(noisy, place, text)
-        found = self.model.predictor(text)(noisy, level).clean
-        return ((found - wanted).square() + HUBER**2).sqrt().mean() - HUBER
+@app.command()
+def compare(
+    workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
+    averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
+) -> None:
+    """Prints the error of each step on the trajectories that are held out: the base's without the LoRA, and with it."""
+    kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
+    data, model = Trajectories(workdir), Backbone.open(json.loads(header["facts"])["model"], device="cpu")
+    rows = [held_out_errors(model, data)]
+    fill(add_trained(model, kept), kept)
+    rows.append(held_out_errors(model, data))
+    for name, row in zip(("the base", f"step {header['step']}"), rows, strict=True):
+        print(f"{name}: " + ", ".join(f"{error:.4f}" for error in row))
 
-    @torch.no_grad()
-    def target(self, noisy: Tensor, place: Tensor, text: Conditions) -> Tensor:
-        """What the student says one level below [B, …], where a guided DDIM step of the base leads.
 
-        Below the least noisy level there is only the base's clean estimate.
-        """
-        with use_adapters(self.model.denoiser, ()):
-            teacher = self.guided(noisy, self.levels[place], text)
-        below = self.levels[(place - 1).clamp(min=0)]
-        student = self.model.predictor(text)(add_noise(teacher.clean, teacher.noise, below), below).clean
-        last = (place == 0).reshape(-1, *[1] * (noisy.ndim - 1)).to(noisy.device)
-        return torch.where(last, teacher.clean, student)
-
-    def guided(self, noisy: Tensor, level: Level, text: Conditions) -> Estimate:
-        """The guided estimate at levels [B], in one call of twice the batch."""
-        twice = Level(
-            *(torch.cat([part, part]) for part in (level.a, level.b, level.time) if part is not None)
-        )
-        both = Conditions.cat([text, self.empty.repeat(len(text))])
-        found = self.model.predictor(both)(torch.cat([noisy, noisy]), twice)
-        (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in found)
-        return guide(Estimate(clean, noise), Estimate(clean_empty, noise_empty), self.guidance)
+@torch.no_grad()
+def held_out_errors(model: Backbone, data: Trajectories) -> list[float]:
+    """The mean squared error of every step, the noisiest first."""
+    levels, errors = student_schedule(model), []
+    for number in range(STEPS):
+        here, there, place, captions = data.held_out(number)
+        predict = model.predictor(model.encode_prompts(captions))
+        errors.append(step_error(predict, here, there, levels, place).mean().item())
+    return errors
 
 
 @app.command()
 def export(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/moji/moji-turbo"),
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
-    steps: Annotated[int, typer.Option(help="Sampler steps that the model is to be used with.", min=1)] = 4,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the adapter in fp16, its scheduler and how it is drawn with; `UserError` where it is too large."""
     kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
     base = json.loads(header["facts"])["model"]
     model = Backbone.open(base, device="cpu")
-    rank = next(len(value) for key, value in kept.items() if ".lora_A." in key)
-    parameters = add_lora(
-        model.denoiser, NAME, rank=rank, alpha=float(rank), targets=model.family.lora_targets["all"]
-    )
-    fill(parameters, kept)
+    fill(add_trained(model, kept), kept)
     save_lora(out / LORA_WEIGHTS, model.denoiser, NAME)
     whole, said = read_tensors(out / LORA_WEIGHTS)
     write_tensors(out / LORA_WEIGHTS, {key: value.half() for key, value in whole.items()}, said)
     write_scheduler(model, out)
-    record: dict[str, Any] = {"base": base, "steps": steps, "guidance": 1.0, "sampler": "consistency"}
+    record: dict[str, Any] = {"base": base, "steps": STEPS, "guidance": 1.0, "sampler": "ddim"}
     write_json(out / FEW_STEP, record)
     write_text(out / "README.md", CARD.format(base=base, step=header["step"]))
     make_readable(out)
@@ -196,11 +271,19 @@ def export(
     print(f"{out}: step {header['step']}, {layers} layers, {size / 1e6:.1f} MB")
 
 
+def add_trained(model: Backbone, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Adds a LoRA of the trained one's rank, and gives its weights by name."""
+    rank = next(len(value) for key, value in kept.items() if ".lora_A." in key)
+    targets = model.family.lora_targets["all"]
+    return add_lora(model.denoiser, NAME, rank=rank, alpha=float(rank), targets=targets)
+
+
 def write_scheduler(model: Backbone, out: Path) -> None:
-    """The LCMScheduler of the base's own noise path."""
+    """The DDIMScheduler of the base's own noise path, at the student's levels."""
     known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     said = model.location.config("scheduler")
-    LCMScheduler(**{key: said[key] for key in known}, clip_sample=False).save_pretrained(out / "scheduler")
+    spaced = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    DDIMScheduler(**{key: said[key] for key in known}, **spaced).save_pretrained(out / "scheduler")
 
 
 def named_in_a_record(model: str) -> str:
