@@ -37,6 +37,7 @@ ROOMS: Floors = {
         ("objectives", "evaluation"),
         ("training",),
         ("clips",),
+        ("sketch",),
         ("api", "cli"),
     ),
     "edit": (

@@ -231,6 +231,7 @@ NOWHERE = [
     ("align", "sample", "--prompts", "a dog", "--out", "x", "--concept", "runs/nope"),
     ("align", "sample", "--prompts", "a dog", "--out", "x", "--model", "runs/nope"),
     ("align", "label", "runs/nope"),
+    ("customize", "sketch", "--no-browser", "--concept", "runs/nope"),
     ("align", "rank", "runs/nope"),
     ("align", "check", "runs/nope"),
     ("align", "train", "runs/nope"),
