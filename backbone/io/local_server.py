@@ -7,16 +7,22 @@ another origin is refused too.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import os
 import secrets
 import signal
 import socket
 import sys
+import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -25,6 +31,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from backbone.io.console import UserError, notify
 from backbone.io.records import parse_json
 
+PAGES, SHARED = Path(__file__).with_name("pages"), ("style.css", "page.js")
+PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
 HOSTS = ("127.0.0.1", "localhost")
 REQUEST_SECONDS = 10.0  # in which a request has to be here whole
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -38,11 +46,57 @@ HEADERS = {
 
 
 def answer_page(path: Path) -> Response:
-    """A page whose own script and style run, and nothing else: its `{{nonce}}` is another one each time."""
+    """A page whose own script and style run, and nothing else: its `{{nonce}}` is another one each time.
+
+    `{{style.css}}` and `{{page.js}}` are what pages share.
+    """
     nonce = secrets.token_urlsafe(12)
     policy = f"{NOTHING}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
     text = path.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
+    for name in SHARED:
+        text = text.replace(f"{{{{{name}}}}}", (PAGES / name).read_text(encoding="utf-8"))
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+
+def read_data_url(sent: object, what: str) -> Image.Image:
+    """The RGB image that a page posts as a data URL of a PNG; `ValueError` for anything else, and a larger side."""
+    if not isinstance(sent, str) or not sent.startswith(PNG):
+        raise ValueError(f"the post holds no {what}")
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(sent[len(PNG) :], validate=True)), formats=("PNG",))
+        if max(image.size) > LARGEST_SIDE:
+            raise ValueError(f"the {what} has more than {LARGEST_SIDE} pixels a side")
+        return image.convert("RGB")
+    except (binascii.Error, OSError, SyntaxError) as error:
+        raise ValueError(f"the {what} is no PNG") from error
+
+
+class Overtaken(Exception):
+    """A newer request has come, so that nobody waits for this one any more."""
+
+
+class NewestOnly:
+    """Work of which only the newest counts: one call at a time, and an older one ends when a newer one comes."""
+
+    def __init__(self) -> None:
+        self.done = 0.0  # share of what is under way
+        self._turn, self._newest = threading.Lock(), 0
+
+    @contextmanager
+    def turn(self) -> Iterator[Callable[[float], None]]:
+        """A call's turn; what it is given takes shares of the work as they are done, and raises `Overtaken`."""
+        self._newest += 1
+        number = self._newest
+        with self._turn:
+            self.done = 0.0
+
+            def advance(share: float) -> None:
+                if self._newest != number:
+                    raise Overtaken
+                self.done = min(1.0, self.done + share)
+
+            advance(0)
+            yield advance
 
 
 async def read_post(request: Request, largest: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ in it. `drawings.json` lists all of them with the `customize sample` that draws 
 from __future__ import annotations
 
 import shlex
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from backbone.adapters.concept import (
 from backbone.cli.conditions import AskedControl, AskedMap
 from backbone.io.console import UserError
 from backbone.io.files import write_json
+from backbone.io.local_server import NewestOnly
 from backbone.io.run_folder import package_versions
 from backbone.media.control.maps import resize_map
 from backbone.media.parameters import describe_concepts, describe_drawing
@@ -46,10 +46,6 @@ from customize.sketch.settings import SketchOptions
 RECORD, FOLDER, KIND = "drawings.json", Path("drawings"), "sketch"
 MOST_IMAGES = 8  # of one drawing
 SEEDS = 2**63
-
-
-class Overtaken(Exception):
-    """The lines or the words have changed meanwhile, so that nobody waits for this drawing any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +102,7 @@ class SketchPad:
         self.asked, self.model, self.name, self.network = asked, model, name, network
         self.concepts, self.folder = concepts, folder
         self.drawings: list[Drawn] = []
-        self.done = 0.0  # share of the drawing that is being drawn
-        self._turn, self._newest = threading.Lock(), 0
+        self.turns = NewestOnly()
 
     @classmethod
     def open(cls, asked: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
@@ -125,27 +120,18 @@ class SketchPad:
         Raises `Overtaken` when another call has come meanwhile, and `UserError` for a page without lines, a token that
         no concept has, and a negative prompt that the model does not read.
         """
-        self._newest += 1
-        number = self._newest
         prompt, negative = (
             resolve_placeholder_tokens(text, self.concepts) for text in (wish.prompt, wish.negative)
         )
         refuse_negative(self.model, wish.negative, self.asked.guidance)
         condition = self._condition(lines, wish.scale)
-        with self._turn:
+        requests = [Request(prompt, (0, j), negative) for j in range(wish.count)]
+        how = {**self.asked.for_sampler(), "seed": wish.seed, "controls": together([condition])}
+        with self.turns.turn() as advance:
             began = time.perf_counter()
-            self.done = 0.0
-
-            def advance(work: float) -> None:
-                if self._newest != number:
-                    raise Overtaken
-                self.done = min(1.0, self.done + work / wish.count)
-
-            advance(0)
-            requests = [Request(prompt, (0, j), negative) for j in range(wish.count)]
-            how = {**self.asked.for_sampler(), "seed": wish.seed}
-            controls = together([condition])
-            images = list(sample(self.model, requests, controls=controls, advance=advance, **how))
+            images = list(
+                sample(self.model, requests, advance=lambda work: advance(work / wish.count), **how)
+            )
             return self._keep(wish, condition, images, time.perf_counter() - began)
 
     def _condition(self, lines: Image.Image, scale: float) -> Condition:

@@ -5,13 +5,9 @@ Images are named by drawing and number, never by a path. While one drawing is be
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -20,13 +16,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from backbone.io.console import UserError, error_message, notify
-from backbone.io.local_server import LocalOnly, answer_page, read_post, serve_locally
-from customize.sketch.pad import Overtaken, SketchPad, Wish, describe_drawn, describe_pad
+from backbone.io.local_server import (
+    LocalOnly,
+    Overtaken,
+    answer_page,
+    read_data_url,
+    read_post,
+    serve_locally,
+)
+from customize.sketch.pad import SketchPad, Wish, describe_drawn, describe_pad
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_POST = 4 * 2**20  # bytes
-LARGEST_SIDE = 4096  # of the page's lines
-HEAD = "data:image/png;base64,"
 
 
 def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
@@ -39,7 +40,7 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
         return JSONResponse(describe_pad(pad))
 
     async def done(request: Request) -> Response:
-        return JSONResponse({"done": pad.done})
+        return JSONResponse({"done": pad.turns.done})
 
     async def image(request: Request) -> Response:
         number, file = int(request.path_params["number"]), request.path_params["file"]
@@ -57,7 +58,7 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
     async def draw(request: Request) -> Response:
         try:
             body = await read_post(request, LARGEST_POST)
-            lines, wish = decode_lines(body), read_wish(body)
+            lines, wish = read_data_url(body.get("lines"), "lines"), read_wish(body)
             drawn = await run_in_threadpool(pad.draw, lines, wish)
         except Overtaken:
             return PlainTextResponse("something newer is being drawn", 409)
@@ -91,20 +92,6 @@ def serve(pad: SketchPad, *, port: int = 0, token: str | None = None, browser: b
         token=token,
         browser=browser,
     )
-
-
-def decode_lines(body: dict[str, Any]) -> Image.Image:
-    """The page's black lines on white; `ValueError` for what is no such PNG."""
-    sent = body.get("lines")
-    if not isinstance(sent, str) or not sent.startswith(HEAD):
-        raise ValueError("the post holds no lines")
-    try:
-        image = Image.open(io.BytesIO(base64.b64decode(sent[len(HEAD) :], validate=True)), formats=("PNG",))
-        if max(image.size) > LARGEST_SIDE:
-            raise ValueError("the lines are too large")
-        return image.convert("RGB")
-    except (binascii.Error, OSError, SyntaxError) as error:
-        raise ValueError("the lines are no PNG") from error
 
 
 def read_wish(body: dict[str, Any]) -> Wish:

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.local_server import Overtaken
 from customize.cli import app
 from customize.sketch import pad as pads
-from customize.sketch.pad import RECORD, Overtaken, SketchPad, Wish
+from customize.sketch.pad import RECORD, SketchPad, Wish
 from customize.sketch.server import LARGEST_POST, build_app
 from customize.sketch.settings import SketchOptions
 
@@ -167,7 +168,7 @@ def test_the_page_draws_and_shows_what_was_drawn_before(client: TestClient, pad:
         ({"lines": None}, "no lines"),
         ({"lines": "data:image/png;base64,AAAA"}, "no PNG"),
         ({"lines": "data:image/png;base64,?"}, "no PNG"),
-        ({"lines": as_sent(Image.new("L", (5000, 1)))}, "too large"),
+        ({"lines": as_sent(Image.new("L", (5000, 1)))}, "4096 pixels a side"),
         ({"lines": "x" * LARGEST_POST}, "too long"),
         ({"seed": "1"}, "seed is of another kind"),
         ({"count": True}, "count is of another kind"),

@@ -69,7 +69,7 @@ def draw_apple(tab: Tab) -> None:
 
 
 def wait_for(tab: Tab, count: int) -> None:
-    tab.until(f"document.querySelectorAll('.kept').length === {count} && !running")
+    tab.until(f"document.querySelectorAll('.kept').length === {count} && !asking.running")
     tab.until("[...document.images].every(image => image.naturalWidth)")
 
 
@@ -80,8 +80,9 @@ def seen(tab: Tab, name: str) -> None:
 
 def ink(tab: Tab) -> int:
     """How many pixels of the page are black."""
-    data = "pen.getImageData(0, 0, canvas.width, canvas.height).data"
-    return int(tab.run(f"{data}.reduce((n, value, k) => n + (k % 4 === 0 && value < 128), 0)"))
+    data = "pen.context.getImageData(0, 0, pen.canvas.width, pen.canvas.height).data"
+    black = "k % 4 === 3 && value > 127 && all[k - 1] < 128"
+    return int(tab.run(f"{data}.reduce((n, value, k, all) => n + ({black}), 0)"))
 
 
 def test_what_is_drawn_with_the_mouse_is_drawn_by_the_model_and_kept(
@@ -91,7 +92,7 @@ def test_what_is_drawn_with_the_mouse_is_drawn_by_the_model_and_kept(
     draw_apple(tab)
     if not tab.run("document.getElementById('live').checked"):
         tab.run("document.getElementById('draw').click()")
-    tab.until("document.querySelectorAll('.kept').length && !running")
+    tab.until("document.querySelectorAll('.kept').length && !asking.running")
     seen(tab, "sketch")
     (*_, last) = read_json(folder / RECORD)["drawings"]
     assert last["wish"]["prompt"] == "an apple in a park"
