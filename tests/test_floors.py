@@ -48,6 +48,7 @@ ROOMS: Floors = {
         ("result",),
         ("methods",),
         ("run",),
+        ("paint",),
         ("cli",),
     ),
     "align": (

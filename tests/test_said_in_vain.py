@@ -227,6 +227,7 @@ NOWHERE = [
     ("edit", "sdedit", "runs/nope", "--prompt", "a dog"),
     ("edit", "sdedit", "{scene}", "--prompt", "a dog", "--concept", "runs/nope"),
     ("edit", "sdedit", "{scene}", "--prompt", "a dog", "--model", "runs/nope"),
+    ("edit", "paint", "{scene}", "--no-browser", "--concept", "runs/nope"),
     ("edit", "replay", "runs/nope"),
     ("align", "sample", "--prompts", "a dog", "--out", "x", "--concept", "runs/nope"),
     ("align", "sample", "--prompts", "a dog", "--out", "x", "--model", "runs/nope"),
