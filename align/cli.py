@@ -390,7 +390,7 @@ def compare(asked: CompareOptions) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
     prompts, out = unique_prompts(prompts_of(asked.prompts)), asked.out
     if asked.blind:  # what the page needs is looked for before anything is drawn
-        from align.collect.label.server import check_port
+        from backbone.io.local_server import check_port
 
         check_port(asked.port)
     from align.comparison.compare import RESULT, compare_models

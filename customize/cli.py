@@ -25,7 +25,7 @@ from backbone.cli.flags import (
     PromptWords,
 )
 from backbone.cli.options import Option, command, settled_command
-from backbone.cli.sampling import CountOption, DrawingOptions
+from backbone.cli.sampling import CountOption, DrawingOptions, FewStepOptions
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json, refuse_filled
 from backbone.io.run_folder import hold_new_folder, run_name
@@ -33,6 +33,7 @@ from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolve_settings
+from customize.sketch.settings import SketchOptions
 from customize.training.control import commands as control_commands
 from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
 from customize.training.transfer import cli as transfer_cli
@@ -192,7 +193,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
+class SampleOptions(ControlOptions, FewStepOptions, DrawingOptions, JsonOptions):
     """Options of `customize sample`."""
 
     words: PromptWords = ()
@@ -205,16 +206,6 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
             metavar="PROMPTS",
         ),
     ] = ()
-    fast: Annotated[bool, Option("Draw with the few-step model that goes with the model.", SAMPLING)] = False
-    on: Annotated[
-        str,
-        Option(
-            "Draw with this few-step model, made from the one that the concepts were trained on.",
-            MODEL,
-            metavar="MODEL",
-            default_text="the model itself",
-        ),
-    ] = ""
     references: Annotated[
         tuple[str, ...],
         Option(
@@ -240,13 +231,6 @@ class SampleOptions(ControlOptions, DrawingOptions, JsonOptions):
         ),
     ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fast and self.on:
-            raise UserError(
-                "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
-            )
-
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
 def sample(asked: SampleOptions) -> None:
@@ -260,13 +244,13 @@ def sample(asked: SampleOptions) -> None:
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
         resolve_placeholder_tokens(prompt, concepts)  # user errors are raised before torch is imported
-    controls = asked.controls
+    controls, on = asked.controls, asked.few_step
     refuse_from_source(controls)
     if asked.out is not None:
         refuse_filled(asked.out)
-    from customize.sampling import OWN, RECORD, Beside, sample_to_folder
+    from customize.sampling import RECORD, Beside, sample_to_folder
 
-    on, beside = OWN if asked.fast else asked.on, Beside(asked.references, controls)
+    beside = Beside(asked.references, controls)
     sheet = sample_to_folder(
         prompts, asked, asked.out, concepts=concepts, beside=beside, on=on, vram=asked.vram
     )
@@ -274,6 +258,25 @@ def sample(asked: SampleOptions) -> None:
     notify(f"{count_of(len(prompts) * asked.count, 'image')} in {folder}; {sheet} shows all.")
     if asked.as_json and is_main_rank():
         print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
+
+
+@settled_command(app, SketchOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
+def sketch(asked: SketchOptions) -> None:
+    """Draw lines on a page in your browser, and see beside them what the model makes of them."""
+    from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
+    from backbone.io.local_server import check_port
+
+    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
+    for text in (asked.words, asked.negative):
+        resolve_placeholder_tokens(text, concepts)  # user errors are raised before torch is imported
+    check_port(asked.port)
+    from customize.sketch.pad import FOLDER, SketchPad
+    from customize.sketch.server import serve
+
+    with hold_new_folder(asked.out, FOLDER) as folder:
+        pad = SketchPad.open(asked, concepts, folder)
+        serve(pad, port=asked.port, browser=asked.browser)
+        notify(f"{count_of(len(pad.drawings), 'drawing')} in {folder}.")
 
 
 SURVIVAL = "survival"  # in a run folder

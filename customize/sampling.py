@@ -20,7 +20,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.cli.conditions import AskedControl
-from backbone.cli.sampling import DrawingOptions, SamplingSettings
+from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import write_json
@@ -43,7 +43,6 @@ from backbone.models.sample import Request, latent_size, refuse_negative, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
-OWN = "own"  # the few-step model that goes with the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +87,10 @@ def sample_to_folder(
 
     `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
     that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place; "own" is the
-    one that is known to go with it. `vram` is the device's memory in GiB to plan for. The maps of conditions on
-    the layout are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends
-    on the seed, i and j alone, and several processes share the work.
+    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place;
+    OWN_FEW_STEP is the one that is known to go with it. `vram` is the device's memory in GiB to plan for. The maps of
+    conditions on the layout are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image
+    (i, j) depends on the seed, i and j alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
@@ -99,7 +98,7 @@ def sample_to_folder(
     processes.init_process(asked.device)
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
-    backbone, concepts, name = _open_model(asked, concepts, on)
+    backbone, concepts, name = open_model(asked, concepts, on)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(beside.references))
@@ -135,7 +134,7 @@ def sample_to_folder(
     return folder / "sheet.png"
 
 
-def _open_model(
+def open_model(
     asked: DrawingOptions, concepts: Sequence[Concept], on: str
 ) -> tuple[Backbone, Sequence[Concept], str]:
     """The model that draws with its name, and the concepts, carried over where it is not their own."""
@@ -143,7 +142,7 @@ def _open_model(
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     if not on:
         return backbone, concepts, name
-    few = open_few_step(backbone, name_few_step(name) if on == OWN else on)
+    few = open_few_step(backbone, name_few_step(name) if on == OWN_FEW_STEP else on)
     return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
 
 

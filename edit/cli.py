@@ -12,10 +12,11 @@ import typer
 
 from backbone.cli.commands import command_group, program_words
 from backbone.cli.options import settled_command
-from backbone.io.console import UserError, notify, run_app
+from backbone.io.console import UserError, count_of, notify, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of
+from backbone.io.run_folder import hold_new_folder
 from edit import checks
 from edit.settings import (
     PANELS,
@@ -26,9 +27,11 @@ from edit.settings import (
     InterpolateOptions,
     InvertOptions,
     KeepBackgroundOptions,
+    PaintOptions,
     RemoveOptions,
     ReplaceOptions,
     ReplayOptions,
+    SamplerOptions,
     SDEditOptions,
     StartOptions,
     StepOptions,
@@ -210,6 +213,23 @@ def clip(asked: ClipOptions) -> None:
     notify(f"{folder}/report.html plays it; {folder}/sheet.png shows its frames.")
 
 
+@settled_command(app, PaintOptions, panels=PANELS)
+def paint(asked: PaintOptions) -> None:
+    """Paint what may change on a page in your browser, say what it is to be, and see it there."""
+    image = readable(asked.image)
+    wishes = with_concepts(asked, [asked.source, asked.target, asked.negative])
+    from backbone.io.local_server import check_port
+
+    check_port(asked.port)
+    from edit.paint.board import FOLDER, PaintBoard
+    from edit.paint.server import serve
+
+    with hold_new_folder(asked.out, FOLDER) as folder:
+        board = PaintBoard.open(asked, image, wishes, folder)
+        serve(board, port=asked.port, browser=asked.browser)
+        notify(f"{count_of(len(board.edits), 'edit')} in {folder}.")
+
+
 @settled_command(app, ReplayOptions)
 def replay(asked: ReplayOptions) -> None:
     """Repeat an edit exactly."""
@@ -264,7 +284,7 @@ def readable(image: str) -> SourceImage:
         raise UserError(f"{image} {error.reason}. {remedy}") from error
 
 
-def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
+def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:
     """The wishes, with the folders of the runs' chosen checkpoints as concepts, and with the mask read.
 
     Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that no
@@ -276,7 +296,8 @@ def with_concepts(asked: StepOptions, prompts: Sequence[str]) -> dict[str, Any]:
     learned = [read_concept(folder) for folder in folders]
     for prompt in prompts:
         resolve_placeholder_tokens(prompt, learned)
-    _ = asked.controls  # mistakes are answered before torch is imported
+    if isinstance(asked, StepOptions):
+        _ = asked.controls  # mistakes are answered before torch is imported
     wishes = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
     if wishes.get("mask") is not None:
         from edit.pictures import read_mask

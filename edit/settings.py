@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from backbone.cli.conditions import CONTROL, ClipControlOptions, ControlOptions
-from backbone.cli.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, ConceptOptions
+from backbone.cli.flags import (
+    CONCEPTS,
+    DRAWING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    SCORING,
+    ConceptOptions,
+    PageOptions,
+)
 from backbone.cli.options import Option
 from backbone.cli.sampling import GuidanceOption
 
@@ -34,13 +43,18 @@ STRENGTH_HELP = "Share of the steps that are sampled again; below 1 the edit sta
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepOptions(ControlOptions, ConceptOptions):
+class SamplerOptions(ConceptOptions):
     """Options of every command that samples: a model with concepts, and how many steps from which noise."""
 
     steps: Annotated[
         int, Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1)
     ] = 50
     seed: Annotated[int, Option("Seed of everything random.", SAMPLING)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(ControlOptions, SamplerOptions):
+    """The same under control maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -579,6 +593,28 @@ class KeepBackgroundOptions(RunFolder):
         ),
     ] = None
     align: Annotated[bool, Option("Undo a shift and a change of scale of the whole.", HOW)] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintOptions(SamplerOptions, InversionOptions, GuidanceOptions, PageOptions, ImageArgument):
+    """Options of `edit paint`."""
+
+    source: Annotated[
+        str, Option("What the image shows; the page begins with it.", WORDS, metavar="PROMPT")
+    ] = ""
+    target: Annotated[
+        str, Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT")
+    ] = ""
+    out: Annotated[
+        Path | None,
+        Option(
+            "The folder that keeps every edit, new or empty.",
+            OUTPUT,
+            aliases=("output-dir",),
+            metavar="FOLDER",
+            default_text="edits, edits-2 …",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

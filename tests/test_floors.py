@@ -37,6 +37,7 @@ ROOMS: Floors = {
         ("objectives", "evaluation"),
         ("training",),
         ("clips",),
+        ("sketch",),
         ("api", "cli"),
     ),
     "edit": (
@@ -47,6 +48,7 @@ ROOMS: Floors = {
         ("result",),
         ("methods",),
         ("run",),
+        ("paint",),
         ("cli",),
     ),
     "align": (

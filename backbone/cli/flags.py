@@ -78,6 +78,14 @@ class JsonOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """Where a page on this machine is, and whether it opens by itself."""
+
+    port: Annotated[int, Option("Port of the page; 0: any free one.", OUTPUT, min=0, max=65535)] = 0
+    browser: Annotated[bool, Option("Open the page, where there is a screen.", OUTPUT)] = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlaceOptions:
     """Where a model runs, and in which precision."""
 

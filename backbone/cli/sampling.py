@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
-from backbone.cli.flags import DRAWING, SAMPLING, ConceptOptions
+from backbone.cli.flags import DRAWING, MODEL, SAMPLING, ConceptOptions
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 
@@ -182,6 +182,34 @@ class SamplingSettings(GuidanceOption):
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     """How many images are sampled of each prompt, with which model and concepts, and how."""
+
+
+OWN_FEW_STEP = "own"  # the few-step model that goes with the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewStepOptions:
+    """By which few-step model is drawn, in place of the model itself."""
+
+    fast: Annotated[bool, Option("Draw with the few-step model that goes with the model.", SAMPLING)] = False
+    on: Annotated[
+        str,
+        Option(
+            "Draw with this few-step model, made from the one that the concepts were trained on.",
+            MODEL,
+            metavar="MODEL",
+            default_text="the model itself",
+        ),
+    ] = ""
+
+    @property
+    def few_step(self) -> str:
+        """Its name; OWN_FEW_STEP for the one that goes with the model, empty for none. `UserError` for both."""
+        if self.fast and self.on:
+            raise UserError(
+                "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
+            )
+        return OWN_FEW_STEP if self.fast else self.on
 
 
 def describe_guidance_interval(share: tuple[float, float]) -> str:

@@ -24,7 +24,7 @@ from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
-from backbone.media.control.maps import MapTarget, as_hints, read_map, read_maps
+from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
 
@@ -218,6 +218,17 @@ def condition_clips(
     fitting = [one if one.size == size else one.resize(size) for one in maps]
     found = _condition(model, AskedControl(AskedMap(kind, "planned")), opened, fitting)
     return replace(found, control=found.control.as_clip())
+
+
+def condition_on(
+    model: Backbone, asked: AskedControl, image: Image.Image, size: tuple[int, int], opened: OpenedControl
+) -> Condition:
+    """The condition of pictures of `size` (width, height) on a map that is at hand, by a network that is open.
+
+    `asked.map.path` is what the map is called in sentences. Raises `UserError` for what is no map of its kind.
+    """
+    target = MapTarget(size, opened.record.palette or None)
+    return _condition(model, asked, opened, [prepare_map(asked.map, target, image)])
 
 
 def _open(

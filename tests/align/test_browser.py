@@ -18,10 +18,10 @@ from PIL import Image
 from align.pairs.choices import CHOICES, read_choices, standing_choices
 from backbone.io.files import read_json, write_json
 from backbone.io.report import image_figure, line_plot, write_report
-from tests.align.browser import Browser, Tab
-from tests.align.browser import started as browser_started
 from tests.align.test_label import folder_of
 from tests.align.test_label import started as label_started
+from tests.browser import Browser, Tab
+from tests.browser import started as browser_started
 
 pytestmark = pytest.mark.browser
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -17,7 +15,6 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from align.collect.label import server
 from align.collect.label.server import build_app, serve
 from align.collect.label.session import (
     REPEAT_SHARE,
@@ -30,9 +27,11 @@ from align.collect.label.session import (
 )
 from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
 from align.pairs.read import read_preferences
+from backbone.io import local_server
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from tests.align.conftest import PROMPTS, picture
+from tests.browser import serve_page
 
 TOKEN, PORT = "secret-token", 4711
 
@@ -421,27 +420,7 @@ def test_the_server_listens_on_this_machine_alone_and_survives_a_kill(tmp_path: 
 
 def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """`align label` in a process of its own, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "label", str(folder), "--no-browser"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "http://" in line:
-            address = line.split()[line.split().index("Open") + 1]
-            break
-    else:
-        raise AssertionError("the server said no address")
-    host, port = address.removeprefix("http://").split("/")[0].split(":")
-    deadline = time.time() + 30
-    while True:
-        with socket.socket() as knock:
-            if knock.connect_ex((host, int(port))) == 0:
-                return process, address
-        assert time.time() < deadline
-        time.sleep(0.05)
+    return serve_page("align", "label", str(folder))
 
 
 def post(address: str, verdict: str) -> None:
@@ -512,12 +491,12 @@ def test_a_connection_without_a_whole_request_is_closed(
 
     import uvicorn
 
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(local_server, "REQUEST_SECONDS", 0.2)
 
     async def stays_open_for() -> float:
         app = build_app(session, token=TOKEN, port=PORT)
         config = uvicorn.Config(
-            app, lifespan="off", http=server._impatient_protocol(), log_level="critical", port=0
+            app, lifespan="off", http=local_server._impatient_protocol(), log_level="critical", port=0
         )
         serving = uvicorn.Server(config)
         task = asyncio.create_task(serving.serve())
@@ -546,14 +525,14 @@ def test_the_address_is_said_when_the_port_listens(session: Session, monkeypatch
         with socket.socket() as knock:
             said.append((text, knock.connect_ex(("127.0.0.1", port)) == 0))
 
-    monkeypatch.setattr(server, "notify", connects)
+    monkeypatch.setattr(local_server, "notify", connects)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.2 50000 10.0.0.1 22")
-    server.serve(session)
+    serve(session)
     (address, listens), (tunnel, _) = said
     port = re.findall(r"127\.0\.0\.1:(\d+)", address)[0]
     assert listens and f"ssh -L {port}:127.0.0.1:{port}" in tunnel and "must be the same" in tunnel
     monkeypatch.delenv("SSH_CONNECTION")
     monkeypatch.setenv("DISPLAY", ":0")
-    server.serve(session)
+    serve(session)
     assert len(said) == 3  # who sits at the machine needs no tunnel

@@ -1,60 +1,35 @@
 """The labelling page's server: one page, its pictures and its answers, for this machine alone.
 
-It listens on 127.0.0.1, and its address holds a token that nobody else knows. A request whose Host is not this server
-is refused, so that a foreign name that was made to point at 127.0.0.1 (DNS rebinding) reaches nothing; a post from
-another origin is refused too. Pictures are named by question and side, never by a path, and neither the page nor an
-address tells which picture is whose.
+Pictures are named by question and side, never by a path, and neither the page nor an address tells which picture is
+whose.
 """
 
 from __future__ import annotations
 
 import mimetypes
-import os
-import secrets
-import signal
-import socket
-import sys
-import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from align.collect.label.session import Session, StaleAnswer
 from backbone.io.console import UserError, error_message, notify
-from backbone.io.records import parse_json
+from backbone.io.local_server import LocalOnly, answer_page, read_post, serve_locally
 
 PAGE = Path(__file__).with_name("page.html")
-HOSTS = ("127.0.0.1", "localhost")
 LARGEST_POST = 4096  # bytes
-REQUEST_SECONDS = 10.0  # in which a request has to be here whole
-NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
 
 
 def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
     """The application; everything lies below /TOKEN/, and every other address is unknown."""
 
     async def page(request: Request) -> Response:
-        nonce = secrets.token_urlsafe(12)
-        policy = (
-            f"{NOTHING}; img-src 'self'; connect-src 'self'; "
-            f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
-        )
-        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+        return answer_page(PAGE)
 
     async def state(request: Request) -> Response:
         return JSONResponse(_state(session))
@@ -81,7 +56,7 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
 
     async def _post(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
         try:
-            act(await _body(request))
+            act(await read_post(request, LARGEST_POST))
         except StaleAnswer:
             return JSONResponse(_state(session), 409)
         except ValueError as error:
@@ -102,136 +77,18 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
     return LocalOnly(Starlette(routes=routes), port=port)
 
 
-class LocalOnly:
-    """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything.
-
-    It is around everything, so that no answer goes without these headers: one to a mistake of the server neither.
-    """
-
-    def __init__(self, app: ASGIApp, *, port: int) -> None:
-        self.app = app
-        self.hosts = {f"{host}:{port}" for host in HOSTS}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        begun = False
-
-        async def send_guarded(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                headers = MutableHeaders(scope=message)
-                headers.update(HEADERS)
-                headers.setdefault("Content-Security-Policy", NOTHING)
-            await send(message)
-
-        try:
-            answer: ASGIApp = self._refusal(Request(scope)) or self.app
-            await answer(scope, receive, send_guarded)
-        except ClientDisconnect:
-            return
-        except Exception as error:  # noqa: BLE001 (a server goes on; the answer has been sent)
-            notify(f"Error: {type(error).__name__}: {error}")
-            if not begun:
-                await PlainTextResponse("the server made a mistake", 500)(scope, receive, send_guarded)
-
-    def _refusal(self, request: Request) -> Response | None:
-        host = request.headers.get("host", "")
-        if host not in self.hosts:
-            return PlainTextResponse("this server answers to 127.0.0.1 and localhost alone", 421)
-        if request.method not in ("GET", "HEAD"):
-            origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
-            if (origin is not None and origin != f"http://{host}") or site not in ("same-origin", "none"):
-                return PlainTextResponse("posts come from this server's own page", 403)
-        return None
-
-
 def serve(session: Session, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
     """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
 
     Port 0 takes a free one; `UserError` when a port is taken.
     """
-    import uvicorn
-
-    token = token or secrets.token_urlsafe(16)
-    with _bound(port) as listening:
-        port = listening.getsockname()[1]
-        app = build_app(session, token=token, port=port)
-        listening.listen()
-        address = f"http://127.0.0.1:{port}/{token}/"
-        notify(f"Open {address} (Ctrl-C ends; every choice is kept as it is made).")
-        if os.environ.get("SSH_CONNECTION") or not has_screen():
-            notify(
-                f"From another machine: ssh -L {port}:127.0.0.1:{port} and this one's name; then open the same "
-                "address there. The port must be the same (--port chooses it)."
-            )
-        if browser and has_screen():
-            webbrowser.open(address)
-        quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
-        config = uvicorn.Config(app, lifespan="off", http=_impatient_protocol(), **quiet)
-        # A polite end is an end: uvicorn sends the signal on once it has stopped.
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        try:
-            uvicorn.Server(config).run(sockets=[listening])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def check_port(port: int) -> None:
-    """`UserError` for a port that is taken, before the work whose result the page shows."""
-    _bound(port).close()
-
-
-def _bound(port: int) -> socket.socket:
-    """A socket at this port of this machine alone; `UserError` where it is taken."""
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(("127.0.0.1", port))
-    except OSError as error:
-        bound.close()
-        raise UserError(f"Port {port} cannot be used ({error.strerror}). Choose another --port.") from error
-    return bound
-
-
-def _impatient_protocol() -> Any:
-    """uvicorn's HTTP/1.1 with an end to connections on which no whole request comes within REQUEST_SECONDS."""
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class ImpatientProtocol(H11Protocol):
-        waiting: Any = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._wait()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._wait()
-
-        def _wait(self) -> None:
-            whole = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
-            if self.waiting is not None and whole:
-                self.waiting.cancel()
-                self.waiting = None
-            elif self.waiting is None and not whole:
-                self.waiting = self.loop.call_later(REQUEST_SECONDS, self._give_up)
-
-        def _give_up(self) -> None:
-            self.waiting = None
-            if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-                self.transport.close()
-
-    return ImpatientProtocol
-
-
-def has_screen() -> bool:
-    """Whether a browser can show a window here; `webbrowser` would take one that writes into the terminal."""
-    if sys.platform in ("win32", "darwin"):
-        return True
-    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    serve_locally(
+        lambda token, port: build_app(session, token=token, port=port),
+        note="Ctrl-C ends; every choice is kept as it is made",
+        port=port,
+        token=token,
+        browser=browser,
+    )
 
 
 def _state(session: Session) -> dict[str, Any]:
@@ -248,23 +105,6 @@ def _state(session: Session) -> dict[str, Any]:
         "can_undo": bool(session.choices),
         "agreement": {"repeats": repeats, **agreement._asdict()} if done and repeats else None,
     }
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    if request.headers.get("content-type", "").split(";")[0] != "application/json":
-        raise ValueError("a post is JSON")
-    content = b""
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > LARGEST_POST:
-            raise ValueError("the post is too long")
-    try:
-        body = parse_json(content, "the post")
-    except UserError:
-        raise ValueError("the post is not JSON") from None
-    if not isinstance(body, dict):
-        raise ValueError("the post is not a JSON object")
-    return body
 
 
 def _number(body: dict[str, Any]) -> int:

@@ -7,9 +7,11 @@ import json
 import os
 import select
 import shutil
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,22 @@ class Tab:
                 windowsVirtualKeyCode=KEYS[key],
             )  # fmt: skip
 
+    def drag(self, points: Sequence[tuple[float, float]]) -> None:
+        """The mouse, pressed at the first point of the window, moved along the others, and released."""
+        for kind, (x, y) in (
+            ("mousePressed", points[0]), *(("mouseMoved", point) for point in points[1:]), ("mouseReleased", points[-1])
+        ):  # fmt: skip
+            self.browser.ask(
+                "Input.dispatchMouseEvent",
+                self.session,
+                type=kind,
+                x=x,
+                y=y,
+                button="left",
+                buttons=1,
+                clickCount=1,
+            )
+
     def size(self, width: int, height: int) -> None:
         """The window's size in CSS pixels."""
         self.browser.ask(
@@ -144,3 +162,29 @@ def started(folder: Path, *flags: str) -> Iterator[Browser]:
         process.wait(timeout=60)
         os.close(our_read)
         os.close(our_write)
+
+
+def serve_page(program: str, *words: str, cwd: Path | None = None) -> tuple[subprocess.Popen[str], str]:
+    """A command that serves a page, in a process of its own, and the page's address once it is answered."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"{program}.cli", *words, "--no-browser"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "http://" in line:
+            address = line.split()[line.split().index("Open") + 1]
+            break
+    else:
+        raise AssertionError("the server said no address")
+    host, port = address.removeprefix("http://").split("/")[0].split(":")
+    deadline = time.time() + 30
+    while True:
+        with socket.socket() as knock:
+            if knock.connect_ex((host, int(port))) == 0:
+                return process, address
+        assert time.time() < deadline
+        time.sleep(0.05)

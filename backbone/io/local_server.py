@@ -1,0 +1,258 @@
+"""A page of our own for a browser on this machine: who is answered, and a server that listens to nobody else.
+
+It listens on 127.0.0.1, and its address holds a token that nobody else knows. A request whose Host is not this server
+is refused, so that a foreign name that was made to point at 127.0.0.1 (DNS rebinding) reaches nothing; a post from
+another origin is refused too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from backbone.io.console import UserError, notify
+from backbone.io.records import parse_json
+
+PAGES, SHARED = Path(__file__).with_name("pages"), ("style.css", "page.js")
+PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
+HOSTS = ("127.0.0.1", "localhost")
+REQUEST_SECONDS = 10.0  # in which a request has to be here whole
+NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+def answer_page(path: Path) -> Response:
+    """A page whose own script and style run, and nothing else: its `{{nonce}}` is another one each time.
+
+    `{{style.css}}` and `{{page.js}}` are what pages share.
+    """
+    nonce = secrets.token_urlsafe(12)
+    policy = f"{NOTHING}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+    text = path.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
+    for name in SHARED:
+        text = text.replace(f"{{{{{name}}}}}", (PAGES / name).read_text(encoding="utf-8"))
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+
+def read_data_url(sent: object, what: str) -> Image.Image:
+    """The RGB image that a page posts as a data URL of a PNG; `ValueError` for anything else, and a larger side."""
+    if not isinstance(sent, str) or not sent.startswith(PNG):
+        raise ValueError(f"the post holds no {what}")
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(sent[len(PNG) :], validate=True)), formats=("PNG",))
+        if max(image.size) > LARGEST_SIDE:
+            raise ValueError(f"the {what} has more than {LARGEST_SIDE} pixels a side")
+        return image.convert("RGB")
+    except (binascii.Error, OSError, SyntaxError) as error:
+        raise ValueError(f"the {what} is no PNG") from error
+
+
+class Overtaken(Exception):
+    """A newer request has come, so that nobody waits for this one any more."""
+
+
+class NewestOnly:
+    """Work of which only the newest counts: one call at a time, and an older one ends when a newer one comes."""
+
+    def __init__(self) -> None:
+        self.done = 0.0  # share of what is under way
+        self._turn, self._newest = threading.Lock(), 0
+
+    @contextmanager
+    def turn(self) -> Iterator[Callable[[float], None]]:
+        """A call's turn; what it is given takes shares of the work as they are done, and raises `Overtaken`."""
+        self._newest += 1
+        number = self._newest
+        with self._turn:
+            self.done = 0.0
+
+            def advance(share: float) -> None:
+                if self._newest != number:
+                    raise Overtaken
+                self.done = min(1.0, self.done + share)
+
+            advance(0)
+            yield advance
+
+
+async def read_post(request: Request, largest: int) -> dict[str, Any]:
+    """The JSON object of a post of at most so many bytes; `ValueError` for anything else."""
+    if request.headers.get("content-type", "").split(";")[0] != "application/json":
+        raise ValueError("a post is JSON")
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > largest:
+            raise ValueError("the post is too long")
+    try:
+        body = parse_json(content, "the post")
+    except UserError:
+        raise ValueError("the post is not JSON") from None
+    if not isinstance(body, dict):
+        raise ValueError("the post is not a JSON object")
+    return body
+
+
+class LocalOnly:
+    """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything.
+
+    It is around everything, so that no answer goes without these headers: one to a mistake of the server neither.
+    """
+
+    def __init__(self, app: ASGIApp, *, port: int) -> None:
+        self.app = app
+        self.hosts = {f"{host}:{port}" for host in HOSTS}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        begun = False
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers.setdefault("Content-Security-Policy", NOTHING)
+            await send(message)
+
+        try:
+            answer: ASGIApp = self._refusal(Request(scope)) or self.app
+            await answer(scope, receive, send_guarded)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # noqa: BLE001 (a server goes on; the answer has been sent)
+            notify(f"Error: {type(error).__name__}: {error}")
+            if not begun:
+                await PlainTextResponse("the server made a mistake", 500)(scope, receive, send_guarded)
+
+    def _refusal(self, request: Request) -> Response | None:
+        host = request.headers.get("host", "")
+        if host not in self.hosts:
+            return PlainTextResponse("this server answers to 127.0.0.1 and localhost alone", 421)
+        if request.method not in ("GET", "HEAD"):
+            origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
+            if (origin is not None and origin != f"http://{host}") or site not in ("same-origin", "none"):
+                return PlainTextResponse("posts come from this server's own page", 403)
+        return None
+
+
+def serve_locally(
+    build: Callable[[str, int], ASGIApp],
+    *,
+    note: str,
+    port: int = 0,
+    token: str | None = None,
+    browser: bool = False,
+) -> None:
+    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
+
+    build   (token, port) → the application
+    note    what is said behind the address, in brackets
+    port    0 takes a free one; `UserError` when one is taken
+    """
+    import uvicorn
+
+    token = token or secrets.token_urlsafe(16)
+    with _bound(port) as listening:
+        port = listening.getsockname()[1]
+        app = build(token, port)
+        listening.listen()
+        address = f"http://127.0.0.1:{port}/{token}/"
+        notify(f"Open {address} ({note}).")
+        if os.environ.get("SSH_CONNECTION") or not has_screen():
+            notify(
+                f"From another machine: ssh -L {port}:127.0.0.1:{port} and this one's name; then open the same "
+                "address there. The port must be the same (--port chooses it)."
+            )
+        if browser and has_screen():
+            webbrowser.open(address)
+        quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
+        config = uvicorn.Config(app, lifespan="off", http=_impatient_protocol(), **quiet)
+        # A polite end is an end: uvicorn sends the signal on once it has stopped.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def check_port(port: int) -> None:
+    """`UserError` for a port that is taken, before the work whose result the page shows."""
+    _bound(port).close()
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket at this port of this machine alone; `UserError` where it is taken."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(("127.0.0.1", port))
+    except OSError as error:
+        bound.close()
+        raise UserError(f"Port {port} cannot be used ({error.strerror}). Choose another --port.") from error
+    return bound
+
+
+def _impatient_protocol() -> Any:
+    """uvicorn's HTTP/1.1 with an end to connections on which no whole request comes within REQUEST_SECONDS."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ImpatientProtocol(H11Protocol):
+        waiting: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def _wait(self) -> None:
+            whole = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
+            if self.waiting is not None and whole:
+                self.waiting.cancel()
+                self.waiting = None
+            elif self.waiting is None and not whole:
+                self.waiting = self.loop.call_later(REQUEST_SECONDS, self._give_up)
+
+        def _give_up(self) -> None:
+            self.waiting = None
+            if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+                self.transport.close()
+
+    return ImpatientProtocol
+
+
+def has_screen() -> bool:
+    """Whether a browser can show a window here; `webbrowser` would take one that writes into the terminal."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
