@@ -140,7 +140,7 @@ def test_what_cannot_be_drawn_is_said_and_nothing_is_kept(pad: SketchPad, tmp_pa
         (circle(), {"prompt": "a dog", "seed": 2**64}, "64 bits"),
     ):
         with pytest.raises(UserError, match=said):
-            pad.draw(page, Wish(**wish))  # type: ignore[arg-type]
+            pad.draw(page, Wish(**wish))
     assert not list(tmp_path.iterdir()) and not pad.drawings
 
 

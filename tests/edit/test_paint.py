@@ -100,9 +100,14 @@ def test_outside_of_what_is_painted_nothing_changes(board: PaintBoard, tmp_path:
 def test_an_image_is_inverted_once_for_what_it_shows(
     board: PaintBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inverted = []
+    inverted: list[str] = []
     own = board._invert
-    monkeypatch.setattr(board, "_invert", lambda source, *rest: inverted.append(source) or own(source, *rest))
+
+    def count(source: str, *rest: Any) -> Any:
+        inverted.append(source)
+        return own(source, *rest)
+
+    monkeypatch.setattr(board, "_invert", count)
     for source in (CAT.source, CAT.source, "a red cat in a park", CAT.source):
         board.edit(nothing(), Wish(source=source, target=CAT.target))
     assert inverted == [CAT.source, "a red cat in a park"]

@@ -30,9 +30,9 @@ from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import squared_error
-from backbone.diffusion.noise import Predict, generator
+from backbone.diffusion.noise import Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step, dpmpp_2m
-from backbone.diffusion.schedules import Schedule, vp_schedule
+from backbone.diffusion.schedules import vp_schedule
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_json, write_tensors, write_text
 from backbone.models.locate import FEW_STEP, OWN
