@@ -55,7 +55,7 @@ def example(
     from customize.data.example import EXTRAS, write_example
 
     images, extras = write_example(folder)
-    notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
+    notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_list_files(extras)}.")
     notify(f'Next: customize train --images {folder} --token "[V]"')
 
 
@@ -398,7 +398,7 @@ clips_cli.register(app)  # clip
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 
-def _listed(files: list[Path]) -> str:
+def _list_files(files: list[Path]) -> str:
     names = [file.name for file in files]
     return f"{', '.join(names[:-1])} and {names[-1]}"
 

@@ -35,7 +35,7 @@ from backbone.evaluation.motion import (
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
-from backbone.io.records import inside
+from backbone.io.records import resolve_inside
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder
 from backbone.media.clips import ANIMATED, FILMS, Film, choose_strip, encode_webp, read_film
@@ -262,7 +262,7 @@ def gather(folder: Path, asked: EvaluateClipOptions) -> list[ExpectedClip]:
     if folder.is_file():
         found = [(read_film(folder), asked.caption)]
     elif said.clips:
-        found = [(read_film(inside(folder, one.file, record)), one.prompt) for one in said.clips]
+        found = [(read_film(resolve_inside(folder, one.file, record)), one.prompt) for one in said.clips]
     else:
         found = [(one.film, one.caption or asked.caption) for one in list_films(str(folder))]
     lines = folder / PATH_FILE

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
-from backbone.io.records import inside, read_as
+from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import (
@@ -164,7 +164,7 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def find_listed(listed: Path, name: str, where: str) -> Path:
     """The file of this name beside a list; `UserError` where there is none."""
-    path = find_spelled(inside(listed.parent, name, where))
+    path = find_spelled(resolve_inside(listed.parent, name, where))
     if not path.is_file():
         raise UserError(
             f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."
@@ -183,7 +183,7 @@ def _from_run(run: Path) -> list[EditPair]:
     before, told = settings.get("source"), record.get("command") == "instruct"
     pairs, source = [], run / "source.png"
     for edit in edits:
-        target = inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
+        target = resolve_inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
         prompt = read_as(str, edit.get("prompt") or "", run / RECORD, "prompt")
         instruction = prompt if told or not before else f"turn {before} into {prompt}"
         pairs.append(EditPair(ImageRecord(source), ImageRecord(target), instruction))

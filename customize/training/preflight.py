@@ -60,7 +60,7 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
     found: list[str] = []
     for group in near_duplicates(looks):
         found.append(
-            f"{_listed(group)} are almost the same picture: keep one, or the run learns its details."
+            f"{_list_names(group)} are almost the same picture: keep one, or the run learns its details."
         )
     small = [one for one in looks if min(one.width, one.height) < resolution]
     for one in small:
@@ -76,7 +76,7 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
     bare = [picture.path.name for picture in pictures if not picture.caption]
     if bare and len(bare) < len(pictures):
         found.append(
-            f"{_listed(bare)} {_have(bare)} no caption, others have: the instance prompt serves instead."
+            f"{_list_names(bare)} {_have(bare)} no caption, others have: the instance prompt serves instead."
         )
     shapes = [one.width / one.height for one in looks]
     if shapes and max(shapes) > DIFFERENT_SHAPES * min(shapes):
@@ -203,7 +203,7 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     return seconds
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
