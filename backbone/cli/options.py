@@ -272,33 +272,33 @@ def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]
 
 def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
     """What typer reads: a parameter for every field, one for every switch, and `--config`."""
-    found = [_parameter(one.name, *_type_field(one)) for one in fields]
+    parameters = [_parameter(one.name, *_type_field(one)) for one in fields]
     for one in fields:
         for switch in switches_of(one):
             info = typer.Option(
                 "--" + hyphens(switch), help=one.option.help, rich_help_panel=one.option.panel, hidden=True
             )
-            found.append(_parameter(_switch(one, switch), bool | None, info))
+            parameters.append(_parameter(_switch(one, switch), bool | None, info))
         for flag, text in one.option.joined.items():
             info = typer.Option("--" + flag, help=text, metavar="FILE", rich_help_panel=one.option.panel)
-            found.append(_parameter(_switch(one, flag), str | None, info))
+            parameters.append(_parameter(_switch(one, flag), str | None, info))
     help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
-    return [*found, _parameter("config", str | None, help_of)]
+    return [*parameters, _parameter("config", str | None, help_of)]
 
 
 def _settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
     """The same, where what has no default is required: a plain word as such, an option here or in a file."""
-    found = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
+    parameters = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
     for one in fields:
         if one.default is MISSING and one.option.argument:
-            hint, info = get_args(found[one.name].annotation)
+            hint, info = get_args(parameters[one.name].annotation)
             plain = next(part for part in get_args(hint) if part is not type(None))
-            found[one.name] = found[one.name].replace(
+            parameters[one.name] = parameters[one.name].replace(
                 default=inspect.Parameter.empty, annotation=Annotated[plain, info]
             )
         elif one.default is MISSING:
-            found[one.name].annotation.__metadata__[0].help += " [required]"
-    return list(found.values())
+            parameters[one.name].annotation.__metadata__[0].help += " [required]"
+    return list(parameters.values())
 
 
 def _parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
@@ -421,15 +421,15 @@ def join_values(
 
     Raises `UserError` for one without a value to follow.
     """
-    found = dict(asked)
+    joined = dict(asked)
     for one in known.values():
         for flag in one.option.joined:
             value = given.get(_switch(one, flag))
-            if value is not None and one.name not in found:
+            if value is not None and one.name not in joined:
                 raise UserError(f"--{flag} belongs to the file that {one.flag} names. Give both.")
             if value is not None:
-                found[one.name] = f"{found[one.name]}+{value}"
-    return found
+                joined[one.name] = f"{joined[one.name]}+{value}"
+    return joined
 
 
 def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,14 +121,15 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
 def _refuse_other_scale(module: nn.Module, factor: int) -> None:
     """`UserError` for a network of UNets whose answers are of another size than this model's latents."""
     config = cast(Any, module).config
-    found = factor  # those of transformers encode their maps as the model does its pictures
+    smaller = factor  # those of transformers encode their maps as the model does its pictures
     if layers := config.get("conditioning_embedding_out_channels"):
-        found = 2 ** (len(layers) - 1)
+        smaller = 2 ** (len(layers) - 1)
     elif scale := config.get("downscale_factor"):
-        found = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
-    if found != factor:
+        smaller = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
+    if smaller != factor:
         raise UserError(
-            f"was made for another model: it makes a map {found} times smaller, and this model a picture {factor} times"
+            f"was made for another model: it makes a map {smaller} times smaller, and this model a picture {factor} "
+            "times"
         )
 
 
@@ -230,14 +231,14 @@ def _open(
 ) -> tuple[Condition, ...]:
     """The conditions, a row for each map that `read` gives of one."""
     named = [name for _, name in name_networks(model, asked)]
-    found = {name: find_control(name) for name in named}
+    networks = {name: find_control(name) for name in named}
     ready = []
     for said, name in zip(asked, named, strict=True):
-        one = _settle_kind(said, found[name])
-        target = MapTarget(size, found[name].record.palette or None, drawn_on)
+        one = _settle_kind(said, networks[name])
+        target = MapTarget(size, networks[name].record.palette or None, drawn_on)
         ready.append((one, name, read(one.map, target)))
     say_sum(asked)
-    for name in found:
+    for name in networks:
         opened[name] = opened.get(name) or open_control(model, name)
     return tuple(_condition(model, one, opened[name], images) for one, name, images in ready)
 
@@ -262,16 +263,16 @@ def _condition(
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     """The controls of conditions; those of one union ControlNet at the same steps are heard in one call."""
-    found: list[list[Control]] = []
+    groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
         joins = hasattr(control.network, "together") and float(control.scale[0]) > 0
-        group = next((some for some in found if joins and _fit_in_one_call(some[0], control)), None)
+        group = next((some for some in groups if joins and _fit_in_one_call(some[0], control)), None)
         if group is None:
-            found.append([control])
+            groups.append([control])
         else:
             group.append(control)
     return tuple(
-        cast(Any, group[0].network).together(group) if len(group) > 1 else group[0] for group in found
+        cast(Any, group[0].network).together(group) if len(group) > 1 else group[0] for group in groups
     )
 
 
@@ -407,11 +408,11 @@ class ControlOutline:
 
 def outline_control(model: Backbone, name: str) -> ControlOutline:
     """A control network by its config alone, or by its file's header; `UserError` as `open_control`."""
-    found = find_control(name)
-    if not found.place.is_dir():
-        shapes = read_header(found.place).shapes.values()
+    network = find_control(name)
+    if not network.place.is_dir():
+        shapes = read_header(network.place).shapes.values()
         return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
-    kind, location, part = _class_of(model, require_controlled_family(model).control_classes, found)
+    kind, location, part = _class_of(model, require_controlled_family(model).control_classes, network)
     return ControlOutline(diffusers_spec(kind, location, part, model.dtype))
 
 

@@ -334,15 +334,15 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
 
 def _newest_run(folder: Path, program: str) -> Path | None:
     """The run of a program in a folder that saved a step last; a damaged one is passed over."""
-    found = []
+    runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):
         try:
             command = read_json(path.parent / FILE, RunRecord).command
         except (UserError, FileNotFoundError):
             continue
         if " ".join(command.split()[:2]) == program:
-            found.append(path)
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+            runs.append(path)
+    return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else None
 
 
 def changed_settings(

@@ -260,19 +260,19 @@ def _look_through(
 ) -> Floats:
     """Where things are seen, [N, 4], through the camera of one frame."""
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
-    found = things.copy()
+    seen = things.copy()
     for i, figure in enumerate(figures):
         floats = clip.scene.place in FLOATING
         rate = 1.0 if floats else float(pan_rate(figure.foot, horizon, clip))
-        found[i, 0] -= pan_x * rate
-        found[i, 1] -= pan_y
+        seen[i, 0] -= pan_x * rate
+        seen[i, 1] -= pan_y
     turn = math.radians(roll)
-    x, y = found[:, 0] - SIZE / 2, found[:, 1] - SIZE / 2
-    found[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
-    found[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
-    found[:, 2] *= zoom
-    found[:, 3] += roll
-    return found
+    x, y = seen[:, 0] - SIZE / 2, seen[:, 1] - SIZE / 2
+    seen[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
+    seen[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
+    seen[:, 2] *= zoom
+    seen[:, 3] += roll
+    return seen
 
 
 # Drawing -----------------------------------------------------------------------------------------------------

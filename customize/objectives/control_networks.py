@@ -105,21 +105,23 @@ def save_network(module: nn.Module, kind: str, run: Path) -> None:
 
 def merge_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights of a ControlNet with its adapter added to them."""
-    found = {
+    weights = {
         name.replace(".base_layer.", "."): value.detach().cpu()
         for name, value in module.state_dict().items()
         if ".lora_" not in name
     }
     for name, layer in find_adapted_layers(module).items():
         change = layer.get_delta_weight(LORA).detach().cpu()
-        found[f"{name}.weight"] = found[f"{name}.weight"] + change.reshape(found[f"{name}.weight"].shape)
-    return found
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change.reshape(
+            weights[f"{name}.weight"].shape
+        )
+    return weights
 
 
 def lora_weights(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a control-LoRA's file, in original names: what is whole, and `up` and `down` of what is not."""
     layers = int(cast(Any, module).config.layers_per_block)
-    found = {
+    weights = {
         to_original(name, layers): value.detach().cpu().contiguous()
         for name, value in module.state_dict().items()
         if name.startswith(OWN_LAYERS)
@@ -129,8 +131,10 @@ def lora_weights(module: nn.Module) -> dict[str, Tensor]:
         factors: Mapping[str, Any] = {"up": layer.lora_B[LORA].weight, "down": layer.lora_A[LORA].weight}
         scale = float(layer.scaling[LORA])
         for part, value in factors.items():
-            found[f"{original}.{part}"] = (value.detach() * (scale if part == "up" else 1)).cpu().contiguous()
-    return {**found, "lora_controlnet": torch.zeros(1)}
+            weights[f"{original}.{part}"] = (
+                (value.detach() * (scale if part == "up" else 1)).cpu().contiguous()
+            )
+    return {**weights, "lora_controlnet": torch.zeros(1)}
 
 
 def find_adapted_layers(module: nn.Module) -> dict[str, Any]:

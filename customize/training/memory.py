@@ -69,11 +69,13 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
 
 def select_parameters(denoiser: nn.Module, pattern: str) -> list[Tensor]:
     """The denoiser's weights of these names, trainable and in fp32."""
-    found: list[Tensor] = [value for name, value in denoiser.named_parameters() if re.search(pattern, name)]
-    for value in found:
+    selected: list[Tensor] = [
+        value for name, value in denoiser.named_parameters() if re.search(pattern, name)
+    ]
+    for value in selected:
         value.data = value.data.float()
         value.requires_grad_(True)
-    return found
+    return selected
 
 
 def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
@@ -90,9 +92,12 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
     Raises `UserError` where nothing fits.
     """
     work = work_of(model, settings)
-    smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
+    smaller, chosen = fit_to_memory(model, work, size, choice_of(model, settings))
     return smaller, replace(
-        settings, **found.settings(), optimizer=found.optimizer, compile=settings.compile and found.compilable
+        settings,
+        **chosen.settings(),
+        optimizer=chosen.optimizer,
+        compile=settings.compile and chosen.compilable,
     )
 
 

@@ -130,10 +130,10 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                 raise UserError(
                     f"--{name} belongs to --images, which is not there. Add it, or leave that out."
                 )
-        found: list[Subject] = []
+        named: list[Subject] = []
     else:
-        found, rest = first_subjects(str(images), token or "", noun, words, rest)
-    subjects = [replace(one, images=make_absolute(one.images)) for one in [*found, *more]]
+        named, rest = first_subjects(str(images), token or "", noun, words, rest)
+    subjects = [replace(one, images=make_absolute(one.images)) for one in [*named, *more]]
     if "instance_prompt" in rest:
         first = subjects[0]
         rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)

@@ -212,13 +212,13 @@ def _parse_amount(said: str, part: str, amount: str, width: int, given: bool) ->
     """How far: in widths, the log of times, or degrees."""
     if not given:
         return USUAL[part]
-    found = AMOUNT.fullmatch(amount)
-    if found is None or (found[2] or "") not in UNITS[part] or float(found[1]) == 0:
+    match = AMOUNT.fullmatch(amount)
+    if match is None or (match[2] or "") not in UNITS[part] or float(match[1]) == 0:
         units = " or ".join(unit for unit in UNITS[part] if unit) or "times"
         raise UserError(
             f"--camera {said} has no amount of a {part} in {amount!r}. Give a number above 0, in {units}."
         )
-    value = float(found[1])
+    value = float(match[1])
     if part == "zoom":
         if value < 1:
             raise UserError(
@@ -227,7 +227,7 @@ def _parse_amount(said: str, part: str, amount: str, width: int, given: bool) ->
         return math.log(value)
     if part == "roll":
         return value
-    return value / 100 if found[2] == "%" else value / width
+    return value / 100 if match[2] == "%" else value / width
 
 
 @dataclass(frozen=True)

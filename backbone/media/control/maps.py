@@ -115,7 +115,7 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
         raise UserError(
             f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png."
         )
-    found: dict[int, Path] = {}
+    by_frame: dict[int, Path] = {}
     for record in list_images(path):
         file = Path(str(record.path))
         numbers = re.findall(r"\d+", file.stem)
@@ -129,10 +129,10 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
                 f"{file} is of frame {number}, and a clip of {frames} frames has none of that number: the first is 0, "
                 f"the last {frames - 1}. Ask for more --frames, or take it out."
             )
-        if number in found:
-            raise UserError(f"{file} and {found[number].name} are of one frame, {number}. Take one out.")
-        found[number] = file
-    return dict(sorted(found.items()))
+        if number in by_frame:
+            raise UserError(f"{file} and {by_frame[number].name} are of one frame, {number}. Take one out.")
+        by_frame[number] = file
+    return dict(sorted(by_frame.items()))
 
 
 def read_numbered_maps(asked: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:

@@ -215,16 +215,16 @@ def list_by_name(folder: Path) -> dict[str, ImageRecord]:
 
     Raises `UserError` where two images have one name: which of them is meant is not known.
     """
-    found: dict[str, ImageRecord] = {}
+    records: dict[str, ImageRecord] = {}
     for picture in list_images(folder):
         name = normalize_name(picture.path.relative_to(folder).with_suffix("").as_posix())
-        if name in found:
+        if name in records:
             raise UserError(
-                f"{found[name].path} and {picture.path.name} have one name, and images are paired by their names. "
+                f"{records[name].path} and {picture.path.name} have one name, and images are paired by their names. "
                 "Keep one of them."
             )
-        found[name] = picture
-    return found
+        records[name] = picture
+    return records
 
 
 def find_spelled(path: Path) -> Path:
@@ -453,16 +453,16 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
 
     A .json counts where it is a list: other tools keep other records under the same names.
     """
-    found = [
+    lists = [
         path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
         if path.name.lower() in names
         and path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
     ]
-    if len(found) > 1:
-        raise UserError(f"{folder} holds both {found[0].name} and {found[1].name}. Keep one of them.")
-    return found
+    if len(lists) > 1:
+        raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}. Keep one of them.")
+    return lists
 
 
 def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:

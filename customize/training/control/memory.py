@@ -54,5 +54,5 @@ def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tupl
         placement=get_placement(settings),
         fixed_optimizer=True,
     )
-    smaller, found = fit_to_memory(model, work_of(model, settings), size, choice)
-    return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)
+    smaller, chosen = fit_to_memory(model, work_of(model, settings), size, choice)
+    return smaller, replace(settings, **chosen.settings(), compile=settings.compile and chosen.compilable)
