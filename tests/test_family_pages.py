@@ -22,6 +22,7 @@ from backbone.io.files import write_json
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone, Task
 from benchmarks.memory import CLIPS, SHAPES, SIZES, Shape, count, lay_out, open_shape, table_of
+from customize.settings import resolve_settings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "families"
 # Names that --model takes, and what else a page's memory is counted of
@@ -108,16 +109,17 @@ def of_any_config(family: Family) -> dict[str, Any]:
 def facts_of(page: str, licences: list[str]) -> list[str]:
     """Layers, images beside a prompt, control networks, few-step models and licences."""
     names = PAGES[page][0]
+    its_families = {type(family): family for family in map(family_of, names)}.values()
     lines = list[str]()
-    for family in dict.fromkeys(map(family_of, names)):
+    for family in its_families:
         first, every = (family.lora_targets[kind] for kind in ("attention", "all"))
         more = [layer for layer in every if layer not in first]
         shown = f"- LoRA of {family.name}: `attention` is {listed(first)}; `all` adds {listed(more)}."
         if not any(shown.partition(":")[2] == line.partition(":")[2] for line in lines):
             lines.append(shown)
-    for family in dict.fromkeys(map(family_of, names)):
+    for family in its_families:
         lines += [
-            f"- `{pipeline}` reads {said.most} image{'s' * (said.most > 1)} beside a prompt."
+            f"- `{pipeline}` reads {'one image' if said.most == 1 else f'up to {said.most} images'} beside a prompt."
             for pipeline, said in family.reads_images.items()
             if ("XL" in pipeline) == (page == "sdxl.md") or "Pix2Pix" not in pipeline
         ]
@@ -165,6 +167,19 @@ def test_every_name_of_a_model_is_on_one_page() -> None:
 
 def test_every_shape_that_is_counted_is_on_one_page() -> None:
     assert sorted(name for _, names in PAGES.values() for name in names) == sorted(SHAPES)
+
+
+def test_the_defaults_of_training_are_said_as_they_are(tmp_path: Path) -> None:
+    usual = open_shape("sd15", tmp_path).defaults
+    run = resolve_settings({"images": "", "token": "[V]", "class_noun": "dog"}, usual)
+    said = f"LoRA of rank {run.rank} on {{}}, learning rate {run.learning_rate:.0e}, {run.steps} steps"
+    said = said.replace("e-0", "e-")
+    index, photographs = (
+        " ".join(path.read_text(encoding="utf-8").split())
+        for path in (FOLDER / "index.md", FOLDER.parent / "photographs.md")
+    )
+    assert run.lora_layers == "attention" and run.batch == run.prior_batch == 1
+    assert said.format("the layers `attention`") in index and said.format("attention") in photographs
 
 
 @pytest.mark.parametrize("page", PAGES)
