@@ -378,4 +378,4 @@ def test_custom_diffusion_is_refused_where_attn2_attends_to_the_image(tmp_path: 
     model = Backbone.open(str(tiny_stable_diffusion_3(tmp_path)), device="cpu", precision="fp32")
     assert any("attn2.to_k" in name for name, _ in model.denoiser.named_parameters())
     with pytest.raises(UserError, match="jointly, and --method custom-diffusion trains cross-attention"):
-        Weights(model, Settings(images="", method="custom-diffusion"), pattern=CROSS_ATTENTION)
+        Weights(model, settings(tmp_path, method="custom-diffusion"), pattern=CROSS_ATTENTION)
