@@ -176,6 +176,7 @@ def rank(
     rules: Annotated[
         list[str],
         option(
+            "--rule",
             "--pairs",
             metavar="RULE",
             help="best-worst: of each prompt the best and the worst image; all: all pairs; own: all without hard "
@@ -199,7 +200,7 @@ def rank(
 
     for rule in rules:
         if rule not in RULES:
-            raise UserError(f"There is no rule {rule} for --pairs. Choose one of {', '.join(RULES)}.")
+            raise UserError(f"There is no rule {rule} for pairs. Choose one of {', '.join(RULES)}.")
     for flag, said in (("--weight", weight), ("--pareto", pareto)):
         if said and len(scorer) == 1:
             raise UserError(f"{flag} has no effect with one scorer. Leave it out, or add another --scorer.")

@@ -7,6 +7,7 @@ model = backbone.open("moji")
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     __version__: str
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
+# diffusers' pipelines name image processors that transformers has two of, and it warns of choosing Pillow's
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
 
 __all__ = ["Backbone", "UserError", "open"]
 __getattr__, __dir__ = export_lazily(

@@ -49,7 +49,7 @@ from backbone.media.control.camera import embed_rays, flat_path
 from backbone.media.transforms import to_image
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
 from backbone.models.clips.frames import link_frames
-from backbone.models.control import condition_clips, embedded_controls
+from backbone.models.control import condition_clips, list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, render_clip, trace_camera
@@ -190,7 +190,7 @@ def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: 
     if true:
         ways["true clips, decoded"] = lambda _, clip: through_autoencoder(floor, clip)
     ways["without an adapter"] = lambda i, clip: draw(floor, i, clip, steps, guidance)
-    if POSE in embedded_controls(floor):
+    if POSE in list_embedded_controls(floor):
         ways[PLANNED] = lambda i, clip: draw_planned(floor, i, clip, steps, guidance)
     if motion:
         moving = Backbone.open(model, device="cpu")

@@ -47,7 +47,7 @@ from backbone.io.console import UserError, progress, run_app
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import embedded_controls, open_control
+from backbone.models.control import list_embedded_controls, open_control
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -179,7 +179,7 @@ class Gallery:
 
     def network(self, kind: str) -> tuple[ControlNetwork, str]:
         """The network that reads a kind, and what tells it from others."""
-        name = self.settings.network or str(embedded_controls(self.model).get(kind, ""))
+        name = self.settings.network or str(list_embedded_controls(self.model).get(kind, ""))
         if not name:
             raise UserError(
                 f"{self.settings.model} has no control network for {kind}. Name one with --network."

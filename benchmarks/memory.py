@@ -1,16 +1,16 @@
-"""The memory that each family's published shapes ask for, counted from their configs: the table of docs/families.md.
+"""The memory that each family's published shapes ask for, counted from their configs: the tables of docs/families/.
 
-    python -m benchmarks.memory                             every family, for a GPU of 8 GiB
-    python -m benchmarks.memory z-image chroma --vram 12
+    python -m benchmarks.memory                             every family, for GPUs of 8 to 48 GiB
+    python -m benchmarks.memory z-image chroma --vram 10
 
-A LoRA of rank 8 is trained in bf16 with gradient checkpointing, one image a step, at the model's own resolution.
-Nothing is loaded and no GPU is needed: these are the plans of `customize train --vram`, which may be of a quantised
-base (bitsandbytes). Writes `memory.md` and `memory.json`.
+A run of `customize train` with its defaults in bf16, at the model's own resolution: as it comes, and with what `--vram`
+changes until the whole run fits, previews and encoders included, where bitsandbytes is installed. Nothing is loaded
+and no GPU is needed. Writes `memory.md` and `memory.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, NamedTuple
@@ -26,6 +26,8 @@ from backbone.models.model import Backbone, Task
 from backbone.models.placement import Placement
 from customize.settings import resolve_settings
 from customize.training.memory import work_of
+
+SIZES = (8.0, 12.0, 16.0, 24.0, 48.0)  # GiB of common GPUs
 
 
 class Shape(NamedTuple):
@@ -57,18 +59,24 @@ SHAPES = {
 }
 
 
+class Plan(NamedTuple):
+    """A run for a device of `vram` GiB: what is changed, and the bytes of its largest phase."""
+
+    vram: float
+    changes: Sequence[str]
+    most: int
+
+
 class Row(NamedTuple):
-    """Bytes of the training step as it comes, and the plan for a smaller device: what it changes, its largest phase.
+    """Bytes of each phase of a run as it comes, and the plans for smaller devices, of those that it fits.
 
     parameters  of the network
-    changes     None where nothing fits
     """
 
     name: str
     parameters: int
-    training: int
-    changes: Sequence[str] | None
-    planned: int
+    phases: Mapping[str, int]
+    plans: Sequence[Plan]
 
 
 def open_shape(name: str, place: Path) -> Backbone:
@@ -78,39 +86,51 @@ def open_shape(name: str, place: Path) -> Backbone:
     """
     if name not in SHAPES:
         raise UserError(f"There is no published shape {name}. Choose of {', '.join(SHAPES)}.")
-    shape, index = SHAPES[name], dict[str, object]()
-    for folder in reversed(shape.folders):  # those that count first are laid over the others
-        for config in sorted((PUBLISHED_CONFIGS / folder).glob("*/*.json")):
-            part = config.parent.name
-            write_json(place / part / config.name, read_json(config))
-            index[part] = ["transformers" if part.startswith("text") else "diffusers", ""]
-    write_json(place / "model_index.json", {**index, "_class_name": shape.pipeline})
+    shape = SHAPES[name]
+    write_json(place / "model_index.json", {**lay_out(shape, place), "_class_name": shape.pipeline})
     task: Task = "edit" if "Edit" in shape.pipeline else "text-to-image"
     return Backbone.open(str(place), device="cpu", precision="bf16", task=task)
 
 
-def count(name: str, model: Backbone, size: float) -> Row:
-    """A row of the table, for a GPU of `size` GiB."""
-    asked = {"images": "", "token": "[V]", "class_noun": "dog", "rank": 8, "batch": 1, "prior": "off"}
+def lay_out(shape: Shape, place: Path) -> dict[str, object]:
+    """Writes the configs of a shape into a folder; the components that they are of, as an index has them."""
+    index = dict[str, object]()
+    for folder in reversed(shape.folders):  # those that count first are laid over the others
+        for config in sorted((PUBLISHED_CONFIGS / folder).glob("*/*.json")):
+            part = config.parent.name
+            write_json(place / part / config.name, read_json(config))
+            library = "transformers" if part.startswith(("text", "image")) else "diffusers"
+            index[part] = [library, ""]
+    return index
+
+
+def count(name: str, model: Backbone, sizes: Sequence[float]) -> Row:
+    """A row of the table, for GPUs of these GiB."""
+    asked = {"images": "", "token": "[V]", "class_noun": "dog"}
     if model.edits_by_instruction:
         asked |= {"pairs": "pairs"}
     estimator = MemoryEstimator(model, work_of(model, resolve_settings(asked, model.defaults)))
-    start = MemorySettings("bf16", checkpointing=True, placement=Placement())
-    training = estimator.phases(start)["training"].total_bytes
+    start = MemorySettings("bf16", placement=Placement())
+    phases = {phase: counted.total_bytes for phase, counted in estimator.phases(start).items()}
     parameters = sum(value.numel() for value in estimator.meta_denoiser("bf16").parameters())
-    try:
-        plan = plan_memory(estimator, size, start, library=True)
-    except UserError:
-        return Row(name, parameters, training, None, 0)
-    planned = max(phase.total_bytes for phase in plan.phases.values())
-    return Row(name, parameters, training, tuple(plan.reasons), planned)
+    plans = []
+    for size in sizes:
+        try:
+            plan = plan_memory(estimator, size, start, library=True)
+        except UserError:
+            continue
+        most = max(phase.total_bytes for phase in plan.phases.values())
+        plans.append(Plan(size, tuple(plan.reasons), most))
+    return Row(name, parameters, phases, plans)
 
 
 def main(
     names: Annotated[
         list[str] | None, typer.Argument(help="Names of published model shapes.", show_default="all")
     ] = None,
-    vram: Annotated[float, typer.Option(help="Memory of the GPU to plan for, in GiB.", min=0.1)] = 8.0,
+    vram: Annotated[
+        list[float], typer.Option(help="Memory of a GPU to plan for, in GiB. Repeatable.", min=0.1)
+    ] = list(SIZES),  # noqa: B006  typer copies it
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/memory"),
 ) -> None:
     """Counts and writes the table."""
@@ -118,24 +138,28 @@ def main(
     with TemporaryDirectory() as place, progress(len(chosen), "counting") as bar:
         models = {name: open_shape(name, Path(place) / str(number)) for number, name in enumerate(chosen)}
         for name, model in models.items():
-            rows.append(count(name, model, vram))
+            rows.append(count(name, model, sorted(vram)))
             bar.advance()
-    write_text(out / "memory.md", table_of(rows, vram))
-    write_json(out / "memory.json", {"vram": vram, "rows": [row._asdict() for row in rows]})
+    write_text(out / "memory.md", table_of(rows, sorted(vram)))
+    write_json(
+        out / "memory.json", [row._asdict() | {"plans": [one._asdict() for one in row.plans]} for row in rows]
+    )
     typer.echo((out / "memory.md").read_text())
 
 
-def table_of(rows: Sequence[Row], size: float) -> str:
-    """The rows in GiB."""
-    lines = [f"| | network, billions | training, GiB | `--vram {size:g}` |", "|---|---|---|---|"]
-    for name, parameters, training, changes, planned in rows:
-        said = (
-            "does not fit"
-            if changes is None
-            else f"{', '.join(changes) or 'as it comes'}: {planned / GIB:.1f}"
-        )
+def table_of(rows: Sequence[Row], sizes: Sequence[float]) -> str:
+    """The rows in GiB: of each model as it comes, then at every size."""
+    lines = ["| | `--vram` | what the plan changes | the most at once, GiB |", "|---|---|---|---|"]
+    for name, parameters, phases, plans in rows:
         shown = name if " " in name else f"`{name}`"
-        lines.append(f"| {shown} | {parameters / 1e9:.2f} | {training / GIB:.1f} | {said} |")
+        parts = ", ".join(f"{phase} {size / GIB:.1f}" for phase, size in phases.items())
+        most = max(phases.values()) / GIB
+        lines.append(f"| {shown}, {parameters / 1e9:.2f} billion | – | nothing: {parts} | {most:.1f} |")
+        found = {plan.vram: plan for plan in plans}
+        for size in sizes:
+            plan = found.get(size)
+            changes = "does not fit" if plan is None else ", ".join(plan.changes) or "nothing"
+            lines.append(f"| | {size:g} | {changes} | {'–' if plan is None else f'{plan.most / GIB:.1f}'} |")
     return "\n".join([*lines, ""])
 
 

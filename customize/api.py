@@ -102,7 +102,7 @@ def _drawing_of(
     names = {one.name for one in fields(ControlOptions)}
     known = {name: value for name, value in settings.items() if value is not None}
     control = {
-        name: value if name == "guess_mode" else _several(value)
+        name: value if name == "guess_mode" else _as_several(value)
         for name, value in known.items()
         if name in names
     }
@@ -114,7 +114,7 @@ def _drawing_of(
     return build_drawing(DrawingOptions, own, runs), controls
 
 
-def _several(given: Any) -> tuple[Any, ...]:
+def _as_several(given: Any) -> tuple[Any, ...]:
     """What was given as one or several, as several."""
     return (given,) if isinstance(given, (str, Path, Run, int, float)) else tuple(given)
 

@@ -56,7 +56,7 @@ def example(
     from customize.data.example import EXTRAS, write_example
 
     images, extras = write_example(folder)
-    notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_listed(extras)}.")
+    notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_list_files(extras)}.")
     notify(f'Next: customize train --images {folder} --token "[V]"')
 
 
@@ -105,18 +105,18 @@ def check(asked: CheckOptions) -> None:
         return
     from backbone.media.sources.pictures import check_images, describe_unused, list_images
 
-    found = list_images(asked.images)
-    check_images(found)
-    captions = sum(image.caption is not None for image in found)
-    notify(f"{count_of(len(found), 'image')} in {asked.images} can be read ({captions} with captions).")
-    for sentence in describe_unused(asked.images, found):
+    images = list_images(asked.images)
+    check_images(images)
+    captions = sum(image.caption is not None for image in images)
+    notify(f"{count_of(len(images), 'image')} in {asked.images} can be read ({captions} with captions).")
+    for sentence in describe_unused(asked.images, images):
         notify(sentence)
     from backbone.models.model import Backbone
     from customize.training.preflight import caption_warnings, estimate, warnings_about
 
     opened = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
-    warnings = [*warnings_about(found, resolution=opened.resolution), *caption_warnings(found, opened)]
-    if misfit := opened.describe_misfit([image.read_size() for image in found]):
+    warnings = [*warnings_about(images, resolution=opened.resolution), *caption_warnings(images, opened)]
+    if misfit := opened.describe_misfit([image.read_size() for image in images]):
         warnings.append(misfit)
     for warning in warnings:
         notify(f"Warning: {warning}")
@@ -134,7 +134,7 @@ def check(asked: CheckOptions) -> None:
     for sentence in sentences:
         notify(sentence)
     if asked.as_json:
-        print_json({"images": len(found), "captions": captions, "warnings": warnings, **needs})
+        print_json({"images": len(images), "captions": captions, "warnings": warnings, **needs})
 
 
 def check_pairs(asked: CheckOptions) -> None:
@@ -401,7 +401,7 @@ clips_cli.register(app)  # clip
 files_cli.register(app)  # export, import, info, merge, extract, resize
 
 
-def _listed(files: list[Path]) -> str:
+def _list_files(files: list[Path]) -> str:
     names = [file.name for file in files]
     return f"{', '.join(names[:-1])} and {names[-1]}"
 

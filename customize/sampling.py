@@ -32,9 +32,9 @@ from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.control import (
     Condition,
     describe_conditions,
+    gather_controls,
     name_networks,
     open_conditions,
-    together,
 )
 from backbone.models.few_step.model import name_few_step, open_few_step
 from backbone.models.model import Backbone
@@ -215,7 +215,7 @@ def _hold_folder(out: Path | None) -> Iterator[Path]:
 
 def _write_images(model: Backbone, requests: Sequence[Request], out: Path, drawing: Drawing) -> None:
     """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
-    settings, controls = drawing.settings, together(drawing.conditions)
+    settings, controls = drawing.settings, gather_controls(drawing.conditions)
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
         images = sample(

@@ -600,16 +600,17 @@ class Settings(TrainingSettings):
 
     def ranks(self) -> dict[str, int]:
         """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
-        found: dict[str, int] = {}
+        by_pattern: dict[str, int] = {}
         for entry in self.rank_pattern:
             pattern, _, rank = entry.rpartition("=")
             if not pattern or not rank.isdecimal() or int(rank) < 1:
                 raise UserError(f"--rank-pattern {entry} is not PATTERN=RANK, like attn2=8. Write it so.")
-            if found.setdefault(pattern, int(rank)) != int(rank):
+            if by_pattern.setdefault(pattern, int(rank)) != int(rank):
                 raise UserError(
-                    f"--rank-pattern gives {pattern} the ranks {found[pattern]} and {int(rank)}. Leave out one of them."
+                    f"--rank-pattern gives {pattern} the ranks {by_pattern[pattern]} and {int(rank)}. Leave out one "
+                    "of them."
                 )
-        return found
+        return by_pattern
 
     def called(self) -> str:
         """The first subject's name in a prompt: `[V] dog`."""

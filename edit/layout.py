@@ -27,9 +27,9 @@ from backbone.media.transforms import to_image
 from backbone.models.control import (
     Condition,
     OpenedControl,
+    gather_controls,
     open_conditions,
     open_control,
-    together,
     with_map,
 )
 from backbone.models.model import Backbone
@@ -87,7 +87,7 @@ class Layout:
         return tuple(
             replace(both, scale=both.scale * torch.tensor(sides))
             for sides in dict.fromkeys(self.sides)
-            for control in together(self._on(sides))
+            for control in gather_controls(self._on(sides))
             for both in [control.each(lambda value: value.expand(2, *value.shape[1:]))]
         )
 

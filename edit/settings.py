@@ -449,7 +449,7 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
             "What stands where nothing was to change: the image's own pixels, its autoencoder's copy (latents), or "
             "what the model draws (none). auto: pixels, and all that is drawn where nearly everything changes.",
             WHERE,
-            flag="keep",
+            aliases=("keep",),
             choices=("auto", "pixels", "latents", "none"),
         ),
     ] = "auto"

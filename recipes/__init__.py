@@ -1,1 +1,3 @@
 """Short runnable scripts; the first lines of each say the command, what it costs and what it should show."""
+
+import backbone  # noqa: F401  its settings come before what a script imports first

@@ -2,8 +2,9 @@
 
 Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
 Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser and autoencoder, the
-numbers in `LARGEST` are lowered, validations draw in as few steps, and what `ADDED` says is added. A block that cannot
-run here is marked `<!-- not run: why -->`, and its commands are parsed instead.
+published models of docs/families/ by random ones of their kind, the numbers in `LARGEST` are lowered, validations draw
+in as few steps, and what `ADDED` says is added. A block that cannot run here is marked `<!-- not run: why -->`, and its
+commands are parsed instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import importlib.util
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,11 @@ from PIL import Image
 
 from backbone.models import locate
 from customize.evaluation import metrics
-from tests.tiny import tiny_moji
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
 }
 PROGRAMS = ("customize", "edit", "align", "limner")
 
@@ -49,6 +52,7 @@ ADDED = {
     "customize train-control": ("--validation-steps", "0", "--sample-steps", "2", "--evaluation-steps", "2"),
     "customize evaluate": ("--count", "1"),
     "customize sample": ("--steps", "2"),
+    "customize transfer": ("--steps", "2", "--answers", "1"),
     "customize clip": ("--steps", "2"),
     "align sample": ("--steps", "2"),
     "align train": ("--steps", "2", "--evaluation-draws", "1"),
@@ -56,11 +60,11 @@ ADDED = {
     "edit keep-background": ("--mask", "left.png"),  # what random weights drew agrees with the source nowhere
     "edit": ("--steps", "2"),
 }
-LONG = (
-    "docs/customize.md",
-    "docs/align.md",
-    "docs/index.md",
-)  # each takes long; README has their main commands
+FAMILIES = "docs/families/"
+LONG = (  # each takes long; README has their main commands
+    *("docs/customize.md", "docs/align.md", "docs/index.md"),
+    *(page for page in PAGES if page.startswith(FAMILIES)),
+)
 # What the README's two commands do beside: .ci/run and the test of the wheel install, and this is one of the checks.
 ELSEWHERE = (["python3", "-m", "venv"], ["pip", "install"], ["python", "-m", "tests.check"])
 
@@ -155,7 +159,26 @@ OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that do
 
 @pytest.fixture(scope="session")
 def small_moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_moji(tmp_path_factory.mktemp("models") / "moji", side=64)
+    return tiny.tiny_moji(tmp_path_factory.mktemp("models") / "moji", side=64)
+
+
+# What makes a random model of the kind that a name of docs/families/ stands for
+RANDOM: dict[str, Callable[[Path], Path]] = {
+    "sd15": tiny.tiny_pipeline,
+    "sdxl": tiny.tiny_stable_diffusion_xl,
+    "sd3": tiny.tiny_stable_diffusion_3,
+    "flux": tiny.tiny_flux,
+    "pixart": tiny.tiny_pixart,
+    "z-image": tiny.tiny_z_image,
+    "z-image-turbo": partial(tiny.tiny_z_image, shift=3.0),
+    "flux2-klein": tiny.tiny_flux2_klein,
+    "qwen-image": tiny.tiny_qwen_image,
+    "qwen-image-edit": tiny.tiny_qwen_edit,
+    "qwen-image-2.1": tiny.tiny_qwen_image21,
+    "krea2": tiny.tiny_krea2,
+    "krea2-turbo": partial(tiny.tiny_krea2, turbo=True),
+    "chroma": tiny.tiny_chroma,
+}
 
 
 @pytest.fixture
@@ -180,9 +203,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> P
 )
 def test_the_blocks_of_a_page_run_in_order(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks_of(page):
-        if not block.runs:
-            continue
+    blocks = [block for block in blocks_of(page) if block.runs]
+    if page.startswith(FAMILIES):
+        said = {word for block in blocks for words in calls_of(block) for word in words}
+        for model in said & set(RANDOM):
+            monkeypatch.setitem(locate.OWN, model, RANDOM[model](here / "models" / model))
+    for block in blocks:
         try:
             if block.language == "python":
                 exec(compile(with_fewer_steps(block.text), f"{page}:{block.line}", "exec"), names)

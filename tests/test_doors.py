@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import re
 import statistics
@@ -228,6 +229,21 @@ def test_the_scripts_have_the_programs_help_and_every_option_a_text() -> None:
                 if "help" not in {one.arg for one in call.keywords}:
                     found.append(f"{path.relative_to(ROOT)}:{call.lineno}: no help")
     assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["backbone", "recipes", "benchmarks"])
+def test_nobody_is_told_that_torchvision_is_missing(package: str) -> None:
+    """diffusers' pipelines ask for an image processor that transformers has with torchvision and without."""
+    done = run(sys.executable, "-c", f"import {package}; from diffusers import StableDiffusionPipeline")
+    assert done.returncode == 0 and "torchvision" not in done.stderr
+
+
+def test_what_else_transformers_says_is_heard() -> None:
+    logger = logging.getLogger("transformers.utils.import_utils")
+    said = ("`CLIPImageProcessor` requires torchvision (not installed); falling back to …", "another thing")
+    records = [logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None) for text in said]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]
 
 
 @every_command

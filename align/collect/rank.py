@@ -118,8 +118,8 @@ def select_rows(
         return pair_within_prompts(own_rows, files, total, "all")
     if not any(prompt.hard_negatives for prompt in prompts):
         raise UserError(
-            f"{folder} was drawn without hard negatives. Give some prompts a list `hard_negatives`, or choose other "
-            "--pairs."
+            f"{folder} was drawn without hard negatives. Give some prompts a list `hard_negatives`, or choose "
+            "another --rule."
         )
     rows = {name: row for row, (_, name) in enumerate(files)}
     if rule == "same-noise":

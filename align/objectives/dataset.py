@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, ClassVar, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -33,9 +33,9 @@ from align.pairs.records import (
 from align.settings import Settings
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.conditions.conditions import Conditions
+from backbone.data.ahead import Movable
 from backbone.data.table import Column
 from backbone.diffusion.noise import Level, add_noise, generator, target
-from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.families.base import NoisePath
 from backbone.io.console import UserError
@@ -332,7 +332,7 @@ def _levels(samples: NoiseSamples, key: str) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class Draws(Movable):
     """B records at one noise sample each, G pictures a record, as they are read: what a batch is noised from.
 
     clean [G·B, …]   noise [B, …]   index of the noise level [B]   conditions [B]   preference [B]
@@ -340,25 +340,13 @@ class Draws:
     Rows b, B + b … of `clean` are record b's first, second … picture.
     """
 
+    on_host: ClassVar[tuple[str, ...]] = ("index", "preference")
+
     clean: Tensor
     noise: Tensor
     index: Tensor
     conditions: Conditions
     preference: Tensor
-
-    def to(self, device: torch.device) -> Draws:
-        """On a device; levels and preferences stay where they are looked up."""
-        clean, noise = (send(value, device) for value in (self.clean, self.noise))
-        return Draws(clean, noise, self.index, self.conditions.to(device), self.preference)
-
-    def pin_memory(self) -> Draws:
-        """In memory from which a GPU copies by itself."""
-        clean, noise = self.clean.pin_memory(), self.noise.pin_memory()
-        return Draws(clean, noise, self.index, self.conditions.pin_memory(), self.preference)
-
-    def tensors(self) -> list[Tensor]:
-        """Those that lie on the device."""
-        return [self.clean, self.noise, *self.conditions.tensors()]
 
     def noised(self, path: NoisePath) -> Batch:
         """The batch of a training: noisy latents and what the network should predict there."""

@@ -30,7 +30,7 @@ from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Sin
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.records import inside, is_json_list, iterate_entries
+from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.pictures import (
     DatasetRow,
@@ -210,7 +210,7 @@ def _picture_from(value: Any, *, listed: Path, where: str) -> ImageRecord | None
     """
     if not isinstance(value, str) or not value:
         return None
-    path = find_spelled(inside(listed.parent, value, where))
+    path = find_spelled(resolve_inside(listed.parent, value, where))
     below = listed.parent / listed.stem / path.relative_to(listed.parent)
     return ImageRecord(below if not path.exists() and below.exists() else path)
 
@@ -223,8 +223,8 @@ def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
     preferences.pairs.append(
         Pair(
             choice.prompt,
-            ImageRecord(inside(folder, choice.left, folder / CHOICES)),
-            ImageRecord(inside(folder, choice.right, folder / CHOICES)),
+            ImageRecord(resolve_inside(folder, choice.left, folder / CHOICES)),
+            ImageRecord(resolve_inside(folder, choice.right, folder / CHOICES)),
             label,
             f"choice {choice.number} of {folder / CHOICES}",
             choice.user,

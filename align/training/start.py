@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from align.settings import PreparePairs, resolve_settings
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, notify, progress
-from backbone.io.run_folder import absolute, is_prepared
+from backbone.io.run_folder import is_prepared, make_absolute
 
 if TYPE_CHECKING:
     from align.pairs.prepared import Prepared
@@ -24,9 +24,9 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     asked = dict(asked)
     for name in ("pairs", "prompts"):  # whole paths, so that the run can be resumed from anywhere
         if name in asked:
-            asked[name] = absolute(str(asked[name]))
+            asked[name] = make_absolute(str(asked[name]))
     if "concepts" in asked:
-        asked["concepts"] = tuple(absolute(str(folder)) for folder in asked["concepts"])
+        asked["concepts"] = tuple(make_absolute(str(folder)) for folder in asked["concepts"])
     wanted = resolve_settings(asked, {})
     refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
     require_packages(wanted)

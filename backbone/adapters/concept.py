@@ -15,7 +15,7 @@ from typing import Any
 
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
-from backbone.io.records import inside, read_as
+from backbone.io.records import read_as, resolve_inside
 
 CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
@@ -89,7 +89,7 @@ def read_concept(folder: str | Path) -> Concept:
         raise UserError(f"{path} is damaged ({what}). Train the concept again.")
     concept = read_as(Concept, {**fields, "folder": str(path.parent)}, path)
     for name in filter(None, (concept.weights, concept.words, concept.changed)):
-        inside(path.parent, name, path)
+        resolve_inside(path.parent, name, path)
     return concept
 
 

@@ -195,7 +195,7 @@ def command(
     def known() -> dict[str, Field]:
         return {name: one for each in (declared, *others) for name, one in fields_of(each).items()}
 
-    return _registering(app, known, panels, called, _parameters)
+    return _register(app, known, panels, called, _parameters)
 
 
 def settled_command(
@@ -220,10 +220,10 @@ def settled_command(
         own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in fields]
         return {name: fields[name] for name in own}
 
-    return _registering(app, known, panels, called, _settled_parameters)
+    return _register(app, known, panels, called, _settled_parameters)
 
 
-def _registering(
+def _register(
     app: typer.Typer,
     fields: Callable[[], Mapping[str, Field]],
     panels: Sequence[str],
@@ -272,33 +272,33 @@ def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]
 
 def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
     """What typer reads: a parameter for every field, one for every switch, and `--config`."""
-    found = [_parameter(one.name, *_typed(one)) for one in fields]
+    parameters = [_parameter(one.name, *_type_field(one)) for one in fields]
     for one in fields:
         for switch in switches_of(one):
             info = typer.Option(
                 "--" + hyphens(switch), help=one.option.help, rich_help_panel=one.option.panel, hidden=True
             )
-            found.append(_parameter(_switch(one, switch), bool | None, info))
+            parameters.append(_parameter(_switch(one, switch), bool | None, info))
         for flag, text in one.option.joined.items():
             info = typer.Option("--" + flag, help=text, metavar="FILE", rich_help_panel=one.option.panel)
-            found.append(_parameter(_switch(one, flag), str | None, info))
+            parameters.append(_parameter(_switch(one, flag), str | None, info))
     help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
-    return [*found, _parameter("config", str | None, help_of)]
+    return [*parameters, _parameter("config", str | None, help_of)]
 
 
 def _settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
     """The same, where what has no default is required: a plain word as such, an option here or in a file."""
-    found = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
+    parameters = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
     for one in fields:
         if one.default is MISSING and one.option.argument:
-            hint, info = get_args(found[one.name].annotation)
+            hint, info = get_args(parameters[one.name].annotation)
             plain = next(part for part in get_args(hint) if part is not type(None))
-            found[one.name] = found[one.name].replace(
+            parameters[one.name] = parameters[one.name].replace(
                 default=inspect.Parameter.empty, annotation=Annotated[plain, info]
             )
         elif one.default is MISSING:
-            found[one.name].annotation.__metadata__[0].help += " [required]"
-    return list(found.values())
+            parameters[one.name].annotation.__metadata__[0].help += " [required]"
+    return list(parameters.values())
 
 
 def _parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
@@ -306,7 +306,7 @@ def _parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, info])
 
 
-def _typed(one: Field) -> tuple[Any, Any]:
+def _type_field(one: Field) -> tuple[Any, Any]:
     """A field's type for typer, which only splits the command line, and its typer.Option."""
     option = one.option
     text = help_text(one)
@@ -421,15 +421,15 @@ def join_values(
 
     Raises `UserError` for one without a value to follow.
     """
-    found = dict(asked)
+    joined = dict(asked)
     for one in known.values():
         for flag in one.option.joined:
             value = given.get(_switch(one, flag))
-            if value is not None and one.name not in found:
+            if value is not None and one.name not in joined:
                 raise UserError(f"--{flag} belongs to the file that {one.flag} names. Give both.")
             if value is not None:
-                found[one.name] = f"{found[one.name]}+{value}"
-    return found
+                joined[one.name] = f"{joined[one.name]}+{value}"
+    return joined
 
 
 def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -456,11 +456,11 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
             if value:
                 said.put(one.name, meant, str(key))
         else:
-            raise UserError(f"{path} has an unknown key {key}.{_nearest(str(key), [*names, *switches])}")
+            raise UserError(f"{path} has an unknown key {key}.{_find_nearest(str(key), [*names, *switches])}")
     if not record:
         return dict(said.with_implied())
     every = {**{one.name: one.default for one in known.values()}, **said, **flags}
-    return {name: value for name, value in said.items() if unmet(known[name], every) is None}
+    return {name: value for name, value in said.items() if find_unmet(known[name], every) is None}
 
 
 def _refuse_code(one: Field, value: Any, path: Path, flags: Mapping[str, Any]) -> None:
@@ -488,7 +488,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == ".json":
-            return read_as(dict[str, Any], parse_json(text, path, join=_each_once), path)
+            return read_as(dict[str, Any], parse_json(text, path, join=_refuse_repeated), path)
         data = _toml(text) if kind == ".toml" else _yaml(text)
     except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
@@ -511,7 +511,7 @@ def _yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
-            _each_once([(str(key.value), value) for key, value in node.value])
+            _refuse_repeated([(str(key.value), value) for key, value in node.value])
             return node
 
     try:
@@ -520,7 +520,7 @@ def _yaml(text: str) -> Any:
         raise ValueError(error) from error
 
 
-def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs of a mapping as such; `ValueError` for a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -589,11 +589,11 @@ def _choice(one: Field, value: str, where: str) -> str:
             return word
     raise UserError(
         f"{where} is {value}, which is none of {', '.join(one.option.choices)}."
-        f"{_nearest(value, one.option.choices)}"
+        f"{_find_nearest(value, one.option.choices)}"
     )
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _find_nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f" Did you mean {near[0]}?" if near else " Choose one of them." if len(known) < 12 else ""
 
@@ -633,14 +633,14 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
     known = {one.name: one for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UnknownSettingError(f"There is no setting {name}.{_nearest(name, list(known))}")
+            raise UnknownSettingError(f"There is no setting {name}.{_find_nearest(name, list(known))}")
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")
-    return declared(**_fitted(declared, values))
+    return declared(**_fit_values(declared, values))
 
 
-def _fitted(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _fit_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as their fields want them: text and numbers are, what else there may be is left as it is."""
     found: dict[str, Any] = {}
     for name, value in values.items():
@@ -686,14 +686,14 @@ def part(declared: type[Made], settings: Any) -> Made:
 # Settings that have no effect --------------------------------------------------------------------------------
 
 
-def effective(declared: type, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def drop_ineffective(declared: type, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The values without those that nobody asked for and that have no effect, so that their defaults stand."""
     known = fields_of(declared)
     every = {**{name: one.default for name, one in known.items()}, **values}
     return {
         name: value
         for name, value in values.items()
-        if name in asked or name not in known or unmet(known[name], every) is None
+        if name in asked or name not in known or find_unmet(known[name], every) is None
     }
 
 
@@ -707,9 +707,9 @@ def refuse_idle(settings: Any, asked: Mapping[str, Any]) -> None:
     for name, value in asked.items():
         if name not in known or _asks_nothing(known[name], value):
             continue
-        condition = unmet(known[name], every)
+        condition = find_unmet(known[name], every)
         if condition is not None:
-            raise UserError(_idle(known[name], known[condition[0]], condition[1]))
+            raise UserError(_describe_idle(known[name], known[condition[0]], condition[1]))
 
 
 def _asks_nothing(one: Field, value: Any) -> bool:
@@ -730,7 +730,7 @@ def require_packages(settings: Any) -> None:
             )
 
 
-def unmet(one: Field, every: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
+def find_unmet(one: Field, every: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
     """The first setting that keeps a field from having an effect, and the values that would do; None if it has one."""
     needs = one.option.needs
     failed = None
@@ -748,7 +748,7 @@ def _serves(value: Any, values: tuple[Any, ...]) -> bool:
     return value in values if values else bool(value)
 
 
-def _idle(one: Field, other: Field, values: tuple[Any, ...]) -> str:
+def _describe_idle(one: Field, other: Field, values: tuple[Any, ...]) -> str:
     if values and not any(values):
         return f"{one.flag} has no effect with {other.flag}. Leave out one of the two."
     wanted = " or ".join(map(str, values)) if values and values != (True,) else ""
@@ -772,7 +772,7 @@ def as_command(program: str, settings: Any, **more: Any) -> str:
     for one in sorted(known.values(), key=lambda one: (not one.option.argument, one.default is not MISSING)):
         value = every[one.name]
         usual = not one.option.by_model and value == one.default
-        if usual or unmet(one, every) is not None or (one.option.argument and not value):
+        if usual or find_unmet(one, every) is not None or (one.option.argument and not value):
             continue
         words += _words(one, value)
     for name, value in more.items():

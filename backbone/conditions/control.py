@@ -181,10 +181,10 @@ def join_controls(parts: Sequence[tuple[tuple[Control, ...], int]]) -> tuple[Con
     """Controls of several (controls, rows) one behind the other; a part without any is not controlled."""
     some = next((controls for controls, _ in parts if controls), ())
     filled = [controls or tuple(control.off(rows) for control in some) for controls, rows in parts]
-    return tuple(_joined(column) for column in zip(*filled, strict=True))
+    return tuple(_join(column) for column in zip(*filled, strict=True))
 
 
-def _joined(column: Sequence[Control]) -> Control:
+def _join(column: Sequence[Control]) -> Control:
     first = column[0]
     assert all(first.is_like(other) for other in column), "rows under different networks in one batch"
     hints = (_cat(values) for values in zip(*(control.hints for control in column), strict=True))

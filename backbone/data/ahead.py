@@ -8,25 +8,53 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Movable(Protocol):
-    """A batch that can be moved to a device: `pin_memory` makes the copy asynchronous."""
+class Movable:
+    """What a step is computed from: a dataclass of tensors, and of what holds some (`Conditions`, or None).
 
-    def to(self, device: torch.device) -> Any: ...
-    def pin_memory(self) -> Any: ...
-    def tensors(self) -> list[Tensor]: ...
+    The fields of `on_host` stay in the processor's memory, where they index tables.
+    """
+
+    on_host: ClassVar[tuple[str, ...]] = ()
+
+    def to(self, device: torch.device) -> Self:
+        """On a device."""
+        return self._each(lambda value: send(value, device), lambda part: part.to(device))
+
+    def pin_memory(self) -> Self:
+        """In memory from which a GPU copies by itself."""
+        return self._each(lambda value: value.contiguous().pin_memory(), lambda part: part.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Those that lie on the device."""
+        parts = self._moved().values()
+        return [one for part in parts for one in ([part] if isinstance(part, Tensor) else part.tensors())]
+
+    def _moved(self) -> dict[str, Any]:
+        """The fields that lie on the device."""
+        names = [field.name for field in fields(cast(Any, self)) if field.name not in self.on_host]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _each(self, tensor: Callable[[Tensor], Tensor], part: Callable[[Any], Any]) -> Self:
+        """The same with every tensor that lies on the device changed alike, and everything that holds some."""
+        changed = {
+            name: tensor(value) if isinstance(value, Tensor) else part(value)
+            for name, value in self._moved().items()
+        }
+        return replace(cast(Any, self), **changed)
 
 
 Moved = TypeVar("Moved", bound=Movable)

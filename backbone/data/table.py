@@ -325,7 +325,7 @@ def read_shard(path: Path) -> Shard:
         batch = pyarrow.ipc.open_stream(pyarrow.py_buffer(memory)).read_next_batch()
         said = json.loads(batch.schema.metadata[FIELDS])
         fields = {name: Field(dtype, tuple(shape)) for name, (dtype, *shape) in said.items()}
-        columns = {name: _mapped(batch.column(name), field) for name, field in fields.items()}
+        columns = {name: _map_column(batch.column(name), field) for name, field in fields.items()}
     except (FileNotFoundError, PermissionError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -336,7 +336,7 @@ def read_shard(path: Path) -> Shard:
     return Shard(path.name, fields, columns, memory)
 
 
-def _mapped(values: Any, field: Field) -> Any:
+def _map_column(values: Any, field: Field) -> Any:
     """A column of a mapped file, not copied."""
     if field.dtype == "str":
         return values

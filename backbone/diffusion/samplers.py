@@ -114,7 +114,7 @@ def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     λ = log(a/b). The first step, and one onto b = 0, which lies at infinite λ, take x̂0 as it is, as diffusers'
     DPMSolverMultistepScheduler does. From noisy to clean only.
     """
-    _must_fall(schedule)
+    _require_falling(schedule)
     before: tuple[Tensor, Level] | None = None
     for here, there in pairwise(schedule):
         clean = predict(noisy, here).clean
@@ -135,7 +135,7 @@ def ancestral(
     noisy: Tensor, predict: Predict, schedule: Schedule, *, generator: Randomness = None, eta: float = 1.0
 ) -> Tensor:
     """The state at `schedule[-1]` by ancestral steps: DDPM on VP, Euler ancestral on VE, `ddim` at eta 0."""
-    _must_fall(schedule)
+    _require_falling(schedule)
     for here, there in pairwise(schedule):
         fresh = randn_like(noisy, generator)
         noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh, eta=eta)
@@ -164,7 +164,7 @@ def consistency(
     Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023), for networks whose x̂0 is a sample
     rather than a mean. diffusers' LCMScheduler, but for its c_skip, below 1e-6 at the levels of few steps.
     """
-    _must_fall(schedule)
+    _require_falling(schedule)
     for here, there in pairwise(schedule):
         clean = predict(noisy, here).clean
         noisy = clean if _is_clean(there) else add_noise(clean, randn_like(clean, generator), there)
@@ -178,7 +178,7 @@ def reverse_sde(
 
     A step onto b = 0 is deterministic, since noise added there would stay in the sample.
     """
-    _must_fall(schedule)
+    _require_falling(schedule)
     for here, there in pairwise(schedule):
         estimate = predict(noisy, here)
         if _is_clean(there):
@@ -219,7 +219,7 @@ def langevin(
     as it is, so the schedule should be VE, or finely spaced. A last level at b = 0 is reached by one
     deterministic (denoising) step. Each level is left with a bias of order step_size/4 in the variance.
     """
-    _must_fall(schedule)
+    _require_falling(schedule)
     levels = [level for level in schedule if not _is_clean(level)]
     for here in levels:
         for _ in range(moves):
@@ -254,7 +254,7 @@ def predictor_corrector(
     `signal_to_noise`. The norms are means over the batch, as in the authors' code, so a sample depends on its
     neighbours here. The bias of the corrections shrinks with r, not with more steps.
     """
-    _must_fall(schedule)
+    _require_falling(schedule)
     for here, there in pairwise(schedule):
         fresh = randn_like(noisy, generator)
         noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh)
@@ -284,7 +284,7 @@ def _is_clean(level: Level) -> bool:
     return bool((level.b == 0).all())
 
 
-def _must_fall(schedule: Schedule) -> None:
+def _require_falling(schedule: Schedule) -> None:
     a, b = schedule.a, schedule.b
     if bool((b[:-1] == 0).any()) or bool((b[1:] * a[:-1] > b[:-1] * a[1:]).any()):
         raise ValueError(

@@ -125,19 +125,19 @@ def _fit_similarity(here: Gray, there: Gray, weight: NDArray[np.float64] | None)
         return np.zeros(4)
     cx, cy = (weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum()
     dx, dy = x - cx, y - cy
-    found = np.zeros(4)
+    fitted = np.zeros(4)
     for _ in range(ROUNDS):
-        scale, turn = np.exp(found[2]), found[3]
-        sx = cx + found[0] + scale * (np.cos(turn) * dx - np.sin(turn) * dy)
-        sy = cy + found[1] + scale * (np.sin(turn) * dx + np.cos(turn) * dy)
+        scale, turn = np.exp(fitted[2]), fitted[3]
+        sx = cx + fitted[0] + scale * (np.cos(turn) * dx - np.sin(turn) * dy)
+        sy = cy + fitted[1] + scale * (np.sin(turn) * dx + np.cos(turn) * dy)
         inside = (sx >= 1) & (sx <= width - 2) & (sy >= 1) & (sy <= height - 2)
         warped = _sample(there, sx.clip(0, width - 1.001), sy.clip(0, height - 1.001))
         iy, ix = np.gradient((here + warped) / 2)
         columns = np.stack([ix, iy, ix * dx + iy * dy, iy * dx - ix * dy], -1)[inside]
         w = weight[inside][:, None]
         system = columns.T @ (w * columns) + 1e-3 * np.eye(4)
-        found -= np.linalg.solve(system, columns.T @ (w[:, 0] * (warped - here)[inside]))
-    return found if np.abs(found[:2]).max() < width / 4 and abs(found[2]) < 0.5 else np.zeros(4)
+        fitted -= np.linalg.solve(system, columns.T @ (w[:, 0] * (warped - here)[inside]))
+    return fitted if np.abs(fitted[:2]).max() < width / 4 and abs(fitted[2]) < 0.5 else np.zeros(4)
 
 
 def _sample(picture: Gray, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

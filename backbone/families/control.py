@@ -67,7 +67,9 @@ def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: 
             some.hints, _rows_of(inputs, rows, len(control)), guess=control.guess
         )
         for name, parts in found.items():
-            whole = [_placed(_scaled(part, some.scale).to(dtype), rows, len(control)) for part in parts]
+            whole = [
+                _place_rows(_scale_rows(part, some.scale).to(dtype), rows, len(control)) for part in parts
+            ]
             before = total.get(name)
             total[name] = whole if before is None else [a + b for a, b in zip(before, whole, strict=True)]
     return total
@@ -88,7 +90,7 @@ def _rows_of(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, A
     return {name: taken(name, value) for name, value in inputs.items()}
 
 
-def _scaled(part: Tensor, scale: Tensor) -> Tensor:
+def _scale_rows(part: Tensor, scale: Tensor) -> Tensor:
     """Residuals [B, …] times one scale a row [B]; the scale is known to the processor, so nobody waits."""
     first = float(scale[0])
     if bool((scale == first).all()):
@@ -96,7 +98,7 @@ def _scaled(part: Tensor, scale: Tensor) -> Tensor:
     return part * send(scale, part.device).to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
 
 
-def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
+def _place_rows(part: Tensor, rows: Tensor, count: int) -> Tensor:
     """Residuals of some rows among zeros for the others."""
     if len(rows) == count:
         return part

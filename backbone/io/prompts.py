@@ -111,7 +111,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
-    found: dict[str, Prompt] = {}
+    by_text: dict[str, Prompt] = {}
     bad = []
     for where, prompt in (
         _read_entries(text, path) if path.suffix.lower() in (".jsonl", ".json") else _read_text(text)
@@ -119,14 +119,14 @@ def read_prompts(path: Path) -> list[Prompt]:
         if prompt is None:
             bad.append(f"  {where} holds no prompt")
         else:
-            found.setdefault(prompt.text, prompt)
+            by_text.setdefault(prompt.text, prompt)
     if bad:
         raise UserError(
             "\n".join([f"{path} has {count_of(len(bad), 'bad line')}:", *bad[:20], "Repair or remove them."])
         )
-    if not found:
+    if not by_text:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
-    return list(found.values())
+    return list(by_text.values())
 
 
 def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:

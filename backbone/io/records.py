@@ -124,7 +124,7 @@ def read_as(kind: type[Kind], value: Any, where: str | Path, key: str = "") -> K
     return cast(Kind, _read(kind, value, str(where), key))
 
 
-def inside(folder: Path, name: str, where: str | Path) -> Path:
+def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
     """The path of a file that a record names; `UserError` for one outside the record's own folder."""
     plain = os.path.normpath(name.replace("\\", "/"))
     if not name or "\0" in name or os.path.isabs(plain) or re.match(r"\.\.(/|$)|[A-Za-z]:", plain):

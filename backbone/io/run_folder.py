@@ -252,7 +252,7 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
-def absolute(path: str) -> str:
+def make_absolute(path: str) -> str:
     """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
     place = Path(path).expanduser()
     return str(place.absolute()) if path and place.exists() else path

@@ -74,27 +74,27 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         frames = [record.open(convert=noted) for record in records]
         if any(see_through):
             notify(f"{source}: its transparent parts are white.")
-        found = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
+        film = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
-        found = _read_video(path)
+        film = _read_video(path)
     else:
-        found = _read_animation(path, convert)
+        film = _read_animation(path, convert)
     beside = path.with_suffix("") if path.suffix else path
-    if len(found.frames) < 2 and beside != path and beside.is_dir():  # equal frames are one in a WebP
-        return replace(read_film(beside, convert=convert), fps=found.fps, name=str(source))
-    if len(found.frames) < 2:
+    if len(film.frames) < 2 and beside != path and beside.is_dir():  # equal frames are one in a WebP
+        return replace(read_film(beside, convert=convert), fps=film.fps, name=str(source))
+    if len(film.frames) < 2:
         raise UserError(
             f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."
         )
-    sizes = {frame.size for frame in found.frames}
+    sizes = {frame.size for frame in film.frames}
     if len(sizes) > 1:
-        number = next(i for i, frame in enumerate(found.frames) if frame.size != found.size)
-        one, other = (f"{width} × {height}" for width, height in (found.size, found.frames[number].size))
+        number = next(i for i, frame in enumerate(film.frames) if frame.size != film.size)
+        one, other = (f"{width} × {height}" for width, height in (film.size, film.frames[number].size))
         raise UserError(
             f"The frames of {source} are of unlike size: frame 0 has {one} pixels and frame {number} {other}. Make "
             "them alike."
         )
-    return found
+    return film
 
 
 def _look_at_numbers(files: Sequence[Path], folder: Path) -> None:

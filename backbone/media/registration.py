@@ -62,14 +62,14 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
         0, next((k for k, level in enumerate(levels) if level[2].numel() <= FINEST), len(levels) - 1)
     )
     levels = levels[halvings:]
-    found = _begin(*levels[-1])
+    candidates = _begin(*levels[-1])
     for number, level in reversed(list(enumerate(levels))):
         if number < len(levels) - 1:
-            found = [torch.cat([2 * p[:2], p[2:]]) for p in found]
-        found = [_descend(p, *level) for p in found]
+            candidates = [torch.cat([2 * p[:2], p[2:]]) for p in candidates]
+        candidates = [_descend(p, *level) for p in candidates]
         kept = max(1, BEGUN // 4 ** (len(levels) - 1 - number))
-        found = sorted(found, key=lambda p: -_agreement(p, *level))[:kept]
-    best = found[0]
+        candidates = sorted(candidates, key=lambda p: -_agreement(p, *level))[:kept]
+    best = candidates[0]
     image, target, weight = levels[0]
     if not _agreement(best, image, target, weight) > _agreement(IDENTITY, image, target, weight):
         best = IDENTITY

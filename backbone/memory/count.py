@@ -66,7 +66,7 @@ def training_step_bytes(
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
         fast_attention_backward(network, device=device),
-        _checkpointed(network, device, autocast, checkpointing),
+        _enable_checkpointing(network, device, autocast, checkpointing),
         LiveStorageTracker(weights, inputs) as alive,
     ):
         with _emulate(network, device, autocast), _count_saved(weights) as saved:
@@ -280,7 +280,7 @@ def _emulate(network: nn.Module, device: str, autocast: torch.dtype | None) -> A
 
 
 @contextmanager
-def _checkpointed(
+def _enable_checkpointing(
     network: nn.Module, device: str, autocast: torch.dtype | None, checkpointing: bool
 ) -> Iterator[None]:
     """Enable gradient checkpointing inside, if asked; a recomputed pass is counted like the first one."""

@@ -25,7 +25,7 @@ from backbone.memory.planner import (
     precision_name,
 )
 from backbone.models.clips.motion import attach_motion, clip_of
-from backbone.models.control import controlled_family, outline_control
+from backbone.models.control import outline_control, require_controlled_family
 from backbone.models.model import Backbone, decode_batch_size
 
 PART = "control"  # of the planned denoiser: control networks are counted with it
@@ -126,7 +126,7 @@ class DrawingEstimator(MemoryEstimator):
     def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
         if not self.outlines:
             return ()
-        family, factor = controlled_family(self.model), self.model.factor
+        family, factor = require_controlled_family(self.model), self.model.factor
         sides = [places * factor for places in self.drawn.places]
 
         def encode(maps: Tensor, *, shifted: bool) -> Tensor:

@@ -61,11 +61,11 @@ def encode_prompts_cached(
     A text encoder that sees images is shown the `references` with each of them; no other one needs them.
     """
     seen = [one.picture for one in references] if model.text_sees_images else []
-    encoded = [Conditions(_encoded_prompt(model, prompt, seen)) for prompt in prompts]
+    encoded = [Conditions(_encode_prompt(model, prompt, seen)) for prompt in prompts]
     return Conditions.cat(encoded).to(model.device)
 
 
-def _encoded_prompt(model: Backbone, prompt: str, seen: Sequence[Image]) -> Text:
+def _encode_prompt(model: Backbone, prompt: str, seen: Sequence[Image]) -> Text:
     if model.text_learned:
         return model.encode_prompts([prompt], seen).text
     facts = [model.fingerprint, prompt, model.dtype, TEXT]

@@ -70,7 +70,7 @@ def new_control(
     """
     from diffusers import ControlNetModel, T2IAdapter
 
-    family = controlled_family(model)
+    family = require_controlled_family(model)
     if T2IAdapter not in family.control_classes:
         raise UserError(f"New control networks are made for UNets alone, and {model.location.name} has none.")
     denoiser = cast(Any, model.denoiser if denoiser is None else denoiser)
@@ -99,7 +99,7 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
 
     Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
     """
-    family = controlled_family(model)
+    family = require_controlled_family(model)
     found = find_control(name)
     try:
         module = _load(model, family, found)
@@ -121,14 +121,15 @@ def open_control(model: Backbone, name: str) -> OpenedControl:
 def _refuse_other_scale(module: nn.Module, factor: int) -> None:
     """`UserError` for a network of UNets whose answers are of another size than this model's latents."""
     config = cast(Any, module).config
-    found = factor  # those of transformers encode their maps as the model does its pictures
+    smaller = factor  # those of transformers encode their maps as the model does its pictures
     if layers := config.get("conditioning_embedding_out_channels"):
-        found = 2 ** (len(layers) - 1)
+        smaller = 2 ** (len(layers) - 1)
     elif scale := config.get("downscale_factor"):
-        found = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
-    if found != factor:
+        smaller = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
+    if smaller != factor:
         raise UserError(
-            f"was made for another model: it makes a map {found} times smaller, and this model a picture {factor} times"
+            f"was made for another model: it makes a map {smaller} times smaller, and this model a picture {factor} "
+            "times"
         )
 
 
@@ -214,7 +215,7 @@ def condition_clips(
 
     Raises `UserError` where the model has none.
     """
-    opened = open_control(model, _embedded(model, kind))
+    opened = open_control(model, _find_embedded(model, kind))
     fitting = [one if one.size == size else one.resize(size) for one in maps]
     found = _condition(model, AskedControl(AskedMap(kind, "planned")), opened, fitting)
     return replace(found, control=found.control.as_clip())
@@ -241,14 +242,14 @@ def _open(
 ) -> tuple[Condition, ...]:
     """The conditions, a row for each map that `read` gives of one."""
     named = [name for _, name in name_networks(model, asked)]
-    found = {name: find_control(name) for name in named}
+    networks = {name: find_control(name) for name in named}
     ready = []
     for said, name in zip(asked, named, strict=True):
-        one = _of_known_kind(said, found[name])
-        target = MapTarget(size, found[name].record.palette or None, drawn_on)
+        one = _settle_kind(said, networks[name])
+        target = MapTarget(size, networks[name].record.palette or None, drawn_on)
         ready.append((one, name, read(one.map, target)))
     say_sum(asked)
-    for name in found:
+    for name in networks:
         opened[name] = opened.get(name) or open_control(model, name)
     return tuple(_condition(model, one, opened[name], images) for one, name, images in ready)
 
@@ -271,22 +272,22 @@ def _condition(
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
-def together(conditions: Sequence[Condition]) -> tuple[Control, ...]:
+def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     """The controls of conditions; those of one union ControlNet at the same steps are heard in one call."""
-    found: list[list[Control]] = []
+    groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
         joins = hasattr(control.network, "together") and float(control.scale[0]) > 0
-        group = next((some for some in found if joins and _in_one_call(some[0], control)), None)
+        group = next((some for some in groups if joins and _fit_in_one_call(some[0], control)), None)
         if group is None:
-            found.append([control])
+            groups.append([control])
         else:
             group.append(control)
     return tuple(
-        cast(Any, group[0].network).together(group) if len(group) > 1 else group[0] for group in found
+        cast(Any, group[0].network).together(group) if len(group) > 1 else group[0] for group in groups
     )
 
 
-def _in_one_call(one: Control, other: Control) -> bool:
+def _fit_in_one_call(one: Control, other: Control) -> bool:
     same = one.network.module is other.network.module and float(one.scale[0]) > 0
     return same and (one.start, one.stop, one.guess) == (other.start, other.stop, other.guess)
 
@@ -312,9 +313,9 @@ def describe_asked(asked: AskedMap) -> dict[str, Any]:
     }
 
 
-def _embedded(model: Backbone, kind: str) -> str:
+def _find_embedded(model: Backbone, kind: str) -> str:
     """The folder of the model's own network for a kind; `UserError` where it has none."""
-    own = embedded_controls(model)
+    own = list_embedded_controls(model)
     if kind == ANY:
         raise UserError(
             "Without --controlnet nothing says what kind of map it is. Say it, as in --condition sketch=drawing.png."
@@ -327,7 +328,7 @@ def _embedded(model: Backbone, kind: str) -> str:
     return str(own[kind])
 
 
-def _of_known_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
+def _settle_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
     """The same with the kind that its network reads, where none was said; `UserError` for a kind that it does not."""
     name, record = found.name, found.record
     if asked.map.kind == ANY and len(record.kinds) == 1:
@@ -340,14 +341,14 @@ def _of_known_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
     return asked
 
 
-def embedded_controls(model: Backbone) -> dict[str, Path]:
+def list_embedded_controls(model: Backbone) -> dict[str, Path]:
     """The control networks that come with a model: the folder for each kind of map."""
     folder = model.location.local(EMBEDDED)
     records = sorted(folder.glob(f"*/{RECORD}")) if folder else []
     return {kind: path.parent for path in records for kind in read_json(path, ControlRecord).kinds}
 
 
-def controlled_family(model: Backbone) -> ControlledFamily:
+def require_controlled_family(model: Backbone) -> ControlledFamily:
     """The model's family; `UserError` for one without control networks."""
     if not isinstance(model.family, ControlledFamily):
         raise UserError(
@@ -418,11 +419,11 @@ class ControlOutline:
 
 def outline_control(model: Backbone, name: str) -> ControlOutline:
     """A control network by its config alone, or by its file's header; `UserError` as `open_control`."""
-    found = find_control(name)
-    if not found.place.is_dir():
-        shapes = read_header(found.place).shapes.values()
+    network = find_control(name)
+    if not network.place.is_dir():
+        shapes = read_header(network.place).shapes.values()
         return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
-    kind, location, part = _class_of(model, controlled_family(model).control_classes, found)
+    kind, location, part = _class_of(model, require_controlled_family(model).control_classes, network)
     return ControlOutline(diffusers_spec(kind, location, part, model.dtype))
 
 
@@ -433,9 +434,9 @@ def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[tuple[
     """
     if not asked:
         return []
-    controlled_family(model)
-    named = [one.network or _embedded(model, one.map.kind) for one in asked]
-    known = (_of_known_kind(one, find_control(name)) for one, name in zip(asked, named, strict=True))
+    require_controlled_family(model)
+    named = [one.network or _find_embedded(model, one.map.kind) for one in asked]
+    known = (_settle_kind(one, find_control(name)) for one, name in zip(asked, named, strict=True))
     return [(one.map.kind, name) for one, name in zip(known, named, strict=True)]
 
 

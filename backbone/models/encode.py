@@ -194,7 +194,7 @@ def encode_views(
         return [[int(row) for row in part[~known[part]]] for part in parts if not known[part].all()]
 
     def encode(batches: Sequence[list[int]]) -> None:
-        open_all = partial(_opened, views=views, read=read)
+        open_all = partial(_open_views, views=views, read=read)
         writers = {flip: ShardWriter(table, fallback=True) for flip, table in tables.items()}
         with progress(sum(map(len, batches)), label, brief=True) as bar:
             for rows, images in zip(batches, work_ahead(open_all, batches, workers=workers), strict=True):
@@ -234,7 +234,7 @@ def add_encoded(
         writer.add({KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu(), **deviation})
 
 
-def _opened(rows: Sequence[int], views: Sequence[View], read: ReadCrop) -> Tensor:
+def _open_views(rows: Sequence[int], views: Sequence[View], read: ReadCrop) -> Tensor:
     """Views decoded and cut [B, 3, H, W], in bytes."""
     return torch.stack([as_bytes(read(*views[row])) for row in rows])
 
@@ -271,13 +271,13 @@ class ShardWriter:
         """Appends what was collected."""
         if self.parts:
             self.table.append(
-                {name: _joined([part[name] for part in self.parts]) for name in self.parts[0]},
+                {name: _join([part[name] for part in self.parts]) for name in self.parts[0]},
                 fallback=self.fallback,
             )
         self.parts, self.size, self.began = [], 0, time.monotonic()
 
 
-def _joined(parts: Sequence[Tensor | list[str]]) -> Tensor | list[str]:
+def _join(parts: Sequence[Tensor | list[str]]) -> Tensor | list[str]:
     tensors = [part for part in parts if isinstance(part, Tensor)]
     return torch.cat(tensors) if tensors else [word for part in parts for word in part]
 

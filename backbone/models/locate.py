@@ -43,7 +43,7 @@ def locate(model: str) -> Location:
     if path.is_dir():
         index = path / "model_index.json"
         if (path / FEW_STEP).is_file():
-            return _with_adapter(model, path)
+            return _locate_with_adapter(model, path)
         if not index.exists() and (path / "concept.json").exists():
             raise UserError(f"{path} is a run, not a whole model. Give it with --concept {path}.")
         if not index.exists():
@@ -66,7 +66,7 @@ def locate(model: str) -> Location:
             "Leave them out."
         )
     if path.is_file() or len(files) > 1:
-        return _single_file(model, files)
+        return _locate_files(model, files)
     if path.suffix.lower() in WEIGHTS:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
@@ -80,7 +80,7 @@ def locate(model: str) -> Location:
     )
 
 
-def _with_adapter(name: str, folder: Path) -> Location:
+def _locate_with_adapter(name: str, folder: Path) -> Location:
     """A few-step model that is an adapter on a base: the base's files, and before them those of the folder."""
     record = folder / FEW_STEP
     base = read_as(str, read_json(record).get("base"), record, "base")
@@ -137,7 +137,7 @@ def split_files(model: str) -> list[str]:
     return files if joined and not Path(model).expanduser().exists() else [model]
 
 
-def _said_beside(settings: Sequence[Path]) -> dict[str, Any]:
+def _read_beside(settings: Sequence[Path]) -> dict[str, Any]:
     """What a model_index.json beside a file says that no weights and no config do."""
     path = next(
         (folder / "model_index.json" for folder in settings if (folder / "model_index.json").exists()), None
@@ -146,7 +146,7 @@ def _said_beside(settings: Sequence[Path]) -> dict[str, Any]:
     return {key: index[key] for key in ("is_distilled", "text_encoder_select_layers") if key in index}
 
 
-def _single_file(name: str, paths: Sequence[Path]) -> Location:
+def _locate_files(name: str, paths: Sequence[Path]) -> Location:
     """A model of one file, or of a transformer's file and those of its other components, in whatever order."""
     for path in paths:
         if not path.is_file():
@@ -164,7 +164,7 @@ def _single_file(name: str, paths: Sequence[Path]) -> Location:
             settings = family.match_checkpoint(header)
             if settings is not None:
                 parts = family.find_parts(header, [other for other in headers if other is not header])
-                index = {**_said_beside(settings), "_class_name": family.pipeline_classes[0]}
+                index = {**_read_beside(settings), "_class_name": family.pipeline_classes[0]}
                 return Location(name, str(header.path), index, settings, parts=parts)
     served = ", ".join(family.name for family in families())
     raise UserError(f"{single_file.describe_unknown_file(headers[0])} This version works with {served}.")

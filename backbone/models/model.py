@@ -148,14 +148,14 @@ class Backbone:
                 'backbone.open("moji", resolution=128).'
             )
         location, widen = locate(os.fspath(model)), task == "learn-to-edit"
-        found = location.index.get("_class_name", "")
+        pipeline = location.index.get("_class_name", "")
         for family in families():
-            if found in family.pipeline_classes:
+            if pipeline in family.pipeline_classes:
                 place = resolve_device(str(device))
                 dtype = resolve_dtype(precision, place)
                 opened = cls(
                     location, family, device=place, dtype=dtype, placement=placement, resolution=resolution,
-                    widened=widen and isinstance(family, UNetFamily) and found not in family.reads_images,
+                    widened=widen and isinstance(family, UNetFamily) and pipeline not in family.reads_images,
                     compile=compile,
                 )  # fmt: skip
                 opened.refuse_other_task(task)
@@ -167,7 +167,7 @@ class Backbone:
                 return opened
         served = ", ".join(family.name for family in families())
         raise UserError(
-            f"{location.name} is a {found or 'model of unknown kind'}; this version works with {served}."
+            f"{location.name} is a {pipeline or 'model of unknown kind'}; this version works with {served}."
         )
 
     @cached_property

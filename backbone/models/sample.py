@@ -128,7 +128,7 @@ def sample_latents(
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text, empty = (
-            beside(encode_prompts_cached(model, prompts, references), references)
+            show_beside(encode_prompts_cached(model, prompts, references), references)
             for prompts in ([one.prompt for one in some], [one.negative for one in some])
         )
         text = replace(text, controls=repeat_controls(controls, len(some)))
@@ -144,7 +144,7 @@ def sample_latents(
             guide_steps, model, empty=empty, guidance=asked.guidance, guided=asked.guided, schedule=schedule
         )
         if frames is not None and frames.window < frames.count:
-            parts = partial(_in_window, guide, text)
+            parts = partial(_cut_to_window, guide, text)
             predict = in_windows(parts, frames.window, frames.stride)
         else:
             predict = guide(text)
@@ -170,11 +170,11 @@ def guide_steps(
     )
 
 
-def _in_window(guide: Callable[[Conditions], Predict], text: Conditions, window: slice) -> Predict:
+def _cut_to_window(guide: Callable[[Conditions], Predict], text: Conditions, window: slice) -> Predict:
     return guide(text.in_window(window))
 
 
-def beside(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
+def show_beside(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
     """The same conditions with images beside each of them."""
     shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
     return replace(text, references=shown)

@@ -189,7 +189,7 @@ def drive(
         progress(last, label, done=objective.done) as bar,
     ):
         done = objective.done
-        if validate and done < last and validate.due(done) and _stops(validate, done, bar):
+        if validate and done < last and validate.due(done) and _should_stop(validate, done, bar):
             return True
         unlogged: list[Step] = []
         for taken in explain_failure(take_steps(objective, until=last), run):
@@ -203,15 +203,17 @@ def drive(
             due = saves or any(one is not None and one.due(step) for one in (validate, preview))
             # The others before a save or an evaluation: this synchronises, and raises at a loss that is not finite.
             unlogged = _log(unlogged, run if writes else None, note, wait=due)
-            bar.advance(images=objective.images, **_shown(taken))
+            bar.advance(images=objective.images, **_read_shown(taken))
             early = False
             if validate and (finished or validate.due(step)) and not halted:
-                early = _stops(validate, step, bar, aloud=not finished)
+                early = _should_stop(validate, step, bar, aloud=not finished)
             # The checkpoint, from which `resume` continues.
             if saves or early:
                 objective.save(run)
             if halted:
-                raise KeyboardInterrupt(f"{_stopped(objective)} Continue with: {command} --resume {run}")
+                raise KeyboardInterrupt(
+                    f"{_describe_stop(objective)} Continue with: {command} --resume {run}"
+                )
             if early:
                 return not finished
             if preview and preview.due(step) and not finished:
@@ -236,7 +238,7 @@ def _log(
     return []
 
 
-def _shown(step: Step) -> dict[str, float]:
+def _read_shown(step: Step) -> dict[str, float]:
     """The metrics beside the progress bar; none where reading them would wait for the device."""
     if not step.is_read:
         return {}
@@ -298,7 +300,7 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
             objective.rest()  # at garbage collection, each data-loading process would be waited for until a timeout
 
 
-def _stopped(objective: Objective) -> str:
+def _describe_stop(objective: Objective) -> str:
     """The step at which a run was stopped, and that of its last checkpoint."""
     done, saved, steps = objective.done, objective.saved, objective.settings.steps
     if saved == done:
@@ -307,7 +309,7 @@ def _stopped(objective: Objective) -> str:
     return f"Stopped at step {done} of {steps}; {kept}, so it goes on from there."
 
 
-def _stops(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
+def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
     """Validates; returns whether any process has a reason to stop, which is printed."""
     with bar.pause():
         reason = validate.call(step)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
-from backbone.cli.options import Option, build, check_values, effective, fields_of, read_settings
+from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, read_metadata
 from backbone.io.records import RunRecord
-from backbone.io.run_folder import CHECKPOINT, absolute
+from backbone.io.run_folder import CHECKPOINT, make_absolute
 
 FILE = "settings.json"
 NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
@@ -281,7 +281,7 @@ def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, 
     """
     merged = {**usual, **asked}
     merged.setdefault("lora_alpha", float(merged["rank"]))
-    return build(declared, effective(declared, merged, asked))
+    return build(declared, drop_ineffective(declared, merged, asked))
 
 
 def read_run_settings(declared: type[Declared], run: Path, program: str) -> Declared:
@@ -334,15 +334,15 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
 
 def _newest_run(folder: Path, program: str) -> Path | None:
     """The run of a program in a folder that saved a step last; a damaged one is passed over."""
-    found = []
+    runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):
         try:
             command = read_json(path.parent / FILE, RunRecord).command
         except (UserError, FileNotFoundError):
             continue
         if " ".join(command.split()[:2]) == program:
-            found.append(path)
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+            runs.append(path)
+    return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else None
 
 
 def changed_settings(
@@ -376,4 +376,4 @@ def _is_same(value: Any, own: Any) -> bool:
     """Whether a value equals the run's own, where paths are absolute."""
     if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)):
         return len(value) == len(own) and all(map(_is_same, value, own))
-    return bool(value == own or (isinstance(value, (str, Path)) and absolute(str(value)) == str(own)))
+    return bool(value == own or (isinstance(value, (str, Path)) and make_absolute(str(value)) == str(own)))

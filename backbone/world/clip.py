@@ -162,7 +162,7 @@ def render_clip(clip: Clip) -> ClipRendering:
     camera = trace_camera(clip)
     moving = [*range(len(figures))] if clip.scene.pair else [0]
     tracks = np.stack([trace_thing(clip, f, i in moving) for i, f in enumerate(figures)], axis=1)
-    seen = np.stack([_through(camera[t], tracks[t], figures, clip, horizon) for t in range(clip.frames)])
+    seen = np.stack([_look_through(camera[t], tracks[t], figures, clip, horizon) for t in range(clip.frames)])
     if not clip.move and not clip.travels:
         still = render(clip.scene)
         flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
@@ -255,22 +255,24 @@ def pan_rate(y: Any, horizon: float, clip: Clip) -> Any:
     return FAR + (1 - FAR) * np.clip((np.asarray(y) - horizon) / (SIZE - horizon), 0, 1)
 
 
-def _through(camera: Floats, things: Floats, figures: list[Figure], clip: Clip, horizon: float) -> Floats:
+def _look_through(
+    camera: Floats, things: Floats, figures: list[Figure], clip: Clip, horizon: float
+) -> Floats:
     """Where things are seen, [N, 4], through the camera of one frame."""
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
-    found = things.copy()
+    seen = things.copy()
     for i, figure in enumerate(figures):
         floats = clip.scene.place in FLOATING
         rate = 1.0 if floats else float(pan_rate(figure.foot, horizon, clip))
-        found[i, 0] -= pan_x * rate
-        found[i, 1] -= pan_y
+        seen[i, 0] -= pan_x * rate
+        seen[i, 1] -= pan_y
     turn = math.radians(roll)
-    x, y = found[:, 0] - SIZE / 2, found[:, 1] - SIZE / 2
-    found[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
-    found[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
-    found[:, 2] *= zoom
-    found[:, 3] += roll
-    return found
+    x, y = seen[:, 0] - SIZE / 2, seen[:, 1] - SIZE / 2
+    seen[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
+    seen[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
+    seen[:, 2] *= zoom
+    seen[:, 3] += roll
+    return seen
 
 
 # Drawing -----------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def _warp_place(ground: Floats, camera: Floats, horizon: float, clip: Clip) -> I
 def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats:
     """A picture [H, W, C] at points of its grid, between which it is linear and beyond which it goes on mirrored."""
     height, width = picture.shape[:2]
-    x, y = _mirrored(x, width), _mirrored(y, height)
+    x, y = _mirror(x, width), _mirror(y, height)
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
     right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     across, down = (x - left)[..., None], (y - top)[..., None]
@@ -327,7 +329,7 @@ def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats
     return found
 
 
-def _mirrored(at: NDArray[Any], count: int) -> NDArray[Any]:
+def _mirror(at: NDArray[Any], count: int) -> NDArray[Any]:
     last = count - 1
     mirrored: NDArray[Any] = last - np.abs(last - np.mod(at, 2 * last))
     return mirrored

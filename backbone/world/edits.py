@@ -116,14 +116,14 @@ def sample_edit(seed: int) -> WorldEdit | None:
 
 def sample_edits(seeds: Iterable[int], count: int) -> list[WorldEdit]:
     """The first `count` edits that the seeds make."""
-    found: list[WorldEdit] = []
+    edits: list[WorldEdit] = []
     for seed in seeds:
-        if len(found) == count:
+        if len(edits) == count:
             break
         edit = sample_edit(seed)
         if edit is not None:
-            found.append(edit)
-    return found
+            edits.append(edit)
+    return edits
 
 
 def move_scene(scene: Scene, place: str) -> Scene:

@@ -79,7 +79,7 @@ def find_visible(record: Record) -> Layers:
     slope = ((rows - record.horizon) / max(SIZE - record.horizon, 1)).clip(0, 1)
     seen, depth = np.zeros((SIZE, SIZE), np.int64), np.zeros((SIZE, SIZE), np.float32)
     for number, part in enumerate(record.parts):
-        shape = opaque(part)
+        shape = find_opaque(part)
         seen[shape] = number
         if part.depth is not None:
             near = np.full_like(slope, part.depth)
@@ -93,7 +93,7 @@ def find_visible(record: Record) -> Layers:
     return Layers(record, seen, depth)
 
 
-def opaque(part: Part) -> Grid:
+def find_opaque(part: Part) -> Grid:
     """Where a part is half opaque or more [128, 128], seen or hidden."""
     shape = part.shape if part.shape.width == SIZE else part.shape.reduce(part.shape.width // SIZE)
     return np.asarray(shape) > 127
@@ -168,7 +168,7 @@ def draw_by_hand(shapes: Sequence[Grid], style: HandStyle, random: Random) -> Im
         large = Image.fromarray(shape.astype(np.uint8) * 255, "L").resize(
             image.size, Image.Resampling.BICUBIC
         )
-        rows, columns = np.nonzero(outline(np.asarray(large) > 127))
+        rows, columns = np.nonzero(find_outline(np.asarray(large) > 127))
         shift = [smooth_field(random)[rows, columns] * style.wobble * scale for _ in range(2)]
         pressure = 1 + 0.25 * smooth_field(random)[rows, columns] * min(style.wobble, 1)
         lifted = smooth_field(random)[rows, columns]
@@ -180,7 +180,7 @@ def draw_by_hand(shapes: Sequence[Grid], style: HandStyle, random: Random) -> Im
     return Image.fromarray(small.astype(np.uint8) * 255, "L").convert("RGB")
 
 
-def outline(shape: Grid) -> Grid:
+def find_outline(shape: Grid) -> Grid:
     """The pixels of a shape [H, W] that have a neighbour beside it; the picture's own edge is none."""
     padded = np.pad(shape, 1, mode="edge")
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

@@ -47,22 +47,22 @@ def parse_scene(words: str, *, seed: int = 0, poses: tuple[Pose, ...] | None = N
 
 def parse_pose(text: str) -> Pose:
     """A pose as `x=40,foot=100,size=50,angle=30,depth=0.7,mirrored`; x, foot and size have to be there."""
-    mirrored, found = False, {}
+    mirrored, values = False, {}
     for part in text.replace(" ", "").split(","):
         if part == "mirrored":
             mirrored = True
-        elif (match := POSE.fullmatch(part)) and match[1] not in found:
-            found[match[1]] = float(match[2])
+        elif (match := POSE.fullmatch(part)) and match[1] not in values:
+            values[match[1]] = float(match[2])
         else:
             raise UserError(f"“{part}” is no part of a pose. Write: x=40,foot=100,size=50,angle=30,mirrored.")
     for name in ("x", "foot", "size"):
-        if name not in found:
+        if name not in values:
             raise UserError(f"The pose “{text}” says no {name}. Write: x=40,foot=100,size=50.")
-    for name, value in found.items():
+    for name, value in values.items():
         low, high = LIMITS[name]
         if not low <= value <= high:
             raise UserError(f"In the pose “{text}” {name} is {value:g}. Give {low} to {high}.")
-    return Pose(**found, mirrored=mirrored)
+    return Pose(**values, mirrored=mirrored)
 
 
 def _cut(text: str, choices: dict[str, tuple[str, ...]], frame: str) -> tuple[str | None, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,10 @@ from backbone.models.clips.motion import Motion, read_motion_adapter
 from backbone.models.control import (
     Condition,
     describe_conditions,
-    embedded_controls,
+    gather_controls,
+    list_embedded_controls,
     name_networks,
     open_clip_conditions,
-    together,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
@@ -93,7 +92,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     conditions += open_sparse_condition(model, sparse, asked)
     path, camera = follow_camera(model, asked, size)
     given = open_given_frames(model, pictures, places, asked)
-    held = (*together(conditions), *camera, *given)
+    held = (*gather_controls(conditions), *camera, *given)
     plans = plan_clips(model, prompts, asked, concepts, size)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
@@ -188,7 +187,7 @@ def plan_clips(
     """
     if asked.motion or asked.condition:
         return [PlannedClip(prompt) for prompt in prompts]
-    if POSE not in embedded_controls(model):
+    if POSE not in list_embedded_controls(model):
         notify_once(
             f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
@@ -209,8 +208,7 @@ def sample_films(
     Without a motion adapter the frames look at one another through the picture model's own attention.
     """
     count = sum(len(requests) for requests, _ in scenes) * frames.count
-    linked = nullcontext() if asked.motion else link_frames(model.denoiser, frames.count)
-    with progress(count, "drawing frames") as bar, linked:
+    with progress(count, "drawing frames") as bar, link_frames(model, frames.count):
         for requests, controls in scenes:
             for latents in sample_latents(
                 model,

@@ -35,7 +35,7 @@ from backbone.evaluation.motion import (
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
-from backbone.io.records import inside
+from backbone.io.records import resolve_inside
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import hold_new_folder
 from backbone.media.clips import ANIMATED, FILMS, Film, choose_strip, encode_webp, read_film
@@ -226,11 +226,11 @@ class ScoredWords:
         if self.encoder is None:
             return {}
         vectors = self.encoder.embed_images(list(frames))
-        found = {"identity": float((vectors[1:] @ vectors[0]).mean())}
+        figures = {"identity": float((vectors[1:] @ vectors[0]).mean())}
         if not words or not isinstance(self.encoder, Scorer):
-            return found
+            return figures
         text = self.texts([words]).expand_as(vectors)
-        found["words"] = float(text_scores(vectors, text).mean())
+        figures["words"] = float(text_scores(vectors, text).mean())
         known = load_vocabulary()
         padded = f" {words.lower().replace(',', ' ')} "
         noun, place = (
@@ -239,11 +239,11 @@ class ScoredWords:
         )
         if noun:
             nouns = [f"{choose_article(other)} {other} {place}".strip() for other in known.nouns]
-            found["nouns"] = self.share(vectors, nouns, list(known.nouns).index(noun))
+            figures["nouns"] = self.share(vectors, nouns, list(known.nouns).index(noun))
         if noun and place:
             places = [f"{choose_article(noun)} {noun} {other}" for other in known.places]
-            found["places"] = self.share(vectors, places, known.places.index(place))
-        return found
+            figures["places"] = self.share(vectors, places, known.places.index(place))
+        return figures
 
     def share(self, vectors: Tensor, phrases: Sequence[str], right: int) -> float:
         """The share of vectors [F, D] that are nearest to the right one of these words."""
@@ -260,11 +260,11 @@ def gather(folder: Path, asked: EvaluateClipOptions) -> list[ExpectedClip]:
     record = folder / RECORD
     said = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
     if folder.is_file():
-        found = [(read_film(folder), asked.caption)]
+        films = [(read_film(folder), asked.caption)]
     elif said.clips:
-        found = [(read_film(inside(folder, one.file, record)), one.prompt) for one in said.clips]
+        films = [(read_film(resolve_inside(folder, one.file, record)), one.prompt) for one in said.clips]
     else:
-        found = [(one.film, one.caption or asked.caption) for one in list_films(str(folder))]
+        films = [(one.film, one.caption or asked.caption) for one in list_films(str(folder))]
     lines = folder / PATH_FILE
     camera = asked.camera or said.camera
     place = asked.camera or (str(lines) if said.camera and lines.is_file() else "")
@@ -272,7 +272,7 @@ def gather(folder: Path, asked: EvaluateClipOptions) -> list[ExpectedClip]:
     def path_of(film: Film) -> CameraPath | None:
         return read_camera(place, len(film.frames), film.size) if place else None
 
-    return [ExpectedClip(film, words, picture, camera, path_of(film)) for film, words in found]
+    return [ExpectedClip(film, words, picture, camera, path_of(film)) for film, words in films]
 
 
 def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Path] | None:

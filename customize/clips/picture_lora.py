@@ -33,16 +33,16 @@ def read_loras(model: Backbone, files: Sequence[Path]) -> Mapping[Path, AdapterF
         return {}
     network = model.family.spec(model.location, model.dtype).denoiser.instantiate()
     shapes = {f"unet.{name}": tuple(value.shape) for name, value in network.named_parameters()}
-    found: dict[Path, AdapterFile] = {}
+    adapters: dict[Path, AdapterFile] = {}
     for path in files:
-        if path in found:
+        if path in adapters:
             raise UserError(f"{path} is named twice. Name it once, with another --scale.")
         adapter = read_adapter(path)
         refuse_other_family(adapter, path, model.location.name)
         layers = {name: layer.shape for name, layer in adapter.layers.items()}
         refuse_mismatch(layers, shapes, str(path), model.location.name)
-        found[path] = fit_to_model(adapter, shapes, path)
-    return found
+        adapters[path] = fit_to_model(adapter, shapes, path)
+    return adapters
 
 
 def refuse_other_family(adapter: AdapterFile, path: Path, model: str) -> None:

@@ -156,7 +156,7 @@ def open_sparse_condition(
     if condition is None:
         return ()
     height, width = (side * model.factor for side in latent_size(model, asked.size))
-    found = read_numbered_maps(condition.map, MapTarget((width, height)), asked.frames)
+    maps = read_numbered_maps(condition.map, MapTarget((width, height)), asked.frames)
     network = open_network(model, asked)
     if condition.map.kind != ANY and network.reads_latents != (condition.map.kind == RGB):
         reads = "pictures (rgb=FOLDER)" if network.reads_latents else "lines, white on black (sketch=FOLDER)"
@@ -166,13 +166,13 @@ def open_sparse_condition(
         )
     scale = asked.sparsectrl_scale if condition.scale is None else condition.scale
     start, stop = condition.start or 0.0, 1.0 if condition.stop is None else condition.stop
-    control = network.of(torch.cat([as_hints(one) for one in found.values()]), list(found), scale=scale)
-    facts = {"network": asked.sparsectrl, "scale": scale, "start": start, "stop": stop, "frames": list(found)}
-    shown = [found.get(number, Image.new("RGB", (width, height))) for number in range(asked.frames)]
+    control = network.of(torch.cat([as_hints(one) for one in maps.values()]), list(maps), scale=scale)
+    facts = {"network": asked.sparsectrl, "scale": scale, "start": start, "stop": stop, "frames": list(maps)}
+    shown = [maps.get(number, Image.new("RGB", (width, height))) for number in range(asked.frames)]
     return (
         Condition(
             replace(control, start=start, stop=stop),
-            next(iter(found.values())),
+            next(iter(maps.values())),
             describe_asked(condition.map) | facts,
             tuple(shown),
         ),

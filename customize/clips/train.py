@@ -36,7 +36,14 @@ from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json
-from backbone.io.run_folder import CHECKPOINT, absolute, hold_folder, package_versions, refuse_taken, run_name
+from backbone.io.run_folder import (
+    CHECKPOINT,
+    hold_folder,
+    make_absolute,
+    package_versions,
+    refuse_taken,
+    run_name,
+)
 from backbone.media.clips import Film, read_film
 from backbone.media.sources.pictures import read_captions
 from backbone.media.transforms import crop_square, to_tensor
@@ -168,7 +175,7 @@ def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]
         learned = LearnedMotion(
             asked.frames,
             cast(Any, adapter).config,
-            lambda network: learned_tensors(network, asked).values(),
+            lambda network: find_learned(network, asked).values(),
             asked.prior == "base",
         )
         start = MemorySettings(precision_name(model), asked.gradient_checkpointing, fixed_optimizer=True)
@@ -247,7 +254,11 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
         refuse_idle(asked, given)
         run = said.out or Path("runs") / run_name(asked.clips)
         refuse_taken(run, [asked.clips])
-        return run, replace(asked, clips=absolute(asked.clips), motion=absolute(asked.motion)), False
+        return (
+            run,
+            replace(asked, clips=make_absolute(asked.clips), motion=make_absolute(asked.motion)),
+            False,
+        )
     if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
@@ -282,7 +293,7 @@ class MotionLearning(Objective):
         self.prior = prior
         self.figures = {}
         self.beside = active_adapters(model.denoiser)  # by which an adapter hears its words
-        self.parameters = learned_tensors(model.denoiser, settings)
+        self.parameters = find_learned(model.denoiser, settings)
         self.looks = [value for name, value in self.parameters.items() if f".{LOOKS}." in name]
         self._activate([LOOKS, MOTION], [True] * len(self.parameters))  # adding one put the others to rest
         if settings.gradient_checkpointing:
@@ -383,7 +394,7 @@ class WholeMotionLearning(MotionLearning):
         return {"weights": WEIGHTS}
 
 
-def learned_tensors(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str, Tensor]:
+def find_learned(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str, Tensor]:
     """What learns of a UNet that a motion adapter is attached to, by name, all fp32.
 
     A LoRA of the looks in the layers over space, and one of the motion in those over time, or these themselves.

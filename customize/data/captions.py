@@ -51,16 +51,16 @@ def write_prompt(picture: ImageRecord, instance: str, token: str, concept: Conce
 
 def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> str:
     """A sentence on what looks like a token in captions and is none; "" where there is nothing of the kind."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for prompt in prompts:
         for word in PLACEHOLDER.findall(prompt.written):
             if word not in concept.tokens:
-                found.setdefault(word, prompt.source)
-    if not found:
+                sources.setdefault(word, prompt.source)
+    if not sources:
         return ""
     own = " and ".join(concept.tokens)
-    named = ", ".join(list(found)[:5])
-    return f"Captions hold {named} (first in {next(iter(found.values()))}), read as plain text; the token is {own}."
+    named = ", ".join(list(sources)[:5])
+    return f"Captions hold {named} (first in {next(iter(sources.values()))}), read as plain text; the token is {own}."
 
 
 def describe_truncated(

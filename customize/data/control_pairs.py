@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from backbone.media.control.maps import (
     as_array,
     as_hints,
     compute_map,
-    refuse_transparency,
+    convert_map,
     refuse_wrong_kind,
     resize_map,
 )
@@ -114,16 +115,15 @@ class ControlPair:
         return as_hints(found)[0]
 
     def open_map(self, kind: str) -> Image.Image:
-        """The map as it is stored, or as a picture where its kind is one."""
+        """The map as it is stored, or as a picture where its kind is one; `UserError` for one that is see-through."""
         assert self.map is not None
-        return self.map.open() if AskedMap(kind, str(self.map.path)).is_of_colours else self.map.open_map()
+        return self.map.open(convert=partial(convert_map, asked=AskedMap(kind, str(self.map.path))))
 
     def check_map(self, kind: str, palette: Palette | None) -> None:
         """`UserError` for a map that is none of the kind, or of another shape than its image."""
         if self.map is None:
             return
         (width, height), drawn = self.image.open().size, self.open_map(kind)
-        refuse_transparency(drawn, self.map.path)
         if abs(drawn.width * height / (drawn.height * width) - 1) > 0.01:
             raise UserError(
                 f"{self.map.path} is {drawn.width} × {drawn.height} and its image {self.image.path.name} {width} × "

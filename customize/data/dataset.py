@@ -280,10 +280,10 @@ def sizes_of(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int
 
 def buckets_of(posteriors: Posteriors) -> list[Bucket]:
     """The posteriors grouped by size."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    rows_by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, shape in enumerate(posteriors.shapes):
-        found.setdefault(shape, []).append(row)
-    return [Bucket(torch.tensor(rows)) for rows in found.values()]
+        rows_by_shape.setdefault(shape, []).append(row)
+    return [Bucket(torch.tensor(rows)) for rows in rows_by_shape.values()]
 
 
 def with_base_predictions(
@@ -320,7 +320,7 @@ def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor |
 
     Raises `UserError` for a mask that is black all over. Where only a crop of it is, nothing of that crop is learned.
     """
-    found: list[Tensor | None] = [None] * len(views)
+    masks: list[Tensor | None] = [None] * len(views)
     mask = None
     for number, row in enumerate(rows_by_image(views, images)):
         view, picture = views[row], views[row].picture
@@ -334,19 +334,19 @@ def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor |
                 f"The mask {picture.mask} is black all over, so nothing of {picture.path} would be learned. "
                 "Paint white what is to be learned."
             )
-        found[row] = tensor.flip(-1) if flip else tensor
-    return found
+        masks[row] = tensor.flip(-1) if flip else tensor
+    return masks
 
 
 def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
     """Masks at the latents' sizes (H, W), each of mean 1 so that all pictures weigh the same; None if none."""
     if all(mask is None for mask in masks):
         return None
-    found = []
+    weights = []
     for mask, (height, width) in zip(masks, sizes, strict=True):
         small = F.adaptive_avg_pool2d(torch.ones(1, height, width) if mask is None else mask, (height, width))
-        found.append(small / small.mean().clamp(min=1e-3))
-    return found
+        weights.append(small / small.mean().clamp(min=1e-3))
+    return weights
 
 
 def all_class_images(

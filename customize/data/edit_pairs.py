@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
-from backbone.io.records import inside, read_as
+from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import (
@@ -164,7 +164,7 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def find_listed(listed: Path, name: str, where: str) -> Path:
     """The file of this name beside a list; `UserError` where there is none."""
-    path = find_spelled(inside(listed.parent, name, where))
+    path = find_spelled(resolve_inside(listed.parent, name, where))
     if not path.is_file():
         raise UserError(
             f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."
@@ -183,7 +183,7 @@ def _from_run(run: Path) -> list[EditPair]:
     before, told = settings.get("source"), record.get("command") == "instruct"
     pairs, source = [], run / "source.png"
     for edit in edits:
-        target = inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
+        target = resolve_inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
         prompt = read_as(str, edit.get("prompt") or "", run / RECORD, "prompt")
         instruction = prompt if told or not before else f"turn {before} into {prompt}"
         pairs.append(EditPair(ImageRecord(source), ImageRecord(target), instruction))
@@ -250,19 +250,19 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
     with progress(len(pairs), "comparing", brief=True) as bar:
         for pair in pairs:
             try:
-                found = compare_pair(pair)
+                comparison = compare_pair(pair)
             except BadImageError as error:
-                found = Found(wrong=[f"{error.name} {error.reason}."])
-            wrong += [*found.wrong, *found.drifted]
-            doubtful += found.doubtful
-            if found.looks is not None:
+                comparison = Found(wrong=[f"{error.name} {error.reason}."])
+            wrong += [*comparison.wrong, *comparison.drifted]
+            doubtful += comparison.doubtful
+            if comparison.looks is not None:
                 alike = seen.setdefault(pair.instruction.lower(), [])
                 doubtful += [
                     f"{pair.name} and {name} are almost the same pair. Keep one of them."
                     for name, looks in alike
-                    if all(map(almost_equal, looks, found.looks))
+                    if all(map(almost_equal, looks, comparison.looks))
                 ][:1]
-                alike.append((pair.name, found.looks))
+                alike.append((pair.name, comparison.looks))
             bar.advance_images(1)
     return wrong, doubtful
 
@@ -295,10 +295,10 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
             break  # what has to be mended anyway is said before anything is registered
         with progress(len(some), "registering" if drift else "comparing", brief=True) as bar:
             for pair in some:
-                found = Found() if pair.name in bad else _look(pair, drift=drift)
-                if problems := [*found.wrong, *found.drifted]:
+                comparison = Found() if pair.name in bad else _look(pair, drift=drift)
+                if problems := [*comparison.wrong, *comparison.drifted]:
                     bad[pair.name] = problems[0]
-                doubtful += found.doubtful if drift else []
+                doubtful += comparison.doubtful if drift else []
                 bar.advance_images(1)
     if bad and (not skip_bad or len(bad) == len(pairs)):
         lines = "\n".join(f"  {sentence}" for sentence in bad.values())
@@ -372,16 +372,17 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         )
     if not drift:
         return Found(doubtful=doubtful)
-    found = register_to_source(second, first)
-    moved, drifted = found.drift((size[1], size[0])), []
-    if found.share < ALIKE:
+    registered = register_to_source(second, first)
+    moved, drifted = registered.drift((size[1], size[0])), []
+    if registered.share < ALIKE:
         doubtful.append(
-            f"{pair.name} and its source agree in {found.share:.0%} of the image: perhaps they are no pair."
+            f"{pair.name} and its source agree in {registered.share:.0%} of the image: perhaps they are no pair."
         )
     elif moved > max(SHIFTED * max(size) / COMPARED, BLURRED):
+        right, down = registered.shift
         drifted.append(
-            f"{pair.name} lies {found.shift[0]:+.1f} px to the right of its source and {found.shift[1]:+.1f} px down, "
-            f"at scale {found.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "
+            f"{pair.name} lies {right:+.1f} px to the right of its source and {down:+.1f} px down, at scale "
+            f"{registered.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "
             "`edit keep-background` undoes it."
         )
     looks = perceptual_hash(source), perceptual_hash(target)
@@ -390,28 +391,28 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
 
 def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
     """What may be a mistake in the instructions."""
-    found = []
+    sentences = []
     bare = [pair for pair in pairs if not pair.instruction]
     if bare:
-        found.append(
+        sentences.append(
             f"{len(bare)} of {len(pairs)} pairs say nothing of the edit (first: {bare[0].name}). Put a sentence into a "
             ".txt beside each target, or into the list."
         )
     if pairs and all(pair.beside_source for pair in pairs):
         before, after = (one.path.parent.name for one in (pairs[0].source, pairs[0].target))
-        found.append(
+        sentences.append(
             f"The instructions lie beside the images of {before}/, which are those before the edit, and an instruction "
             f"stands beside what it makes. Swap the two folders if {before}/ holds the edited images; else put the "
             f"instructions into {after}/."
         )
     told = [pair.instruction for pair in pairs if pair.instruction]
     if len(told) > 1 and len(set(told)) == 1:
-        found.append(
+        sentences.append(
             f"All pairs have the instruction “{told[0]}”: what the model learns answers to any words."
         )
     captions = [one for one in sorted(set(told)) if is_caption(one)]
     if told and 2 * len(captions) > len(set(told)):
-        found.append(
+        sentences.append(
             f"“{captions[0]}” describes an image and says not what to do. Write instructions: “make it snow”."
         )
-    return found
+    return sentences

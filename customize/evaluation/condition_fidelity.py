@@ -35,11 +35,11 @@ class Agreement(NamedTuple):
 
 def agreement(asked: Tensor, drawn: Tensor, *, reach: int = 1) -> Agreement:
     """Of two line maps [H, W], 0 or 1: a line within `reach` pixels of another agrees with it. Empty maps agree."""
-    precision = _covered(drawn, asked, reach)
-    return Agreement(precision, _covered(asked, drawn, reach))
+    precision = _measure_covered(drawn, asked, reach)
+    return Agreement(precision, _measure_covered(asked, drawn, reach))
 
 
-def _covered(lines: Tensor, by: Tensor, reach: int) -> float:
+def _measure_covered(lines: Tensor, by: Tensor, reach: int) -> float:
     """The share of the pixels of `lines` that have one of `by` within reach."""
     near = F.max_pool2d(by.float()[None, None], 2 * reach + 1, 1, reach)[0, 0]
     count = float((lines > 0).sum())

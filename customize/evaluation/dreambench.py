@@ -81,19 +81,19 @@ def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, 
     Of the two lists that for things is taken, or the one for `living` beings. Raises `UserError` for a prompt without
     {}.
     """
-    found: list[str] = []
+    templates: list[str] = []
     for words in given:
         if is_prompt_lists(words):
             lists = read_dreambench_prompts(Path(words))
-            found += lists.living if living else lists.things
+            templates += lists.living if living else lists.things
         else:
-            found += [prompt.text for prompt in prompts_of([words])]
-    for prompt in found:
+            templates += [prompt.text for prompt in prompts_of([words])]
+    for prompt in templates:
         if "{}" not in prompt:
             raise UserError(
                 f"The prompt “{prompt}” has no {{}} where the subject stands. Write “a {{}} in the snow”."
             )
-    return tuple(found)
+    return tuple(templates)
 
 
 def moji_prompts() -> tuple[str, ...]:
@@ -213,13 +213,13 @@ def compare_with_references(
     trained: Mapping[str, Sequence[float]], untrained: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
     """The figures of images drawn from references, and of the run's minus these, prompt by prompt."""
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         f"{name}, from references": bootstrap_mean(one) for name, one in untrained.items()
     }
     for name, values in untrained.items():
         differences = [mine - theirs for mine, theirs in zip(trained[name], values, strict=True)]
-        found[f"{name}, the run minus references"] = bootstrap_mean(differences)
-    return found
+        figures[f"{name}, the run minus references"] = bootstrap_mean(differences)
+    return figures
 
 
 def summarize(scorers: Scorers, subject: Tensor, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:

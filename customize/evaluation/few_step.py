@@ -68,7 +68,7 @@ def measure_survival(
         for j in range(per_prompt)
     ]
     plain = [replace(one, prompt=_without_words(one.prompt, concept)) for one in requests]
-    found: list[Fidelity] = []
+    fidelities: list[Fidelity] = []
     images: list[Image] = []
     drawings = SamplingDefaults(settings.sample_steps, settings.guidance), usual_drawing(few)
     for model, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
@@ -78,10 +78,10 @@ def measure_survival(
             label = f"{model.location.name}{'' if learned else ' without it'}"
             asked = requests if learned else plain
             images = draw(model, asked, drawing, seed, label)
-            found.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
+            fidelities.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
         model.free("denoiser", "autoencoder")
     name = str(on)
-    survived = Survival(name, drawings[1].steps, *found)
+    survived = Survival(name, drawings[1].steps, *fidelities)
     text = "\n".join([survived.sentence(), "", *survived.table(), ""])
     write_text(out / "table.md", text)
     record = {"survival": survived.record(), "prompts": list(prompts), "per_prompt": per_prompt}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
@@ -19,6 +19,20 @@ CHANGED = "denoiser_delta.safetensors"
 
 CROSS_ATTENTION = r"attn2\.to_[kv]\."
 INPUT = r"^conv_in\."  # of a UNet that is given input channels for an image
+
+
+def select_weights(denoiser: nn.Module, pattern: str) -> dict[str, Tensor]:
+    """The weights whose names match; for `CROSS_ATTENTION` of layers that attend to the text alone.
+
+    Stable Diffusion 3.5's `attn2` attends to the image.
+    """
+    matching = {name: value for name, value in denoiser.named_parameters() if re.search(pattern, name)}
+    if pattern != CROSS_ATTENTION:
+        return matching
+    layers = {name: denoiser.get_submodule(name.rpartition(".to_")[0]) for name in matching}
+    return {
+        name: matching[name] for name, layer in layers.items() if getattr(layer, "is_cross_attention", False)
+    }
 
 
 @dataclass
@@ -36,9 +50,12 @@ class Weights:
         denoiser = self.model.denoiser
         if not self.pattern:
             denoiser.float()  # its norms too
-        chosen = {name: value for name, value in denoiser.named_parameters() if re.search(self.pattern, name)}
+        chosen = select_weights(denoiser, self.pattern)
         if not chosen:
-            raise UserError(f"This model has no weights that match {self.pattern}. Choose another --method.")
+            raise UserError(
+                f"{self.model.location.name} attends to text and image jointly, and --method custom-diffusion trains "
+                "cross-attention. Choose another --method."
+            )
         self.start = {name: value.detach().clone().cpu() for name, value in chosen.items()}
         for value in chosen.values():
             value.data = value.data.float()

@@ -12,17 +12,16 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, ControlNetwork
-from backbone.data.ahead import Steps
+from backbone.data.ahead import Movable, Steps
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import add_noise, generator, target
-from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.files import write_json
 from backbone.models.compiled import CompiledBlocks
@@ -45,38 +44,18 @@ NOISY = 0.45  # of the levels, above which layouts are decided
 FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch(Movable):
     """B samples: noisy latents [B, C, H, W], indices of their levels [B], targets, weights [B, 1, H, W], maps."""
+
+    on_host: ClassVar[tuple[str, ...]] = ("level",)
 
     noisy: Tensor
     level: Tensor
     target: Tensor
     weight: Tensor
     maps: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedBatch:
-    """A batch, with the encoded conditions of its prompts."""
-
-    batch: Batch
     conditions: Conditions
-
-    def to(self, device: torch.device) -> EncodedBatch:
-        """On a device; levels stay on the host, where they index the schedule."""
-        noisy, level, *rest = self.batch
-        moved = [send(value, device) for value in (noisy, *rest)]
-        return EncodedBatch(Batch(moved[0], level, *moved[1:]), self.conditions.to(device))
-
-    def pin_memory(self) -> EncodedBatch:
-        """In pinned memory, for asynchronous copies to a GPU."""
-        batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
-        return EncodedBatch(batch, self.conditions.pin_memory())
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that lie on the device."""
-        noisy, _, *rest = self.batch
-        return [noisy, *rest, *self.conditions.tensors()]
 
 
 class ControlSource(Protocol):
@@ -184,12 +163,12 @@ class ControlTraining(Objective):
         for drawn in self.batches.at(step):
             yield self.loss_of(drawn)
 
-    def draw_step(self, step: int) -> list[EncodedBatch]:
+    def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
         micros = range(self.settings.gradient_accumulation_steps)[self.share.micros]
         return [self.draw(generator(self.settings.seed, "control", step, micro), step) for micro in micros]
 
-    def draw(self, random: torch.Generator, step: int) -> EncodedBatch:
+    def draw(self, random: torch.Generator, step: int) -> Batch:
         """A batch; every process draws the same one and keeps its own samples of it."""
         settings, data, path = self.settings, self.data, self.model.path
         rows = torch.randint(len(data), (settings.batch,), generator=random)
@@ -203,14 +182,14 @@ class ControlTraining(Objective):
         prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))
         maps = data.maps(rows, random) * seen.reshape(-1, 1, 1, 1)
         mine = torch.arange(settings.batch)[self.share.rows]
-        batch = Batch(
+        return Batch(
             add_noise(clean, noise, level)[mine],
             index[mine],
             target(clean, noise, level, path.prediction_type)[mine],
             weight[mine],
             maps[mine],
+            data.conditions[prompts[mine]],
         )
-        return EncodedBatch(batch, data.conditions[prompts[mine]])
 
     def draw_levels(self, random: torch.Generator, step: int) -> Tensor:
         """Indices of noise levels [B]: a share of them from the noisier levels, at the end uniform over all."""
@@ -222,13 +201,12 @@ class ControlTraining(Objective):
         chosen = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, left)
         return torch.where(chosen, noisy, spread)
 
-    def loss_of(self, drawn: EncodedBatch) -> Tensor:
+    def loss_of(self, batch: Batch) -> Tensor:
         """The denoising loss, the mean over the whole batch."""
-        batch = drawn.batch
         with self.model.autocast():
             control = Control.of(self.network, batch.maps)
         prediction = self.model.predict(
-            batch.noisy, batch.level, replace(drawn.conditions, controls=(control,))
+            batch.noisy, batch.level, replace(batch.conditions, controls=(control,))
         )
         errors = squared_error(prediction, batch.target, batch.weight)
         return errors.sum() * (self.share.scale / self.settings.batch)

@@ -35,10 +35,10 @@ def make_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
     Raises `UserError` for a model whose control networks are not trained here, and for one to begin from that is of
     another kind.
     """
-    return begin_network(model, settings) if settings.begin_from else fresh_network(model, settings)
+    return begin_network(model, settings) if settings.begin_from else create_network(model, settings)
 
 
-def fresh_network(
+def create_network(
     model: Backbone, settings: ControlSettings, denoiser: nn.Module | None = None
 ) -> ControlNetwork:
     """A new network; for another `denoiser` of the same kind than the model's own where one is given."""
@@ -98,41 +98,45 @@ def save_network(module: nn.Module, kind: str, run: Path) -> None:
         cast(Any, module).save_pretrained(part)
         return
     whole = cast(Any, type(module)).from_config(cast(Any, module).config)
-    whole.load_state_dict(merged_weights(module))
+    whole.load_state_dict(merge_weights(module))
     whole.save_pretrained(part)
     write_tensors(run / LORA_FILE, lora_weights(module), {})
 
 
-def merged_weights(module: nn.Module) -> dict[str, Tensor]:
+def merge_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights of a ControlNet with its adapter added to them."""
-    found = {
+    weights = {
         name.replace(".base_layer.", "."): value.detach().cpu()
         for name, value in module.state_dict().items()
         if ".lora_" not in name
     }
-    for name, layer in adapted_layers(module).items():
+    for name, layer in find_adapted_layers(module).items():
         change = layer.get_delta_weight(LORA).detach().cpu()
-        found[f"{name}.weight"] = found[f"{name}.weight"] + change.reshape(found[f"{name}.weight"].shape)
-    return found
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change.reshape(
+            weights[f"{name}.weight"].shape
+        )
+    return weights
 
 
 def lora_weights(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a control-LoRA's file, in original names: what is whole, and `up` and `down` of what is not."""
     layers = int(cast(Any, module).config.layers_per_block)
-    found = {
+    weights = {
         to_original(name, layers): value.detach().cpu().contiguous()
         for name, value in module.state_dict().items()
         if name.startswith(OWN_LAYERS)
     }
-    for name, layer in adapted_layers(module).items():
+    for name, layer in find_adapted_layers(module).items():
         original = to_original(f"{name}.weight", layers).removesuffix(".weight")
         factors: Mapping[str, Any] = {"up": layer.lora_B[LORA].weight, "down": layer.lora_A[LORA].weight}
         scale = float(layer.scaling[LORA])
         for part, value in factors.items():
-            found[f"{original}.{part}"] = (value.detach() * (scale if part == "up" else 1)).cpu().contiguous()
-    return {**found, "lora_controlnet": torch.zeros(1)}
+            weights[f"{original}.{part}"] = (
+                (value.detach() * (scale if part == "up" else 1)).cpu().contiguous()
+            )
+    return {**weights, "lora_controlnet": torch.zeros(1)}
 
 
-def adapted_layers(module: nn.Module) -> dict[str, Any]:
+def find_adapted_layers(module: nn.Module) -> dict[str, Any]:
     """The layers that have an adapter, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}

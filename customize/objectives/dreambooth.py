@@ -13,18 +13,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.data.ahead import Steps
+from backbone.data.ahead import Movable, Steps
 from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
-from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.models.compiled import CompiledBlocks
@@ -39,58 +38,39 @@ from customize.methods.registry import trainable
 from customize.settings import Settings
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch(Movable):
     """B samples of the loss.
 
-    noisy   latents [B, C, …]
-    level   indices of their noise levels [B]
-    target  what the network should predict [B, C, …]
-    weight  loss weights [B, 1, …], at each place of the latent
-    rows    indices of their prompts [B], in the images' prompts followed by the class prompts
+    noisy       latents [B, C, …]
+    level       indices of their noise levels [B]
+    target      what the network should predict [B, C, …]
+    weight      loss weights [B, 1, …], at each place of the latent
+    rows        indices of their prompts [B], in the images' prompts followed by the class prompts
+    conditions  of these prompts; None before they are looked up, and where the text encoder is trained
     """
+
+    on_host: ClassVar[tuple[str, ...]] = ("level", "rows")
 
     noisy: Tensor
     level: Tensor
     target: Tensor
     weight: Tensor
     rows: Tensor
+    conditions: Conditions | None = None
 
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
-        """The samples of all parts, concatenated."""
-        return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        """The samples of all parts, concatenated, without conditions."""
+        return Batch(*(torch.cat(column) for column in zip(*(part.columns() for part in parts), strict=True)))
 
     def part(self, rows: slice) -> Batch:
-        """Only these samples."""
-        return Batch(*(column[rows] for column in self))
+        """Only these samples, without conditions."""
+        return Batch(*(column[rows] for column in self.columns()))
 
-
-@dataclass(frozen=True, eq=False)
-class EncodedBatch:
-    """A batch, and the encoded conditions of its prompts; None where the text encoder is trained."""
-
-    batch: Batch
-    conditions: Conditions | None
-
-    def to(self, device: torch.device) -> EncodedBatch:
-        """On a device; levels and rows stay on the host, where they index tables."""
-        noisy, level, target, weight, rows = self.batch
-        noisy, target, weight = (send(value, device) for value in (noisy, target, weight))
-        known = self.conditions
-        return EncodedBatch(
-            Batch(noisy, level, target, weight, rows), None if known is None else known.to(device)
-        )
-
-    def pin_memory(self) -> EncodedBatch:
-        """In pinned memory, for asynchronous copies to a GPU."""
-        known = self.conditions
-        batch = Batch(*(value.contiguous().pin_memory() for value in self.batch))
-        return EncodedBatch(batch, None if known is None else known.pin_memory())
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that lie on the device."""
-        batch, known = self.batch, self.conditions
-        return [batch.noisy, batch.target, batch.weight, *(known.tensors() if known is not None else [])]
+    def columns(self) -> tuple[Tensor, ...]:
+        """What there is a row of for each sample, without conditions."""
+        return self.noisy, self.level, self.target, self.weight, self.rows
 
 
 class DreamBooth(Objective):
@@ -134,7 +114,7 @@ class DreamBooth(Objective):
         for drawn in self.batches.at(step):
             yield self.loss_of(drawn, step)
 
-    def draw_step(self, step: int) -> list[EncodedBatch]:
+    def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
         keys = [
             (self.settings.seed, step) if micro == 0 else (self.settings.seed, step, micro)
@@ -142,7 +122,7 @@ class DreamBooth(Objective):
         ]
         return [self.draw(generator(*key)) for key in keys]
 
-    def draw(self, random: torch.Generator) -> EncodedBatch:
+    def draw(self, random: torch.Generator) -> Batch:
         """A batch; every process draws the same one and keeps its own samples of it."""
         bucket = self.draw_bucket(random)
         parts = [self.subject_batch(bucket, random)]
@@ -150,15 +130,15 @@ class DreamBooth(Objective):
             parts.append(self.prior_batch(bucket, random))
         batch = Batch.cat(parts).part(self.share.rows)
         known = self.data.conditions
-        return EncodedBatch(batch, None if known is None else known[batch.rows])
+        return batch if known is None else replace(batch, conditions=known[batch.rows])
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
         """The loss of a newly drawn batch."""
         return self.loss_of(self.draw(random).to(self.model.device), step)
 
-    def loss_of(self, drawn: EncodedBatch, step: int) -> Tensor:
+    def loss_of(self, batch: Batch, step: int) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
-        batch, conditions = drawn.batch, drawn.conditions
+        conditions = batch.conditions
         if conditions is None:
             with self.model.autocast():
                 conditions = self.conditions(batch.rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbone.models.model import Backbone
 from customize.data.edits import EditData
-from customize.objectives.dreambooth import DreamBooth, EncodedBatch
+from customize.objectives.dreambooth import Batch, DreamBooth
 from customize.settings import Settings
 
 
@@ -27,7 +27,7 @@ class InstructionEdits(DreamBooth):
     def __init__(self, model: Backbone, data: EditData, settings: Settings) -> None:
         super().__init__(model, data, settings)
 
-    def draw(self, random: torch.Generator) -> EncodedBatch:
+    def draw(self, random: torch.Generator) -> Batch:
         """A batch of noised edits; every process draws the same one and keeps its own samples of it."""
         whole = self.subject_batch(self.draw_bucket(random), random)
         no_text, no_image = draw_dropout(len(whole.rows), self.settings.conditioning_dropout, random)
@@ -38,7 +38,7 @@ class InstructionEdits(DreamBooth):
         conditions = replace(conditions, references=self.data.shown(batch.rows))
         if self.model.reads_as_channels:  # of tokens guidance never leaves the image out
             conditions = conditions.drop_references(no_image)
-        return EncodedBatch(batch, conditions)
+        return replace(batch, conditions=conditions)
 
 
 def draw_dropout(count: int, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from backbone.adapters.lora import lora_parameters, save_lora
 from backbone.conditions.conditions import Conditions
-from backbone.data.ahead import Steps
+from backbone.data.ahead import Movable, Steps
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
-from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.few_step.model import SamplingDefaults
 from backbone.models.model import Backbone
@@ -122,24 +121,12 @@ def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predic
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedStates:
+class EncodedStates(Movable):
     """States [2B, C, …] before a step of the sampler, B of the subject and B of the class, with their answers."""
 
     noisy: Tensor
     clean: Tensor
     conditions: Conditions
-
-    def to(self, device: torch.device) -> EncodedStates:
-        """On a device."""
-        return EncodedStates(send(self.noisy, device), send(self.clean, device), self.conditions.to(device))
-
-    def pin_memory(self) -> EncodedStates:
-        """In pinned memory, for asynchronous copies to a GPU."""
-        return EncodedStates(self.noisy.pin_memory(), self.clean.pin_memory(), self.conditions.pin_memory())
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that lie on the device."""
-        return [self.noisy, self.clean, *self.conditions.tensors()]
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
@@ -24,7 +23,7 @@ from backbone.memory.planner import (
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from customize.data.dataset import preserves, trains_text
-from customize.methods.weights import CROSS_ATTENTION, INPUT
+from customize.methods.weights import CROSS_ATTENTION, INPUT, select_weights
 from customize.settings import Settings
 
 
@@ -69,11 +68,11 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
 
 def select_parameters(denoiser: nn.Module, pattern: str) -> list[Tensor]:
     """The denoiser's weights of these names, trainable and in fp32."""
-    found: list[Tensor] = [value for name, value in denoiser.named_parameters() if re.search(pattern, name)]
-    for value in found:
+    selected = list(select_weights(denoiser, pattern).values())
+    for value in selected:
         value.data = value.data.float()
         value.requires_grad_(True)
-    return found
+    return selected
 
 
 def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
@@ -90,9 +89,12 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
     Raises `UserError` where nothing fits.
     """
     work = work_of(model, settings)
-    smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
+    smaller, chosen = fit_to_memory(model, work, size, choice_of(model, settings))
     return smaller, replace(
-        settings, **found.settings(), optimizer=found.optimizer, compile=settings.compile and found.compilable
+        settings,
+        **chosen.settings(),
+        optimizer=chosen.optimizer,
+        compile=settings.compile and chosen.compilable,
     )
 
 

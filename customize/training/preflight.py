@@ -57,35 +57,35 @@ def look(picture: ImageRecord) -> Look:
 def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[str]:
     """A sentence for everything that may spoil a run at `resolution` pixels a side."""
     looks = [look(picture) for picture in pictures]
-    found: list[str] = []
+    sentences: list[str] = []
     for group in near_duplicates(looks):
-        found.append(
-            f"{_listed(group)} are almost the same picture: keep one, or the run learns its details."
+        sentences.append(
+            f"{_list_names(group)} are almost the same picture: keep one, or the run learns its details."
         )
     small = [one for one in looks if min(one.width, one.height) < resolution]
     for one in small:
-        found.append(
+        sentences.append(
             f"{one.name} is {one.width} × {one.height}, smaller than the {resolution} pixels that the model works at."
         )
     blurred = [one for one in looks if one.sharpness < SHARP]
     for one in blurred:
-        found.append(
+        sentences.append(
             f"{one.name} looks blurred (variance of the Laplacian {one.sharpness:.0f}, sharp pictures have over "
             f"{SHARP:.0f})."
         )
     bare = [picture.path.name for picture in pictures if not picture.caption]
     if bare and len(bare) < len(pictures):
-        found.append(
-            f"{_listed(bare)} {_have(bare)} no caption, others have: the instance prompt serves instead."
+        sentences.append(
+            f"{_list_names(bare)} {_have(bare)} no caption, others have: the instance prompt serves instead."
         )
     shapes = [one.width / one.height for one in looks]
     if shapes and max(shapes) > DIFFERENT_SHAPES * min(shapes):
         lost = max(1 - min(shape, 1 / shape) for shape in shapes)
-        found.append(
+        sentences.append(
             f"The shapes differ much (width over height {min(shapes):.2f} to {max(shapes):.2f}): the square cut from "
             f"the middle loses up to {lost:.0%} of a picture."
         )
-    return found
+    return sentences
 
 
 def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
@@ -203,7 +203,7 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     return seconds
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 

@@ -162,7 +162,7 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     }
     records = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.sizes[0]))
-    own = plan.pictures.chunks(_finished_numbers(records, tables, flips), length, out)
+    own = plan.pictures.chunks(_find_finished(records, tables, flips), length, out)
     writers = {place: ShardWriter(table) for place, table in tables.items()}
     written = ShardWriter(records)
     with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
@@ -204,7 +204,7 @@ def _columns(seen: Sequence[Seen]) -> dict[str, Tensor | list[str]]:
     }
 
 
-def _finished_numbers(
+def _find_finished(
     records: Table, tables: dict[tuple[tuple[int, int], bool], Table], flips: Sequence[bool]
 ) -> Numbers:
     """Numbers of the images that every table has, even if a shard was lost."""

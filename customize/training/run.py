@@ -282,7 +282,7 @@ def _hash_beside(picture: ImageRecord) -> str:
 
 def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
     """A sentence for each subject whose images differ from those that the run started with (`kept` in its record)."""
-    found = []
+    sentences = []
     for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
         now = hash_images(folder)
         if not isinstance(before, dict) or before == now:
@@ -298,8 +298,8 @@ def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[s
         ]
         what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
         if what:
-            found.append(
+            sentences.append(
                 f"The images, their captions or masks are not those that the run began with ({what}). It goes on with "
                 "those of now."
             )
-    return found
+    return sentences

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions
-from backbone.cli.options import fields_of, refuse_idle, require_packages, unmet
+from backbone.cli.options import fields_of, find_unmet, refuse_idle, require_packages
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_json
-from backbone.io.run_folder import absolute, run_name
+from backbone.io.run_folder import make_absolute, run_name
 from customize.settings import (
     FILE,
     OWN_WORDS,
@@ -80,7 +80,7 @@ def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: floa
     settings = dict(asked)
     for name in ("pairs", "scorer"):
         if name in settings:
-            settings[name] = absolute(settings[name])
+            settings[name] = make_absolute(settings[name])
     wanted = resolve_settings({"images": "", "token": "", "class_noun": "", **settings}, {})
     refuse_idle(wanted, asked)
     require_packages(wanted)
@@ -99,7 +99,7 @@ def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
     kept = dict(asked)
     for name in ("images", "pairs"):
         if name in kept:
-            kept[name] = absolute(kept[name])
+            kept[name] = make_absolute(kept[name])
     if "instance_prompt" in kept:
         kept["instance_prompt"] = as_template(kept["instance_prompt"], own.token, own.class_noun)
     return kept
@@ -130,20 +130,20 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                 raise UserError(
                     f"--{name} belongs to --images, which is not there. Add it, or leave that out."
                 )
-        found: list[Subject] = []
+        named: list[Subject] = []
     else:
-        found, rest = first_subjects(str(images), token or "", noun, words, rest)
-    subjects = [replace(one, images=absolute(one.images)) for one in [*found, *more]]
+        named, rest = first_subjects(str(images), token or "", noun, words, rest)
+    subjects = [replace(one, images=make_absolute(one.images)) for one in [*named, *more]]
     if "instance_prompt" in rest:
         first = subjects[0]
         rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)
     refuse_prompts(subjects[0], rest)
     if "scorer" in rest:
-        rest["scorer"] = absolute(rest["scorer"])
+        rest["scorer"] = make_absolute(rest["scorer"])
     if "preview_on" in rest:
-        rest["preview_on"] = absolute(rest["preview_on"])
+        rest["preview_on"] = make_absolute(rest["preview_on"])
     if "class_images" in rest:
-        rest["class_images"] = tuple(map(absolute, rest["class_images"]))
+        rest["class_images"] = tuple(map(make_absolute, rest["class_images"]))
     return subjects, rest
 
 
@@ -161,7 +161,7 @@ def first_subjects(
         known = fields_of(Settings)
         every = {name: one.default for name, one in known.items()} | dict(rest)
         for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
-            if name in prompts and name not in rest and unmet(known[name], every) is not None:
+            if name in prompts and name not in rest and find_unmet(known[name], every) is not None:
                 said = " It is for --prior class-images." if name == "class_images" else ""
                 notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
                 del prompts[name]

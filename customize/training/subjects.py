@@ -36,19 +36,21 @@ def choose_words(
 ) -> list[Subject]:
     """The subjects, each with the words for its token; `UserError` for a bad token or one that is used twice."""
     vocabulary = model.text_encoder.tokenizer.get_vocab()
-    found: list[Subject] = []
+    subjects_with_words: list[Subject] = []
     for subject, folder in zip(subjects, pictures, strict=True):
         check_token(subject.token, vocabulary)
-        if any(subject.token == other.token for other in found):
+        if any(subject.token == other.token for other in subjects_with_words):
             raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
         words = subject.token_words
         if settings.method in OWN_WORDS:
             words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(picture.content_hash for picture in folder)
-            words = choose_rare_words(vocabulary, key, taken=[other.token_words for other in found])
-        found.append(dataclasses.replace(subject, token_words=words))
-    return found
+            words = choose_rare_words(
+                vocabulary, key, taken=[other.token_words for other in subjects_with_words]
+            )
+        subjects_with_words.append(dataclasses.replace(subject, token_words=words))
+    return subjects_with_words
 
 
 def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:

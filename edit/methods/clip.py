@@ -12,8 +12,7 @@ source's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +28,7 @@ from backbone.io.console import UserError
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.frames import refuse_transformer
+from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
@@ -118,18 +117,6 @@ class ClipResult:
         return [[to_image(frame) for frame in clip] for clip in self.pixels]
 
 
-@contextmanager
-def link_frames(model: Backbone, clips: int) -> Iterator[AttentionControl | None]:
-    """Inside the `with` a UNet without a motion adapter links a clip's frames by attention; None where it has one."""
-    refuse_transformer(model)
-    if motion_of(model.denoiser) is not None:
-        yield None
-        return
-    control = AttentionControl(0, clips=clips, across_frames=True)
-    with control_attention(model.denoiser, control):
-        yield control
-
-
 def invert_film(
     model: Backbone,
     film: Film,
@@ -156,7 +143,7 @@ def invert_film(
             f"{film.name} has {len(film.frames)} frames and the motion adapter positions for {motion.longest}. Cut the "
             "clip, or leave --motion out."
         )
-    with link_frames(model, 1):
+    with link_frames(model, len(film.frames)):
         return invert(
             model,
             encode_film(model, film),
@@ -209,7 +196,7 @@ def edit_clip(
     own = guidance if not inversion.overwrites else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     first = inversion.start(checks.strength(settings.strength, steps))
-    with link_frames(model, 1):
+    with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
     guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
     control = AttentionControl(
@@ -322,7 +309,7 @@ def redraw_film(
     guidance = guidance_of(model, settings.guidance)
     refuse_negative(model, settings.negative, guidance)
     encoded = encode_film(model, film)
-    with link_frames(model, 1 + (guidance != 1)):
+    with link_frames(model, len(film.frames)):
         (latents,) = sample_latents(
             model,
             [Request(prompt, (0, 0), settings.negative)],

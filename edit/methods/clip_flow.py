@@ -20,11 +20,12 @@ from backbone.diffusion.noise import broadcast_like, generator
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.media.clips import Film
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
 from edit import checks
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
-from edit.methods.clip import ClipResult, link_frames
+from edit.methods.clip import ClipResult
 from edit.methods.flow_edit import difference_of_velocities, tau
 from edit.pictures import encode_film
 from edit.sampling import SourceAndTargets, guidance_of, schedule_of
@@ -85,9 +86,8 @@ def flow_film(
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
-    guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
     edited = clean.repeat_interleave(count, 0)
-    with link_frames(model, 1 + count + guided):
+    with link_frames(model, clean.shape[-3]):
         for step, (here, there) in enumerate(pairwise(schedule)):
             velocity = torch.zeros_like(edited)
             for draw in range(settings.draws):

@@ -28,7 +28,7 @@ from backbone.io.console import UserError
 from backbone.media.control.maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.frames import refuse_transformer
+from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
@@ -37,7 +37,7 @@ from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
-from edit.methods.clip import ClipEdit, ClipResult, find_places, link_frames
+from edit.methods.clip import ClipEdit, ClipResult, find_places
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.replace import align_prompts
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
@@ -191,7 +191,7 @@ def find_places_to_follow(
     place = find_changed(carried, settings.threshold)
     if alignments[0].target.text == inversion.prompt or start == inversion.steps:
         return place, 0
-    with link_frames(inversion.model, 1):
+    with link_frames(inversion.model, inversion.states.shape[-3]):
         words, nfe = find_places(inversion, alignments, settings, start)
     return (None if words is None else torch.maximum(place, words.to(place))), nfe
 

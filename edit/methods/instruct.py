@@ -195,5 +195,5 @@ def keep_drawn(
             notify(f"“{instruction}” changes nearly everything, so all of it is taken as it is drawn.")
             return KeptBackground.none(drawn)
         raise UserError(
-            f"“{instruction}”: {error} To take all that the model draws, say --keep none."
+            f"“{instruction}”: {error} To take all that the model draws, say --background none."
         ) from error

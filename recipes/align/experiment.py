@@ -242,7 +242,7 @@ def sample_and_rank(
     )  # fmt: skip
     ranking = run_once(
         steps / "ranking.json", folder / RANKING,
-        "rank", folder, "--scorer", scorer, *(word for rule in rules for word in ("--pairs", rule)), "--margin", margin,
+        "rank", folder, "--scorer", scorer, *(word for rule in rules for word in ("--rule", rule)), "--margin", margin,
     )  # fmt: skip
     return folder, {"sampling": drawing, "ranking": ranking}
 

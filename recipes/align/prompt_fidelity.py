@@ -79,7 +79,7 @@ class FidelitySettings(RecipeSettings):
     per_prompt: Annotated[int, Option("Pictures of each.", PROMPTS, min=2)] = 4
     scorer: Annotated[str, Option("What ranks them.", RANKING)] = "moji"
     rules: Annotated[
-        tuple[str, ...], Option("How pairs are chosen, as align rank --pairs.", RANKING, flag="pairs-of")
+        tuple[str, ...], Option("How pairs are chosen, as align rank --rule.", RANKING, flag="pairs-of")
     ] = (
         "same-noise",
         "own",

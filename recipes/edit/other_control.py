@@ -7,25 +7,24 @@ MasaCtrl finds the source's contents in a new layout; plug-and-play keeps the la
 
 from __future__ import annotations
 
+import backbone
+import edit
+from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.models.model import Backbone
-from edit.inversion.inversion import invert
-from edit.methods.prompt_to_prompt.replace import replace
-from edit.methods.prompt_to_prompt.settings import PRESETS
-from recipes.edit import OUT, picture_to_edit
+from recipes.edit import OUT, Model, Steps, picture_to_edit
 
 
-def main(model: str = "moji", *, steps: int = 50) -> None:
-    """All cells."""
+def main(model: Model = "moji", *, steps: Steps = 50) -> None:
+    """Edits an image by MasaCtrl and by plug-and-play features."""
     # %% A picture and its inversion
-    backbone = Backbone.open(model)
+    opened = backbone.open(model)
     source = "a cat in a park"
-    image = picture_to_edit(backbone, source)
-    inversion = invert(backbone, image, source, steps=steps)
+    image = picture_to_edit(opened, source)
+    inversion = edit.invert(opened, image, source, steps=steps)
 
     # %% Contents kept, layout free; then layout kept, look free
-    bent = replace(inversion, "two cats in a park", PRESETS["masactrl"])
-    restyled = replace(inversion, "a watercolor of a cat in a park", PRESETS["plug-and-play"])
+    bent = edit.replace(inversion, "two cats in a park", edit.PRESETS["masactrl"])
+    restyled = edit.replace(inversion, "a watercolor of a cat in a park", edit.PRESETS["plug-and-play"])
 
     # %% Side by side
     cells = [
@@ -37,4 +36,4 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -5,35 +5,32 @@ python -m recipes.edit.other_ways          one or two minutes on two cores; buil
 
 from __future__ import annotations
 
+import backbone
+import edit
+from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.models.model import Backbone
-from edit.inversion.inversion import invert
-from edit.methods.compose import compose
-from edit.methods.flow_edit import flow_edit
-from edit.methods.interpolate import interpolate
-from edit.methods.remove import remove
-from recipes.edit import OUT, picture_to_edit
+from recipes.edit import OUT, Model, Steps, picture_to_edit
 
 
-def main(model: str = "moji", *, steps: int = 50) -> None:
-    """All cells."""
+def main(model: Model = "moji", *, steps: Steps = 50) -> None:
+    """Edits by FlowEdit, composed guidance and removal, and interpolates between two images."""
     # %% Two pictures and their inversions
-    backbone = Backbone.open(model)
+    opened = backbone.open(model)
     prompts = ("a cat in a park", "a rocket in space")
-    images = [picture_to_edit(backbone, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-    first, second = (invert(backbone, i, p, steps=steps) for i, p in zip(images, prompts, strict=True))
+    images = [picture_to_edit(opened, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+    first, second = (edit.invert(opened, i, p, steps=steps) for i, p in zip(images, prompts, strict=True))
 
     # %% FlowEdit needs no inversion
-    direct = flow_edit(backbone, images[0], prompts[0], ["a dog in a park"], steps=steps)
+    direct = edit.flow_edit(opened, images[0], prompts[0], ["a dog in a park"], steps=steps)
 
     # %% Towards one prompt, away from another
-    composed = compose(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
+    composed = edit.compose(first, [("a watercolor of a cat", 3.0), ("a photo of a cat", -1.0)])
 
     # %% Without the cat
-    removed = remove(first, "cat")
+    removed = edit.remove(first, "cat")
 
     # %% From one picture to the other
-    way = interpolate(first, second, count=5).images
+    way = edit.interpolate(first, second, count=5).images
 
     # %% Side by side
     named = {"FlowEdit: a dog": direct, "composed with watercolor": composed, "without the cat": removed}
@@ -44,4 +41,4 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,34 +7,34 @@ It should show the source, its reconstruction, three edits that keep the layout,
 
 from __future__ import annotations
 
+import backbone
+import edit
+from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.models.model import Backbone
-from edit.inversion.inversion import invert
-from edit.methods.prompt_to_prompt.replace import replace
-from edit.methods.prompt_to_prompt.settings import ReplaceSettings
-from edit.run.report import overlay_heatmap
-from recipes.edit import OUT, picture_to_edit
+from recipes.edit import OUT, Model, Steps, picture_to_edit
 
 
-def main(model: str = "moji", *, steps: int = 50) -> None:
-    """All cells."""
+def main(model: Model = "moji", *, steps: Steps = 50) -> None:
+    """Replaces, refines and reweights words over one inversion."""
+    from edit.run.report import overlay_heatmap
+
     # %% A picture and what it shows
-    backbone = Backbone.open(model)
+    opened = backbone.open(model)
     source = "a cat in a park"
-    image = picture_to_edit(backbone, source)
+    image = picture_to_edit(opened, source)
 
     # %% Its inversion: any number of edits begin here
-    inversion = invert(backbone, image, source, steps=steps)
+    inversion = edit.invert(opened, image, source, steps=steps)
     print(inversion.nfe, "NFE")
 
     # %% Three targets at once; the alignment says what became of the words
     targets = ["a dog in a park", "a red cat in a park", "a cat in the snow"]
-    edited = replace(inversion, targets, ReplaceSettings(heatmaps=["cat"]))
+    edited = edit.replace(inversion, targets, edit.ReplaceSettings(heatmaps=["cat"]))
     for alignment in edited.alignments:
         print(alignment, end="\n\n")
 
     # %% The same words, one of them stronger
-    stronger = replace(inversion, source, ReplaceSettings(weights={"park": 3.0}, cross=1.0))
+    stronger = edit.replace(inversion, source, edit.ReplaceSettings(weights={"park": 3.0}, cross=1.0))
 
     # %% Everything side by side
     place = edited.heatmaps["cat"][0]
@@ -46,4 +46,4 @@ def main(model: str = "moji", *, steps: int = 50) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

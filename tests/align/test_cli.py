@@ -164,11 +164,9 @@ def test_several_scorers_are_weighed_or_must_agree(drawn: Path, bright: Path, tm
     shutil.copytree(drawn, folder)
     dark = tmp_path / "dark.py"
     dark.write_text(BRIGHT.replace("return [sum", "return [-sum"))
-    align(
-        "rank", folder, "--scorer", bright, "--scorer", dark, "--weight", 3, "--weight", 1, "--pairs", "all"
-    )
+    align("rank", folder, "--scorer", bright, "--scorer", dark, "--weight", 3, "--weight", 1, "--rule", "all")
     by_both = (folder / "ranking.jsonl").read_text()
-    align("rank", folder, "--scorer", bright, "--pairs", "all")
+    align("rank", folder, "--scorer", bright, "--rule", "all")
     assert [json.loads(line)["chosen"] for line in by_both.splitlines()] == [
         json.loads(line)["chosen"] for line in (folder / "ranking.jsonl").read_text().splitlines()
     ]
@@ -187,11 +185,11 @@ def test_near_misses_are_drawn_from_the_prompt_s_own_noise_and_meet_it(
     assert same == own  # who says the same thing draws the same picture
     assert other != own
     assert not (folder / image_name(1, 1)).exists()
-    align("rank", folder, "--scorer", bright, "--pairs", "same-noise")
+    align("rank", folder, "--scorer", bright, "--pairs", "same-noise")  # as it was called
     (pair,) = read_preferences(folder).pairs
     assert {picture.path.name for picture in pair.pictures} == {"p00000-s00.png", "p00000-s02.png"}
     assert "without hard negatives" in refused("rank", drawn, "--scorer", bright, "--pairs", "same-noise")
-    assert "no rule nearest" in refused("rank", drawn, "--scorer", bright, "--pairs", "nearest")
+    assert "no rule nearest" in refused("rank", drawn, "--scorer", bright, "--rule", "nearest")
 
 
 def test_pictures_drawn_anew_share_the_first_one_s_layout(

@@ -30,7 +30,7 @@ from backbone.families.flux.family import pack_latents, unpack_latents
 from backbone.families.unet.original import CONTROL, OUTER, RESNET, from_original
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
-from backbone.models.control import open_conditions, open_control, together
+from backbone.models.control import gather_controls, open_conditions, open_control
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from tests import tiny
@@ -127,9 +127,9 @@ def test_a_union_net_hears_two_kinds_in_one_call_as_diffusers_has_it(steps: int,
         for kind in ("pose", "edges")
     ]
     found = open_conditions(model, asked, (64, 64))
-    assert len(together(found)) == 1 and len(together(found)[0].hints) == 2
+    assert len(gather_controls(found)) == 1 and len(gather_controls(found)[0].hints) == 2
     apart = open_conditions(model, [asked[0], replace(asked[1], stop=0.5)], (64, 64))
-    assert len(together(apart)) == 2
+    assert len(gather_controls(apart)) == 2
 
 
 # Files ------------------------------------------------------------------------------------------------------

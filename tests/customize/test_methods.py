@@ -23,8 +23,10 @@ from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from customize.data.dataset import LEAST_SIDE, SubjectGroup, prepare
+from customize.methods.weights import CROSS_ATTENTION, Weights
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import METHODS, OWN_WORDS, Settings
+from tests.tiny import tiny_stable_diffusion_3
 
 ALL = [
     ("lora", "lora"),
@@ -370,3 +372,10 @@ def test_custom_diffusion_keeps_keys_and_values_alone(tiny: Backbone, subject: P
     names = set(read_tensors(tmp_path / files["changed"])[0])
     assert names
     assert all("attn2.to_k" in name or "attn2.to_v" in name for name in names)
+
+
+def test_custom_diffusion_is_refused_where_attn2_attends_to_the_image(tmp_path: Path) -> None:
+    model = Backbone.open(str(tiny_stable_diffusion_3(tmp_path)), device="cpu", precision="fp32")
+    assert any("attn2.to_k" in name for name, _ in model.denoiser.named_parameters())
+    with pytest.raises(UserError, match="jointly, and --method custom-diffusion trains cross-attention"):
+        Weights(model, settings(tmp_path, method="custom-diffusion"), pattern=CROSS_ATTENTION)

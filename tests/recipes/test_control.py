@@ -11,7 +11,7 @@ from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors
-from backbone.models.control import embedded_controls, open_control
+from backbone.models.control import list_embedded_controls, open_control
 from backbone.models.model import Backbone
 from backbone.training.run import drive
 from benchmarks.judges.reader import load_reader
@@ -52,8 +52,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_network_is_found_beside_the_model(
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     control.export_network(control.ExportSettings(**work, name="whole"))
     opened = Backbone.open(str(model), device="cpu", precision="fp32")
-    assert set(embedded_controls(opened)) == set(control.KINDS)
-    network = open_control(opened, str(embedded_controls(opened)["pose"]))
+    assert set(list_embedded_controls(opened)) == set(control.KINDS)
+    network = open_control(opened, str(list_embedded_controls(opened)["pose"]))
     assert network.record.base == opened.fingerprint and "dog" in network.record.palette
 
     train_reader(ReaderSettings(**work, steps=2, batch=2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,11 @@ def test_a_script_of_a_method_runs(
         assert (tmp_path / "build/recipes/edit" / picture).stat().st_size > 1000
     else:
         assert "reversible" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_of_a_method_shows_its_help_and_does_nothing(name: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", f"recipes.edit.{name}", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--steps" in said.stdout and said.stderr == ""

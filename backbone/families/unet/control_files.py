@@ -50,7 +50,7 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
             conditioning_channels=tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
         )
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    whole = {name: _whole(name, tensors, base) for name in wanted}
+    whole = {name: _complete(name, tensors, base) for name in wanted}
     for name, shape in wanted.items():
         weight = whole[name]
         if weight is None or weight.numel() != torch.Size(shape).numel():
@@ -72,7 +72,7 @@ def plain_weights(unet: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _whole(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor | None:
+def _complete(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor | None:
     """A weight: the file's, or the UNet's with the file's low-rank change; None where neither has it."""
     if name in tensors:
         return tensors[name]

@@ -197,7 +197,7 @@ def _spell(said: str, frames: int, width: int) -> Floats:
         if part in parts:
             raise UserError(f"--camera {said} says two {move.split('-')[0]}s in one line. Say one of them.")
         parts.add(part)
-        total += _amount(said, part, amount, width, equals != "") * np.array(direction)
+        total += _parse_amount(said, part, amount, width, equals != "") * np.array(direction)
     if not parts:
         raise UserError(f"--camera {said or '“”'} moves nothing. Say {', '.join(WORDS)}, or leave it out.")
     u = np.linspace(0, 1, frames)
@@ -208,17 +208,17 @@ def _spell(said: str, frames: int, width: int) -> Floats:
     return values
 
 
-def _amount(said: str, part: str, amount: str, width: int, given: bool) -> float:
+def _parse_amount(said: str, part: str, amount: str, width: int, given: bool) -> float:
     """How far: in widths, the log of times, or degrees."""
     if not given:
         return USUAL[part]
-    found = AMOUNT.fullmatch(amount)
-    if found is None or (found[2] or "") not in UNITS[part] or float(found[1]) == 0:
+    match = AMOUNT.fullmatch(amount)
+    if match is None or (match[2] or "") not in UNITS[part] or float(match[1]) == 0:
         units = " or ".join(unit for unit in UNITS[part] if unit) or "times"
         raise UserError(
             f"--camera {said} has no amount of a {part} in {amount!r}. Give a number above 0, in {units}."
         )
-    value = float(found[1])
+    value = float(match[1])
     if part == "zoom":
         if value < 1:
             raise UserError(
@@ -227,7 +227,7 @@ def _amount(said: str, part: str, amount: str, width: int, given: bool) -> float
         return math.log(value)
     if part == "roll":
         return value
-    return value / 100 if found[2] == "%" else value / width
+    return value / 100 if match[2] == "%" else value / width
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
     _refuse_no_numbers(file, values)
     focus, poses = values[:, 1:5], values[:, 7:].reshape(-1, 3, 4)
     _refuse_no_camera(file, focus, poses)
-    return CameraPath(_cropped(focus, size), poses, str(file))
+    return CameraPath(_crop_intrinsics(focus, size), poses, str(file))
 
 
 def _refuse_no_camera(file: Path, focus: Floats, poses: Floats) -> None:
@@ -336,7 +336,7 @@ def _refuse_no_numbers(file: Path, values: Floats) -> None:
         raise UserError(f"{file} holds values that are no numbers. Write the path again.")
 
 
-def _cropped(focus: Floats, size: tuple[int, int]) -> Floats:
+def _crop_intrinsics(focus: Floats, size: tuple[int, int]) -> Floats:
     """Intrinsics of a film as those of the middle of its pictures that has the clip's shape.
 
     Pixels are square, so that fy/fx is the film's width by height.

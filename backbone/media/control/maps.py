@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from backbone.media.sources.decode import (
     describe_further_frames,
     flatten_on_white,
     lay_on_white,
-    open_map,
+    map_from_image,
+    open_as,
     open_rgb,
 )
 from backbone.media.sources.pictures import list_images
@@ -66,10 +68,7 @@ def read_map(asked: AskedMap, target: MapTarget, *, picture: Image.Image | None 
     what is no map of its kind: black on white, a photograph, an empty or full one, colours that no label has.
     """
     if asked.path:
-        picture = open_map(asked.path)
-        refuse_transparency(picture, asked.path)
-        if asked.is_of_colours:
-            picture = open_rgb(asked.path)
+        picture = open_as(asked.path, partial(convert_map, asked=asked))
         if further := describe_further_frames(Path(asked.path)):
             notify_once(further)
     assert picture is not None
@@ -116,7 +115,7 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
         raise UserError(
             f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png."
         )
-    found: dict[int, Path] = {}
+    by_frame: dict[int, Path] = {}
     for record in list_images(path):
         file = Path(str(record.path))
         numbers = re.findall(r"\d+", file.stem)
@@ -130,10 +129,10 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
                 f"{file} is of frame {number}, and a clip of {frames} frames has none of that number: the first is 0, "
                 f"the last {frames - 1}. Ask for more --frames, or take it out."
             )
-        if number in found:
-            raise UserError(f"{file} and {found[number].name} are of one frame, {number}. Take one out.")
-        found[number] = file
-    return dict(sorted(found.items()))
+        if number in by_frame:
+            raise UserError(f"{file} and {by_frame[number].name} are of one frame, {number}. Take one out.")
+        by_frame[number] = file
+    return dict(sorted(by_frame.items()))
 
 
 def read_numbered_maps(asked: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
@@ -243,7 +242,7 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
     both = torch.stack([F.conv2d(padded, kernel[None, None])[:, 0] for kernel in (across, across.T)])
     strongest = both.abs().sum(0).argmax(0)
     dx, dy = both.gather(1, strongest.expand(2, 1, -1, -1))[:, 0]
-    kept = _thinned(dx, dy)
+    kept = _thin(dx, dy)
     edges, weak = kept > high, kept > low
     while True:
         grown = (F.max_pool2d(edges[None].float(), 3, 1, 1)[0] > 0) & weak
@@ -252,7 +251,7 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
         edges = grown
 
 
-def _thinned(dx: Tensor, dy: Tensor) -> Tensor:
+def _thin(dx: Tensor, dy: Tensor) -> Tensor:
     """|dx| + |dy| where it is more than at both neighbours across the edge [H, W], 0 elsewhere."""
     size = dx.abs() + dy.abs()
     padded = F.pad(size, (1, 1, 1, 1))
@@ -276,13 +275,18 @@ def _thinned(dx: Tensor, dy: Tensor) -> Tensor:
 # What is commonly wrong -------------------------------------------------------------------------------------
 
 
-def refuse_transparency(drawn: Image.Image, path: str | Path) -> None:
-    """`UserError` for a map with see-through pixels (`open_map`): which colour is behind them is not said."""
-    if drawn.mode == "RGBA":
+def convert_map(image: Image.Image, asked: AskedMap) -> Image.Image:
+    """The map of what a file stores, RGB: its values as they are, or the colours of a picture in sRGB.
+
+    `UserError` for one with see-through pixels: which colour is behind them is not said.
+    """
+    stored = map_from_image(image)
+    if stored.mode == "RGBA":
         raise UserError(
-            f"{path} is see-through in places, so its background is not said. Save it without transparency, lines "
-            "white on black."
+            f"{asked.path} is see-through in places, so its background is not said. Save it without transparency, "
+            "lines white on black."
         )
+    return flatten_on_white(image) if asked.is_of_colours else stored
 
 
 def refuse_other_shape(size: tuple[int, int], wanted: tuple[int, int], name: str) -> None:
@@ -372,7 +376,7 @@ def refuse_foreign_colours(drawn: np.ndarray, asked: AskedMap, palette: Palette 
         return
     everything = drawn.shape[0] * drawn.shape[1]
     shown = ", ".join(
-        f"{_hex(colour)} ({count / everything:.1%}; the nearest is {_nearest(colour, palette)})"
+        f"{_hex(colour)} ({count / everything:.1%}; the nearest is {_find_nearest(colour, palette)})"
         for count, colour in sorted(foreign, reverse=True)[:3]
     )
     raise UserError(
@@ -381,7 +385,7 @@ def refuse_foreign_colours(drawn: np.ndarray, asked: AskedMap, palette: Palette 
     )
 
 
-def _nearest(colour: tuple[int, ...], palette: Palette) -> str:
+def _find_nearest(colour: tuple[int, ...], palette: Palette) -> str:
     """The label of the nearest colour, and that colour."""
 
     def distance(label: str) -> int:

@@ -72,14 +72,6 @@ def open_mask(path: str | Path) -> Image.Image:
     return open_as(path, mask_from_image)
 
 
-def open_map(path: str | Path) -> Image.Image:
-    """Decode a map, whose values are numbers and no colours: as `open_rgb`, but no colour profile is applied.
-
-    RGB; RGBA where something is see-through. Raises `BadImageError` as `open_rgb` does.
-    """
-    return open_as(path, map_from_image)
-
-
 def open_bytes(path: Path) -> bytes:
     """The encoded bytes of an image file; `BadImageError` for one that cannot be opened."""
     with _open(path) as file:
@@ -241,7 +233,10 @@ def mask_from_image(image: Image.Image) -> Image.Image:
 
 
 def map_from_image(image: Image.Image) -> Image.Image:
-    """An image in any mode as a map (mode RGB, or RGBA where something is see-through): see `open_map`."""
+    """An image in any mode as a map, whose values are numbers and no colours: no colour profile is applied.
+
+    RGB; RGBA where something is see-through.
+    """
     image = _to_8_bit(image)
     if not image.has_transparency_data:
         return image.convert("RGB")

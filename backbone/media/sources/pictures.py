@@ -27,14 +27,13 @@ from PIL import Image
 from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import inside, is_json_list, iterate_entries, plain
+from backbone.io.records import is_json_list, iterate_entries, plain, resolve_inside
 from backbone.media.sources.decode import (
     BadImageError,
     Convert,
     decode,
     describe_further_frames,
     flatten_on_white,
-    map_from_image,
     nearest_path,
     open_as,
     open_bytes,
@@ -95,10 +94,6 @@ class ImageRecord:
             return open_as(self.path, convert, at_least=at_least)
         return decode(io.BytesIO(self.read()), str(self.path), convert, at_least=at_least)
 
-    def open_map(self) -> Image.Image:
-        """Decode as `open_map` does."""
-        return self.open(convert=map_from_image)
-
     def read_size(self) -> tuple[int, int]:
         """(width, height) as the file's header says, for an image that can be decoded."""
         return read_size(io.BytesIO(self.read()))
@@ -158,7 +153,7 @@ class DatasetRow:
         plain = Path(os.path.normpath(name))
         if self.fetched is not None and "\0" not in name and plain.is_relative_to(self.fetched):
             return plain
-        return inside(self.folder, name, where)
+        return resolve_inside(self.folder, name, where)
 
 
 def list_images(
@@ -206,7 +201,7 @@ def list_images(
             )
         if named:
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
-        return [_with_companions(path, _Companions(path.parent))]
+        return [_read_companions(path, _Companions(path.parent))]
     if could_be_dataset(str(source)):
         fetched = fetched_folder()
         return _list_table(_load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
@@ -220,16 +215,16 @@ def list_by_name(folder: Path) -> dict[str, ImageRecord]:
 
     Raises `UserError` where two images have one name: which of them is meant is not known.
     """
-    found: dict[str, ImageRecord] = {}
+    records: dict[str, ImageRecord] = {}
     for picture in list_images(folder):
         name = normalize_name(picture.path.relative_to(folder).with_suffix("").as_posix())
-        if name in found:
+        if name in records:
             raise UserError(
-                f"{found[name].path} and {picture.path.name} have one name, and images are paired by their names. "
+                f"{records[name].path} and {picture.path.name} have one name, and images are paired by their names. "
                 "Keep one of them."
             )
-        found[name] = picture
-    return found
+        records[name] = picture
+    return records
 
 
 def find_spelled(path: Path) -> Path:
@@ -258,7 +253,7 @@ class ListedImages:
         """The image of this path; `UserError` where two captions or masks are its own."""
         if path.parent not in self._beside:
             self._beside[path.parent] = _Companions(path.parent)
-        return _with_companions(path, self._beside[path.parent])
+        return _read_companions(path, self._beside[path.parent])
 
 
 def read_captions(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
@@ -273,7 +268,7 @@ def read_captions(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
         told = by_name.get(normalize_name(path.name))
         # A folder's name has no suffix to take away
         stem = path.with_name(f"{path.name}.folder") if path.is_dir() else path
-        found[path] = told or _with_companions(stem, beside).caption or ""
+        found[path] = told or _read_companions(stem, beside).caption or ""
     return found
 
 
@@ -415,7 +410,7 @@ class _Companions:
                 self.images.append(file)
 
 
-def _with_companions(path: Path, beside: _Companions) -> ImageRecord:
+def _read_companions(path: Path, beside: _Companions) -> ImageRecord:
     """The record of an image with its caption and its mask; `UserError` where it has two of one kind."""
     stem = normalize_name(path.stem)
     captions, masks = beside.captions.get(stem, []), beside.masks.get(stem, [])
@@ -445,7 +440,7 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
             caption = entry.get(caption_column) if caption_column else None
             if caption is not None and not isinstance(caption, str):
                 raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
-            name = find_spelled(inside(folder, name, where)).relative_to(folder).as_posix()
+            name = find_spelled(resolve_inside(folder, name, where)).relative_to(folder).as_posix()
             if name in captions:
                 raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
             captions[name] = join_lines(caption), metadata
@@ -458,16 +453,16 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
 
     A .json counts where it is a list: other tools keep other records under the same names.
     """
-    found = [
+    lists = [
         path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
         if path.name.lower() in names
         and path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
     ]
-    if len(found) > 1:
-        raise UserError(f"{folder} holds both {found[0].name} and {found[1].name}. Keep one of them.")
-    return found
+    if len(lists) > 1:
+        raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}. Keep one of them.")
+    return lists
 
 
 def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -615,7 +610,7 @@ def load_saved(path: Path) -> Any:
     for name in ("dataset_dict.json", "dataset_info.json", "state.json"):
         for record in path.rglob(name):
             for file in read_json(record, SavedTable)._data_files:
-                inside(record.parent, file.filename, record)
+                resolve_inside(record.parent, file.filename, record)
     datasets = import_datasets()
     try:
         return datasets.load_from_disk(str(path))

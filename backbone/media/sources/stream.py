@@ -237,10 +237,10 @@ def _to_stream(table: Any, named: Named, limit: int) -> Stream:
             f"{named.dataset} cannot be read ({first_line(error)}). Give another dataset."
         ) from error
     samples = all(name in table.features for name in SAMPLE)
-    found: list[str] = []
+    columns: list[str] = []
     for name, kind in table.features.items():
-        found += [f"{name}.{inner}" for inner in kind] if samples and isinstance(kind, dict) else [name]
-    names = name_tar_columns(found) if samples else dict(zip(found, found, strict=True))
+        columns += [f"{name}.{inner}" for inner in kind] if samples and isinstance(kind, dict) else [name]
+    names = name_tar_columns(columns) if samples else dict(zip(columns, columns, strict=True))
     pictures = [name for name, kind in table.features.items() if holds_images(kind)]
     lists: list[str] = []
     files: list[str] = []

@@ -1,6 +1,6 @@
 """Frames of a clip linked by the attention of a picture model, where no motion adapter is.
 
-    with link_frames(model.denoiser, 16):
+    with link_frames(model, 16):
         ...  # rows are clips of 16 frames, and each looks at the first one and the one before
 
 Keys and values of a UNet's self-attention come from those two frames (Wu et al. 2023, Tune-A-Video, section 4.2), so
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backbone.families.unet.family import UNetFamily
 from backbone.io.console import UserError
+from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
 
 SELF_ATTENTION = "attn1"  # a UNet's layer of it, by the end of its name
@@ -50,10 +51,17 @@ class LinkedAttention:
 
 
 @contextmanager
-def link_frames(denoiser: nn.Module, frames: int) -> Iterator[None]:
-    """Inside the `with` a UNet's self-attention links the frames of clips; afterwards it is as before."""
+def link_frames(model: Backbone, frames: int) -> Iterator[None]:
+    """Inside the `with` a UNet's self-attention links the frames of clips; one with a motion adapter stays as it is.
+
+    Raises `UserError` for a transformer.
+    """
+    refuse_transformer(model)
+    moving = motion_of(model.denoiser) is not None
     layers: dict[str, Any] = {
-        name: layer for name, layer in denoiser.named_modules() if name.endswith(SELF_ATTENTION)
+        name: layer
+        for name, layer in model.denoiser.named_modules()
+        if name.endswith(SELF_ATTENTION) and not moving
     }
     before = {name: layer.processor for name, layer in layers.items()}
     try:

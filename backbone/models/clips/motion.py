@@ -115,7 +115,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
         loaded, found = cast(Any, MotionAdapter).from_pretrained(
             path, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    return _whole(refuse_missing(loaded, found, source, "motion adapter"), source)
+    return _require_whole(refuse_missing(loaded, found, source, "motion adapter"), source)
 
 
 def _fetch(repository: str) -> Path:
@@ -172,7 +172,7 @@ def _read_original(path: Path) -> MotionAdapter:
             "that diffusers wrote, or AnimateDiff's own file."
         )
     adapter.load_state_dict(state)
-    return _whole(adapter, str(path))
+    return _require_whole(adapter, str(path))
 
 
 def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
@@ -227,7 +227,7 @@ def _groups(widths: list[int]) -> int:
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in widths))
 
 
-def _whole(adapter: Any, name: str) -> MotionAdapter:
+def _require_whole(adapter: Any, name: str) -> MotionAdapter:
     if adapter.config.conv_in_channels:
         raise UserError(
             f"{name} also reads a picture (PIA), which no command gives it. Name a plain motion adapter."
@@ -281,8 +281,8 @@ def check_fit(unet: Mapping[str, Any], adapter: Mapping[str, Any], name: str) ->
     facts = {
         "blocks of the widths": (list(adapter["block_out_channels"]), list(unet["block_out_channels"])),
         "layers a block": (
-            _for_each(adapter["motion_layers_per_block"], len(adapter["block_out_channels"])),
-            _for_each(unet["layers_per_block"], blocks),
+            _repeat_for_blocks(adapter["motion_layers_per_block"], len(adapter["block_out_channels"])),
+            _repeat_for_blocks(unet["layers_per_block"], blocks),
         ),
     }
     for what, (has, wants) in facts.items():
@@ -293,7 +293,7 @@ def check_fit(unet: Mapping[str, Any], adapter: Mapping[str, Any], name: str) ->
             )
 
 
-def _for_each(value: Any, blocks: int) -> list[int]:
+def _repeat_for_blocks(value: Any, blocks: int) -> list[int]:
     return [int(value)] * blocks if isinstance(value, int) else [int(one) for one in value]
 
 

@@ -35,18 +35,18 @@ def usual_drawing(model: Backbone) -> SamplingDefaults:
 
 def name_few_step(model: str) -> str:
     """The few-step model that goes with a base of this name; `UserError` where none is known."""
-    found = FEW_STEP_MODELS.get(model)
-    if found is None:
+    few_step = FEW_STEP_MODELS.get(model)
+    if few_step is None:
         raise UserError(
             f"No few-step model is known that goes with {model}. Name one with --on: a model, or the folder of a "
             "few-step adapter."
         )
-    if found == "moji-turbo" and found not in OWN:
+    if few_step == "moji-turbo" and few_step not in OWN:
         raise UserError(
             "moji-turbo does not come with this version yet. Distil it with recipes.moji.adapters.turbo, and name its "
             "folder with --on."
         )
-    return found
+    return few_step
 
 
 def open_few_step(base: Backbone, name: str) -> Backbone:
@@ -90,9 +90,9 @@ def refuse_unlike(base: Backbone, few: Backbone) -> None:
         for model in (base, few)
     ]
     for name in shapes[0]:
-        found = shapes[1].get(name)
-        if found != shapes[0][name] and "guidance_embedder" not in name:  # which only one of them may have
-            what = "is missing there" if found is None else f"is {found} there and {shapes[0][name]} here"
+        there = shapes[1].get(name)
+        if there != shapes[0][name] and "guidance_embedder" not in name:  # which only one of them may have
+            what = "is missing there" if there is None else f"is {there} there and {shapes[0][name]} here"
             raise UserError(
                 f"{other} is not built as {one} is ({name} {what}): what is trained on one does not fit the other. "
                 "Name a few-step model that was made from this base."

@@ -112,7 +112,7 @@ def translate(
 
     `shapes` [rows, columns] of stored layers decide between networks that have all of the names.
     """
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     denoiser: dict[str, tuple[str, tuple[Network, ...]]] = {}
     unknown: list[str] = []
     for stem in stems:
@@ -120,7 +120,7 @@ def translate(
         target = find("clip", module) if "clip" in networks else None
         if target is not None:
             layers = tuple(f"{component or 'text_encoder'}.{layer}" for layer in target.layers)
-            found[stem] = replace(target, layers=layers)
+            targets[stem] = replace(target, layers=layers)
         elif component in ("", "denoiser"):
             denoiser[stem] = module, networks
         else:
@@ -141,7 +141,7 @@ def translate(
     network = max(DENOISERS, key=lambda network: (len(explained[network]), -misfits[network]))
     component = "unet" if network in UNETS else "transformer"
     for stem, target in explained[network].items():
-        found[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
+        targets[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
     unknown += [stem for stem in denoiser if stem not in explained[network]]
     if unknown:
         raise _unknown_names(path, unknown, network if explained[network] else None)
@@ -153,7 +153,7 @@ def translate(
     if "flux" in possible and "chroma" in possible:
         # Whose names are FLUX.1's: a file's metadata may say it is that
         possible.remove("chroma")
-    return Translation(found, possible[0] if len(possible) == 1 else None)
+    return Translation(targets, possible[0] if len(possible) == 1 else None)
 
 
 def _has_other_ratio(network: Network, module: str, shape: tuple[int, int]) -> bool:

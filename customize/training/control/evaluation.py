@@ -131,23 +131,23 @@ def measure_images(
     scorer: Scorer | None,
 ) -> Values:
     """The measures of one image for each pair; `edges` [H, W] are those of the pairs' own images."""
-    found: Values = {
+    values: Values = {
         "edges": [
             agreement(real, _lines("edges", image)).f1 for real, image in zip(edges, drawn, strict=True)
         ]
     }
     if kind in COMPUTED:
         asked = [one.amax(0) > 0.5 for one in maps]
-        found["map"] = [
+        values["map"] = [
             agreement(one, _lines(kind, image)).f1 for one, image in zip(asked, drawn, strict=True)
         ]
     if scorer is not None and any(pair.caption for pair in pairs):
         captions = [pair.caption or " " for pair in pairs]
         cosines = (scorer.embed_images(list(drawn)) * scorer.embed_texts(captions)).sum(1).tolist()
-        found["words"] = [
+        values["words"] = [
             cosine if pair.caption else None for cosine, pair in zip(cosines, pairs, strict=True)
         ]
-    return found
+    return values
 
 
 def _lines(kind: str, image: Image) -> torch.Tensor:
@@ -184,9 +184,9 @@ def format_table(facts: dict[str, Any], rows: dict[str, dict[str, dict[str, floa
         f"| | {' | '.join(COLUMNS[name] for name in columns)} |",
         "|---" * (1 + len(columns)) + "|",
     ]
-    for row, found in rows.items():
+    for row, figures in rows.items():
         cells = [
-            f"{found[name]['mean']:.3f} ({found[name]['low']:.3f} to {found[name]['high']:.3f})"
+            f"{figures[name]['mean']:.3f} ({figures[name]['low']:.3f} to {figures[name]['high']:.3f})"
             for name in columns
         ]
         lines.append(f"| {row} | {' | '.join(cells)} |")

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.memory.planner import MemorySettings, Workload, fit_to_memory, precision_name
-from backbone.models.control import controlled_family
+from backbone.models.control import require_controlled_family
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 from customize.control_settings import ADAPTER, ControlSettings
-from customize.objectives.control_networks import fresh_network
+from customize.objectives.control_networks import create_network
 
 PART = "control"  # of the planned denoiser: the network is counted with it
 
@@ -24,13 +24,13 @@ def work_of(model: Backbone, settings: ControlSettings) -> Workload:
     """The run's `Workload`: the control network is a part of the planned denoiser, and reads blank maps."""
 
     def trains(denoiser: nn.Module) -> Iterable[Tensor]:
-        network = fresh_network(model, settings, denoiser)
+        network = create_network(model, settings, denoiser)
         denoiser.add_module(PART, network.module)
         return [value for value in network.module.parameters() if value.requires_grad]
 
     def conditioned(denoiser: nn.Module, conditions: Conditions) -> Conditions:
         module = denoiser.get_submodule(PART)
-        network = controlled_family(model).control_network(module, denoiser, lambda maps: maps)
+        network = require_controlled_family(model).control_network(module, denoiser, lambda maps: maps)
         maps = torch.zeros(len(conditions), 3, model.resolution, model.resolution, device="meta")
         return replace(conditions, controls=(Control.of(network, maps),))
 
@@ -54,5 +54,5 @@ def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tupl
         placement=get_placement(settings),
         fixed_optimizer=True,
     )
-    smaller, found = fit_to_memory(model, work_of(model, settings), size, choice)
-    return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)
+    smaller, chosen = fit_to_memory(model, work_of(model, settings), size, choice)
+    return smaller, replace(settings, **chosen.settings(), compile=settings.compile and chosen.compilable)

@@ -8,7 +8,7 @@ from typing import Any
 
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, progress
-from backbone.io.run_folder import absolute
+from backbone.io.run_folder import make_absolute
 from customize.control_settings import resolve_settings, usual_folder
 
 
@@ -39,7 +39,7 @@ def as_kept(asked: Mapping[str, Any]) -> dict[str, Any]:
     kept = dict(asked)
     for name in ("images", "begin_from"):
         if kept.get(name) and Path(kept[name]).expanduser().exists():
-            kept[name] = absolute(kept[name])
+            kept[name] = make_absolute(kept[name])
     if kept.get("validation_image"):
-        kept["validation_image"] = tuple(absolute(one) for one in kept["validation_image"])
+        kept["validation_image"] = tuple(make_absolute(one) for one in kept["validation_image"])
     return kept

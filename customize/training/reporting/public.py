@@ -26,11 +26,11 @@ def copy_without_paths(run: Path, copy: Path) -> None:
     for path in sorted(copy.rglob("*")):
         if path.suffix in TEXTS:
             text = path.read_text(encoding="utf-8")
-            if (said := _without(text, places)) != text:
+            if (said := _replace_paths(text, places)) != text:
                 write_text(path, said)
         elif path.suffix == ".safetensors" and path.stat().st_size > 8:
             metadata = read_metadata(path)
-            said_of = {name: _without(value, places) for name, value in metadata.items()}
+            said_of = {name: _replace_paths(value, places) for name, value in metadata.items()}
             if said_of != metadata:
                 write_tensors(path, read_tensors(path)[0], said_of)
 
@@ -62,7 +62,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(one)
 
 
-def _without(text: str, places: Sequence[tuple[str, str]]) -> str:
+def _replace_paths(text: str, places: Sequence[tuple[str, str]]) -> str:
     """The text with the names in place of the paths, also where JSON or HTML writes them otherwise."""
     for path, name in places:
         for written in (path, json.dumps(path)[1:-1], html.escape(path)):

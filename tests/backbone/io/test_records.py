@@ -11,7 +11,7 @@ import pytest
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.records import DEEPEST, inside, parse_json, read_as
+from backbone.io.records import DEEPEST, parse_json, read_as, resolve_inside
 
 MALFORMED: dict[str, bytes] = {
     "empty": b"",
@@ -107,8 +107,8 @@ def test_a_long_value_is_shown_by_its_beginning() -> None:
     "name", ["a.png", "sub/a.png", "a b/./c.png", "..a/b.png", "sub\\a.png", "x/../a.png"]
 )
 def test_names_inside_the_folder_are_taken(tmp_path: Path, name: str) -> None:
-    assert inside(tmp_path, name, "x").is_relative_to(tmp_path)
-    assert ".." not in inside(tmp_path, name, "x").parts
+    assert resolve_inside(tmp_path, name, "x").is_relative_to(tmp_path)
+    assert ".." not in resolve_inside(tmp_path, name, "x").parts
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_names_inside_the_folder_are_taken(tmp_path: Path, name: str) -> None:
 )
 def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="outside the folder"):
-        inside(tmp_path, name, "x")
+        resolve_inside(tmp_path, name, "x")

@@ -260,7 +260,18 @@ def test_an_edit_with_a_second_reference_is_repeated_exactly(tmp_path: Path) -> 
         shown(seed).save(tmp_path / f"{seed}.png")
     words = (
         *("instruct", tmp_path / "0.png", "--instruction", "a red dog", "--reference", tmp_path / "1.png"),
-        *("--model", folder, "--steps", 1, "--keep", "none", "--no-metrics", *HERE, "--out", tmp_path / "e"),
+        *(
+            "--model",
+            folder,
+            "--steps",
+            1,
+            "--background",
+            "none",
+            "--no-metrics",
+            *HERE,
+            "--out",
+            tmp_path / "e",
+        ),
     )
     for asked in (words, ("replay", tmp_path / "e", "--out", tmp_path / "again")):
         done = CliRunner().invoke(edit.cli.app, [str(word) for word in asked], catch_exceptions=False)

@@ -152,7 +152,17 @@ def test_the_new_channels_begin_at_zero_and_are_learned(run: Path, tiny_folder: 
 
 def test_what_was_learned_edits_and_draws_nothing_without_an_instruction(run: Path, tmp_path: Path) -> None:
     write(tmp_path / "photo.png", 9)
-    asked = ("--steps", 2, "--no-metrics", "--keep", "none", "--concept", run, "--out", tmp_path / "edit")
+    asked = (
+        "--steps",
+        2,
+        "--no-metrics",
+        "--background",
+        "none",
+        "--concept",
+        run,
+        "--out",
+        tmp_path / "edit",
+    )
     invoked("instruct", tmp_path / "photo.png", "--instruction", "make it snow", *asked, program=edit.cli.app)
     invoked("replay", tmp_path / "edit", "--out", tmp_path / "again", program=edit.cli.app)
     first, second = (Image.open(tmp_path / name / "edit_0.png").tobytes() for name in ("edit", "again"))

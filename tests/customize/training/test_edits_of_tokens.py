@@ -44,5 +44,14 @@ def test_an_adapter_learned_from_pairs_edits_in_diffusers_as_here(name: str, tmp
     assert float((untrained - theirs).abs().max()) > 1e-4
     images[0].save(tmp_path / "a.png")
     words = ("instruct", tmp_path / "a.png", "--instruction", "make it snow", "--concept", run, "--steps", 1)
-    invoked(*words, "--no-metrics", "--keep", "none", *HERE, "--out", tmp_path / "edit", program=edit.cli.app)
+    invoked(
+        *words,
+        "--no-metrics",
+        "--background",
+        "none",
+        *HERE,
+        "--out",
+        tmp_path / "edit",
+        program=edit.cli.app,
+    )
     assert read_json(tmp_path / "edit" / "run.json")["settings"]["concepts"]

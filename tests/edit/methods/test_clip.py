@@ -19,6 +19,7 @@ from backbone.diffusion.noise import add_noise
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import Film, encode_webp, read_film
+from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import attach_motion, frames_as_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, initial_noise
@@ -34,7 +35,6 @@ from edit.methods.clip import (
     close_over_time,
     edit_clip,
     invert_film,
-    link_frames,
     open_clip_layout,
     redraw_film,
 )
@@ -153,7 +153,7 @@ def test_frames_linked_by_attention_see_the_first_and_the_one_before(tiny: Backb
 def test_frames_of_one_prompt_do_not_look_at_those_of_another(tiny: Backbone, film: Film) -> None:
     """Else it would matter which of two prompts comes first."""
     inversion = invert_film(tiny, film, SOURCE, steps=2)
-    with link_frames(tiny, 1):
+    with link_frames(tiny, 4):
         maps = [difference_maps(inversion, [pair])[0] for pair in ((SOURCE, "a cat"), ("a cat", SOURCE))]
     torch.testing.assert_close(*maps, atol=1e-5, rtol=0)
 

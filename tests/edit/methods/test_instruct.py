@@ -147,7 +147,7 @@ def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: 
         "make it snow",
     ]
     out = tmp_path / "run"
-    more = ["--model", str(folder), "--steps", "2", "--keep", "none", "--no-metrics", "--out", str(out)]
+    more = ["--model", str(folder), "--steps", "2", "--background", "none", "--no-metrics", "--out", str(out)]
     said = CliRunner().invoke(app, [*words, *more])
     assert said.exit_code == 0, said.output or repr(said.exception)
     record = json.loads((out / "run.json").read_text())
@@ -164,7 +164,17 @@ def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: 
 def test_the_command_plans_for_a_device_and_repeats_it(folder: Path, tmp_path: Path) -> None:
     photo().save(tmp_path / "photo.png")
     words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it snow", "--model", str(folder)]
-    more = ["--steps", "1", "--keep", "none", "--no-metrics", "--precision", "fp32", "--device", "cpu"]
+    more = [
+        "--steps",
+        "1",
+        "--keep",
+        "none",
+        "--no-metrics",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]  # as it was called
     out = tmp_path / "run"
     said = CliRunner().invoke(app, [*words, *more, "--vram", "1", "--out", str(out)])
     assert said.exit_code == 0 and "references" in said.output and "drawing" in said.output
@@ -185,7 +195,7 @@ def test_a_background_that_is_all_gone_names_the_instruction(
     model: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "decode", lambda latents: 1.0 - 2.0 * (to_tensor(photo()) > 0).float()[None])
-    with pytest.raises(UserError, match=r"“a red dog”: .*--keep none"):
+    with pytest.raises(UserError, match=r"“a red dog”: .*--background none"):
         instruct(model, photo(), ["a red dog"], steps=1, keep="pixels")
     whole = instruct(model, photo(), ["a red dog"], steps=1)
     assert whole.images[0] == to_image(model.decode(whole.latents)[0])

@@ -15,6 +15,7 @@ from backbone.cli.conditions import AskedControl, AskedMap, ControlOptions, chec
 from backbone.io.console import UserError
 from backbone.media.clips import read_film
 from backbone.media.control.maps import MapTarget, as_hints, canny, compute_map, read_map, read_maps
+from backbone.media.sources import decode
 from backbone.media.sources.decode import open_rgb
 from tests.backbone.media.sources.test_pictures import profile_with_exponent
 
@@ -97,6 +98,21 @@ def test_lines_survive_being_made_smaller_and_labels_keep_their_colours(tmp_path
     ring().save(tmp_path / "own.png")
     same = read_map(AskedMap("sketch", str(tmp_path / "own.png")), MapTarget(SIZE))
     assert np.array_equal(np.array(same), np.array(ring()))
+
+
+def test_a_picture_that_is_given_as_a_map_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, plain = list[str](), decode.decode
+
+    def count(file: Any, name: str, *more: Any, **how: Any) -> Image.Image:
+        decoded.append(name)
+        return plain(file, name, *more, **how)
+
+    photograph().save(tmp_path / "tile.png")
+    monkeypatch.setattr(decode, "decode", count)
+    read_map(AskedMap("tile", str(tmp_path / "tile.png")), MapTarget(SIZE))
+    assert decoded == [str(tmp_path / "tile.png")]
 
 
 def test_a_map_s_values_are_numbers_and_no_profile_changes_them_but_a_picture_s_does(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_tokens_are_those_of_the_first_frame_and_of_the_one_before() -> None:
 def test_equal_frames_are_predicted_as_the_picture_alone(tiny: Backbone) -> None:
     picture = torch.randn((1, *tiny.latent_shape), generator=generator(0))
     alone = predicted(tiny, picture)
-    with link_frames(tiny.denoiser, 3):
+    with link_frames(tiny, 3):
         linked = predicted(tiny, picture.repeat(3, 1, 1, 1))
     torch.testing.assert_close(linked, alone.expand_as(linked), atol=1e-5, rtol=1e-5)
 
@@ -39,7 +39,7 @@ def test_equal_frames_are_predicted_as_the_picture_alone(tiny: Backbone) -> None
 def test_a_frame_depends_on_the_first_and_the_one_before_and_on_no_later_one(tiny: Backbone) -> None:
     clip = torch.randn((4, *tiny.latent_shape), generator=generator(0))
     plain = predicted(tiny, clip)
-    with link_frames(tiny.denoiser, 4):
+    with link_frames(tiny, 4):
         before = predicted(tiny, clip)
         clip[2] += 1
         after = predicted(tiny, clip)
@@ -52,6 +52,6 @@ def test_a_frame_depends_on_the_first_and_the_one_before_and_on_no_later_one(tin
 def test_attention_is_as_before_after_an_error(tiny: Backbone) -> None:
     clip = torch.randn((2, *tiny.latent_shape), generator=generator(0))
     plain = predicted(tiny, clip)
-    with pytest.raises(KeyboardInterrupt), link_frames(tiny.denoiser, 2):
+    with pytest.raises(KeyboardInterrupt), link_frames(tiny, 2):
         raise KeyboardInterrupt
     assert torch.equal(predicted(tiny, clip), plain)
