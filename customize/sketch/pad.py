@@ -34,9 +34,9 @@ from backbone.models.control import (
     Condition,
     OpenedControl,
     condition_on,
+    gather_controls,
     name_networks,
     open_control,
-    together,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
@@ -126,7 +126,7 @@ class SketchPad:
         refuse_negative(self.model, wish.negative, self.asked.guidance)
         condition = self._condition(lines, wish.scale)
         requests = [Request(prompt, (0, j), negative) for j in range(wish.count)]
-        how = {**self.asked.for_sampler(), "seed": wish.seed, "controls": together([condition])}
+        how = {**self.asked.for_sampler(), "seed": wish.seed, "controls": gather_controls([condition])}
         with self.turns.turn() as advance:
             began = time.perf_counter()
             images = list(
