@@ -63,7 +63,7 @@ def test_preferences_are_learned_on_from_where_their_pairs_and_model_lie_now(
     pairs.rename(tmp_path / "moved.jsonl")
     model.rename(tmp_path / "new-model")
     words = ("align", "train", "moved.jsonl", "--resume", "run", "--model", "new-model")
-    changed = rows[:2] + [{**rows[2], "chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]}]
+    changed = [*rows[:2], {**rows[2], "chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]}]
     (tmp_path / "changed.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in changed))
     refused = answer("align", "train", "changed.jsonl", *words[3:], cwd=tmp_path)
     assert "another set of prompts and choices" in refused or "another images" in refused

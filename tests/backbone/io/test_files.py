@@ -446,7 +446,7 @@ def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> N
         with fill_folder(place) as unfinished:
             raise OSError(errno.ENOSPC, "No space left on device", str(unfinished / "unet" / "config.json"))
 
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError, match="No space") as raised:
         fill(tmp_path / "out")
     assert raised.value.filename == str(tmp_path / "out" / "unet" / "config.json")
     assert not (tmp_path / "out").exists()
