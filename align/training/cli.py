@@ -9,13 +9,16 @@ from typing import Any
 import typer
 
 from align.settings import PreparePairs, Settings, read_settings
-from align.training.start import start
+from align.training.start import as_kept, start
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
 from backbone.cli.options import command, settled_command
 from backbone.io.console import is_main_rank, notify
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
+
+# What may be said anew beside --resume: what is learned from and on may have moved
+RESUMED = ("pairs", "prompts", "concepts", "model", "device")
 
 
 def register(app: typer.Typer) -> None:
@@ -54,14 +57,19 @@ def _usual_folder(asked: dict[str, Any]) -> Path | None:
 def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
     """Goes on with a run; `UserError` for anything that is said otherwise beside."""
     settings = read_settings(run)  # mistakes are answered before torch is imported
-    changed_settings(settings, asked, said, run)
+    kept = as_kept(asked)
+    if "model" in kept:
+        from backbone.models.locate import absolute_model
+
+        kept["model"] = absolute_model(kept["model"])
+    anew = changed_settings(settings, kept, said, run, allowed=RESUMED)
     if settings.online:
         from align.training.online import resume_online
 
-        return resume_online(run, code=asked.get("online", ""))
+        return resume_online(run, anew, code=kept.get("online", ""))
     from align.training.run import resume_preferences
 
-    return resume_preferences(run)
+    return resume_preferences(run, anew)
 
 
 def _done(run: Path) -> None:

@@ -7,9 +7,10 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,23 @@ from align.training.monitor import Validation
 from align.training.reporting.logs import read_rewards, read_steps
 from align.training.reporting.pictures import AFTER, Pictures, describe, draw_before
 from align.training.reporting.report import draw_curves, mean_reward, write_running_report, write_summary
-from align.training.run import write_concept, write_record
+from align.training.run import hash_concepts, write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.cli.options import is_code
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import append_jsonl, read_json, write_json
+from backbone.io.files import append_jsonl, content_hash, read_json, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
-from backbone.io.run_folder import catch_interrupts, package_versions, refuse_taken
+from backbone.io.run_folder import catch_interrupts, make_absolute, package_versions, refuse_taken
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
+from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import Every, drive
+from backbone.training.run import CHECKPOINT, Every, drive
 
 REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (
@@ -113,21 +115,36 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
             )
 
 
-def resume_online(run: Path, *, code: str = "") -> Path:
-    """Goes on with a run that was stopped.
+def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str = "") -> Path:
+    """Goes on with a run that was stopped. `anew` are settings that change (`align.training.cli.RESUMED`).
 
     A run folder may come from anybody: a scorer that is a Python file is run only if it is `code`, which the user names
-    anew; `UserError` otherwise.
+    anew, with its whole path; `UserError` otherwise.
     """
-    settings = read_settings(run)
-    if is_code(settings.online) and settings.online != code:
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    if is_code(settings.online) and make_absolute(settings.online) != code:
         raise UserError(
             f"{run} scores with the Python file {settings.online}, which would be run. If you trust it, name it: "
             f"{resume_command(settings)} --resume {run}"
         )
     processes.init_process(settings.device)
     with processes.hold_folder(run):
-        return carry_on(run, settings, open_model(settings))
+        model = open_model(settings)
+        if anew:
+            refuse_other_sources(run / CHECKPOINT, sources_of(model, settings))
+            if processes.is_main_process():
+                write_record(run, settings, model)
+        return carry_on(run, settings, model)
+
+
+def sources_of(model: Backbone, settings: Settings) -> dict[str, str]:
+    """What a checkpoint was learned from, by name: it goes on with the same alone."""
+    prompts = [(one.text, one.hard_negatives) for one in read_prompts(Path(settings.prompts))]
+    return {
+        "model": model.fingerprint,
+        "set of prompts": content_hash(repr(prompts).encode()),
+        **hash_concepts(settings.concepts),
+    }
 
 
 def resume_command(settings: Settings) -> str:
@@ -159,7 +176,7 @@ def _by_pairs(
 ) -> Path:
     began = time.perf_counter()
     training = PreferenceTraining(model, PreferenceData.nothing(model), settings, base, concepts)
-    training.sources = {"model": model.fingerprint}
+    training.sources = sources_of(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
     pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
@@ -289,7 +306,7 @@ def _by_reward(
     began = time.perf_counter()
     kind = RewardGradients if settings.loss == "draft" else PolicyGradients
     training = kind(model, prompts, settings, base, concepts)
-    training.sources = {"model": model.fingerprint}
+    training.sources = sources_of(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
     pictures = draw_before(run, model, settings, texts, concepts, done=training.done)

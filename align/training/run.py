@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
-from backbone.io.files import write_json
+from backbone.io.files import content_hash, write_json
 from backbone.io.run_folder import package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
+from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import Every, drive
+from backbone.training.run import CHECKPOINT, Every, drive
 
 
 def train_preferences(
@@ -57,16 +60,46 @@ def train_preferences(
         return carry_on(run, settings, model, records, began=began)
 
 
-def resume_preferences(run: Path) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been."""
+def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+    """Goes on with a run that was stopped; the weights come out as if it had not been.
+
+    `anew` are settings that change (`align.training.cli.RESUMED`): what it learns from and on may have moved.
+    """
     began = time.perf_counter()
-    settings = read_settings(run)
+    settings = dataclasses.replace(read_settings(run), **(anew or {}))
     processes.init_process(settings.device)
     found = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
     _refuse_other_model(found, settings, model)
+    records = records_of(found, settings)
     with processes.hold_folder(run):
-        return carry_on(run, settings, model, records_of(found, settings), began=began)
+        if anew:
+            learn, _ = records.split(share=settings.held_out, seed=settings.seed)
+            refuse_other_sources(run / CHECKPOINT, sources_of(model, settings, learn))
+            if processes.is_main_process():
+                write_record(run, settings, model)
+        return carry_on(run, settings, model, records, began=began)
+
+
+def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, str]:
+    """What a checkpoint was learned from, by name: it goes on with the same alone."""
+    return {
+        "model": model.fingerprint,
+        "images": learn.fingerprint(),
+        "set of prompts and choices": learn.choices(),
+        **hash_concepts(settings.concepts),
+    }
+
+
+def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
+    """The hash of the weights of the concepts that a run builds on; nothing where it builds on none."""
+    concepts = [read_concept(folder) for folder in folders]
+    named = [(one.weights, one.words, one.changed) for one in concepts]
+    files = [one.folder / name for one, names in zip(concepts, named, strict=True) for name in names if name]
+    said = [str(one.tokens) for one in concepts]
+    return (
+        {"concept": content_hash(" ".join([*map(content_hash, files), *said]).encode())} if concepts else {}
+    )
 
 
 def carry_on(
@@ -81,11 +114,7 @@ def carry_on(
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
-    training.sources = {
-        "model": model.fingerprint,
-        "images": learn.fingerprint(),
-        "set of prompts and choices": learn.choices(),
-    }
+    training.sources = sources_of(model, settings, learn)
     training.resume(run)
     prepared = time.perf_counter()
     asked = chain(out.texts(), learn.texts())

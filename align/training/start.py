@@ -21,12 +21,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     `vram` is the device's memory in GiB to plan for. Raises `UserError` for settings that contradict each other and
     for records that cannot be read, before any weights load.
     """
-    asked = dict(asked)
-    for name in ("pairs", "prompts"):  # whole paths, so that the run can be resumed from anywhere
-        if name in asked:
-            asked[name] = make_absolute(str(asked[name]))
-    if "concepts" in asked:
-        asked["concepts"] = tuple(make_absolute(str(folder)) for folder in asked["concepts"])
+    asked = as_kept(asked)
     wanted = resolve_settings(asked, {})
     refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
     require_packages(wanted)
@@ -51,6 +46,25 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         from align.training.run import train_preferences
 
     return train_preferences(asked, found, out=out, vram=vram)
+
+
+def as_kept(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for with whole paths, so that the run can be resumed from anywhere."""
+    kept = dict(asked)
+    for name in ("pairs", "prompts"):
+        if name in kept:
+            kept[name] = make_absolute(str(kept[name]))
+    if "concepts" in kept:
+        kept["concepts"] = tuple(make_absolute(str(folder)) for folder in kept["concepts"])
+    if "online" in kept:
+        kept["online"] = _absolute_scorer(str(kept["online"]))
+    return kept
+
+
+def _absolute_scorer(name: str) -> str:
+    """A scorer's name with the whole paths of its files; `moji` is the one that is carried along."""
+    parts = [part if part == "moji" else make_absolute(part) for part in name.split(":")]
+    return ":".join(parts) if name.startswith("like:") else parts[0] if len(parts) == 1 else name
 
 
 def _start_online(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:

@@ -248,8 +248,9 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
         temporary.rename(whole)
         _move_up(whole)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
-            error.filename = os.fspath(path)
+        if isinstance(error, OSError) and str(error.filename).startswith(os.fspath(temporary)):
+            inside = os.path.relpath(error.filename, temporary)
+            error.filename = os.path.normpath(os.path.join(path, inside))
         shutil.rmtree(temporary, ignore_errors=True)
         if not was_there:
             with suppress(OSError):  # another process writes there
@@ -288,6 +289,9 @@ def refuse_existing(path: Path) -> None:
     Nor is one that another process writes before this one has finished: `atomic_write` refuses it then.
     """
     if path.exists():
+        remove_abandoned(
+            path.parent, _start_of(path)
+        )  # of a writer that was killed when all but this was done
         raise UserError(
             f"{path} exists already and is not overwritten. Name another file, or remove this one."
         )
@@ -309,7 +313,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     if destination.is_dir():
         raise UserError(f"{path} is a folder, so no file can be written there. Name a file in it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    start = f".{destination.name[:100]}."
+    start = _start_of(destination)
     remove_abandoned(destination.parent, start)
     temporary = destination.with_name(f"{start}{_mark()}.partial")
     _being_written.add(temporary)
@@ -369,6 +373,11 @@ def remove_abandoned(folder: Path, start: str = ".") -> None:
                 path.unlink(missing_ok=True)
         except OSError:  # not ours to remove, or gone
             continue
+
+
+def _start_of(path: Path) -> str:
+    """How the names of a file's temporary files begin."""
+    return f".{path.name[:100]}."
 
 
 def _mark() -> str:

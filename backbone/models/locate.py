@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +75,10 @@ def locate(model: str) -> Location:
         index = hub_file(place, "model_index.json")
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
         return Location(model, place, read_index(index), revision=index.parent.name)
+    moved = " A run whose model lies elsewhere now is told so by --resume RUN --model FOLDER."
     raise UserError(
         f"There is no model {model}. Name one of {', '.join(known_names())}, a diffusers folder, "
-        "a checkpoint file, or a hub id."
+        f"a checkpoint file, or a hub id.{moved if path.is_absolute() else ''}"
     )
 
 
@@ -97,6 +99,13 @@ def _locate_with_adapter(name: str, folder: Path) -> Location:
 def is_path(model: str) -> bool:
     """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
     return place_of(model) == model and all(Path(one).expanduser().exists() for one in split_files(model))
+
+
+def absolute_model(model: str) -> str:
+    """A model's name as a run keeps it: with the whole paths of its folder or files, so that it is found anywhere."""
+    if not is_path(model):
+        return model
+    return join_files(*(os.path.abspath(Path(one).expanduser()) for one in split_files(model)))
 
 
 def read_index(path: Path) -> dict[str, Any]:

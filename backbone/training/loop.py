@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.io.console import UserError
-from backbone.io.files import read_tensors, write_tensors
+from backbone.io.files import read_metadata, read_tensors, write_tensors
 from backbone.io.records import parse_json, read_as
 
 LRSchedule = Callable[[int], float]
@@ -390,12 +390,7 @@ def load_checkpoint(
     """
     tensors, header = read_tensors(path)
     step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
-    known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
-    for name, fact in (facts or {}).items():
-        if known.get(name, fact) != fact:
-            raise UserError(
-                f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
-            )
+    known = _refuse_other_facts(path, header, facts or {})
     saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if saved != set(parameters):
         odd = sorted(saved ^ set(parameters))[0]
@@ -416,6 +411,22 @@ def load_checkpoint(
         for name, value in average.values.items():
             value.copy_(tensors[f"average/{name}"])
     return step, known
+
+
+def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
+    """`UserError` where a checkpoint was saved with other `facts`; one that is not there was saved with any."""
+    if path.exists():
+        _refuse_other_facts(path, read_metadata(path), facts)
+
+
+def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
+    for name, fact in facts.items():
+        if known.get(name, fact) != fact:
+            raise UserError(
+                f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
+            )
+    return known
 
 
 def _state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:

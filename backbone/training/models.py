@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from backbone.distributed.device import resolve_device
-from backbone.models.locate import is_path, join_files, split_files
+from backbone.models.locate import absolute_model, is_path
 from backbone.models.model import Backbone, Task
 from backbone.models.placement import get_placement
 from backbone.training.hardware import use_tensor_cores
@@ -32,11 +30,7 @@ def open_configs(
     held = bool(asked.get("quantize") or asked.get("cpu_offload"))
     asked = {"compile": model.compiles_usually and not held, **asked}
     if is_path(model.location.name):
-        files = split_files(model.location.name)
-        return model, {
-            **asked,
-            "model": join_files(*(os.path.abspath(Path(one).expanduser()) for one in files)),
-        }
+        return model, {**asked, "model": absolute_model(model.location.name)}
     return model, dict(asked)
 
 

@@ -7,6 +7,7 @@ a part without them: what all frames have in common is taken off by that of one 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shutil
@@ -58,6 +59,7 @@ from backbone.models.clips.motion import (
     read_motion_adapter,
     save_motion_adapter,
 )
+from backbone.models.locate import absolute_model
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import fast_attention_backward
@@ -67,7 +69,7 @@ from backbone.training.settings import RunFolderOptions, changed_settings, find_
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 
 PROGRAM = "customize train-motion"
-RESUMED = ("device",)  # what may be said anew beside --resume
+RESUMED = ("device", "clips", "motion", "model")  # what may be said anew beside --resume: it may have moved
 LOOKS = "looks"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 FILM_SUFFIXES = (".webp", ".gif", ".png", ".apng", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
@@ -132,7 +134,11 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
     with held(run):
         kind = WholeMotionLearning if whole else MotionLearning
         learning = kind(model, latents, conditions, settled, kept)
-        learning.sources = {"model": model.fingerprint, "clips": " ".join(one.film.content for one in films)}
+        learning.sources = {
+            "model": model.fingerprint,
+            "clips": " ".join(one.film.content for one in films),
+            **({} if whole else {"motion adapter": hash_motion(model)}),
+        }
         learning.resume(run)
         write_json(run / "settings.json", describe(asked, run, films))
         notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(asked.steps, 'step')}.")
@@ -142,6 +148,18 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
             write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})
             replace(concept, weights=LORA_WEIGHTS, resolution=model.asked_resolution).write(run)
     return run
+
+
+def hash_motion(model: Backbone) -> str:
+    """The hash of a frozen motion adapter's weights, without the LoRA on them."""
+    motion = motion_of(model.denoiser)
+    assert motion is not None
+    digest = hashlib.sha256()
+    for name, value in sorted(cast(nn.Module, motion.adapter).named_parameters()):
+        if "lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:
@@ -254,15 +272,26 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
         refuse_idle(asked, given)
         run = said.out or Path("runs") / run_name(asked.clips)
         refuse_taken(run, [asked.clips])
-        return (
-            run,
-            replace(asked, clips=make_absolute(asked.clips), motion=make_absolute(asked.motion)),
-            False,
-        )
+        return run, build(TrainMotionOptions, as_kept(vars(asked))), False
     if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
-    return run, replace(own, **changed_settings(own, given, said, run, allowed=RESUMED)), True
+    return (
+        run,
+        replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED)),
+        True,
+    )
+
+
+def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with whole paths, as a run keeps them: so it goes on, and is drawn with, from any folder."""
+    kept = dict(given)
+    for name in ("clips", "motion"):
+        if kept.get(name):
+            kept[name] = make_absolute(str(kept[name]))
+    if kept.get("model"):
+        kept["model"] = absolute_model(str(kept["model"]))
+    return kept
 
 
 def describe(asked: TrainMotionOptions, run: Path, films: Sequence[Captioned]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so writi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,8 @@ _FACTOR_BY_SUFFIX = {
     ".down.weight": "down",  # XLabs' processors
     ".up.weight": "up",
 }
+_WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))_orig_mod\.")  # DistributedDataParallel's, torch.compile's
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?P<name>[^.]+)\.weight$")
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 # Ends of tensors of other methods → what they are, for the sentence that refuses them.
 OTHER_METHODS = {
@@ -73,7 +76,7 @@ OTHER_METHODS = {
     (".on_input", ".ia3_l"): "scales of IA³",
     (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
     (".set_weight", ".reshape_weight"): "whole weights",
-    ("emb_params", "string_to_param"): "learned words",
+    ("emb_params", "string_to_param", "string_to_param.*"): "learned words",
 }
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
@@ -133,12 +136,15 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     """Stored layer name → factor → tensor; `UserError` for tensors of another kind."""
     groups: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    for key, value in tensors.items():
-        suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if key.endswith(suffix)), None)
+    for key, plain in _plain_names(tensors, path).items():
+        suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if plain.endswith(suffix)), None)
         if suffix is None:
             unknown.append(key)
-        else:
-            groups.setdefault(key.removesuffix(suffix), {})[_FACTOR_BY_SUFFIX[suffix]] = value
+            continue
+        group, factor = groups.setdefault(plain.removesuffix(suffix), {}), _FACTOR_BY_SUFFIX[suffix]
+        if factor in group:
+            raise UserError(f"{path} holds {plain.removesuffix(suffix)} twice ({key}). Export it again.")
+        group[factor] = tensors[key]
     if not unknown:
         return groups
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
@@ -152,6 +158,21 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     raise UserError(
         f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). Give an adapter of one of these three kinds."
     )
+
+
+def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:
+    """Key → the same without what PyTorch's wrappers (compiled, distributed) and peft (an adapter's name) put into it.
+
+    Raises `UserError` for a file of several adapters.
+    """
+    found = {key: _WRAPPERS.sub("", key) for key in keys}
+    named = {key: match for key, name in found.items() if (match := _ADAPTER_NAME.search(name))}
+    adapters = sorted({match["name"] for match in named.values()})
+    if len(adapters) > 1:
+        raise UserError(
+            f"{path} holds {len(adapters)} adapters ({', '.join(adapters)}). Save each in a file of its own."
+        )
+    return found | {key: f"{match.string[: match.start()]}.{match[1]}.weight" for key, match in named.items()}
 
 
 def _read_configs(

@@ -29,6 +29,7 @@ from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to
 from backbone.models.by_instruction import refuse_image_guidance
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
+from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
@@ -92,6 +93,7 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
+        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():

@@ -18,6 +18,7 @@ from backbone.media.crops import CropReader
 from backbone.media.sources.pictures import ImageRecord, check_images, list_images
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
+from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from customize.data.dataset import SubjectGroup, prepare
@@ -91,8 +92,8 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     """Resume a run that was stopped; the weights are the same as those of an uninterrupted run.
 
     `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another
-    device, images that moved. The learning-rate schedule is then that of the new number of steps. Raises `UserError`
-    for a number of steps that were taken already.
+    device, images and a model that moved. The learning-rate schedule is then that of the new number of steps. Raises
+    `UserError` for a number of steps that were taken already.
     """
     settings = dataclasses.replace(read_settings(run), **(anew or {}))
     done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
@@ -104,6 +105,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)
+        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
         concept, groups = make_prompts(settings, model, pictures)
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKEN = "[V]"
 PLACEHOLDER = re.compile(r"\{(\w*)\}")  # of a template; wildcards as {red|blue} are text
-RESUMED = ("steps", "learning_rate", "images", "pairs", "device")  # settings that may change with --resume
+# Settings that may change with --resume; what is learned from and on may have moved
+RESUMED = ("steps", "learning_rate", "images", "pairs", "device", "model", "class_images", "scorer")
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -97,9 +98,15 @@ def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
     from customize.data.folders import as_template
 
     kept = dict(asked)
-    for name in ("images", "pairs"):
+    for name in ("images", "pairs", "scorer"):
         if name in kept:
             kept[name] = make_absolute(kept[name])
+    if "class_images" in kept:
+        kept["class_images"] = tuple(make_absolute(folder) for folder in kept["class_images"])
+    if "model" in kept:
+        from backbone.models.locate import absolute_model
+
+        kept["model"] = absolute_model(kept["model"])
     if "instance_prompt" in kept:
         kept["instance_prompt"] = as_template(kept["instance_prompt"], own.token, own.class_noun)
     return kept

@@ -33,7 +33,8 @@ from backbone.world.scene import Scene, sample_posed_scene, sample_scene
 from customize.control_settings import PROGRAM, ControlSettings, read_settings, usual_folder
 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
-RESUMED = ("steps", "learning_rate", "images", "device")  # what may be said anew beside --resume
+# What may be said anew beside --resume; what is learned from and on may have moved
+RESUMED = ("steps", "learning_rate", "images", "device", "model", "begin_from", "validation_image")
 MAPS = Path("maps")
 FIDELITY = Path("condition-fidelity")
 

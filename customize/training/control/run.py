@@ -37,6 +37,7 @@ from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.training.hardware import describe_hardware
+from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
 from backbone.world.rendering.record import load_labels
@@ -105,6 +106,7 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     processes.init_process(settings.device)
     with processes.hold_folder(run):
         model = open_model(settings)
+        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
         pairs = open_pairs(settings, (model.resolution, model.resolution))
         for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
             notify(sentence)

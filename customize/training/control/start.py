@@ -40,6 +40,10 @@ def as_kept(asked: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("images", "begin_from"):
         if kept.get(name) and Path(kept[name]).expanduser().exists():
             kept[name] = make_absolute(kept[name])
+    if kept.get("model"):
+        from backbone.models.locate import absolute_model
+
+        kept["model"] = absolute_model(kept["model"])
     if kept.get("validation_image"):
         kept["validation_image"] = tuple(make_absolute(one) for one in kept["validation_image"])
     return kept

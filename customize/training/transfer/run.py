@@ -21,6 +21,7 @@ from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
 from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
+from backbone.models.locate import absolute_model
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from backbone.training.models import open_model
@@ -83,7 +84,8 @@ def begin(out: Path, asked: TransferOptions, own: Settings) -> None:
     """Write the record of a new folder, or see that it is the same command's that goes on."""
     if asked.resume is not None:
         kept = read_json(out / FILE).get("transfer") if (out / FILE).is_file() else None
-        if kept != asked.kept():
+        now = asked.kept()  # the run and the model may have moved: the checkpoint knows what is in them
+        if not isinstance(kept, dict) or {**kept, "run": now["run"], "to": now["to"]} != now:
             raise UserError(
                 f"{out} is no transfer that this command began, so it cannot go on there. Leave out --resume, or "
                 "repeat the command as it was."
@@ -196,9 +198,3 @@ def describe(own: Settings, asked: TransferOptions) -> Sequence[str]:
         f"    {asked.command()} --out {shlex.quote(str(asked.folder))}",
         "",
     ]
-
-
-def absolute_model(model: str) -> str:
-    """A model's name, absolute where it is a folder on this machine."""
-    place = Path(model).expanduser()
-    return str(place.absolute()) if place.is_dir() else model

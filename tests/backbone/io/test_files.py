@@ -19,6 +19,7 @@ import torch
 
 from backbone.io.console import UserError
 from backbone.io.files import (
+    _host,
     append_jsonl,
     atomic_write,
     content_hash,
@@ -428,3 +429,24 @@ def test_a_file_that_another_process_writes_meanwhile_is_not_overwritten(tmp_pat
 def test_a_device_is_no_file_of_weights() -> None:
     with pytest.raises(UserError, match="/dev/null is a pipe or a device, not a safetensors file"):
         read_tensors("/dev/null")
+
+
+def test_what_a_killed_writer_left_beside_a_finished_file_goes_with_the_next_command(tmp_path: Path) -> None:
+    path = tmp_path / "dog.safetensors"
+    path.touch()
+    left = tmp_path / f".dog.safetensors.{_host()}-{2**22 + 1}-abcdef012345.partial"
+    left.touch()
+    with pytest.raises(UserError, match="exists already"):
+        refuse_existing(path)
+    assert not left.exists()
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    def fill(place: Path) -> None:
+        with fill_folder(place) as unfinished:
+            raise OSError(errno.ENOSPC, "No space left on device", str(unfinished / "unet" / "config.json"))
+
+    with pytest.raises(OSError, match="No space") as raised:
+        fill(tmp_path / "out")
+    assert raised.value.filename == str(tmp_path / "out" / "unet" / "config.json")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,114 @@
+"""A run goes on where its model, its images or its pairs lie elsewhere than when it began, with the same ones alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import customize.clips.train as motion
+from align.training.start import as_kept
+from backbone.io.files import read_json
+from backbone.training.run import CHECKPOINT
+from tests.commands import run_here
+from tests.tiny import tiny_pipeline
+
+FEW = ("--steps", "2", "--checkpointing-steps", "1", "--device", "cpu", "--precision", "fp32")
+
+
+def answer(program: str, *words: object, cwd: Path) -> str:
+    """What a command says, whether it succeeds or not."""
+    return run_here(program, *words, cwd=cwd, check=False).stderr
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_folder: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def test_a_run_goes_on_with_a_model_and_images_that_have_moved(
+    tmp_path: Path, model: Path, subject: Path
+) -> None:
+    words = ("--images", subject, "--token", "[V]", "--class", "dog", "--model", model, *FEW, "--out", "run")
+    run_here("customize", "train", *words, cwd=tmp_path)
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    model.rename(tmp_path / "new-model")
+    subject.rename(tmp_path / "new-images")
+    go_on = ("customize", "train", "--resume", "elsewhere", "--images", "new-images")
+    assert "--resume RUN --model FOLDER" in answer(*go_on, cwd=tmp_path)
+    tiny_pipeline(tmp_path / "other", seed=3)
+    kept = (tmp_path / "elsewhere" / "settings.json").read_text()
+    refused = answer(*go_on, "--model", "other", "--steps", "3", cwd=tmp_path)
+    assert "was saved with another model" in refused and "Traceback" not in refused
+    assert (tmp_path / "elsewhere" / "settings.json").read_text() == kept
+    run_here(*go_on, "--model", "new-model", "--steps", "3", cwd=tmp_path)
+    concept = read_json(tmp_path / "elsewhere" / "concept.json")
+    assert concept["model"] == str(tmp_path / "new-model")
+    lines = (tmp_path / "elsewhere" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_preferences_are_learned_on_from_where_their_pairs_and_model_lie_now(
+    tmp_path: Path, model: Path, subject: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": prompt, "chosen": f"subject/{first}.png", "rejected": f"subject/{second}.png"}
+        for prompt, first, second in (("a dog", 0, 1), ("a cat", 1, 2), ("the cat", 2, 0))
+    ]
+    pairs.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run_here("align", "train", "pairs.jsonl", "--model", "model", *FEW, "--out", "run", cwd=tmp_path)
+    pairs.rename(tmp_path / "moved.jsonl")
+    model.rename(tmp_path / "new-model")
+    words = ("align", "train", "moved.jsonl", "--resume", "run", "--model", "new-model")
+    changed = [*rows[:2], {**rows[2], "chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]}]
+    (tmp_path / "changed.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in changed))
+    refused = answer("align", "train", "changed.jsonl", *words[3:], cwd=tmp_path)
+    assert "another set of prompts and choices" in refused or "another images" in refused
+    assert read_json(tmp_path / "run" / "settings.json")["settings"]["pairs"].endswith("/pairs.jsonl")
+    run_here(*words, cwd=tmp_path)
+    assert read_json(tmp_path / "run" / "concept.json")["model"] == str(tmp_path / "new-model")
+
+
+def test_rounds_go_on_with_the_prompts_and_concepts_that_they_began_with(
+    tmp_path: Path, model: Path, subject: Path
+) -> None:
+    words = ("--images", subject, "--token", "[V]", "--class", "dog", "--model", model, *FEW, "--out", "dog")
+    run_here("customize", "train", *words, cwd=tmp_path)
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    (tmp_path / "bright.py").write_text(
+        "import numpy\ndef score(images, prompts):\n    return [float(numpy.mean(one)) for one in images]\n"
+    )
+    rounds = ("--rounds", "1", "--per-prompt", "2", "--sample-steps", "1", "--loss", "ddpo")
+    judged = ("--online", "bright.py", "--prompts", "prompts.txt", "--concept", "dog", *rounds)
+    run_here("align", "train", *judged, "--model", model, *FEW, "--out", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+    (tmp_path / "prompts.txt").rename(tmp_path / "moved.txt")
+    go_on = ("align", "train", "--online", "bright.py", "--resume", "run")
+    run_here(*go_on, "--prompts", "moved.txt", cwd=tmp_path)
+    (tmp_path / "moved.txt").write_text("a dog\na red cat\n")
+    assert "another set of prompts" in answer(*go_on, cwd=tmp_path)
+    (tmp_path / "moved.txt").write_text("a dog\na cat\n")
+    more = ("--images", subject, "--token", "[V]", "--class", "dog", "--model", model, *FEW, "--seed", "1")
+    run_here("customize", "train", *more, "--out", "dog2", cwd=tmp_path)
+    assert "another concept" in answer(*go_on, "--concept", "dog2", cwd=tmp_path)
+
+
+def test_paths_of_a_run_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    for name in ("scorer", "clips", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "s.py").touch()
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for name, whole in {
+        "scorer": f"{tmp_path}/scorer",
+        "s.py": f"{tmp_path}/s.py",
+        "like:pictures:moji": f"like:{tmp_path}/pictures:moji",
+        "like:pictures": f"like:{tmp_path}/pictures",
+        "moji": "moji",
+    }.items():
+        assert as_kept({"online": name}) == {"online": whole}
+    kept = motion.as_kept({"clips": "clips", "model": "model", "motion": ""})
+    assert kept == {"clips": f"{tmp_path}/clips", "model": f"{tmp_path}/model", "motion": ""}
