@@ -36,6 +36,7 @@ from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.clips.motion import Motion, read_motion_adapter
+from backbone.models.clips.windows import Windows
 from backbone.models.control import (
     Condition,
     describe_conditions,
@@ -132,7 +133,7 @@ def fit_clips(
         places,
         asked.guidance,
         conditions=name_networks(model, split_controls(asked)[0]),
-        frames=min(asked.frames, asked.context_length or asked.frames),
+        frames=asked.together,
         motion=read_motion_adapter(asked.motion) if asked.motion else None,
         whole=any(map(needs_whole_base, concepts)),
     )
@@ -172,7 +173,8 @@ def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
             f"{asked.motion} has positions for {motion.longest} frames, and {min(at_once, asked.frames)} are asked for "
             f"at once. Add --context-length {motion.longest} (or less), or ask for fewer --frames."
         )
-    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise)
+    by: Windows = "attention" if asked.free_noise else "network"
+    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise, by)
 
 
 def plan_clips(
@@ -269,6 +271,7 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
         facts |= {"camera": asked.camera, "camera_scale": asked.camera_scale}
     if asked.context_length:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
+        facts |= {"free_noise": True} if asked.free_noise else {}
     return facts | ({"shared_noise": asked.common_noise} if asked.common_noise else {})
 
 
