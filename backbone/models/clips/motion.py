@@ -211,6 +211,14 @@ def rename_original(name: str) -> str:
     return ORIGINAL.sub("", name, count=1)
 
 
+def name_original(name: str) -> str:
+    """The reverse: the name of diffusers' tensor, or layer, in an original AnimateDiff file."""
+    name = re.sub(r"(\.motion_modules\.\d+)\.", r"\1.temporal_transformer.", name, count=1)
+    for theirs, own in RENAMED.items():
+        name = name.replace(own, theirs) if own else name
+    return name
+
+
 def _count_inner(layers: Mapping[str, Any]) -> int:
     """Transformer blocks of a motion module."""
     found = {
