@@ -25,7 +25,7 @@ from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import write_json, write_text
-from backbone.io.report import command_block, heading, image_figure, table, write_report
+from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
@@ -324,7 +324,7 @@ def publish(
         key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""
     }
     del facts["command"]
-    parts = [image_figure(folder / f"{name}.webp", title) for name, title in zip(names, titles, strict=True)]
+    parts = [film_figure(folder / name, title) for name, title in zip(names, titles, strict=True)]
     parts += [heading("Frames"), image_figure(page, "strips"), heading("The run")]
     parts += [table(("", ""), list(facts.items())), heading("Again"), command_block(record["command"])]
     write_report(folder / REPORT, f"Clips: {said[0]}", parts)
