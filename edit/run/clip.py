@@ -14,6 +14,9 @@ from backbone.adapters.concept import read_concept
 from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
+from backbone.evaluation.clip import Scorer
+from backbone.evaluation.flow import warped_flicker
+from backbone.evaluation.motion import SIDE, trace_moved, track_error
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, read_metadata, write_json
 from backbone.io.report import command_block, heading, image_figure, table, write_report
@@ -24,6 +27,7 @@ from backbone.media.transforms import to_image
 from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
+from backbone.world.motions import find_moves
 from edit.inversion.inversion import Inversion, read_inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
@@ -40,6 +44,7 @@ from edit.methods.clip import (
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
+from edit.run.figures import find_scorer
 from edit.run.open import ModelWithConcepts, Opening, layout_beside, load_model
 from edit.run.report import INVERSION, RECORD, REPORT
 from edit.settings import ClipOptions, InvertOptions
@@ -292,10 +297,11 @@ def publish_clip(
     original = [to_image(frame) for frame in result.encoded.pixels]
     write_film(folder / "source", original, fps)
     entries, rows, titles = [], [], [source or "source"]
+    scorer = find_scorer(result.model)
     rows.append([Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()])
     for number, (film, prompt) in enumerate(zip(films, result.prompts, strict=True)):
         write_film(folder / f"edit_{number}", film, fps)
-        figures = measure_film(result, number)
+        figures = measure_film(result, number, source, scorer)
         entries.append({"file": f"edit_{number}.webp", "prompt": prompt, **figures})
         rows.append([Cell(frame) for frame in choose_strip(film).values()])
         titles.append(prompt)
@@ -332,10 +338,14 @@ def publish_clip(
     )
 
 
-def measure_film(result: ClipResult, number: int) -> dict[str, float | None]:
-    """How much of an edit changed, how near its background is to the source, and its flicker beside the source's.
+def measure_film(
+    result: ClipResult, number: int, source_words: str, scorer: Scorer | None
+) -> dict[str, float | None]:
+    """How much of an edit changed, whether it is what was asked, what moves as before, and flicker beside the source's.
 
-    flicker  mean absolute difference of a frame and the one before it, in 255ths
+    flicker   mean absolute difference of a frame and the one before it, in 255ths; `along` the flow what is left of it
+    track_px  how far what moves is from where it is in the source, pixels of 128 a side; None where it is to move otherwise
+    became    share of the frames that are nearer to the target's words than to the source's
     """
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]
     place = None if result.masks is None else result.masks[number].cpu()
@@ -343,4 +353,16 @@ def measure_film(result: ClipResult, number: int) -> dict[str, float | None]:
     figures["psnr_db"] = image_metrics.psnr(source, edit)
     for name, clip in (("flicker", edit), ("source_flicker", source)):
         figures[name] = float((clip[1:] - clip[:-1]).abs().mean()) * 127.5
+    frames = {
+        name: [to_image(frame).resize((SIDE, SIDE)) for frame in clip]
+        for name, clip in (("along", edit), ("source_along", source))
+    }
+    figures |= {name: warped_flicker(film) for name, film in frames.items()}
+    target = result.prompts[number]
+    if source_words and find_moves(target) == find_moves(source_words):
+        tracks = [trace_moved(film) for film in frames.values()]
+        figures["track_px"] = track_error(*tracks)
+    if scorer is not None and source_words and target != source_words:
+        near = scorer.embed_images([to_image(frame) for frame in edit]) @ scorer.embed_texts([source_words, target]).T
+        figures["became"] = float((near[:, 1] > near[:, 0]).float().mean())
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}

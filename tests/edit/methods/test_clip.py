@@ -204,6 +204,9 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
     record = read_json(out / "run.json")
     assert (out / "report.html").read_text().count("data:image/webp;base64,") == 2
     assert len(read_film(out / "edit_0.webp").frames) == 4 and (out / "edit_0" / "0003.png").is_file()
+    edit = record["edits"][0]
+    assert {"changed_share", "psnr_db", "flicker", "source_flicker", "along", "source_along"} <= set(edit)
+    assert 0 <= edit["track_px"] < 128
     program, _, *again = shlex.split(record["command"])
     assert program == "edit" and "--source" in again
     with pytest.raises(UserError, match="Repeat it with: edit clip"):
