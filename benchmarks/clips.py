@@ -10,8 +10,9 @@ out and its path in their place. What moves is measured from the pixels alone, b
 frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
 direction is right where its part is the word's, and by more than the least that counts. The track's error is how far
 what moves is from where it is in the true clip, measured alike; the camera's, how far the first frame's corners are.
-Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound and both errors are
-left out. Writes `table.md` and `table.json`.
+Slides are asked for slowly, as usual and fast: their speed is the slope of how far they were to go and went, 1 where all
+go as far as they say. Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound
+and both errors are left out. Writes `table.md`, `table.json` and `sheet.png`, strips of the first clips drawn every way.
 """
 
 from __future__ import annotations
@@ -41,25 +42,31 @@ from backbone.evaluation.motion import (
     is_right,
     measure_moved,
     trace_moved,
+    track_error,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import write_json, write_text
+from backbone.media.clips import choose_strip
 from backbone.media.control.camera import embed_rays, flat_path
+from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
 from backbone.models.clips.frames import link_frames
 from backbone.models.control import condition_clips, list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
-from backbone.world.clip import Clip, render_clip, trace_camera
+from backbone.world.clip import Clip, render_clip, trace_camera, trace_thing
 from backbone.world.motions import CAMERAS, MOTIONS
-from backbone.world.rendering.render import find_font
+from backbone.world.rendering.render import find_font, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
 from customize.clips.plan import POSE, plan_motion
 
 PLANNED = "planned from the words"
+SLIDES, PACES = ("left", "right", "up", "down"), ("", "slowly", "fast")
+SHOWN = 12  # clips of the sheet
+THINGS = (SLIDES, ("grow", "shrink"), ("clockwise", "counterclockwise"))
 Floats = NDArray[np.float64]
 Way = Callable[[int, Clip], list[Image.Image]]
 
@@ -71,6 +78,9 @@ class Row:
     right    None where no word names a direction
     still    None where something is to move
     flicker  mean change of a pixel from frame to frame, along the flow
+    colours  None where no colour is said
+    asked    pixels that a slide was to go, None of other words
+    went     and how far it went that way
     corners  pixels from the true clip's, None where the camera stands or there is no true clip
     track    the same of what moves, None where nothing is to
     """
@@ -83,6 +93,9 @@ class Row:
     track: float | None
     nouns: float
     places: float
+    colours: float | None = None
+    asked: float | None = None
+    went: float | None = None
 
 
 # Measuring ---------------------------------------------------------------------------------------------------
@@ -109,7 +122,8 @@ def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: 
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in drawn]
     moved = measure_moved(frames, camera=bool(clip.camera))
     seen = judge.classify(frames)
-    glyph = clip.scene.things[0].noun
+    thing = clip.scene.things[0]
+    colour, way = thing.colour, slide_of(clip)
     return Row(
         move=said,
         right=is_right(said, moved) if said in PARTS else None,
@@ -117,22 +131,32 @@ def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: 
         flicker=warped_flicker(frames),
         corners=None if truth.corners is None else corner_error(frames, truth.corners),
         track=None if truth.track is None else track_error(trace_moved(frames), truth.track),
-        nouns=float(np.mean([one.glyph == glyph for one in seen])),
+        nouns=float(np.mean([one.glyph == thing.noun for one in seen])),
         places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in seen])),
+        colours=float(np.mean([next(iter(one.colour)) == colour for one in seen])) if colour else None,
+        asked=None if way is None else float(np.linalg.norm(way)),
+        went=None if way is None else float(np.dot([moved.x, moved.y], way) / np.linalg.norm(way)),
     )
 
 
-def track_error(track: Floats, true: Floats) -> float:
-    """Root mean square distance, in pixels, of what moves from where it should be, relative to the first frame."""
-    apart = track[1:, :2] - true[1:, :2]
-    return float(np.sqrt((apart**2).sum(1).mean()))
+def slide_of(clip: Clip) -> Floats | None:
+    """How far [x, y], in pixels, a thing slides that was asked to; None of another word."""
+    if clip.camera or clip.move not in SLIDES:
+        return None
+    (figure, *_) = place_figures(clip.scene, clip.scene.horizon)
+    track = trace_thing(clip, figure, True)
+    found: Floats = track[-1, :2] - track[0, :2]
+    return found
 
 
 # Clips -------------------------------------------------------------------------------------------------------
 
 
 def select_clips(count: int, frames: int) -> list[Clip]:
-    """So many clips of the benchmark's seeds, of one thing each: every directed word as often, every sixth still."""
+    """So many clips of the benchmark's seeds, of one thing each: every directed word as often, every sixth still.
+
+    Slides are at each pace as often.
+    """
     words = [*(move for move in MOTIONS if move in PARTS), *CAMERAS]
     found: list[Clip] = []
     for seed in BENCHMARK_SEEDS:
@@ -141,10 +165,11 @@ def select_clips(count: int, frames: int) -> list[Clip]:
         scene: Scene = sample_scene(seed)
         if len(scene.things) > 1 or scene.pair or scene.style or not is_fair(scene):
             continue
-        word = "" if len(found) % 6 == 5 else words[(len(found) - len(found) // 6) % len(words)]
-        found.append(
-            Clip(scene, word if word in MOTIONS else "", word if word in CAMERAS else "", frames=frames)
-        )
+        number = len(found) - len(found) // 6
+        word = "" if len(found) % 6 == 5 else words[number % len(words)]
+        move, camera = word if word in MOTIONS else "", word if word in CAMERAS else ""
+        speed = PACES[number // len(words) % len(PACES)] if move in SLIDES else ""
+        found.append(Clip(scene, move, camera, speed, frames=frames))
     return found
 
 
@@ -161,12 +186,18 @@ def main(
     chosen, judge, true = select_clips(clips, frames), load_classifier(), has_font()
     ways = ways_to_draw(model, motion, steps, guidance, true=true)
     rows: dict[str, list[Row]] = defaultdict(list)
+    strips, titles = list[list[Cell]](), list[str]()
     with progress(len(chosen) * len(ways), "measuring clips") as bar:
         for number, clip in enumerate(chosen):
             truth = Truth.of(clip) if true else Truth()
             for name, way in ways.items():
-                rows[name].append(measure(clip, way(number, clip), judge, truth))
+                drawn = way(number, clip)
+                rows[name].append(measure(clip, drawn, judge, truth))
+                if number < SHOWN:
+                    strips.append([Cell(frame) for frame in choose_strip(drawn).values()])
+                    titles.append(f"{clip.caption()}: {name}")
                 bar.advance()
+    save_png(out / "sheet.png", draw_sheet(strips, row_titles=titles, cell=SIDE))
     write_text(out / "table.md", table_of(rows))
     write_json(out / "table.json", {name: [row.__dict__ for row in found] for name, found in rows.items()})
     typer.echo((out / "table.md").read_text())
@@ -252,24 +283,39 @@ def draw_frames(
 def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
     """Shares with 95 % intervals, in per cent; pixels of 128 a side; flicker is of 255."""
     lines = [
-        "| clips | things' direction | their track, px off | camera's direction | camera, px off | stillness | noun | "
-        "place | flicker |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| clips | slides | grow, shrink | spins | track, px off | speed | camera's direction | camera, px off | "
+        "stillness | noun | noun in all frames | colour | place | flicker |",
+        f"|{' --- |' * 14}",
     ]
     for name, found in rows.items():
-        things = [row.right for row in found if row.right is not None and row.move in MOTIONS]
+        parts = [
+            [row.right for row in found if row.right is not None and row.move in moves] for moves in THINGS
+        ]
         camera = [row.right for row in found if row.right is not None and row.move in CAMERAS]
         still = [row.still for row in found if row.still is not None]
         means = {
             key: [value for row in found if (value := getattr(row, key)) is not None]
-            for key in ("track", "corners", "nouns", "places", "flicker")
+            for key in ("track", "corners", "nouns", "colours", "places", "flicker")
         }
-        track, corners, nouns, places, flicker = (
-            _mean(values, 100 if key in ("nouns", "places") else 1) for key, values in means.items()
+        track, corners, nouns, colours, places, flicker = (
+            _mean(values, 100 if key in ("nouns", "colours", "places") else 1)
+            for key, values in means.items()
         )
-        cells = (_share(things), track, _share(camera), corners, _share(still), nouns, places, flicker)
+        cells = (
+            *map(_share, parts), track, speed_of(found), _share(camera), corners, _share(still),
+            nouns, _share([row.nouns == 1 for row in found]), colours, places, flicker,
+        )  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def speed_of(rows: Sequence[Row]) -> str:
+    """The slope, by least squares, of how far slides were to go and went; – where all were to go as far."""
+    pairs = [(row.asked, row.went) for row in rows if row.asked is not None and row.went is not None]
+    asked, went = np.array(pairs or [(0.0, 0.0)]).T
+    if np.ptp(asked) < 1:
+        return "–"
+    return f"{np.polyfit(asked, went, 1)[0]:.2f}"
 
 
 def _mean(values: Sequence[float], scale: float) -> str:

@@ -4,6 +4,11 @@
     python -m benchmarks.control --scenes small --kinds sketch    24 scenes, to try it
     python -m benchmarks.control --network runs/sketch --kinds sketch
     python -m benchmarks.control --sweep 0.4 --sweep 0.7 --sweep 1.3        further scales
+    python -m benchmarks.control --stops 0.5 --together sketch+depth --other-nouns 0.6 --other-nouns 1
+
+`--stops` are shares of the steps behind which the first kind's maps act no more, `--together` are kinds whose maps act at
+once, and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the first
+kind: the noun is then the word's, edges and things are the map's.
 
 Scenes are posed (things anywhere, turned, one before the other) from seeds that nothing was trained on, a third of them
 on white. Each is drawn from its caption under its true map, a kind at a time, beside the same noise without a map (the
@@ -53,7 +58,7 @@ from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
 from backbone.world.rendering.render import SIZE, Figure, draw_sprite, find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Pose, Scene, is_fair, sample_posed_scene
-from backbone.world.words import Thing
+from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judges.classifier import (
     FOLDER,
     Classifier,
@@ -92,6 +97,13 @@ class ControlSettings:
         "all"
     )
     sweep: Annotated[tuple[float, ...], Option("Further scales of the first kind.", WHAT)] = ()
+    stops: Annotated[
+        tuple[float, ...], Option("Shares of the steps after which the first kind's maps end.", WHAT)
+    ] = ()
+    together: Annotated[tuple[str, ...], Option("Kinds at once, as in sketch+depth; repeatable.", WHAT)] = ()
+    other_nouns: Annotated[
+        tuple[float, ...], Option("Scales of the first kind's maps under another noun.", WHAT)
+    ] = ()
     scale: Annotated[float, Option("Conditioning scale of the control network.", HOW)] = 1.0
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
@@ -100,6 +112,14 @@ class ControlSettings:
     reader: Annotated[Path, Option("The reader's folder.", WHAT)] = READER
     device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
     out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/control")
+
+    def __post_init__(self) -> None:
+        for said in self.together:
+            kinds = said.split("+")
+            if len(set(kinds)) < 2 or any(kind not in KINDS for kind in kinds):
+                raise UserError(
+                    f"--together {said} names no two kinds. Say two of {', '.join(KINDS)}: sketch+depth."
+                )
 
 
 @settled_command(app, ControlSettings)
@@ -123,10 +143,21 @@ def run(settings: ControlSettings) -> None:
         f"{settings.kinds[0]}, scale {scale:g}": gallery.draw(cases, settings.kinds[0], scale)
         for scale in settings.sweep
     }
+    rows |= {
+        f"{settings.kinds[0]}, until {stop:g}": gallery.draw(
+            cases, settings.kinds[0], settings.scale, stop=stop
+        )
+        for stop in settings.stops
+    }
+    rows |= {said: gallery.draw(cases, said, settings.scale) for said in settings.together}
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
     rows[BOUND] = [as_image(one) for one in trips]
     table = {name: measure(cases, images, judges, name) for name, images in rows.items()}
+    others = [with_other_noun(case) for case in cases if len(case.scene.figures) == 1]
+    for scale in settings.other_nouns:
+        images = gallery.draw(others, settings.kinds[0], scale, noted="other-nouns")
+        table[f"{settings.kinds[0]} of another noun, scale {scale:g}"] = measure(others, images, judges, "")
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
@@ -170,6 +201,13 @@ def make_case(scene: Scene) -> Case:
     return Case(scene, drawn.image, maps, [np.asarray(mask) > 127 for mask in drawn.masks])
 
 
+def with_other_noun(case: Case) -> Case:
+    """The case of one thing with another noun in its words, and with the map and the outline that it has."""
+    (thing,), nouns = case.scene.things, list(load_vocabulary().nouns)
+    other = nouns[(nouns.index(thing.noun) + len(nouns) // 3) % len(nouns)]
+    return replace(case, scene=replace(case.scene, things=(replace(thing, noun=other),)))
+
+
 class Gallery:
     """Pictures drawn under maps, on disk by network, kind and scale; what is missing is drawn."""
 
@@ -189,38 +227,60 @@ class Gallery:
         weights = sorted(Path(name).expanduser().rglob("diffusion_pytorch_model.safetensors"))
         return self.opened[name], content_hash(weights[0])[:10] if weights else name.replace("/", "-")
 
-    def draw(self, cases: Sequence[Case], kind: str, scale: float) -> list[Image.Image]:
-        """A picture of each scene's caption under its map of a kind; of no kind without."""
-        maps = [case.maps[kind] for case in cases] if kind else [None] * len(cases)
-        named = [(case.scene.caption(), case.scene.seed, one) for case, one in zip(cases, maps, strict=True)]
-        return self.draw_all(named, kind, scale)
+    def draw(
+        self, cases: Sequence[Case], kind: str, scale: float, *, stop: float = 1.0, noted: str = ""
+    ) -> list[Image.Image]:
+        """A picture of each scene's caption under its map of a kind, or of several (`a+b`); of no kind without.
+
+        `noted` tells on disk what is asked for otherwise than by the scenes' own captions.
+        """
+        kinds = kind.split("+") if kind else []
+        named = [
+            (case.scene.caption(), case.scene.seed, tuple(case.maps[one] for one in kinds)) for case in cases
+        ]
+        return self.draw_all(named, kind, scale, stop=stop, noted=noted)
 
     def draw_all(
-        self, asked: Sequence[tuple[str, int, Image.Image | None]], kind: str, scale: float
+        self,
+        asked: Sequence[tuple[str, int, tuple[Image.Image, ...]]],
+        kind: str,
+        scale: float,
+        *,
+        stop: float = 1.0,
+        noted: str = "",
     ) -> list[Image.Image]:
-        """A picture of each (prompt, key of its noise, map)."""
+        """A picture of each (prompt, key of its noise, a map of each kind)."""
         settings, model = self.settings, self.model
-        network, which = self.network(kind) if kind else (None, "none")
+        found = [self.network(one) for one in (kind.split("+") if kind else [])]
+        which = "+".join(dict.fromkeys(name for _, name in found)) or "none"
         how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{settings.steps}-{settings.guidance:g}"
+        how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
         paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in asked]
         missing = [pair for pair in zip(asked, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({kind or FLOOR})") as bar:
             for first in range(0, len(missing), settings.batch):
                 some = missing[first : first + settings.batch]
                 for (prompt, key, drawn), path in some:
-                    save_png(path, self.draw_one(prompt, key, drawn, network, scale))
+                    maps = [(network, one) for (network, _), one in zip(found, drawn, strict=True)]
+                    save_png(path, self.draw_one(prompt, key, maps, scale, stop))
                     bar.advance(images=1)
         return [Image.open(path).convert("RGB") for path in paths]
 
     @torch.no_grad()
     def draw_one(
-        self, prompt: str, key: int, drawn: Image.Image | None, network: ControlNetwork | None, scale: float
+        self,
+        prompt: str,
+        key: int,
+        maps: Sequence[tuple[ControlNetwork, Image.Image]],
+        scale: float,
+        stop: float,
     ) -> Image.Image:
         """One picture, from noise of its own key."""
-        controls: tuple[Control, ...] = ()
-        if network is not None and drawn is not None:
-            with self.model.autocast():
-                controls = (Control.of(network, as_hints(drawn).to(self.model.device), scale=scale),)
+        with self.model.autocast():
+            controls = [
+                Control.of(network, as_hints(drawn).to(self.model.device), scale=scale, stop=stop)
+                for network, drawn in maps
+            ]
         settings = self.settings
         found = sample(
             self.model,
@@ -482,7 +542,7 @@ def load_drawings() -> list[Drawing]:
 def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, Any]]:
     """Draws by each drawing, writes the sheet, and gives what of the things agrees with what the strokes enclose."""
     drawings = load_drawings()
-    asked = [(one.prompt, number, one.image()) for number, one in enumerate(drawings)]
+    asked = [(one.prompt, number, (one.image(),)) for number, one in enumerate(drawings)]
     images = gallery.draw_all(asked, "sketch", settings.scale)
     found = [
         {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_white(image))}
@@ -513,15 +573,19 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
     for number, case in enumerate(cases):
         row: list[Cell | Image.Image | None] = [Cell(case.picture, case.scene.caption())]
         for name, images in rows.items():
-            kind = name.split(",")[0]
-            if kind in case.maps:
+            for kind in kinds_of(name):
                 row.append(case.maps[kind].convert("RGB"))
             row.append(images[number])
         cells.append(row)
     titles = ["true"]
     for name in rows:
-        titles += [name.split(",")[0], "drawn by it"] if name.split(",")[0] in KINDS else [name]
+        titles += [*kinds_of(name), "drawn by it"] if kinds_of(name) else [name]
     save_png(path, draw_sheet(cells, column_titles=titles, cell=SIZE))
+
+
+def kinds_of(name: str) -> list[str]:
+    """The kinds of maps that a row is drawn by: of `sketch, scale 0.5` and `sketch+depth`."""
+    return [kind for kind in name.split(",")[0].split("+") if kind in KINDS]
 
 
 COLUMNS: dict[str, Callable[[Sequence[float]], str]] = {

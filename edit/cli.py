@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -20,6 +20,7 @@ from backbone.io.run_folder import hold_new_folder
 from edit import checks
 from edit.settings import (
     PANELS,
+    ClipMethod,
     ClipOptions,
     ComposeOptions,
     FlowEditOptions,
@@ -67,13 +68,24 @@ def example(
 @settled_command(app, InvertOptions, panels=PANELS)
 def invert(asked: InvertOptions) -> None:
     """Write an image's inversion into a file, from which any number of edits can begin."""
-    image = readable(asked.image)
+    if asked.frames:
+        refuse_idle_of_clips(asked)
+    image = None if asked.frames else readable(asked.image)
     prompt = checks.prompt(one_prompt(asked.prompt, "--source"), "source prompt")
     wishes = with_concepts(asked, [prompt])
     file = asked.out or Path(f"{Path(asked.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
     refuse_existing(file)
+    if image is None:
+        from backbone.media.clips import read_film
+
+        film = read_film(asked.image)
+        from edit.run.clip import write_clip_inversion
+
+        notify(write_clip_inversion(file, film, prompt, asked, wishes["concepts"]))
+        notify(f'{file} is written. Next: edit clip --inversion {file} --target "…"')
+        return
     from edit.run.invert import write_inversion
 
     for line in write_inversion(file, image, prompt, wishes):
@@ -199,14 +211,22 @@ def clip(asked: ClipOptions) -> None:
     if asked.first and len(targets) > 1:
         raise UserError("The first frame shows one edit. Give one --target, or none.")
     first = readable(asked.first) if asked.first else None
+    if (asked.clip is None) == (asked.inversion is None):
+        raise UserError(
+            "There is nothing to edit. Give a clip, or an inversion with --inversion FILE."
+            if asked.clip is None
+            else "A clip and an --inversion are both given. Give one of them."
+        )
+    if asked.inversion is not None and not Path(asked.inversion).is_file():
+        raise UserError(f"{asked.inversion} does not exist. Make it with edit clip, or edit invert --clip.")
     if source is not None:
         checks.prompt(source, "source prompt")
-    elif len(targets) > 1:
+    elif len(targets) > 1 and asked.inversion is None:
         raise UserError("Without --source one clip is drawn anew. Give one --target, or say what it shows.")
     wishes = with_concepts(asked, [source or "", *targets, asked.negative])
     from backbone.media.clips import read_film
 
-    film = read_film(asked.clip)
+    film = None if asked.clip is None else read_film(asked.clip)
     from edit.run.clip import perform_clip
 
     folder = perform_clip(film, source, targets, asked, concepts=wishes["concepts"], first=first)
@@ -241,6 +261,15 @@ def replay(asked: ReplayOptions) -> None:
 
 
 # What is checked before torch is imported -------------------------------------------------------------------
+
+
+def refuse_idle_of_clips(asked: InvertOptions) -> None:
+    """`UserError` for what an inversion of all frames of a clip makes nothing of."""
+    if asked.check:
+        raise UserError("--check is of pictures, and --clip inverts a clip. Leave out one of the two.")
+    if asked.method not in get_args(ClipMethod):
+        ways = ", ".join(one for one in get_args(ClipMethod) if one != "flow-edit")
+        raise UserError(f"A clip is not inverted by {asked.method}. Choose --method {ways}.")
 
 
 def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:

@@ -227,8 +227,10 @@ class WrittenCondition:
 
 
 def map_bytes(condition: Condition) -> Tensor:
-    """A condition's map as bytes [3, H, W]."""
-    return as_hints(condition.map)[0].mul(255).round().byte()
+    """A condition's map as bytes [3, H, W], of a clip [F, 3, H, W]."""
+    maps = torch.cat([as_hints(one) for one in condition.maps or (condition.map,)])
+    found: Tensor = maps.mul(255).round().byte()
+    return found if condition.maps else found[0]
 
 
 def read_layout(
@@ -238,13 +240,15 @@ def read_layout(
     conditions = []
     for number, facts in enumerate(written):
         drawn = tensors.get(f"map_{number}")
-        if drawn is None or drawn.dtype != torch.uint8 or drawn.ndim != 3 or len(drawn) != 3:
+        if drawn is None or drawn.dtype != torch.uint8 or drawn.ndim not in (3, 4) or drawn.shape[-3] != 3:
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
         network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
-        image = to_image(drawn.float().div(127.5).sub(1))
+        images = [to_image(one.float().div(127.5).sub(1)) for one in drawn.reshape(-1, *drawn.shape[-3:])]
         how = {name: facts[name] for name in ("scale", "start", "stop", "guess")}
-        control = Control.of(network, as_hints(image).to(model.device), **how)
-        conditions.append(Condition(control, image, dict(facts)))
+        hints = torch.cat([as_hints(one) for one in images])
+        control, of_clip = Control.of(network, hints.to(model.device), **how), drawn.ndim == 4
+        maps = tuple(images) if of_clip else ()
+        conditions.append(Condition(control.as_clip() if of_clip else control, images[0], dict(facts), maps))
     return Layout(tuple(conditions), ((True, True),) * len(conditions))
 
 

@@ -32,10 +32,12 @@ Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendl
 ClipMethod = Literal["direct", "ddim", "edit-friendly", "renoise", "reversible", "flow-edit"]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
 OF_NULL_TEXT = {"method": ("null-text",)}
-INVERTED: dict[str, tuple[Any, ...]] = {
+FROM_FILE: dict[str, tuple[Any, ...]] = {"inversion": ()}
+BY_METHOD: dict[str, tuple[Any, ...]] = {
     "source": (),
     "method": tuple(name for name in get_args(ClipMethod) if name != "flow-edit"),
 }
+INVERTED = (BY_METHOD, FROM_FILE)
 OF_INVERSION: dict[str, tuple[Any, ...]] = {"source": ()}
 MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
 SOURCE_HELP = "What the image shows, in words or in a file."
@@ -243,6 +245,25 @@ class InvertOptions(StepOptions, InversionOptions, ImageArgument):
             needs=OF_NULL_TEXT,
         ),
     ] = None
+    frames: Annotated[
+        bool,
+        Option(
+            "The image is a clip, all frames of which are inverted at once: for edit clip.",
+            INVERSION,
+            flag="clip",
+        ),
+    ] = False
+    motion: Annotated[
+        str,
+        Option(
+            "The motion adapter that links a clip's frames.",
+            INVERSION,
+            aliases=("motion-adapter",),
+            metavar="ADAPTER",
+            default_text="none: frames look at the first and the one before",
+            needs={"frames": (True,)},
+        ),
+    ] = ""
     check: Annotated[
         bool, Option("Reconstruct the image from the inversion and print the error.", INVERSION)
     ] = False
@@ -631,15 +652,19 @@ class ReplayOptions(RunFolder):
 class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOptions, RunFolder):
     """Options of `edit clip`; None stands for what comes with the model, or with the words."""
 
+    NEEDS: ClassVar[Mapping[str, Any]] = {"steps": MADE_ANEW}
+
     clip: Annotated[
-        str,
+        str | None,
         Option(
-            "The clip: an animated WebP or GIF, a folder of frames, or a film where PyAV is installed.",
+            "The clip: an animated WebP or GIF, a folder of frames, or a film where PyAV is installed; leave it out "
+            "with --inversion.",
             WORDS,
             argument=True,
             metavar="CLIP",
+            default_text="the inversion's",
         ),
-    ]
+    ] = None
     source: Annotated[
         str | None,
         Option(
@@ -711,7 +736,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             default_text="as --self",
             min=0,
             max=1,
-            needs={**INVERTED, "motion": ()},
+            needs=tuple({**one, "motion": ()} for one in INVERTED),
         ),
     ] = None
     strength: Annotated[
@@ -736,8 +761,22 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     ] = ""
     method: Annotated[
         ClipMethod,
-        Option("How all frames are inverted.", INVERSION, choices=get_args(ClipMethod), needs=OF_INVERSION),
+        Option(
+            "How all frames are inverted.",
+            INVERSION,
+            choices=get_args(ClipMethod),
+            needs={**OF_INVERSION, **MADE_ANEW},
+        ),
     ] = "direct"
+    inversion: Annotated[
+        str | None,
+        Option(
+            "The inversion of a clip: inversion.safetensors of an edit, or a file of edit invert.",
+            INVERSION,
+            metavar="FILE",
+            default_text="made anew",
+        ),
+    ] = None
     draws: Annotated[
         int, Option("Noise samples averaged at every step.", HOW, min=1, needs={"method": ("flow-edit",)})
     ] = 1

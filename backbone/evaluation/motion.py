@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from backbone.media.control.camera import CORNERS
 
 LEAST = {"x": 6.0, "y": 5.0, "growth": 0.08, "turn": 6.0}  # pixels, log of a ratio, degrees
 DRIFT = 1.0  # pixels a frame, up to which a clip stands still
 SIDE, BORDER = 128, 20  # of pictures of so many pixels a border in which the camera's movement is seen
+TRACK = "#dc2626"
 ROUNDS = 4  # of the fit, each from the frame that the one before has warped
 PARTS = {  # which part of a measured motion a word names, and its sign
     "left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1),
@@ -48,6 +49,26 @@ def trace_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> NDArr
         weight = _border(here.shape) if camera else None
         track[number] = track[number - 1] + _fit_similarity(here, there, weight)
     return track
+
+
+def draw_track(frames: Sequence[Image.Image]) -> Image.Image:
+    """The last frame, dimmed, and on it the way of what moves, from a ring to a dot."""
+    side = [frame.convert("RGB").resize((SIDE, SIDE)) for frame in frames]
+    track = trace_moved(side)[:, :2]
+    changes = np.abs(
+        np.diff(np.stack([np.asarray(one.convert("L"), dtype=np.float64) for one in side]), axis=0)
+    ).sum(0)
+    page = Image.blend(side[-1], Image.new("RGB", (SIDE, SIDE), "white"), 0.5)
+    if not changes.any():
+        return page
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    middle = np.array([(changes * columns).sum(), (changes * rows).sum()]) / changes.sum()
+    way = [tuple(map(float, place)) for place in middle + track - track.mean(0)]
+    pen = ImageDraw.Draw(page)
+    pen.line(way, fill=TRACK, width=2)
+    for (x, y), inside in ((way[0], "white"), (way[-1], TRACK)):
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=inside, outline=TRACK)
+    return page
 
 
 def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
@@ -79,6 +100,12 @@ def measure_moved(frames: Sequence[Image.Image], *, camera: bool = False) -> Mov
     """How far a clip's track goes."""
     x, y, scale, turn = map(float, trace_moved(frames, camera=camera)[-1])
     return Moved(x, y, scale, math.degrees(turn))
+
+
+def track_error(track: NDArray[np.float64], true: NDArray[np.float64]) -> float:
+    """Root mean square distance, in pixels, of what moves from where it should be, relative to the first frame."""
+    apart = track[1:, :2] - true[1:, :2]
+    return float(np.sqrt((apart**2).sum(1).mean()))
 
 
 def track_correlation(one: NDArray[np.float64], other: NDArray[np.float64], side: float) -> float:

@@ -26,7 +26,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e7eb; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-img, svg { max-width: 100%; height: auto; } img.small { image-rendering: pixelated; }
+img, svg, video { max-width: 100%; height: auto; } img.small { image-rendering: pixelated; }
 figure { margin: 1rem 0; max-width: 100%; } figcaption, .note { color: #4b5563; font-size: .9rem; }
 pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
 .curves, .pictures { display: flex; flex-wrap: wrap; gap: 1rem; } .curves figure, .pictures figure { margin: 0; }
@@ -46,7 +46,7 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 
 
 # A page loads nothing, sends nothing and runs no script, whatever its texts and images hold; styles are its own.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(path: str | Path, title: str, parts: Iterable[str], *, renew: int = 0) -> None:
@@ -109,6 +109,17 @@ def image_figure(image: Image.Image | Path, caption: str = "") -> str:
     alt = html.escape(caption or "image", quote=True)
     outer, inner = ("", ' class="small"') if factor else (' class="sheet"', "")
     return f'<figure{outer}><img{inner} {shape} alt="{alt}" src="{source}">{figcaption}</figure>'
+
+
+def film_figure(place: Path, caption: str = "") -> str:
+    """A clip that plays: the film `place` with .mp4 for its ending, where there is one, else that with .webp."""
+    film = place.with_suffix(".mp4")
+    if not film.is_file():
+        return image_figure(place.with_suffix(".webp"), caption)
+    source = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode()
+    figcaption = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
+    video = f'<video controls autoplay muted loop playsinline src="{source}"></video>'
+    return f"<figure>{video}{figcaption}</figure>"
 
 
 def image_row(images: Iterable[tuple[Image.Image, str]]) -> str:

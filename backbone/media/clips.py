@@ -1,4 +1,4 @@
-"""Clips as files: animated WebP, GIF or PNG, a folder of frames, a film (.mp4 where PyAV is installed); and as strips.
+"""Clips as files: animated WebP, GIF or PNG, frames in a folder or stacked in .npy, films where PyAV is; as strips.
 
 A clip is read whole, in order, and no frame is dropped in silence. Frames are RGB pictures of one size.
 """
@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from backbone.io.console import UserError, notify
@@ -28,7 +29,8 @@ FILMS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 USUAL_FPS = 8.0
 STRIP = 8  # frames of a strip, at most
 MOST_FRAMES = 10_000
-INSTALL = "pip install av"
+INSTALL = 'pip install "limner[video]"'
+STACK = ".npy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class Film:
 
 
 def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Film:
-    """A clip from an animated file, a folder of frames in natural order, or a film.
+    """A clip from an animated file, a folder of frames in natural order, a stack of frames in .npy, or a film.
 
     `convert` makes RGB of what a file stores: as pictures, or for maps `lay_on_white`.
     Raises `UserError` for what is none, has one frame only, or frames of unlike size.
@@ -77,6 +79,8 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         film = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         film = _read_video(path)
+    elif path.suffix.lower() == STACK:
+        film = _read_stack(path)
     else:
         film = _read_animation(path, convert)
     beside = path.with_suffix("") if path.suffix else path
@@ -173,6 +177,33 @@ def _even(
         )
         frames = tuple(frame for frame, count in zip(frames, repeats, strict=True) for _ in range(count))
     return frames, round(1000 / shortest, 3)
+
+
+def _read_stack(path: Path) -> Film:
+    """Frames [F, H, W, 3] or [F, H, W], whole numbers of 0 to 255, as numpy.save writes them."""
+    if not path.is_file():
+        raise UserError(f"There is no clip {path}. Check the spelling, and the folder that it is named from.")
+    try:
+        with path.open("rb") as file:
+            frames = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as an array ({str(error)[:80]}). Write it with numpy.save."
+        ) from error
+    shape = getattr(frames, "shape", ())
+    if getattr(frames, "dtype", None) != np.uint8 or not (
+        len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
+    ):
+        what = f"{getattr(frames, 'dtype', 'something')} {list(shape)}"
+        raise UserError(
+            f"{path} holds {what}, and a clip is uint8 [frames, height, width, 3], or without the 3 of grey ones."
+        )
+    if len(frames) > MOST_FRAMES or 0 in shape:
+        raise UserError(
+            f"{path} has {len(frames)} frames of {shape[2]} × {shape[1]} pixels. Give 2 to {MOST_FRAMES}."
+        )
+    films = tuple(Image.fromarray(frame).convert("RGB") for frame in frames)
+    return Film(films, USUAL_FPS, str(path), content_hash(path))
 
 
 def _read_video(path: Path) -> Film:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
@@ -22,7 +23,7 @@ from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.motion import in_windows
+from backbone.models.clips.windows import Windows, in_windows
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
 
@@ -41,8 +42,9 @@ class Frames:
     """The frames of a clip.
 
     count    so many of them
-    window   so many go through the network together, 0: all
+    window   so many go through together, 0: all
     stride   between the beginnings of two windows
+    by       what goes through windows: the network, or attention over time alone (FreeNoise)
     shared   the share of the starting noise's variance that the frames have in common
     """
 
@@ -50,10 +52,15 @@ class Frames:
     window: int = 0
     stride: int = 4
     shared: float = 0.0
+    by: Windows = "network"
 
     def __post_init__(self) -> None:
         if not self.window:
             object.__setattr__(self, "window", self.count)
+
+    def windows(self, by: Windows) -> bool:
+        """Whether this goes through windows."""
+        return self.by == by and self.window < self.count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +150,7 @@ def sample_latents(
         guide = partial(
             guide_steps, model, empty=empty, guidance=asked.guidance, guided=asked.guided, schedule=schedule
         )
-        if frames is not None and frames.window < frames.count:
+        if frames is not None and frames.windows("network"):
             parts = partial(_cut_to_window, guide, text)
             predict = in_windows(parts, frames.window, frames.stride)
         else:
@@ -151,7 +158,9 @@ def sample_latents(
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, rest))
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
-        yield get_sampler(asked.sampler, randoms)(start, predict, rest)
+        with _over_time(model, frames):
+            drawn = get_sampler(asked.sampler, randoms)(start, predict, rest)
+        yield drawn
 
 
 def guide_steps(
@@ -168,6 +177,13 @@ def guide_steps(
     return (
         predict if guided == ALL_STEPS else limit_guidance(guided, predict, model.predictor(text), schedule)
     )
+
+
+def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:
+    """Attention over time by windows, where the frames ask for it."""
+    if frames is None or not frames.windows("attention"):
+        return nullcontext()
+    return attention_cut_to_windows(model.denoiser, frames.window, frames.stride)
 
 
 def _cut_to_window(guide: Callable[[Conditions], Predict], text: Conditions, window: slice) -> Predict:
@@ -256,7 +272,8 @@ def initial_noise(
 
     Of a clip with `frames` it is [C, F, H, W]: what is frame 0's own is the image's noise, and frame f's depends on the
     key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023, PYoCo,
-    section 4.2, mixed noise).
+    section 4.2, mixed noise). Where attention goes by windows, frames behind the first window have the noise of
+    earlier ones in another order (`reuse_frames`).
     """
     channels, *_, height, width = model.latent_shape  # of a model of clips with its frames between
     shape = (channels, *(places or (height, width)))
@@ -267,9 +284,24 @@ def initial_noise(
     if frames is None:
         return draw()
     own = torch.stack([draw(), *(draw("frame", frame) for frame in range(1, frames.count))], dim=-3)
+    if frames.windows("attention"):
+        own = own[..., reuse_frames(frames, generator(seed, i, j, "windows")), :, :]
     if not frames.shared:
         return own
     return math.sqrt(frames.shared) * draw("shared").unsqueeze(-3) + math.sqrt(1 - frames.shared) * own
+
+
+def reuse_frames(frames: Frames, random: torch.Generator) -> list[int]:
+    """Whose noise each frame has: behind the first window, that of earlier ones, a stride of them shuffled at a time.
+
+    So frames that are far apart have much in common (Qiu et al. 2023, FreeNoise, section 3.2).
+    """
+    whose = list(range(frames.count))
+    for first in range(frames.window, frames.count, frames.stride):
+        some = whose[first - frames.window : first - frames.window + frames.stride]
+        order = torch.randperm(len(some), generator=random).tolist()
+        whose[first : first + frames.stride] = [some[k] for k in order][: frames.count - first]
+    return whose
 
 
 def is_guidance_distilled(model: Backbone) -> bool:

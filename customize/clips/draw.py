@@ -24,7 +24,7 @@ from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import write_json, write_text
-from backbone.io.report import command_block, heading, image_figure, table, write_report
+from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
@@ -35,6 +35,7 @@ from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.clips.motion import Motion, read_motion_adapter
+from backbone.models.clips.windows import Windows
 from backbone.models.control import (
     Condition,
     describe_conditions,
@@ -131,7 +132,7 @@ def fit_clips(
         places,
         asked.guidance,
         conditions=name_networks(model, split_controls(asked)[0]),
-        frames=min(asked.frames, asked.context_length or asked.frames),
+        frames=asked.together,
         motion=read_motion_adapter(asked.motion) if asked.motion else None,
         whole=any(map(needs_whole_base, concepts)),
     )
@@ -171,7 +172,8 @@ def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
             f"{asked.motion} has positions for {motion.longest} frames, and {min(at_once, asked.frames)} are asked for "
             f"at once. Add --context-length {motion.longest} (or less), or ask for fewer --frames."
         )
-    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise)
+    by: Windows = "attention" if asked.free_noise else "network"
+    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise, by)
 
 
 def plan_clips(
@@ -267,6 +269,7 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
         facts |= {"camera": asked.camera, "camera_scale": asked.camera_scale}
     if asked.context_length:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
+        facts |= {"free_noise": True} if asked.free_noise else {}
     return facts | ({"shared_noise": asked.common_noise} if asked.common_noise else {})
 
 
@@ -319,7 +322,7 @@ def publish(
         key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""
     }
     del facts["command"]
-    parts = [image_figure(folder / f"{name}.webp", title) for name, title in zip(names, titles, strict=True)]
+    parts = [film_figure(folder / name, title) for name, title in zip(names, titles, strict=True)]
     parts += [heading("Frames"), image_figure(page, "strips"), heading("The run")]
     parts += [table(("", ""), list(facts.items())), heading("Again"), command_block(record["command"])]
     write_report(folder / REPORT, f"Clips: {said[0]}", parts)

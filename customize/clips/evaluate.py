@@ -27,6 +27,7 @@ from backbone.evaluation.motion import (
     SIDE,
     Moved,
     corner_error,
+    draw_track,
     is_right,
     measure_moved,
     trace_moved,
@@ -58,6 +59,8 @@ SHARES = {  # of clips, or of their frames, by what they are called
     "direction": "direction right",
     "stillness": "still without words of motion",
     "nouns": "noun named, of frames",
+    "alike": "noun named in all frames",
+    "colours": "colour named, of frames",
     "places": "place named, of frames",
 }
 MEANS = {
@@ -101,7 +104,8 @@ class ClipMetrics:
     jitter          the same of the change itself, which an even motion has little of
     identity        cosine of the frames' vectors with the first one's
     words           cosine of the frames' vectors with the words'
-    nouns, places   share of the frames in which the scorer names them
+    nouns, places   share of the frames in which the scorer names them; so are colours
+    alike           whether it names the noun in all of them
     track           correlation with what was to be learned
     first_frame_db  PSNR of the first frame to the picture
     corners         how far the camera is from its path, where the first frame's corners are
@@ -122,6 +126,8 @@ class ClipMetrics:
     track: float | None = None
     first_frame_db: float | None = None
     corners: float | None = None
+    alike: bool | None = None
+    colours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,12 @@ class ScoredWords:
         if noun:
             nouns = [f"{choose_article(other)} {other} {place}".strip() for other in known.nouns]
             figures["nouns"] = self.share(vectors, nouns, list(known.nouns).index(noun))
+            figures["alike"] = figures["nouns"] == 1
+            said = f"{choose_article(noun)} {{}} {noun} {place}".strip()
+            colour = next((one for one in known.colours if f" {one} {noun} " in padded), "")
+            if colour:
+                phrases = [said.format(one) for one in known.colours]
+                figures["colours"] = self.share(vectors, phrases, list(known.colours).index(colour))
         if noun and place:
             places = [f"{choose_article(noun)} {noun} {other}" for other in known.places]
             figures["places"] = self.share(vectors, places, known.places.index(place))
@@ -371,7 +383,11 @@ def publish(
     write_json(folder / TABLE, {"command": again, "figures": figures, "clips": clips})
     titles = [one.words or Path(one.film.name).name for one in shown]
     strips = [
-        [Cell(frame, f"frame {i}") for i, frame in choose_strip(one.film.frames).items()] for one in shown
+        [
+            *(Cell(frame, f"frame {i}") for i, frame in choose_strip(one.film.frames).items()),
+            Cell(draw_track(one.film.frames), "track"),
+        ]
+        for one in shown
     ]
     page = draw_sheet(strips, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)

@@ -126,6 +126,15 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         int,
         Option("Frames between two windows.", MOTION, min=1, needs={"context_length": ()}),
     ] = 4
+    free_noise: Annotated[
+        bool,
+        Option(
+            "FreeNoise: windows in attention over time alone, under noise that comes again in another order; "
+            "else the whole network sees one window after the other.",
+            MOTION,
+            needs={"context_length": ()},
+        ),
+    ] = False
     shared_noise: Annotated[
         float | None,
         Option(
@@ -184,6 +193,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             raise UserError(
                 "--scale is of concepts, and the LoRA here is of a motion adapter. Give --motion-scale."
             )
+
+    @property
+    def together(self) -> int:
+        """Frames that go through the network together."""
+        return self.frames if self.free_noise else min(self.frames, self.context_length or self.frames)
 
     @property
     def common_noise(self) -> float:

@@ -16,7 +16,13 @@ from PIL import Image
 from backbone.cli.conditions import ANY, RGB, AskedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
-from backbone.media.control.maps import MapTarget, as_hints, number_maps, read_numbered_maps
+from backbone.media.control.maps import (
+    MapTarget,
+    as_hints,
+    files_by_frame,
+    number_maps,
+    read_numbered_maps,
+)
 from backbone.media.sources.decode import open_named
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
@@ -142,7 +148,9 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
 
 
 def lacks_frames(path: str, frames: int) -> bool:
-    """Whether this is a folder of fewer maps than the clip has frames."""
+    """Whether this is a folder of fewer maps than the clip has frames, or files with the frames that they are of."""
+    if files_by_frame(path):
+        return True
     return bool(path) and Path(path).expanduser().is_dir() and len(list_images(path)) < frames
 
 

@@ -15,7 +15,7 @@ from backbone.io.console import UserError, notify
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
-Target = Literal["diffusers", "kohya", "comfyui"]
+Target = Literal["diffusers", "kohya", "comfyui", "animatediff"]
 BaseFamily = Literal[
     "sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "zimage", "flux2", "qwen", "krea2", "chroma", "qwen21"
 ]
@@ -95,7 +95,20 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write an adapter for diffusers, kohya's tools (also A1111, Forge) or ComfyUI, and verify it."""
+    """Write an adapter for diffusers, kohya's tools (also A1111, Forge), ComfyUI or AnimateDiff, and verify it."""
+    if to == "animatediff":
+        for flag, value in (("--base", base), ("--model", model)):
+            if value:
+                raise UserError(
+                    f"{flag} has no effect with --to animatediff, which is of motion. Leave it out."
+                )
+        from customize.formats.animatediff import export_animatediff
+        from customize.formats.convert import DTYPES
+        from customize.formats.write import check_output
+
+        check_output(out)
+        notify(export_animatediff(run, out, dtype=DTYPES[precision] if precision else None))
+        return
     from customize.formats.convert import export_adapter
 
     sentence = export_adapter(run, out, to, base=base, model=model, precision=precision)

@@ -25,10 +25,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.adapters.concept import Concept
 from backbone.cli.keywords import takes
@@ -41,6 +41,7 @@ from backbone.io.files import content_hash, read_metadata, read_tensors, write_t
 from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 from edit import checks
@@ -312,17 +313,23 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     return now[0]
 
 
-def read_inversion(path: str | Path, model: Backbone, *, identity: str | None = None) -> Inversion:
-    """An inversion from its file. `identity` is as in `invert`.
+def read_inversion(
+    path: str | Path, model: Backbone, *, identity: str | None = None, of_clip: bool = False
+) -> Inversion:
+    """An inversion from its file, of an image, or with `of_clip` of a clip. `identity` is as in `invert`.
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
     tensors, metadata = read_tensors(path)
     fields = _fields(path, metadata)
+    if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:
+        what, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
+        raise UserError(f"{path} is the inversion of {what}. Edit it with edit {command}.")
     if fields["identity"] != (identity or identify(model)):
         raise UserError(
             f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
-            "now. Give the --model, --concept and --scale that it was made with, or invert the image again."
+            f"now. Give the --model, --concept{', --motion' * of_clip} and --scale that it was made with, or invert the "
+            f"{'clip' if of_clip else 'image'} again."
         )
     _check_tensors(path, tensors, model)
     schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
@@ -340,8 +347,16 @@ def read_source_prompt(path: str | Path) -> str:
 
 
 def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
-    """A fingerprint of a model with concepts loaded at a `scale`, of the contents of their files."""
+    """A fingerprint of a model with concepts loaded at a `scale`, of the contents of their files.
+
+    Of a motion adapter that is attached, its weights count too.
+    """
     parts = [model.fingerprint]
+    motion = motion_of(model.denoiser)
+    if motion is not None:
+        weights = cast(nn.Module, motion.adapter).state_dict()
+        values = (value.detach().float().cpu().contiguous().numpy() for value in weights.values())
+        parts.append(content_hash("".join(content_hash(one.tobytes()) for one in values).encode()))
     if concepts and scale != 1:
         parts.append(f"scale {scale:g}")
     for concept in concepts:
@@ -366,10 +381,12 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backb
     wanted = {
         "a": (levels,), "b": (levels,), "time": (levels,), "states": (levels, *latent),
         "noise": (levels - 1, *latent),
-        "image": (3, *(side * model.factor for side in latent[1:])),
+        "image": (*latent[1:-2], 3, *(side * model.factor for side in latent[-2:])),
     }  # fmt: skip
     for name, tensor in tensors.items():
-        if name in wanted and (tuple(tensor.shape) != wanted[name] or len(latent) != 3 or levels < 2):
+        if name in wanted and (
+            tuple(tensor.shape) != wanted[name] or len(latent) not in (3, 4) or levels < 2
+        ):
             raise UserError(
                 f"{path} is damaged: {name} is {tuple(tensor.shape)}. Make it again with `edit invert`."
             )
@@ -382,7 +399,9 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backb
 
 
 def _to_bytes(image: Tensor) -> Tensor:
-    """[3, H, W] in −1…1 as uint8."""
+    """[3, H, W], or of a clip [F, 3, H, W], in −1…1 as uint8."""
     import numpy as np
 
+    if image.ndim == 4:
+        return torch.stack([_to_bytes(frame) for frame in image])
     return torch.from_numpy(np.array(to_image(image))).permute(2, 0, 1).contiguous()

@@ -25,7 +25,7 @@ from torch import Tensor
 from backbone.cli.conditions import AskedControl
 from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
-from backbone.media.clips import Film
+from backbone.media.clips import USUAL_FPS, Film
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import link_frames
@@ -84,6 +84,7 @@ class ClipResult:
     latents  [N, C, F, H, W]
     masks    [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
     first    the first frame [3, 8H, 8W] of every edit, where it was given
+    inversion  from which they began, where there was one
     nfe      clips that the denoiser evaluated, the inversion's counted
     """
 
@@ -97,6 +98,7 @@ class ClipResult:
     facts: dict[str, Any] = field(default_factory=dict)
     chunk: int = 0
     first: Tensor | None = None
+    inversion: Inversion | None = None
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -125,12 +127,13 @@ def invert_film(
     method: Method = "direct",
     steps: int = 50,
     seed: int = 0,
+    identity: str | None = None,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
 ) -> Inversion:
     """One inversion of all frames of a clip that shows what the prompt says (in the model's words).
 
-    `layout` holds maps of the frames, under which it is inverted and edited.
+    `layout` holds maps of the frames, under which it is inverted and edited; `identity` is as in `invert`.
     Raises `UserError` as `invert`, and for more frames than the motion adapter has positions for.
     """
     if method not in OF_CLIPS:
@@ -151,9 +154,19 @@ def invert_film(
             method=method,
             steps=steps,
             seed=seed,
+            identity=identity,
             layout=layout,
             progress=progress,
         )
+
+
+def film_of(inversion: Inversion) -> Film:
+    """The clip that an inversion is of, as the model sees it."""
+    facts = inversion.facts
+    frames = tuple(to_image(frame) for frame in inversion.image)
+    return Film(
+        frames, float(facts.get("fps", USUAL_FPS)), str(facts.get("name", "")), str(facts.get("content", ""))
+    )
 
 
 def open_clip_layout(model: Backbone, film: Film, asked: Sequence[AskedControl]) -> Layout:

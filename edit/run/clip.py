@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ from backbone.adapters.concept import read_concept
 from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
+from backbone.evaluation.clip import Scorer
+from backbone.evaluation.flow import warped_flicker
+from backbone.evaluation.motion import SIDE, trace_moved, track_error
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import fill_folder, write_json
+from backbone.io.files import fill_folder, read_metadata, write_json
 from backbone.io.report import command_block, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
+from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import open_sparsectrl
-from edit.inversion.inversion import Inversion
+from backbone.models.model import Backbone
+from backbone.world.motions import find_moves
+from edit.inversion.inversion import Inversion, read_inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import (
@@ -30,6 +36,7 @@ from edit.methods.clip import (
     ClipRedraw,
     ClipResult,
     edit_clip,
+    film_of,
     invert_film,
     open_clip_layout,
     redraw_film,
@@ -37,15 +44,16 @@ from edit.methods.clip import (
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
-from edit.run.open import ModelWithConcepts, Opening, load_model
-from edit.run.report import RECORD, REPORT
-from edit.settings import ClipOptions
+from edit.run.figures import find_scorer
+from edit.run.open import ModelWithConcepts, Opening, layout_beside, load_model
+from edit.run.report import INVERSION, RECORD, REPORT
+from edit.settings import ClipOptions, InvertOptions
 
 REDRAWN, FLOWED = 0.6, 0.66  # the usual strength without a source prompt, and without an inversion
 
 
 def perform_clip(
-    film: Film,
+    film: Film | None,
     source: str | None,
     targets: Sequence[str],
     asked: ClipOptions,
@@ -55,18 +63,27 @@ def perform_clip(
 ) -> Path:
     """Edits a clip that has been read, and gives the folder that was written: `--out`, or runs/edit-NAME.
 
-    `first` is its edited first frame, where that is what the others are to follow.
+    Without a `film` it begins from the inversion that was named. `first` is its edited first frame, where that is what
+    the others are to follow.
 
     Raises `UserError` for every mistake of the wishes, before the folder is taken.
     """
     began = time.perf_counter()
-    loaded = load_in_motion(asked, concepts, film)
-    layout = open_clip_layout(loaded.model, film, asked.controls)
+    loaded = load_in_motion(asked, concepts)
+    inversion = None if asked.inversion is None else open_inversion(loaded, asked.inversion, source)
+    if inversion is not None:
+        film, source = film_of(inversion), inversion.prompt if source is None else source
+    assert film is not None, "the command has read one"
+    refuse_longer(loaded.model, film, asked.motion)
+    if inversion is None:
+        begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, asked.controls))
+    else:
+        begins = Beginning(film, source, inversion=beside_its_own(inversion, film, asked))
     usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, usual) as folder:
-        result = run_clip(loaded, film, source, targets, asked, layout, first)
+        result = run_clip(loaded, begins, targets, asked, first)
         films = result.films
-        kept = replace(asked, out=None, source=source, targets=tuple(targets))
+        kept = replace(asked, out=None, targets=tuple(targets))
         record = {
             "command": as_command("edit clip", kept),
             "clip": dict(result.encoded.facts),
@@ -80,15 +97,57 @@ def perform_clip(
             "versions": package_versions(),
         }
         with fill_folder(folder) as unfinished:
+            if result.inversion is not None and asked.inversion is None:  # it serves further edits
+                result.inversion.write(unfinished / INVERSION)
             publish_clip(unfinished, result, films, film.fps, source or "", record)
     return folder
 
 
-def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> ModelWithConcepts:
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What an edit of a clip begins from: the clip, what it shows, and its conditions, or an inversion with its own."""
+
+    film: Film
+    source: str | None
+    inversion: Inversion | None = None
+    layout: Layout = NO_LAYOUT
+
+
+def open_inversion(loaded: ModelWithConcepts, file: str, source: str | None) -> Inversion:
+    """The inversion of a clip from its file; `UserError` for one of an image, another prompt or another model."""
+    inversion = read_inversion(file, loaded.model, identity=loaded.identity, of_clip=True)
+    if source is not None and loaded.resolve(source) != inversion.prompt:
+        raise UserError(f"{file} is of “{inversion.prompt}”, not of “{source}”. Leave --source out.")
+    return inversion
+
+
+def beside_its_own(inversion: Inversion, film: Film, asked: ClipOptions) -> Inversion:
+    """An inversion with the maps of the targets that were asked for beside its own."""
+    layout = layout_beside(
+        inversion,
+        asked.controls,
+        lambda drawn: open_clip_layout(inversion.model, film, drawn) if drawn else NO_LAYOUT,
+        str(asked.inversion),
+    )
+    return replace(inversion, layout=layout)
+
+
+def refuse_longer(model: Backbone, film: Film, name: str) -> None:
+    """`UserError` for a clip of more frames than the motion adapter has positions for."""
+    motion = motion_of(model.denoiser)
+    if motion is not None and len(film.frames) > motion.longest:
+        raise UserError(
+            f"{name} has positions for {motion.longest} frames, and {film.name} has {len(film.frames)}. Cut the clip, "
+            "or leave --motion out: attention alone links any number."
+        )
+
+
+def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) -> ModelWithConcepts:
     """The model with its concepts and, where one is named, a motion adapter.
 
-    Raises `UserError` for an adapter that does not fit the model, or has no positions for so many frames.
+    Raises `UserError` for an adapter that does not fit the model.
     """
+    inversion = asked.inversion if isinstance(asked, ClipOptions) else None
     if not asked.motion:
         opening = Opening(
             model=asked.model,
@@ -97,33 +156,45 @@ def load_in_motion(asked: ClipOptions, concepts: Sequence[str], film: Film) -> M
             precision=asked.precision,
             device=asked.device,
             compile=asked.compile,
+            inversion=inversion,
         )
         return load_model(opening)
     from backbone.adapters.motion import Moves, set_in_motion
-    from backbone.models.model import Backbone
 
     read = tuple(read_concept(folder) for folder in concepts)
-    name = asked.model or (read[0].model if read else "moji")
+    made_with = None if inversion is None else read_metadata(inversion).get("model")
+    name = asked.model or (read[0].model if read else made_with or "moji")
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    motion = set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
-    if motion is not None and len(film.frames) > motion.longest:
-        raise UserError(
-            f"{asked.motion} has positions for {motion.longest} frames, and {film.name} has {len(film.frames)}. Cut "
-            "the clip, or leave --motion out: attention alone links any number."
-        )
+    set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
     return ModelWithConcepts(model, read, asked.scale)
+
+
+def write_clip_inversion(
+    file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
+) -> str:
+    """Inverts all frames of a clip into a file, and says at what cost; `UserError` as `invert_film`."""
+    loaded = load_in_motion(asked, concepts)
+    refuse_longer(loaded.model, film, asked.motion)
+    layout = open_clip_layout(loaded.model, film, asked.controls)
+    held = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
+    with progress(asked.steps, "inverting", brief=True) as bar:
+        inversion = invert_film(
+            loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps, seed=asked.seed,
+            identity=loaded.identity, layout=held, progress=bar.advance,
+        )  # fmt: skip
+    inversion.write(file)
+    return f"{inversion.nfe} evaluations of the denoiser (NFE), {len(film.frames)} frames each."
 
 
 def run_clip(
     loaded: ModelWithConcepts,
-    film: Film,
-    source: str | None,
+    begins: Beginning,
     targets: Sequence[str],
     asked: ClipOptions,
-    layout: Layout = NO_LAYOUT,
     first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion where the source is described, else by noise."""
+    film, source, layout = begins.film, begins.source, begins.layout
     resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
     if source is None:
         strength = REDRAWN if asked.strength is None else asked.strength
@@ -145,21 +216,23 @@ def run_clip(
         negative=negative,
         strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
     )
-    with progress(asked.steps, "inverting", brief=True) as bar:
-        inversion = invert_film(
-            loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-            layout=layout, progress=bar.advance,
-        )  # fmt: skip
+    inversion = begins.inversion
+    if inversion is None:
+        with progress(asked.steps, "inverting", brief=True) as bar:
+            inversion = invert_film(
+                loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
+                identity=loaded.identity, layout=layout, progress=bar.advance,
+            )  # fmt: skip
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)
-        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, inversion=inversion)
     with progress(steps, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
         became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
-    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, inversion=inversion)
 
 
 def run_first_frame(
@@ -226,10 +299,11 @@ def publish_clip(
     original = [to_image(frame) for frame in result.encoded.pixels]
     write_film(folder / "source", original, fps)
     entries, rows, titles = [], [], [source or "source"]
+    scorer = find_scorer(result.model)
     rows.append([Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()])
     for number, (film, prompt) in enumerate(zip(films, result.prompts, strict=True)):
         write_film(folder / f"edit_{number}", film, fps)
-        figures = measure_film(result, number)
+        figures = measure_film(result, number, source, scorer)
         entries.append({"file": f"edit_{number}.webp", "prompt": prompt, **figures})
         rows.append([Cell(frame) for frame in choose_strip(film).values()])
         titles.append(prompt)
@@ -266,10 +340,14 @@ def publish_clip(
     )
 
 
-def measure_film(result: ClipResult, number: int) -> dict[str, float | None]:
-    """How much of an edit changed, how near its background is to the source, and its flicker beside the source's.
+def measure_film(
+    result: ClipResult, number: int, source_words: str, scorer: Scorer | None
+) -> dict[str, float | None]:
+    """How much of an edit changed, whether it is what was asked, what moves as before, and flicker beside the source's.
 
-    flicker  mean absolute difference of a frame and the one before it, in 255ths
+    flicker   mean absolute difference of a frame and the one before it, in 255ths; `along` the flow what is left of it
+    track_px  how far what moves is from where it is in the source, pixels of 128 a side; None where it is to move otherwise
+    became    share of the frames that are nearer to the target's words than to the source's
     """
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]
     place = None if result.masks is None else result.masks[number].cpu()
@@ -277,4 +355,19 @@ def measure_film(result: ClipResult, number: int) -> dict[str, float | None]:
     figures["psnr_db"] = image_metrics.psnr(source, edit)
     for name, clip in (("flicker", edit), ("source_flicker", source)):
         figures[name] = float((clip[1:] - clip[:-1]).abs().mean()) * 127.5
+    frames = {
+        name: [to_image(frame).resize((SIDE, SIDE)) for frame in clip]
+        for name, clip in (("along", edit), ("source_along", source))
+    }
+    figures |= {name: warped_flicker(film) for name, film in frames.items()}
+    target = result.prompts[number]
+    if source_words and find_moves(target) == find_moves(source_words):
+        tracks = [trace_moved(film) for film in frames.values()]
+        figures["track_px"] = track_error(*tracks)
+    if scorer is not None and source_words and target != source_words:
+        near = (
+            scorer.embed_images([to_image(frame) for frame in edit])
+            @ scorer.embed_texts([source_words, target]).T
+        )
+        figures["became"] = float((near[:, 1] > near[:, 0]).float().mean())
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
+from backbone.cli.conditions import AskedControl
 from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_metadata
@@ -155,7 +156,13 @@ class Start:
                 raise UserError(
                     f"{self.inversion} is of “{inversion.prompt}”, not of “{self.source}”. Leave --source out."
                 )
-            return replace(inversion, layout=self._layout_beside(loaded, inversion))
+            layout = layout_beside(
+                inversion,
+                self.asked.targets,
+                lambda drawn: loaded.layout(to_image(inversion.image), AskedLayout(drawn)),
+                self.inversion,
+            )
+            return replace(inversion, layout=layout)
         if self.image is None:
             raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
         prompt = checks.prompt(self.source or "", "source prompt")
@@ -167,25 +174,28 @@ class Start:
                 layout=loaded.layout(self.image, self.asked), progress=bar.advance,
             )  # fmt: skip
 
-    def _layout_beside(self, loaded: ModelWithConcepts, inversion: Inversion) -> Layout:
-        """An inversion's own conditions, with those of the targets that were asked for in place of the same kinds.
 
-        Raises `UserError` for a map to be found in a source that was inverted without it.
-        """
-        if not self.asked:
-            return inversion.layout
-        own = {one.facts["kind"] for one in inversion.layout.conditions}
-        for one in self.asked.targets:
-            if not one.map.path and one.map.kind not in own:
-                raise UserError(
-                    f"{self.inversion} was inverted without {one.map.kind}. Invert the image again with "
-                    f"--condition {one.map}, or give a map of the targets."
-                )
-        drawn = tuple(one for one in self.asked.targets if one.map.path)
-        added = loaded.layout(to_image(inversion.image), AskedLayout(drawn))
-        kinds = {one.facts["kind"] for one in added.conditions}
-        kept = tuple((True, one.facts["kind"] not in kinds) for one in inversion.layout.conditions)
-        return Layout((*inversion.layout.conditions, *added.conditions), (*kept, *added.sides))
+def layout_beside(
+    inversion: Inversion,
+    targets: Sequence[AskedControl],
+    open_drawn: Callable[[tuple[AskedControl, ...]], Layout],
+    name: str,
+) -> Layout:
+    """An inversion's own conditions, with those of the targets that were asked for in place of the same kinds.
+
+    Raises `UserError` for a map to be found in a source that was inverted without it.
+    """
+    own = {one.facts["kind"] for one in inversion.layout.conditions}
+    for one in targets:
+        if not one.map.path and one.map.kind not in own:
+            raise UserError(
+                f"{name} was inverted without {one.map.kind}. Invert the source again with --condition {one.map}, or "
+                "give a map of the targets."
+            )
+    added = open_drawn(tuple(one for one in targets if one.map.path))
+    kinds = {one.facts["kind"] for one in added.conditions}
+    kept = tuple((True, one.facts["kind"] not in kinds) for one in inversion.layout.conditions)
+    return Layout((*inversion.layout.conditions, *added.conditions), (*kept, *added.sides))
 
 
 START = tuple(Start.__dataclass_fields__)

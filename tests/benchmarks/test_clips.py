@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.evaluation.motion import PARTS, is_right, measure_moved
+from backbone.evaluation.motion import PARTS, is_right, measure_moved, track_error
 from backbone.io.files import read_json
 from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
 from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
-from backbone.world.clip import render_clip
+from backbone.world.clip import Clip, render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
+from backbone.world.scene import sample_scene
 from benchmarks import clips
-from benchmarks.clips import Row, select_clips, table_of, track_error
+from benchmarks.clips import Row, select_clips, slide_of, speed_of, table_of
 from tests.tiny import tiny_motion_adapter
 
 
@@ -68,6 +70,17 @@ def test_the_clips_are_chosen_evenly() -> None:
     said = [clip.camera or clip.move for clip in found]
     assert said.count("") == 16 and {said.count(move) for move in PARTS} == {5}
     assert all(not clip.scene.pair and len(clip.scene.things) == 1 for clip in found)
+    slides = [clip.speed for clip in select_clips(160, 8) if clip.move in ("left", "right", "up", "down")]
+    assert {slides.count(speed) for speed in ("slowly", "fast")} <= {8, 9, 10, 11, 12} and len(slides) > 30
+
+
+def test_speed_is_how_much_farther_goes_what_was_to_go_farther() -> None:
+    row = Row("left", True, None, 1.0, None, None, 1.0, 1.0)
+    half = [replace(row, asked=asked, went=3 + asked / 2) for asked in (20.0, 40.0, 60.0)]
+    assert speed_of(half) == "0.50" and speed_of(half[:1]) == speed_of([row]) == "–"
+    slow, fast = (slide_of(Clip(sample_scene(7), "up", speed=speed)) for speed in ("slowly", "fast"))
+    assert slow is not None and fast is not None and fast[1] < slow[1] < 0 == fast[0]
+    assert slide_of(Clip(sample_scene(7), "grow")) is None
 
 
 @pytest.mark.font
@@ -97,7 +110,7 @@ def test_the_table_has_shares_with_intervals() -> None:
     rows.append(Row("", None, True, 1.0, None, None, 1.0, 0.5))
     table = table_of({"moji-motion": rows})
     assert "| – |" in table_of({"nothing still": rows[:1]})
-    assert "71.4 (45.4–88.3) of 14" in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table
+    assert "of 4 | " in table and "of 2 | " in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table
     assert "| 2.0 (2.0–2.0) |" in table and "| 3.0 (3.0–3.0) |" in table
 
 
@@ -119,6 +132,7 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     places: dict[str, Any] = {"model": tiny.location.source, "motion": str(tmp_path / "motion")}
     clips.main(**places, clips=2, frames=2, steps=1, guidance=2.0, out=tmp_path / "out")
     rows = read_json(tmp_path / "out" / "table.json")
+    assert (tmp_path / "out" / "sheet.png").is_file()
     assert len(rows) == 3 + font and all(len(found) == 2 for found in rows.values())
     for name, moves in (("corners", CAMERAS), ("track", MOTIONS)):
         assert {

@@ -113,17 +113,23 @@ def test_the_benchmark_writes_its_tables_and_sheets(
         "network": str(tmp_path / "net"),
         "kinds": ("sketch", "pose"),
         "sweep": (0.5,),
+        "stops": (0.5,),
+        "together": ("sketch+pose",),
+        "other_nouns": (1.0,),
     }
     control.run(control.ControlSettings(**asked, scenes="small", steps=2, out=tmp_path / "out"))
     table = read_json(tmp_path / "out" / "table.json")
-    assert list(table["rows"]) == ["no condition", "sketch", "pose", "sketch, scale 0.5", "true, round trip"]
+    further = ["sketch, scale 0.5", "sketch, until 0.5", "sketch+pose", "true, round trip"]
+    further += ["sketch of another noun, scale 1"]
+    assert list(table["rows"]) == ["no condition", "sketch", "pose", *further]
     assert len(table["drawings"]) == 24
     text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert (
-        text.count("| sketch") == 2
+        text.count("| sketch") == 5
         and "Drawings by hand, 24" in text
         and text.strip() in capsys.readouterr().out
     )
     assert (tmp_path / "out" / "sheet.png").exists() and (tmp_path / "out" / "drawings.png").exists()
     drawn = sorted((tmp_path / "out" / "pictures").rglob("*.png"))
-    assert len(drawn) == 4 * 3 + 24
+    singles = sum(len(scene.figures) == 1 for scene in control.select_scenes(3))
+    assert len(drawn) == 6 * 3 + singles + 24

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from backbone.evaluation.motion import trace_moved, track_correlation
+from backbone.evaluation.motion import draw_track, trace_moved, track_correlation
 from backbone.io.console import UserError
 from backbone.media.clips import Film, encode_webp
 from backbone.media.control.camera import as_lines, read_camera
@@ -53,6 +53,14 @@ def test_flicker_is_the_mean_change_of_a_pixel_and_jitter_that_of_the_change() -
     blinking = [Image.new("RGB", (16, 16), (level,) * 3) for level in (100, 110, 100, 110)]
     found = row(blinking, "")
     assert (found.flicker, found.jitter, found.along) == (10, 20, 10)
+
+
+def test_a_track_is_drawn_from_where_the_thing_was_to_where_it_is() -> None:
+    page = np.asarray(draw_track(walking(5)), dtype=int)
+    red = (page[..., 0] > 200) & (page[..., 1] < 80)
+    rows, columns = red.nonzero()
+    assert rows.min() > 52 and rows.max() < 68 and columns.max() - columns.min() == pytest.approx(20, abs=7)
+    assert np.array_equal(np.asarray(draw_track(walking(0))).max(), 255)
 
 
 def across_a_texture(step: int, count: int = 5, flicker: int = 0) -> list[Image.Image]:

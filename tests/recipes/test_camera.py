@@ -59,7 +59,7 @@ def test_a_stopped_training_ends_at_the_same_weights_and_its_file_is_followed(tm
     train_camera(0, settings)
     resumed = read_tensors(workdir / "camera.safetensors")[0]
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    assert any(".merges." in f".{name}" and value.any() for name, value in whole.items())
+    assert any("/merges." in name and value.any() for name, value in whole.items())
 
     export(model=str(moji), motion=str(adapter), out=None, blocks=1, averaged=False, workdir=workdir)
     model = Backbone.open(str(moji), device="cpu", precision="fp32")

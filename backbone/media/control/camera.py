@@ -33,6 +33,7 @@ WORDS = {  # what each moves by 1: (x, y) of the camera in widths, log of the zo
     "zoom-in": ("zoom", (0.0, 0.0, 1.0, 0.0)), "zoom-out": ("zoom", (0.0, 0.0, -1.0, 0.0)),
     "roll-left": ("roll", (0.0, 0.0, 0.0, 1.0)), "roll-right": ("roll", (0.0, 0.0, 0.0, -1.0)),
 }  # fmt: skip
+ALIASES = {"roll": "roll-left"}
 USUAL = {"pan": PAN, "rise": RISE, "zoom": math.log(ZOOM), "roll": ROLL}
 EASE = "ease"
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of a picture, in shares of its sides
@@ -188,6 +189,7 @@ def _spell(said: str, frames: int, width: int) -> Floats:
         move, equals, amount = word.partition("=")
         if word == EASE:
             continue
+        move = ALIASES.get(move, move)
         if move not in WORDS:
             raise UserError(
                 f"--camera {said} is no path: there is no {word}. Say one of {', '.join(WORDS)}, alone or with an "

@@ -108,12 +108,16 @@ def refuse_other_count(asked: AskedMap, found: int, frames: int) -> None:
 def number_maps(path: str, frames: int) -> dict[int, Path]:
     """The maps of a folder by the frame that each is of, which is the last number in its name: `dog_0012.png` is 12's.
 
-    Raises `UserError` for a folder without maps, a name without a number, a number that is none of the clip's `frames`,
+    Or of files that are named with their frames: `0=first.png,15=last.png`, −1 being the last one. Raises `UserError` for a folder without maps, a name without a number, a number that is none of the clip's `frames`,
     and two maps of one frame.
     """
+    named = files_by_frame(path)
+    if named:
+        return _place_files(named, frames)
     if not Path(path).expanduser().is_dir():
         raise UserError(
-            f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png."
+            f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png, or files "
+            "with their frames: 0=first.png,15=last.png."
         )
     by_frame: dict[int, Path] = {}
     for record in list_images(path):
@@ -133,6 +137,30 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
             raise UserError(f"{file} and {by_frame[number].name} are of one frame, {number}. Take one out.")
         by_frame[number] = file
     return dict(sorted(by_frame.items()))
+
+
+def files_by_frame(said: str) -> list[tuple[int, Path]]:
+    """The frames and files of `0=first.png,15=last.png`; nothing of any other text."""
+    if not re.match(r"-?\d+=", said):
+        return []
+    parts = re.split(r",(?=-?\d+=)", said)
+    pairs = [part.partition("=") for part in parts]
+    return [(int(number), Path(file.strip()).expanduser()) for number, _, file in pairs]
+
+
+def _place_files(named: Sequence[tuple[int, Path]], frames: int) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for said, file in named:
+        if not -frames <= said < frames:
+            raise UserError(
+                f"{said}={file} is of frame {said}, and a clip of {frames} frames has none of that number: the first "
+                f"is 0, the last {frames - 1} or -1."
+            )
+        number = said % frames
+        if number in found:
+            raise UserError(f"{file} and {found[number]} are both of frame {number}. Take one out.")
+        found[number] = file
+    return dict(sorted(found.items()))
 
 
 def read_numbered_maps(asked: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,6 @@ from diffusers import MotionAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.control import Control
-from backbone.diffusion.noise import Estimate, Level, Predict
 from backbone.families.components import loading
 from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
@@ -212,6 +211,14 @@ def rename_original(name: str) -> str:
     return ORIGINAL.sub("", name, count=1)
 
 
+def name_original(name: str) -> str:
+    """The reverse: the name of diffusers' tensor, or layer, in an original AnimateDiff file."""
+    name = re.sub(r"(\.motion_modules\.\d+)\.", r"\1.temporal_transformer.", name, count=1)
+    for theirs, own in RENAMED.items():
+        name = name.replace(own, theirs) if own else name
+    return name
+
+
 def _count_inner(layers: Mapping[str, Any]) -> int:
     """Transformer blocks of a motion module."""
     found = {
@@ -337,40 +344,3 @@ def rows_as_frames(rows: Tensor, frames: int) -> Tensor:
     """The reverse."""
     clips: Tensor = rows.unflatten(0, (-1, frames)).transpose(1, 2)
     return clips
-
-
-def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
-    """Predictions of a clip longer than an adapter has positions for: windows of frames, averaged where they overlap.
-
-    `predict_in` gives what predicts the frames of a window. Each frame's weight falls with its distance from its
-    window's middle (Qiu et al. 2023, FreeNoise, section 3.3).
-    """
-    inside: dict[int, Predict] = {}
-
-    def predicting(noisy: Tensor, level: Level) -> Estimate:
-        frames = noisy.shape[2]
-        sums = [torch.zeros_like(noisy, dtype=torch.float32) for _ in range(2)]
-        weights = torch.zeros(frames, device=noisy.device)
-        for start in window_starts(frames, length, stride):
-            window = slice(start, start + length)
-            if start not in inside:
-                inside[start] = predict_in(window)
-            here = noisy[:, :, window]
-            count = here.shape[2]
-            ramp = torch.arange(1, count + 1, device=noisy.device)
-            weight = torch.minimum(ramp, ramp.flip(0)).float()
-            for total, part in zip(sums, inside[start](here, level), strict=True):
-                total[:, :, window] += weight[:, None, None] * part
-            weights[window] += weight
-        clean, noise = (total / weights[:, None, None] for total in sums)
-        return Estimate(clean, noise)
-
-    return predicting
-
-
-def window_starts(frames: int, length: int, stride: int) -> list[int]:
-    """Where windows of `length` frames begin, `stride` apart, the last one at the clip's end."""
-    if frames <= length:
-        return [0]
-    starts = list(range(0, frames - length, stride))
-    return [*starts, frames - length]

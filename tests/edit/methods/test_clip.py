@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from backbone.cli.conditions import AskedControl, parse_map
 from backbone.diffusion.noise import add_noise
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import read_json, read_tensors
 from backbone.media.clips import Film, encode_webp, read_film
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import attach_motion, frames_as_rows
@@ -204,6 +204,9 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
     record = read_json(out / "run.json")
     assert (out / "report.html").read_text().count("data:image/webp;base64,") == 2
     assert len(read_film(out / "edit_0.webp").frames) == 4 and (out / "edit_0" / "0003.png").is_file()
+    edit = record["edits"][0]
+    assert {"changed_share", "psnr_db", "flicker", "source_flicker", "along", "source_along"} <= set(edit)
+    assert 0 <= edit["track_px"] < 128
     program, _, *again = shlex.split(record["command"])
     assert program == "edit" and "--source" in again
     with pytest.raises(UserError, match="Repeat it with: edit clip"):
@@ -215,9 +218,42 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
     )
 
 
+def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, tmp_path: Path) -> None:
+    clip, adapter, still = tmp_path / "walk.webp", tmp_path / "adapter", tmp_path / "still.png"
+    clip.write_bytes(encode_webp(film.frames, film.fps))
+    film.frames[0].save(still)
+    tiny_motion_adapter().save_pretrained(adapter)
+    model = ("--model", tiny_folder, "--device", "cpu", "--precision", "fp32")
+    usual, target = (*model, "--motion", adapter), ("--target", "a cat in the snow")
+
+    def run(command: str, *words: str | Path) -> str:
+        answer = CliRunner().invoke(app, [command, *map(str, words)])
+        return str(answer.exception) if answer.exit_code else ""
+
+    assert not run(
+        "clip", clip, "--source", SOURCE, *target, *usual, "--steps", "2", "--out", tmp_path / "one"
+    )
+    made, file = tmp_path / "one" / "inversion.safetensors", tmp_path / "walk.safetensors"
+    assert not run("invert", clip, "--clip", "--source", SOURCE, *usual, "--steps", "2", "--out", file)
+    assert not run("clip", "--inversion", file, *target, *usual, "--out", tmp_path / "two")
+    frames = [(tmp_path / name / "edit_0" / "0002.png").read_bytes() for name in ("one", "two")]
+    assert frames[0] == frames[1] and torch.equal(*(read_tensors(one)[0]["states"] for one in (made, file)))
+    assert read_film(tmp_path / "two" / "source.webp").fps == film.fps
+    assert "--motion and --scale that it was made with" in run("clip", "--inversion", file, *target, *model)
+    assert "of a clip" in run("invert-and-replace", "--inversion", file, *target, *model)
+    assert "both given" in run("clip", clip, "--inversion", file, *target, *usual)
+    assert "of “a dog in the snow”" in run("clip", "--inversion", file, "--source", "a car", *target, *usual)
+    assert not run(
+        "invert", still, "--source", SOURCE, *model, "--steps", "2", "--out", tmp_path / "still.safetensors"
+    )
+    assert "of an image" in run("clip", "--inversion", tmp_path / "still.safetensors", *target, *model)
+    assert "--check is of pictures" in run("invert", clip, "--clip", "--check", "--source", SOURCE, *model)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ((*("--target", "a cat"),), "There is nothing to edit"),
         (("nowhere.webp", "--target", "a cat"), "There is no clip nowhere.webp"),
         (("{still}", "--target", "a cat"), "has one frame"),
         (("{unlike}", "--target", "a cat"), "of unlike size: frame 0 has 64 × 64 pixels and frame 1 32 × 64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,12 @@ from backbone.models.clips.motion import (
     attach_motion,
     detach_motion,
     frames_as_rows,
-    in_windows,
     read_motion_adapter,
     rows_as_frames,
-    window_starts,
 )
+from backbone.models.clips.windows import in_windows, window_starts
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, initial_noise, sample_latents
+from backbone.models.sample import Frames, Request, initial_noise, reuse_frames, sample_latents
 from tests.tiny import tiny_motion_adapter, tiny_stable_diffusion_xl
 
 FRAMES = Frames(4)
@@ -46,11 +46,12 @@ def drawn(model: Backbone, *, steps: int, frames: Frames = FRAMES) -> Tensor:
 
 def drawn_by_diffusers(pipeline: Any, model: Backbone, *, steps: int, **more: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    noise = initial_noise(model, 0, 0, 0, frames=FRAMES)[None]
+    frames = more.pop("frames", FRAMES)
+    noise = initial_noise(model, 0, 0, 0, frames=frames)[None]
     found = pipeline(
         "a dog",
         latents=noise,
-        num_frames=FRAMES.count,
+        num_frames=frames.count,
         num_inference_steps=steps,
         guidance_scale=3.0,
         output_type="latent",
@@ -72,6 +73,32 @@ def test_guided_steps_of_a_clip_are_diffusers_own(
     torch.testing.assert_close(drawn(tiny, steps=steps), theirs, atol=1e-4, rtol=0)
     still = sample_latents(tiny, [Request("a dog", (0, 0))], steps=steps, guidance=3.0, seed=0)
     assert (next(still) - theirs[:, :, 0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_clip_longer_than_the_adapter_is_diffusers_own_by_free_noise(
+    steps: int, tiny: Backbone, tiny_folder: Path, adapter_folder: Path
+) -> None:
+    frames = Frames(12, 8, 2, by="attention")
+    attach_motion(tiny.denoiser, read_motion_adapter(str(adapter_folder)))
+    pipeline = AnimateDiffPipeline.from_pretrained(
+        tiny_folder, motion_adapter=MotionAdapter.from_pretrained(adapter_folder)
+    )
+    pipeline.enable_free_noise(context_length=8, context_stride=2)
+    theirs = drawn_by_diffusers(pipeline, tiny, steps=steps, frames=frames)
+    torch.testing.assert_close(drawn(tiny, steps=steps, frames=frames), theirs, atol=1e-4, rtol=0)
+    short = Frames(8)
+    assert torch.equal(
+        drawn(tiny, steps=1, frames=short), drawn(tiny, steps=1, frames=replace(short, by="attention"))
+    )
+
+
+def test_behind_the_first_window_noise_comes_again_in_another_order() -> None:
+    whose = reuse_frames(Frames(21, 8, 3, by="attention"), torch.Generator().manual_seed(0))
+    assert whose[:8] == list(range(8)) and len(whose) == 21
+    for first in range(8, 20, 3):
+        assert sorted(whose[first : first + 3]) == sorted(whose[first - 8 : first - 5])
+    assert whose[8:11] != [0, 1, 2] or whose[11:14] != [3, 4, 5]
 
 
 @pytest.mark.slow

@@ -1,0 +1,104 @@
+"""Clips longer than a motion adapter has positions for, in windows of frames that overlap.
+
+Either the whole network sees one window after the other and its predictions are averaged (`network`: memory is a
+window's), or it sees the clip whole and only attention over time goes by windows, whose outputs are averaged in every
+layer (`attention`: Qiu et al. 2023, FreeNoise, section 3.3). A frame's weight falls with its distance from its
+window's middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from backbone.diffusion.noise import Estimate, Level, Predict
+from backbone.models.clips.motion import motion_of
+
+Windows = Literal["network", "attention"]
+"""What goes through windows of frames: the network, or attention over time alone."""
+
+
+def window_starts(frames: int, length: int, stride: int) -> list[int]:
+    """Where windows of `length` frames begin, `stride` apart, the last one at the clip's end."""
+    if frames <= length:
+        return [0]
+    starts = list(range(0, frames - length, stride))
+    return [*starts, frames - length]
+
+
+def window_weights(count: int, device: torch.device | None = None) -> Tensor:
+    """1, 2 … 2, 1 of a window's frames."""
+    ramp = torch.arange(1, count + 1, device=device)
+    return torch.minimum(ramp, ramp.flip(0)).float()
+
+
+def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
+    """Predictions of a clip's windows, averaged where they overlap; `predict_in` gives what predicts a window's."""
+    inside: dict[int, Predict] = {}
+
+    def predicting(noisy: Tensor, level: Level) -> Estimate:
+        frames = noisy.shape[2]
+        sums = [torch.zeros_like(noisy, dtype=torch.float32) for _ in range(2)]
+        weights = torch.zeros(frames, device=noisy.device)
+        for start in window_starts(frames, length, stride):
+            window = slice(start, start + length)
+            if start not in inside:
+                inside[start] = predict_in(window)
+            here = noisy[:, :, window]
+            weight = window_weights(here.shape[2], noisy.device)
+            for total, part in zip(sums, inside[start](here, level), strict=True):
+                total[:, :, window] += weight[:, None, None] * part
+            weights[window] += weight
+        clean, noise = (total / weights[:, None, None] for total in sums)
+        return Estimate(clean, noise)
+
+    return predicting
+
+
+@contextmanager
+def attention_in_windows(denoiser: nn.Module, length: int, stride: int) -> Iterator[None]:
+    """Inside the `with` a motion adapter's layers attend over so many frames at once, and clips may be longer."""
+    motion = motion_of(denoiser)
+    blocks = [] if motion is None else list(_blocks(cast(nn.Module, motion.adapter)))
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(_forward, block, length, stride)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
+def _blocks(adapter: nn.Module) -> Iterator[Any]:
+    """The transformer blocks of all motion modules."""
+    for name, module in adapter.named_modules():
+        if name.rpartition(".")[0].endswith(".transformer_blocks"):
+            yield module
+
+
+def _forward(block: Any, length: int, stride: int, hidden_states: Tensor, **given: Any) -> Tensor:
+    """A block's output [N, F, C]: attention by windows, averaged, and what acts frame by frame of their average."""
+    hidden = hidden_states
+    total = torch.zeros_like(hidden)
+    weights = torch.zeros(hidden.shape[1], device=hidden.device)
+    for start in window_starts(hidden.shape[1], length, stride):
+        window = slice(start, start + length)
+        here = hidden[:, window]
+        for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
+            if attention is not None:
+                entering = norm(here)
+                here = attention(entering if block.pos_embed is None else block.pos_embed(entering)) + here
+        weight = window_weights(here.shape[1], hidden.device)
+        total[:, window] += weight.to(here.dtype)[:, None] * here
+        weights[window] += weight
+    attended = total / weights.to(total.dtype)[:, None]
+    moved: Tensor = block.ff(block.norm3(attended)) + attended
+    return moved

@@ -1,0 +1,109 @@
+"""Motion adapters and motion LoRAs under AnimateDiff's own names, as its trainer and AnimateDiff-Evolved read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.adapters.motion import read_motion_lora
+from backbone.io.console import UserError, count_of
+from backbone.io.files import atomic_write, write_tensors
+from backbone.models.clips.motion import POSITIONS, name_original, read_motion_adapter
+
+CLOSE = 1e-5  # relative difference of a layer's change that rounding in float32 may leave
+
+
+def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> str:
+    """Write a motion adapter's folder or a motion LoRA as AnimateDiff's file and compare it; a sentence to print.
+
+    Raises `UserError` for what is neither.
+    """
+    whole = source.is_dir() and (source / "config.json").is_file()
+    tensors = _name_adapter(source) if whole else _name_lora(source)
+    kept = {name: value if dtype is None else value.to(dtype) for name, value in tensors.items()}
+    with atomic_write(out) as unfinished:
+        write_tensors(
+            unfinished, {name: value.contiguous() for name, value in kept.items()}, {"format": "pt"}
+        )
+        limit = CLOSE if dtype is None else 8 * torch.finfo(dtype).eps
+        if whole:
+            worst = _apart(
+                _weights(read_motion_adapter(str(source))), _weights(read_motion_adapter(str(unfinished)))
+            )
+        else:
+            worst = _apart(_changes(_lora_file(source)), _changes(unfinished))
+        if not worst <= limit:
+            raise UserError(
+                f"Nothing was written: read back, a layer differs by {worst:.1e} of its size. Leave out --precision."
+            )
+    what = "a motion adapter" if whole else "a motion LoRA"
+    return (
+        f"{out}: {what} under AnimateDiff's names, {count_of(len(kept), 'tensor')}, read back and compared."
+    )
+
+
+def _lora_file(source: Path) -> Path:
+    return source / LORA_WEIGHTS if source.is_dir() else source
+
+
+def _name_lora(source: Path) -> dict[str, Tensor]:
+    """The factors by `….processor.to_q_lora.down.weight`; scales are in the second ones, as such files have none."""
+    tensors, config = read_motion_lora(_lora_file(source))
+    found = {}
+    for name, value in tensors.items():
+        layer, _, factor = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
+        block, _, projection = layer.removesuffix(".0").rpartition(".")
+        if not projection.startswith("to_"):
+            raise UserError(
+                f"{source} changes {layer}, and AnimateDiff's motion LoRAs change attention alone."
+            )
+        rank = int(value.shape[1 if factor == "lora_B" else 0])
+        if factor == "lora_B":
+            value = value.float() * (config.layer_alpha(layer, rank=rank) / rank)
+        end = "up" if factor == "lora_B" else "down"
+        found[f"{name_original(block)}.processor.{projection}_lora.{end}.weight"] = value
+    return found
+
+
+def _name_adapter(source: Path) -> dict[str, Tensor]:
+    """All weights of a motion adapter, and its positions, which such files hold as well."""
+    adapter = cast(Any, read_motion_adapter(str(source)))
+    found = {name_original(name): value for name, value in _weights(adapter).items()}
+    for name, value in cast(nn.Module, adapter).named_buffers():
+        if name.endswith(".pos_embed.pe"):
+            block = name.removesuffix("pos_embed.pe")
+            for attention in ("attn1", "attn2"):
+                found[f"{name_original(block + attention)}.{POSITIONS}"] = value.clone()
+    return found
+
+
+def _weights(adapter: Any) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in cast(nn.Module, adapter).state_dict().items()}
+
+
+def _changes(path: Path) -> dict[str, Tensor]:
+    """ΔW of every layer of a motion LoRA's file."""
+    tensors, config = read_motion_lora(path)
+    found = {}
+    for name, down in tensors.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        layer, rank = name.removesuffix(".lora_A.weight"), int(down.shape[0])
+        up = tensors[f"{layer}.lora_B.weight"].float()
+        found[layer] = config.layer_alpha(layer.removeprefix("unet."), rank=rank) / rank * (up @ down.float())
+    return found
+
+
+def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of a layer; infinite where a layer is not in both."""
+    if set(one) != set(other):
+        return float("inf")
+    return max(
+        float((value.float() - other[name].float()).norm()) / (float(value.float().norm()) or 1.0)
+        for name, value in one.items()
+    )
