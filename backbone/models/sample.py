@@ -183,7 +183,7 @@ def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager
     """Attention over time by windows, where the frames ask for it."""
     if frames is None or not frames.windows("attention"):
         return nullcontext()
-    return attention_cut_to_windows(model.denoiser, frames.window, frames.stride)
+    return attention_in_windows(model.denoiser, frames.window, frames.stride)
 
 
 def _cut_to_window(guide: Callable[[Conditions], Predict], text: Conditions, window: slice) -> Predict:
