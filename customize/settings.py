@@ -283,6 +283,17 @@ class Settings(TrainingSettings):
             choices=tuple(METHODS),
         ),
     ] = "lora"
+    begin_from: Annotated[
+        str,
+        Option(
+            "Begin with what this run of customize train has learned, in place of new weights.",
+            "Method",
+            aliases=("network-weights",),
+            metavar="RUN",
+            default_text="new ones",
+            needs={"method": ("lora", "full")},
+        ),
+    ] = ""
     train_text_encoder: Annotated[
         bool,
         Option("Train an adapter on the text encoders too.", "Method", needs={**A_CONCEPT, **WITH_ADAPTER}),

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from backbone.adapters.concept import Concept
 from backbone.conditions.conditions import Conditions
 from backbone.data.ahead import Movable, Steps
 from backbone.diffusion.losses import debiased, min_snr, squared_error
@@ -34,6 +35,7 @@ from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
+from customize.methods.begin import begin_from
 from customize.methods.registry import trainable
 from customize.settings import Settings
 
@@ -92,6 +94,12 @@ class DreamBooth(Objective):
         self.compiled = CompiledBlocks([model.denoiser]) if settings.compile else None
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
+
+    def begin_from(self, concept: Concept) -> None:
+        """Begin with what an earlier run has learned; `UserError` where it does not fit what is trained."""
+        begin_from(self.model, self.trained, concept)
+        if self.average is not None:
+            self.average = Average(self.parameters, decay=self.settings.ema_decay)
 
     @property
     def images(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,11 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
         "class_noun": "",
         "subject": [one.flag() for one in subjects[1:]],
     }
+    if settings.get("begin_from"):
+        settings["begin_from"] = make_absolute(settings["begin_from"])
     wanted = resolve_settings({**placeholder, **settings}, {})
     refuse_idle(wanted, asked)
+    refuse_other_beginning(wanted)
     require_packages(wanted)
     from customize.data.folders import read_images
 
@@ -79,11 +83,12 @@ def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: floa
     from customize.data.edit_pairs import hold_out, read_edit_pairs, usable_pairs
 
     settings = dict(asked)
-    for name in ("pairs", "scorer"):
-        if name in settings:
+    for name in ("pairs", "scorer", "begin_from"):
+        if settings.get(name):
             settings[name] = make_absolute(settings[name])
     wanted = resolve_settings({"images": "", "token": "", "class_noun": "", **settings}, {})
     refuse_idle(wanted, asked)
+    refuse_other_beginning(wanted)
     require_packages(wanted)
     pairs = usable_pairs(read_edit_pairs(asked["pairs"]), skip_bad=wanted.skip_bad)
     hold_out(pairs, wanted.held_out)
@@ -93,13 +98,32 @@ def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: floa
     return train_edits(settings, pairs, out=out or Path("runs") / run_name(asked["pairs"]), vram=vram)
 
 
+def refuse_other_beginning(wanted: Settings) -> None:
+    """`UserError` unless what is to be begun from is a run that learned the same kind of thing."""
+    if not wanted.begin_from:
+        return
+    from backbone.adapters.concept import EDITS, read_concept
+
+    if Path(wanted.begin_from).is_file():
+        raise UserError(
+            f"--begin-from {wanted.begin_from} is a file, and a run folder is needed. Make one: customize import "
+            f"{shlex.quote(wanted.begin_from)} --out runs/before"
+        )
+    kind, found = EDITS if wanted.pairs else wanted.method, read_concept(wanted.begin_from).kind
+    if found != kind:
+        raise UserError(
+            f"{wanted.begin_from} is of the method {found}, and {kind} is trained here. Name a run of {kind}, or leave "
+            "--begin-from out."
+        )
+
+
 def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
     """The given settings in the form in which a run saves them: absolute paths, {token} in the instance prompt."""
     from customize.data.folders import as_template
 
     kept = dict(asked)
-    for name in ("images", "pairs", "scorer"):
-        if name in kept:
+    for name in ("images", "pairs", "scorer", "begin_from"):
+        if kept.get(name):
             kept[name] = make_absolute(kept[name])
     if "class_images" in kept:
         kept["class_images"] = tuple(make_absolute(folder) for folder in kept["class_images"])

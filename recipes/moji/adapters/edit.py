@@ -70,6 +70,10 @@ class EditorSettings:
     learning_rate: Annotated[
         float, Option("Learning rate of the adapter and the new input channels.", "Training", min=0)
     ] = 1e-3
+    begin_from: Annotated[
+        str,
+        Option("Begin with a run's weights, or moji-edit's.", "Training", metavar="RUN", default_text="new ones"),
+    ] = ""
     held_out: Annotated[
         int, Option("Held-out pairs, by which the best checkpoint is chosen.", DATA, min=0)
     ] = 10
@@ -90,6 +94,7 @@ def train(wanted: EditorSettings) -> None:
         "pairs": str(folder), "lora_layers": "all", "lr_warmup_steps": min(200, steps),
         "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "skip_bad": True,
         **{name: getattr(wanted, name) for name in TOLD},
+        **({"begin_from": wanted.begin_from} if wanted.begin_from else {}),
     }  # fmt: skip
     start(asked, out=wanted.out)
 

@@ -1,0 +1,104 @@
+"""A run that begins with what an earlier one has learned, in place of new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors
+from customize.methods.weights import CHANGED
+from customize.training.start import start
+from tests.customize.training.test_edits import lay
+
+NOTHING = 1e-12  # a learning rate by which nothing moves
+
+
+@pytest.fixture
+def learn(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A run of one step on two images, by settings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    for number, colour in enumerate(("red", "green")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "dog" / f"{number}.png")
+
+    def run(name: str, **asked: Any) -> Path:
+        of = (
+            {} if "pairs" in asked else {"images": "dog", "token": "[V]", "class_noun": "dog", "prior": "off"}
+        )
+        usual = {
+            **of, "model": str(tiny_folder), "steps": 1, "batch": 2, "rank": 2, "lora_alpha": 2.0,
+            "lr_warmup_steps": 0, "evaluation_steps": 0, "sample_steps": 1, "sheet_prompts": ("a dog",),
+            "device": "cpu", "precision": "fp32", "learning_rate": 1e-2,
+        }  # fmt: skip
+        left_out = ["sheet_prompts"] if "pairs" in asked else []
+        left_out += ["rank", "lora_alpha"] if asked.get("method") == "full" else []
+        usual = {name: value for name, value in usual.items() if name not in left_out}
+        return start(usual | asked, out=Path("runs") / name)
+
+    return run
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = read_tensors(one)[0], read_tensors(other)[0]
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[name].float(), second[name].float(), atol=1e-6) for name in first
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"train_text_encoder": True, "text_encoder_lr": 1e-2},
+        {"adapter": "dora", "ema_decay": 0.9},
+    ],
+    ids=["lora", "text encoders", "dora"],
+)
+def test_a_run_begins_with_the_adapter_of_another(learn: Callable[..., Path], more: dict[str, Any]) -> None:
+    learn("first", **more)
+    still = {
+        **more,
+        "learning_rate": NOTHING,
+        **({"text_encoder_lr": NOTHING} if "text_encoder_lr" in more else {}),
+    }
+    new, on = learn("new", **still), learn("on", begin_from="runs/first", **still)
+    assert same(on / LORA_WEIGHTS, Path("runs/first") / LORA_WEIGHTS)
+    assert not same(on / LORA_WEIGHTS, new / LORA_WEIGHTS)
+
+
+def test_whole_weights_are_begun_with(learn: Callable[..., Path]) -> None:
+    first = learn("first", method="full", learning_rate=2e-2)
+    on = learn("on", method="full", learning_rate=NOTHING, begin_from=str(first))
+    change, again = (read_tensors(run / CHANGED)[0] for run in (first, on))
+    assert all(torch.allclose(change[name].float(), again[name].float(), atol=2e-5) for name in change)
+    assert max(value.abs().max() for value in again.values()) > 1e-4
+
+
+def test_an_editor_goes_on_with_its_input_channels_too(learn: Callable[..., Path], tmp_path: Path) -> None:
+    pairs = str(lay(tmp_path / "pairs"))
+    first = learn("first", pairs=pairs, held_out=1)
+    on = learn("on", pairs=pairs, held_out=1, learning_rate=NOTHING, begin_from=str(first))
+    assert same(on / LORA_WEIGHTS, first / LORA_WEIGHTS) and same(on / CHANGED, first / CHANGED)
+
+
+def test_what_does_not_fit_is_refused_with_the_flag_that_would(learn: Callable[..., Path]) -> None:
+    first = learn("first")
+    for more, said in (
+        ({"rank": 4}, "--rank 2"),
+        ({"lora_alpha": 4.0}, "--lora-alpha"),
+        ({"adapter": "dora"}, "--adapter"),
+        ({"lora_layers": "all"}, "other layers"),
+        ({"train_text_encoder": True}, "text"),
+        ({"method": "full"}, "of the method lora"),
+        ({"begin_from": str(first / LORA_WEIGHTS)}, "customize import"),
+        ({"begin_from": "runs/nope"}, "runs/nope"),
+    ):
+        with pytest.raises(UserError, match=said):
+            learn("on", **{"begin_from": str(first), **more})  # the folder is not taken by a failed try
