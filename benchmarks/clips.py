@@ -261,7 +261,7 @@ def draw_planned(model: Backbone, number: int, clip: Clip, steps: int, guidance:
     said, _, maps = plan_motion(replace(clip, camera="").caption(), clip.frames)
     planned = [condition_clips(model, POSE, maps, (SIDE, SIDE)).control] if maps else []
     frames = Frames(clip.frames, shared=1.0)
-    with link_frames(model.denoiser, clip.frames):
+    with link_frames(model, clip.frames):
         return draw_frames(model, Request(said, (number, 0)), frames, planned, steps, guidance)
 
 

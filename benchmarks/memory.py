@@ -141,9 +141,8 @@ def main(
             rows.append(count(name, model, sorted(vram)))
             bar.advance()
     write_text(out / "memory.md", table_of(rows, sorted(vram)))
-    write_json(
-        out / "memory.json", [row._asdict() | {"plans": [one._asdict() for one in row.plans]} for row in rows]
-    )
+    record = [row._asdict() | {"plans": [one._asdict() for one in row.plans]} for row in rows]
+    write_json(out / "memory.json", {"rows": record})
     typer.echo((out / "memory.md").read_text())
 
 

@@ -54,7 +54,7 @@ class Movable:
             name: tensor(value) if isinstance(value, Tensor) else part(value)
             for name, value in self._moved().items()
         }
-        return replace(cast(Any, self), **changed)
+        return cast(Self, replace(cast(Any, self), **changed))
 
 
 Moved = TypeVar("Moved", bound=Movable)

@@ -26,7 +26,9 @@ def select_weights(denoiser: nn.Module, pattern: str) -> dict[str, Tensor]:
 
     Stable Diffusion 3.5's `attn2` attends to the image.
     """
-    matching = {name: value for name, value in denoiser.named_parameters() if re.search(pattern, name)}
+    matching: dict[str, Tensor] = {
+        name: value for name, value in denoiser.named_parameters() if re.search(pattern, name)
+    }
     if pattern != CROSS_ATTENTION:
         return matching
     layers = {name: denoiser.get_submodule(name.rpartition(".to_")[0]) for name in matching}

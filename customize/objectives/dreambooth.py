@@ -64,11 +64,14 @@ class Batch(Movable):
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
         """The samples of all parts, concatenated, without conditions."""
-        return Batch(*(torch.cat(column) for column in zip(*(part.columns() for part in parts), strict=True)))
+        columns = zip(*(part.columns() for part in parts), strict=True)
+        noisy, level, wanted, weight, prompts = map(torch.cat, columns)
+        return Batch(noisy, level, wanted, weight, prompts)
 
     def part(self, rows: slice) -> Batch:
         """Only these samples, without conditions."""
-        return Batch(*(column[rows] for column in self.columns()))
+        noisy, level, wanted, weight, prompts = (column[rows] for column in self.columns())
+        return Batch(noisy, level, wanted, weight, prompts)
 
     def columns(self) -> tuple[Tensor, ...]:
         """What there is a row of for each sample, without conditions."""

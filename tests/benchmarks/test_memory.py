@@ -34,7 +34,7 @@ def test_a_row_says_what_a_smaller_device_takes() -> None:
 @pytest.mark.slow
 def test_the_table_is_counted_and_written(tmp_path: Path) -> None:
     main(["sd15"], vram=[4.0], out=tmp_path)
-    (row,) = read_json(tmp_path / "memory.json")
+    (row,) = read_json(tmp_path / "memory.json")["rows"]
     assert row["parameters"] == 859_520_964 and 3 < row["phases"]["training"] / GIB < 5
     assert [plan["vram"] for plan in row["plans"]] == [4.0] and row["plans"][0]["most"] < 4 * GIB
     with pytest.raises(UserError, match="no published shape sd16"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from backbone.data.ahead import Steps, work_ahead
+from backbone.data.ahead import Movable, Steps, work_ahead
 from backbone.io.console import UserError
 
 
@@ -36,17 +37,27 @@ def test_a_worker_that_dies_is_one_sentence() -> None:
 
 
 @dataclass
-class Number:
+class Number(Movable):
     value: Tensor
 
-    def to(self, device: torch.device) -> Number:
-        return Number(self.value.to(device))
 
-    def pin_memory(self) -> Number:
-        return self
+@dataclass
+class Several(Movable):
+    on_host: ClassVar[tuple[str, ...]] = ("row",)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.value]
+    value: Tensor
+    row: Tensor
+    inner: Number | None
+
+
+def test_a_batch_takes_its_tensors_to_a_device_and_leaves_what_indexes_tables() -> None:
+    value, row = torch.zeros(2), torch.tensor([1, 0])
+    batch = Several(value, row, Number(value + 1))
+    moved = batch.to(torch.device("meta"))
+    assert moved.inner is not None
+    assert moved.value.is_meta and moved.inner.value.is_meta and moved.row is row
+    assert [tensor.tolist() for tensor in batch.tensors()] == [[0, 0], [1, 1]]
+    assert Several(value, row, None).to(torch.device("meta")).inner is None
 
 
 def test_steps_are_made_in_order_and_again_from_any_one() -> None:
