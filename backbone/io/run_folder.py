@@ -140,6 +140,12 @@ def refuse_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] |
         refuse_filled(named)
 
 
+def refuse_finished(folder: Path | None) -> None:
+    """`UserError` for a named folder with contents, before it is known what a command that was stopped there wrote."""
+    if folder is not None and not (folder / UNFINISHED).is_file():
+        refuse_filled(folder)
+
+
 @contextmanager
 def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """The folder that a command writes, kept for it: `named`, new or empty, or `usual`, numbered where that exists.

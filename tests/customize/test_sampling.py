@@ -206,6 +206,12 @@ def test_images_that_were_drawn_before_a_stop_are_kept_and_the_same_command_draw
     assert "is not empty" in refused(*words, out)
 
 
+def test_a_concept_is_named_once(tmp_path: Path, run: Path, quick: Any) -> None:
+    twice = ("--concept", run, "--concept", f"{run}/", "--checkpoint", "last")
+    assert "is given twice" in refused("sample", "a [V] dog", *twice, *quick, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(run: Path, *, out: Path, **how: Any) -> dict[str, Any]:
         if fails:
