@@ -27,8 +27,8 @@ from backbone.cli.flags import (
 from backbone.cli.options import Option, command, settled_command
 from backbone.cli.sampling import CountOption, DrawingOptions, FewStepOptions
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
-from backbone.io.files import read_json, refuse_filled
-from backbone.io.run_folder import hold_new_folder, run_name
+from backbone.io.files import read_json
+from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
@@ -246,8 +246,7 @@ def sample(asked: SampleOptions) -> None:
         resolve_placeholder_tokens(prompt, concepts)  # user errors are raised before torch is imported
     controls, on = asked.controls, asked.few_step
     refuse_from_source(controls)
-    if asked.out is not None:
-        refuse_filled(asked.out)
+    refuse_finished(asked.out)
     from customize.sampling import RECORD, Beside, sample_to_folder
 
     beside = Beside(asked.references, controls)

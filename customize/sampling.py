@@ -23,8 +23,8 @@ from backbone.cli.conditions import AskedControl
 from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import progress
-from backbone.io.files import write_json
-from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
+from backbone.io.files import content_hash, write_json
+from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder, refuse_unwritable
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.decode import open_named
@@ -85,12 +85,13 @@ def sample_to_folder(
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    `out` is new or empty; None stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those
-    that `asked` names, read already. Images are as large as the concepts' training images, where no size is asked for.
-    `on` is a few-step model, made from the one that the concepts were trained on, that draws in its place;
-    OWN_FEW_STEP is the one that is known to go with it. `vram` is the device's memory in GiB to plan for. The maps of
-    conditions on the layout are written as `condition-0-sketch.png` … and stand beside the images in the sheet. Image
-    (i, j) depends on the seed, i and j alone, and several processes share the work.
+    `out` is new or empty, or one in which the same was stopped: what is there already is not drawn again. None stands
+    for `samples/`, or `samples-2/` … where that exists. `concepts` are those that `asked` names, read already. Images
+    are as large as the concepts' training images, where no size is asked for. `on` is a few-step model, made from the
+    one that the concepts were trained on, that draws in its place; OWN_FEW_STEP is the one that is known to go with it.
+    `vram` is the device's memory in GiB to plan for. The maps of conditions on the layout are written as
+    `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends on the seed, i and j
+    alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
@@ -102,7 +103,7 @@ def sample_to_folder(
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(beside.references))
-    refuse_new_folder(out, SAMPLES)
+    refuse_unwritable(out or SAMPLES.parent)
     if vram is not None:
         work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
@@ -115,10 +116,17 @@ def sample_to_folder(
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
-    with _hold_folder(out) as folder:
+    what = {
+        **_describe(name, asked, concepts, conditions, beside.references),
+        "prompts": expanded,
+        "contents": _hash_contents(backbone, concepts, conditions, beside.references),
+    }
+    refuse_new_folder(out, SAMPLES, what)
+    missing = [one for one in requests if out is None or not (out / image_name(one)).exists()]
+    with _hold_folder(out, what) as folder:
         shown = encode_references(backbone, [open_named(path) for path in beside.references])
         facts = {"model": name, **asked.facts(), **_brief(concepts, asked.scale, conditions)}
-        _write_images(backbone, requests, folder, Drawing(prompts, asked, facts, conditions, shown))
+        _write_images(backbone, missing, folder, Drawing(prompts, asked, facts, conditions, shown))
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
             record = {
@@ -181,6 +189,15 @@ def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condi
     }
 
 
+def _hash_contents(
+    model: Backbone, concepts: Sequence[Concept], conditions: Sequence[Condition], references: Sequence[str]
+) -> list[str]:
+    """The hashes of all that images are drawn with: weights, maps, images beside the prompts."""
+    files = [one.folder / name for one in concepts for name in (one.weights, one.words, one.changed) if name]
+    maps = [content_hash(condition.map.tobytes()) for condition in conditions]
+    return [model.fingerprint, *map(content_hash, [*files, *map(Path, references)]), *maps]
+
+
 def _describe(
     name: str,
     asked: DrawingOptions,
@@ -201,11 +218,13 @@ def _describe(
 
 
 @contextmanager
-def _hold_folder(out: Path | None) -> Iterator[Path]:
+def _hold_folder(out: Path | None, what: Mapping[str, Any]) -> Iterator[Path]:
     """The new folder, made and kept by the main process; the others learn its number."""
-    processes.barrier()  # now every process has seen that it is free
+    processes.barrier()  # now every process has seen that it is free, and what it lacks
     with ExitStack() as held:
-        made = held.enter_context(hold_new_folder(out, SAMPLES)) if processes.is_main_process() else SAMPLES
+        made = SAMPLES
+        if processes.is_main_process():
+            made = held.enter_context(hold_new_folder(out, SAMPLES, what))
         if out is None:
             number = int(made.name.removeprefix(SAMPLES.name).lstrip("-") or 1)
             number = int(processes.reduce_sum([number if processes.is_main_process() else 0])[0])

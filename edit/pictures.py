@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from backbone.models.model import Backbone
 
+CROPPED = 0.15  # of an image: less is due to the sizes that a model works in
+
 
 @dataclass(frozen=True, eq=False)
 class SourceImage:
@@ -115,8 +117,21 @@ def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
 
 def show_image(model: Backbone, source: SourceImage) -> Image.Image:
     """An image as a model is shown it: cropped to the nearest shape that it works in, at about its own size."""
-    size = working_size(source.image.size, area=model.resolution**2, unit=2 * model.factor)
+    size = _working_size(model, source.image.size, source.name or "The image")
     return crop_and_resize(source.image, size)
+
+
+def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int, int]:
+    """The size (W, H) at which a model works on an image of its own size; says so where much of it is cropped off."""
+    size = working_size(own, area=model.resolution**2, unit=2 * model.factor)
+    shapes = (own[0] / own[1], size[0] / size[1])
+    lost = 1 - min(shapes) / max(shapes)
+    if lost > CROPPED:
+        notify_once(
+            f"{name} is {own[0]} × {own[1]} pixels, and shapes up to 2 : 1 are edited: {lost:.0%} of it is cropped "
+            "off, at both ends alike. Edit a part of it, where that matters."
+        )
+    return size
 
 
 def encode_film(model: Backbone, film: Film) -> EncodedImage:
@@ -136,7 +151,7 @@ def encode_film(model: Backbone, film: Film) -> EncodedImage:
 
 def show_film(model: Backbone, film: Film) -> list[Image.Image]:
     """The frames of a clip as a model is shown them."""
-    size = working_size(film.size, area=model.resolution**2, unit=2 * model.factor)
+    size = _working_size(model, film.size, film.name or "The clip")
     return [crop_and_resize(frame, size) for frame in film.frames]
 
 

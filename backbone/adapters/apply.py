@@ -27,8 +27,14 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
     """
     if not math.isfinite(scale):
         raise UserError(f"The scale of the concepts is {scale}, which is no strength. Give a finite number.")
+    folders = [concept.folder.resolve() for concept in concepts]
     for concept in concepts:
         check_concept_fits(concept, model)
+        if folders.count(concept.folder.resolve()) > 1:
+            raise UserError(
+                f"{concept.folder} is given twice, which would double its strength. Name it once; --scale is its "
+                "strength."
+            )
     names = []
     for number, concept in enumerate(concepts):
         if concept.changed:

@@ -25,6 +25,7 @@ OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
+LETTER = rf"[^\W{UNSPACED}]"
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++; --w 512; {red|blue}
     re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}"): "weights of words",
     re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",
@@ -158,6 +159,7 @@ def resolve_placeholder_tokens(
 
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
+    _refuse_two_meanings(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
     for pattern, what in FOREIGN_SYNTAX.items():
         if found := pattern.search(prompt):
@@ -179,21 +181,50 @@ def resolve_placeholder_tokens(
 
 
 def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
-    """Replace the concepts' tokens by their words, whole words only; everything else is left as it is."""
+    """Replace the concepts' tokens by their words, whole words only; everything else is left as it is.
+
+    Words that would grow together with a letter beside a token, as in “[V]s”, get a space.
+    """
     words = {token: words for concept in concepts for token, words in concept.tokens.items()}
     if not words:
         return prompt
     longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
     pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
-    return re.sub(pattern, lambda found: words[found[0]], prompt)
+
+    def written(found: re.Match[str]) -> str:
+        said, text = words[found[0]], found.string
+        before = _grow_together(text[: found.start()][-1:], said[:1])
+        after = _grow_together(said[-1:], text[found.end() :][:1])
+        return f"{' ' * before}{said}{' ' * after}"
+
+    return re.sub(pattern, written, prompt)
+
+
+def _grow_together(one: str, other: str) -> bool:
+    """Whether two characters beside each other are one word's."""
+    return bool(re.fullmatch(f"{LETTER}{{2}}", one + other))
+
+
+def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
+    """`UserError` for a prompt with a token that stands for different words in two of the concepts."""
+    owners: dict[str, Concept] = {}
+    for concept in concepts:
+        for token, words in concept.tokens.items():
+            first = owners.setdefault(token, concept)
+            learned = words.split()[:1] == [token] and concept.folder != first.folder
+            if (first.tokens[token] != words or learned) and mentions(prompt, token):
+                raise UserError(
+                    f"{token} is a token of {first.folder} and of {concept.folder}, and stands for something else in "
+                    f"each. Merge them, which gives each its own: customize merge {first.folder} {concept.folder} "
+                    "--out FOLDER"
+                )
 
 
 def word_pattern(token: str) -> str:
     """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
     what is written without spaces (Chinese, Japanese, Korean)."""
-    letter = rf"[^\W{UNSPACED}]"
-    before = f"(?<!{letter})" if re.match(letter, token) else ""
-    after = f"(?!{letter})" if re.match(letter, token[-1:]) else ""
+    before = f"(?<!{LETTER})" if re.match(LETTER, token) else ""
+    after = f"(?!{LETTER})" if re.match(LETTER, token[-1:]) else ""
     return f"{before}{re.escape(token)}{after}"
 
 

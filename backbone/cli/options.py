@@ -622,7 +622,9 @@ def read_settings(declared: Callable[..., Made], path: Path) -> Made:
     try:
         return build(declared, values)
     except UserError as error:
-        raise UserError(f"{path} was not written by this version: {error} Start the run anew.") from error
+        raise UserError(
+            f"{path} was written by another version: {error} Update Limner, or start the run anew."
+        ) from error
 
 
 def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:

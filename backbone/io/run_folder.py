@@ -10,18 +10,22 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import (
+    json_text,
     make_empty_folder,
     make_numbered_folder,
+    read_json,
     read_jsonl,
     refuse_filled,
     remove_abandoned,
+    write_json,
     write_text,
 )
 from backbone.io.records import read_as
@@ -35,6 +39,7 @@ LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "condition_fidelity.jsonl", "report.html"),
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
+UNFINISHED = "unfinished.json"  # of a folder that a command is filling, or was stopped in
 WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
 OF_A_FILE = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
@@ -128,29 +133,56 @@ def hold_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def refuse_new_folder(named: Path | None, usual: Path) -> None:
+def refuse_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | None = None) -> None:
     """`UserError` for a folder that `hold_new_folder` could not make, to be called before anything is computed."""
     refuse_unwritable(named or usual.parent)
-    if named is not None:
+    if named is not None and not _is_continued(named, what):
         refuse_filled(named)
 
 
+def refuse_finished(folder: Path | None) -> None:
+    """`UserError` for a named folder with contents, before it is known what a command that was stopped there wrote."""
+    if folder is not None and not (folder / UNFINISHED).is_file():
+        refuse_filled(folder)
+
+
 @contextmanager
-def hold_new_folder(named: Path | None, usual: Path) -> Iterator[Path]:
+def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """The folder that a command writes, kept for it: `named`, new or empty, or `usual`, numbered where that exists.
 
-    After a failure that left nothing in it, it is gone again.
+    After a failure that left nothing in it, it is gone again. `what` is all that its files depend on: where a command
+    of the same was stopped, or killed, `named` is taken as it is, and its files, each of them whole, need not be made
+    again. UNFINISHED says so until the end.
     """
-    refuse_new_folder(named, usual)
-    folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
+    refuse_new_folder(named, usual, what)
+    goes_on = named is not None and _is_continued(named, what)
+    folder = named if named is not None and goes_on else None
+    if folder is None:
+        folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
     with hold_folder(folder):
-        refuse_filled(folder)  # by a command that has been quicker
+        if not (goes_on and _is_continued(folder, what)):
+            refuse_filled(folder)  # by a command that has been quicker
+        if what is not None:
+            write_json(folder / UNFINISHED, what)
         try:
             yield folder
         except BaseException:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            if folder.is_dir() and not {entry.name for entry in folder.iterdir()} - {UNFINISHED}:
+                shutil.rmtree(folder)
             raise
+        (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _is_continued(folder: Path, what: Mapping[str, Any] | None) -> bool:
+    """Whether a command that writes `what` was stopped in a folder; `UserError` where one of something else was."""
+    if what is None or not (folder / UNFINISHED).is_file():
+        return False
+    if read_json(folder / UNFINISHED) != json.loads(json_text(what)):
+        raise UserError(
+            f"{folder} holds what another command was writing when it was stopped. Repeat that one, name another "
+            "folder, or remove this one."
+        )
+    return True
 
 
 def name_beside(run: Path, end: str) -> Path:

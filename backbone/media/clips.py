@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -161,10 +162,10 @@ def is_see_through(frame: Image.Image) -> bool:
 
 
 def _even(
-    frames: tuple[Image.Image, ...], lasting: Sequence[float], path: Path
+    frames: tuple[Image.Image, ...], lasting: Sequence[float], path: Path, unit: float = 0.0
 ) -> tuple[tuple[Image.Image, ...], float]:
-    """Frames that last equally long: those of unlike durations are repeated, which is said."""
-    shortest = min(lasting)
+    """Frames that last equally long, `unit` or the shortest: others are repeated, which is said."""
+    shortest = unit or min(lasting)
     repeats = [max(1, round(one / shortest)) for one in lasting]
     if max(repeats) > 1:
         total = sum(repeats)
@@ -213,19 +214,39 @@ def _read_video(path: Path) -> Film:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            fps = float(stream.average_rate or USUAL_FPS)
+            fps, aspect = float(stream.average_rate or USUAL_FPS), float(stream.sample_aspect_ratio or 1)
             frames: list[Image.Image] = []
+            shown: list[float] = []
             for frame in container.decode(stream):
                 if len(frames) == MOST_FRAMES:
                     raise UserError(f"{path} has more than {MOST_FRAMES} frames, which are the most. Cut it.")
-                frames.append(frame.to_image().convert("RGB"))
+                frames.append(
+                    _upright(frame.to_image().convert("RGB"), aspect, getattr(frame, "rotation", 0))
+                )
+                shown.append(len(shown) / fps if frame.time is None else float(frame.time))
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as a film ({str(error)[:80]}). Convert it to .mp4 or frames."
         ) from error
     if not frames:
         raise UserError(f"{path} holds no frames. Copy it again.")
+    lasting = [1000 * (after - before) for before, after in pairwise(shown)]
+    usual = median_low(lasting) if lasting else 0.0
+    if usual > 0 and max(lasting) >= 1.5 * usual:  # of a phone, or a recorded screen
+        return Film(*_even(tuple(frames), [*lasting, usual], path, usual), str(path), content_hash(path))
     return Film(tuple(frames), fps, str(path), content_hash(path))
+
+
+def _upright(frame: Image.Image, aspect: float, turned: int) -> Image.Image:
+    """A film's frame as players show it: its pixels `aspect` times as wide as high, `turned` by so many degrees.
+
+    Phones store films as the sensor lies, and note how they were held.
+    """
+    if aspect != 1:
+        frame = frame.resize((max(1, round(frame.width * aspect)), frame.height), Image.Resampling.LANCZOS)
+    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    turn = turns.get(turned % 360)
+    return frame if turn is None else frame.transpose(turn)
 
 
 def import_av(what: str) -> Any:

@@ -208,7 +208,12 @@ def _begin(out: Path, facts: PreparedFacts) -> None:
         write_json(out / FILE, asdict(facts))
         return
     before, now = asdict(read_facts(out, facts.kind)), asdict(facts)
-    for name in now.keys() - {"bad", "finished"}:
+    told = {"bad", "finished"}
+    if now["listing"] and now["listing"] == before["listing"]:
+        told.add("source")  # which has moved, or is named from another folder
+    if now["encoder"] == before["encoder"]:
+        told.add("model")
+    for name in [name for name in now if name not in told]:
         if now[name] == before[name] or (name == "listing" and not before[name]):
             continue
         if name == "listing" and now["records"] == before["records"]:

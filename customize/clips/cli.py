@@ -14,8 +14,9 @@ from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.cli.options import command, settled_command
 from backbone.io.console import UserError, count_of, notify
-from backbone.io.files import read_json, refuse_filled
+from backbone.io.files import read_json
 from backbone.io.records import read_as
+from backbone.io.run_folder import refuse_finished
 from backbone.training.settings import RunFolderOptions, read_run_settings
 from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import (
@@ -68,8 +69,7 @@ def clip(asked: ClipOptions) -> None:
     refuse_from_source(asked.controls)
     for prompt in prompts if asked.camera else ():
         refuse_other_camera(prompt, asked.camera)
-    if asked.out is not None:
-        refuse_filled(asked.out)
+    refuse_finished(asked.out)
     from customize.clips.draw import draw_clips
 
     report_clips(draw_clips(prompts, asked, concepts=concepts), len(prompts) * asked.count, asked)
@@ -77,8 +77,7 @@ def clip(asked: ClipOptions) -> None:
 
 def clip_of_pictures(asked: ClipOptions) -> None:
     """Clips of a model that reads a picture and no words."""
-    if asked.out is not None:
-        refuse_filled(asked.out)
+    refuse_finished(asked.out)
     from customize.clips.picture import draw_pictures
 
     report_clips(draw_pictures(asked), len(asked.images) * asked.count, asked)

@@ -80,7 +80,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
-    refuse_new_folder(asked.out, CLIPS)
+    what = describe_clips(model, prompts, asked, concepts)
+    refuse_new_folder(asked.out, CLIPS, what)
     model = fit_clips(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = frames_of(asked)
@@ -102,10 +103,10 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     ]
     scenes = [(some, (*held, *plan.controls)) for some, plan in zip(requests, plans, strict=True)]
     every = [request for some in requests for request in some]
-    with hold_new_folder(asked.out, CLIPS) as folder:
+    with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
         films = write_films(folder, every, sample_films(model, scenes, asked, frames), asked)
         record = {
-            **describe_clips(model, prompts, asked, concepts),
+            **what,
             **describe_given_frames(asked, places),
             **describe_conditions(conditions),
             "seconds": round(time.perf_counter() - began, 2),

@@ -63,7 +63,8 @@ def draw_pictures(asked: ClipOptions) -> Path:
         )
     width, height = choose_size(model, pictures[0].size, asked)
     asked = replace(asked, width=width, height=height, resolution=None)
-    refuse_new_folder(asked.out, CLIPS)
+    what = describe(model, asked)
+    refuse_new_folder(asked.out, CLIPS, what)
     if asked.frames > model.latent_shape[1]:
         notify(
             f"{model.location.name} was trained on {model.latent_shape[1]} frames together: {asked.frames} may hold "
@@ -74,7 +75,7 @@ def draw_pictures(asked: ClipOptions) -> Path:
         model, asked = plan_for(model, asked, asked.vram, beside=count_bytes(loras))
     began = time.perf_counter()
     load_loras(model.denoiser, loras, scale=asked.scale)
-    with hold_new_folder(asked.out, CLIPS) as folder:
+    with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
         keys = [(i, j) for i in range(len(pictures)) for j in range(asked.count)]
         latents = draw_latents(model, show_pictures(asked, pictures), keys, asked)
         names = [path.name for path in asked.images]
@@ -84,7 +85,9 @@ def draw_pictures(asked: ClipOptions) -> Path:
                 [to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()]
             )
             write_film(folder / film_name(request), films[-1], asked.fps, mp4=asked.mp4)
-        publish(folder, requests, names, films, describe(model, asked, time.perf_counter() - began), {})
+        seconds = round(time.perf_counter() - began, 2)
+        record = {**describe(model, asked), "seconds": seconds, "versions": package_versions()}
+        publish(folder, requests, names, films, record, {})
     return folder
 
 
@@ -203,8 +206,8 @@ def plan_for(
     return placed, replace(asked, decode_chunk_size=plan.choice.chunk)
 
 
-def describe(model: Backbone, asked: ClipOptions, seconds: float) -> dict[str, Any]:
-    """The record."""
+def describe(model: Backbone, asked: ClipOptions) -> dict[str, Any]:
+    """What clips were asked for, the command that repeats it among it."""
     kept = replace(asked, out=None, as_json=False)
     return {
         "command": as_command("customize clip", kept),
@@ -221,6 +224,4 @@ def describe(model: Backbone, asked: ClipOptions, seconds: float) -> dict[str, A
         **({"lora": [str(path) for path in asked.lora], "scale": asked.scale} if asked.lora else {}),
         **asked.facts(),
         "guided": list(asked.guided),
-        "seconds": round(seconds, 2),
-        "versions": package_versions(),
     }

@@ -11,7 +11,7 @@ import typer
 from backbone.cli import flags
 from backbone.cli.commands import print_json
 from backbone.cli.flags import OUTPUT, option
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, count_of, notify
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -236,7 +236,7 @@ def merge(
 
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
-    notify(f"{out} holds {len(parts)} adapters in one.{called}")
+    notify(f"{out} holds {count_of(len(parts), 'adapter')} in one.{called}")
 
 
 def extract(

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import customize.sampling
 from backbone.adapters.concept import BEST, Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
@@ -175,6 +176,40 @@ def test_nothing_that_was_drawn_is_overwritten(
     assert "Seed: 0, Size: 64x64, Model: " in texts["parameters"]
     assert json.loads(texts["limner"])["prompt_number"] == 0
     assert str(tmp_path) not in str(texts)
+
+
+def test_images_that_were_drawn_before_a_stop_are_kept_and_the_same_command_draws_the_rest(
+    tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("sample", "a dog", "a cat", *quick, "--count", 2, "--batch", 1, "--out")
+    assert invoked(*words, tmp_path / "quiet").exit_code == 0
+    out, written = tmp_path / "struck", customize.sampling.save_png
+
+    def stop(path: Path, *what: Any, **how: Any) -> None:
+        if len(list(out.glob("p*.png"))) == 2:
+            raise KeyboardInterrupt
+        written(path, *what, **how)
+
+    with monkeypatch.context() as struck:
+        struck.setattr("customize.sampling.save_png", stop)
+        assert invoked(*words, out).exit_code != 0
+    before = {path: path.stat().st_mtime_ns for path in out.glob("p*.png")}
+    assert len(before) == 2
+    other = refused("sample", "a dog", "a red cat", *quick, "--count", 2, "--batch", 1, "--out", out)
+    assert "what another command was writing" in other
+    assert invoked(*words, out).exit_code == 0
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    names = sorted(path.name for path in (tmp_path / "quiet").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    for name in (name for name in names if name.endswith(".png")):
+        assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
+    assert "is not empty" in refused(*words, out)
+
+
+def test_a_concept_is_named_once(tmp_path: Path, run: Path, quick: Any) -> None:
+    twice = ("--concept", run, "--concept", f"{run}/", "--checkpoint", "last")
+    assert "is given twice" in refused("sample", "a [V] dog", *twice, *quick, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

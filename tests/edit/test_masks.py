@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.masks import load_latent_mask
-from edit.pictures import EncodedImage, ImageLike, encode_image
+from edit.pictures import EncodedImage, ImageLike, SourceImage, encode_image, show_image
 from edit.run.run import perform
 from tests.edit.models import photo
 
@@ -111,3 +113,21 @@ def test_a_photograph_of_any_size_is_encoded_and_its_mask_fits(tiny: Backbone, s
     assert encoded.pixels.shape[1] * encoded.pixels.shape[2] == pytest.approx(64 * 64, rel=0.3)
     white = load_latent_mask(Image.new("L", size, 255), encoded)
     assert white is not None and bool(white.all()) and white.shape == encoded.latent.shape[-2:]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((1200, 900), ""),
+        ((512, 257), ""),
+        ((1500, 500), "33% of it is cropped off"),
+        ((8, 3000), "99% of it"),
+    ],
+)
+def test_what_is_cropped_off_a_long_image_is_said(
+    size: tuple[int, int], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = SimpleNamespace(resolution=128, factor=8)
+    show_image(model, SourceImage(Image.new("RGB", size), f"{size}", ""))
+    heard = capsys.readouterr().err
+    assert said in heard if said else not heard

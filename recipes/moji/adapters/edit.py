@@ -72,7 +72,9 @@ class EditorSettings:
     ] = 1e-3
     begin_from: Annotated[
         str,
-        Option("Begin with a run's weights, or moji-edit's.", "Training", metavar="RUN", default_text="new ones"),
+        Option(
+            "Begin with a run's weights, or moji-edit's.", "Training", metavar="RUN", default_text="new ones"
+        ),
     ] = ""
     held_out: Annotated[
         int, Option("Held-out pairs, by which the best checkpoint is chosen.", DATA, min=0)

@@ -15,6 +15,7 @@ from backbone.adapters.concept import (
     choose_rare_words,
     needs_whole_base,
     read_concept,
+    replace_tokens,
     resolve_placeholder_tokens,
 )
 from backbone.io.console import UserError
@@ -133,3 +134,30 @@ def test_low_rank_factors_alone_leave_a_base_in_few_bits(
         write_tensors(tmp_path / "w.safetensors", {name: torch.zeros(2) for name in names})
     one = replace(concept(), changed=changed, folder=tmp_path)
     assert needs_whole_base(one) is whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a[V]dog", "a bcd dog"),
+        ("two [V]s and 3[V]", "two bcd s and 3 bcd"),
+        ("[V]'s dog, [V]-like", "bcd's dog, bcd-like"),
+        ("一只[V]狗", "一只bcd狗"),
+    ],
+)
+def test_words_never_grow_together_with_what_stands_beside_a_token(prompt: str, read: str) -> None:
+    assert replace_tokens(prompt, [concept()]) == read
+
+
+def test_a_token_of_two_meanings_is_refused_where_a_prompt_has_it() -> None:
+    both = [replace(concept(words=words), folder=Path(words)) for words in ("bcd", "fgh")]
+    with pytest.raises(UserError, match=r"\[V\] is a token of bcd and of fgh.*customize merge bcd fgh"):
+        resolve_placeholder_tokens("a [V] dog", both, runs=None)
+    assert resolve_placeholder_tokens("a dog", both, runs=None) == "a dog"
+    assert (
+        resolve_placeholder_tokens("a [V]", [both[0], replace(both[0], folder=Path("x"))], runs=None)
+        == "a bcd"
+    )
+    learned = [replace(concept(words="[V] [V]/1"), folder=Path(name)) for name in "ab"]
+    with pytest.raises(UserError, match="is a token of a and of b"):
+        resolve_placeholder_tokens("a [V]", learned, runs=None)

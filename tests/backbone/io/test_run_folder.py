@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from backbone.io.console import UserError
-from backbone.io.run_folder import SAVED, clear_failed_try, name_beside, peak_memory, refuse_taken
+from backbone.io.run_folder import (
+    SAVED,
+    clear_failed_try,
+    hold_new_folder,
+    name_beside,
+    peak_memory,
+    refuse_finished,
+    refuse_new_folder,
+    refuse_taken,
+)
 
 ASKED = "import json\nfrom backbone.io.run_folder import peak_memory\nprint(json.dumps(peak_memory()))"
 
@@ -72,3 +81,27 @@ def test_a_folder_is_taken_by_what_was_saved_and_not_by_settings(tmp_path: Path,
     (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         refuse_taken(tmp_path)
+
+
+def test_a_folder_in_which_the_same_was_stopped_is_gone_on_with_and_no_other(tmp_path: Path) -> None:
+    folder, what = tmp_path / "out", {"prompts": ("a dog",), "path": Path("dog")}
+
+    def stop() -> None:
+        with hold_new_folder(folder, folder, what) as held:
+            (held / "p00.png").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    refuse_finished(folder)
+    for other in (None, {**what, "prompts": ("a cat",)}):
+        with pytest.raises(UserError, match=r"another command was writing|is not empty"):
+            refuse_new_folder(folder, folder, other)
+    with hold_new_folder(folder, folder, what) as held:
+        assert (held / "p00.png").exists()
+    assert [path.name for path in folder.iterdir()] == ["p00.png"]
+    with pytest.raises(UserError, match="is not empty"):
+        refuse_finished(folder)
+    with pytest.raises(KeyError), hold_new_folder(tmp_path / "new", folder, what):
+        raise KeyError  # nothing was written: nothing is left
+    assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.io.report import film_figure
-from backbone.media.clips import read_film, write_film
+from backbone.media.clips import Film, read_film, write_film
 from tests.align.conftest import picture
 
 
@@ -93,3 +94,67 @@ def test_a_report_plays_the_film_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "walk.mp4").write_bytes(b"film")
     page = film_figure(tmp_path / "walk", "a dog, walking")
     assert "<video controls" in page and "data:video/mp4;base64,ZmlsbQ==" in page and "a dog, walking" in page
+
+
+class FilmFile:
+    """What PyAV gives of a film: frames of four colours, when each is shown, how it was held, its pixels' shape."""
+
+    FFmpegError = OSError
+
+    def __init__(self, times: list[float], *, rotation: int = 0, aspect: float = 1) -> None:
+        stream = SimpleNamespace(average_rate=30, sample_aspect_ratio=aspect)
+        self.streams = SimpleNamespace(video=[stream])
+        self.frames = [SimpleNamespace(to_image=four_colours, time=one, rotation=rotation) for one in times]
+
+    def open(self, path: str) -> FilmFile:
+        return self
+
+    def decode(self, stream: object) -> list[SimpleNamespace]:
+        return self.frames
+
+    def __enter__(self) -> FilmFile:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def four_colours() -> Image.Image:
+    image = Image.new("RGB", (4, 2), "red")
+    image.paste("blue", (0, 1, 2, 2))
+    image.paste("lime", (2, 1, 4, 2))
+    return image
+
+
+def read_as(film: FilmFile, place: Path, monkeypatch: pytest.MonkeyPatch) -> Film:
+    (place / "film.mp4").touch()
+    monkeypatch.setattr("backbone.media.clips.import_av", lambda what: film)
+    return read_film(place / "film.mp4")
+
+
+@pytest.mark.parametrize(
+    ("rotation", "size", "blue"),
+    [(0, (4, 2), (0, 1)), (-90, (2, 4), (0, 0)), (90, (2, 4), (1, 3)), (-180, (4, 2), (3, 0))],
+)
+def test_a_film_is_turned_as_it_was_held(
+    rotation: int,
+    size: tuple[int, int],
+    blue: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    film = read_as(FilmFile([0, 1 / 30], rotation=rotation), tmp_path, monkeypatch)
+    assert all(frame.size == size and frame.getpixel(blue) == (0, 0, 255) for frame in film.frames)
+
+
+def test_a_film_s_pixels_may_be_wider_than_high(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_as(FilmFile([0], aspect=1.5), tmp_path, monkeypatch).frames[0].size == (6, 2)
+
+
+def test_frames_of_a_film_that_last_longer_are_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    even = read_as(FilmFile([0, 0.034, 0.066, 0.1]), tmp_path, monkeypatch)
+    assert len(even.frames) == 4 and even.fps == 30 and not capsys.readouterr().err
+    uneven = read_as(FilmFile([0, 0.1, 0.2, 0.5, 0.6]), tmp_path, monkeypatch)
+    assert len(uneven.frames) == 7 and uneven.fps == 10
+    assert "taken as 7 of 100 ms" in capsys.readouterr().err

@@ -260,6 +260,7 @@ def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str
         ("lora_unet_conv_in.diff", "whole differences of weights"),
         ("lora_unet_conv_in.w_norm", "differences of norms"),
         ("lora_unet_conv_in.oft_blocks", "rotations"),
+        ("bundle_emb.cat.string_to_param.*", "learned words"),
         ("something.else", "something.else"),
     ],
 )
@@ -272,6 +273,26 @@ def test_tensors_of_other_methods_are_refused_with_what_they_are(
     write_tensors(tmp_path / "a.safetensors", {**tensors, key: torch.ones(4)})
     with pytest.raises(UserError, match=said):
         read_adapter(tmp_path / "a.safetensors")
+
+
+def test_what_wrappers_and_peft_put_into_names_is_no_part_of_them(tmp_path: Path) -> None:
+    def write(*names: str) -> Path:
+        factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+        tensors = {name.format(end): value for name in names for end, value in factors.items()}
+        write_tensors(tmp_path / "a.safetensors", tensors)
+        return tmp_path / "a.safetensors"
+
+    for name in (
+        "unet.conv_in.lora_{}.my_style.weight",
+        "unet._orig_mod.conv_in.lora_{}.weight",
+        "module._orig_mod.unet.conv_in.lora_{}.default_0.weight",
+    ):
+        (layer,) = read_adapter(write(name)).layers.items()
+        assert layer[0] == "unet.conv_in" and bool((layer[1].delta_weight() == 2).all())
+    with pytest.raises(UserError, match=r"holds 2 adapters \(dog, style\)"):
+        read_adapter(write("unet.conv_in.lora_{}.dog.weight", "unet.conv_in.lora_{}.style.weight"))
+    with pytest.raises(UserError, match=r"holds unet\.conv_in twice"):
+        read_adapter(write("unet.conv_in.lora_{}.dog.weight", "module.unet.conv_in.lora_{}.dog.weight"))
 
 
 # Kinds ------------------------------------------------------------------------------------------------------

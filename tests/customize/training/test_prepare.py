@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def test_a_source_that_has_changed_since_is_not_taken_for_prepared(
         (shapes / "0.png").rename(shapes / "9.png")  # the second image is the first now
     with pytest.raises(UserError, match=r"is not what it was when .* was begun"):
         prepared(tiny_folder, shapes, tmp_path / "out")
+
+
+def test_a_source_and_a_model_that_have_moved_are_the_ones_that_were_prepared(
+    tiny_folder: Path, shapes: Path, tmp_path: Path
+) -> None:
+    prepared(tiny_folder, shapes, tmp_path / "out")
+    moved = shapes.rename(tmp_path / "moved")
+    prepared(Path(shutil.copytree(tiny_folder, tmp_path / "model")), moved, tmp_path / "out")
+    (moved / "0.png").rename(moved / "9.png")
+    with pytest.raises(UserError, match="was begun with another source"):
+        prepared(tiny_folder, moved, tmp_path / "out")
 
 
 def test_the_commands_prepare_and_train(tiny_folder: Path, shapes: Path, tmp_path: Path) -> None:
