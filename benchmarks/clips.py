@@ -10,9 +10,10 @@ out and its path in their place. What moves is measured from the pixels alone, b
 frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
 direction is right where its part is the word's, and by more than the least that counts. The track's error is how far
 what moves is from where it is in the true clip, measured alike; the camera's, how far the first frame's corners are.
-Slides are asked for slowly, as usual and fast: their speed is the slope of how far they were to go and went, 1 where all
-go as far as they say. Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound
-and both errors are left out. Writes `table.md`, `table.json` and `sheet.png`, strips of the first clips drawn every way.
+Slides are asked for slowly, as usual and fast: their speed is the slope of how far they were to go and went, 1 where
+all go as far as they say. Flicker is what is left of it along the flow. True clips need the emoji font; without it the
+bound and both errors are left out. Writes `table.md`, `table.json` and `sheet.png`, strips of the first clips drawn
+every way.
 """
 
 from __future__ import annotations
@@ -298,7 +299,8 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
             for key in ("track", "corners", "nouns", "colours", "places", "flicker")
         }
         track, corners, nouns, colours, places, flicker = (
-            _mean(values, 100 if key in ("nouns", "colours", "places") else 1) for key, values in means.items()
+            _mean(values, 100 if key in ("nouns", "colours", "places") else 1)
+            for key, values in means.items()
         )
         cells = (
             *map(_share, parts), track, speed_of(found), _share(camera), corners, _share(still),

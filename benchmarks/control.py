@@ -6,9 +6,9 @@
     python -m benchmarks.control --sweep 0.4 --sweep 0.7 --sweep 1.3        further scales
     python -m benchmarks.control --stops 0.5 --together sketch+depth --other-nouns 0.6 --other-nouns 1
 
-`--stops` are shares of the steps behind which the first kind's maps act no more, `--together` are kinds whose maps act at
-once, and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the first
-kind: the noun is then the word's, edges and things are the map's.
+`--stops` are shares of the steps behind which the first kind's maps act no more, `--together` are kinds whose maps act
+at once, and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the
+first kind: the noun is then the word's, edges and things are the map's.
 
 Scenes are posed (things anywhere, turned, one before the other) from seeds that nothing was trained on, a third of them
 on white. Each is drawn from its caption under its true map, a kind at a time, beside the same noise without a map (the
@@ -117,7 +117,9 @@ class ControlSettings:
         for said in self.together:
             kinds = said.split("+")
             if len(set(kinds)) < 2 or any(kind not in KINDS for kind in kinds):
-                raise UserError(f"--together {said} names no two kinds. Say two of {', '.join(KINDS)}: sketch+depth.")
+                raise UserError(
+                    f"--together {said} names no two kinds. Say two of {', '.join(KINDS)}: sketch+depth."
+                )
 
 
 @settled_command(app, ControlSettings)
@@ -142,7 +144,9 @@ def run(settings: ControlSettings) -> None:
         for scale in settings.sweep
     }
     rows |= {
-        f"{settings.kinds[0]}, until {stop:g}": gallery.draw(cases, settings.kinds[0], settings.scale, stop=stop)
+        f"{settings.kinds[0]}, until {stop:g}": gallery.draw(
+            cases, settings.kinds[0], settings.scale, stop=stop
+        )
         for stop in settings.stops
     }
     rows |= {said: gallery.draw(cases, said, settings.scale) for said in settings.together}

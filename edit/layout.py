@@ -248,9 +248,7 @@ def read_layout(
         hints = torch.cat([as_hints(one) for one in images])
         control, of_clip = Control.of(network, hints.to(model.device), **how), drawn.ndim == 4
         maps = tuple(images) if of_clip else ()
-        conditions.append(
-            Condition(control.as_clip() if of_clip else control, images[0], dict(facts), maps)
-        )
+        conditions.append(Condition(control.as_clip() if of_clip else control, images[0], dict(facts), maps))
     return Layout(tuple(conditions), ((True, True),) * len(conditions))
 
 

@@ -669,6 +669,15 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             needs=INVERTED,
         ),
     ] = 0.25
+    keep_frames: Annotated[
+        tuple[str, ...],
+        Option(
+            "Frames that stay the source's: first, last, or a number from 0; repeatable.",
+            WHERE,
+            metavar="FRAME",
+            needs=INVERTED,
+        ),
+    ] = ()
     cross: Annotated[
         float | None,
         Option(

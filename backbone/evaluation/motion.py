@@ -55,7 +55,9 @@ def draw_track(frames: Sequence[Image.Image]) -> Image.Image:
     """The last frame, dimmed, and on it the way of what moves, from a ring to a dot."""
     side = [frame.convert("RGB").resize((SIDE, SIDE)) for frame in frames]
     track = trace_moved(side)[:, :2]
-    changes = np.abs(np.diff(np.stack([np.asarray(one.convert("L"), dtype=np.float64) for one in side]), axis=0)).sum(0)
+    changes = np.abs(
+        np.diff(np.stack([np.asarray(one.convert("L"), dtype=np.float64) for one in side]), axis=0)
+    ).sum(0)
     page = Image.blend(side[-1], Image.new("RGB", (SIDE, SIDE), "white"), 0.5)
     if not changes.any():
         return page

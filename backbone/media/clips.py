@@ -187,15 +187,21 @@ def _read_stack(path: Path) -> Film:
         with path.open("rb") as file:
             frames = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an array ({str(error)[:80]}). Write it with numpy.save.") from error
+        raise UserError(
+            f"{path} cannot be read as an array ({str(error)[:80]}). Write it with numpy.save."
+        ) from error
     shape = getattr(frames, "shape", ())
-    if getattr(frames, "dtype", None) != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+    if getattr(frames, "dtype", None) != np.uint8 or not (
+        len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
+    ):
         what = f"{getattr(frames, 'dtype', 'something')} {list(shape)}"
         raise UserError(
             f"{path} holds {what}, and a clip is uint8 [frames, height, width, 3], or without the 3 of grey ones."
         )
     if len(frames) > MOST_FRAMES or 0 in shape:
-        raise UserError(f"{path} has {len(frames)} frames of {shape[2]} × {shape[1]} pixels. Give 2 to {MOST_FRAMES}.")
+        raise UserError(
+            f"{path} has {len(frames)} frames of {shape[2]} × {shape[1]} pixels. Give 2 to {MOST_FRAMES}."
+        )
     films = tuple(Image.fromarray(frame).convert("RGB") for frame in frames)
     return Film(films, USUAL_FPS, str(path), content_hash(path))
 

@@ -63,7 +63,20 @@ PROGRAM = "customize train-motion"
 RESUMED = ("device",)  # what may be said anew beside --resume
 LOOKS = "looks"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
-FILM_SUFFIXES = (".webp", ".gif", ".png", ".apng", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".npy")
+FILM_SUFFIXES = (
+    ".webp",
+    ".gif",
+    ".png",
+    ".apng",
+    ".avif",
+    ".mp4",
+    ".webm",
+    ".mov",
+    ".mkv",
+    ".avi",
+    ".m4v",
+    ".npy",
+)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,14 @@ def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = N
     tensors = _name_adapter(source) if whole else _name_lora(source)
     kept = {name: value if dtype is None else value.to(dtype) for name, value in tensors.items()}
     with atomic_write(out) as unfinished:
-        write_tensors(unfinished, {name: value.contiguous() for name, value in kept.items()}, {"format": "pt"})
+        write_tensors(
+            unfinished, {name: value.contiguous() for name, value in kept.items()}, {"format": "pt"}
+        )
         limit = CLOSE if dtype is None else 8 * torch.finfo(dtype).eps
         if whole:
-            worst = _apart(_weights(read_motion_adapter(str(source))), _weights(read_motion_adapter(str(unfinished))))
+            worst = _apart(
+                _weights(read_motion_adapter(str(source))), _weights(read_motion_adapter(str(unfinished)))
+            )
         else:
             worst = _apart(_changes(_lora_file(source)), _changes(unfinished))
         if not worst <= limit:
@@ -38,7 +42,9 @@ def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = N
                 f"Nothing was written: read back, a layer differs by {worst:.1e} of its size. Leave out --precision."
             )
     what = "a motion adapter" if whole else "a motion LoRA"
-    return f"{out}: {what} under AnimateDiff's names, {count_of(len(kept), 'tensor')}, read back and compared."
+    return (
+        f"{out}: {what} under AnimateDiff's names, {count_of(len(kept), 'tensor')}, read back and compared."
+    )
 
 
 def _lora_file(source: Path) -> Path:
@@ -53,7 +59,9 @@ def _name_lora(source: Path) -> dict[str, Tensor]:
         layer, _, factor = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
         block, _, projection = layer.removesuffix(".0").rpartition(".")
         if not projection.startswith("to_"):
-            raise UserError(f"{source} changes {layer}, and AnimateDiff's motion LoRAs change attention alone.")
+            raise UserError(
+                f"{source} changes {layer}, and AnimateDiff's motion LoRAs change attention alone."
+            )
         rank = int(value.shape[1 if factor == "lora_B" else 0])
         if factor == "lora_B":
             value = value.float() * (config.layer_alpha(layer, rank=rank) / rank)

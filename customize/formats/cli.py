@@ -99,7 +99,9 @@ def export(
     if to == "animatediff":
         for flag, value in (("--base", base), ("--model", model)):
             if value:
-                raise UserError(f"{flag} has no effect with --to animatediff, which is of motion. Leave it out.")
+                raise UserError(
+                    f"{flag} has no effect with --to animatediff, which is of motion. Leave it out."
+                )
         from customize.formats.animatediff import export_animatediff
         from customize.formats.convert import DTYPES
         from customize.formats.write import check_output

@@ -62,6 +62,7 @@ class ClipEdit:
     guidance               of the targets; the model's usual one if None
     negative               what the targets stay away from
     strength               the share of the steps that is sampled
+    keep_frames            frames that stay the source's, by their numbers; the last one is −1
     """
 
     cross: float | None = None
@@ -71,6 +72,7 @@ class ClipEdit:
     guidance: float | None = None
     negative: str = ""
     strength: float = 1.0
+    keep_frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("cross", "self_attention", "temporal", "threshold", "strength"):
@@ -177,7 +179,9 @@ def film_of(inversion: Inversion) -> Film:
     """The clip that an inversion is of, as the model sees it."""
     facts = inversion.facts
     frames = tuple(to_image(frame) for frame in inversion.image)
-    return Film(frames, float(facts.get("fps", USUAL_FPS)), str(facts.get("name", "")), str(facts.get("content", "")))
+    return Film(
+        frames, float(facts.get("fps", USUAL_FPS)), str(facts.get("name", "")), str(facts.get("content", ""))
+    )
 
 
 def open_clip_layout(model: Backbone, film: Film, asked: Sequence[AskedControl]) -> Layout:
@@ -222,6 +226,7 @@ def edit_clip(
     first = inversion.start(checks.strength(settings.strength, steps))
     with link_frames(model, 1):
         masks, nfe = find_places(inversion, alignments, settings, first)
+    masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
     guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
     control = AttentionControl(
         count, clips=1 + count + guided, across_frames=motion_of(model.denoiser) is None, reach=asked.reach
@@ -290,6 +295,27 @@ def find_places(
         place = (next(found) > settings.threshold).float()
         masks.append(close_over_time(place, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
     return torch.stack(masks), nfe
+
+
+def keep_frames(masks: Tensor | None, kept: Sequence[int], shape: tuple[int, ...]) -> Tensor | None:
+    """Places [N, F, H, W] in which these frames may not differ; None, as without any, is everywhere.
+
+    Raises `UserError` for a frame that the clip has not, and where none would be left.
+    """
+    if not kept:
+        return masks
+    count, frames, height, width = shape
+    for number in kept:
+        if not -frames <= number < frames:
+            raise UserError(
+                f"--keep-frames {number}: a clip of {frames} frames has none of that number. The first is 0, the last "
+                f"{frames - 1}."
+            )
+    if len({number % frames for number in kept}) == frames:
+        raise UserError("--keep-frames names every frame, so nothing would change. Leave some out.")
+    found = torch.ones(count, frames, height, width) if masks is None else masks.clone()
+    found[:, list(kept)] = 0
+    return found
 
 
 def close_over_time(place: Tensor, *, everywhere: bool = False) -> Tensor:

@@ -69,6 +69,12 @@ def perform_clip(
     Raises `UserError` for every mistake of the wishes, before the folder is taken.
     """
     began = time.perf_counter()
+    for said in asked.keep_frames:
+        frame_number(said)
+    if first is not None and asked.keep_frames:
+        raise UserError(
+            "--first gives the first frame, and --keep-frames keeps frames of the source. Give one of them."
+        )
     loaded = load_in_motion(asked, concepts)
     inversion = None if asked.inversion is None else open_inversion(loaded, asked.inversion, source)
     if inversion is not None:
@@ -169,7 +175,9 @@ def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) 
     return ModelWithConcepts(model, read, asked.scale)
 
 
-def write_clip_inversion(file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]) -> str:
+def write_clip_inversion(
+    file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
+) -> str:
     """Inverts all frames of a clip into a file, and says at what cost; `UserError` as `invert_film`."""
     loaded = load_in_motion(asked, concepts)
     refuse_longer(loaded.model, film, asked.motion)
@@ -213,6 +221,7 @@ def run_clip(
         guidance=asked.guidance,
         negative=negative,
         strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
+        keep_frames=tuple(map(frame_number, asked.keep_frames)),
     )
     inversion = begins.inversion
     if inversion is None:
@@ -231,6 +240,16 @@ def run_clip(
         became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, inversion=inversion)
+
+
+def frame_number(said: str) -> int:
+    """`first`, `last` or a number; `UserError` for another word."""
+    named = {"first": 0, "last": -1}
+    if said.lower() in named:
+        return named[said.lower()]
+    if not said.isdecimal():
+        raise UserError(f"--keep-frames {said} is no frame. Say first, last, or a number from 0.")
+    return int(said)
 
 
 def run_first_frame(
@@ -344,7 +363,7 @@ def measure_film(
     """How much of an edit changed, whether it is what was asked, what moves as before, and flicker beside the source's.
 
     flicker   mean absolute difference of a frame and the one before it, in 255ths; `along` the flow what is left of it
-    track_px  how far what moves is from where it is in the source, pixels of 128 a side; None where it is to move otherwise
+    track_px  how far what moves is from its place in the source, of 128 a side; not where it is to move otherwise
     became    share of the frames that are nearer to the target's words than to the source's
     """
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]
@@ -363,6 +382,9 @@ def measure_film(
         tracks = [trace_moved(film) for film in frames.values()]
         figures["track_px"] = track_error(*tracks)
     if scorer is not None and source_words and target != source_words:
-        near = scorer.embed_images([to_image(frame) for frame in edit]) @ scorer.embed_texts([source_words, target]).T
+        near = (
+            scorer.embed_images([to_image(frame) for frame in edit])
+            @ scorer.embed_texts([source_words, target]).T
+        )
         figures["became"] = float((near[:, 1] > near[:, 0]).float().mean())
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}

@@ -301,7 +301,10 @@ def test_maps_are_named_with_their_frames(tmp_path: Path) -> None:
     maps = draw_maps(tmp_path / "maps", "first,one.png", "last.png")
     said = f"0={maps}/first,one.png,-1={maps}/last.png"
     assert number_maps(said, 16) == {0: maps / "first,one.png", 15: maps / "last.png"}
-    for wrong, answer in ((f"4={maps}/last.png", "none of that number"), (f"{said},3={maps}/a.png", "both of frame 3")):
+    for wrong, answer in (
+        (f"4={maps}/last.png", "none of that number"),
+        (f"{said},3={maps}/a.png", "both of frame 3"),
+    ):
         with pytest.raises(UserError, match=answer):
             number_maps(wrong, 4)
 

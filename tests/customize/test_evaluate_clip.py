@@ -59,7 +59,7 @@ def test_a_track_is_drawn_from_where_the_thing_was_to_where_it_is() -> None:
     page = np.asarray(draw_track(walking(5)), dtype=int)
     red = (page[..., 0] > 200) & (page[..., 1] < 80)
     rows, columns = red.nonzero()
-    assert 52 < rows.min() and rows.max() < 68 and columns.max() - columns.min() == pytest.approx(20, abs=7)
+    assert rows.min() > 52 and rows.max() < 68 and columns.max() - columns.min() == pytest.approx(20, abs=7)
     assert np.array_equal(np.asarray(draw_track(walking(0))).max(), 255)
 
 

@@ -76,7 +76,9 @@ def test_a_stack_of_frames_is_a_clip(shape: tuple[int, ...], tmp_path: Path) -> 
         (None, "cannot be read as an array"),
     ],
 )
-def test_an_array_that_is_no_clip_is_said(values: np.ndarray[Any, Any] | None, said: str, tmp_path: Path) -> None:
+def test_an_array_that_is_no_clip_is_said(
+    values: np.ndarray[Any, Any] | None, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "walk.npy"
     path.write_text("no array")
     if values is not None:
@@ -90,4 +92,4 @@ def test_a_report_plays_the_film_where_there_is_one(tmp_path: Path) -> None:
     assert "<img" in film_figure(tmp_path / "walk") and "<video" not in film_figure(tmp_path / "walk")
     (tmp_path / "walk.mp4").write_bytes(b"film")
     page = film_figure(tmp_path / "walk", "a dog, walking")
-    assert '<video controls' in page and "data:video/mp4;base64,ZmlsbQ==" in page and "a dog, walking" in page
+    assert "<video controls" in page and "data:video/mp4;base64,ZmlsbQ==" in page and "a dog, walking" in page

@@ -114,6 +114,20 @@ def predictions(model: Backbone, control: AttentionControl | None, clips: Tensor
         return predict(clips, level).noise
 
 
+def test_frames_that_are_kept_are_the_source_s_and_the_others_move_otherwise(
+    moving: Backbone, film: Film
+) -> None:
+    inversion = invert_film(moving, film, "a dog, moving right", steps=2)
+    kept = edit_clip(inversion, ["a dog, moving left"], ClipEdit(threshold=0, keep_frames=(0, -1)))
+    source = inversion.image
+    assert torch.equal(kept.pixels[0, [0, 3]], source[[0, 3]]) and not torch.equal(
+        kept.pixels[0, 1], source[1]
+    )
+    for numbers, said in (((4,), "has none of that number"), ((0, 1, 2, 3), "names every frame")):
+        with pytest.raises(UserError, match=said):
+            edit_clip(inversion, ["a dog, moving left"], ClipEdit(keep_frames=numbers))
+
+
 def test_the_sources_attention_is_taken_frame_by_frame(tiny: Backbone) -> None:
     """Without anything over time a clip's frames are pictures, so controlling both is the same."""
     clips = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -230,7 +244,9 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
         answer = CliRunner().invoke(app, [command, *map(str, words)])
         return str(answer.exception) if answer.exit_code else ""
 
-    assert not run("clip", clip, "--source", SOURCE, *target, *usual, "--steps", "2", "--out", tmp_path / "one")
+    assert not run(
+        "clip", clip, "--source", SOURCE, *target, *usual, "--steps", "2", "--out", tmp_path / "one"
+    )
     made, file = tmp_path / "one" / "inversion.safetensors", tmp_path / "walk.safetensors"
     assert not run("invert", clip, "--clip", "--source", SOURCE, *usual, "--steps", "2", "--out", file)
     assert not run("clip", "--inversion", file, *target, *usual, "--out", tmp_path / "two")
@@ -241,7 +257,9 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
     assert "of a clip" in run("invert-and-replace", "--inversion", file, *target, *model)
     assert "both given" in run("clip", clip, "--inversion", file, *target, *usual)
     assert "of “a dog in the snow”" in run("clip", "--inversion", file, "--source", "a car", *target, *usual)
-    assert not run("invert", still, "--source", SOURCE, *model, "--steps", "2", "--out", tmp_path / "still.safetensors")
+    assert not run(
+        "invert", still, "--source", SOURCE, *model, "--steps", "2", "--out", tmp_path / "still.safetensors"
+    )
     assert "of an image" in run("clip", "--inversion", tmp_path / "still.safetensors", *target, *model)
     assert "--check is of pictures" in run("invert", clip, "--clip", "--check", "--source", SOURCE, *model)
 
@@ -256,6 +274,7 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
         (("{text}", "--target", "a cat"), "cannot be read as a clip"),
         (("film.mp4", "--target", "a cat"), "no film film.mp4"),
         (("{clip}", "--target", "a cat", "--cross", "0.5"), "--cross has no effect without --source"),
+        (("{clip}", "--source", "a dog", "--target", "a cat", "--keep-frames", "some"), "some is no frame"),
         (("{clip}", "--target", "a cat", "--source", "a dog", "--temporal", "0.5"), "without --motion"),
         (("{clip}", "--target", "a cat", "--target", "a dog"), "Without --source one clip"),
         (("{clip}", "--target", "a cat", "--condition", "sketch={still}"), "nothing reads sketch maps"),

@@ -88,7 +88,9 @@ def test_a_clip_longer_than_the_adapter_is_diffusers_own_by_free_noise(
     theirs = drawn_by_diffusers(pipeline, tiny, steps=steps, frames=frames)
     torch.testing.assert_close(drawn(tiny, steps=steps, frames=frames), theirs, atol=1e-4, rtol=0)
     short = Frames(8)
-    assert torch.equal(drawn(tiny, steps=1, frames=short), drawn(tiny, steps=1, frames=replace(short, by="attention")))
+    assert torch.equal(
+        drawn(tiny, steps=1, frames=short), drawn(tiny, steps=1, frames=replace(short, by="attention"))
+    )
 
 
 def test_behind_the_first_window_noise_comes_again_in_another_order() -> None:
