@@ -20,7 +20,9 @@ INVERSION = "Inversion"
 PANELS = (WORDS, WHERE, HOW, CONTROL, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
-ClipMethod = Literal["direct", "ddim", "edit-friendly", "renoise", "reversible", "flow-edit"]
+ClipMethod = Literal[
+    "direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible", "flow-edit"
+]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
 OF_NULL_TEXT = {"method": ("null-text",)}
 FROM_FILE: dict[str, tuple[Any, ...]] = {"inversion": ()}
@@ -741,6 +743,15 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             needs={**OF_INVERSION, **MADE_ANEW},
         ),
     ] = "direct"
+    iterations: Annotated[
+        int,
+        Option(
+            "Null-text: optimiser iterations at every step.",
+            INVERSION,
+            min=0,
+            needs={**OF_NULL_TEXT, **MADE_ANEW},
+        ),
+    ] = 10
     inversion: Annotated[
         str | None,
         Option(

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import AskedControl
+from backbone.cli.keywords import takes
 from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
 from backbone.media.clips import USUAL_FPS, Film
@@ -39,17 +40,20 @@ from edit import checks
 from edit.attention.alignment import Alignment
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
-from edit.inversion.inversion import Inversion, Method, invert
+from edit.inversion.inversion import Inversion, InversionSettings, invert
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import composite, difference_maps
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import prompts_to_compare
-from edit.methods.prompt_to_prompt.replace import align_prompts
+from edit.methods.prompt_to_prompt.replace import (
+    align_prompts,
+    source_is_guided,
+    target_guidance,
+    unconditional_text,
+)
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import EncodedImage, encode_film, show_film
 from edit.sampling import SourceAndTargets, guidance_of, select
-
-OF_CLIPS: tuple[Method, ...] = ("direct", "ddim", "edit-friendly", "renoise", "reversible")
 
 
 @dataclass(frozen=True)
@@ -134,27 +138,23 @@ def link_frames(model: Backbone, clips: int) -> Iterator[AttentionControl | None
         yield control
 
 
+@takes(InversionSettings)
 def invert_film(
     model: Backbone,
     film: Film,
     prompt: str,
     *,
-    method: Method = "direct",
-    steps: int = 50,
-    seed: int = 0,
     identity: str | None = None,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
+    **settings: Any,
 ) -> Inversion:
     """One inversion of all frames of a clip that shows what the prompt says (in the model's words).
 
-    `layout` holds maps of the frames, under which it is inverted and edited; `identity` is as in `invert`.
+    `settings` and `identity` are as in `invert`; `layout` holds maps of the frames, under which it is inverted and
+    edited.
     Raises `UserError` as `invert`, and for more frames than the motion adapter has positions for.
     """
-    if method not in OF_CLIPS:
-        raise UserError(
-            f"A clip is not inverted by {method}. Choose --method {', '.join(OF_CLIPS[:-1])} or {OF_CLIPS[-1]}."
-        )
     motion = motion_of(model.denoiser)
     if motion is not None and len(film.frames) > motion.longest:
         raise UserError(
@@ -162,17 +162,8 @@ def invert_film(
             "clip, or leave --motion out."
         )
     with link_frames(model, 1):
-        return invert(
-            model,
-            encode_film(model, film),
-            prompt,
-            method=method,
-            steps=steps,
-            seed=seed,
-            identity=identity,
-            layout=layout,
-            progress=progress,
-        )
+        encoded = encode_film(model, film)
+        return invert(model, encoded, prompt, identity=identity, layout=layout, progress=progress, **settings)
 
 
 def film_of(inversion: Inversion) -> Film:
@@ -216,12 +207,12 @@ def edit_clip(
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
-    guidance = guidance_of(model, settings.guidance)
+    guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
     text = encode_prompts_cached(model, [inversion.prompt, *targets])
     text = inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * count])
     refuse_negative(model, settings.negative, guidance)
-    empty = encode_prompts_cached(model, [settings.negative])
-    own = guidance if not inversion.overwrites else 1.0
+    empty = unconditional_text(inversion, settings.negative, text)
+    own = guidance if source_is_guided(inversion) else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     first = inversion.start(checks.strength(settings.strength, steps))
     with link_frames(model, 1):
@@ -236,7 +227,7 @@ def edit_clip(
         for step in range(first, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
-            estimate = predict(now, inversion.schedule[step], empty)
+            estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
             now = _step(inversion, step, now, estimate)
             if masks is not None:
                 now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])

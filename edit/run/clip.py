@@ -28,7 +28,7 @@ from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
 from backbone.world.motions import find_moves
-from edit.inversion.inversion import Inversion, read_inversion
+from edit.inversion.inversion import Inversion, count_rounds, read_inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import (
@@ -175,6 +175,12 @@ def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) 
     return ModelWithConcepts(model, read, asked.scale)
 
 
+def rounds_of(asked: ClipOptions | InvertOptions) -> int | None:
+    """How often an inversion predicts; None where that depends on the clip."""
+    assert asked.method != "flow-edit"
+    return count_rounds(asked.method, asked.steps)
+
+
 def write_clip_inversion(
     file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
 ) -> str:
@@ -183,10 +189,11 @@ def write_clip_inversion(
     refuse_longer(loaded.model, film, asked.motion)
     layout = open_clip_layout(loaded.model, film, asked.controls)
     held = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
-    with progress(asked.steps, "inverting", brief=True) as bar:
+    with progress(rounds_of(asked), "inverting", brief=True) as bar:
         inversion = invert_film(
             loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps, seed=asked.seed,
-            identity=loaded.identity, layout=held, progress=bar.advance,
+            identity=loaded.identity, layout=held, progress=bar.advance, guidance=asked.guidance,
+            iterations=asked.iterations,
         )  # fmt: skip
     inversion.write(file)
     return f"{inversion.nfe} evaluations of the denoiser (NFE), {len(film.frames)} frames each."
@@ -225,10 +232,11 @@ def run_clip(
     )
     inversion = begins.inversion
     if inversion is None:
-        with progress(asked.steps, "inverting", brief=True) as bar:
+        with progress(rounds_of(asked), "inverting", brief=True) as bar:
             inversion = invert_film(
                 loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-                identity=loaded.identity, layout=layout, progress=bar.advance,
+                identity=loaded.identity, layout=layout, progress=bar.advance, guidance=asked.guidance,
+                iterations=asked.iterations,
             )  # fmt: skip
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:

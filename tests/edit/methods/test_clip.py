@@ -93,6 +93,31 @@ def test_an_inversion_of_all_frames_leads_back_and_an_edit_to_the_same_words_cha
     torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
+@pytest.mark.parametrize("linked", ["by an adapter", pytest.param("by attention", marks=pytest.mark.slow)])
+def test_a_sampled_source_is_guided_as_its_inversion_says(
+    linked: str, method: str, tiny: Backbone, film: Film
+) -> None:
+    if linked == "by an adapter":
+        attach_motion(tiny.denoiser, tiny_motion_adapter())
+    made = {"guidance": 3.0, "iterations": 5} if method == "null-text" else {}
+    inversion = invert_film(tiny, film, SOURCE, method=method, steps=3, **made)
+    assert (inversion.empties is not None) == (method == "null-text")
+    asked = ClipEdit(cross=1.0, self_attention=1.0, threshold=0, guidance=None if made else 3.0)
+    same = edit_clip(inversion, [SOURCE], asked).latents[0]
+    if (
+        method == "negative-prompt"
+    ):  # guided by itself it is the conditional prediction, as the inversion's was
+        unguided = edit_clip(inversion, [SOURCE], replace(asked, guidance=1.0)).latents[0]
+        torch.testing.assert_close(same, unguided, atol=1e-4, rtol=0)
+    else:
+        plain = replace(inversion, empties=None)
+        without = edit_clip(plain, [SOURCE], asked).latents[0]
+        assert (same - inversion.clean).square().mean() < (without - inversion.clean).square().mean()
+        with pytest.raises(UserError, match="was made for guidance 3, not 5"):
+            edit_clip(inversion, [SOURCE], ClipEdit(guidance=5.0))
+
+
 def test_outside_the_place_frames_are_the_sources_own_pixels(moving: Backbone, film: Film) -> None:
     inversion = invert_film(moving, film, SOURCE, steps=3)
     result = edit_clip(inversion, ["a cat in the snow", "a red dog in the snow"], ClipEdit(threshold=0.6))
