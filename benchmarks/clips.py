@@ -6,13 +6,14 @@ Clips of the world's benchmark seeds are drawn from their captions and measured 
 adapter is left out and every frame is a picture by itself, the bound, the true clip through the autoencoder, and where
 the model has a network for poses, clips whose motion is planned from the words (`customize.clips.plan`). Where
 the adapter brings a camera with it (`camera.safetensors`), its clips are drawn once more with the camera's words left
-out and its path in their place. What moves is measured from the pixels alone, by a similarity fitted to each pair of
-frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A
-direction is right where its part is the word's, and by more than the least that counts. The track's error is how far
-what moves is from where it is in the true clip, measured alike; the camera's, how far the first frame's corners are.
-Slides are asked for slowly, as usual and fast: their speed is the slope of how far they were to go and went, 1 where all
-go as far as they say. Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound
-and both errors are left out. Writes `table.md`, `table.json` and `sheet.png`, strips of the first clips drawn every way.
+out and its path in their place. With `--sparsectrl` they also begin from the true clip's first picture. What moves is
+measured from the pixels alone, by a similarity fitted to each pair of frames (Lucas & Kanade 1981): of the whole frame,
+weighted by what changes, for things, of its border for the camera. A direction is right where its part is the word's,
+and by more than the least that counts. The track's error is how far what moves is from where it is in the true clip,
+measured alike; the camera's, how far the first frame's corners are. Slides are asked for slowly, as usual and fast:
+their speed is the slope of how far they were to go and went, 1 where all go as far as they say. Flicker is what is left
+of it along the flow. True clips need the emoji font; without it the bound and both errors are left out. Writes
+`table.md`, `table.json` and `sheet.png`, strips of the first clips drawn every way.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.commands import run_main
 from backbone.conditions.control import Control
 from backbone.evaluation.flow import warped_flicker
+from backbone.evaluation.image_metrics import psnr
 from backbone.evaluation.motion import (
     DRIFT,
     PARTS,
@@ -50,9 +52,10 @@ from backbone.io.files import write_json, write_text
 from backbone.media.clips import choose_strip
 from backbone.media.control.camera import embed_rays, flat_path
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.transforms import to_image
+from backbone.media.transforms import to_image, to_tensor
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
 from backbone.models.clips.frames import link_frames
+from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.control import condition_clips, list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
@@ -81,6 +84,7 @@ class Row:
     colours  None where no colour is said
     asked    pixels that a slide was to go, None of other words
     went     and how far it went that way
+    first    PSNR of the first frame to the true clip's, None without one
     corners  pixels from the true clip's, None where the camera stands or there is no true clip
     track    the same of what moves, None where nothing is to
     """
@@ -96,6 +100,7 @@ class Row:
     colours: float | None = None
     asked: float | None = None
     went: float | None = None
+    first: float | None = None
 
 
 # Measuring ---------------------------------------------------------------------------------------------------
@@ -107,13 +112,15 @@ class Truth:
 
     corners: Floats | None = None
     track: Floats | None = None
+    first: Image.Image | None = None
 
     @classmethod
     def of(cls, clip: Clip) -> Truth:
         """Measured as those of drawn clips are."""
+        frames = render_clip(clip).frames
         if clip.camera:
-            return cls(corners=follow_border(render_clip(clip).frames))
-        return cls(track=trace_moved(render_clip(clip).frames)) if clip.move else cls()
+            return cls(corners=follow_border(frames), first=frames[0])
+        return cls(track=trace_moved(frames) if clip.move else None, first=frames[0])
 
 
 def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
@@ -135,6 +142,7 @@ def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: 
         places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in seen])),
         colours=float(np.mean([next(iter(one.colour)) == colour for one in seen])) if colour else None,
         asked=None if way is None else float(np.linalg.norm(way)),
+        first=None if truth.first is None else psnr(to_tensor(frames[0]), to_tensor(truth.first)),
         went=None if way is None else float(np.dot([moved.x, moved.y], way) / np.linalg.norm(way)),
     )
 
@@ -176,6 +184,9 @@ def select_clips(count: int, frames: int) -> list[Clip]:
 def main(
     model: Annotated[str, typer.Option(help="The picture model.")] = "moji",
     motion: Annotated[str, typer.Option(help="The motion adapter; none: the floor and the bound.")] = "",
+    sparsectrl: Annotated[
+        str, typer.Option(help="A SparseCtrl that reads pictures: its clips begin from the true first one.")
+    ] = "",
     clips: Annotated[int, typer.Option(help="How many clips.", min=1)] = 300,
     frames: Annotated[int, typer.Option(help="Frames of each.", min=2)] = 16,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 25,
@@ -184,7 +195,15 @@ def main(
 ) -> None:
     """Draws, measures and writes the table."""
     chosen, judge, true = select_clips(clips, frames), load_classifier(), has_font()
+    if sparsectrl and not (true and motion):
+        raise UserError(
+            "--sparsectrl begins from true pictures, beside a --motion. Give that, and the emoji font."
+        )
     ways = ways_to_draw(model, motion, steps, guidance, true=true)
+    if sparsectrl:
+        ways["begun from the true first picture"] = begin_from_picture(
+            model, motion, sparsectrl, steps, guidance
+        )
     rows: dict[str, list[Row]] = defaultdict(list)
     strips, titles = list[list[Cell]](), list[str]()
     with progress(len(chosen) * len(ways), "measuring clips") as bar:
@@ -233,6 +252,21 @@ def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: 
                 moving, i, clip, steps, guidance, camera=camera
             )
     return ways
+
+
+def begin_from_picture(model: str, motion: str, sparsectrl: str, steps: int, guidance: float) -> Way:
+    """Clips from their captions and the true clip's first picture."""
+    moving = Backbone.open(model, device="cpu")
+    set_in_motion(moving, Moves(motion))
+    network = open_sparsectrl(moving, sparsectrl)
+
+    def begin(number: int, clip: Clip) -> list[Image.Image]:
+        side = moving.resolution
+        picture = (to_tensor(render_clip(clip).frames[0].resize((side, side)))[None] + 1) / 2
+        request = Request(clip.caption(), (number, 0))
+        return draw_frames(moving, request, Frames(clip.frames), [network.of(picture, [0])], steps, guidance)
+
+    return begin
 
 
 def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
@@ -284,8 +318,8 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
     """Shares with 95 % intervals, in per cent; pixels of 128 a side; flicker is of 255."""
     lines = [
         "| clips | slides | grow, shrink | spins | track, px off | speed | camera's direction | camera, px off | "
-        "stillness | noun | noun in all frames | colour | place | flicker |",
-        f"|{' --- |' * 14}",
+        "stillness | noun | noun in all frames | colour | place | flicker | first frame, dB |",
+        f"|{' --- |' * 15}",
     ]
     for name, found in rows.items():
         parts = [
@@ -295,15 +329,15 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
         still = [row.still for row in found if row.still is not None]
         means = {
             key: [value for row in found if (value := getattr(row, key)) is not None]
-            for key in ("track", "corners", "nouns", "colours", "places", "flicker")
+            for key in ("track", "corners", "nouns", "colours", "places", "flicker", "first")
         }
-        track, corners, nouns, colours, places, flicker = (
+        track, corners, nouns, colours, places, flicker, first = (
             _mean(values, 100 if key in ("nouns", "colours", "places") else 1)
             for key, values in means.items()
         )
         cells = (
             *map(_share, parts), track, speed_of(found), _share(camera), corners, _share(still),
-            nouns, _share([row.nouns == 1 for row in found]), colours, places, flicker,
+            nouns, _share([row.nouns == 1 for row in found]), colours, places, flicker, first,
         )  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

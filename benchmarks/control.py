@@ -6,9 +6,9 @@
     python -m benchmarks.control --sweep 0.4 --sweep 0.7 --sweep 1.3        further scales
     python -m benchmarks.control --stops 0.5 --together sketch+depth --other-nouns 0.6 --other-nouns 1
 
-`--stops` are shares of the steps behind which the first kind's maps act no more, `--together` are kinds whose maps act at
-once, and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the first
-kind: the noun is then the word's, edges and things are the map's.
+`--stops` are shares of the steps behind which the first kind's maps act no more, `--together` are kinds whose maps act
+at once, and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the
+first kind: the noun is then the word's, edges and things are the map's.
 
 Scenes are posed (things anywhere, turned, one before the other) from seeds that nothing was trained on, a third of them
 on white. Each is drawn from its caption under its true map, a kind at a time, beside the same noise without a map (the

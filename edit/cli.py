@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,6 @@ from backbone.io.run_folder import hold_new_folder
 from edit import checks
 from edit.settings import (
     PANELS,
-    ClipMethod,
     ClipOptions,
     ComposeOptions,
     FlowEditOptions,
@@ -267,9 +266,6 @@ def refuse_idle_of_clips(asked: InvertOptions) -> None:
     """`UserError` for what an inversion of all frames of a clip makes nothing of."""
     if asked.check:
         raise UserError("--check is of pictures, and --clip inverts a clip. Leave out one of the two.")
-    if asked.method not in get_args(ClipMethod):
-        ways = ", ".join(one for one in get_args(ClipMethod) if one != "flow-edit")
-        raise UserError(f"A clip is not inverted by {asked.method}. Choose --method {ways}.")
 
 
 def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:

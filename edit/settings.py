@@ -29,7 +29,9 @@ INVERSION = "Inversion"
 PANELS = (WORDS, WHERE, HOW, CONTROL, INVERSION, DRAWING, SAMPLING, CONCEPTS, SCORING)
 
 Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
-ClipMethod = Literal["direct", "ddim", "edit-friendly", "renoise", "reversible", "flow-edit"]
+ClipMethod = Literal[
+    "direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible", "flow-edit"
+]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
 OF_NULL_TEXT = {"method": ("null-text",)}
 FROM_FILE: dict[str, tuple[Any, ...]] = {"inversion": ()}
@@ -705,6 +707,15 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             needs=INVERTED,
         ),
     ] = 0.25
+    keep_frames: Annotated[
+        tuple[str, ...],
+        Option(
+            "Frames that stay the source's: first, last, or a number from 0; repeatable.",
+            WHERE,
+            metavar="FRAME",
+            needs=INVERTED,
+        ),
+    ] = ()
     cross: Annotated[
         float | None,
         Option(
@@ -768,6 +779,15 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             needs={**OF_INVERSION, **MADE_ANEW},
         ),
     ] = "direct"
+    iterations: Annotated[
+        int,
+        Option(
+            "Null-text: optimiser iterations at every step.",
+            INVERSION,
+            min=0,
+            needs={**OF_NULL_TEXT, **MADE_ANEW},
+        ),
+    ] = 10
     inversion: Annotated[
         str | None,
         Option(

@@ -46,7 +46,10 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 
 
 # A page loads nothing, sends nothing and runs no script, whatever its texts and images hold; styles are its own.
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'"
+)
 
 
 def write_report(path: str | Path, title: str, parts: Iterable[str], *, renew: int = 0) -> None:

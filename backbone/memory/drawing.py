@@ -8,6 +8,7 @@ configs alone, as for a training run; a LoRA's, which are few beside these, are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from backbone.memory.planner import (
     precision_name,
 )
 from backbone.models.clips.motion import attach_motion, clip_of
+from backbone.models.clips.windows import attention_in_windows
 from backbone.models.control import outline_control, require_controlled_family
 from backbone.models.model import Backbone, decode_batch_size
 
@@ -42,6 +44,7 @@ class DrawingWorkload:
     conditions  the kind of each map and the name of the network that reads it
     frames      of a clip that go through the network together; 0: images
     motion      the adapter that links them
+    window      (frames, stride) of attention over time, where that alone goes by windows
     whole       concepts change the network's weights, which therefore stay as they are: not quantised, nor offloaded
     """
 
@@ -52,6 +55,7 @@ class DrawingWorkload:
     conditions: Sequence[tuple[str, str]] = ()
     frames: int = 0
     motion: MotionAdapter | None = None
+    window: tuple[int, int] | None = None
     whole: bool = False
 
 
@@ -106,7 +110,9 @@ class DrawingEstimator(MemoryEstimator):
         forward, inputs = super().make_call(network, precision, rows)
 
         def call() -> Tensor:
-            with clip_of(network, self.drawn.frames):
+            window = self.drawn.window
+            by_windows = nullcontext() if window is None else attention_in_windows(network, *window)
+            with clip_of(network, self.drawn.frames), by_windows:
                 return forward()
 
         return call, inputs

@@ -23,7 +23,7 @@ from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.windows import Windows, in_windows
+from backbone.models.clips.windows import Windows, attention_in_windows, in_windows
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -128,13 +128,17 @@ def fit_clips(
     if asked.vram is None:
         return model
     assert asked.guidance is not None
+    motion = read_motion_adapter(asked.motion) if asked.motion else None
+    if motion is not None:
+        refuse_longer(asked, int(cast(Any, motion).config.motion_max_seq_length))
     drawn = DrawingWorkload(
         min(asked.batch, count),
         places,
         asked.guidance,
         conditions=name_networks(model, split_controls(asked)[0]),
         frames=asked.together,
-        motion=read_motion_adapter(asked.motion) if asked.motion else None,
+        motion=motion,
+        window=(asked.context_length, asked.context_stride) if asked.by_free_noise else None,
         whole=any(map(needs_whole_base, concepts)),
     )
     return fit_drawing(model, drawn, asked.vram)
@@ -167,14 +171,20 @@ def follow_camera(
 
 def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
     """The frames of a clip; `UserError` for more at once than the adapter has positions for."""
-    at_once = asked.context_length or asked.frames
-    if motion is not None and min(at_once, asked.frames) > motion.longest:
-        raise UserError(
-            f"{asked.motion} has positions for {motion.longest} frames, and {min(at_once, asked.frames)} are asked for "
-            f"at once. Add --context-length {motion.longest} (or less), or ask for fewer --frames."
-        )
+    if motion is not None:
+        refuse_longer(asked, motion.longest)
     by: Windows = "attention" if asked.free_noise else "network"
     return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise, by)
+
+
+def refuse_longer(asked: ClipOptions, longest: int) -> None:
+    """`UserError` for more frames at once than an adapter has positions for."""
+    at_once = min(asked.context_length or asked.frames, asked.frames)
+    if at_once > longest:
+        raise UserError(
+            f"{asked.motion} has positions for {longest} frames, and {at_once} are asked for at once. Add "
+            f"--context-length {longest} (or less), or ask for fewer --frames."
+        )
 
 
 def plan_clips(

@@ -200,6 +200,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         return self.frames if self.free_noise else min(self.frames, self.context_length or self.frames)
 
     @property
+    def by_free_noise(self) -> bool:
+        """Whether attention over time goes by windows."""
+        return self.free_noise and 0 < self.context_length < self.frames
+
+    @property
     def common_noise(self) -> float:
         """The share of the starting noise that frames have in common: all of it where no adapter links them."""
         if self.shared_noise is not None:

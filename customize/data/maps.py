@@ -52,7 +52,7 @@ def maps_of_picture(
     missing = [kind for kind in kinds if kind not in COMPUTED]
     if missing:
         raise UserError(
-            f"{missing[0].capitalize()} of a photograph is found by a network that is not here. Draw the map, or take "
+            f"A map of {missing[0]} of a photograph is made by a network that is not here. Draw the map, or take "
             f"that of a scene: customize map {missing[0]} --scene 7. Found without one: {', '.join(COMPUTED)}."
         )
     picture = crop_square(open_named(path), resolution or _resolution(model))

@@ -328,8 +328,8 @@ def read_inversion(
     if fields["identity"] != (identity or identify(model)):
         raise UserError(
             f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
-            f"now. Give the --model, --concept{', --motion' * of_clip} and --scale that it was made with, or invert the "
-            f"{'clip' if of_clip else 'image'} again."
+            f"now. Give the --model, --concept{', --motion' * of_clip} and --scale that it was made with, or invert "
+            f"the {'clip' if of_clip else 'image'} again."
         )
     _check_tensors(path, tensors, model)
     schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))

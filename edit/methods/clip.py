@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import AskedControl
+from backbone.cli.keywords import takes
 from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
 from backbone.media.clips import USUAL_FPS, Film
@@ -38,17 +39,20 @@ from edit import checks
 from edit.attention.alignment import Alignment
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
-from edit.inversion.inversion import Inversion, Method, invert
+from edit.inversion.inversion import Inversion, InversionSettings, invert
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import composite, difference_maps
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import prompts_to_compare
-from edit.methods.prompt_to_prompt.replace import align_prompts
+from edit.methods.prompt_to_prompt.replace import (
+    align_prompts,
+    source_is_guided,
+    target_guidance,
+    unconditional_text,
+)
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import EncodedImage, encode_film, show_film
 from edit.sampling import SourceAndTargets, guidance_of, select
-
-OF_CLIPS: tuple[Method, ...] = ("direct", "ddim", "edit-friendly", "renoise", "reversible")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class ClipEdit:
     guidance               of the targets; the model's usual one if None
     negative               what the targets stay away from
     strength               the share of the steps that is sampled
+    keep_frames            frames that stay the source's, by their numbers; the last one is −1
     """
 
     cross: float | None = None
@@ -70,6 +75,7 @@ class ClipEdit:
     guidance: float | None = None
     negative: str = ""
     strength: float = 1.0
+    keep_frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("cross", "self_attention", "temporal", "threshold", "strength"):
@@ -119,27 +125,23 @@ class ClipResult:
         return [[to_image(frame) for frame in clip] for clip in self.pixels]
 
 
+@takes(InversionSettings)
 def invert_film(
     model: Backbone,
     film: Film,
     prompt: str,
     *,
-    method: Method = "direct",
-    steps: int = 50,
-    seed: int = 0,
     identity: str | None = None,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
+    **settings: Any,
 ) -> Inversion:
     """One inversion of all frames of a clip that shows what the prompt says (in the model's words).
 
-    `layout` holds maps of the frames, under which it is inverted and edited; `identity` is as in `invert`.
+    `settings` and `identity` are as in `invert`; `layout` holds maps of the frames, under which it is inverted and
+    edited.
     Raises `UserError` as `invert`, and for more frames than the motion adapter has positions for.
     """
-    if method not in OF_CLIPS:
-        raise UserError(
-            f"A clip is not inverted by {method}. Choose --method {', '.join(OF_CLIPS[:-1])} or {OF_CLIPS[-1]}."
-        )
     motion = motion_of(model.denoiser)
     if motion is not None and len(film.frames) > motion.longest:
         raise UserError(
@@ -147,17 +149,8 @@ def invert_film(
             "clip, or leave --motion out."
         )
     with link_frames(model, len(film.frames)):
-        return invert(
-            model,
-            encode_film(model, film),
-            prompt,
-            method=method,
-            steps=steps,
-            seed=seed,
-            identity=identity,
-            layout=layout,
-            progress=progress,
-        )
+        encoded = encode_film(model, film)
+        return invert(model, encoded, prompt, identity=identity, layout=layout, progress=progress, **settings)
 
 
 def film_of(inversion: Inversion) -> Film:
@@ -201,16 +194,17 @@ def edit_clip(
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
-    guidance = guidance_of(model, settings.guidance)
+    guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
     text = encode_prompts_cached(model, [inversion.prompt, *targets])
     text = inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * count])
     refuse_negative(model, settings.negative, guidance)
-    empty = encode_prompts_cached(model, [settings.negative])
-    own = guidance if not inversion.overwrites else 1.0
+    empty = unconditional_text(inversion, settings.negative, text)
+    own = guidance if source_is_guided(inversion) else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     first = inversion.start(checks.strength(settings.strength, steps))
     with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
+    masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
     guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
     control = AttentionControl(
         count, clips=1 + count + guided, across_frames=motion_of(model.denoiser) is None, reach=asked.reach
@@ -220,7 +214,7 @@ def edit_clip(
         for step in range(first, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
-            estimate = predict(now, inversion.schedule[step], empty)
+            estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
             now = _step(inversion, step, now, estimate)
             if masks is not None:
                 now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
@@ -279,6 +273,27 @@ def find_places(
         place = (next(found) > settings.threshold).float()
         masks.append(close_over_time(place, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
     return torch.stack(masks), nfe
+
+
+def keep_frames(masks: Tensor | None, kept: Sequence[int], shape: tuple[int, ...]) -> Tensor | None:
+    """Places [N, F, H, W] in which these frames may not differ; None, as without any, is everywhere.
+
+    Raises `UserError` for a frame that the clip has not, and where none would be left.
+    """
+    if not kept:
+        return masks
+    count, frames, height, width = shape
+    for number in kept:
+        if not -frames <= number < frames:
+            raise UserError(
+                f"--keep-frames {number}: a clip of {frames} frames has none of that number. The first is 0, the last "
+                f"{frames - 1}."
+            )
+    if len({number % frames for number in kept}) == frames:
+        raise UserError("--keep-frames names every frame, so nothing would change. Leave some out.")
+    found = torch.ones(count, frames, height, width) if masks is None else masks.clone()
+    found[:, list(kept)] = 0
+    return found
 
 
 def close_over_time(place: Tensor, *, everywhere: bool = False) -> Tensor:

@@ -39,10 +39,15 @@ from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.methods.clip import ClipEdit, ClipResult, find_places
 from edit.methods.prompt_to_prompt.plan import plan_control
-from edit.methods.prompt_to_prompt.replace import align_prompts
+from edit.methods.prompt_to_prompt.replace import (
+    align_prompts,
+    source_is_guided,
+    target_guidance,
+    unconditional_text,
+)
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import SourceImage
-from edit.sampling import SourceAndTargets, guidance_of
+from edit.sampling import SourceAndTargets
 
 SELF = 0.8  # share of the steps in which places are found where the source's are
 STRENGTH = 0.6  # share of the steps that are sampled again: the carried change has to be in the first of them
@@ -133,7 +138,9 @@ def carry_first_frame(
     model, steps = inversion.model, inversion.steps
     refuse_transformer(model)
     alone = target == inversion.prompt and settings.guidance is None
-    guidance = 1.0 if alone else guidance_of(model, settings.guidance)
+    guidance = (
+        1.0 if alone else checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
+    )
     refuse_negative(model, settings.negative, guidance)
     share = SELF if settings.self_attention is None else settings.self_attention
     asked = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(model)
@@ -141,8 +148,8 @@ def carry_first_frame(
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = share if settings.temporal is None else settings.temporal
     text = encode_both(inversion, target, controls)
-    empty = encode_prompts_cached(model, [settings.negative])
-    own = 1.0 if inversion.overwrites else guidance
+    empty = unconditional_text(inversion, settings.negative, text)
+    own = guidance if source_is_guided(inversion) else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     clips = 2 + (predict.guidance != 1) + (predict.source_guidance != 1)
     control = AttentionControl(1, clips=clips, reach=asked.reach)
@@ -157,7 +164,8 @@ def carry_first_frame(
         for step in range(start, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
-            there = inversion.step_targets(step, now, predict(now, inversion.schedule[step], empty))
+            estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
+            there = inversion.step_targets(step, now, estimate)
             if inversion.overwrites:
                 there = there + (inversion.states[step + 1].to(there) - there[:1])
             if masks is not None:

@@ -28,7 +28,7 @@ from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
 from backbone.world.motions import find_moves
-from edit.inversion.inversion import Inversion, read_inversion
+from edit.inversion.inversion import Inversion, count_rounds, read_inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import (
@@ -69,6 +69,12 @@ def perform_clip(
     Raises `UserError` for every mistake of the wishes, before the folder is taken.
     """
     began = time.perf_counter()
+    for said in asked.keep_frames:
+        frame_number(said)
+    if first is not None and asked.keep_frames:
+        raise UserError(
+            "--first gives the first frame, and --keep-frames keeps frames of the source. Give one of them."
+        )
     loaded = load_in_motion(asked, concepts)
     inversion = None if asked.inversion is None else open_inversion(loaded, asked.inversion, source)
     if inversion is not None:
@@ -169,6 +175,12 @@ def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) 
     return ModelWithConcepts(model, read, asked.scale)
 
 
+def rounds_of(asked: ClipOptions | InvertOptions) -> int | None:
+    """How often an inversion predicts; None where that depends on the clip."""
+    assert asked.method != "flow-edit"
+    return count_rounds(asked.method, asked.steps)
+
+
 def write_clip_inversion(
     file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
 ) -> str:
@@ -177,10 +189,11 @@ def write_clip_inversion(
     refuse_longer(loaded.model, film, asked.motion)
     layout = open_clip_layout(loaded.model, film, asked.controls)
     held = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
-    with progress(asked.steps, "inverting", brief=True) as bar:
+    with progress(rounds_of(asked), "inverting", brief=True) as bar:
         inversion = invert_film(
             loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps, seed=asked.seed,
-            identity=loaded.identity, layout=held, progress=bar.advance,
+            identity=loaded.identity, layout=held, progress=bar.advance, guidance=asked.guidance,
+            iterations=asked.iterations,
         )  # fmt: skip
     inversion.write(file)
     return f"{inversion.nfe} evaluations of the denoiser (NFE), {len(film.frames)} frames each."
@@ -215,13 +228,15 @@ def run_clip(
         guidance=asked.guidance,
         negative=negative,
         strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
+        keep_frames=tuple(map(frame_number, asked.keep_frames)),
     )
     inversion = begins.inversion
     if inversion is None:
-        with progress(asked.steps, "inverting", brief=True) as bar:
+        with progress(rounds_of(asked), "inverting", brief=True) as bar:
             inversion = invert_film(
                 loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-                identity=loaded.identity, layout=layout, progress=bar.advance,
+                identity=loaded.identity, layout=layout, progress=bar.advance, guidance=asked.guidance,
+                iterations=asked.iterations,
             )  # fmt: skip
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
@@ -233,6 +248,16 @@ def run_clip(
         became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
     return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, inversion=inversion)
+
+
+def frame_number(said: str) -> int:
+    """`first`, `last` or a number; `UserError` for another word."""
+    named = {"first": 0, "last": -1}
+    if said.lower() in named:
+        return named[said.lower()]
+    if not said.isdecimal():
+        raise UserError(f"--keep-frames {said} is no frame. Say first, last, or a number from 0.")
+    return int(said)
 
 
 def run_first_frame(
@@ -346,7 +371,7 @@ def measure_film(
     """How much of an edit changed, whether it is what was asked, what moves as before, and flicker beside the source's.
 
     flicker   mean absolute difference of a frame and the one before it, in 255ths; `along` the flow what is left of it
-    track_px  how far what moves is from where it is in the source, pixels of 128 a side; None where it is to move otherwise
+    track_px  how far what moves is from its place in the source, of 128 a side; not where it is to move otherwise
     became    share of the frames that are nearer to the target's words than to the source's
     """
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from backbone.evaluation.motion import PARTS, is_right, measure_moved, track_error
+from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
 from backbone.models.clips.motion import attach_motion
+from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
 from backbone.world.clip import Clip, render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
@@ -129,14 +131,22 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     ][:1]
     monkeypatch.setattr(clips, "select_clips", lambda count, frames: chosen[:count])
     monkeypatch.setattr(clips, "has_font", lambda: font)
+    sparse = tmp_path / "sparse"
+    cast(Any, build_sparsectrl(tiny.denoiser, motion_max_seq_length=8)).save_pretrained(sparse)
     places: dict[str, Any] = {"model": tiny.location.source, "motion": str(tmp_path / "motion")}
+    if font:
+        places["sparsectrl"] = str(sparse)
+    else:
+        with pytest.raises(UserError, match="and the emoji font"):
+            clips.main(**places, sparsectrl=str(sparse), clips=2, out=tmp_path / "out")
     clips.main(**places, clips=2, frames=2, steps=1, guidance=2.0, out=tmp_path / "out")
     rows = read_json(tmp_path / "out" / "table.json")
     assert (tmp_path / "out" / "sheet.png").is_file()
-    assert len(rows) == 3 + font and all(len(found) == 2 for found in rows.values())
+    assert len(rows) == 3 + 2 * font and all(len(found) == 2 for found in rows.values())
     for name, moves in (("corners", CAMERAS), ("track", MOTIONS)):
         assert {
             row[name] is not None for found in rows.values() for row in found if row["move"] in moves
         } == {font}
+    assert {row["first"] is not None for found in rows.values() for row in found} == {font}
     bound = rows.get("true clips, decoded", [{"flicker": 0.0}])
     assert min(row["flicker"] for row in rows["without an adapter"]) > bound[0]["flicker"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.first_frame import psnr_where, sample_cases
+from backbone.io.files import read_json
+from benchmarks.first_frame import main, psnr_where, sample_cases
+from tests.tiny import tiny_moji, tiny_motion_adapter
 
 
 def test_the_measure_counts_the_place_alone() -> None:
@@ -26,3 +30,16 @@ def test_cases_are_clips_that_differ_in_their_thing_alone() -> None:
         > psnr_where(case.before, case.after, case.place) + 10
     )
     assert "moving left" in case.target.caption()
+
+
+@pytest.mark.font
+@pytest.mark.slow
+def test_the_benchmark_writes_its_table_beside_source_and_bound(tmp_path: Path) -> None:
+    tiny_motion_adapter().save_pretrained(tmp_path / "motion")
+    model = str(tiny_moji(tmp_path / "moji"))
+    main(model=model, motion=str(tmp_path / "motion"), clips=1, frames=3, steps=2, out=tmp_path / "out")
+    rows = read_json(tmp_path / "out" / "table.json")["rows"]
+    assert list(rows)[:3] == ["source", "bound", "words"] and len(rows) == 7
+    assert rows["source"]["flicker"]["value"] > 0 and rows["source"]["noun"]["value"] in (0, 50, 100)
+    assert "track, px off" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "000.png").is_file()

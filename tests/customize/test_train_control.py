@@ -140,9 +140,11 @@ def test_a_network_is_measured_on_pairs_beside_no_condition_and_the_true_images(
         means = {row: found[name]["mean"] for row, found in rows.items()}
         assert means[APART] == pytest.approx(means[UNDER] - means[FLOOR]) and rows[UNDER][name]["n"] == 3
     assert (tmp_path / "t" / "sheet.png").is_file()
-    nothing = invoked(*asked, "--scale", 0, "--out", tmp_path / "zero")
+    nothing = invoked(*asked, "--scale", 0, "--sweep", 1, "--out", tmp_path / "zero")
     zero = json.loads(nothing.stdout)["rows"]
     assert zero[UNDER] == zero[FLOOR] == rows[FLOOR], "at scale 0 it is the base"
+    assert zero[f"{UNDER}, scale 1"] == rows[UNDER]
+    assert "not between 0 and 2" in str(invoked(*asked, "--sweep", 3, "--out", tmp_path / "much").exception)
 
 
 def test_what_cannot_be_measured_is_refused_and_leaves_nothing(

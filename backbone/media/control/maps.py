@@ -108,8 +108,9 @@ def refuse_other_count(asked: AskedMap, found: int, frames: int) -> None:
 def number_maps(path: str, frames: int) -> dict[int, Path]:
     """The maps of a folder by the frame that each is of, which is the last number in its name: `dog_0012.png` is 12's.
 
-    Or of files that are named with their frames: `0=first.png,15=last.png`, −1 being the last one. Raises `UserError` for a folder without maps, a name without a number, a number that is none of the clip's `frames`,
-    and two maps of one frame.
+    Or of files that are named with their frames: `0=first.png,15=last.png`, −1 being the last one. Raises `UserError`
+    for a folder without maps, a name without a number, a number that is none of the clip's `frames`, and two maps of
+    one frame.
     """
     named = files_by_frame(path)
     if named:

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from backbone.cli.commands import print_json
-from backbone.cli.conditions import KINDS, LINE_KINDS, SYNONYMS
+from backbone.cli.conditions import (
+    KINDS,
+    LINE_KINDS,
+    SYNONYMS,
+    AskedControl,
+    AskedMap,
+    check_strength,
+)
 from backbone.cli.flags import (
     DATA,
     DRAWING,
@@ -217,6 +224,10 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
     ] = ""
     most: Annotated[int, Option("At most so many pairs; 0: all.", DATA, min=0)] = 100
     scale: Annotated[float, Option("Conditioning scale of the control network.", DRAWING, min=0)] = 1.0
+    sweep: Annotated[
+        tuple[float, ...],
+        Option("Further scales, a row of the table and a column of the sheet each; repeatable.", DRAWING),
+    ] = ()
     steps: Annotated[
         int | None, Option("Sampling steps.", SAMPLING, default_text="the model's own", min=1)
     ] = None
@@ -246,6 +257,8 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
 
 def evaluate_control(asked: EvaluateControlOptions) -> None:
     """Measure how well a control network is obeyed: on pairs, beside no condition and the true images."""
+    for scale in asked.sweep:
+        check_strength(AskedControl(AskedMap("map", ""), scale=scale))
     if not asked.images:
         raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
     from backbone.evaluation.clip import load_scorer
@@ -273,6 +286,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
         asked.steps or int(model.defaults["steps"]),
         float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
         asked.seed,
+        tuple(asked.sweep),
     )
     with hold_new_folder(asked.out, FIDELITY) as folder:
         opened = open_control(model, asked.network)

@@ -7,7 +7,7 @@ goes through the autoencoder (the *bound*). `benchmarks.control` measures more o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,17 @@ SHOWN = 12  # pairs on the sheet
 
 @dataclass(frozen=True)
 class ControlDrawing:
-    """How pairs are drawn: under which kind of map, how strongly, and with which settings of the sampler."""
+    """How pairs are drawn: under which kind of map, how strongly, and with which settings of the sampler.
+
+    sweep  further scales
+    """
 
     kind: str
     scale: float
     steps: int
     guidance: float
     seed: int
+    sweep: tuple[float, ...] = ()
 
 
 Values = dict[str, list[float | None]]
@@ -69,6 +73,12 @@ def evaluate_control(
     maps = torch.stack([pair.read_map(drawing.kind, size) for pair in pairs])
     images = {
         UNDER: draw_pairs(model, pairs, drawing, opened=opened, maps=maps),
+        **{
+            f"{UNDER}, scale {scale:g}": draw_pairs(
+                model, pairs, replace(drawing, scale=scale), opened=opened, maps=maps
+            )
+            for scale in drawing.sweep
+        },
         FLOOR: draw_pairs(model, pairs, drawing),
         BOUND: [round_trip(model, image) for image in true],
     }
@@ -196,9 +206,17 @@ def format_table(facts: dict[str, Any], rows: dict[str, dict[str, dict[str, floa
 def save_pairs(
     path: Path, kind: str, maps: torch.Tensor, true: Sequence[Image], images: dict[str, list[Image]]
 ) -> None:
-    """A row for each of the first pairs: its map, its image, and what was drawn under the map and without."""
-    rows: list[list[Cell | Image | None]] = [
-        [to_image(maps[n] * 2 - 1), true[n], images[UNDER][n], images[FLOOR][n]]
-        for n in range(min(SHOWN, len(true)))
-    ]
-    save_png(path, draw_sheet(rows, column_titles=[kind, "true", UNDER, FLOOR]))
+    """A row for each of the first pairs: its map, what was drawn under it, the map of that, and the true image."""
+    found = kind in COMPUTED
+    columns = [UNDER, *(name for name in images if name not in (UNDER, FLOOR, BOUND)), FLOOR]
+    rows: list[list[Cell | Image | None]] = []
+    for n in range(min(SHOWN, len(true))):
+        row: list[Cell | Image | None] = [to_image(maps[n] * 2 - 1)]
+        for name in columns:
+            row += [
+                images[name][n],
+                *([compute_map(kind, images[name][n])] if found and name == UNDER else []),
+            ]
+        rows.append([*row, true[n]])
+    titles = [kind, UNDER, *(["map of the drawn"] if found else []), *columns[1:], "true"]
+    save_png(path, draw_sheet(rows, column_titles=titles))

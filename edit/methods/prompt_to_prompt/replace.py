@@ -64,9 +64,9 @@ def replace(
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
     text = _encode_prompts(inversion, targets)
-    empty = _unconditional_text(inversion, settings, text)
-    guidance = _guidance(inversion, settings)
-    own = guidance if _source_is_guided(inversion) else 1.0
+    empty = unconditional_text(inversion, settings.negative, text)
+    guidance = target_guidance(inversion, settings.guidance)
+    own = guidance if source_is_guided(inversion) else 1.0
     predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
@@ -181,14 +181,14 @@ def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLa
     )
 
 
-def _source_is_guided(inversion: Inversion) -> bool:
+def source_is_guided(inversion: Inversion) -> bool:
     """Whether the source's row is sampled with guidance that changes it (guided by its own prompt it is not)."""
     return not inversion.overwrites and inversion.method != "negative-prompt"
 
 
-def _guidance(inversion: Inversion, settings: ReplaceSettings) -> float:
+def target_guidance(inversion: Inversion, asked: float | None) -> float:
     """The targets' guidance: what was asked for, else what the inversion was made for, else the model's usual one."""
-    made_for, asked = inversion.guidance, settings.guidance
+    made_for = inversion.guidance
     if made_for is not None and asked is not None and asked != made_for:
         raise UserError(
             f"This null-text inversion was made for guidance {made_for:g}, not {asked:g}. "
@@ -198,11 +198,11 @@ def _guidance(inversion: Inversion, settings: ReplaceSettings) -> float:
     return usual if asked is None else asked
 
 
-def _unconditional_text(inversion: Inversion, settings: ReplaceSettings, text: Conditions) -> Conditions:
+def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
     """The encoded prompt [1, ...] of unconditional rows: the negative one; by negative-prompt inversion the source."""
     if inversion.method == "negative-prompt":
         return text[:1]
-    return encode_prompts_cached(inversion.model, [settings.negative])
+    return encode_prompts_cached(inversion.model, [negative])
 
 
 def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:

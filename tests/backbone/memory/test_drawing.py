@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.drawing import DrawingEstimator, DrawingWorkload
 from backbone.memory.planner import MemoryEstimator, MemorySettings
 from backbone.models.clips.motion import attach_motion, clip_of, detach_motion
+from backbone.models.clips.windows import attention_in_windows
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
@@ -108,17 +110,21 @@ def test_guidance_takes_a_second_row_and_a_saving_one_image_at_a_time(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_decoding")
-def test_frames_go_through_the_motion_adapter_as_in_a_real_call(tiny: Backbone) -> None:
+@pytest.mark.parametrize(("frames", "window"), [(4, None), (12, (8, 2))])
+def test_frames_go_through_the_motion_adapter_as_in_a_real_call(
+    frames: int, window: tuple[int, int] | None, tiny: Backbone
+) -> None:
     adapter = models.tiny_motion_adapter()
-    clip = drawn(batch=1, frames=4, motion=adapter)
+    clip = drawn(batch=1, frames=frames, motion=adapter, window=window)
     counted = DrawingEstimator(tiny, clip, device="cpu").phases(PLAIN)["drawing"]
-    stills = DrawingEstimator(tiny, drawn(batch=4), device="cpu").phases(PLAIN)["drawing"]
+    stills = DrawingEstimator(tiny, drawn(batch=frames), device="cpu").phases(PLAIN)["drawing"]
     assert counted.resident_bytes - stills.resident_bytes == tensor_bytes(adapter.parameters())
-    rows = 8  # four frames, each with a row without its prompt
+    rows = 2 * frames  # each with a row without its prompt
     text = tiny.family.spec(tiny.location, tiny.dtype).blank_text(rows, "cpu")
     noisy, time = torch.zeros(rows, *tiny.latent_shape), torch.zeros(rows)
     attach_motion(tiny.denoiser, adapter)
-    with clip_of(tiny.denoiser, 4):
+    by_windows = nullcontext() if window is None else attention_in_windows(tiny.denoiser, *window)
+    with clip_of(tiny.denoiser, frames), by_windows:
         real = forward_peak_bytes(
             tiny.denoiser,
             lambda: tiny.family.network(tiny.denoiser, text)(noisy, time),

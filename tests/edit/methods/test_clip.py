@@ -93,6 +93,31 @@ def test_an_inversion_of_all_frames_leads_back_and_an_edit_to_the_same_words_cha
     torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
+@pytest.mark.parametrize("linked", ["by an adapter", pytest.param("by attention", marks=pytest.mark.slow)])
+def test_a_sampled_source_is_guided_as_its_inversion_says(
+    linked: str, method: str, tiny: Backbone, film: Film
+) -> None:
+    if linked == "by an adapter":
+        attach_motion(tiny.denoiser, tiny_motion_adapter())
+    made = {"guidance": 3.0, "iterations": 5} if method == "null-text" else {}
+    inversion = invert_film(tiny, film, SOURCE, method=method, steps=3, **made)
+    assert (inversion.empties is not None) == (method == "null-text")
+    asked = ClipEdit(cross=1.0, self_attention=1.0, threshold=0, guidance=None if made else 3.0)
+    same = edit_clip(inversion, [SOURCE], asked).latents[0]
+    if (
+        method == "negative-prompt"
+    ):  # guided by itself it is the conditional prediction, as the inversion's was
+        unguided = edit_clip(inversion, [SOURCE], replace(asked, guidance=1.0)).latents[0]
+        torch.testing.assert_close(same, unguided, atol=1e-4, rtol=0)
+    else:
+        plain = replace(inversion, empties=None)
+        without = edit_clip(plain, [SOURCE], asked).latents[0]
+        assert (same - inversion.clean).square().mean() < (without - inversion.clean).square().mean()
+        with pytest.raises(UserError, match="was made for guidance 3, not 5"):
+            edit_clip(inversion, [SOURCE], ClipEdit(guidance=5.0))
+
+
 def test_outside_the_place_frames_are_the_sources_own_pixels(moving: Backbone, film: Film) -> None:
     inversion = invert_film(moving, film, SOURCE, steps=3)
     result = edit_clip(inversion, ["a cat in the snow", "a red dog in the snow"], ClipEdit(threshold=0.6))
@@ -112,6 +137,20 @@ def predictions(model: Backbone, control: AttentionControl | None, clips: Tensor
         return predict(clips, level).noise
     with control_attention(model.denoiser, control):
         return predict(clips, level).noise
+
+
+def test_frames_that_are_kept_are_the_source_s_and_the_others_move_otherwise(
+    moving: Backbone, film: Film
+) -> None:
+    inversion = invert_film(moving, film, "a dog, moving right", steps=2)
+    kept = edit_clip(inversion, ["a dog, moving left"], ClipEdit(threshold=0, keep_frames=(0, -1)))
+    source = inversion.image
+    assert torch.equal(kept.pixels[0, [0, 3]], source[[0, 3]]) and not torch.equal(
+        kept.pixels[0, 1], source[1]
+    )
+    for numbers, said in (((4,), "has none of that number"), ((0, 1, 2, 3), "names every frame")):
+        with pytest.raises(UserError, match=said):
+            edit_clip(inversion, ["a dog, moving left"], ClipEdit(keep_frames=numbers))
 
 
 def test_the_sources_attention_is_taken_frame_by_frame(tiny: Backbone) -> None:
@@ -260,6 +299,7 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
         (("{text}", "--target", "a cat"), "cannot be read as a clip"),
         (("film.mp4", "--target", "a cat"), "no film film.mp4"),
         (("{clip}", "--target", "a cat", "--cross", "0.5"), "--cross has no effect without --source"),
+        (("{clip}", "--source", "a dog", "--target", "a cat", "--keep-frames", "some"), "some is no frame"),
         (("{clip}", "--target", "a cat", "--source", "a dog", "--temporal", "0.5"), "without --motion"),
         (("{clip}", "--target", "a cat", "--target", "a dog"), "Without --source one clip"),
         (("{clip}", "--target", "a cat", "--condition", "sketch={still}"), "nothing reads sketch maps"),

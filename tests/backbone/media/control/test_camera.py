@@ -92,8 +92,8 @@ def test_words_say_how_far_and_ease_is_slow_at_both_ends() -> None:
         and abs(steps[0]) < 0.5 * abs(steps[1])
         and path.positions[2, 0] == pytest.approx(-0.125)
     )
-    turned = (read_camera(f"{word}=10deg", 3, (64, 64)).poses for word in ("roll", "roll-left"))
-    assert np.array_equal(*turned)
+    one, other = (read_camera(f"{word}=10deg", 3, (64, 64)).poses for word in ("roll", "roll-left"))
+    assert np.array_equal(one, other)
 
 
 def test_a_paths_lines_and_its_json_are_read_back_as_it_is(tmp_path: Path) -> None:
