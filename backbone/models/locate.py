@@ -17,11 +17,10 @@ from backbone.io.records import read_as
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
-OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow")}  # the models carried along
+# The models carried along
+OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow", "moji-turbo")}
 FEW_STEP = "few_step.json"  # of a folder whose adapter makes a few-step model of a base
 ADAPTER = "pytorch_lora_weights.safetensors"
-if (TURBO := Path(__file__).parents[1] / "moji-turbo").is_dir():
-    OWN["moji-turbo"] = TURBO
 FEW_STEP_MODELS = {  # the few-step model that goes with a base
     "moji": "moji-turbo",
     "z-image": "z-image-turbo",

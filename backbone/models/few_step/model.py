@@ -14,7 +14,7 @@ import torch
 
 from backbone.cli.sampling import Sampler
 from backbone.io.console import UserError
-from backbone.models.locate import FEW_STEP_MODELS, OWN
+from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone
 
 
@@ -40,11 +40,6 @@ def name_few_step(model: str) -> str:
         raise UserError(
             f"No few-step model is known that goes with {model}. Name one with --on: a model, or the folder of a "
             "few-step adapter."
-        )
-    if few_step == "moji-turbo" and few_step not in OWN:
-        raise UserError(
-            "moji-turbo does not come with this version yet. Distil it with recipes.moji.adapters.turbo, and name its "
-            "folder with --on."
         )
     return few_step
 

@@ -18,7 +18,6 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models import sample as sampling
 from backbone.models.few_step.model import name_few_step, open_few_step, usual_drawing
-from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from tests.tiny import tiny_flux, tiny_unet
@@ -114,9 +113,7 @@ def test_what_is_no_pair_is_refused(tiny: Backbone, tiny_folder: Path, tmp_path:
     with pytest.raises(UserError, match="--on"):
         name_few_step("sd15")
     assert name_few_step("z-image") == "z-image-turbo"
-    if "moji-turbo" not in OWN:
-        with pytest.raises(UserError, match="does not come with this version"):
-            name_few_step("moji")
+    assert name_few_step("moji") == "moji-turbo"
 
 
 @pytest.mark.parametrize("damage", ["record", "adapter", "shape", "factor"])
