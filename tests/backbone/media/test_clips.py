@@ -104,7 +104,7 @@ def test_a_film_is_turned_as_it_was_held(
 
 
 def test_a_film_s_pixels_may_be_wider_than_high(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_as(FilmFile([0], aspect=1.5), tmp_path, monkeypatch).frames[0].size == (6, 2)
+    assert read_as(FilmFile([0, 1 / 30], aspect=1.5), tmp_path, monkeypatch).frames[0].size == (6, 2)
 
 
 def test_frames_of_a_film_that_last_longer_are_repeated(
