@@ -24,7 +24,7 @@ from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.files import content_hash, write_json
-from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder, refuse_unwritable
+from backbone.io.run_folder import hold_new_folder, package_versions, refuse_finished, refuse_new_folder
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.decode import open_named
@@ -89,9 +89,8 @@ def sample_to_folder(
     for `samples/`, or `samples-2/` … where that exists. `concepts` are those that `asked` names, read already. Images
     are as large as the concepts' training images, where no size is asked for. `on` is a few-step model, made from the
     one that the concepts were trained on, that draws in its place; OWN_FEW_STEP is the one that is known to go with it.
-    `vram` is the device's memory in GiB to plan for. The maps of conditions on the layout are written as
-    `condition-0-sketch.png` … and stand beside the images in the sheet. Image (i, j) depends on the seed, i and j
-    alone, and several processes share the work.
+    `vram` is the device's memory in GiB. The maps of conditions on the layout are written as `condition-0-sketch.png` …
+    and stand beside the images. Image (i, j) depends on the seed, i and j alone, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
@@ -103,25 +102,22 @@ def sample_to_folder(
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(beside.references))
-    refuse_unwritable(out or SAMPLES.parent)
+    refuse_finished(out)
     if vram is not None:
         work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
-    conditions = open_conditions(
-        backbone, beside.controls, (columns * backbone.factor, rows * backbone.factor)
-    )
+    size = (columns * backbone.factor, rows * backbone.factor)
+    conditions = open_conditions(backbone, beside.controls, size)
+    described = _describe(name, asked, concepts, conditions, beside.references)
+    contents = _hash_contents(backbone, concepts, conditions, beside.references)
+    what = {**described, "prompts": expanded, "contents": contents}
+    refuse_new_folder(out, SAMPLES, what)
     load_concepts(backbone, concepts, scale=asked.scale)
     refuse_negative(backbone, asked.negative, asked.guidance)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
     ]
     began = time.perf_counter()
-    what = {
-        **_describe(name, asked, concepts, conditions, beside.references),
-        "prompts": expanded,
-        "contents": _hash_contents(backbone, concepts, conditions, beside.references),
-    }
-    refuse_new_folder(out, SAMPLES, what)
     missing = [one for one in requests if out is None or not (out / image_name(one)).exists()]
     with _hold_folder(out, what) as folder:
         shown = encode_references(backbone, [open_named(path) for path in beside.references])
@@ -129,11 +125,8 @@ def sample_to_folder(
         _write_images(backbone, missing, folder, Drawing(prompts, asked, facts, conditions, shown))
         processes.barrier()  # now all pictures are there
         if processes.is_main_process():
-            record = {
-                **_describe(name, asked, concepts, conditions, beside.references),
-                "seconds": round(time.perf_counter() - began, 2),
-                "versions": package_versions(),
-            }
+            seconds = round(time.perf_counter() - began, 2)
+            record = {**described, "seconds": seconds, "versions": package_versions()}
             note = _say_how(name, asked, concepts)
             columns = asked.count if asked.count > 1 else 4
             maps = _write_maps(folder, conditions)

@@ -128,8 +128,8 @@ def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int
     lost = 1 - min(shapes) / max(shapes)
     if lost > CROPPED:
         notify_once(
-            f"{name} is {own[0]} × {own[1]} pixels, and shapes up to 2 : 1 are edited: {lost:.0%} of it is cropped "
-            "off, at both ends alike. Edit a part of it, where that matters."
+            f"{name} is {own[0]} × {own[1]} pixels, and shapes up to 2 : 1 are edited: {min(lost, 0.99):.0%} of it is "
+            "cropped off, at both ends alike. Edit a part of it, where that matters."
         )
     return size
 

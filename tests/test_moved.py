@@ -10,8 +10,11 @@ import pytest
 
 import customize.clips.train as motion
 from align.training.start import as_kept
+from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.training.run import CHECKPOINT
+from customize.settings import Settings
+from customize.training.start import as_kept as as_kept_by_a_concept
 from tests.commands import run_here
 from tests.tiny import tiny_pipeline
 
@@ -112,3 +115,13 @@ def test_paths_of_a_run_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert as_kept({"online": name}) == {"online": whole}
     kept = motion.as_kept({"clips": "clips", "model": "model", "motion": ""})
     assert kept == {"clips": f"{tmp_path}/clips", "model": f"{tmp_path}/model", "motion": ""}
+
+
+def test_further_subjects_may_have_moved_and_stay_who_they_are(tmp_path: Path) -> None:
+    own = Settings(images="a", token="[V]", class_noun="dog", subject=("b:[W]:cat:bcd",))
+    (tmp_path / "there").mkdir()
+    kept = as_kept_by_a_concept({"subject": (f"{tmp_path}/there:[W]:cat",)}, own)
+    assert kept["subject"] == (f"{tmp_path}/there:[W]:cat:bcd",)
+    for other in (("there:[W]:dog",), ("there:[X]:cat",), ()):
+        with pytest.raises(UserError, match=r"of the run's own subjects \(\[W\] cat\)"):
+            as_kept_by_a_concept({"subject": other}, own)

@@ -76,7 +76,7 @@ OTHER_METHODS = {
     (".on_input", ".ia3_l"): "scales of IA³",
     (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
     (".set_weight", ".reshape_weight"): "whole weights",
-    ("emb_params", "string_to_param", "string_to_param.*"): "learned words",
+    ("emb_params", "string_to_param", "string_to_param.*", "clip_l", "clip_g", ">"): "learned words",
 }
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 DEFAULT_TOKEN = "[V]"
 PLACEHOLDER = re.compile(r"\{(\w*)\}")  # of a template; wildcards as {red|blue} are text
 # Settings that may change with --resume; what is learned from and on may have moved
-RESUMED = ("steps", "learning_rate", "images", "pairs", "device", "model", "class_images", "scorer")
+RESUMED = (
+    "steps",
+    "learning_rate",
+    "images",
+    "pairs",
+    "device",
+    "model",
+    "class_images",
+    "scorer",
+    "subject",
+)
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -127,6 +137,8 @@ def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
             kept[name] = make_absolute(kept[name])
     if "class_images" in kept:
         kept["class_images"] = tuple(make_absolute(folder) for folder in kept["class_images"])
+    if "subject" in kept:
+        kept["subject"] = _moved_subjects(kept["subject"], own)
     if "model" in kept:
         from backbone.models.locate import absolute_model
 
@@ -134,6 +146,20 @@ def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
     if "instance_prompt" in kept:
         kept["instance_prompt"] = as_template(kept["instance_prompt"], own.token, own.class_noun)
     return kept
+
+
+def _moved_subjects(flags: Sequence[str], own: Settings) -> tuple[str, ...]:
+    """A run's further subjects with their images where these lie now; `UserError` for another token or class."""
+    kept, now = own.subjects()[1:], [read_subject(flag) for flag in flags]
+    named = [[(one.token, one.class_noun) for one in some] for some in (kept, now)]
+    if named[0] != named[1]:
+        said = ", ".join(f"{token} {noun}" for token, noun in named[0]) or "none"
+        raise UserError(
+            f"--subject beside --resume says where images lie now, of the run's own subjects ({said}). Name these."
+        )
+    return tuple(
+        replace(one, images=absolute(there.images)).flag() for one, there in zip(kept, now, strict=True)
+    )
 
 
 def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import customize.sampling
 from backbone.adapters.concept import BEST, Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.prompts import one_prompt, prompts_of, read_prompts
+from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
@@ -183,7 +183,7 @@ def test_images_that_were_drawn_before_a_stop_are_kept_and_the_same_command_draw
 ) -> None:
     words = ("sample", "a dog", "a cat", *quick, "--count", 2, "--batch", 1, "--out")
     assert invoked(*words, tmp_path / "quiet").exit_code == 0
-    out, written = tmp_path / "struck", customize.sampling.save_png
+    out, written = tmp_path / "struck", save_png
 
     def stop(path: Path, *what: Any, **how: Any) -> None:
         if len(list(out.glob("p*.png"))) == 2:

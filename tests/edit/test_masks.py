@@ -120,7 +120,7 @@ def test_a_photograph_of_any_size_is_encoded_and_its_mask_fits(tiny: Backbone, s
     [
         ((1200, 900), ""),
         ((512, 257), ""),
-        ((1500, 500), "33% of it is cropped off"),
+        ((1500, 500), "39% of it is cropped off"),
         ((8, 3000), "99% of it"),
     ],
 )
@@ -129,5 +129,5 @@ def test_what_is_cropped_off_a_long_image_is_said(
 ) -> None:
     model: Any = SimpleNamespace(resolution=128, factor=8)
     show_image(model, SourceImage(Image.new("RGB", size), f"{size}", ""))
-    heard = capsys.readouterr().err
+    heard = " ".join(capsys.readouterr().err.split())
     assert said in heard if said else not heard

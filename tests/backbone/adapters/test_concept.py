@@ -45,7 +45,7 @@ def test_a_plain_token_counts_as_a_whole_word_only(prompt: str, wanted: str) -> 
 
 
 def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -> None:
-    assert resolve_placeholder_tokens("my[V]dog", [concept()]) == "mybcddog"
+    assert resolve_placeholder_tokens("my[V]dog", [concept()]) == "my bcd dog"
     chained = [concept("[V]", "bcd"), concept("bcd", "fgh")]
     assert resolve_placeholder_tokens("a [V] and a bcd", chained) == "a bcd and a fgh"
 

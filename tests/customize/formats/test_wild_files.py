@@ -261,6 +261,7 @@ def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str
         ("lora_unet_conv_in.w_norm", "differences of norms"),
         ("lora_unet_conv_in.oft_blocks", "rotations"),
         ("bundle_emb.cat.string_to_param.*", "learned words"),
+        ("<cat>", "learned words"),
         ("something.else", "something.else"),
     ],
 )

@@ -156,7 +156,7 @@ def test_a_source_and_a_model_that_have_moved_are_the_ones_that_were_prepared(
     moved = shapes.rename(tmp_path / "moved")
     prepared(Path(shutil.copytree(tiny_folder, tmp_path / "model")), moved, tmp_path / "out")
     (moved / "0.png").rename(moved / "9.png")
-    with pytest.raises(UserError, match="was begun with another source"):
+    with pytest.raises(UserError, match="is not what it was when"):
         prepared(tiny_folder, moved, tmp_path / "out")
 
 
