@@ -153,8 +153,7 @@ def slide_of(clip: Clip) -> Floats | None:
         return None
     (figure, *_) = place_figures(clip.scene, clip.scene.horizon)
     track = trace_thing(clip, figure, True)
-    found: Floats = track[-1, :2] - track[0, :2]
-    return found
+    return np.asarray(track[-1, :2] - track[0, :2], dtype=np.float64)
 
 
 # Clips -------------------------------------------------------------------------------------------------------

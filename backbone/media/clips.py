@@ -191,7 +191,7 @@ def _read_stack(path: Path) -> Film:
         raise UserError(
             f"{path} cannot be read as an array ({str(error)[:80]}). Write it with numpy.save."
         ) from error
-    shape = getattr(frames, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(frames, "shape", ()))
     if getattr(frames, "dtype", None) != np.uint8 or not (
         len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
     ):

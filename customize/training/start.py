@@ -158,7 +158,7 @@ def _moved_subjects(flags: Sequence[str], own: Settings) -> tuple[str, ...]:
             f"--subject beside --resume says where images lie now, of the run's own subjects ({said}). Name these."
         )
     return tuple(
-        replace(one, images=absolute(there.images)).flag() for one, there in zip(kept, now, strict=True)
+        replace(one, images=make_absolute(there.images)).flag() for one, there in zip(kept, now, strict=True)
     )
 
 

@@ -100,7 +100,7 @@ def test_a_sampled_source_is_guided_as_its_inversion_says(
 ) -> None:
     if linked == "by an adapter":
         attach_motion(tiny.denoiser, tiny_motion_adapter())
-    made = {"guidance": 3.0, "iterations": 5} if method == "null-text" else {}
+    made: dict[str, Any] = {"guidance": 3.0, "iterations": 5} if method == "null-text" else {}
     inversion = invert_film(tiny, film, SOURCE, method=method, steps=3, **made)
     assert (inversion.empties is not None) == (method == "null-text")
     asked = ClipEdit(cross=1.0, self_attention=1.0, threshold=0, guidance=None if made else 3.0)
