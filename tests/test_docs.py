@@ -153,7 +153,7 @@ CALLS = [
     if block.language == "sh"
     for words in calls_of(block)
 ]
-ABOUT_BENCHMARKS = ("docs/moji.md", "docs/scale.md", "docs/reproducing.md")
+ABOUT_BENCHMARKS = ("docs/moji.md", "docs/scale.md", "docs/reproducing.md", "docs/control.md")
 OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that does not run may also call
 
 

@@ -85,7 +85,7 @@ def test_wide_things_scroll_in_themselves_and_never_the_page(tmp_path: Path) -> 
     around = dict(reader.around[:3])
     assert around["table"] == ["scroll"] and around["svg"] == ["curves"] and around["img"] == ["sheet"]
     # What keeps each of them within 390 pixels
-    for rule in (".scroll { overflow-x: auto; }", "img, svg { max-width: 100%; height: auto; }"):
+    for rule in (".scroll { overflow-x: auto; }", "img, svg, video { max-width: 100%; height: auto; }"):
         assert rule in STYLE
     phone = STYLE[STYLE.index("@media (max-width: 40rem)") :]
     assert "figure.sheet { overflow-x: auto; }" in phone
@@ -119,7 +119,7 @@ def test_a_page_loads_nothing_and_runs_no_script(tmp_path: Path) -> None:
     assert policy is not None and policy.start() < page.index("<title>")
     rules = dict(rule.split(" ", 1) for rule in policy[1].split("; "))
     assert rules == {
-        "default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
+        "default-src": "'none'", "img-src": "data:", "media-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
         "form-action": "'none'",
     }  # fmt: skip
     assert "<script" not in page and "http://" not in page and "https://" not in page

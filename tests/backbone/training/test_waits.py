@@ -49,7 +49,7 @@ def test_no_step_of_customize_waits_for_the_device(
 def test_a_plain_copy_in_a_step_is_found(
     tiny_folder: Path, subject: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("customize.objectives.dreambooth.send", lambda tensor, device: tensor.to(device))
+    monkeypatch.setattr("backbone.data.ahead.send", lambda tensor, device: tensor.to(device))
     model = fresh(tiny_folder)
     training, _ = begun(model, subject, concept_settings(subject, steps=8))
     found = count_waits(training, model)

@@ -77,7 +77,10 @@ def page() -> str:
             "An α of 0 is refused (tools differ there), and so are values that are not finite, layers that",
             "lack a factor, and these:",
             "",
-            *(f"- {what}: `{'`, `'.join(ends)}`" for ends, what in OTHER_METHODS.items()),
+            *(
+                f"- {what}: " + ", ".join(f"`{'<word>' if end == '>' else end}`" for end in ends)
+                for ends, what in OTHER_METHODS.items()
+            ),
             "",
         ]
     )
