@@ -119,7 +119,8 @@ def test_a_page_loads_nothing_and_runs_no_script(tmp_path: Path) -> None:
     assert policy is not None and policy.start() < page.index("<title>")
     rules = dict(rule.split(" ", 1) for rule in policy[1].split("; "))
     assert rules == {
-        "default-src": "'none'", "img-src": "data:", "media-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
+        "default-src": "'none'", "img-src": "data:", "media-src": "data:",
+        "style-src": "'unsafe-inline'", "base-uri": "'none'",
         "form-action": "'none'",
     }  # fmt: skip
     assert "<script" not in page and "http://" not in page and "https://" not in page
