@@ -13,8 +13,9 @@ colour rises over the weights ¼, 1 and 3. Background metrics come over the back
 code takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are
 inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the
 steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
-default's. “By instruction” follows an instruction in place of the prompts, with the editor that `--editor` names (a run
-of `customize train --pairs`, as `recipes.moji.adapters.edit` makes one). Needs the emoji font and the classifier.
+default's. “Edges=auto” is the default under the source's own edges, where the model brings a network that reads them
+and the edit leaves outlines as they are. “By instruction” follows an instruction in place of the prompts, with the
+editor that `--editor` names (a run of `customize train --pairs`, as `recipes.moji.adapters.edit` makes one). Needs the emoji font and the classifier.
 Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
@@ -38,6 +39,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from backbone.adapters.concept import is_run
 from backbone.cli.commands import script_app
+from backbone.cli.conditions import AskedControl, parse_map
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation import image_metrics as measure
@@ -48,6 +50,7 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor
+from backbone.models.control import list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.edits import GREY_STYLES, write_instruction
@@ -66,6 +69,7 @@ from benchmarks.judges.classifier import (
 )
 from benchmarks.moji import format_percent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
+from edit.layout import AskedLayout, open_layout
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
 from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
@@ -81,6 +85,8 @@ KINDS = (
 WEIGHTS = (0.25, 1.0, 3.0)
 STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
 DEFAULT = "the default"
+EDGES = "the default, edges=auto"
+OUTLINED = ("colour", "accessory added", "accessory removed", "style")  # edits that leave a thing's outline
 BY_INSTRUCTION = "by instruction"
 INSTRUCTED_STEPS = 20  # of three evaluations each
 RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
@@ -409,7 +415,7 @@ def list_methods() -> dict[str, TryAll]:
         "flow-edit": run_flow_edit,
     }
     found |= {f"SDEdit {strength:g}": make_sdedit(strength) for strength in STRENGTHS}
-    found["no edit"] = keep_source
+    found |= {EDGES: hold_edges, "no edit": keep_source}
     return {**{name: for_each_case(attempt) for name, attempt in found.items()}, "resample": resample_targets}
 
 
@@ -434,6 +440,17 @@ def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = Non
         return Attempt(pictures, seconds / len(pictures), evaluations / len(pictures))
 
     return attempt
+
+
+def hold_edges(work: Work, case: Case) -> Attempt | None:
+    """The default under the source's own edges; None for edits that change outlines, and models without a network."""
+    if case.kind not in OUTLINED or "edges" not in list_embedded_controls(work.model):
+        return None
+    source, began = render(case.before).image, time.perf_counter()
+    layout = open_layout(work.model, source, AskedLayout((AskedControl(parse_map("edges=auto")),)))
+    inversion = invert(work.model, source, case.source, steps=work.asked.steps, layout=layout)
+    edited = prompt_to_prompt(inversion, case.target, ReplaceSettings(guidance=work.asked.guidance))
+    return Attempt(edited.images, time.perf_counter() - began, inversion.nfe + edited.nfe)
 
 
 def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
