@@ -15,8 +15,8 @@ inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attentio
 steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
 default's. “Edges=auto” is the default under the source's own edges, where the model brings a network that reads them
 and the edit leaves outlines as they are. “By instruction” follows an instruction in place of the prompts, with the
-editor that `--editor` names (a run of `customize train --pairs`, as `recipes.moji.adapters.edit` makes one). Needs the emoji font and the classifier.
-Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
+editor that `--editor` names (a run of `customize train --pairs`, as `recipes.moji.adapters.edit` makes one). Needs the
+emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
 
 Pictures that `--out` holds are not made again, and figures always are, from the pictures on disk: a better classifier
 renews the tables without an edit. Several processes can share one `--out` with other `--methods`; the tables are of
