@@ -72,8 +72,8 @@ def drop_adapter(network: nn.Module, name: str) -> None:
     """Take an adapter off a network again, so that the trained one works alone."""
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.delete_adapter(name)
             layer.set_adapter([ADAPTER])
+            layer.delete_adapter(name)
     getattr(network, "peft_config", {}).pop(name, None)
 
 
