@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import mimetypes
 import os
 import secrets
 import signal
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, error_message, notify
 from backbone.io.records import parse_json
 
 PAGES, SHARED = Path(__file__).with_name("pages"), ("style.css", "page.js")
@@ -56,6 +58,33 @@ def answer_page(path: Path) -> Response:
     for name in SHARED:
         text = text.replace(f"{{{{{name}}}}}", (PAGES / name).read_text(encoding="utf-8"))
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+
+def answer_image(path: Path) -> Response:
+    """An image that lies on the disk; 404 with the reason where it cannot be read."""
+    try:
+        kind = mimetypes.guess_type(path.name)[0] or "image/png"
+        return Response(path.read_bytes(), media_type=kind)
+    except OSError as error:
+        return PlainTextResponse(error_message(error) or "the image cannot be read", 404)
+
+
+async def answer_post(request: Request, act: Callable[[dict[str, Any]], Any], *, largest: int) -> Response:
+    """As JSON what `act` makes of a post's object, in a thread of its own.
+
+    400 with the sentence for what is no such post (`ValueError`, `UserError`), 409 where a newer one has come
+    (`Overtaken`), 503 where what was made could not be kept.
+    """
+    try:
+        return JSONResponse(await run_in_threadpool(act, await read_post(request, largest)))
+    except Overtaken:
+        return PlainTextResponse("something newer has come", 409)
+    except (ValueError, UserError) as error:
+        return PlainTextResponse(str(error), 400)
+    except OSError as error:
+        reason = error_message(error) or str(error)
+        notify(f"Error: {reason}")
+        return PlainTextResponse(reason, 503)
 
 
 def read_data_url(sent: object, what: str) -> Image.Image:

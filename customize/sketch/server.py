@@ -9,25 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from backbone.io.console import UserError, error_message, notify
 from backbone.io.local_server import (
     LocalOnly,
-    Overtaken,
+    answer_image,
     answer_page,
+    answer_post,
     read_data_url,
-    read_post,
     serve_locally,
 )
-from customize.sketch.pad import SketchPad, Wish, describe_drawn, describe_pad
+from customize.sketch.pad import MOST_IMAGES, SketchPad, Wish, describe_drawn, describe_pad
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_POST = 4 * 2**20  # bytes
+NUMBERS = [str(number) for number in range(MOST_IMAGES)]
 
 
 def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
@@ -44,30 +43,20 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
 
     async def image(request: Request) -> Response:
         number, file = int(request.path_params["number"]), request.path_params["file"]
-        if number >= len(pad.drawings):
-            return PlainTextResponse("there is no such drawing", 404)
-        drawn = pad.drawings[number]
-        files = {"sketch": drawn.sketch, **{str(j): name for j, name in enumerate(drawn.files)}}
+        drawn = pad.drawings[number] if number < len(pad.drawings) else None
+        files = (
+            {} if drawn is None else {"sketch": drawn.sketch, **dict(zip(NUMBERS, drawn.files, strict=False))}
+        )
         if file not in files:
             return PlainTextResponse("there is no such image", 404)
-        try:
-            return Response((pad.folder / files[file]).read_bytes(), media_type="image/png")
-        except OSError as error:
-            return PlainTextResponse(error_message(error) or "the image cannot be read", 404)
+        return answer_image(pad.folder / files[file])
 
     async def draw(request: Request) -> Response:
-        try:
-            body = await read_post(request, LARGEST_POST)
-            lines, wish = read_data_url(body.get("lines"), "lines"), read_wish(body)
-            drawn = await run_in_threadpool(pad.draw, lines, wish)
-        except Overtaken:
-            return PlainTextResponse("something newer is being drawn", 409)
-        except (ValueError, UserError) as error:
-            return PlainTextResponse(str(error), 400)
-        except OSError as error:  # the drawing could not be kept
-            notify(f"Error: {error_message(error) or error}")
-            return PlainTextResponse(error_message(error) or "the drawing could not be kept", 503)
-        return JSONResponse(describe_drawn(drawn))
+        return await answer_post(
+            request,
+            lambda body: describe_drawn(pad.draw(read_data_url(body.get("lines"), "lines"), read_wish(body))),
+            largest=LARGEST_POST,
+        )
 
     below = f"/{token}"
     routes = [

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from backbone.io.console import UserError, error_message, notify
 from backbone.io.local_server import (
     LocalOnly,
-    Overtaken,
+    answer_image,
     answer_page,
+    answer_post,
     read_data_url,
-    read_post,
     serve_locally,
 )
 from edit.paint.board import PaintBoard, Wish, describe_board, describe_kept
@@ -53,25 +51,16 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
         if number >= len(board.edits) or file not in ("edit", "mask"):
             return PlainTextResponse("there is no such image", 404)
         kept = board.edits[number]
-        try:
-            content = (board.folder / {"edit": kept.file, "mask": kept.mask}[file]).read_bytes()
-        except OSError as error:
-            return PlainTextResponse(error_message(error) or "the image cannot be read", 404)
-        return Response(content, media_type="image/png")
+        return answer_image(board.folder / (kept.file if file == "edit" else kept.mask))
 
     async def edit(request: Request) -> Response:
-        try:
-            body = await read_post(request, LARGEST_POST)
-            painted, wish = read_data_url(body.get("painted"), "mask"), read_wish(body)
-            kept = await run_in_threadpool(board.edit, painted, wish)
-        except Overtaken:
-            return PlainTextResponse("something newer is being edited", 409)
-        except (ValueError, UserError) as error:
-            return PlainTextResponse(str(error), 400)
-        except OSError as error:  # the edit could not be kept
-            notify(f"Error: {error_message(error) or error}")
-            return PlainTextResponse(error_message(error) or "the edit could not be kept", 503)
-        return JSONResponse(describe_kept(kept))
+        return await answer_post(
+            request,
+            lambda body: describe_kept(
+                board.edit(read_data_url(body.get("painted"), "mask"), read_wish(body))
+            ),
+            largest=LARGEST_POST,
+        )
 
     below = f"/{token}"
     routes = [

@@ -6,7 +6,6 @@ whose.
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp
 
 from align.collect.label.session import Session, StaleAnswer
 from backbone.io.console import UserError, error_message, notify
-from backbone.io.local_server import LocalOnly, answer_page, read_post, serve_locally
+from backbone.io.local_server import LocalOnly, answer_image, answer_page, read_post, serve_locally
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_POST = 4096  # bytes
@@ -41,12 +40,7 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
         name = {"left": question.left, "right": question.right}.get(request.path_params["side"])
         if name is None:
             return PlainTextResponse("not found", 404)
-        path = session.folder / name
-        kind = mimetypes.guess_type(path.name)[0] or "image/png"
-        try:
-            return Response(path.read_bytes(), media_type=kind)
-        except OSError as error:
-            return PlainTextResponse(error_message(error) or "the picture cannot be read", 404)
+        return answer_image(session.folder / name)
 
     async def choose(request: Request) -> Response:
         return await _post(request, lambda body: session.answer(_number(body), _verdict(body)))
