@@ -289,9 +289,8 @@ def refuse_existing(path: Path) -> None:
     Nor is one that another process writes before this one has finished: `atomic_write` refuses it then.
     """
     if path.exists():
-        remove_abandoned(
-            path.parent, _start_of(path)
-        )  # of a writer that was killed when all but this was done
+        # Of a writer that was killed when all but this was done
+        remove_abandoned(path.parent, _start_of(path))
         raise UserError(
             f"{path} exists already and is not overwritten. Name another file, or remove this one."
         )
