@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.cli.commands import command_group, print_json
-from backbone.cli.conditions import CONTROL, ControlOptions, refuse_from_source
+from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import (
     CONCEPTS,
     DATA,
@@ -22,16 +22,16 @@ from backbone.cli.flags import (
     SCORING,
     JsonOptions,
     ModelOptions,
-    PromptWords,
 )
 from backbone.cli.options import Option, command, settled_command
-from backbone.cli.sampling import CountOption, DrawingOptions, FewStepOptions
+from backbone.cli.sampling import CountOption
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
+from customize.sample_settings import SampleOptions
 from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolve_settings
 from customize.sketch.settings import SketchOptions
 from customize.training.control import commands as control_commands
@@ -190,46 +190,6 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
     token, where = read_settings(finished).token, shlex.quote(str(finished))
     call = f'customize sample "a {token} … in the snow"' if token else 'edit instruct PHOTO --instruction "…"'
     notify(f"{finished}/sheet.png shows it. Next: {call} --concept {where}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(ControlOptions, FewStepOptions, DrawingOptions, JsonOptions):
-    """Options of `customize sample`."""
-
-    words: PromptWords = ()
-    prompts: Annotated[
-        tuple[str, ...],
-        Option(
-            "Prompts given as an option; repeatable.",
-            DRAWING,
-            aliases=("prompt", "validation-prompt", "from-file"),
-            metavar="PROMPTS",
-        ),
-    ] = ()
-    references: Annotated[
-        tuple[str, ...],
-        Option(
-            "An image beside the prompts, for a model that reads some; repeatable.",
-            DRAWING,
-            flag="reference",
-            aliases=("ref-image",),
-            metavar="IMAGE",
-        ),
-    ] = ()
-    vram: Annotated[
-        float | None,
-        Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
-    ] = None
-    out: Annotated[
-        Path | None,
-        Option(
-            "The folder to write, new or empty.",
-            OUTPUT,
-            aliases=("output-dir", "outdir"),
-            metavar="FOLDER",
-            default_text="samples, samples-2 …",
-        ),
-    ] = None
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))

@@ -31,7 +31,7 @@ ROOMS: Floors = {
         ("memory",),
     ),
     "customize": (
-        ("settings", "control_settings", "sampling"),
+        ("settings", "control_settings", "sample_settings", "sampling"),
         ("methods",),
         ("data", "formats"),
         ("objectives", "evaluation"),

@@ -784,7 +784,7 @@ def as_command(program: str, settings: Any, **more: Any) -> str:
 
 def _words(one: Field, value: Any) -> list[str]:
     if one.option.argument:
-        return [shlex.quote(str(value))]
+        return [shlex.quote(str(part)) for part in (value if one.many else [value])]
     if one.kind is bool:
         return [one.flag if value else "--no-" + one.flag[2:]]
     return [f"{one.flag} {shlex.quote(str(part))}" for part in (value if one.many else [value])]

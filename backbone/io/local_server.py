@@ -18,16 +18,18 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backbone.io.console import UserError, error_message, notify
@@ -35,6 +37,7 @@ from backbone.io.records import parse_json
 
 PAGES, SHARED = Path(__file__).with_name("pages"), ("style.css", "page.js")
 PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
+LARGEST_POST = 4 * 2**20  # bytes of one with an image
 HOSTS = ("127.0.0.1", "localhost")
 REQUEST_SECONDS = 10.0  # in which a request has to be here whole
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -69,14 +72,14 @@ def answer_image(path: Path) -> Response:
         return PlainTextResponse(error_message(error) or "the image cannot be read", 404)
 
 
-async def answer_post(request: Request, act: Callable[[dict[str, Any]], Any], *, largest: int) -> Response:
-    """As JSON what `act` makes of a post's object, in a thread of its own.
+async def answer_post(request: Request, act: Callable[[dict[str, Any]], Any]) -> Response:
+    """As JSON what `act` makes of the object of a post with an image in it, in a thread of its own.
 
     400 with the sentence for what is no such post (`ValueError`, `UserError`), 409 where a newer one has come
     (`Overtaken`), 503 where what was made could not be kept.
     """
     try:
-        return JSONResponse(await run_in_threadpool(act, await read_post(request, largest)))
+        return JSONResponse(await run_in_threadpool(act, await read_post(request, LARGEST_POST)))
     except Overtaken:
         return PlainTextResponse("something newer has come", 409)
     except (ValueError, UserError) as error:
@@ -146,6 +149,18 @@ async def read_post(request: Request, largest: int) -> dict[str, Any]:
     return body
 
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(
+    token: str, port: int, *, gets: Mapping[str, Endpoint], posts: Mapping[str, Endpoint]
+) -> ASGIApp:
+    """An application of endpoints by their paths; all lie below /TOKEN/, and every other address is unknown."""
+    routes = [Route(f"/{token}/{path}", endpoint) for path, endpoint in gets.items()]
+    routes += [Route(f"/{token}/{path}", endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    return LocalOnly(Starlette(routes=routes), port=port)
+
+
 class LocalOnly:
     """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything.
 
@@ -192,7 +207,7 @@ class LocalOnly:
 
 
 def serve_locally(
-    build: Callable[[str, int], ASGIApp],
+    build: Callable[..., ASGIApp],
     *,
     note: str,
     port: int = 0,
@@ -201,7 +216,7 @@ def serve_locally(
 ) -> None:
     """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
 
-    build   (token, port) → the application
+    build   of the keywords token and port makes the application
     note    what is said behind the address, in brackets
     port    0 takes a free one; `UserError` when one is taken
     """
@@ -210,7 +225,7 @@ def serve_locally(
     token = token or secrets.token_urlsafe(16)
     with _bound(port) as listening:
         port = listening.getsockname()[1]
-        app = build(token, port)
+        app = build(token=token, port=port)
         listening.listen()
         address = f"http://127.0.0.1:{port}/{token}/"
         notify(f"Open {address} ({note}).")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import checkpoint, read_concept
 from backbone.conditions.conditions import Conditions
 from backbone.data.ahead import Movable, Steps
 from backbone.diffusion.losses import debiased, min_snr, squared_error
@@ -33,7 +33,7 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import stratified_levels
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
-from backbone.training.run import Objective
+from backbone.training.run import CHECKPOINT, Objective
 from customize.data.dataset import Bucket, TrainingData
 from customize.methods.begin import begin_from
 from customize.methods.registry import trainable
@@ -98,11 +98,14 @@ class DreamBooth(Objective):
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
 
-    def begin_from(self, concept: Concept) -> None:
-        """Begin with what an earlier run has learned; `UserError` where it does not fit what is trained."""
-        begin_from(self.model, self.trained, concept)
-        if self.average is not None:
-            self.average = Average(self.parameters, decay=self.settings.ema_decay)
+    def resume(self, run: Path) -> None:
+        """Go on from the last checkpoint; without one begin with what the run of `--begin-from` has learned."""
+        if self.settings.begin_from and not (run / CHECKPOINT).exists():
+            concept = read_concept(checkpoint(self.settings.begin_from))
+            begin_from(self.model, self.trained, concept)
+            if self.average is not None:
+                self.average = Average(self.parameters, decay=self.settings.ema_decay)
+        super().resume(run)
 
     @property
     def images(self) -> int:

@@ -6,10 +6,9 @@ in it. `drawings.json` lists all of them with the `customize sample` that draws 
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.cli.conditions import AskedControl, AskedMap
+from backbone.cli.options import as_command
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.local_server import NewestOnly
@@ -40,6 +40,7 @@ from backbone.models.control import (
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, sample
+from customize.sample_settings import SampleOptions
 from customize.sampling import open_model
 from customize.sketch.settings import SketchOptions
 
@@ -169,34 +170,18 @@ class SketchPad:
 
     def command(self, drawn: Drawn) -> str:
         """The `customize sample` that draws the same images again."""
-        wish, asked = drawn.wish, self.asked
-        assert asked.steps is not None and asked.guidance is not None and asked.sampler is not None
-        said = {
-            "condition": f"{KIND}={self.folder / drawn.sketch}",
-            "controlnet": asked.controlnet,
-            "condition-scale": f"{wish.scale:g}",
-            "seed": str(wish.seed),
-            "count": str(wish.count) if wish.count > 1 else "",
-            "negative": wish.negative,
-            "steps": str(asked.steps),
-            "guidance": f"{asked.guidance:g}",
-            "sampler": asked.sampler,
-            "width": str(self.size[0]),
-            "height": str(self.size[1]),
-            "model": asked.model or "",
-            "on": asked.few_step if asked.on else "",
-            "checkpoint": asked.checkpoint or "",
-            "scale": f"{asked.scale:g}" if self.concepts else "",
+        wish = drawn.wish
+        shared = {one.name for one in fields(SampleOptions)} & {one.name for one in fields(self.asked)}
+        said = {name: getattr(self.asked, name) for name in shared} | asdict(wish)
+        said |= {
+            "words": (said.pop("prompt"),),
+            "condition": (f"{KIND}={self.folder / drawn.sketch}",),
+            "controlnet": (self.asked.controlnet,) if self.asked.controlnet else (),
+            "condition_scale": (wish.scale,),
+            "scale": self.asked.scale,
+            "out": None,
         }
-        words = ["customize", "sample", wish.prompt]
-        for name, value in said.items():
-            words += [f"--{name}", value] if value else []
-        for folder in asked.concepts:
-            words += ["--concept", str(folder)]
-        if asked.guided != (0.0, 1.0):
-            start, stop = asked.guided
-            words += ["--guidance-start", f"{start:g}", "--guidance-stop", f"{stop:g}"]
-        return shlex.join([*words, *(["--fast"] if asked.fast else [])])
+        return as_command("customize sample", SampleOptions(**said))
 
 
 def describe_pad(pad: SketchPad) -> dict[str, Any]:

@@ -5,27 +5,19 @@ Images are named by drawing and number, never by a path. While one drawing is be
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from backbone.io.local_server import (
-    LocalOnly,
-    answer_image,
-    answer_page,
-    answer_post,
-    read_data_url,
-    serve_locally,
-)
+from backbone.io import local_server
+from backbone.io.local_server import answer_image, answer_page, answer_post, read_data_url, serve_locally
 from customize.sketch.pad import MOST_IMAGES, SketchPad, Wish, describe_drawn, describe_pad
 
 PAGE = Path(__file__).with_name("page.html")
-LARGEST_POST = 4 * 2**20  # bytes
 NUMBERS = [str(number) for number in range(MOST_IMAGES)]
 
 
@@ -55,32 +47,16 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
         return await answer_post(
             request,
             lambda body: describe_drawn(pad.draw(read_data_url(body.get("lines"), "lines"), read_wish(body))),
-            largest=LARGEST_POST,
         )
 
-    below = f"/{token}"
-    routes = [
-        Route(f"{below}/", page),
-        Route(f"{below}/state", state),
-        Route(f"{below}/done", done),
-        Route(f"{below}/image/{{number:int}}/{{file}}", image),
-        Route(f"{below}/draw", draw, methods=["POST"]),
-    ]
-    return LocalOnly(Starlette(routes=routes), port=port)
+    gets = {"": page, "state": state, "done": done, "image/{number:int}/{file}": image}
+    return local_server.build_app(token, port, gets=gets, posts={"draw": draw})
 
 
-def serve(pad: SketchPad, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
-    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
-
-    Port 0 takes a free one; `UserError` when a port is taken.
-    """
-    serve_locally(
-        lambda token, port: build_app(pad, token=token, port=port),
-        note=f"Ctrl-C ends; every drawing is kept in {pad.folder}",
-        port=port,
-        token=token,
-        browser=browser,
-    )
+def serve(pad: SketchPad, *, port: int, browser: bool) -> None:
+    """Serves the page until Ctrl-C: `serve_locally`."""
+    note = f"Ctrl-C ends; every drawing is kept in {pad.folder}"
+    serve_locally(partial(build_app, pad), note=note, port=port, browser=browser)
 
 
 def read_wish(body: dict[str, Any]) -> Wish:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from backbone.adapters.concept import BEST, EDITS, Concept, checkpoint, read_concept
+from backbone.adapters.concept import BEST, EDITS, Concept
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
 from backbone.io.console import UserError, count_of, notify, notify_once
@@ -110,8 +110,6 @@ def carry_on(
     measured = prepare_held_out(model, held or learned[:SHOWN], settings, read)
     training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
     training.sources = {"model": model.fingerprint}
-    if settings.begin_from and not (run / CHECKPOINT).exists():
-        training.begin_from(read_concept(checkpoint(settings.begin_from)))
     training.resume(run)
     notify(
         f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out."

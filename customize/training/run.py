@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, checkpoint, read_concept, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
@@ -157,8 +157,6 @@ def carry_on(
     read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.sources = {"model": model.fingerprint}
-    if settings.begin_from and not (run / CHECKPOINT).exists():
-        training.begin_from(read_concept(checkpoint(settings.begin_from)))
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)

@@ -7,16 +7,16 @@ makes the same image again. An inversion is made once for what the image shows.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from backbone.cli.options import as_command
 from backbone.io.files import write_json
 from backbone.io.local_server import NewestOnly
 from backbone.io.run_folder import package_versions
@@ -30,7 +30,7 @@ from edit.pictures import SourceImage, show_image
 from edit.result import Result
 from edit.run.open import OPENING, ModelWithConcepts, Opening, load_model, pick, replace_settings
 from edit.run.report import mask_images
-from edit.settings import PaintOptions
+from edit.settings import PaintOptions, ReplaceOptions
 
 RECORD, FOLDER = "edits.json", Path("edits")
 MOST_INVERSIONS = 4  # that are held for images with other words
@@ -159,27 +159,18 @@ class PaintBoard:
 
     def command(self, kept: Kept) -> str:
         """The `edit invert-and-replace` that makes the same image again."""
-        asked, wish = self.asked, kept.wish
-        said = {
+        wish = kept.wish
+        shared = {one.name for one in fields(ReplaceOptions)} & {one.name for one in fields(self.asked)}
+        said = {name: getattr(self.asked, name) for name in shared} | {
             "source": wish.source,
-            "target": wish.target,
+            "targets": (wish.target,),
             "negative": wish.negative,
-            **{
-                name: f"{value:g}" if isinstance(value, float) else str(value)
-                for name, value in self._settings(kept).items()
-            },
-            "mask": str(self.folder / kept.mask) if kept.painted else "",
-            "blend": "none" if kept.painted else "",
-            "model": asked.model or "",
-            "checkpoint": asked.checkpoint or "",
-            "scale": f"{asked.scale:g}" if asked.concepts else "",
+            "guidance": kept.guidance,
+            "mask": str(self.folder / kept.mask) if kept.painted else None,
+            "blend": ("none",) if kept.painted else (),
+            "out": None,
         }
-        words = ["edit", "invert-and-replace", asked.image]
-        for name, value in said.items():
-            words += [f"--{name}", value] if value else []
-        for folder in asked.concepts:
-            words += ["--concept", str(folder)]
-        return shlex.join(words)
+        return as_command("edit invert-and-replace", ReplaceOptions(**said))
 
 
 def make_mask(painted: Image.Image, size: tuple[int, int]) -> Image.Image | None:

@@ -6,27 +6,19 @@ Images are named by edit, never by a path. While one edit is being made a newer 
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from backbone.io.local_server import (
-    LocalOnly,
-    answer_image,
-    answer_page,
-    answer_post,
-    read_data_url,
-    serve_locally,
-)
+from backbone.io import local_server
+from backbone.io.local_server import answer_image, answer_page, answer_post, read_data_url, serve_locally
 from edit.paint.board import PaintBoard, Wish, describe_board, describe_kept
 
 PAGE = Path(__file__).with_name("page.html")
-LARGEST_POST = 4 * 2**20  # bytes
 
 
 def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
@@ -59,33 +51,16 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
             lambda body: describe_kept(
                 board.edit(read_data_url(body.get("painted"), "mask"), read_wish(body))
             ),
-            largest=LARGEST_POST,
         )
 
-    below = f"/{token}"
-    routes = [
-        Route(f"{below}/", page),
-        Route(f"{below}/state", state),
-        Route(f"{below}/done", done),
-        Route(f"{below}/source", source),
-        Route(f"{below}/image/{{number:int}}/{{file}}", image),
-        Route(f"{below}/edit", edit, methods=["POST"]),
-    ]
-    return LocalOnly(Starlette(routes=routes), port=port)
+    gets = {"": page, "state": state, "done": done, "source": source, "image/{number:int}/{file}": image}
+    return local_server.build_app(token, port, gets=gets, posts={"edit": edit})
 
 
-def serve(board: PaintBoard, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
-    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
-
-    Port 0 takes a free one; `UserError` when a port is taken.
-    """
-    serve_locally(
-        lambda token, port: build_app(board, token=token, port=port),
-        note=f"Ctrl-C ends; every edit is kept in {board.folder}",
-        port=port,
-        token=token,
-        browser=browser,
-    )
+def serve(board: PaintBoard, *, port: int, browser: bool) -> None:
+    """Serves the page until Ctrl-C: `serve_locally`."""
+    note = f"Ctrl-C ends; every edit is kept in {board.folder}"
+    serve_locally(partial(build_app, board), note=note, port=port, browser=browser)
 
 
 def read_wish(body: dict[str, Any]) -> Wish:

@@ -175,10 +175,17 @@ def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) 
     return ModelWithConcepts(model, read, asked.scale)
 
 
-def rounds_of(asked: ClipOptions | InvertOptions) -> int | None:
-    """How often an inversion predicts; None where that depends on the clip."""
+def invert_aloud(
+    loaded: ModelWithConcepts, film: Film, prompt: str, asked: ClipOptions | InvertOptions, layout: Layout
+) -> Inversion:
+    """The inversion of all frames of a clip as it was asked for, with a bar."""
     assert asked.method != "flow-edit"
-    return count_rounds(asked.method, asked.steps)
+    with progress(count_rounds(asked.method, asked.steps), "inverting", brief=True) as bar:
+        return invert_film(
+            loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps, seed=asked.seed,
+            identity=loaded.identity, layout=layout, progress=bar.advance, guidance=asked.guidance,
+            iterations=asked.iterations,
+        )  # fmt: skip
 
 
 def write_clip_inversion(
@@ -189,12 +196,7 @@ def write_clip_inversion(
     refuse_longer(loaded.model, film, asked.motion)
     layout = open_clip_layout(loaded.model, film, asked.controls)
     held = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
-    with progress(rounds_of(asked), "inverting", brief=True) as bar:
-        inversion = invert_film(
-            loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps, seed=asked.seed,
-            identity=loaded.identity, layout=held, progress=bar.advance, guidance=asked.guidance,
-            iterations=asked.iterations,
-        )  # fmt: skip
+    inversion = invert_aloud(loaded, film, prompt, asked, held)
     inversion.write(file)
     return f"{inversion.nfe} evaluations of the denoiser (NFE), {len(film.frames)} frames each."
 
@@ -230,14 +232,7 @@ def run_clip(
         strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
         keep_frames=tuple(map(frame_number, asked.keep_frames)),
     )
-    inversion = begins.inversion
-    if inversion is None:
-        with progress(rounds_of(asked), "inverting", brief=True) as bar:
-            inversion = invert_film(
-                loaded.model, film, loaded.resolve(source), method=asked.method, steps=asked.steps, seed=asked.seed,
-                identity=loaded.identity, layout=layout, progress=bar.advance, guidance=asked.guidance,
-                iterations=asked.iterations,
-            )  # fmt: skip
+    inversion = begins.inversion or invert_aloud(loaded, film, source, asked, layout)
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.local_server import Overtaken
+from backbone.io.local_server import LARGEST_POST, Overtaken
 from customize.cli import app
 from customize.sketch import pad as pads
 from customize.sketch.pad import RECORD, SketchPad, Wish
-from customize.sketch.server import LARGEST_POST, build_app
+from customize.sketch.server import build_app
 from customize.sketch.settings import SketchOptions
 
 TOKEN, PORT = "secret-token", 4711
@@ -76,7 +76,7 @@ def test_the_command_beside_a_drawing_draws_the_same_images(pad: SketchPad, tmp_
     )
     (said,) = (one["command"] for one in read_json(tmp_path / RECORD)["drawings"])
     words = shlex.split(said)[1:]
-    done = CliRunner().invoke(app, [*words, "--device", "cpu", "--out", str(tmp_path / "again")])
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
     assert done.exit_code == 0, done.output
     for j, name in enumerate(drawn.files):
         with (

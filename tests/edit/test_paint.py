@@ -78,7 +78,7 @@ def test_the_command_beside_an_edit_makes_the_same_image(
 ) -> None:
     kept = board.edit(page, CAT)
     (said,) = (one["command"] for one in read_json(tmp_path / RECORD)["edits"])
-    words = [*shlex.split(said)[1:], "--device", "cpu", "--no-metrics", "--out", str(tmp_path / "again")]
+    words = [*shlex.split(said)[1:], "--no-metrics", "--out", str(tmp_path / "again")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     for one, other in ((kept.file, "edit_0.png"), (kept.mask, "mask_0.png")):

@@ -7,18 +7,18 @@ whose.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from align.collect.label.session import Session, StaleAnswer
+from backbone.io import local_server
 from backbone.io.console import UserError, error_message, notify
-from backbone.io.local_server import LocalOnly, answer_image, answer_page, read_post, serve_locally
+from backbone.io.local_server import answer_image, answer_page, read_post, serve_locally
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_POST = 4096  # bytes
@@ -60,15 +60,8 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
             return PlainTextResponse(error_message(error) or "the choice could not be kept", 503)
         return JSONResponse(_state(session))
 
-    below = f"/{token}"
-    routes = [
-        Route(f"{below}/", page),
-        Route(f"{below}/state", state),
-        Route(f"{below}/picture/{{number}}/{{side}}", picture),
-        Route(f"{below}/choose", choose, methods=["POST"]),
-        Route(f"{below}/undo", undo, methods=["POST"]),
-    ]
-    return LocalOnly(Starlette(routes=routes), port=port)
+    gets = {"": page, "state": state, "picture/{number}/{side}": picture}
+    return local_server.build_app(token, port, gets=gets, posts={"choose": choose, "undo": undo})
 
 
 def serve(session: Session, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
@@ -77,7 +70,7 @@ def serve(session: Session, *, port: int = 0, token: str | None = None, browser:
     Port 0 takes a free one; `UserError` when a port is taken.
     """
     serve_locally(
-        lambda token, port: build_app(session, token=token, port=port),
+        partial(build_app, session),
         note="Ctrl-C ends; every choice is kept as it is made",
         port=port,
         token=token,
