@@ -7,7 +7,6 @@ a part without them: what all frames have in common is taken off by that of one 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import shutil
@@ -54,6 +53,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import (
     attach_motion,
     clip_of,
+    hash_motion,
     motion_of,
     new_motion_adapter,
     read_motion_adapter,
@@ -150,7 +150,7 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
         learning.sources = {
             "model": model.fingerprint,
             "clips": " ".join(one.film.content for one in films),
-            **({} if whole else {"motion adapter": hash_motion(model)}),
+            **({} if whole else {"motion adapter": hash_motion(model.denoiser)}),
         }
         learning.resume(run)
         write_json(run / "settings.json", describe(asked, run, films))
@@ -161,18 +161,6 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
             write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})
             replace(concept, weights=LORA_WEIGHTS, resolution=model.asked_resolution).write(run)
     return run
-
-
-def hash_motion(model: Backbone) -> str:
-    """The hash of a frozen motion adapter's weights, without the LoRA on them."""
-    motion = motion_of(model.denoiser)
-    assert motion is not None
-    digest = hashlib.sha256()
-    for name, value in sorted(cast(nn.Module, motion.adapter).named_parameters()):
-        if "lora_" not in name:
-            digest.update(f"{name.replace('.base_layer', '')} {tuple(value.shape)}".encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:

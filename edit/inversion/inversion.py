@@ -25,10 +25,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.cli.keywords import takes
@@ -41,7 +41,7 @@ from backbone.io.files import content_hash, read_metadata, read_tensors, write_t
 from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import hash_motion, motion_of
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 from edit import checks
@@ -352,11 +352,8 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
     Of a motion adapter that is attached, its weights count too.
     """
     parts = [model.fingerprint]
-    motion = motion_of(model.denoiser)
-    if motion is not None:
-        weights = cast(nn.Module, motion.adapter).state_dict()
-        values = (value.detach().float().cpu().contiguous().numpy() for value in weights.values())
-        parts.append(content_hash("".join(content_hash(one.tobytes()) for one in values).encode()))
+    if motion_of(model.denoiser) is not None:
+        parts.append(hash_motion(model.denoiser))
     if concepts and scale != 1:
         parts.append(f"scale {scale:g}")
     for concept in concepts:

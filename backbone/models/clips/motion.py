@@ -9,6 +9,7 @@ are, and a picture does not go through them at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -302,6 +303,18 @@ def check_fit(unet: Mapping[str, Any], adapter: Mapping[str, Any], name: str) ->
 
 def _repeat_for_blocks(value: Any, blocks: int) -> list[int]:
     return [int(value)] * blocks if isinstance(value, int) else [int(one) for one in value]
+
+
+def hash_motion(denoiser: nn.Module) -> str:
+    """The hash of the weights of the motion adapter that is attached, without those of LoRAs on it."""
+    motion = motion_of(denoiser)
+    assert motion is not None
+    digest = hashlib.sha256()
+    for name, value in sorted(cast(nn.Module, motion.adapter).named_parameters()):
+        if "lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def detach_motion(denoiser: nn.Module) -> None:
