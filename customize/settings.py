@@ -296,7 +296,7 @@ class Settings(TrainingSettings):
     ] = ""
     train_text_encoder: Annotated[
         bool,
-        Option("Train an adapter on the text encoders too.", "Method", needs={**A_CONCEPT, **WITH_ADAPTER}),
+        Option("Train an adapter on the text encoders too.", "Method", needs=WITH_ADAPTER),
     ] = False
     text_encoder_lr: Annotated[
         float,

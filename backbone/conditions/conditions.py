@@ -90,12 +90,8 @@ class Conditions:
         return replace(self, controls=tuple(control for control in acting if bool(control.scale.any())))
 
     def drop_references(self, dropped: Tensor) -> Conditions:
-        """Reference latents of zeros where `dropped` [B] is true: how a network sees that there is no image."""
-        kept = [
-            value * send(~dropped, value.device).to(value).reshape(-1, *[1] * (value.ndim - 1))
-            for value in self.references
-        ]
-        return replace(self, references=tuple(kept))
+        """Without the images of the rows where `dropped` [B] is true."""
+        return replace(self, references=drop_references(self.references, dropped))
 
     def tensors(self) -> list[Tensor]:
         """All of them, always in the same order."""
@@ -133,3 +129,11 @@ class Conditions:
             tuple(change(value) for value in self.references),
             tuple(control.each(change) for control in self.controls),
         )
+
+
+def drop_references(references: Sequence[Tensor], dropped: Tensor) -> tuple[Tensor, ...]:
+    """Reference latents of zeros where `dropped` [B] is true: how a network sees that there is no image."""
+    return tuple(
+        value * send(~dropped, value.device).to(value).reshape(-1, *[1] * (value.ndim - 1))
+        for value in references
+    )

@@ -18,7 +18,14 @@ from backbone.media.sources.pictures import ImageRecord
 from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
 from backbone.models.model import Backbone
 from backbone.models.references import refuse_too_many
-from customize.data.dataset import SubjectGroup, TrainingData, buckets_of, encode_group, views_of
+from customize.data.dataset import (
+    SubjectGroup,
+    TrainingData,
+    buckets_of,
+    encode_group,
+    trains_text,
+    views_of,
+)
 from customize.data.edit_pairs import EditPair
 from customize.settings import Settings
 
@@ -81,8 +88,10 @@ def prepare_pairs(
                 pair = pairs[number % len(pairs)]
                 raise UserError(f"{pair.name} and {pair.source.path} have other shapes. Crop them alike.")
     instructions = [pair.instruction for pair in pairs] * len(flips)
-    told = with_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
-    conditions = encode_texts(model, told, read=read)
+    conditions = None  # where the text encoder is trained, instructions are encoded at every step
+    if not trains_text(settings):
+        told = with_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
+        conditions = encode_texts(model, told, read=read)
     scale, shift = reference_scale(model)
     model.free("autoencoder", "text_encoder")
     return EditData(

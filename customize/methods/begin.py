@@ -24,8 +24,11 @@ BEFORE = "before"  # the earlier run's adapter, while it is copied
 def begin_from(model: Backbone, trained: Sequence[Any], concept: Concept) -> None:
     """Copy an earlier run's adapter and changed weights into the parameters that `trained` has set up on the model.
 
-    Raises `UserError` for an adapter of other layers, another rank, α or kind, and for text encoders that only one of
-    the two runs trains.
+    An adapter of a higher rank begins with that of a lower one, and text encoders that the earlier run has not trained
+    as they are.
+
+    Raises `UserError` for an adapter of other layers, a higher rank, another scale or kind, and for text encoders that
+    only the earlier run has trained.
     """
     if concept.fingerprint != model.fingerprint:
         notify(f"{concept.folder} was trained on {concept.model} with other weights than are trained on now.")
@@ -39,7 +42,10 @@ def begin_from(model: Backbone, trained: Sequence[Any], concept: Concept) -> Non
     networks = {"denoiser": model.denoiser, **(text if adapters[0].with_text else {})}
     try:
         for name, network in networks.items():
-            copy_adapter(name, network, concept)
+            if name == "denoiser" or lora_parameters(network, BEFORE):
+                copy_adapter(name, network, concept)
+            else:
+                notify(f"{concept.folder} has no adapter on the {name}: a new one begins there.")
         if not adapters[0].with_text and any(lora_parameters(network, BEFORE) for network in text.values()):
             raise _does_not_fit(
                 concept, "it has an adapter on the text encoders too; add --train-text-encoder"
@@ -57,15 +63,30 @@ def copy_adapter(what: str, network: nn.Module, concept: Concept) -> None:
         raise _does_not_fit(
             concept, f"its adapter has other layers of the {what}, or is of another --adapter"
         )
-    unlike = next((name for name, value in own.items() if value.shape != renamed[name].shape), None)
-    if unlike is not None:
-        raise _does_not_fit(concept, f"its rank is {_rank(renamed)}; give --rank {_rank(renamed)}")
+    if not all(_holds(name, value, renamed[name]) for name, value in own.items()):
+        raise _does_not_fit(concept, f"its rank is {_rank(renamed)}; give --rank {_rank(renamed)} or more")
     for layer in network.modules():
         scaling: Mapping[str, float] = getattr(layer, "scaling", {})
         if isinstance(layer, BaseTunerLayer) and scaling.get(ADAPTER) != scaling.get(BEFORE):
-            raise _does_not_fit(concept, "its α is another; give the --lora-alpha that it was trained with")
+            wanted = scaling[BEFORE] * layer.r[ADAPTER]
+            raise _does_not_fit(concept, f"its α is another; give --lora-alpha {wanted:g}")
     for name, value in own.items():
-        value.copy_(renamed[name])
+        copy_factor(value, renamed[name])
+
+
+def copy_factor(own: Tensor, before: Tensor) -> None:
+    """Copy a factor of a lower rank, or of the same, into one of the same layer.
+
+    The further columns of B are zeros, as every new adapter's are, so the layer does what it did before.
+    """
+    own[tuple(map(slice, before.shape))] = before
+
+
+def _holds(name: str, own: Tensor, before: Tensor) -> bool:
+    """Whether an earlier factor fits into one of this name: in those of a LoRA also one of a lower rank."""
+    if own.ndim != before.ndim or ".lora_" not in name:
+        return own.shape == before.shape
+    return all(large >= small for large, small in zip(own.shape, before.shape, strict=True))
 
 
 def drop_adapter(network: nn.Module, name: str) -> None:

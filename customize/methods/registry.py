@@ -41,7 +41,7 @@ def trainable(model: Backbone, settings: Settings) -> list[Any]:
     match settings.method:
         # The new input channels, all of whose weights are trained, and an adapter on the other layers
         case "lora" if model.widened:
-            return [Weights(model, settings, pattern=INPUT), Adapter(model, settings)]
+            return [Weights(model, settings, pattern=INPUT), Adapter(model, settings), *text]
         case "lora":  # Hu et al. 2022; DreamBooth's loss
             return [Adapter(model, settings), *text]
         case "full":  # Ruiz et al. 2023

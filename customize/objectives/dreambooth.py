@@ -49,7 +49,8 @@ class Batch(Movable):
     target      what the network should predict [B, C, …]
     weight      loss weights [B, 1, …], at each place of the latent
     rows        indices of their prompts [B], in the images' prompts followed by the class prompts
-    conditions  of these prompts; None before they are looked up, and where the text encoder is trained
+    conditions  of these prompts; None before they are looked up, and without their text, or None, where the text
+                encoder is trained
     """
 
     on_host: ClassVar[tuple[str, ...]] = ("level", "rows")
@@ -153,9 +154,10 @@ class DreamBooth(Objective):
     def loss_of(self, batch: Batch, step: int) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
         conditions = batch.conditions
-        if conditions is None:
+        if conditions is None or not conditions.text:
             with self.model.autocast():
-                conditions = self.conditions(batch.rows)
+                told = self.conditions(batch.rows)
+            conditions = told if conditions is None else replace(conditions, text=told.text)
         with self.dropout(step):
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)

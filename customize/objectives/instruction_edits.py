@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from backbone.conditions.conditions import Conditions, drop_references
 from backbone.models.model import Backbone
 from customize.data.edits import EditData
 from customize.objectives.dreambooth import Batch, DreamBooth
@@ -33,12 +34,14 @@ class InstructionEdits(DreamBooth):
         no_text, no_image = draw_dropout(len(whole.rows), self.settings.conditioning_dropout, random)
         mine = self.share.rows
         batch, no_text, no_image = whole.part(mine), no_text[mine], no_image[mine]
-        assert self.data.conditions is not None
-        conditions = self.data.conditions[torch.where(no_text, self.data.untold(batch.rows), batch.rows)]
-        conditions = replace(conditions, references=self.data.shown(batch.rows))
+        told = torch.where(no_text, self.data.untold(batch.rows), batch.rows)
+        shown = self.data.shown(batch.rows)
         if self.model.reads_as_channels:  # of tokens guidance never leaves the image out
-            conditions = conditions.drop_references(no_image)
-        return replace(batch, conditions=conditions)
+            shown = drop_references(shown, no_image)
+        known = self.data.conditions
+        if known is None:  # the text encoder is trained, which is called for these rows in the loss
+            return replace(batch, rows=told, conditions=Conditions({}, references=shown))
+        return replace(batch, conditions=replace(known[told], references=shown))
 
 
 def draw_dropout(count: int, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:

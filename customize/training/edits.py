@@ -36,6 +36,7 @@ from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usabl
 from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
 from customize.evaluation.metrics import EarlyStopping
+from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import share_of
 from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolve_settings
@@ -68,6 +69,8 @@ def train_edits(
     settings = resolve_settings({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
     model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
+    if settings.train_text_encoder:
+        refuse_other_encoders(model)
     if vram is not None:
         processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)

@@ -40,8 +40,8 @@ LIST = "metadata.jsonl"
 CARD = """# moji-edit
 
 By this adapter `{model}` does what an instruction says: further input channels for the image that is edited
-(InstructPix2Pix, Brooks et al. 2023), and a LoRA, in fp16. Learned by `customize train --pairs` from rendered scenes
-and their true edits (`recipes/moji/adapters/edit.py`).
+(InstructPix2Pix, Brooks et al. 2023), and a LoRA of the denoiser and of the text encoder, in fp16. Learned by
+`customize train --pairs` from rendered scenes and their true edits (`recipes/moji/adapters/edit.py`).
 
     edit instruct photo.png --instruction "put it in the snow"
 
@@ -51,7 +51,16 @@ As a whole model that diffusers' `StableDiffusionInstructPix2PixPipeline` opens:
 
 Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
-TOLD = ("model", "steps", "batch", "rank", "learning_rate", "held_out", "device")  # to `customize train`
+TOLD = (
+    "model",
+    "steps",
+    "batch",
+    "rank",
+    "learning_rate",
+    "text_encoder_lr",
+    "held_out",
+    "device",
+)  # to `customize train`
 
 
 app = script_app()
@@ -66,10 +75,13 @@ class EditorSettings:
     pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 12_000
     steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 3_200
     batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
-    rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 24
+    rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 48
     learning_rate: Annotated[
         float, Option("Learning rate of the adapter and the new input channels.", "Training", min=0)
     ] = 1e-3
+    text_encoder_lr: Annotated[
+        float, Option("Learning rate of the text encoder's adapter.", "Training", min=0)
+    ] = 5e-4
     begin_from: Annotated[
         str,
         Option(
@@ -93,7 +105,7 @@ def train(wanted: EditorSettings) -> None:
     write_pairs(folder, sample_edits(TRAINING_SEEDS, wanted.pairs))
     steps = wanted.steps
     asked: dict[str, Any] = {
-        "pairs": str(folder), "lora_layers": "all", "lr_warmup_steps": min(200, steps),
+        "pairs": str(folder), "lora_layers": "all", "train_text_encoder": True, "lr_warmup_steps": min(200, steps),
         "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "skip_bad": True,
         **{name: getattr(wanted, name) for name in TOLD},
         **({"begin_from": wanted.begin_from} if wanted.begin_from else {}),

@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
+from backbone.models.model import Backbone
 from customize.methods.weights import CHANGED
 from customize.training.start import start
 from tests.customize.training.test_edits import lay
@@ -45,6 +48,16 @@ def learn(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return run
 
 
+def predictions(model_folder: Path, run: Path | None) -> list[float]:
+    """What a model with a run's adapter predicts of the same noise."""
+    model = Backbone.open(str(model_folder), device="cpu", precision="fp32")
+    if run is not None:
+        load_concepts(model, [read_concept(run)])
+    noisy = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.predict(noisy, torch.tensor([20]), model.encode_prompts(["a dog"])).flatten().tolist()
+
+
 def same(one: Path, other: Path) -> bool:
     first, second = read_tensors(one)[0], read_tensors(other)[0]
     return first.keys() == second.keys() and all(
@@ -73,6 +86,32 @@ def test_a_run_begins_with_the_adapter_of_another(learn: Callable[..., Path], mo
     assert not same(on / LORA_WEIGHTS, new / LORA_WEIGHTS)
 
 
+def test_an_adapter_of_a_higher_rank_begins_by_doing_what_the_lower_one_did(
+    learn: Callable[..., Path], tiny_folder: Path
+) -> None:
+    first = learn("first")
+    on = learn("on", rank=5, lora_alpha=5.0, learning_rate=NOTHING, begin_from=str(first))
+    before, after, plain = (predictions(tiny_folder, run) for run in (first, on, None))
+    assert after == pytest.approx(before, abs=1e-5) and after != pytest.approx(plain, abs=1e-5)
+    assert any(5 in value.shape for value in read_tensors(on / LORA_WEIGHTS)[0].values())
+
+
+def test_text_encoders_that_were_not_trained_before_begin_as_they_are(
+    learn: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = learn("first")
+    capsys.readouterr()
+    on = learn(
+        "on", train_text_encoder=True, text_encoder_lr=1e-2, learning_rate=NOTHING, begin_from=str(first)
+    )
+    assert "no adapter on the text_encoder" in capsys.readouterr().err
+    before, after = read_tensors(first / LORA_WEIGHTS)[0], read_tensors(on / LORA_WEIGHTS)[0]
+    assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.items())
+    assert any(
+        value.abs().max() > 1e-5 for name, value in after.items() if "lora_B" in name and name not in before
+    )
+
+
 def test_whole_weights_are_begun_with(learn: Callable[..., Path]) -> None:
     first = learn("first", method="full", learning_rate=2e-2)
     on = learn("on", method="full", learning_rate=NOTHING, begin_from=str(first))
@@ -91,11 +130,11 @@ def test_an_editor_goes_on_with_its_input_channels_too(learn: Callable[..., Path
 def test_what_does_not_fit_is_refused_with_the_flag_that_would(learn: Callable[..., Path]) -> None:
     first = learn("first")
     for more, said in (
-        ({"rank": 4}, "--rank 2"),
-        ({"lora_alpha": 4.0}, "--lora-alpha"),
+        ({"rank": 1, "lora_alpha": 1.0}, "--rank 2 or more"),
+        ({"lora_alpha": 4.0}, "--lora-alpha 2"),
+        ({"rank": 4, "lora_alpha": 8.0}, "--lora-alpha 4"),
         ({"adapter": "dora"}, "--adapter"),
         ({"lora_layers": "all"}, "other layers"),
-        ({"train_text_encoder": True}, "text"),
         ({"method": "full"}, "of the method lora"),
         ({"begin_from": str(first / LORA_WEIGHTS)}, "customize import"),
         ({"begin_from": "runs/nope"}, "runs/nope"),

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import edit.cli
+from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
@@ -179,6 +180,15 @@ def test_what_was_learned_edits_and_draws_nothing_without_an_instruction(run: Pa
 def test_the_baked_model_is_diffusers_pipeline_and_gives_the_same_edit(
     run: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
+    compare_baked(run, tmp_path)
+    again = Backbone.open(str(tmp_path / "whole"), device="cpu", precision="fp32", task="edit")
+    assert again.most_references == 1 and not again.widened
+    with pytest.raises(UserError, match="merge --bake"):
+        invoked("export", run, "--out", tmp_path / "lora.safetensors")
+
+
+def compare_baked(run: Path, tmp_path: Path) -> torch.Tensor:
+    """Our edit by a run, which has to be diffusers' own by the model that it is baked into."""
     invoked("merge", run, "--bake", "--out", tmp_path / "whole")
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "whole")
     pipeline.set_progress_bar_config(disable=True)
@@ -191,10 +201,32 @@ def test_the_baked_model_is_diffusers_pipeline_and_gives_the_same_edit(
     ).images  # fmt: skip
     ours = instruct(loaded, photo, ["a red dog"], steps=3, guidance=5.0, image_guidance=1.3, keep="none")
     assert float((ours.latents - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
-    again = Backbone.open(str(tmp_path / "whole"), device="cpu", precision="fp32", task="edit")
-    assert again.most_references == 1 and not again.widened
-    with pytest.raises(UserError, match="merge --bake"):
-        invoked("export", run, "--out", tmp_path / "lora.safetensors")
+    return ours.latents
+
+
+def test_text_encoders_learn_to_read_instructions_too(
+    run: Path, pairs: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = flags(pairs, tiny_folder, tmp_path / "run", 2)
+    invoked(*words, "--train-text-encoder", "--text-encoder-lr", 1e-2)
+    kept = read_tensors(tmp_path / "run" / "pytorch_lora_weights.safetensors")[0]
+    learned = [name for name, value in kept.items() if name.startswith("text_encoder.") and "lora_B" in name]
+    assert learned and all(kept[name].abs().max() > 1e-3 for name in learned)
+    assert not any(name.startswith("text_encoder.") for name in read_tensors(run / LORA_WEIGHTS)[0])
+    compare_baked(tmp_path / "run", tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_instructions_read_at_every_step_are_those_read_once(
+    pairs: Path, tiny_folder: Path, tmp_path: Path, share: float
+) -> None:
+    losses = []
+    for text in (False, True):
+        more = ("--train-text-encoder",) if text else ()
+        out = tmp_path / f"{text}"
+        invoked(*flags(pairs, tiny_folder, out, 1), "--conditioning-dropout", share, *more)
+        losses.append(read_jsonl(out / "log.jsonl")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -293,7 +325,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(
         (("--prior", "base"), "--prior has no effect with --pairs"),
         (("--mask", "auto"), "--mask has no effect with --pairs"),
         (("--preview-on", "x"), "--preview-on has no effect with --pairs"),
-        (("--train-text-encoder",), "--train-text-encoder has no effect with --pairs"),
+        (("--text-encoder-lr", "1e-3"), "--text-encoder-lr has no effect without --train-text-encoder"),
         (("--method", "pivotal"), "--pairs has no effect without --method lora or full"),
         (("--held-out", "4"), "takes all of them"),
         (("--conditioning-dropout", "0.5"), "must lie between"),
