@@ -31,7 +31,7 @@ from PIL import Image
 from backbone.adapters.concept import Concept, read_concept
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option, check_values, settled_command
 from backbone.cli.sampling import DrawingOptions
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import PARTS, SIDE, is_right, measure_moved
@@ -88,6 +88,9 @@ class SubjectClipSettings:
     seed: Annotated[int, Option("Seed of training and of the clips.", DATA)] = 0
     classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
     out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)

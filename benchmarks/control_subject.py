@@ -35,7 +35,7 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option, check_values, settled_command
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
@@ -106,6 +106,9 @@ class SubjectSettings:
     seed: Annotated[int, Option("Seed of training.", DATA)] = 0
     classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
     out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ def test_the_table_has_shares_of_frames_over_clips_and_over_concepts() -> None:
     assert "| canoe | 100.0 % | 50.0 % |" in rows
 
 
-def test_a_concept_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_concept_that_is_none_and_a_clip_of_one_frame_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no concept dodo"):
         bench.main(SubjectClipSettings(concepts=("dodo",), out=tmp_path))
+    with pytest.raises(UserError, match="frames"):
+        SubjectClipSettings(frames=1)
 
 
 @pytest.mark.slow
