@@ -117,8 +117,8 @@ def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None
     fitted = (gain * x + offset).clamp(-1, 1)
     agree = ((fitted - y).abs().amax(0) < 2 * TOLERANCE) & (counted > 0.5)
     change = float((fitted - x).abs().amax(0)[agree].mean()) if bool(agree.any()) else 0.0
-    channels = [(*map(float, each.flatten()),) for each in (gain, offset)]
-    return Tone(*channels, change)  # type: ignore[arg-type]
+    slopes, shifts = ((float(red), float(green), float(blue)) for red, green, blue in (gain, offset))
+    return Tone(slopes, shifts, change)
 
 
 def undo(moved: Tensor, registration: Registration, *, beyond: Tensor | None = None) -> Tensor:

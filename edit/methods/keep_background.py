@@ -132,7 +132,7 @@ def keep_background(
     place = (
         find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
     )
-    agree = share_agreeing(*small)
+    agree = share_agreeing(small[0], small[1])
     if changed is None and (agree < LEFT or bool(place.all())):
         raise NoBackgroundError(
             f"The edit agrees with the image before it in {agree:.0%} of its pixels, so there is no background to "
@@ -164,7 +164,7 @@ def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
     if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
         return NO_TONE
     evened = tone.undo(small[0])
-    gained = share_agreeing(evened, small[1], known) - share_agreeing(*small, known)
+    gained = share_agreeing(evened, small[1], known) - share_agreeing(small[0], small[1], known)
     alone = known is None and not bool(find_change(evened, small[1]).any())
     return tone if gained >= TONED and not alone else NO_TONE
 

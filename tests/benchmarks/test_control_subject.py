@@ -95,8 +95,8 @@ def test_the_benchmark_draws_under_every_map_and_once_without(
     model = tiny_moji(tmp_path / "moji")
     write_run(tmp_path / "out" / "runs" / TRIAL.name, model)
     monkeypatch.setattr(bench, "load_classifier", lambda folder: Eye("mammoth"))
-    monkeypatch.setattr(bench, "find_pose", lambda picture, thing, style: cases[0].scene.poses[0])  # type: ignore[index]
-    cases = make_cases(TRIAL, 1)
+    (pose,) = make_cases(TRIAL, 1)[0].scene.poses or ()
+    monkeypatch.setattr(bench, "find_pose", lambda picture, thing, style: pose)
     asked: dict[str, Any] = {"concepts": ("mammoth",), "count": 1, "model": str(model), "steps": 1}
     settings = SubjectSettings(**asked, kinds=("sketch", "pose"), of_class=True, out=tmp_path / "out")
     bench.main(settings)
