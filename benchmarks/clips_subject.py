@@ -28,7 +28,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
-from backbone.adapters.concept import Concept, read_concept
+from backbone.adapters.concept import Concept, checkpoint, read_concept
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
 from backbone.cli.options import Option, check_values, settled_command
@@ -174,7 +174,7 @@ def draw_ways(
     trial: Trial, asked: Sequence[Asked], settings: SubjectClipSettings
 ) -> dict[str, list[tuple[Image.Image, ...]]]:
     """The frames of every clip by the way that it is drawn; a still is one frame."""
-    learned = read_concept(settings.out / "runs" / trial.name)
+    learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
     folder = settings.out / "clips" / trial.name
     ways = {STILLS: draw_stills(folder / "stills", asked, settings, learned)}
     options = ClipOptions(

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import read_concept
+from backbone.adapters.concept import checkpoint, read_concept
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
 from backbone.cli.options import Option, check_values, settled_command
@@ -180,7 +180,7 @@ def draw_columns(
     trial: Trial, cases: Sequence[Case], settings: SubjectSettings
 ) -> dict[str, list[Image.Image]]:
     """The images of a concept by what they are drawn under; without a map first, the true ones last."""
-    learned = read_concept(settings.out / "runs" / trial.name)
+    learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
     model = Backbone.open(settings.model, device="cpu")
     load_concepts(model, [learned])
     asked = ControlSettings(
