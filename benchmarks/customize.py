@@ -290,18 +290,8 @@ def train_and_draw(
     folder = out / "runs" / trial.name
     if trial.by_script:
         train_by_script(trial, out, model, script)
-    elif not (folder / "README.md").exists():  # which a run writes last
-        shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
-        names = [
-            "--images",
-            str(write_training_images(trial.concept, out)),
-            "--token",
-            TOKEN,
-            "--class",
-            trial.noun,
-        ]
-        more = ["--model", model, "--seed", str(trial.seed), "--out", str(folder)]
-        run_customize("train", *names, *more, *trial.flags.split())
+    else:
+        train_by_command(trial, out, model)
     for kind in KINDS:
         called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
         draw(
@@ -316,6 +306,17 @@ def train_and_draw(
         if kind == "class" or trial.method == DEFAULT:
             words = read_concept(folder).tokens[TOKEN]
             draw(trial, kind, f"{words} {trial.noun}", base_folder(trial, kind, out), counts[kind], [], model)
+
+
+def train_by_command(trial: Trial, out: Path, model: str) -> None:
+    """The run of a trial by `customize train`, unless it is there."""
+    folder = out / "runs" / trial.name
+    if (folder / "README.md").exists():  # which a run writes last
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
+    images = ["--images", str(write_training_images(trial.concept, out))]
+    named = ["--token", TOKEN, "--class", trial.noun, "--model", model, "--seed", str(trial.seed)]
+    run_customize("train", *images, *named, "--out", str(folder), *trial.flags.split())
 
 
 def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) -> None:

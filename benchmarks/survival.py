@@ -110,11 +110,7 @@ def folder_of(trial: Trial, side: str, kind: Kind, out: Path) -> Path:
 def make(trial: Trial, out: Path, *, count: int, model: str, few: str, fit: str) -> None:
     """The runs of a concept on both models, and the images of every side, where they are missing."""
     run, moved = out / "runs" / trial.name, out / "transferred" / trial.name
-    if not (run / "README.md").exists():  # which a run writes last
-        shutil.rmtree(run, ignore_errors=True)
-        images = ("--images", str(learning.write_training_images(trial.concept, out)))
-        named = ("--token", TOKEN, "--class", trial.noun, "--model", model, "--seed", str(trial.seed))
-        learning.run_customize("train", *images, *named, "--out", str(run), *trial.flags.split())
+    learning.train_by_command(trial, out, model)
     if not (moved / "README.md").exists():
         shutil.rmtree(moved, ignore_errors=True)
         learning.run_customize("transfer", str(run), "--to", few, "--out", str(moved), *fit.split())

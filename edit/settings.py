@@ -470,7 +470,8 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
         str,
         Option(
             "What stands where nothing was to change: the image's own pixels, its autoencoder's copy (latents), or "
-            "what the model draws (none). auto: pixels, and all that is drawn where nearly everything changes.",
+            "what the model draws (none). auto: pixels, and all that is drawn where nearly everything changes (of "
+            "several instructions in any case).",
             WHERE,
             aliases=("keep",),
             choices=("auto", "pixels", "latents", "none"),
@@ -615,7 +616,9 @@ class KeepBackgroundOptions(RunFolder):
             default_text="where the two differ",
         ),
     ] = None
-    align: Annotated[bool, Option("Undo a shift and a change of scale of the whole.", HOW)] = True
+    align: Annotated[
+        bool, Option("Undo a shift, a change of scale and a small one of tone of the whole.", HOW)
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)

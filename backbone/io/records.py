@@ -125,8 +125,13 @@ def read_as(kind: type[Kind], value: Any, where: str | Path, key: str = "") -> K
 
 
 def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
-    """The path of a file that a record names; `UserError` for one outside the record's own folder."""
-    plain = os.path.normpath(name.replace("\\", "/"))
+    """The path of a file that a record names; `UserError` for one outside the record's own folder.
+
+    A whole path serves too, where it leads into the folder.
+    """
+    plain, home = os.path.normpath(name.replace("\\", "/")), os.path.abspath(folder)
+    if plain.startswith(os.path.join(home, "")):
+        plain = os.path.relpath(plain, home)
     if not name or "\0" in name or os.path.isabs(plain) or re.match(r"\.\.(/|$)|[A-Za-z]:", plain):
         raise UserError(
             f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder.absolute()}."

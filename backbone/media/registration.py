@@ -1,7 +1,8 @@
-"""How one picture lies over another: a shift and a scale found to a fraction of a pixel, and undone.
+"""How one picture lies over another: a shift and a scale found to a fraction of a pixel, and undone; its tone too.
 
-    found = register(edited, source)          # Registration(shift=(3.2, -0.4), scale=1.012)
-    straight = undo(edited, found)            # lies over the source again
+    found = register_to_source(edited, source)     # Registration(shift=(3.2, -0.4), scale=1.012)
+    straight = undo(edited, found)                 # lies over the source again
+    match_tone(straight, source).undo(straight)    # and its colours are the source's, but for what was edited
 
 Instruction editors redraw the whole picture and let it drift. A part of it is meant to differ, so the fit must not be
 led by that part: errors count by a function that levels off (Geman & McClure 1987), in an iteratively reweighted
@@ -45,6 +46,23 @@ class Registration:
         return math.hypot(right + grown * width, down + grown * height)
 
 
+@dataclass(frozen=True)
+class Tone:
+    """How the colours of a picture differ from its source's: source ≈ gain · picture + offset in each channel, −1…1.
+
+    change  of a colour by that, where the two then agree: the mean of the largest channel's
+    """
+
+    gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    change: float = 0.0
+
+    def undo(self, picture: Tensor) -> Tensor:
+        """A picture [3, H, W] in its source's tone."""
+        gain, offset = (torch.tensor(each).to(picture)[:, None, None] for each in (self.gain, self.offset))
+        return (gain * picture + offset).clamp(-1, 1)
+
+
 TOLERANCE = 0.06  # of the range −1…1's half
 
 
@@ -76,6 +94,31 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
     right, down, scale = best.tolist()
     whole = 2**halvings
     return Registration((whole * right, whole * down), scale, _agreement(best, image, target, weight))
+
+
+@torch.no_grad()
+def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None) -> Tone:
+    """The tone of a picture [3, H, W] that lies over its source, values in −1…1, led by what most of both has.
+
+    `changed` [H, W] is 1 where the two were meant to differ. Least squares over gain and offset of each channel, in
+    which errors count by a function that levels off (Geman & McClure 1987).
+    """
+    counted = torch.ones_like(source[0]) if changed is None else (changed <= 0.5).to(source)
+    x, y, counted = picture.double(), source.double(), counted.double()
+    trust, gain, offset = counted, torch.ones(3, 1, 1).to(x), torch.zeros(3, 1, 1).to(x)
+    for _ in range(ROUNDS):
+        weight = trust / trust.sum().clamp(min=1e-9)
+        middles = [(weight * each).sum((1, 2), keepdim=True) for each in (x, y)]
+        slope = (weight * (x - middles[0]) * (y - middles[1])).sum((1, 2), keepdim=True)
+        spread = (weight * (x - middles[0]).square()).sum((1, 2), keepdim=True)
+        gain = torch.where(spread > 1e-6, slope / spread.clamp(min=1e-6), 1.0)
+        offset = middles[1] - gain * middles[0]
+        trust = _trust(gain * x + offset - y, counted > 0.5) * counted
+    fitted = (gain * x + offset).clamp(-1, 1)
+    agree = ((fitted - y).abs().amax(0) < 2 * TOLERANCE) & (counted > 0.5)
+    change = float((fitted - x).abs().amax(0)[agree].mean()) if bool(agree.any()) else 0.0
+    slopes, shifts = ((float(red), float(green), float(blue)) for red, green, blue in (gain, offset))
+    return Tone(slopes, shifts, change)
 
 
 def undo(moved: Tensor, registration: Registration, *, beyond: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
+from backbone.evaluation.motion import draw_track
 from backbone.io.console import UserError, notify_once, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
@@ -317,6 +318,8 @@ def publish(
         [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()]
         for film in (*maps.values(), *films)
     ]
+    for row, film in zip(rows[len(maps) :], films, strict=True):
+        row.append(Cell(draw_track(film), "track"))
     titles = [
         f"{prompt}, sample {request.key[1]}" if request.key[1] else prompt
         for prompt, request in zip(said, requests, strict=True)

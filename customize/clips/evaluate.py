@@ -48,8 +48,8 @@ from backbone.models.model import Backbone
 from backbone.world.motions import CAMERAS, find_moves
 from backbone.world.words import choose_article, load_vocabulary
 from customize.clips.draw import PATH_FILE, RECORD, draw_clips
+from customize.clips.films import list_films
 from customize.clips.settings import ADAPTER_FILE, ClipOptions, EvaluateClipOptions, refuse_other_camera
-from customize.clips.train import list_films
 
 TABLE, EVALUATION = "table.json", "evaluation"
 DIRECTED = ("moving left", "moving right", "moving up", "growing", "camera panning left", "camera zooming in")

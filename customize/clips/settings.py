@@ -224,10 +224,10 @@ class TrainMotionOptions(PlaceOptions):
     clips: Annotated[
         str,
         Option(
-            "A folder of clips: animated files, films, or folders of frames.",
+            "A folder of clips (animated files, films, or folders of frames), or a list of them, as .jsonl.",
             DATA,
             aliases=("videos", "instance-data-root"),
-            metavar="FOLDER",
+            metavar="CLIPS",
             default_text="those of --resume",
         ),
     ] = ""

@@ -44,8 +44,6 @@ from backbone.io.run_folder import (
     refuse_taken,
     run_name,
 )
-from backbone.media.clips import Film, read_film
-from backbone.media.sources.pictures import read_captions
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.memory.motion import LearnedMotion, MotionEstimator
 from backbone.memory.planner import MemorySettings, fit, precision_name
@@ -66,54 +64,13 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective, drive
 from backbone.training.settings import RunFolderOptions, changed_settings, find_resumed, read_run_settings
+from customize.clips.films import Captioned, list_films
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 
 PROGRAM = "customize train-motion"
 RESUMED = ("device", "clips", "motion", "model")  # what may be said anew beside --resume: it may have moved
 LOOKS = "looks"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
-FILM_SUFFIXES = (
-    ".webp",
-    ".gif",
-    ".png",
-    ".apng",
-    ".avif",
-    ".mp4",
-    ".webm",
-    ".mov",
-    ".mkv",
-    ".avi",
-    ".m4v",
-    ".npy",
-)
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """A clip and what it shows, "" where nothing says it."""
-
-    film: Film
-    caption: str
-
-
-def list_films(folder: str) -> list[Captioned]:
-    """The clips of a folder: animated files, films and folders of frames, captioned as images are (`x.txt`, metadata).
-
-    A folder that holds frames alone is one clip. Raises `UserError` for a folder without any.
-    """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        what = f"{folder} is a file" if path.is_file() else f"There is no folder {folder}"
-        raise UserError(f"{what}. Name a folder that holds clips.")
-    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
-    stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if places and len(stills) == len(places):
-        places = [path]
-    if not places:
-        raise UserError(f"{folder} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
-    captions = {} if places == [path] else read_captions(path, places)
-    return [Captioned(read_film(place), captions.get(place, "")) for place in places]
 
 
 def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:

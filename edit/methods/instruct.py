@@ -83,8 +83,11 @@ def instruct(
 
     `settings` are the fields of `InstructSettings`, by name; `layout` and `progress` are as in `sdedit`.
 
-    Raises `UserError` for an empty instruction, a model that reads no image, and where an edit leaves no background to
-    keep.
+    Each is registered to the image that its instruction was given, not to the first one. Of several instructions one
+    that changes nearly everything is taken as it is drawn, which is said, and those after it keep its background.
+
+    Raises `UserError` for an empty instruction, a model that reads no image, and where the only edit leaves no
+    background to keep.
     """
     asked = build(InstructSettings, settings)
     instructions = checks.prompts(instructions, "instruction")
@@ -110,7 +113,7 @@ def instruct(
         nfe += asked.steps * evaluations_of(model, text, guidances.text)
         drawn = model.decode(state)[0].cpu()
         if asked.keep != "none":
-            found = keep_drawn(model, drawn, now, asked, changed, instruction, first=number == 0)
+            found = keep_drawn(model, drawn, now, asked, changed, instructions=instructions, number=number)
             drawn = found.image
             backgrounds.append(found)
         latents.append(state[0])
@@ -177,23 +180,24 @@ def keep_drawn(
     before: EncodedImage,
     asked: InstructSettings,
     changed: Tensor | None,
-    instruction: str,
     *,
-    first: bool,
+    instructions: Sequence[str],
+    number: int,
 ) -> KeptBackground:
     """What was drawn [3, 8H, 8W] on the background that was asked for, of the image before.
 
-    What the `first` edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit.
+    What the first edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit.
+    Raises `UserError` where there is no background to keep, one is asked for, and no edit comes before or after.
     """
-    copied = asked.keep == "latents" and first
+    copied = asked.keep == "latents" and number == 0
     background = model.decode(before.latent)[0].cpu() if copied else None
-    known = None if changed is None else changed.cpu()
+    known, said = None if changed is None else changed.cpu(), f"“{instructions[number]}”"
     try:
         return keep_background(drawn, before.pixels.cpu(), changed=known, background=background)
     except NoBackgroundError as error:
-        if asked.keep == "auto":
-            notify(f"“{instruction}” changes nearly everything, so all of it is taken as it is drawn.")
-            return KeptBackground.none(drawn)
-        raise UserError(
-            f"“{instruction}”: {error} To take all that the model draws, say --background none."
-        ) from error
+        if asked.keep != "auto" and len(instructions) == 1:
+            raise UserError(
+                f"{said}: {error} To take all that the model draws, say --background none."
+            ) from error
+        notify(f"{said} changes nearly everything, so all of it is taken as it is drawn.")
+        return KeptBackground.none(drawn)

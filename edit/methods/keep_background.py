@@ -3,9 +3,10 @@
     kept = keep_background(edited, source)         # both [3, H, W] in −1…1
     kept.image, kept.place, kept.registration.shift, kept.drifted_psnr_db
 
-Models that edit by instruction redraw the whole picture: it shifts, grows, and decays from edit to edit. What was not
-meant to change is known exactly, from the source. So the edit is registered to it (`backbone.media.registration`), the
-place that was meant to change is found where the two still differ, and everything else becomes the source's again.
+Models that edit by instruction redraw the whole picture: it shifts, grows, takes another tone, and decays from edit to
+edit. What was not meant to change is known exactly, from the source. So the edit is registered to it
+(`backbone.media.registration`), a small change of tone that all of it has is undone, the place that was meant to change
+is found where the two still differ, and everything else becomes the source's again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,30 @@ from torch import Tensor
 
 from backbone.evaluation.image_metrics import background_metrics
 from backbone.io.console import UserError
-from backbone.media.registration import TOLERANCE, Registration, register_to_source, undo
+from backbone.media.registration import TOLERANCE, Registration, Tone, match_tone, register_to_source, undo
 
 SEEDS = 0.35  # of the range −1…1's half: a place that differs by so much has changed …
 GROWN = 0.12  # … with what around it differs by so much and hangs together with it
 SPECK = 4e-4  # of the pixels: what is smaller is an editor's noise
 LEFT = 0.15  # of the pixels at least have to be the source's for a background to be there
+TONED = 0.05  # of the pixels at least have to agree by another tone …
+MOST_TONE = 0.2  # … that changes colours by no more than that of the range's half …
+GAINS = (0.75, 1.35)  # … and their contrast by no more than that: what is more was meant
+NO_TONE = Tone()
 LOOKED_AT = 512  # pixels of the longer side at which the place is found
+
+
+FIGURES = (
+    "drift_px",
+    "drift_percent",  # of the longer side
+    "shift_right_px",
+    "shift_down_px",
+    "scale",
+    "tone_percent",  # of the range of a channel
+    "changed_share",
+    "background_psnr_db_as_edited",
+    "background_psnr_db_registered",
+)
 
 
 class NoBackgroundError(UserError):
@@ -40,6 +58,7 @@ class KeptBackground:
     registration       how the edit lay over the source
     drifted_psnr_db    of the background as the editor left it, against the source
     registered_psnr_db the same after the drift was undone: what is left is redrawing
+    tone               what of its colours was undone
     """
 
     image: Tensor
@@ -47,11 +66,17 @@ class KeptBackground:
     registration: Registration
     drifted_psnr_db: float | None
     registered_psnr_db: float | None
+    tone: Tone = NO_TONE
 
     @classmethod
     def none(cls, edited: Tensor) -> KeptBackground:
         """An edit as it is: all of it changed."""
         return cls(edited, torch.ones_like(edited[0]), Registration(), None, None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the edit is all of the image, so that it has no background."""
+        return bool((self.place >= 1).all())
 
     @property
     def changed_share(self) -> float:
@@ -60,20 +85,24 @@ class KeptBackground:
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """What was found, for a record."""
+        """What was found, for a record; of a drift and a background nothing where all of the image has changed."""
+        if self.whole:
+            return {**dict.fromkeys(FIGURES), "changed_share": 1.0}
         right, down = self.registration.shift
         height, width = self.place.shape
         drift = self.registration.drift((height, width))
-        return {
-            "drift_px": round(drift, 3),
-            "drift_percent": round(100 * drift / max(height, width), 3),  # of the longer side
-            "shift_right_px": round(right, 3),
-            "shift_down_px": round(down, 3),
-            "scale": round(self.registration.scale, 5),
-            "changed_share": round(self.changed_share, 4),
-            "background_psnr_db_as_edited": self.drifted_psnr_db,
-            "background_psnr_db_registered": self.registered_psnr_db,
-        }
+        found = (
+            round(drift, 3),
+            round(100 * drift / max(height, width), 3),
+            round(right, 3),
+            round(down, 3),
+            round(self.registration.scale, 5),
+            round(50 * self.tone.change, 2),
+            round(self.changed_share, 4),
+            self.drifted_psnr_db,
+            self.registered_psnr_db,
+        )
+        return dict(zip(FIGURES, found, strict=True))
 
 
 def keep_background(
@@ -88,22 +117,27 @@ def keep_background(
 
     changed     [H, W], 1 where the edit was meant to change something, if that is known
     background  what stands outside the place, where it is not the source itself: its copy by an autoencoder
-    align       whether a drift of the whole is looked for and undone
+    align       whether a drift of the whole, in place and tone, is looked for and undone
 
     Raises `NoBackgroundError` where nearly everything has changed.
     """
     found = register_to_source(edited, source, changed=changed) if align else Registration()
-    straight = undo(edited, found, beyond=source)
+    straight, tone = undo(edited, found, beyond=source), NO_TONE
+    if align:
+        tone = find_tone(straight, source, changed)
+    if tone != NO_TONE:  # now that colours agree, the drift is seen better
+        found = register_to_source(tone.undo(edited), source, changed=changed)
+        straight = undo(tone.undo(edited), found, beyond=source)
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
-    agree = float(((small[0] - small[1]).abs().amax(0) < 2 * TOLERANCE).float().mean())
-    if changed is None and agree < LEFT:
-        raise NoBackgroundError(
-            f"The edit agrees with the source in {agree:.0%} of the image, so there is no background to keep. "
-            "Paint where it may change, and say --mask PNG."
-        )
     place = (
         find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
     )
+    agree = share_agreeing(small[0], small[1])
+    if changed is None and (agree < LEFT or bool(place.all())):
+        raise NoBackgroundError(
+            f"The edit agrees with the image before it in {agree:.0%} of its pixels, so there is no background to "
+            "keep. Paint where it may change, and say --mask PNG."
+        )
     size = source.shape[-2:]
     soft = F.interpolate(feather(place)[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     rest = source if background is None else background
@@ -114,7 +148,32 @@ def keep_background(
         found,
         background_metrics(source, edited, hard)["background_psnr_db"],
         background_metrics(source, straight, hard)["background_psnr_db"],
+        tone,
     )
+
+
+def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
+    """The tone of a registered edit [3, H, W] that its editor gave it unasked; none where that cannot be told.
+
+    It is small, more of the image agrees without it, and it is not all that was edited: if nothing else differs from
+    the source, the tone was the edit (“make it brighter”).
+    """
+    small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
+    known = None if changed is None else at_most(changed[None], LOOKED_AT)[0]
+    tone = match_tone(*small, changed=known)
+    if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
+        return NO_TONE
+    evened = tone.undo(small[0])
+    gained = share_agreeing(evened, small[1], known) - share_agreeing(small[0], small[1], known)
+    alone = known is None and not bool(find_change(evened, small[1]).any())
+    return tone if gained >= TONED and not alone else NO_TONE
+
+
+def share_agreeing(edited: Tensor, source: Tensor, changed: Tensor | None = None) -> float:
+    """The share of the pixels of two pictures [3, H, W], outside of what was `changed`, whose colours agree."""
+    agree = (edited - source).abs().amax(0) < 2 * TOLERANCE
+    counted = torch.ones_like(agree) if changed is None else changed <= 0.5
+    return float(agree[counted].float().mean())
 
 
 def at_most(picture: Tensor, side: int) -> Tensor:

@@ -16,7 +16,7 @@ from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.flow import warped_flicker
-from backbone.evaluation.motion import SIDE, trace_moved, track_error
+from backbone.evaluation.motion import SIDE, draw_track, trace_moved, track_error
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import fill_folder, read_metadata, write_json
 from backbone.io.report import command_block, heading, image_figure, table, write_report
@@ -320,12 +320,13 @@ def publish_clip(
     write_film(folder / "source", original, fps)
     entries, rows, titles = [], [], [source or "source"]
     scorer = find_scorer(result.model)
-    rows.append([Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()])
+    strip = [Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()]
+    rows.append([*strip, Cell(draw_track(original), "track")])
     for number, (film, prompt) in enumerate(zip(films, result.prompts, strict=True)):
         write_film(folder / f"edit_{number}", film, fps)
         figures = measure_film(result, number, source, scorer)
         entries.append({"file": f"edit_{number}.webp", "prompt": prompt, **figures})
-        rows.append([Cell(frame) for frame in choose_strip(film).values()])
+        rows.append([*(Cell(frame) for frame in choose_strip(film).values()), Cell(draw_track(film))])
         titles.append(prompt)
         if result.masks is not None:
             places = [mask_to_image(mask, original[0].size) for mask in result.masks[number]]

@@ -142,10 +142,14 @@ def run_instruct(
             **_settings(loaded, **settings),
         )  # fmt: skip
     for one, drift in zip(instructions, result.facts["drift"], strict=False):
+        if drift["drift_px"] is None:
+            notify(f"{one}: all of the image is as it was drawn.")
+            continue
+        tone = f", its colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
         notify(
             f"{one}: drifted {drift['shift_right_px']:+.2f} px right, {drift['shift_down_px']:+.2f} px down, scale "
-            f"{drift['scale']:.4f}, {drift['drift_percent']:.2f} % of the longer side; undone. The edit stands in "
-            f"{drift['changed_share']:.0%} of the image."
+            f"{drift['scale']:.4f}, {drift['drift_percent']:.2f} % of the longer side{tone}; undone. The edit stands "
+            f"in {drift['changed_share']:.0%} of the image."
         )
     return replace(
         result, prompts=tuple(instructions), title=f"by instruction: {', then '.join(instructions)}"

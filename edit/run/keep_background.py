@@ -108,6 +108,10 @@ def describe(kept: KeptBackground, source: SourceImage, edited: SourceImage) -> 
             f"{edited.name} lay {right:+.2f} px to the right of it and {down:+.2f} px down, at scale "
             f"{found.scale:.4f}: {drift:.1f} px at the corner that moved most. That is undone."
         )
+    if kept.tone.change:
+        lines.append(
+            f"Its colours were {50 * kept.tone.change:.1f} % of their range off. That is undone too."
+        )
     if kept.drifted_psnr_db is not None and kept.registered_psnr_db is not None:
         lines.append(
             f"Its background was {kept.drifted_psnr_db:.1f} dB from the source's, {kept.registered_psnr_db:.1f} dB "

@@ -59,6 +59,7 @@ DRIFT = {
     "shift_right_px": "to the right, px",
     "shift_down_px": "down, px",
     "scale": "scale",
+    "tone_percent": "colours off, %",
     "changed_share": "share that changed",
     "background_psnr_db_as_edited": "background PSNR as drawn, dB",
     "background_psnr_db_registered": "after registration, dB",
@@ -173,11 +174,7 @@ def draw_result_sheet(
     rows = []
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         drift = result.facts.get("drift", ())
-        said = (
-            f"\ndrifted {drift[number]['drift_px']:.2f} px, {drift[number]['drift_percent']:.2f} %; undone"
-            if drift
-            else ""
-        )
+        said = f"\n{describe_drift(drift[number])}" if drift else ""
         row = [*lead, Cell(image, prompt + said)]
         row += [Cell(masks[number], "mask")] if masks else []
         rows.append([*row, Cell(difference(result.source, image), "difference to the source")])
@@ -232,6 +229,14 @@ def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float |
     return [heading("Figures"), table(("edit", *(TITLES[name] for name in names)), rows), paragraph(note)]
 
 
+def describe_drift(drift: Mapping[str, float | None]) -> str:
+    """How an edit lay over the image before it, in few words."""
+    if drift["drift_px"] is None:
+        return "all of it as it was drawn"
+    tone = f", colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
+    return f"drifted {drift['drift_px']:.2f} px, {drift['drift_percent']:.2f} %{tone}; undone"
+
+
 def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | None]]) -> list[str]:
     """How each edit by instruction lay over the image before it, as parts of the report."""
     if not drifts:
@@ -241,7 +246,10 @@ def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | No
         (prompt, *("–" if (value := one.get(name)) is None else value for name in names))
         for prompt, one in zip(prompts, drifts, strict=True)
     ]
-    note = "The model drew the whole image anew, so it drifted; that was undone, and the background put back."
+    note = (
+        "The model drew the whole image anew, so it drifted from the image before; that was undone, and the background "
+        "put back. What changed nearly everything is as it was drawn."
+    )
     return [heading("Drift"), table(("edit", *(DRIFT[name] for name in names)), rows), paragraph(note)]
 
 

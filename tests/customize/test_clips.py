@@ -30,12 +30,12 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
 from customize.cli import app
+from customize.clips.films import list_films
 from customize.clips.settings import TrainMotionOptions
 from customize.clips.train import (
     MotionLearning,
     Prior,
     draw_prior,
-    list_films,
     with_token,
     without_looks,
     without_token,

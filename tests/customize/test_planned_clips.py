@@ -7,23 +7,47 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from typer.testing import CliRunner
 
+from backbone.evaluation.motion import TRACK
 from backbone.io.files import read_json
-from backbone.media.clips import read_film
+from backbone.media.clips import read_film, write_film
 from backbone.models.control import Condition
+from backbone.models.sample import Request
 from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
 from customize.cli import app
-from customize.clips.draw import write_maps
+from customize.clips.draw import publish, write_maps
 from customize.clips.plan import plan_motion
 from customize.clips.settings import ClipOptions
+from tests.customize.test_evaluate_clip import walking
 
 
 def call(*words: str | Path) -> Any:
     return CliRunner().invoke(
         app, ["clip", *map(str, words), "--device", "cpu", "--steps", "2", "--frames", "3"]
     )
+
+
+def test_a_clip_s_row_of_the_sheet_ends_with_the_way_that_it_goes(tmp_path: Path) -> None:
+    frames = walking(5, 4)
+    record = {
+        "command": "customize clip",
+        "model": "moji",
+        "motion": "",
+        "concepts": [],
+        "frames": 4,
+        "fps": 8.0,
+    }
+    record |= {"steps": 2, "guidance": 4.0, "seed": 0}
+    still = {"pose, scale 1": frames[:1] * 4}
+    for moving, maps in ((frames, still), (frames[:1] * 4, still)):
+        folder = tmp_path / str(moving is frames)
+        write_film(folder / "p00-s00", moving, 8.0)
+        publish(folder, [Request("a dog", (0, 0))], ["a dog"], [moving], record, maps)
+    pages = [Image.open(tmp_path / name / "sheet.png").convert("RGB") for name in ("True", "False")]
+    shown = [ImageColor.getrgb(TRACK) in {one for _, one in page.getcolors(1 << 24) or ()} for page in pages]
+    assert shown == [True, False] and pages[0].size == pages[1].size
 
 
 def middle(pose: Image.Image) -> tuple[float, float]:

@@ -56,6 +56,11 @@ SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 CAPTION_COLUMNS = ("text", "prompt", "caption")
+NAME_COLUMNS = (
+    "image_path",
+    "video_path",
+    "video",
+)  # beside ours, those of musubi-tuner and of lists of films
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def list_images(
     Hidden files and files without an image suffix are skipped; a file with such a suffix counts, whatever it holds.
     A folder without images of its own stands for those of its subfolders (kohya's `10_sks dog/`). Captions come from
     metadata first, then from `.txt` files. `caption_column` and `image_column` name columns that are not called text,
-    prompt or caption, and file_name or image. What else a folder holds: `describe_unused`.
+    prompt or caption, and file_name, image or image_path. What else a folder holds: `describe_unused`.
 
     Raises `UserError` for a source that does not exist or has no images, unreadable captions, or a dataset that
     cannot be loaded.
@@ -336,7 +341,7 @@ class Columns:
         """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
         requested, defaults = {
             "caption": (self.caption, CAPTION_COLUMNS),
-            "image": (self.image, ("file_name", "image")),
+            "image": (self.image, ("file_name", "image", *NAME_COLUMNS)),
         }[wanted]
         if requested is not None and requested not in names:
             raise UserError(
@@ -426,25 +431,42 @@ def _read_companions(path: Path, beside: _Companions) -> ImageRecord:
 
 def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[str | None, Path]]:
     """File name (relative, `/` between folders) → caption and where it stands, from the folder's metadata."""
-    present = find_lists(folder)
-    captions: dict[str, tuple[str | None, Path]] = {}
-    for metadata in present:
-        words: dict[str, None] = {}  # columns of text, in the order in which they are met
-        for where, entry in read_image_list(metadata):
-            words |= {name: None for name, value in entry.items() if isinstance(value, str)}
-            name_column = columns.find("image", list(entry), where)
-            name = entry.get(name_column) if name_column else None
-            if not isinstance(name, str) or not name:
-                raise UserError(f'{where} names no image. Write it as {{"file_name": "1.jpg", "text": "…"}}.')
-            caption_column = columns.find("caption", list(entry), where)
-            caption = entry.get(caption_column) if caption_column else None
-            if caption is not None and not isinstance(caption, str):
-                raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
-            name = find_spelled(resolve_inside(folder, name, where)).relative_to(folder).as_posix()
-            if name in captions:
-                raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
-            captions[name] = join_lines(caption), metadata
-        columns.say_without_captions(list(words), str(metadata))
+    return {
+        name: (caption, metadata)
+        for metadata in find_lists(folder)
+        for name, caption in _read_list(metadata, columns).items()
+    }
+
+
+def read_listed(listed: Path) -> dict[Path, str]:
+    """The files or folders that a list names beside it, in its order, each with its caption; "" where it has none.
+
+    Raises `UserError` for a list that cannot be read, and names outside of its folder.
+    """
+    named = _read_list(listed, Columns(None, None))
+    return {listed.parent / name: caption or "" for name, caption in named.items()}
+
+
+def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
+    """File name (relative, `/` between folders) → caption, from a list."""
+    captions: dict[str, str | None] = {}
+    words: dict[str, None] = {}  # columns of text, in the order in which they are met
+    for where, entry in read_image_list(metadata):
+        words |= {name: None for name, value in entry.items() if isinstance(value, str)}
+        name_column = columns.find("image", list(entry), where)
+        name = entry.get(name_column) if name_column else None
+        if not isinstance(name, str) or not name:
+            raise UserError(f'{where} names no image. Write it as {{"file_name": "1.jpg", "text": "…"}}.')
+        caption_column = columns.find("caption", list(entry), where)
+        caption = entry.get(caption_column) if caption_column else None
+        if caption is not None and not isinstance(caption, str):
+            raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
+        folder = metadata.parent
+        name = find_spelled(resolve_inside(folder, name, where)).relative_to(folder).as_posix()
+        if name in captions:
+            raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
+        captions[name] = join_lines(caption)
+    columns.say_without_captions(list(words), str(metadata))
     return captions
 
 

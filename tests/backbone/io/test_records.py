@@ -129,3 +129,11 @@ def test_names_inside_the_folder_are_taken(tmp_path: Path, name: str) -> None:
 def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="outside the folder"):
         resolve_inside(tmp_path, name, "x")
+
+
+def test_a_whole_path_serves_where_it_leads_into_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "list"
+    assert resolve_inside(folder, str(folder / "a" / "1.png"), "x") == folder / "a" / "1.png"
+    for name in (folder, folder / "..", folder / ".." / "1.png", tmp_path / "list-2" / "1.png"):
+        with pytest.raises(UserError, match="outside the folder"):
+            resolve_inside(folder, str(name), "x")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.media.registration import Registration, register_to_source, undo, warp
+from backbone.media.registration import Registration, match_tone, register_to_source, undo, warp
 
 DRIFTS = [(0.0, 0.0, 1.0), (1.37, -0.6, 1.0), (5.3, 2.1, 1.02), (-9.0, 6.5, 0.97), (12.0, 0.0, 1.05)]
 
@@ -95,3 +95,32 @@ def test_a_known_place_is_left_out_of_the_fit() -> None:
     edited = torch.where(changed.bool(), picture(5), edited)  # most of it is another picture
     found = register_to_source(edited, source, changed=changed)
     assert found.shift == pytest.approx((1.5, 0.5), abs=0.1)
+
+
+@pytest.mark.parametrize("change", [(0.9, 0.1), (1.1, -0.08), (1.0, 0.15)])
+def test_a_tone_is_found_and_undone_beside_an_edit(change: tuple[float, float]) -> None:
+    source, (gain, offset) = 0.8 * picture(), change  # nothing is clipped
+    painted = repainted(gain * source + offset)
+    found = match_tone(painted, source)
+    assert found.gain == pytest.approx((1 / gain,) * 3, abs=0.03)
+    assert found.offset == pytest.approx((-offset / gain,) * 3, abs=0.03)
+    assert 0 < found.change < 0.25
+    apart = (found.undo(painted) - source).abs().amax(0)
+    apart[20:60, 30:80] = 0
+    assert float(apart.median()) < 0.06
+
+
+def test_a_picture_of_the_same_tone_and_an_even_one_are_left_as_they_are() -> None:
+    source = picture()
+    found = match_tone(source, source)
+    assert found.gain == pytest.approx((1.0,) * 3) and found.change == pytest.approx(0, abs=1e-9)
+    even = torch.full_like(source, 0.3)
+    assert match_tone(even, source).gain == (1.0,) * 3
+
+
+def test_the_tone_of_a_known_place_does_not_count() -> None:
+    source = picture()
+    changed = torch.zeros(80, 96)
+    changed[:, 20:] = 1
+    moved_on = torch.where(changed.bool(), 0.5 * source, 0.95 * source)
+    assert match_tone(moved_on, source, changed=changed).gain == pytest.approx((1 / 0.95,) * 3, abs=0.01)

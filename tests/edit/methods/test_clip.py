@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AnimateDiffVideoToVideoPipeline
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 from typer.testing import CliRunner
 
 from backbone.cli.conditions import AskedControl, parse_map
 from backbone.diffusion.noise import add_noise
+from backbone.evaluation.motion import TRACK
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors
 from backbone.media.clips import Film, encode_webp, read_film
@@ -246,6 +247,10 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
     edit = record["edits"][0]
     assert {"changed_share", "psnr_db", "flicker", "source_flicker", "along", "source_along"} <= set(edit)
     assert 0 <= edit["track_px"] < 128
+    page = Image.open(out / "sheet.png").convert("RGB")
+    assert ImageColor.getrgb(TRACK) in {
+        colour for _, colour in page.getcolors(1 << 24) or ()
+    }  # the way it goes
     program, _, *again = shlex.split(record["command"])
     assert program == "edit" and "--source" in again
     with pytest.raises(UserError, match="Repeat it with: edit clip"):

@@ -23,8 +23,8 @@ from edit import checks
 from edit.cli import app
 from edit.masks import mask_to_image
 from edit.methods import keep_background as method
-from edit.methods.instruct import instruct
-from edit.run.report import drift_table
+from edit.methods.instruct import Keep, instruct
+from edit.run.report import describe_drift, drift_table
 from tests.edit.models import photo
 from tests.tiny import tiny_instruct_pix2pix
 
@@ -201,3 +201,29 @@ def test_a_background_that_is_all_gone_names_the_instruction(
     assert whole.images[0] == to_image(model.decode(whole.latents)[0])
     assert whole.masks is not None and bool((whole.masks == 1).all())
     assert whole.facts["drift"][0]["changed_share"] == 1
+    assert whole.facts["drift"][0]["drift_px"] is None  # nothing was registered
+
+
+@pytest.mark.parametrize("keep", ["auto", "pixels", "latents"])
+def test_instructions_go_on_after_one_that_changes_everything_and_keep_its_background(
+    model: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keep: Keep
+) -> None:
+    source = to_tensor(photo())
+    elsewhere = torch.rand(source.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pictures = [drawing_a_square(source), elsewhere, drawing_a_square(elsewhere.roll(-1, -1))]
+    drawn = iter([pictures[0], source, *pictures[1:]] if keep == "latents" else pictures)
+    monkeypatch.setattr(model, "decode", lambda latents: next(drawn)[None])
+    said = ["make the dog red", "put it in space", "give it a hat"]
+    result = instruct(model, photo(), said, steps=1, keep=keep)
+    assert result.finished is not None and result.masks is not None
+    assert torch.equal(result.finished[1], elsewhere)
+    place = (result.finished[2] != elsewhere).any(0)
+    assert 0.03 < float(place.float().mean()) < 0.3  # the last one changes a part of that alone
+    out = capsys.readouterr()
+    assert (out.out + out.err).count(
+        "changes nearly everything"
+    ) == 1 and "space” changes" in out.out + out.err
+    drift = result.facts["drift"]
+    assert [one["drift_px"] is None for one in drift] == [False, True, False]
+    assert describe_drift(drift[1]) == "all of it as it was drawn" and "undone" in describe_drift(drift[0])
+    assert "–" in "".join(drift_table(said, drift))

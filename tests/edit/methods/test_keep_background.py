@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from edit.cli import app
-from edit.methods.keep_background import drop_specks, fill_holes, find_change, hang_together, keep_background
+from edit.methods.keep_background import (
+    NoBackgroundError,
+    drop_specks,
+    fill_holes,
+    find_change,
+    hang_together,
+    keep_background,
+)
 from tests.backbone.media.test_registration import moved, picture
 
 COLOUR = torch.tensor([0.9, -0.6, -0.8])[:, None, None]
@@ -57,6 +64,32 @@ def test_ten_edits_in_a_row_do_not_wear_the_background() -> None:
     far = torch.ones(80, 96).bool()
     far[15:70, 20:80] = False
     assert torch.equal(now[:, far], source[:, far])
+
+
+def test_an_edit_in_another_tone_keeps_its_place_and_the_background_is_the_source_s() -> None:
+    source = picture()
+    toned = (0.9 * edited(source) + 0.14).clamp(-1, 1)
+    kept = keep_background(toned, source)
+    outside = kept.place == 0
+    assert torch.equal(kept.image[:, outside], source[:, outside]) and float(outside.float().mean()) > 0.6
+    inside = disc().bool()
+    assert float((kept.image - COLOUR).abs().amax(0)[inside].median()) < 0.05  # its own colour too
+    assert kept.figures["tone_percent"] == pytest.approx(9, abs=1)
+    assert kept.registration.shift == (0.0, 0.0) and kept.registration.scale == 1.0
+    assert kept.drifted_psnr_db is not None and kept.registered_psnr_db is not None
+    assert kept.registered_psnr_db > kept.drifted_psnr_db + 8
+    with pytest.raises(NoBackgroundError):
+        keep_background(toned, source, align=False)
+
+
+def test_a_tone_that_is_the_edit_itself_is_left() -> None:
+    source = picture()
+    brighter = (source + 0.18).clamp(-1, 1)
+    with pytest.raises(NoBackgroundError):  # so all of it is taken, and not nothing
+        keep_background(brighter, source)
+    night = (0.4 * edited(source) - 0.5).clamp(-1, 1)
+    with pytest.raises(NoBackgroundError):
+        keep_background(night, source)
 
 
 def test_a_mask_says_where_the_edit_stands() -> None:

@@ -1,0 +1,272 @@
+"""In how many frames of a clip the subject is seen that `customize train` has learned: the development concepts move.
+
+    python -m benchmarks.clips_subject                                   two hours on two cores; needs the emoji font
+    python -m benchmarks.clips_subject --concepts peacock --count 2 --frames 6                to try it
+    python -m benchmarks.clips_subject --motion moji-motion              by a motion adapter beside planned motions
+
+Every concept's run (those of `benchmarks.customize` in the same `--out` are taken) draws `a [V] CLASS` in the places
+that it was not trained in, each with another word of motion, by `customize clip --concept`: planned from the words,
+and where `--motion` names an adapter by that too. Beside them stand stills of the same words without the motion, by
+`customize sample`. The classifier looks at every frame:
+
+    concept   share of the frames in which it sees the concept's glyph, and of clips in all of whose frames it does
+    place     share of the frames in which it sees the place
+    moves     share of the clips that move as their words say, measured from the pixels (as in `benchmarks.clips`)
+    flicker   mean change of a pixel from frame to frame along the flow, of 255
+
+Frames of one clip are alike, so intervals of their means are the bootstrap's over clips; shares have Wilson's. Runs and
+clips that `--out` holds are not made again. Writes `clips.md`, `clips.json` and `clips.png`, a strip of every clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from PIL import Image
+
+from backbone.adapters.concept import Concept, checkpoint, read_concept
+from backbone.cli.commands import script_app
+from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
+from backbone.cli.options import Option, check_values, settled_command
+from backbone.cli.sampling import DrawingOptions
+from backbone.evaluation.flow import warped_flicker
+from backbone.evaluation.motion import PARTS, SIDE, is_right, measure_moved
+from backbone.evaluation.statistics import bootstrap_mean
+from backbone.io.console import notify, run_app
+from backbone.io.files import read_json, write_json, write_text
+from backbone.media.clips import choose_strip
+from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
+from backbone.world.motions import MOTIONS
+from benchmarks.control_subject import of_mean, of_share
+from benchmarks.customize import (
+    TOKEN,
+    Question,
+    Trial,
+    concept_interval,
+    format_interval,
+    list_trials,
+    make_questions,
+    train_by_command,
+)
+from benchmarks.judges.classifier import (
+    FACTS,
+    FOLDER,
+    Classifier,
+    Prediction,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+)
+from benchmarks.moji import format_percent
+from benchmarks.motions import draw
+from customize.clips.settings import ClipOptions
+from customize.sampling import sample_to_folder
+
+STILLS, PLANNED = "stills", "planned from the words"
+MOVES = tuple(move for move in MOTIONS if move in PARTS)  # those with a direction that can be measured
+app = script_app()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectClipSettings:
+    """Which concepts are drawn in which clips."""
+
+    concepts: Annotated[
+        tuple[str, ...], Option("Concepts; repeatable.", DATA, default_text="all twelve", metavar="NAME")
+    ] = ()
+    count: Annotated[int, Option("Clips of each concept.", DATA, min=1)] = 7
+    frames: Annotated[int, Option("Frames of a clip.", DATA, min=2)] = 16
+    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
+    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
+    motion: Annotated[str, Option("A motion adapter, beside planned motions.", MODEL)] = ""
+    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
+    seed: Annotated[int, Option("Seed of training and of the clips.", DATA)] = 0
+    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
+    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen in one clip, or in a still.
+
+    frames   whether each frame shows the concept's glyph
+    places   share of the frames that show the place
+    right    whether it moves as its words say; None of a still
+    flicker  None of a still
+    """
+
+    concept: str
+    frames: tuple[bool, ...]
+    places: float
+    right: bool | None = None
+    flicker: float | None = None
+
+    @property
+    def glyph(self) -> float:
+        """The share of the frames that show the concept."""
+        return float(np.mean(self.frames))
+
+
+@settled_command(app, SubjectClipSettings)
+def main(settings: SubjectClipSettings) -> None:
+    """Trains and draws what is missing, looks at every frame, and prints the table."""
+    trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
+    eye = load_classifier(settings.classifier)
+    found: dict[str, list[Seen]] = {}
+    rows: list[list[Cell]] = []
+    titles: list[str] = []
+    for number, trial in enumerate(trials):
+        train_by_command(trial, settings.out, settings.model)
+        asked = list_clips(trial, settings.count, first=number)
+        for way, films in draw_ways(trial, asked, settings).items():
+            seen = [look(trial, one, film, eye) for one, film in zip(asked, films, strict=True)]
+            found.setdefault(way, []).extend(seen)
+            rows += [strip_of(film, one.frames) for film, one in zip(films, seen, strict=True)]
+            titles += [f"{trial.concept}, {way}: {one.said if way != STILLS else one.rest}" for one in asked]
+        every = {way: [one for one in some if one.concept == trial.concept] for way, some in found.items()}
+        notify(f"{trial.concept}: {', '.join(f'{way} {share(some)}' for way, some in every.items())}")
+    facts = {
+        "model": settings.model, "motion": settings.motion, "frames": settings.frames, "steps": settings.steps,
+        "guidance": settings.guidance, "classifier": read_json(settings.classifier / FACTS).get("step"),
+    }  # fmt: skip
+    text = format_table(found)
+    clips = {way: [asdict(one) for one in some] for way, some in found.items()}
+    write_json(settings.out / "clips.json", {**facts, "clips": clips})
+    write_text(settings.out / "clips.md", text)
+    note = "Green: the classifier sees the concept's glyph."
+    save_png(settings.out / "clips.png", draw_sheet(rows, note=note, row_titles=titles, cell=SIDE // 2))
+    print(text)
+
+
+# Clips ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt without its words of motion, the motion, and the place that the classifier should see."""
+
+    rest: str
+    move: str
+    place: str
+
+    @property
+    def said(self) -> str:
+        """The whole prompt."""
+        return f"{self.rest}, {MOTIONS[self.move][0]}"
+
+
+def list_clips(trial: Trial, count: int, *, first: int) -> list[Asked]:
+    """The clips of a concept: through the places that it is not learned in, and from the `first` motion on."""
+    questions: list[Question] = make_questions("places", trial.noun, f"{TOKEN} {trial.noun}")
+    chosen = [questions[k % len(questions)] for k in range(count)]
+    return [Asked(one.prompt, MOVES[(first + k) % len(MOVES)], one.wanted) for k, one in enumerate(chosen)]
+
+
+def draw_ways(
+    trial: Trial, asked: Sequence[Asked], settings: SubjectClipSettings
+) -> dict[str, list[tuple[Image.Image, ...]]]:
+    """The frames of every clip by the way that it is drawn; a still is one frame."""
+    learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
+    folder = settings.out / "clips" / trial.name
+    ways = {STILLS: draw_stills(folder / "stills", asked, settings, learned)}
+    options = ClipOptions(
+        model=settings.model, frames=settings.frames, steps=settings.steps, guidance=settings.guidance,
+        seed=settings.seed, out=folder / "planned",
+    )  # fmt: skip
+    said = [one.said for one in asked]
+    ways[PLANNED] = draw(said, options, [learned])
+    if settings.motion:
+        name = Path(settings.motion).name
+        ways[name] = draw(
+            said, replace(options, motion=settings.motion, out=folder / f"by-{name}"), [learned]
+        )
+    return ways
+
+
+def draw_stills(
+    folder: Path, asked: Sequence[Asked], settings: SubjectClipSettings, learned: Concept
+) -> list[tuple[Image.Image, ...]]:
+    """An image of every prompt without its motion, drawn where they are not there yet."""
+    if not (folder / "sheet.png").exists():  # which is written last
+        options = DrawingOptions(
+            model=settings.model, steps=settings.steps, guidance=settings.guidance, seed=settings.seed
+        )
+        sample_to_folder([one.rest for one in asked], options, folder, concepts=[learned])
+    return [(Image.open(folder / f"p{k:02d}-s00.png").convert("RGB"),) for k in range(len(asked))]
+
+
+# What is seen -----------------------------------------------------------------------------------------------
+
+
+def look(trial: Trial, asked: Asked, film: Sequence[Image.Image], eye: Classifier) -> Seen:
+    """What the classifier sees in a clip, and how it moves."""
+    frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film]
+    said: list[Prediction] = eye.classify(frames)
+    glyph = tuple(is_top_glyph(one, trial.concept) for one in said)
+    places = float(np.mean([most_likely(one.place) == asked.place for one in said]))
+    if len(frames) == 1:
+        return Seen(trial.concept, glyph, places)
+    right = is_right(asked.move, measure_moved(frames))
+    return Seen(trial.concept, glyph, places, right, warped_flicker(frames))
+
+
+def strip_of(film: Sequence[Image.Image], glyph: Sequence[bool]) -> list[Cell]:
+    """A strip of a clip, each frame framed by whether the concept is seen in it."""
+    return [Cell(frame, frame=GREEN if glyph[k] else RED) for k, frame in choose_strip(film).items()]
+
+
+def share(seen: Sequence[Seen]) -> str:
+    """The share of the frames that show the concept."""
+    return format_percent(float(np.mean([one.glyph for one in seen])))
+
+
+def format_table(found: Mapping[str, Sequence[Seen]]) -> str:
+    """Markdown: a row for each way of drawing, then the share of every concept's frames that show it."""
+    concepts = list(dict.fromkeys(one.concept for one in found[STILLS]))
+    lines = [
+        f"| {len(concepts)} concepts, {len(found[STILLS])} of each | concept in frames | 95 %, over concepts | in all "
+        "frames | place | moves | flicker |",
+        "|---" * 7 + "|",
+        *(f"| {way} | {' | '.join(format_row(seen, concepts))} |" for way, seen in found.items()),
+        "",
+        f"| concept in frames | {' | '.join(found)} |",
+        "|---" * (len(found) + 1) + "|",
+    ]
+    for concept in concepts:
+        own = [share([one for one in seen if one.concept == concept]) for seen in found.values()]
+        lines.append(f"| {concept} | {' | '.join(own)} |")
+    return "\n".join([*lines, ""])
+
+
+def format_row(seen: Sequence[Seen], concepts: Sequence[str]) -> list[str]:
+    """The cells of one way of drawing."""
+    by_concept = [
+        float(np.mean([one.glyph for one in seen if one.concept == concept])) for concept in concepts
+    ]
+    right = [one.right for one in seen if one.right is not None]
+    return [
+        of_percent([one.glyph for one in seen]),
+        format_interval(*concept_interval(by_concept)),
+        of_share([all(one.frames) for one in seen]),
+        of_percent([one.places for one in seen]),
+        of_share(right) if right else "–",
+        of_mean([one.flicker for one in seen if one.flicker is not None], ".1f"),
+    ]
+
+
+def of_percent(shares: Sequence[float]) -> str:
+    """The mean of shares, with the bootstrap's interval over clips."""
+    value, *interval = bootstrap_mean(shares)
+    return f"{format_percent(value)} ({format_interval(*interval)})"
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,333 @@
+"""Whether what `customize train` has learned obeys a map: the development concepts under a map of their own glyph.
+
+    python -m benchmarks.control_subject                                    two hours on two cores; needs the emoji font
+    python -m benchmarks.control_subject --concepts peacock --count 2 --kinds sketch          to try it
+    python -m benchmarks.control_subject --of-class                         under maps of the class's glyph too
+
+Every concept's run (those of `benchmarks.customize` in the same `--out` are taken) draws `a [V] CLASS` in the places
+that it was not trained in. The glyph is rendered there, held as a posed scene of seeds that no network was trained on
+holds its thing; the map of that rendering goes to the control network, and the same prompt is drawn from the same
+noise without a map (the *floor*). The true picture through the autoencoder is the *bound*. What is compared:
+
+    glyph, place      by the classifier: whether it sees the concept, and where
+    edges             F1 of Canny's edges with those of the true picture, within a pixel
+    pose              the concept's glyph registered over place, size, angle and mirroring: medians of the errors
+
+With `--of-class` the map is that of the class's glyph, in the same pose: its edges are not the concept's, and are left
+out. Shares have Wilson's 95 % interval, means the bootstrap's; the last rows are what a map changes, image by image.
+Runs and images that `--out` holds are not made again. Writes `under-maps.md`, `under-maps.json` and `under-maps.png`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+
+from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import checkpoint, read_concept
+from backbone.cli.commands import script_app
+from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
+from backbone.cli.options import Option, check_values, settled_command
+from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
+from backbone.io.console import notify, progress, run_app
+from backbone.io.files import read_json, write_json, write_text
+from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
+from backbone.models.model import Backbone
+from backbone.world.rendering.render import SIZE, find_font
+from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_posed_scene
+from backbone.world.words import Thing, load_vocabulary
+from benchmarks.control import (
+    BOUND,
+    FLOOR,
+    KINDS,
+    Case,
+    ControlSettings,
+    Gallery,
+    PoseError,
+    as_image,
+    edge_f1,
+    find_pose,
+    make_case,
+    pose_error,
+)
+from benchmarks.customize import (
+    TOKEN,
+    Trial,
+    concept_interval,
+    format_interval,
+    list_trials,
+    make_questions,
+    train_by_command,
+)
+from benchmarks.judges.classifier import (
+    FACTS,
+    FOLDER,
+    Classifier,
+    is_top_glyph,
+    load_classifier,
+    most_likely,
+    prepare_images,
+)
+from benchmarks.judges.fidelity import decode_renderings
+from benchmarks.moji import format_percent
+
+FIRST_SEED = BENCHMARK_SEEDS[0] + 800_000
+OF_CLASS = "{} of the class"
+app = script_app()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectSettings:
+    """Which concepts are drawn under which maps."""
+
+    concepts: Annotated[
+        tuple[str, ...], Option("Concepts; repeatable.", DATA, default_text="all twelve", metavar="NAME")
+    ] = ()
+    count: Annotated[int, Option("Images of each concept under each kind of map.", DATA, min=1)] = 7
+    kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", DATA, choices=KINDS)] = (
+        "sketch",
+        "pose",
+    )
+    of_class: Annotated[bool, Option("Under maps of the class's glyph too.", DATA)] = False
+    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
+    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
+    network: Annotated[str, Option("A control network.", MODEL, default_text="the model's own")] = ""
+    scale: Annotated[float, Option("Conditioning scale of the control network.", SAMPLING)] = 1.0
+    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
+    seed: Annotated[int, Option("Seed of training.", DATA)] = 0
+    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
+    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is seen in one image of a concept; `edges` is None under a map of another glyph."""
+
+    concept: str
+    glyph: bool
+    place: bool
+    edges: float | None
+    pose: PoseError
+
+
+@settled_command(app, SubjectSettings)
+def main(settings: SubjectSettings) -> None:
+    """Trains and draws what is missing, measures every image, and prints the table."""
+    trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
+    find_font()
+    eye = load_classifier(settings.classifier)
+    found: dict[str, list[Drawn]] = {}
+    rows: list[list[Cell]] = []
+    for trial in trials:
+        train_by_command(trial, settings.out, settings.model)
+        cases = make_cases(trial, settings.count)
+        columns = draw_columns(trial, cases, settings)
+        for name, images in columns.items():
+            found.setdefault(name, []).extend(look_at_images(trial, cases, images, eye, name))
+        rows.append(cells_of(trial, cases[0], {name: (columns[name][0], found[name]) for name in columns}))
+        notify(f"{trial.concept}: {', '.join(f'{name} {share(trial, found[name])}' for name in columns)}")
+    facts = {
+        "model": settings.model, "network": settings.network or "the model's own", "scale": settings.scale,
+        "steps": settings.steps, "guidance": settings.guidance, "first_seed": FIRST_SEED,
+        "classifier": read_json(settings.classifier / FACTS).get("step"),
+    }  # fmt: skip
+    text = format_table(found)
+    every = {name: [asdict(one) for one in some] for name, some in found.items()}
+    write_json(settings.out / "under-maps.json", {**facts, "images": every})
+    write_text(settings.out / "under-maps.md", text)
+    note = "The first image of each concept. Green: the classifier sees its glyph."
+    save_png(settings.out / "under-maps.png", draw_sheet(rows, note=note, cell=SIZE))
+    print(text)
+
+
+# Scenes and images ------------------------------------------------------------------------------------------
+
+
+def make_cases(trial: Trial, count: int) -> list[Case]:
+    """The concept in the places that it is not learned in, held as single things of posed scenes are."""
+    number = list(load_vocabulary().development_concepts).index(trial.concept)
+    places = [one.wanted for one in make_questions("places", trial.noun, "")]
+    seeds = itertools.count(FIRST_SEED + 10_000 * number)
+    posed = (scene for scene in map(sample_posed_scene, seeds) if is_whole(scene))
+    some = zip(itertools.islice(posed, count), itertools.cycle(places), strict=False)
+    return [
+        make_case(replace(scene, things=(Thing(trial.concept),), place=place, style=None))
+        for scene, place in some
+    ]
+
+
+def is_whole(scene: Scene) -> bool:
+    """Whether a posed scene is of one thing of the usual size, all of it within the picture."""
+    if len(scene.figures) > 1 or scene.things[0].small or scene.poses is None or not is_fair(scene):
+        return False
+    pose, half = scene.poses[0], scene.poses[0].size / 2
+    return half <= pose.x <= SIZE - half and 2 * half <= pose.foot <= SIZE
+
+
+def draw_columns(
+    trial: Trial, cases: Sequence[Case], settings: SubjectSettings
+) -> dict[str, list[Image.Image]]:
+    """The images of a concept by what they are drawn under; without a map first, the true ones last."""
+    learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
+    model = Backbone.open(settings.model, device="cpu")
+    load_concepts(model, [learned])
+    asked = ControlSettings(
+        model=settings.model, network=settings.network, steps=settings.steps, guidance=settings.guidance,
+        out=settings.out / "under-maps" / trial.name,
+    )  # fmt: skip
+    gallery = Gallery(asked, model)
+    called = f"{learned.tokens[TOKEN]} {trial.noun}"
+    said = [(case.scene.caption(name=called), case.scene.seed) for case in cases]
+    columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "", 0.0)}
+    for name, (kind, some) in list_ways(trial, cases, settings).items():
+        under = [(*one, (case.maps[kind],)) for one, case in zip(said, some, strict=True)]
+        noted = "" if name == kind else trial.noun.replace(" ", "-")
+        columns[name] = gallery.draw_all(under, kind, settings.scale, noted=noted)
+    exact = Backbone.open(settings.model, device="cpu", precision="fp32")
+    columns[BOUND] = [as_image(one) for one in decode_renderings(exact, [case.scene for case in cases])]
+    return columns
+
+
+def list_ways(
+    trial: Trial, cases: Sequence[Case], settings: SubjectSettings
+) -> dict[str, tuple[str, Sequence[Case]]]:
+    """What images are drawn under, by name: a kind of map, and the scenes whose maps they are."""
+    ways = {kind: (kind, cases) for kind in settings.kinds}
+    if not settings.of_class:
+        return ways
+    others = [make_case(replace(case.scene, things=(Thing(trial.noun),))) for case in cases]
+    return ways | {OF_CLASS.format(kind): (kind, others) for kind in settings.kinds}
+
+
+# Measures ---------------------------------------------------------------------------------------------------
+
+
+def look_at_images(
+    trial: Trial, cases: Sequence[Case], images: Sequence[Image.Image], eye: Classifier, name: str
+) -> list[Drawn]:
+    """What is seen in a column of images of a concept."""
+    seen = eye.classify(list(images))
+    found = []
+    with progress(len(images), f"registering ({trial.concept}, {name})") as bar:
+        for case, image, said in zip(cases, images, seen, strict=True):
+            assert case.scene.poses is not None
+            picture = (prepare_images([image])[0] + 1) / 2
+            held = find_pose(picture, case.scene.things[0], None)
+            found.append(
+                Drawn(
+                    trial.concept,
+                    is_top_glyph(said, trial.concept),
+                    most_likely(said.place) == case.scene.place,
+                    None if name.endswith(OF_CLASS.format("")) else edge_f1(case.picture, image),
+                    pose_error(case.scene.poses[0], held),
+                )
+            )
+            bar.advance(images=1)
+    return found
+
+
+def share(trial: Trial, found: Sequence[Drawn]) -> str:
+    """The share of a concept's images that show its glyph."""
+    return format_percent(float(np.mean([one.glyph for one in found if one.concept == trial.concept])))
+
+
+# Table and sheet --------------------------------------------------------------------------------------------
+
+
+def cells_of(
+    trial: Trial, case: Case, columns: Mapping[str, tuple[Image.Image, Sequence[Drawn]]]
+) -> list[Cell]:
+    """A concept's row of the sheet: its first image of each column, behind the map that it was drawn under."""
+    cells = [Cell(case.picture, case.scene.caption(name=f"{TOKEN} {trial.noun}"))]
+    for name, (image, found) in columns.items():
+        if name in case.maps:
+            cells.append(Cell(case.maps[name].convert("RGB"), name))
+        first = next(one for one in found if one.concept == trial.concept)
+        cells.append(
+            Cell(image, name if name in (FLOOR, BOUND) else f"by {name}", GREEN if first.glyph else RED)
+        )
+    return cells
+
+
+def format_table(found: Mapping[str, Sequence[Drawn]]) -> str:
+    """Markdown: a row for each column of images, what a map changes, and the glyph of every concept."""
+    concepts = list(dict.fromkeys(one.concept for one in found[FLOOR]))
+    lines = [
+        f"| {len(concepts)} concepts, {len(found[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
+        "edges F1 | place, px | size | angle | looks the right way |",
+        "|---" * 10 + "|",
+        *(f"| {name} | {' | '.join(format_row(some, concepts))} |" for name, some in found.items()),
+    ]
+    lines += ["", "| what the map changes | glyph, points | place, points | edges F1 |", "|---|---|---|---|"]
+    for name, some in found.items():
+        if name not in (FLOOR, BOUND):
+            lines.append(f"| {name} | {' | '.join(format_changes(some, found[FLOOR]))} |")
+    lines += ["", f"| glyph of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for concept in concepts:
+        own = [
+            format_percent(float(np.mean([one.glyph for one in some if one.concept == concept])))
+            for some in found.values()
+        ]
+        lines.append(f"| {concept} | {' | '.join(own)} |")
+    return "\n".join([*lines, ""])
+
+
+def format_row(some: Sequence[Drawn], concepts: Sequence[str]) -> list[str]:
+    """The cells of one column of images."""
+    by_concept = [[one.glyph for one in some if one.concept == concept] for concept in concepts]
+    edges = [one.edges for one in some if one.edges is not None]
+    poses = [one.pose for one in some]
+    return [
+        of_share([one.glyph for one in some]),
+        format_interval(*concept_interval([float(np.mean(each)) for each in by_concept])),
+        of_share([one.place for one in some]),
+        of_share([one.glyph and one.place for one in some]),
+        of_mean(edges),
+        f"{median(one.place for one in poses):.1f}",
+        f"{median(one.size for one in poses):.0%}",
+        f"{median(one.angle for one in poses):.0f}°",
+        of_share([one.mirror for one in poses]),
+    ]
+
+
+def format_changes(some: Sequence[Drawn], floor: Sequence[Drawn]) -> list[str]:
+    """What the map of a column changes beside the same noise without one, paired."""
+    pairs = list(zip(some, floor, strict=True))
+    edges: list[Any] = [
+        one.edges - other.edges for one, other in pairs if one.edges is not None and other.edges is not None
+    ]
+    return [
+        of_mean([100.0 * (one.glyph - other.glyph) for one, other in pairs], "+.1f"),
+        of_mean([100.0 * (one.place - other.place) for one, other in pairs], "+.1f"),
+        of_mean(edges, "+.2f"),
+    ]
+
+
+def of_share(right: Sequence[bool]) -> str:
+    """A share with Wilson's interval."""
+    value, *interval = wilson_interval(sum(right), len(right))
+    return f"{format_percent(value)} ({format_interval(*interval)})"
+
+
+def of_mean(values: Sequence[float], style: str = ".2f") -> str:
+    """A mean with the bootstrap's interval; – without values."""
+    mean = bootstrap_mean(values)
+    if math.isnan(mean.value):
+        return "–"
+    return f"{mean.value:{style}} ({mean.low:{style}} to {mean.high:{style}})"
+
+
+if __name__ == "__main__":
+    run_app(app)

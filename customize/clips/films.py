@@ -1,0 +1,100 @@
+"""Which clips a motion is learned from, and what each shows: a folder of them, or a list.
+
+    clips/            one.webp, one.txt; two.mp4; three/0000.png …, three.txt
+    clips/metadata.jsonl     {"file_name": "one.webp", "text": "a dog, [M]"}, as of images
+    clips/captions.json      {"one.mp4": ["a dog, [M]"]}                            (diffusion-pipe's)
+    clips.jsonl              {"video_path": "clips/one.mp4", "caption": "a dog, [M]"}       (musubi-tuner's)
+
+Names are of files or folders beside their list, and never outside of its folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from backbone.io.console import UserError, count_of, notify
+from backbone.io.files import read_json
+from backbone.io.records import read_as, resolve_inside
+from backbone.media.clips import Film, read_film
+from backbone.media.sources.pictures import join_lines, read_captions, read_listed
+
+LISTS = (".jsonl", ".json", ".csv")
+SEVERAL = "captions.json"
+FILM_SUFFIXES = (
+    ".webp",
+    ".gif",
+    ".png",
+    ".apng",
+    ".avif",
+    ".mp4",
+    ".webm",
+    ".mov",
+    ".mkv",
+    ".avi",
+    ".m4v",
+    ".npy",
+)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A clip and what it shows, "" where nothing says it."""
+
+    film: Film
+    caption: str
+
+
+def list_films(source: str) -> list[Captioned]:
+    """The clips of a folder (animated files, films and folders of frames, captioned as images are) or of a list.
+
+    A folder that holds frames alone is one clip. Raises `UserError` for a folder or a list without any.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in LISTS:
+        captions = read_listed(path)
+        if not captions:
+            raise UserError(
+                f'{source} names no clips. Write {{"video_path": "1.mp4", "caption": "…"}} in each line.'
+            )
+        for place in captions:
+            if not place.exists():
+                raise UserError(
+                    f"{source} names {place.relative_to(path.parent)}, and there is none. Put it beside the list."
+                )
+        return [Captioned(read_film(place), caption) for place, caption in captions.items()]
+    if not path.is_dir():
+        what = f"{source} is a file" if path.is_file() else f"There is no folder {source}"
+        raise UserError(f"{what}. Name a folder that holds clips, or a list of them ({', '.join(LISTS)}).")
+    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
+    stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if places and len(stills) == len(places):
+        return [Captioned(read_film(path), "")]
+    if not places:
+        raise UserError(f"{source} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
+    captions = read_captions(path, places) | read_several(path / SEVERAL, places)
+    return [Captioned(read_film(place), captions[place]) for place in places]
+
+
+def read_several(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
+    """The captions of the places that a captions.json names, which has one or several for each: the first of them.
+
+    Raises `UserError` for another record, and for a clip that is not there.
+    """
+    if not listed.is_file():
+        return {}
+    known, found, more = set(places), dict[Path, str](), 0
+    for name, said in read_as(dict[str, str | list[str]], read_json(listed), listed).items():
+        place = resolve_inside(listed.parent, name, listed)
+        if place not in known:
+            raise UserError(
+                f"{listed} names {name}, and there is no such clip beside it. Take it out, or put it there."
+            )
+        captions = [said] if isinstance(said, str) else said
+        more += len(captions) > 1
+        found[place] = join_lines(next(iter(captions), "")) or ""
+    if more:
+        notify(f"{listed} has several captions for {count_of(more, 'clip')}: the first of each is learned.")
+    return found
