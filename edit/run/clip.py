@@ -318,9 +318,9 @@ def publish_clip(
     """Writes source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
     original = [to_image(frame) for frame in result.encoded.pixels]
     write_film(folder / "source", original, fps)
-    entries, rows, titles = [], [], [source or "source"]
-    scorer = find_scorer(result.model)
-    rows.append([Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()])
+    # A row of the sheet for the source, and for each edit one of its frames and one of its masks
+    rows = [[Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()]]
+    entries, titles, scorer = [], [source or "source"], find_scorer(result.model)
     for number, (film, prompt) in enumerate(zip(films, result.prompts, strict=True)):
         write_film(folder / f"edit_{number}", film, fps)
         figures = measure_film(result, number, source, scorer)
@@ -334,6 +334,7 @@ def publish_clip(
     page = draw_sheet(rows, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)
     write_json(folder / RECORD, {**record, "edits": entries})
+    # The report: the clips, their strips, the figures of each edit, and how the run went
     clips = [
         ("source", source or "source"),
         *((f"edit_{i}", prompt) for i, prompt in enumerate(result.prompts)),
