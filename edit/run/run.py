@@ -140,6 +140,7 @@ def _run(
     out: Path | None,
     said: str,
 ) -> Path:
+    """What `perform` and `replay` share: reads the images, loads the model, edits, measures, and writes the folder."""
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]
