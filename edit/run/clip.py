@@ -318,9 +318,9 @@ def publish_clip(
     """Writes source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
     original = [to_image(frame) for frame in result.encoded.pixels]
     write_film(folder / "source", original, fps)
-    # A row of the sheet for the source, and for each edit one of its frames and one of its masks
-    rows = [[Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()]]
-    entries, titles, scorer = [], [source or "source"], find_scorer(result.model)
+    entries, rows, titles = [], [], [source or "source"]
+    scorer = find_scorer(result.model)
+    rows.append([Cell(frame, f"frame {number}") for number, frame in choose_strip(original).items()])
     for number, (film, prompt) in enumerate(zip(films, result.prompts, strict=True)):
         write_film(folder / f"edit_{number}", film, fps)
         figures = measure_film(result, number, source, scorer)
