@@ -91,7 +91,6 @@ BY_INSTRUCTION = "by instruction"
 INSTRUCTED_STEPS = 20  # of three evaluations each
 RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
 PUBLISHED = ReplaceSettings(cross=0.8, self_attention=0.4, threshold=0.3, blend_from=0.2)
-CONTROLS = ("no edit", "resample")
 IDENTITY: Mapping[str, tuple[Method, ReplaceSettings]] = {
     "the default": ("direct", ReplaceSettings()),
     "direct + P2P, no blend": ("direct", ReplaceSettings(cross=0.8, self_attention=0.4, blend=())),

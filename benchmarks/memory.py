@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -21,12 +21,12 @@ from backbone.cli.commands import run_main
 from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
-from backbone.memory.planner import GIB, MemoryEstimator, MemorySettings, plan_memory
-from backbone.models.model import Backbone, Task
-from backbone.models.placement import Placement
 from customize.settings import resolve_settings
-from customize.training.memory import work_of
 
+if TYPE_CHECKING:
+    from backbone.models.model import Backbone, Task
+
+GIB = 2**30
 SIZES = (8.0, 12.0, 16.0, 24.0, 48.0)  # GiB of common GPUs
 
 
@@ -86,6 +86,8 @@ def open_shape(name: str, place: Path) -> Backbone:
     """
     if name not in SHAPES:
         raise UserError(f"There is no published shape {name}. Choose of {', '.join(SHAPES)}.")
+    from backbone.models.model import Backbone
+
     shape = SHAPES[name]
     write_json(place / "model_index.json", {**lay_out(shape, place), "_class_name": shape.pipeline})
     task: Task = "edit" if "Edit" in shape.pipeline else "text-to-image"
@@ -106,6 +108,10 @@ def lay_out(shape: Shape, place: Path) -> dict[str, object]:
 
 def count(name: str, model: Backbone, sizes: Sequence[float]) -> Row:
     """A row of the table, for GPUs of these GiB."""
+    from backbone.memory.planner import MemoryEstimator, MemorySettings, plan_memory
+    from backbone.models.placement import Placement
+    from customize.training.memory import work_of
+
     asked = {"images": "", "token": "[V]", "class_noun": "dog"}
     if model.edits_by_instruction:
         asked |= {"pairs": "pairs"}

@@ -118,10 +118,6 @@ class Layout:
         """The conditions that hold for the source, or for the targets."""
         return tuple(one for one, sides in zip(self.conditions, self.sides, strict=True) if sides[side])
 
-    def for_targets_too(self) -> Layout:
-        """The source's conditions, held for the targets as well."""
-        return Layout(self.of_side(SOURCE), ((True, True),) * len(self.of_side(SOURCE)))
-
     def without(self, place: Tensor) -> Layout:
         """The same with nothing drawn in a place [H, W] of the targets' maps that were found in the source."""
         conditions, sides = list(self.conditions), list(self.sides)

@@ -107,6 +107,10 @@ class SourceAndTargets:
         if embedded is not None:
             self.text, self.source_guidance, self.guidance = embedded, 1.0, 1.0
 
+    def count_rows(self, targets: int) -> int:
+        """Rows of a call for the source and N targets, the unconditional ones counted."""
+        return 1 + targets + targets * (self.guidance != 1) + (self.source_guidance != 1)
+
     def __call__(
         self, noisy: Tensor, level: Level, empty: Conditions, *, with_source: bool = True
     ) -> Estimate:

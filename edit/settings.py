@@ -287,6 +287,7 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
 
     NEEDS: ClassVar[Mapping[str, Any]] = {"method": MADE_ANEW, "iterations": {**OF_NULL_TEXT, **MADE_ANEW}}
 
+    source: str | None = None
     swaps: Annotated[
         tuple[str, ...],
         Option(

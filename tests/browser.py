@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FOREIGN = "evil.example"  # a name that the browser of the tests finds on this machine
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 KEYS = {
     "ArrowLeft": 37,
@@ -133,19 +134,47 @@ class Tab:
             mobile=width < 600,
         )  # fmt: skip
 
-    def screenshot(self, path: Path) -> None:
-        """What is seen, as a PNG."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(self.browser.ask("Page.captureScreenshot", self.session)["data"]))
+    def keep(self, name: str) -> None:
+        """What is seen, as a PNG of this name in the folder that $SCREENSHOTS names, where it names one."""
+        if "SCREENSHOTS" in os.environ:
+            path = Path(os.environ["SCREENSHOTS"]) / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(
+                base64.b64decode(self.browser.ask("Page.captureScreenshot", self.session)["data"])
+            )
+
+    # The pages to draw on: `customize sketch` and `edit paint`
+
+    def open_canvas(self, address: str) -> None:
+        """Loads such a page and waits until one can draw on it."""
+        self.go(address)
+        self.until("document.body.dataset.ready === 'yes'")
+
+    def click(self, name: str) -> None:
+        """A click on the element of this id."""
+        self.run(f"document.getElementById('{name}').click()")
+
+    def draw(self, *lines: Sequence[tuple[float, float]]) -> None:
+        """Lines on the canvas with the mouse; points are shares of its width."""
+        left, top, side = self.run(
+            "(({x, y, width}) => [x, y, width])(document.getElementById('canvas').getBoundingClientRect())"
+        )
+        for line in lines:
+            self.drag([(left + x * side, top + y * side) for x, y in line])
+
+    def await_kept(self, count: int) -> None:
+        """Waits until nothing is under way, and so many results are kept and shown."""
+        self.until(f"document.querySelectorAll('.kept').length === {count} && !asking.running")
+        self.until("[...document.images].every(image => image.naturalWidth)")
 
 
 @contextmanager
-def started(folder: Path, *flags: str) -> Iterator[Browser]:
+def started(folder: Path) -> Iterator[Browser]:
     """A browser with a profile of its own in `folder`; ended afterwards."""
     (their_read, our_write), (our_read, their_write) = os.pipe(), os.pipe()
     command = [
         chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe",
-        "--disable-dev-shm-usage", f"--user-data-dir={folder}", *flags,
+        "--disable-dev-shm-usage", f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1", f"--user-data-dir={folder}",
     ]  # fmt: skip
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$0" "$@" 3<&{their_read} 4>&{their_write}', *command],
@@ -162,6 +191,17 @@ def started(folder: Path, *flags: str) -> Iterator[Browser]:
         process.wait(timeout=60)
         os.close(our_read)
         os.close(our_write)
+
+
+@contextmanager
+def served_page(program: str, *words: str) -> Iterator[str]:
+    """The address of the page that a command serves, which is killed afterwards."""
+    process, address = serve_page(program, *words)
+    try:
+        yield address
+    finally:
+        process.kill()
+        process.wait()
 
 
 def serve_page(program: str, *words: str, cwd: Path | None = None) -> tuple[subprocess.Popen[str], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from backbone.io.console import GC_THRESHOLD
 
 if TYPE_CHECKING:
     from backbone.models.model import Backbone
+    from tests.browser import Browser
 
 # As the commands have it. Nothing here imports torch: xdist's first process loads this file and runs no test.
 gc.set_threshold(GC_THRESHOLD, 20, 100)
@@ -62,6 +64,15 @@ def subject(tmp_path: Path) -> Path:
         pixels = random.integers(0, 255, (70, 80, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A real Chromium."""
+    from tests.browser import started
+
+    with started(tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
 def pytest_collection_finish() -> None:

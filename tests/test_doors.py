@@ -231,6 +231,31 @@ def test_the_scripts_have_the_programs_help_and_every_option_a_text() -> None:
     assert found == []
 
 
+def test_the_scripts_that_users_run_answer_help_and_a_misspelt_flag_without_torch() -> None:
+    folders = [ROOT / "recipes" / name for name in ("edit", "align")]
+    found = sorted(
+        path for folder in folders for path in folder.glob("*.py") if "__main__" in path.read_text()
+    )
+    quick = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+    quick += ["benchmarks.memory", "benchmarks.speed.large", "benchmarks.speed.scale"]
+    assert len(quick) >= 11
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys(("torch", "diffusers", "transformers")))  # which cannot be imported then
+for script in {quick}:
+    for word, status in (("--help", 0), ("--hlep", 2)):
+        sys.argv = [script, word]
+        try:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert end.code == status, (script, word, end.code)
+        else:
+            raise AssertionError(script)
+"""
+    done = run(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["backbone", "recipes", "benchmarks"])
 def test_nobody_is_told_that_torchvision_is_missing(package: str) -> None:

@@ -34,10 +34,11 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 
 import typer
 
+from backbone.cli.config_file import read_mapping
 from backbone.cli.help import ReadLater, hyphens
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.records import RunRecord, parse_json, plain, read_as
+from backbone.io.records import RunRecord
 
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
@@ -480,55 +481,6 @@ def is_code(value: Any) -> bool:
     return isinstance(value, str) and Path(value).suffix == ".py"
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """What a .yaml, .toml or .json file holds; `UserError` where it is none, or not keys with values."""
-    kind = path.suffix.lower()
-    if kind not in (".json", ".yaml", ".yml", ".toml"):
-        raise UserError(f"{path} is no .yaml, .toml or .json file. Give --config one of these.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if kind == ".json":
-            return read_as(dict[str, Any], parse_json(text, path, join=_refuse_repeated), path)
-        data = _toml(text) if kind == ".toml" else _yaml(text)
-    except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
-    return plain(data, f"{path} is not {kind[1:].upper()}")
-
-
-def _toml(text: str) -> Any:
-    import tomllib
-
-    return tomllib.loads(text)
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    # A plain loader joins equal keys, and the last one counts.
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(anchor)
-            _refuse_repeated([(str(key.value), value) for key, value in node.value])
-            return node
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error
-
-
-def _refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a mapping as such; `ValueError` for a key that stands there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice} stands there twice")
-    return found
-
-
 def convert_value(one: Field, value: Any, name: str, file: Path | None = None) -> Any:
     """A value as the field wants it; `UserError`, with the flag or with the file and its key, where it does not fit."""
     where = f"{name} in {file}" if file else name
@@ -788,35 +740,3 @@ def _words(one: Field, value: Any) -> list[str]:
     if one.kind is bool:
         return [one.flag if value else "--no-" + one.flag[2:]]
     return [f"{one.flag} {shlex.quote(str(part))}" for part in (value if one.many else [value])]
-
-
-def spellings(program: str, *declared: type) -> str:
-    """The table of other trainers' spellings that a command understands, for the docs."""
-    lines = [f"| `{program}` | is understood too |", "| --- | --- |"]
-    for each in declared:
-        for one in fields_of(each).values():
-            shown = one.option.metavar if one.option.argument else one.flag
-            names = ["--" + name.replace("-", "_") for name in one.option.aliases]
-            meant = [f"`--{name.replace('-', '_')}` ({value})" for name, value in one.option.switches.items()]
-            if one.option.hidden:
-                meant.append(f"({one.option.help})")
-            if names or meant:
-                lines.append(f"| `{shown}` | {', '.join([*(f'`{name}`' for name in names), *meant])} |")
-    return "\n".join(lines) + "\n"
-
-
-def other_spellings(commands: Mapping[str, Any]) -> str:
-    """The same of many commands, typer's by name: an option, its other names, and the commands that have it so."""
-    rows: dict[tuple[str, str], list[str]] = {}
-    for name, one in commands.items():
-        for option in one.params:
-            flags = [flag for flag in option.opts if flag.startswith("--")]
-            if option.hidden and not flags[0].startswith("--no-"):
-                rows.setdefault((flags[0], f"({option.help})"), []).append(name)
-            elif len(flags) > 1 and not option.hidden:
-                others = ", ".join("`--" + flag[2:].replace("-", "_") + "`" for flag in flags[1:])
-                rows.setdefault((flags[0], others), []).append(name)
-    lines = [
-        f"| `{flag}` | {others} | {', '.join(names)} |" for (flag, others), names in sorted(rows.items())
-    ]
-    return "\n".join(["| option | is understood too | of |", "| --- | --- | --- |", *lines]) + "\n"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -273,15 +273,6 @@ def reduce_mean(values: Tensor) -> Tensor:
     return (both[0] / both[1]).to(values)
 
 
-def reduce_max(tensor: Tensor) -> Tensor:
-    """The element-wise maximum over the processes, on `tensor`'s device."""
-    if not dist.is_initialized():
-        return tensor
-    largest = tensor.to(_communication_device(), copy=True)
-    _all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.to(tensor.device)
-
-
 def _average_bucket(tensors: Sequence[Tensor], count: int) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     _all_reduce(flat)
@@ -290,9 +281,9 @@ def _average_bucket(tensors: Sequence[Tensor], count: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+def _all_reduce(tensor: Tensor) -> None:
     try:
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor)
     except RuntimeError as error:
         raise UserError(
             f"Process {rank()} cannot reach another process of this run, which has ended or was stopped; its last "

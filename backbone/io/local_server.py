@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from backbone.io.console import UserError, error_message, notify
 from backbone.io.records import parse_json
 
-PAGES, SHARED = Path(__file__).with_name("pages"), ("style.css", "page.js")
+SHARED = sorted(Path(__file__).with_name("pages").iterdir())  # what pages have in common, by file name
 PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
 LARGEST_POST = 4 * 2**20  # bytes of one with an image
 HOSTS = ("127.0.0.1", "localhost")
@@ -53,13 +53,13 @@ HEADERS = {
 def answer_page(path: Path) -> Response:
     """A page whose own script and style run, and nothing else: its `{{nonce}}` is another one each time.
 
-    `{{style.css}}` and `{{page.js}}` are what pages share.
+    `{{head.html}}`, `{{base.css}}` … stand for the files of `pages/`, which pages share.
     """
     nonce = secrets.token_urlsafe(12)
     policy = f"{NOTHING}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
     text = path.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
-    for name in SHARED:
-        text = text.replace(f"{{{{{name}}}}}", (PAGES / name).read_text(encoding="utf-8"))
+    for shared in SHARED:
+        text = text.replace(f"{{{{{shared.name}}}}}", shared.read_text(encoding="utf-8").strip("\n"))
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 

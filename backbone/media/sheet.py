@@ -22,7 +22,7 @@ from backbone.io.files import write_bytes
 
 PAGE, INK, QUIET, HAIRLINE = "#fbfaf8", "#26282c", "#6b6f76", "#dddad4"
 MARGIN, GAP, SECTION, FRAME = 28, 14, 22, 4
-GREEN, RED, BLUE, AMBER = "#2e9e5b", "#d1453b", "#2f6fd0", "#dc9a1c"  # frames that go together
+GREEN, RED = "#2e9e5b", "#d1453b"  # frames that go together
 
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 

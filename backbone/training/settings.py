@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from backbone.cli.flags import DATA, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
+from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, read_metadata
@@ -19,7 +19,7 @@ FILE = "settings.json"
 NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
 PANELS = (  # as `--help` shows them
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
-    *("Memory", "Output"),
+    *("Memory", MODEL, OUTPUT),
 )
 ReportTo = Annotated[
     str,
@@ -45,7 +45,13 @@ class TrainingSettings:
 
     model: Annotated[
         str,
-        Option(MODEL_HELP, "Data", aliases=("pretrained-model-name-or-path",), joined=SPLIT_FILES),
+        Option(
+            MODEL_HELP,
+            MODEL,
+            aliases=("pretrained-model-name-or-path",),
+            metavar="MODEL",
+            joined=SPLIT_FILES,
+        ),
     ] = "moji"
     flip: Annotated[
         bool,

@@ -90,6 +90,7 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
         raise UserError(
             f"{short[0].name} has {len(short[0].frames)} frames, and --frames is {asked.frames}. Ask for fewer."
         )
+    # Latents and prompts once, then only the denoiser is needed
     model, settled = open_model(asked)
     concept = Concept(MOTION, asked.model, model.fingerprint, {asked.token: asked.token_words}, "")
     latents = encode_films(model, films)

@@ -106,6 +106,7 @@ def read_subjects(
                 "folder “10_sks dog”, or by a concepts_list.json whose instance_prompt is “a sks dog” and "
                 "class_prompt “a dog”."
             )
+    # What all subjects share becomes a setting: the instance prompt, the class prompt, the class images
     asked: dict[str, Any] = {}
     templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in concepts}
     if len(templates) > 1:

@@ -162,6 +162,7 @@ def carry_on(
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)
     shown = [read(picture, side) for picture in everything[:SHOWN]]
     prepared = time.perf_counter()
+    # What is drawn and measured along the way
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, shown)
     beside = open_beside(model, settings)

@@ -24,11 +24,9 @@ from torch import Tensor
 
 from backbone.cli.conditions import AskedControl
 from backbone.cli.keywords import takes
-from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
 from backbone.media.clips import USUAL_FPS, Film
 from backbone.media.transforms import to_image
-from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
@@ -37,22 +35,25 @@ from backbone.models.sample import Frames, Request, refuse_negative, sample_late
 from backbone.world.motions import find_moves
 from edit import checks
 from edit.attention.alignment import Alignment
-from edit.attention.control import AttentionControl
+from edit.attention.control import AttentionControl, Reach
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion, InversionSettings, invert
-from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
+from edit.layout import NO_LAYOUT, Layout
 from edit.masks import composite, difference_maps
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import prompts_to_compare
 from edit.methods.prompt_to_prompt.replace import (
     align_prompts,
-    source_is_guided,
+    blend_into_source,
+    encode_source_and_targets,
+    guide_source_and_targets,
+    step_source_and_targets,
     target_guidance,
     unconditional_text,
 )
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import EncodedImage, encode_film, show_film
-from edit.sampling import SourceAndTargets, guidance_of, select
+from edit.sampling import SourceAndTargets, guidance_of
 
 
 @dataclass(frozen=True)
@@ -195,29 +196,25 @@ def edit_clip(
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
     guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
-    text = encode_prompts_cached(model, [inversion.prompt, *targets])
-    text = inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * count])
+    text = encode_source_and_targets(inversion, targets)
     refuse_negative(model, settings.negative, guidance)
     empty = unconditional_text(inversion, settings.negative, text)
-    own = guidance if source_is_guided(inversion) else 1.0
-    predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
+    predict = guide_source_and_targets(inversion, text, guidance)
+    # Where the edit begins, and where each frame may differ from the source's
     first = inversion.start(checks.strength(settings.strength, steps))
     with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
     masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
-    guided = count * (predict.guidance != 1) + (predict.source_guidance != 1)
-    control = AttentionControl(
-        count, clips=1 + count + guided, across_frames=motion_of(model.denoiser) is None, reach=asked.reach
-    )
+    control = control_frames(predict, count, asked.reach)
     now = inversion.states[first][None].repeat_interleave(1 + count, 0)
     with control_attention(model.denoiser, control):
         for step in range(first, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
             estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
-            now = _step(inversion, step, now, estimate)
+            now = step_source_and_targets(inversion, step, now, estimate)
             if masks is not None:
-                now = torch.cat([now[:1], now[:1] + masks[:, None].to(now) * (now[1:] - now[:1])])
+                now = blend_into_source(now, masks)
             progress()
     return ClipResult(
         model=model,
@@ -236,12 +233,10 @@ def edit_clip(
     )
 
 
-def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
-    """The states [1 + N, …] behind a step; the source's is its own where it is overwritten."""
-    if not inversion.overwrites:
-        return inversion.step_targets(step, now, estimate)
-    there = inversion.step_targets(step, now[1:], select(estimate, slice(1 - len(now), None)))
-    return torch.cat([inversion.states[step + 1][None].to(there), there])
+def control_frames(predict: SourceAndTargets, targets: int, reach: Reach) -> AttentionControl:
+    """Attention control of the frames of a source and N targets; across frames where no motion adapter links them."""
+    across = motion_of(predict.model.denoiser) is None
+    return AttentionControl(targets, clips=predict.count_rows(targets), across_frames=across, reach=reach)
 
 
 def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipEdit:

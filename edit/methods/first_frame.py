@@ -24,30 +24,28 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control as MapControl
+from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
 from backbone.media.control.maps import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
-from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import link_frames, refuse_transformer
-from backbone.models.clips.motion import motion_of
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import Alignment
-from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.inversion.inversion import Inversion
-from edit.layout import SOURCE, TARGET
-from edit.methods.clip import ClipEdit, ClipResult, find_places
+from edit.methods.clip import ClipEdit, ClipResult, control_frames, find_places
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.replace import (
     align_prompts,
-    source_is_guided,
+    blend_into_source,
+    encode_source_and_targets,
+    guide_source_and_targets,
     target_guidance,
     unconditional_text,
 )
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import SourceImage
-from edit.sampling import SourceAndTargets
 
 SELF = 0.8  # share of the steps in which places are found where the source's are
 STRENGTH = 0.6  # share of the steps that are sampled again: the carried change has to be in the first of them
@@ -149,11 +147,9 @@ def carry_first_frame(
     temporal = share if settings.temporal is None else settings.temporal
     text = encode_both(inversion, target, controls)
     empty = unconditional_text(inversion, settings.negative, text)
-    own = guidance if source_is_guided(inversion) else 1.0
-    predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
-    clips = 2 + (predict.guidance != 1) + (predict.source_guidance != 1)
-    control = AttentionControl(1, clips=clips, reach=asked.reach)
-    control.across_frames = motion_of(model.denoiser) is None
+    predict = guide_source_and_targets(inversion, text, guidance)
+    control = control_frames(predict, 1, asked.reach)
+    # What is given of the first frame at every level, and what of its change the others begin with
     held = hold_first_frame(inversion, first)
     start = inversion.start(checks.strength(settings.strength, steps))
     carried = carry_change(inversion.states[-1], held[-1] - inversion.states[-1][:, 0])
@@ -165,12 +161,9 @@ def carry_first_frame(
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
             estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
-            there = inversion.step_targets(step, now, estimate)
-            if inversion.overwrites:
-                there = there + (inversion.states[step + 1].to(there) - there[:1])
+            now = step_and_correct(inversion, step, now, estimate)
             if masks is not None:
-                there = torch.cat([there[:1], there[:1] + masks.to(there) * (there[1:] - there[:1])])
-            now = there.clone()
+                now = blend_into_source(now, masks)
             now[1, :, 0] = held[step + 1]
             progress()
     facts = {"inversion_method": inversion.method, "guidance": guidance, "self": share, "temporal": temporal}
@@ -185,6 +178,14 @@ def carry_first_frame(
         facts={**facts, **inversion.layout.facts()},
         first=first.pixels,
     )
+
+
+def step_and_correct(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
+    """The states [2, C, F, H, W] behind a step; what the source's lacks of its trajectory is added to both."""
+    there = inversion.step_targets(step, now, estimate)
+    if inversion.overwrites:
+        there = there + (inversion.states[step + 1].to(there) - there[:1])
+    return there
 
 
 def find_places_to_follow(
@@ -206,8 +207,7 @@ def find_places_to_follow(
 
 def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, ...]) -> Conditions:
     """The source's prompt and the target's under their maps, the latter under these controls of one row too."""
-    both = encode_prompts_cached(inversion.model, [inversion.prompt, target])
-    text = inversion.layout.under(both, inversion.schedule, [SOURCE, TARGET])
+    text = encode_source_and_targets(inversion, [target])
     more = tuple(behind_the_source(one.during(inversion.schedule)) for one in controls)
     return replace(text, controls=(*text.controls, *more))
 

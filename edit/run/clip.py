@@ -335,6 +335,7 @@ def publish_clip(
     page = draw_sheet(rows, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)
     write_json(folder / RECORD, {**record, "edits": entries})
+    # The report: the clips, their strips, the figures of each edit, and how the run went
     clips = [
         ("source", source or "source"),
         *((f"edit_{i}", prompt) for i, prompt in enumerate(result.prompts)),

@@ -30,7 +30,7 @@ from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike
 
-FRAMES = 12
+FRAMES = 12  # of trajectory.gif
 
 
 @dataclass(frozen=True)

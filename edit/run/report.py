@@ -90,16 +90,7 @@ def publish(
     with which model and files, `again` is the command that repeats it.
     """
     images, masks = result.images, mask_images(result)
-    save_png(folder / "source.png", result.source)
-    for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
-        text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})
-        save_png(folder / f"edit_{number}.png", image, text=text)
-    if result.trajectory is not None:
-        save_png(folder / "reconstruction.png", result.reconstruction)
-    for number, mask in enumerate(masks):
-        save_png(folder / f"mask_{number}.png", mask)
-    for number, condition in enumerate(result.layout.conditions):
-        save_png(folder / f"condition_{number}_{condition.facts['kind']}.png", condition.map)
+    save_images(folder, result, images, masks, record)
     page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
     strips = {
@@ -110,6 +101,7 @@ def publish(
         save_png(folder / f"heatmap_{slug(word)}.png", strip)
     if frames:
         write_bytes(folder / "trajectory.gif", encode_gif(frames))
+    # The record, from which `edit replay` repeats the run
     edits = [
         {"file": f"edit_{number}.png", "prompt": prompt, **(figures[number] if figures else {})}
         for number, prompt in enumerate(result.prompts)
@@ -119,6 +111,7 @@ def publish(
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
     )
+    # The report, in the order in which one reads it
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
     parts += drift_table(result.prompts, result.facts.get("drift", ()))
@@ -134,6 +127,26 @@ def publish(
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
     write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(again)])
     write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
+
+
+def save_images(
+    folder: Path,
+    result: Result,
+    images: Sequence[Image.Image],
+    masks: Sequence[Image.Image],
+    record: Mapping[str, Any],
+) -> None:
+    """Writes the source, the edits (which say how they came about), the reconstruction, the masks and the maps."""
+    save_png(folder / "source.png", result.source)
+    for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
+        text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})
+        save_png(folder / f"edit_{number}.png", image, text=text)
+    if result.trajectory is not None:
+        save_png(folder / "reconstruction.png", result.reconstruction)
+    for number, mask in enumerate(masks):
+        save_png(folder / f"mask_{number}.png", mask)
+    for number, condition in enumerate(result.layout.conditions):
+        save_png(folder / f"condition_{number}_{condition.facts['kind']}.png", condition.map)
 
 
 def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:

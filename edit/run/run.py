@@ -1,4 +1,4 @@
-"""A run of `edit` from wishes to a folder, and the same again from its record.
+"""A run of `edit` from wishes (a command's settings by name) to a folder, and the same again from its record.
 
 perform("sdedit", {"image": "photo.png", "prompt": "a cat in the snow"}, out=None)
 replay(Path("runs/edit-photo/run.json"), out=None)
@@ -140,6 +140,7 @@ def _run(
     out: Path | None,
     said: str,
 ) -> Path:
+    """What `perform` and `replay` share: reads the images, loads the model, edits, measures, and writes the folder."""
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]

@@ -12,28 +12,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import write_json, write_text
-from benchmarks.judges.classifier import load_classifier
-from recipes.align.experiment import (
+from recipes.align.prompts import (
     PROMPTS,
     TRAINING,
     TRAINING_PROMPTS,
-    Comparison,
-    HowCompared,
     RecipeSettings,
-    compare_with_base,
-    find_base_images,
-    format_table,
     is_unstyled,
-    sample_and_rank,
     select_scenes,
-    train,
 )
+
+if TYPE_CHECKING:
+    from recipes.align.experiment import Comparison
 
 WARM = Path(__file__).with_name("warm.py")
 
@@ -57,6 +52,16 @@ class PreferenceSettings(RecipeSettings):
 @settled_command(app, PreferenceSettings)
 def main(settings: PreferenceSettings) -> None:
     """Draws, ranks by warmth, trains on each number of pairs, compares, and writes the table."""
+    from benchmarks.judges.classifier import load_classifier
+    from recipes.align.experiment import (
+        HowCompared,
+        compare_with_base,
+        find_base_images,
+        format_table,
+        sample_and_rank,
+        train,
+    )
+
     classifier, out = load_classifier(), settings.out
     if max(settings.pairs) > settings.prompts:
         raise UserError(

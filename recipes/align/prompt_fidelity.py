@@ -21,32 +21,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.world.scene import Scene
-from benchmarks.judges.classifier import Classifier, load_classifier
-from recipes.align.experiment import (
+from recipes.align.prompts import (
     COMPARISON,
     PROMPTS,
     TRAINING,
     TRAINING_PROMPTS,
-    HowCompared,
     RecipeSettings,
-    Row,
-    compare_with_base,
-    find_base_images,
-    format_table,
     is_crowded,
     is_hard,
-    measure_ranking,
-    sample_and_rank,
     select_scenes,
-    train,
 )
+
+if TYPE_CHECKING:
+    from benchmarks.judges.classifier import Classifier
+    from recipes.align.experiment import Row
 
 RANKING = "Ranking"
 KINDS: dict[str, Callable[[Scene], bool]] = {"hard": is_hard, "crowded": is_crowded}
@@ -123,6 +118,9 @@ class FidelitySettings(RecipeSettings):
 @settled_command(app, FidelitySettings)
 def main(settings: FidelitySettings) -> None:
     """Draws, ranks, trains once for each loss, compares, and writes the table."""
+    from benchmarks.judges.classifier import load_classifier
+    from recipes.align.experiment import format_table, measure_ranking, sample_and_rank
+
     classifier, out = load_classifier(), settings.out
     wanted = KINDS[settings.prompts_of]
     learn = select_scenes(TRAINING_PROMPTS, settings.pairs, wanted)
@@ -165,6 +163,8 @@ def train_and_compare(
 
     The base's images of the first loss serve the others too.
     """
+    from recipes.align.experiment import HowCompared, compare_with_base, find_base_images, train
+
     kind, *more = LOSSES.get(which, (which, *WITHOUT))
     label = f"{which}-{settings.name}" if settings.name else which
     base, alike = find_base_images(place), find_base_images(place.with_name(f"{place.name}-alike"))

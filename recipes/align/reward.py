@@ -14,32 +14,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
-from benchmarks.judges.classifier import load_classifier
-from recipes.align.experiment import (
+from recipes.align.prompts import (
     COMPARISON,
     PROMPTS,
     STEPS,
     TRAINING,
     TRAINING_PROMPTS,
-    Comparison,
-    HowCompared,
     RecipeSettings,
-    compare_with_base,
-    find_base_images,
-    format_table,
     is_hard,
     is_unstyled,
-    measure_upper_bound,
     select_scenes,
-    train,
     write_prompts,
 )
+
+if TYPE_CHECKING:
+    from recipes.align.experiment import Comparison
 
 BUDGET = (
     "--train-batch-size", 8, "--lr-scheduler", "cosine", "--reward-steps", 5, "--sample-steps", STEPS[1],
@@ -76,6 +71,16 @@ class RewardSettings(RecipeSettings):
 @settled_command(app, RewardSettings)
 def main(settings: RewardSettings) -> None:
     """Trains, compares on hard prompts and on any, and writes the table."""
+    from benchmarks.judges.classifier import load_classifier
+    from recipes.align.experiment import (
+        HowCompared,
+        compare_with_base,
+        find_base_images,
+        format_table,
+        measure_upper_bound,
+        train,
+    )
+
     classifier, out, name = load_classifier(), settings.out, settings.name
     learn = select_scenes(TRAINING_PROMPTS, settings.prompts, is_hard)
     run_folder, training = train(

@@ -6,8 +6,6 @@ CHROMIUM names the browser; SCREENSHOTS a folder that keeps what was seen.
 from __future__ import annotations
 
 import http.server
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,21 +16,10 @@ from PIL import Image
 from align.pairs.choices import CHOICES, read_choices, standing_choices
 from backbone.io.files import read_json, write_json
 from backbone.io.report import image_figure, line_plot, write_report
-from tests.align.test_label import folder_of
-from tests.align.test_label import started as label_started
-from tests.browser import Browser, Tab
-from tests.browser import started as browser_started
+from tests.align.test_label import folder_of, started
+from tests.browser import FOREIGN, Browser, Tab, served_page
 
 pytestmark = pytest.mark.browser
-
-FOREIGN = "evil.example"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    rules = f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"
-    with browser_started(tmp_path_factory.mktemp("profile"), rules) as found:
-        yield found
 
 
 @pytest.fixture
@@ -42,12 +29,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(folder: Path) -> Iterator[str]:
-    process, where = label_started(folder)
-    try:
-        yield where
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    with served_page("align", "label", str(folder)) as found:
+        yield found
 
 
 def verdicts(folder: Path) -> list[str]:
@@ -64,16 +47,11 @@ def answer(tab: Tab, key: str) -> None:
     tab.until(f"state.number !== {before} && !busy")
 
 
-def seen(tab: Tab, name: str) -> None:
-    if "SCREENSHOTS" in os.environ:
-        tab.screenshot(Path(os.environ["SCREENSHOTS"]) / f"{name}.png")
-
-
 def test_keys_choose_and_undo_and_a_reload_goes_on(browser: Browser, folder: Path, address: str) -> None:
     tab = browser.open(address)
     tab.size(1200, 800)
     ready(tab)
-    seen(tab, "wide")
+    tab.keep("wide")
     for key in ("ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp", "s"):
         answer(tab, key)
     assert verdicts(folder) == ["left", "right", "tie", "both_bad", "skip"]
@@ -87,7 +65,7 @@ def test_keys_choose_and_undo_and_a_reload_goes_on(browser: Browser, folder: Pat
     answer(tab, "ArrowLeft")
     answer(tab, "ArrowLeft")
     tab.until("state.done")
-    seen(tab, "done")
+    tab.keep("done")
     assert tab.run("document.querySelector('#done').checkVisibility()")
 
 
@@ -100,24 +78,20 @@ def test_a_click_chooses_the_picture_that_was_clicked(browser: Browser, folder: 
 
 
 def test_a_killed_server_loses_nothing(browser: Browser, folder: Path) -> None:
-    process, where = label_started(folder)
+    process, where = started(folder)
     tab = browser.open(where)
     ready(tab)
     answer(tab, "ArrowLeft")
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     tab.press("ArrowRight")
     tab.until("document.getElementById('message').textContent.includes('does not answer')")
     assert verdicts(folder) == ["left"]
-    process, where = label_started(folder)
-    try:
+    with served_page("align", "label", str(folder)) as where:
         tab.go(where)
         ready(tab)
         assert tab.run("document.getElementById('count').textContent") == "1 of 6"
         answer(tab, "ArrowDown")
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     assert verdicts(folder) == ["left", "tie"]
 
 
@@ -189,7 +163,7 @@ def test_the_keyboard_alone_suffices_and_focus_is_seen(browser: Browser, folder:
         tab.press("Tab")
         widths.append(tab.run("parseFloat(getComputedStyle(document.activeElement).outlineWidth)"))
     assert all(width >= 2 for width in widths)
-    seen(tab, "focus")
+    tab.keep("focus")
     tab.run("document.querySelector('[data-verdict=tie]').focus()")
     answer(tab, "Enter")
     assert verdicts(folder) == ["tie"]
@@ -199,7 +173,7 @@ def test_it_fits_a_phone(browser: Browser, address: str) -> None:
     tab = browser.open(address)
     tab.size(390, 760)
     ready(tab)
-    seen(tab, "phone")
+    tab.keep("phone")
     assert tab.run("document.documentElement.scrollWidth") <= 390
     shown = "[...document.querySelectorAll('button')].filter(b => b.checkVisibility())"
     assert min(tab.run(f"{shown}.map(b => b.offsetHeight)")) >= 40  # big enough for a thumb
@@ -210,8 +184,7 @@ def test_both_pictures_are_seen_on_a_phone_however_long_the_prompt(browser: Brow
     record = read_json(folder / "samples.json")
     record["prompts"][0]["prompt"] = "חתול אדום בפארק (2). " + "a very long prompt " * 47
     write_json(folder / "samples.json", record)
-    process, where = label_started(folder)
-    try:
+    with served_page("align", "label", str(folder)) as where:
         tab = browser.open(where)
         for width, height in ((390, 844), (360, 640), (844, 390), (1200, 800)):
             tab.size(width, height)
@@ -219,10 +192,7 @@ def test_both_pictures_are_seen_on_a_phone_however_long_the_prompt(browser: Brow
             bottoms = "[...document.images].map(image => image.getBoundingClientRect().bottom)"
             assert max(tab.run(bottoms)) <= height
         assert tab.run("getComputedStyle(document.getElementById('prompt')).direction") == "rtl"
-        seen(tab, "long")
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        tab.keep("long")
 
 
 def test_what_cannot_be_shown_is_said_until_it_is_skipped(

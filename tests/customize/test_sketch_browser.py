@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +15,9 @@ from PIL import Image
 
 from backbone.io.files import read_json
 from customize.sketch.pad import RECORD
-from tests.browser import Browser, Tab, serve_page
-from tests.browser import started as browser_started
+from tests.browser import Browser, Tab, served_page
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser_started(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture
@@ -36,46 +28,23 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def address(folder: Path) -> Iterator[str]:
     steps = os.environ.get("SKETCH_STEPS", "4")
-    process, where = serve_page(
-        "customize", "sketch", "an apple in a park", "--steps", steps, "--out", str(folder)
-    )
-    try:
-        yield where
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    words = ("an apple in a park", "--steps", steps, "--out", str(folder))
+    with served_page("customize", "sketch", *words) as found:
+        yield found
 
 
 def open_pad(browser: Browser, address: str) -> Tab:
     tab = browser.open("about:blank#")
     tab.size(1200, 900)
-    tab.go(address)
-    tab.until("document.body.dataset.ready === 'yes'")
+    tab.open_canvas(address)
     return tab
 
 
 def draw_apple(tab: Tab) -> None:
     """A round thing with a stalk, by the mouse."""
-    box = tab.run(
-        "(({x, y, width}) => [x, y, width])(document.getElementById('canvas').getBoundingClientRect())"
-    )
-    left, top, side = box
-    at = [
-        (0.5 + 0.26 * math.cos(turn / 20 * math.tau), 0.58 + 0.26 * math.sin(turn / 20 * math.tau))
-        for turn in range(21)
-    ]
-    for line in (at, [(0.5, 0.32), (0.53, 0.24), (0.58, 0.18)]):
-        tab.drag([(left + x * side, top + y * side) for x, y in line])
-
-
-def wait_for(tab: Tab, count: int) -> None:
-    tab.until(f"document.querySelectorAll('.kept').length === {count} && !asking.running")
-    tab.until("[...document.images].every(image => image.naturalWidth)")
-
-
-def seen(tab: Tab, name: str) -> None:
-    if "SCREENSHOTS" in os.environ:
-        tab.screenshot(Path(os.environ["SCREENSHOTS"]) / f"{name}.png")
+    turns = [turn / 20 * math.tau for turn in range(21)]
+    apple = [(0.5 + 0.26 * math.cos(turn), 0.58 + 0.26 * math.sin(turn)) for turn in turns]
+    tab.draw(apple, [(0.5, 0.32), (0.53, 0.24), (0.58, 0.18)])
 
 
 def ink(tab: Tab) -> int:
@@ -91,18 +60,17 @@ def test_what_is_drawn_with_the_mouse_is_drawn_by_the_model_and_kept(
     tab = open_pad(browser, address)
     draw_apple(tab)
     if not tab.run("document.getElementById('live').checked"):
-        tab.run("document.getElementById('draw').click()")
+        tab.click("draw")
     tab.until("document.querySelectorAll('.kept').length && !asking.running")
-    seen(tab, "sketch")
+    tab.keep("sketch")
     (*_, last) = read_json(folder / RECORD)["drawings"]
     assert last["wish"]["prompt"] == "an apple in a park"
     with Image.open(folder / last["sketch"]) as lines:
         left, top, right, bottom = lines.convert("L").getbbox() or (0, 0, 0, 0)
     assert abs((left + right) / 2 - 64) < 4 and 50 < bottom - top < 110
     before, black = tab.run("document.querySelectorAll('.kept').length"), ink(tab)
-    tab.go(address)  # as after a reload
-    tab.until("document.body.dataset.ready === 'yes'")
-    wait_for(tab, before)
+    tab.open_canvas(address)  # as after a reload
+    tab.await_kept(before)
     assert tab.run("document.querySelectorAll('#images img').length") == 1
     assert abs(ink(tab) - black) < 0.5 * black, "the lines are there again"
 
@@ -112,15 +80,15 @@ def test_lines_are_taken_back_erased_and_cleared(browser: Browser, address: str)
     tab.run("document.getElementById('live').checked = false")
     draw_apple(tab)
     whole = ink(tab)
-    tab.run("document.getElementById('undo').click()")
+    tab.click("undo")
     assert 0 < ink(tab) < whole
-    tab.run("document.getElementById('eraser').click()")
+    tab.click("eraser")
     some = ink(tab)
     draw_apple(tab)
     assert ink(tab) < some / 2
-    tab.run("document.getElementById('clear').click()")
+    tab.click("clear")
     assert ink(tab) == 0
-    tab.run("document.getElementById('draw').click()")
+    tab.click("draw")
     tab.until("document.getElementById('message').textContent.includes('one colour everywhere')")
 
 
@@ -128,4 +96,4 @@ def test_a_phone_shows_both_pages_without_scrolling_sideways(browser: Browser, a
     tab = open_pad(browser, address)
     tab.size(390, 844)
     assert tab.run("document.documentElement.scrollWidth") <= 390
-    seen(tab, "sketch-phone")
+    tab.keep("sketch-phone")

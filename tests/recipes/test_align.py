@@ -25,19 +25,21 @@ from backbone.world.words import Thing, load_vocabulary
 from benchmarks.judges.classifier import ONE, TWO_DIFFERENT, Classifier, Prediction, load_classifier
 from recipes.align import experiment
 from recipes.align.experiment import (
-    HELD_OUT_PROMPTS,
-    TRAINING_PROMPTS,
     Comparison,
-    categorize,
     format_table,
     is_all_right,
+    measure_kept_diversity,
+    measure_ranking,
+    measure_upper_bound,
+)
+from recipes.align.prompts import (
+    HELD_OUT_PROMPTS,
+    TRAINING_PROMPTS,
+    categorize,
     is_crowded,
     is_hard,
     is_unstyled,
     make_hard_negatives,
-    measure_kept_diversity,
-    measure_ranking,
-    measure_upper_bound,
     replace_noun,
     select_scenes,
     write_prompts,

@@ -136,12 +136,14 @@ def _read_original(path: Path) -> MotionAdapter:
         raise UserError(
             f"{path} is a LoRA{'' if moves else ' of pictures'} ({factor} …), not a motion adapter. {remedy}"
         )
+    # It has motion modules and nothing else
     layers = {new: header.shapes[old] for old, new in names.items() if ".motion_modules." in new}
     if not layers or len(layers) != len(names):
         foreign = next((old for old, new in names.items() if new not in layers), "nothing")
         raise UserError(
             f"{path} is no motion adapter: it holds {foreign}. Name AnimateDiff's file, or a folder."
         )
+    # The widths and depths of the UNet's blocks, as the shapes say them
     widths = [
         shape[0]
         for block in range(len({name.split(".")[1] for name in layers if name.startswith("down_blocks.")}))
@@ -162,6 +164,7 @@ def _read_original(path: Path) -> MotionAdapter:
         use_motion_mid_block=any(name.startswith("mid_block.") for name in layers),
         motion_norm_num_groups=_groups(widths),
     )
+    # Without the positions: sines, which the layers have anyway
     tensors, _ = read_tensors(path)
     state = {new: tensors[old] for old, new in names.items() if not old.endswith(POSITIONS)}
     own = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}

@@ -223,7 +223,16 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
         ),
     ] = ""
     most: Annotated[int, Option("At most so many pairs; 0: all.", DATA, min=0)] = 100
-    scale: Annotated[float, Option("Conditioning scale of the control network.", DRAWING, min=0)] = 1.0
+    scale: Annotated[
+        float,
+        Option(
+            "Conditioning scale of the control network.",
+            DRAWING,
+            flag="condition-scale",
+            aliases=("scale", "controlnet-conditioning-scale"),
+            min=0,
+        ),
+    ] = 1.0
     sweep: Annotated[
         tuple[float, ...],
         Option("Further scales, a row of the table and a column of the sheet each; repeatable.", DRAWING),

@@ -63,11 +63,10 @@ def replace(
     first = _first_step(inversion, settings)
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
-    text = _encode_prompts(inversion, targets)
+    text = encode_source_and_targets(inversion, targets)
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
-    own = guidance if source_is_guided(inversion) else 1.0
-    predict = SourceAndTargets(model, text, source_guidance=own, guidance=guidance)
+    predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
     last_with_source = _last_step_with_source(inversion, settings, plan, control.maps)
@@ -85,11 +84,11 @@ def replace(
             plan.apply(control, step)
             level, unprompted = inversion.schedule[step], inversion.unconditional(step, empty)
             estimate = predict(now, level, unprompted, with_source=with_source)
-            now = _step(inversion, step, now, estimate)
+            now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
                 masks = _read_maps(control.maps, regions, masks, due=step >= settings.blend_from * steps)
             if masks is not None:
-                now = _blend(now, masks)
+                now = blend_into_source(now, masks)
             trajectory.append(now)
             kept.add(step, estimate.clean[-len(targets) :])
             progress()
@@ -150,12 +149,6 @@ def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     return first
 
 
-def _encode_prompts(inversion: Inversion, targets: Sequence[str]) -> Conditions:
-    """The encoded prompts [1 + N, ...], the source's first, with the layout's controls."""
-    text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
-    return inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
-
-
 def _last_step_with_source(
     inversion: Inversion, settings: ReplaceSettings, plan: ControlPlan, maps: Maps | None
 ) -> int:
@@ -179,6 +172,18 @@ def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLa
         reach=settings.reach,
         maps=maps,
     )
+
+
+def encode_source_and_targets(inversion: Inversion, targets: Sequence[str]) -> Conditions:
+    """The encoded prompts [1 + N, ...], the source's first, with the layout's controls."""
+    text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
+    return inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
+
+
+def guide_source_and_targets(inversion: Inversion, text: Conditions, guidance: float) -> SourceAndTargets:
+    """Predictions under these prompts [1 + N, ...], the source's first: the targets' guided, its own as inverted."""
+    own = guidance if source_is_guided(inversion) else 1.0
+    return SourceAndTargets(inversion.model, text, source_guidance=own, guidance=guidance)
 
 
 def source_is_guided(inversion: Inversion) -> bool:
@@ -205,7 +210,7 @@ def unconditional_text(inversion: Inversion, negative: str, text: Conditions) ->
     return encode_prompts_cached(inversion.model, [negative])
 
 
-def _step(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
+def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
     """The next states [1 + N, ...]: the source's from the trajectory, or sampled as the targets are."""
     if not inversion.overwrites:
         return inversion.step_targets(step, now, estimate)
@@ -220,7 +225,10 @@ def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, *, due: bool)
     return regions.masks(maps) if due and regions.named.any() else masks
 
 
-def _blend(now: Tensor, masks: Tensor) -> Tensor:
-    """Local blend (Hertz et al. 2022, section 3.2): outside its mask [N, H, W] a target is the source [1 + N, ...]."""
-    inside = masks.to(now).reshape(len(masks), *[1] * (now.ndim - 3), *masks.shape[1:])
+def blend_into_source(now: Tensor, masks: Tensor) -> Tensor:
+    """Local blend (Hertz et al. 2022, section 3.2): outside its mask a target is the source.
+
+    States [1 + N, C, H, W] and masks [N, H, W], or those of clips, [1 + N, C, F, H, W] and [N, F, H, W].
+    """
+    inside = masks.to(now).reshape(len(masks), *[1] * (now.ndim - masks.ndim), *masks.shape[1:])
     return torch.cat([now[:1], now[:1] + inside * (now[1:] - now[:1])])

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -29,10 +30,8 @@ from backbone.cli.options import (
     command,
     convert_value,
     fields_of,
-    other_spellings,
     refuse_idle,
     settled_command,
-    spellings,
 )
 from backbone.io.console import UserError
 from backbone.io.files import write_json
@@ -506,6 +505,38 @@ def page() -> str:
             ),
         ]
     )
+
+
+def spellings(program: str, *declared: type) -> str:
+    """The table of other trainers' spellings that a command understands, for the page."""
+    lines = [f"| `{program}` | is understood too |", "| --- | --- |"]
+    for each in declared:
+        for one in fields_of(each).values():
+            shown = one.option.metavar if one.option.argument else one.flag
+            names = ["--" + name.replace("-", "_") for name in one.option.aliases]
+            meant = [f"`--{name.replace('-', '_')}` ({value})" for name, value in one.option.switches.items()]
+            if one.option.hidden:
+                meant.append(f"({one.option.help})")
+            if names or meant:
+                lines.append(f"| `{shown}` | {', '.join([*(f'`{name}`' for name in names), *meant])} |")
+    return "\n".join(lines) + "\n"
+
+
+def other_spellings(commands: Mapping[str, Any]) -> str:
+    """The same of many commands, typer's by name: an option, its other names, and the commands that have it so."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, one in commands.items():
+        for option in one.params:
+            flags = [flag for flag in option.opts if flag.startswith("--")]
+            if option.hidden and not flags[0].startswith("--no-"):
+                rows.setdefault((flags[0], f"({option.help})"), []).append(name)
+            elif len(flags) > 1 and not option.hidden:
+                others = ", ".join("`--" + flag[2:].replace("-", "_") + "`" for flag in flags[1:])
+                rows.setdefault((flags[0], others), []).append(name)
+    lines = [
+        f"| `{flag}` | {others} | {', '.join(names)} |" for (flag, others), names in sorted(rows.items())
+    ]
+    return "\n".join(["| option | is understood too | of |", "| --- | --- | --- |", *lines]) + "\n"
 
 
 def test_the_page_of_spellings_is_what_the_code_understands() -> None:

@@ -140,7 +140,6 @@ def work_together(rank: int, folder: Path) -> None:
     tensors = {
         "many": torch.cat(many),
         "halves": halves,
-        "most": processes.reduce_max(torch.tensor([float(rank), -float(rank)])),
         "weight": weight,
         "safe": safe,
     }
@@ -161,7 +160,6 @@ def test_two_processes_are_as_good_as_one(together: Path) -> None:
     assert set(first) == {name for name in second if torch.equal(first[name], second[name])}
     assert torch.equal(first["many"], torch.arange(5).repeat_interleave(2) + 0.5)
     assert first["halves"].tolist() == [1, 1, 2, 2]
-    assert first["most"].tolist() == [1, 0]
     weight, said = fit()
     assert torch.allclose(first["weight"], weight, atol=1e-6, rtol=0)
     facts = [read_json(together / f"{rank}.json") for rank in range(2)]

@@ -1,0 +1,59 @@
+"""What `--config FILE` holds: keys and values of a .yaml, .toml or .json file, where no key may stand twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError
+from backbone.io.records import parse_json, plain, read_as
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a .yaml, .toml or .json file holds; `UserError` where it is none, or not keys with values."""
+    kind = path.suffix.lower()
+    if kind not in (".json", ".yaml", ".yml", ".toml"):
+        raise UserError(f"{path} is no .yaml, .toml or .json file. Give --config one of these.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if kind == ".json":
+            return read_as(dict[str, Any], parse_json(text, path, join=_refuse_repeated), path)
+        data = _toml(text) if kind == ".toml" else _yaml(text)
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
+    return plain(data, f"{path} is not {kind[1:].upper()}")
+
+
+def _toml(text: str) -> Any:
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    # A plain loader joins equal keys, and the last one counts.
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            _refuse_repeated([(str(key.value), value) for key, value in node.value])
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def _refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a mapping as such; `ValueError` for a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice} stands there twice")
+    return found
