@@ -16,11 +16,11 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
-from customize.formats.convert import export_embeddings
 from customize.formats.merging.bake import bake
 from customize.formats.merging.merge import read_input
 from customize.formats.merging.merged_run import rename_embeddings
 from customize.formats.model_weights import ModelWeights
+from customize.formats.words import export_beside
 from customize.methods.lora import refuse_other_encoders
 from customize.training.reporting.card import load_words_in_diffusers
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
@@ -82,12 +82,12 @@ def test_both_encoders_words_are_baked(
 def test_other_tools_get_a_file_with_their_names_for_the_encoders(
     run: Path, rows: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    (path,) = export_embeddings(read_concept(run), tmp_path / "dog.safetensors", "comfyui")
+    (path,) = export_beside(read_concept(run), tmp_path / "dog.safetensors", "comfyui")
     found, _ = read_tensors(path)
     assert path.name == "dog-V.safetensors"
     torch.testing.assert_close(found["clip_l"], rows["text_encoder"])
     torch.testing.assert_close(found["clip_g"], rows["text_encoder_2"])
-    assert export_embeddings(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
+    assert export_beside(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
         run / EMBEDDINGS_FILE
     ]
 
