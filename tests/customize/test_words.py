@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +72,25 @@ def test_one_encoder_s_words_are_loaded_as_one_file(tmp_path: Path, rows: dict[s
     path = tmp_path / EMBEDDINGS_FILE
     save_embeddings(path, {"[V]": {"text_encoder": rows["text_encoder"]}}, metadata={})
     assert load_words_in_diffusers(path) == [f'pipeline.load_textual_inversion("{path}")']
+
+
+def test_several_words_of_one_encoder_are_loaded_one_by_one(tmp_path: Path, rows: dict[str, Tensor]) -> None:
+    path, loaded = tmp_path / EMBEDDINGS_FILE, {}
+    words = {
+        token: {"text_encoder": factor * rows["text_encoder"]} for factor, token in enumerate(("[V]", "[W]"))
+    }
+    save_embeddings(path, words, metadata={})
+    pipeline = SimpleNamespace(load_textual_inversion=lambda value, token: loaded.update({token: value}))
+    exec("\n".join(load_words_in_diffusers(path)), {"pipeline": pipeline})
+    assert torch.equal(loaded["[W]"], rows["text_encoder"]) and not loaded["[V]"].any()
+    concept = Concept("merged", "", "", {"[R]": "bcd", "[V]": "[V]", "[W]": "[W]"}, "", words=EMBEDDINGS_FILE)
+    first, second = export_beside(
+        replace(concept, folder=tmp_path), tmp_path / "dog.safetensors", "diffusers"
+    )
+    assert (first.name, second.name) == ("dog-V.safetensors", "dog-W.safetensors")
+    assert torch.equal(read_tensors(second)[0]["[W]"], rows["text_encoder"])
+    one = replace(concept, tokens={"[R]": "bcd", "[V]": "[V]"}, folder=tmp_path)
+    assert export_beside(one, tmp_path / "cat.safetensors", "comfyui") == [path]
 
 
 def test_both_encoders_words_are_baked(
