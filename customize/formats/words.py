@@ -244,7 +244,7 @@ def export_words(
             )
         write_tensors(path, name_for_tool(token, rows, file_format), {**kept, "token": token})
     said = ", ".join(f"{path} for {token}" for token, path in paths.items())
-    tool = "Their file's name is what to write in prompts." if file_format != "diffusers" else ""
+    tool = "Write a file's name in prompts there." if file_format != "diffusers" else ""
     return f"In {file_format}'s format: {said}. {tool}".rstrip()
 
 
