@@ -51,7 +51,11 @@ SLOTS = {
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 ALONE = ("emb_params", "string_to_param.*")  # of the model's only encoder
 OTHERS = ("t5", "t5xxl")  # encoders whose words are not learned here
-WIDTHS = {(768,): "Stable Diffusion 1.x", (1024,): "Stable Diffusion 2.x", (768, 1280): "Stable Diffusion XL"}
+WIDTHS: dict[tuple[int, ...], str] = {
+    (768,): "Stable Diffusion 1.x",
+    (1024,): "Stable Diffusion 2.x",
+    (768, 1280): "Stable Diffusion XL",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def read_word_file(path: Path) -> WordFile:
     """
     tensors, metadata = read_tensors(path)
     check_tensors(path, tensors)
-    vectors, names = {}, set()
+    vectors: dict[str, Tensor] = {}
+    names: set[str] = set()
     for key, value in tensors.items():
         name, _, slot = key.partition("/")  # a run's own file where the model has several encoders
         if value.ndim > 2 or (slot and slot not in KEYS):
@@ -295,7 +300,7 @@ def inspect_words(source: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     words, metadata = found
-    described = {}
+    described: dict[str, Any] = {}
     for token, vectors in words.items():
         encoders = {
             KEYS.get(slot, slot) or "its only encoder": {

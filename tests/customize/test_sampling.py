@@ -241,7 +241,9 @@ def test_a_disk_that_is_full_leaves_no_table_without_its_sheet(
     monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
     full = True
     failed = invoked("evaluate", run, "--out", tmp_path / "out")
-    assert isinstance(failed.exception, OSError) and failed.exception.filename == str(tmp_path / "out/sheet.png")
+    assert isinstance(failed.exception, OSError) and failed.exception.filename == str(
+        tmp_path / "out/sheet.png"
+    )
     assert not (tmp_path / "out").exists()
     full = False
     assert invoked("evaluate", run, "--out", tmp_path / "out").exit_code == 0

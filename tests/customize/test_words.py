@@ -75,7 +75,8 @@ def test_one_encoder_s_words_are_loaded_as_one_file(tmp_path: Path, rows: dict[s
 
 
 def test_several_words_of_one_encoder_are_loaded_one_by_one(tmp_path: Path, rows: dict[str, Tensor]) -> None:
-    path, loaded = tmp_path / EMBEDDINGS_FILE, {}
+    path = tmp_path / EMBEDDINGS_FILE
+    loaded: dict[str, Tensor] = {}
     words = {
         token: {"text_encoder": factor * rows["text_encoder"]} for factor, token in enumerate(("[V]", "[W]"))
     }

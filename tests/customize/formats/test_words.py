@@ -19,10 +19,12 @@ from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.cli import app
+from customize.formats.adapter import FileFormat
 from customize.formats.convert import export_adapter, import_adapter
 from tests.parity import by_both
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
 
+TOOLS: tuple[FileFormat, ...] = ("kohya", "comfyui", "diffusers")
 SIDES = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
 
 
@@ -95,7 +97,7 @@ def test_a_word_comes_back_for_every_tool_as_it_was(
     for number, (folder, words) in enumerate(((tiny_folder, single), (xl_folder, double))):
         run = tmp_path / f"run-{number}"
         import_adapter(write(tmp_path / f"{number}.safetensors", words), run, model=str(folder))
-        for tool in ("kohya", "comfyui", "diffusers"):
+        for tool in TOOLS:
             out = tmp_path / f"{tool}-{number}.safetensors"
             export_adapter(run, out, tool)
             expected = {"[V]": single["emb_params"]} if (tool, number) == ("diffusers", 0) else words
