@@ -86,7 +86,8 @@ def find_word_file(path: Path) -> Path | None:
 
 
 def _is_placeholder(name: str) -> bool:
-    return PLACEHOLDER.fullmatch(name.partition("/")[0]) is not None
+    token, _, slot = name.partition("/")
+    return slot in KEYS or PLACEHOLDER.fullmatch(token) is not None
 
 
 def read_word_file(path: Path) -> WordFile:
@@ -100,7 +101,7 @@ def read_word_file(path: Path) -> WordFile:
     names: set[str] = set()
     for key, value in tensors.items():
         name, _, slot = key.partition("/")  # a run's own file where the model has several encoders
-        if value.ndim > 2 or (slot and slot not in KEYS):
+        if value.ndim not in (1, 2) or (slot and slot not in KEYS):
             raise UserError(f"{path} holds {key} of the shape {list(value.shape)}, which is no learned word.")
         if key in SLOTS or key in ALONE:
             slot = SLOTS.get(key, "")
@@ -132,6 +133,8 @@ def _with_second(words: WordFile, path: Path) -> WordFile:
     if set(words.vectors) != {""} or second == path or not second.is_file():
         return words
     other = read_word_file(second)
+    if set(other.vectors) != {""}:
+        return words
     return replace(words, vectors={"text_encoder": words.vectors[""], "text_encoder_2": other.vectors[""]})
 
 
@@ -214,14 +217,30 @@ def read_words(source: Path) -> tuple[dict[str, Encoders], dict[str, str]] | Non
         concept = read_concept(source)
         if not concept.words or concept.weights or concept.changed:
             return None
-        tensors, metadata = read_tensors(source / concept.words)
-        check_tensors(source / concept.words, tensors)
-        return {token: split_by_encoder(tensors, token) for token in concept.learned_tokens}, metadata
+        return _read_own_words(concept)
     file = find_word_file(source)
     if file is None:
         return None
     words = read_word_file(file)
     return {words.token or file.stem: words.vectors}, dict(words.metadata)
+
+
+def _read_own_words(concept: Concept) -> tuple[dict[str, Encoders], dict[str, str]]:
+    """The same of a run; `UserError` where its file has no vectors for one of its tokens."""
+    path = concept.folder / concept.words
+    tensors, metadata = read_tensors(path)
+    check_tensors(path, tensors)
+    words: dict[str, Encoders] = {}
+    for token in concept.learned_tokens:
+        own = {
+            name: value
+            for name, value in tensors.items()
+            if name in (token, *(f"{token}/{one}" for one in KEYS))
+        }
+        if not own or any(value.ndim not in (1, 2) for value in own.values()):
+            raise UserError(f"{path} holds no vectors for {token}. Train the concept again.")
+        words[token] = split_by_encoder(own, token)
+    return words, metadata
 
 
 def export_words(
@@ -281,8 +300,7 @@ def export_beside(concept: Concept, out: Path, file_format: FileFormat) -> list[
     Raises `UserError` for a file that is there already.
     """
     own = concept.folder / concept.words
-    tensors, _ = read_tensors(own)
-    words = {token: split_by_encoder(tensors, token) for token in concept.learned_tokens}
+    words, _ = _read_own_words(concept)
     encoders = {slot for vectors in words.values() for slot in vectors}
     if not encoders <= set(KEYS) or (len(words) == 1 and (file_format == "diffusers" or len(encoders) == 1)):
         return [own]

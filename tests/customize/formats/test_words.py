@@ -136,6 +136,7 @@ def test_the_second_file_of_diffusers_script_is_the_second_encoder_s(xl_folder: 
         ({"emb_params": rows(1)}, {"token_words": "sks"}, "--token-words has no effect"),
         ({"emb_params": rows(1)}, {"token": "dog"}, "ordinary word"),
         ({"emb_params": rows(1) / 0}, {}, "not finite"),
+        ({"clip_l": torch.tensor(1.0)}, {}, r"clip_l of the shape \[\], which is no learned word"),
         ({"emb_params": rows(1)}, {"model": None}, "does not say which model"),
     ],
 )  # fmt: skip
@@ -176,6 +177,14 @@ def test_a_run_of_a_word_of_t5_is_imported_and_exported(tmp_path: Path) -> None:
     import_adapter(file, tmp_path / "run", model=str(folder))
     export_adapter(tmp_path / "run", tmp_path / "o.safetensors", "diffusers")
     assert torch.equal(load_file(tmp_path / "o.safetensors")["<toy>"], rows(1, width))
+
+
+def test_a_run_whose_file_lacks_its_word_is_said_to(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    import_adapter(write(tmp_path / "w.safetensors", {"emb_params": rows(1)}), run, model=str(tiny_folder))
+    save_embeddings(run / EMBEDDINGS_FILE, {"[X]": {"text_encoder": rows(1)}}, metadata={})
+    with pytest.raises(UserError, match=r"holds no vectors for \[V\]"):
+        export_adapter(run, tmp_path / "o.safetensors", "kohya")
 
 
 def test_each_of_several_words_gets_a_file_as_tools_read_them(tiny_folder: Path, tmp_path: Path) -> None:
