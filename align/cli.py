@@ -26,7 +26,9 @@ Rule = Literal[
     "best-worst", "all", "own", "same-noise", "best-hard-negative"
 ]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
-SOURCE_HELP = "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."
+SOURCE_HELP = (
+    "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."
+)
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of align sample.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Scorers = Annotated[
