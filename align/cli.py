@@ -27,7 +27,7 @@ Rule = Literal[
 ]  # `align.collect.rank` has what they pair
 RULES = get_args(Rule)
 SOURCE_HELP = (
-    "A folder of align sample or prepare, chosen/ and rejected/ (w/, l/), .jsonl, .parquet, .tar or a hub id."
+    "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."
 )
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of align sample.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]

@@ -30,7 +30,7 @@ EVALUATION = "evaluation.json"
 ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
 REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
 SOURCE_HELP = (
-    "A folder of align sample or prepare, chosen/ and rejected/ (w/, l/), .jsonl, .parquet, .tar or a hub id."
+    "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."
 )
 PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone

@@ -17,7 +17,7 @@ from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import read_json
 from backbone.io.prompts import some_prompts
 from backbone.io.run import Run
-from backbone.io.run_folder import hold_new_folder
+from backbone.io.run_folder import fill_new_folder
 from backbone.media.gallery import Images
 from customize.settings import Settings, read_settings
 from customize.training.start import start
@@ -146,9 +146,9 @@ def evaluate(
 
     place, prompts = Path(str(run)), moji_prompts()
     read_settings(place)  # before a folder is made in it
-    with hold_new_folder(folder_of(out), place / DREAMBENCH) as folder:
+    with fill_new_folder(folder_of(out), place / DREAMBENCH) as (_, unfinished):
         evaluate_run(
-            place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=folder,
+            place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=unfinished,
             against_references=against_references,
         )  # fmt: skip
-        return read_json(folder / TABLE)
+        return read_json(unfinished / TABLE)

@@ -27,7 +27,7 @@ from backbone.cli.options import Option, command, settled_command
 from backbone.cli.sampling import CountOption
 from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
 from backbone.io.files import read_json
-from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name
+from backbone.io.run_folder import fill_new_folder, hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
@@ -317,12 +317,18 @@ def evaluate(asked: EvaluateOptions) -> None:
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer
-    with hold_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as folder:
+    with fill_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as (folder, unfinished):
         if asked.on:
             from customize.evaluation.few_step import measure_survival
 
             found = measure_survival(
-                run, asked.on, prompts=prompts, per_prompt=count, scorer=scorer, seed=asked.seed, out=folder
+                run,
+                asked.on,
+                prompts=prompts,
+                per_prompt=count,
+                scorer=scorer,
+                seed=asked.seed,
+                out=unfinished,
             )
         elif asked.images is None:
             found = evaluate_run(
@@ -331,12 +337,12 @@ def evaluate(asked: EvaluateOptions) -> None:
                 per_prompt=count,
                 scorer=scorer,
                 seed=asked.seed,
-                out=folder,
+                out=unfinished,
                 against_references=asked.against_references,
             )
         else:
             found = evaluate_images(
-                asked.images, run, prompts=prompts, per_prompt=count, scorer=scorer, out=folder
+                asked.images, run, prompts=prompts, per_prompt=count, scorer=scorer, out=unfinished
             )
     if asked.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})

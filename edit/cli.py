@@ -56,7 +56,7 @@ def example(
     ],
 ) -> None:
     """Write an image of a cat in a park, and what it shows, to try the other commands with."""
-    if not all((folder / name).is_file() for name in SCENE):
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - set(SCENE):
         make_empty_folder(folder)
     for name in SCENE:
         write_bytes(folder / name, (EXAMPLES / name).read_bytes())

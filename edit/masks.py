@@ -131,6 +131,11 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
             f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."
         )
     drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
+    if not drawn.getbbox():
+        raise UserError(
+            f"What is white in the mask is cropped off, or vanishes, where the model is shown the image as "
+            f"{shown[0]} × {shown[1]} pixels. Paint more of it white, or edit a part of the image."
+        )
     return send(mask_to_tensor(drawn)[0].to(image.latent.dtype), image.latent.device)
 
 

@@ -183,6 +183,21 @@ def test_limner_says_of_a_program_what_the_program_says_of_itself() -> None:
         assert str(app.info.help) in shown
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train", "limner customize train or limner align train"),
+        ("label", "limner align label"),
+        ("custmize", "customize"),
+    ],
+)
+def test_a_command_without_its_program_is_answered_with_it(typed: str, meant: str) -> None:
+    said = CliRunner().invoke(
+        limner.cli.app, [typed, "--images", "dog"], prog_name="limner", env={"COLUMNS": "99"}
+    )
+    assert said.exit_code == 2 and f"Did you mean {meant}?" in said.output
+
+
 def test_what_was_typed_is_the_program_s_own_line_through_either_door(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

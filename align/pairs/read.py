@@ -5,6 +5,7 @@
 | a folder of `align`     | `samples.json`, with `choices.jsonl` (`align label`) or `ranking.jsonl` (`align rank`)  |
 | a JSON-lines file       | `prompt` with `chosen` and `rejected`, with `image_0`, `image_1` and `label_0`, or with |
 |                         | `image` and `label`; names of pictures are relative to the file; a .json of such a list |
+| a table, .csv or .tsv   | the same columns, names of pictures beside it; an empty cell says nothing              |
 | rankings                | HPDv2's and ImageReward's columns (`align.pairs.rankings`), in either or in Parquet     |
 | HPDv3                   | `prompt` with `path1`, which was preferred, and `path2`                                 |
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
-from align.pairs.rankings import IMAGES, Ranking, Rankings, ToPicture, ranking_columns
+from align.pairs.rankings import IMAGES, PLACES, Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
 from backbone.io.console import UserError
@@ -38,9 +39,12 @@ from backbone.media.sources.pictures import (
     could_be_dataset,
     find_spelled,
     list_by_name,
+    read_image_list,
 )
 from backbone.media.sources.stream import ITEMS, Stream
 
+SPREADSHEETS = (".csv", ".tsv")
+YES, NO = ("true", "1", "1.0", "yes", "y", "t"), ("false", "0", "0.0", "no", "n", "f")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
 ORDERED_COLUMNS = (("chosen", "rejected"), ("path1", "path2"))  # the better one first; the latter HPDv3's
@@ -105,14 +109,16 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         return _read_table(ParquetTable(tables), str(folder), limit)
     if tars := sorted(folder.glob("*.tar")):
         return _read_table(load_tar_table(tars), str(folder), limit)
-    lines = sorted(folder.glob("*.jsonl")) or [
-        path for path in sorted(folder.glob("*.json")) if is_json_list(path)
-    ]
+    lines = (
+        sorted(folder.glob("*.jsonl"))
+        or [path for path in sorted(folder.glob("*.json")) if is_json_list(path)]
+        or [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SPREADSHEETS]
+    )
     if len(lines) == 1:
         return _read_lines(lines[0], limit)
     raise UserError(
-        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl or .json "
-        "list, .parquet or .tar files. Make some with `align sample`."
+        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl, .json "
+        "list or .csv, .parquet or .tar files. Make some with `align sample`."
     )
 
 
@@ -166,14 +172,15 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
 
 def _read_file(path: Path, limit: int | None) -> Preferences:
     match path.suffix.lower():
-        case ".jsonl" | ".json":
+        case ".jsonl" | ".json" | ".csv" | ".tsv":
             return _read_lines(path, limit)
         case ".parquet":
             return _read_table(ParquetTable([path]), str(path), limit)
         case ".tar":
             return _read_table(load_tar_table([path]), str(path), limit)
     raise UserError(
-        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .json, .parquet or .tar."
+        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .json, .csv, .parquet or "
+        ".tar."
     )
 
 
@@ -192,7 +199,17 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
 
 
 def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the JSON objects of a file, with where they stand; what is none becomes one of the problems."""
+    """Yield the JSON objects or rows of a file, with where they stand; what is none becomes one of the problems."""
+    if path.suffix.lower() in SPREADSHEETS:
+        for where, row in read_image_list(path):
+            cells = {
+                name.strip().lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
+            }
+            yield (
+                where[0].lower() + where[1:],
+                {name: _as_number(cell) if name in PLACES else cell for name, cell in cells.items() if cell},
+            )
+        return
     for where, value in iterate_entries(path.read_bytes(), path):
         where = where[0].lower() + where[1:]
         if isinstance(value, UserError):
@@ -435,16 +452,20 @@ def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Reco
 
 def _is_false(value: Any) -> bool:
     """Whether a cell says no: as a boolean, as the number that other tools make of one, or as text."""
-    return (
-        value.strip().lower() in ("false", "0")
-        if isinstance(value, str)
-        else value is not None and value == 0
-    )
+    return value.strip().lower() in NO if isinstance(value, str) else value is not None and value == 0
 
 
 def _is_true(value: Any) -> bool:
     """Whether a cell says yes, in as many ways."""
-    return value.strip().lower() in ("true", "1") if isinstance(value, str) else value == 1
+    return value.strip().lower() in YES if isinstance(value, str) else value == 1
+
+
+def _as_number(cell: Any) -> Any:
+    """A cell that is a number written as text as that number; any other as it is."""
+    try:
+        return float(cell) if isinstance(cell, str) else cell
+    except ValueError:
+        return cell
 
 
 def _labelled_pair(
@@ -468,6 +489,10 @@ def _chosen_pair(
     chosen, rejected = pictures
     if chosen is None or rejected is None:
         return f"{where} names no picture"
+    for name in ("tie", "both_bad"):
+        said = row.get(name)
+        if isinstance(said, str) and said.strip().lower() not in (*YES, *NO, ""):
+            return f"{where} has {name} = {said!r}, which is neither yes nor no"
     tie, both_bad = _is_true(row.get("tie")), _is_true(row.get("both_bad"))
     return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, where, user, both_bad)
 
@@ -486,7 +511,7 @@ def _labelled_single(
 
 def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
     """`label_0` as 0, ½ or 1; None where the two labels are neither a choice nor a tie."""
-    first, second = row.get("label_0"), row.get("label_1")
+    first, second = _as_number(row.get("label_0")), _as_number(row.get("label_1"))
     if not isinstance(first, (int, float)) or first not in (0, 0.5, 1):
         return None
     if second is not None and (not isinstance(second, (int, float)) or first + second != 1):
@@ -497,5 +522,7 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
 def _parse_single_label(label: Any) -> bool | None:
     """True for good or 1, False for bad, 0 or −1, else None."""
     if isinstance(label, str):
-        return {"good": True, "bad": False, "1": True, "0": False}.get(label.strip().lower())
+        word = label.strip().lower()
+        is_good, is_bad = word in ("good", *YES), word in ("bad", "-1", "-1.0", *NO)
+        return is_good if is_good or is_bad else None
     return {1.0: True, 0.0: False, -1.0: False}.get(label) if isinstance(label, (bool, int, float)) else None

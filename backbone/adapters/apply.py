@@ -41,13 +41,12 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
             add_weight_differences(model, concept, scale=scale)
         if concept.words:
             # A merged run also has tokens that stand for the model's own words.
-            learned = [token for token, words in concept.tokens.items() if words.split()[:1] == [token]]
-            if not learned:
+            if not concept.learned_tokens:
                 raise UserError(
                     f"{concept.folder / CONCEPT_FILE} names {concept.words}, and none of its tokens is learned there. "
                     "Train the concept again."
                 )
-            for token in learned:
+            for token in concept.learned_tokens:
                 load_embeddings(concept.folder / concept.words, model.text_encoder, token)
             model.text_learned = True
         if concept.weights:

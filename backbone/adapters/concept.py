@@ -62,6 +62,11 @@ class Concept:
         """The path of the adapter."""
         return self.folder / self.weights
 
+    @property
+    def learned_tokens(self) -> list[str]:
+        """The tokens that stand for embeddings of its own, and not for the model's words."""
+        return [token for token, words in self.tokens.items() if words.split()[:1] == [token]]
+
     def write(self, folder: Path) -> None:
         """Write `concept.json` into a run folder."""
         fields = {key: value for key, value in asdict(self).items() if key != "folder"}

@@ -12,6 +12,7 @@ show their help in panels (`backbone.cli.help`).
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -108,6 +109,16 @@ class Programs(Group):
             module = import_module(self.elsewhere[cmd_name].module)
             self.commands[cmd_name] = typer.main.get_group(module.app)
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The program that is named; a command of one of them, or a misspelled program, is answered with its name."""
+        if args and args[0] not in self.elsewhere:
+            owners = [name for name in self.elsewhere if args[0] in self.get_command(ctx, name).commands]
+            near = [f"{ctx.info_name} {name} {args[0]}" for name in owners]
+            near = near or difflib.get_close_matches(args[0], self.elsewhere)
+            if near:
+                ctx.fail(f"No such command '{args[0]}'. Did you mean {' or '.join(near)}?")
+        return super().resolve_command(ctx, args)
 
 
 def _print_version(wanted: bool) -> None:

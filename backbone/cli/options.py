@@ -23,14 +23,14 @@ import inspect
 import math
 import reprlib
 import shlex
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -40,6 +40,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
 
+SHOWN = 12  # unknown keys of a file that a message lists
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
 RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
@@ -446,7 +447,8 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
     switches = {
         hyphens(name): (one, meant) for one in known.values() for name, meant in one.option.switches.items()
     }
-    for key, value in (data["settings"] if record else data).items():
+    unknown: list[str] = []
+    for key, value in (data["settings"] if record else _join_sections(data, names, path)).items():
         one = names.get(str(key).replace("-", "_"))
         if one is not None:
             if one.option.code:
@@ -457,11 +459,37 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
             if value:
                 said.put(one.name, meant, str(key))
         else:
-            raise UserError(f"{path} has an unknown key {key}.{_find_nearest(str(key), [*names, *switches])}")
+            unknown.append(str(key))
+    if unknown:
+        _refuse_unknown(path, unknown, [*names, *switches])
     if not record:
         return dict(said.with_implied())
     every = {**{one.name: one.default for one in known.values()}, **said, **flags}
     return {name: value for name, value in said.items() if find_unmet(known[name], every) is None}
+
+
+def _join_sections(data: Mapping[str, Any], names: Collection[str], path: Path) -> dict[str, Any]:
+    """The keys of a TOML file with those of its sections, whose names say nothing, as kohya's trainers read theirs."""
+    if path.suffix.lower() != ".toml":
+        return dict(data)
+    joined: dict[str, Any] = {}
+    for name, value in data.items():
+        section = isinstance(value, dict) and name.replace("-", "_") not in names
+        for key, inner in value.items() if section else ((name, value),):
+            if key in joined:
+                raise UserError(f"{path} says {key} in two sections. Keep one.")
+            joined[key] = inner
+    return joined
+
+
+def _refuse_unknown(path: Path, keys: Sequence[str], known: Sequence[str]) -> NoReturn:
+    """Raise `UserError` for keys of a file that no option has: all of them, and what one alone may have meant."""
+    if len(keys) == 1:
+        raise UserError(f"{path} has an unknown key {keys[0]}.{_find_nearest(keys[0], known)}")
+    shown = ", ".join(keys[:SHOWN]) + (" …" if len(keys) > SHOWN else "")
+    raise UserError(
+        f"{path} has {len(keys)} unknown keys ({shown}), which would have no effect. Leave them out."
+    )
 
 
 def _refuse_code(one: Field, value: Any, path: Path, flags: Mapping[str, Any]) -> None:

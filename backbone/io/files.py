@@ -248,9 +248,11 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
         temporary.rename(whole)
         _move_up(whole)
     except BaseException as error:
-        if isinstance(error, OSError) and str(error.filename).startswith(os.fspath(temporary)):
-            inside = os.path.relpath(error.filename, temporary)
-            error.filename = os.path.normpath(os.path.join(path, inside))
+        if isinstance(error, OSError):  # of a copy the second name is the one that was not written
+            for name in ("filename", "filename2"):
+                if str(getattr(error, name)).startswith(os.fspath(temporary)):
+                    inside = os.path.relpath(getattr(error, name), temporary)
+                    setattr(error, name, os.path.normpath(os.path.join(path, inside)))
         shutil.rmtree(temporary, ignore_errors=True)
         if not was_there:
             with suppress(OSError):  # another process writes there

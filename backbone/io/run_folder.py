@@ -18,6 +18,7 @@ from typing import Any
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import (
+    fill_folder,
     json_text,
     make_empty_folder,
     make_numbered_folder,
@@ -171,6 +172,16 @@ def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | N
                 shutil.rmtree(folder)
             raise
         (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+@contextmanager
+def fill_new_folder(named: Path | None, usual: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder of `hold_new_folder`, and one inside it to write into, whose files are moved up when all are whole.
+
+    So what a full disk or a kill ends leaves nothing of a table, or an image, that its other half is not beside.
+    """
+    with hold_new_folder(named, usual) as folder, fill_folder(folder) as unfinished:
+        yield folder, unfinished
 
 
 def _is_continued(folder: Path, what: Mapping[str, Any] | None) -> bool:

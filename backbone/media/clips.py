@@ -213,7 +213,10 @@ def _read_video(path: Path) -> Film:
     av = import_av(f"{path} is a film, which")
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+            # a film's cover is a stream of one frame
+            stream = max(container.streams.video, key=lambda one: one.frames, default=None)
+            if stream is None:
+                raise UserError(f"{path} holds sound and no pictures. Give a film.")
             fps, aspect = float(stream.average_rate or USUAL_FPS), float(stream.sample_aspect_ratio or 1)
             frames: list[Image.Image] = []
             shown: list[float] = []
@@ -224,17 +227,30 @@ def _read_video(path: Path) -> Film:
                     _upright(frame.to_image().convert("RGB"), aspect, getattr(frame, "rotation", 0))
                 )
                 shown.append(len(shown) / fps if frame.time is None else float(frame.time))
-    except (av.FFmpegError, IndexError, OSError) as error:
+            promised = float(container.duration or 0) / av.time_base, stream.frames
+    except (av.FFmpegError, OSError) as error:
+        why = (error.strerror or str(error)).lower() if path.stat().st_size else "it is empty"
         raise UserError(
-            f"{path} cannot be read as a film ({str(error)[:80]}). Convert it to .mp4 or frames."
+            f"{path} cannot be read as a film ({why[:80]}). Copy it again, or convert it to .mp4 or frames."
         ) from error
     if not frames:
         raise UserError(f"{path} holds no frames. Copy it again.")
     lasting = [1000 * (after - before) for before, after in pairwise(shown)]
     usual = median_low(lasting) if lasting else 0.0
+    _say_if_cut(path, *promised, len(frames), shown[-1] - shown[0] + usual / 1000)
     if usual > 0 and max(lasting) >= 1.5 * usual:  # of a phone, or a recorded screen
         return Film(*_even(tuple(frames), [*lasting, usual], path, usual), str(path), content_hash(path))
     return Film(tuple(frames), fps, str(path), content_hash(path))
+
+
+def _say_if_cut(path: Path, lasts: float, promised: int, found: int, end: float) -> None:
+    """Says of a film that its header promises more of than there is: a download that ended early, or a cut one."""
+    if promised > found:
+        notify(f"{path} says that it has {promised} frames, and {found} are there: it may be cut off.")
+    elif lasts - end > max(0.5, 0.1 * lasts):
+        notify(
+            f"{path} says that it lasts {lasts:.1f} s, and its frames end at {end:.1f} s: it may be cut off."
+        )
 
 
 def _upright(frame: Image.Image, aspect: float, turned: int) -> Image.Image:

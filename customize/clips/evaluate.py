@@ -38,7 +38,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
 from backbone.io.records import resolve_inside
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
-from backbone.io.run_folder import hold_new_folder
+from backbone.io.run_folder import fill_new_folder
 from backbone.media.clips import ANIMATED, FILMS, Film, choose_strip, encode_webp, read_film
 from backbone.media.control.camera import CameraPath, read_camera, trace_corners
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -166,8 +166,8 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
     )  # no clip among the clips
     encoder = load_encoder(asked)
     drawing = plan_drawing(place, asked)
-    with hold_new_folder(asked.out, usual) as folder:
-        shown = gather(place if drawing is None else drawing(folder / "clips"), asked)
+    with fill_new_folder(asked.out, usual) as (folder, unfinished):
+        shown = gather(place if drawing is None else drawing(unfinished / "clips"), asked)
         learned = learned_tracks(place)
         scores = ScoredWords(encoder)
         rows = []
@@ -175,7 +175,7 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
             for one in shown:
                 rows.append(measure(one, scores, learned))
                 bar.advance()
-        publish(folder, shown, rows, asked)
+        publish(unfinished, shown, rows, asked)
     return folder
 
 

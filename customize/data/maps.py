@@ -75,11 +75,11 @@ def save_map(path: Path, drawn: Image) -> None:
 
 
 def save_maps(folder: Path, picture: Image, maps: Mapping[str, Image], title: str) -> dict[str, str]:
-    """Writes the picture, its maps and a sheet of them; gives the files by kind."""
+    """Writes the picture, its maps and a sheet of them; gives the names of the files by kind."""
     save_png(folder / PICTURE, picture)
-    files = {kind: str(folder / f"{kind}.png") for kind in maps}
+    files = {kind: f"{kind}.png" for kind in maps}
     for kind, drawn in maps.items():
-        save_map(Path(files[kind]), drawn)
+        save_map(folder / files[kind], drawn)
     cells = [Cell(picture, "the picture")]
     cells += [Cell(drawn.convert("RGB"), f"{kind}: {WHAT[kind]}") for kind, drawn in maps.items()]
     save_png(folder / SHEET, draw_sheet([cells[:4], cells[4:]] if len(cells) > 4 else [cells], title=title))

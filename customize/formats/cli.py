@@ -117,7 +117,10 @@ def export(
 
 def import_(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A LoRA, LoHa, LoKr or DoRA of any of these tools.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A LoRA, LoHa, LoKr or DoRA of any of these tools, or an embedding."
+        ),
     ],
     out: Annotated[
         Path,
@@ -129,8 +132,15 @@ def import_(
         ),
     ],
     token: Annotated[
-        str, option("--token", "--trigger-word", help="What you will write in prompts for it.", panel=RESULT)
-    ] = "[V]",
+        str | None,
+        option(
+            "--token",
+            "--trigger-word",
+            help="What you will write in prompts for it.",
+            panel=RESULT,
+            show_default="[V], or the name that a learned word has",
+        ),
+    ] = None,
     token_words: Annotated[
         str | None,
         option(
@@ -161,7 +171,7 @@ def import_(
         ),
     ] = None,
 ) -> None:
-    """Read an adapter that another tool wrote: into a run folder to sample from, or into a file of ours."""
+    """Read another tool's adapter or embedding: into a run folder to sample from, or into a file of ours."""
     from customize.formats.convert import import_adapter
 
     notify(
@@ -172,12 +182,14 @@ def import_(
 def info(file: File, as_json: flags.Json = False) -> None:
     """Say what an adapter is: its format, rank, alpha, layers, base, size, and what its metadata says."""
     from customize.formats.convert import describe_adapter, inspect_adapter
+    from customize.formats.words import describe_words, inspect_words
 
-    facts = inspect_adapter(file)
+    words = inspect_words(file)
+    facts = words or inspect_adapter(file)
     if as_json:
         print_json(facts)
     else:
-        typer.echo(describe_adapter(facts))
+        typer.echo(describe_words(words) if words else describe_adapter(facts))
 
 
 def merge(

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import EDITS, Concept, check_token
-from backbone.adapters.embeddings import split_by_encoder
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, count_of, notify
-from backbone.io.files import atomic_write, fill_folder, read_tensors, write_tensors, write_text
+from backbone.io.files import atomic_write, fill_folder, write_text
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
 from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
@@ -30,10 +29,10 @@ from customize.formats.model_weights import (
     refuse_mismatch,
 )
 from customize.formats.read import find_adapter_file, read_adapter
+from customize.formats.words import export_beside, export_words, find_word_file, import_words, read_words
 from customize.formats.write import check_output, write_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KOHYA_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 LAYERS_SHOWN = 8  # layers that `describe_adapter` lists
 VALUE_WIDTH = 100  # characters of a metadata value that it shows
 
@@ -49,9 +48,14 @@ def export_adapter(
 ) -> str:
     """Write the adapter of a run folder or file in a tool's format and verify it; returns a sentence to print.
 
-    Raises `UserError` for what the format cannot hold.
+    So it writes learned words (`customize.formats.words`). Raises `UserError` for what the format cannot hold.
     """
     check_output(out)
+    dtype = DTYPES[precision] if precision else None
+    if (words := read_words(source)) is not None:
+        if base or model:
+            raise UserError(f"--{'base' if base else 'model'} has no effect on learned words. Leave it out.")
+        return export_words(source, *words, out, file_format, dtype=dtype)
     adapter, concept = read_adapter(source), read_run_concept(source)
     if concept is not None and concept.changed:
         raise UserError(
@@ -85,10 +89,10 @@ def export_adapter(
             metadata=build_metadata(adapter, source=source, title=out.stem, base=family),
             base=family,
             weights=weights,
-            dtype=DTYPES[precision] if precision else None,
+            dtype=dtype,
         )
         if concept is not None and concept.words:
-            for path in export_embeddings(concept, out, file_format):
+            for path in export_beside(concept, out, file_format):
                 notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
         f"{out} in {file_format}'s format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
@@ -176,40 +180,26 @@ def _family_of_model(model: str) -> BaseFamily | None:
     return PIPELINES.get(pipeline)
 
 
-def export_embeddings(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:
-    """Paths of a concept's embedding files for a tool; where a model has several text encoders, written beside `out`.
-
-    kohya's tools and ComfyUI name the encoders `clip_l` and `clip_g` and read one file per token.
-    """
-    embeddings = concept.folder / concept.words
-    tensors, _ = read_tensors(embeddings)
-    paths = []
-    for token in concept.tokens:
-        by_encoder = split_by_encoder(tensors, token)
-        if file_format == "diffusers" or not set(by_encoder) <= set(KOHYA_ENCODERS) or len(by_encoder) == 1:
-            return [embeddings]
-        path = out.with_name(f"{out.stem}-{re.sub(r'[^A-Za-z0-9]', '', token) or 'word'}.safetensors")
-        tensors_by_encoder = {KOHYA_ENCODERS[encoder]: rows for encoder, rows in by_encoder.items()}
-        write_tensors(path, tensors_by_encoder, {"token": token})
-        paths.append(path)
-    return paths
-
-
 def import_adapter(
     file: Path,
     out: Path,
     *,
     model: str | None,
-    token: str = "[V]",
+    token: str | None = None,
     token_words: str | None = None,
     class_noun: str = "",
 ) -> str:
-    """Write another tool's adapter to a run folder, or to a .safetensors file; returns a sentence to print.
+    """Write another tool's adapter or learned word to a run folder, or to a .safetensors file; a sentence to print.
 
-    A run folder needs the base model, which must have the adapter's layers, and the trigger words.
+    A run folder needs the base model, which must have the adapter's layers, and an adapter's trigger words. The token
+    is [V], or what a file of a learned word calls it, where none is named.
     Raises `UserError`, before anything is written, where these are unknown or do not fit.
     """
-    adapter = read_adapter(file)
+    if (word_file := find_word_file(file)) is not None:
+        if token_words:
+            raise UserError(f"{file} holds a learned word, so --token-words has no effect. Leave it out.")
+        return import_words(word_file, out, model=model, token=token, class_noun=class_noun)
+    adapter, token = read_adapter(file), token or "[V]"
     metadata = build_metadata(adapter, source=file, title=out.stem)
     if out.suffix == ".safetensors":
         check_output(out)

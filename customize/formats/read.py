@@ -67,6 +67,7 @@ _FACTOR_BY_SUFFIX = {
 _WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))_orig_mod\.")  # DistributedDataParallel's, torch.compile's
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?P<name>[^.]+)\.weight$")
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
+LEARNED_WORDS = "learned words"
 # Ends of tensors of other methods → what they are, for the sentence that refuses them.
 OTHER_METHODS = {
     (".diff", ".diff_b"): "whole differences of weights (LyCORIS' full)",
@@ -76,7 +77,7 @@ OTHER_METHODS = {
     (".on_input", ".ia3_l"): "scales of IA³",
     (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
     (".set_weight", ".reshape_weight"): "whole weights",
-    ("emb_params", "string_to_param", "string_to_param.*", "clip_l", "clip_g", ">"): "learned words",
+    ("emb_params", "string_to_param.*", "clip_l", "clip_g", ">"): LEARNED_WORDS,
 }
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
@@ -155,9 +156,10 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
             f"{path} holds, beside its factors, {len(unknown)} tensors that are not read here: {what} ({shown}). "
             "Export it again as LoRA, LoHa or LoKr alone."
         )
-    raise UserError(
-        f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). Give an adapter of one of these three kinds."
-    )
+    remedy = "Give an adapter of one of these three kinds."
+    if kinds == [LEARNED_WORDS]:
+        remedy = "Make a run of it: customize import."
+    raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). {remedy}")
 
 
 def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:

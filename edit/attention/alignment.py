@@ -159,7 +159,7 @@ class Alignment:
         return self.describe({})
 
     def describe(self, placeholders: Mapping[str, str]) -> str:
-        """Three lines: the source's words, what became of them, the target's words.
+        """Three lines: the source's words, what became of them, the target's words; a fourth where they are the same.
 
         `placeholders` says what a person writes for words that the model reads, as a concept's.
         """
@@ -178,7 +178,10 @@ class Alignment:
         padded = [
             [cell.ljust(width) for cell in column] for column, width in zip(columns, widths, strict=True)
         ]
-        return "\n".join(" │ ".join(line).rstrip() for line in zip(*padded, strict=True))
+        lines = [" │ ".join(line).rstrip() for line in zip(*padded, strict=True)]
+        if not any(self.changes()):
+            lines.append("Both prompts say the same, so no word changes anything but by its weight.")
+        return "\n".join(lines)
 
 
 def restore_placeholders(text: str, placeholders: Mapping[str, str]) -> str:

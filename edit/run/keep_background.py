@@ -9,9 +9,9 @@ from PIL import Image
 
 from backbone.evaluation.image_metrics import background_metrics
 from backbone.io.console import UserError
-from backbone.io.files import fill_folder, write_json
+from backbone.io.files import write_json
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
-from backbone.io.run_folder import hold_new_folder, package_versions
+from backbone.io.run_folder import fill_new_folder, package_versions
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import crop_and_resize, mask_to_tensor, to_image, to_tensor
 from edit.masks import mask_to_image
@@ -50,8 +50,8 @@ def write_kept_background(
     lines = describe(kept, source, edited)
     figures = measure(kept, source)
     with ExitStack() as stack:
-        folder = stack.enter_context(hold_new_folder(out, Path("runs") / f"edit-{Path(source.name).stem}"))
-        unfinished = stack.enter_context(fill_folder(folder))
+        usual = Path("runs") / f"edit-{Path(source.name).stem}"
+        folder, unfinished = stack.enter_context(fill_new_folder(out, usual))
         result, place = to_image(kept.image), mask_to_image(kept.place, source.image.size)
         cells = [
             Cell(source.image, "source"),

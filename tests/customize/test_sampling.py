@@ -228,6 +228,28 @@ def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.Mo
     assert "is not empty" in refused("evaluate", run, "--out", run / "dreambench")
 
 
+def test_a_disk_that_is_full_leaves_no_table_without_its_sheet(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(run: Path, *, out: Path, **how: Any) -> dict[str, Any]:
+        (out / "table.json").write_text("{}")
+        if full:
+            raise OSError(28, "No space left on device", str(out / "sheet.png"))
+        return {"text": "a table"}
+
+    monkeypatch.setattr("customize.cli.read_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
+    full = True
+    failed = invoked("evaluate", run, "--out", tmp_path / "out")
+    assert isinstance(failed.exception, OSError) and failed.exception.filename == str(
+        tmp_path / "out/sheet.png"
+    )
+    assert not (tmp_path / "out").exists()
+    full = False
+    assert invoked("evaluate", run, "--out", tmp_path / "out").exit_code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.json"]
+
+
 # Checkpoints -------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,11 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
-from customize.formats.convert import export_embeddings
 from customize.formats.merging.bake import bake
 from customize.formats.merging.merge import read_input
 from customize.formats.merging.merged_run import rename_embeddings
 from customize.formats.model_weights import ModelWeights
+from customize.formats.words import export_beside
 from customize.methods.lora import refuse_other_encoders
 from customize.training.reporting.card import load_words_in_diffusers
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
@@ -72,6 +74,26 @@ def test_one_encoder_s_words_are_loaded_as_one_file(tmp_path: Path, rows: dict[s
     assert load_words_in_diffusers(path) == [f'pipeline.load_textual_inversion("{path}")']
 
 
+def test_several_words_of_one_encoder_are_loaded_one_by_one(tmp_path: Path, rows: dict[str, Tensor]) -> None:
+    path = tmp_path / EMBEDDINGS_FILE
+    loaded: dict[str, Tensor] = {}
+    words = {
+        token: {"text_encoder": factor * rows["text_encoder"]} for factor, token in enumerate(("[V]", "[W]"))
+    }
+    save_embeddings(path, words, metadata={})
+    pipeline = SimpleNamespace(load_textual_inversion=lambda value, token: loaded.update({token: value}))
+    exec("\n".join(load_words_in_diffusers(path)), {"pipeline": pipeline})
+    assert torch.equal(loaded["[W]"], rows["text_encoder"]) and not loaded["[V]"].any()
+    concept = Concept("merged", "", "", {"[R]": "bcd", "[V]": "[V]", "[W]": "[W]"}, "", words=EMBEDDINGS_FILE)
+    first, second = export_beside(
+        replace(concept, folder=tmp_path), tmp_path / "dog.safetensors", "diffusers"
+    )
+    assert (first.name, second.name) == ("dog-V.safetensors", "dog-W.safetensors")
+    assert torch.equal(read_tensors(second)[0]["[W]"], rows["text_encoder"])
+    one = replace(concept, tokens={"[R]": "bcd", "[V]": "[V]"}, folder=tmp_path)
+    assert export_beside(one, tmp_path / "cat.safetensors", "comfyui") == [path]
+
+
 def test_both_encoders_words_are_baked(
     run: Path, folder: Path, rows: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -82,12 +104,12 @@ def test_both_encoders_words_are_baked(
 def test_other_tools_get_a_file_with_their_names_for_the_encoders(
     run: Path, rows: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    (path,) = export_embeddings(read_concept(run), tmp_path / "dog.safetensors", "comfyui")
+    (path,) = export_beside(read_concept(run), tmp_path / "dog.safetensors", "comfyui")
     found, _ = read_tensors(path)
     assert path.name == "dog-V.safetensors"
     torch.testing.assert_close(found["clip_l"], rows["text_encoder"])
     torch.testing.assert_close(found["clip_g"], rows["text_encoder_2"])
-    assert export_embeddings(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
+    assert export_beside(read_concept(run), tmp_path / "dog.safetensors", "diffusers") == [
         run / EMBEDDINGS_FILE
     ]
 

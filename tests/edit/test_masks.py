@@ -115,6 +115,15 @@ def test_a_photograph_of_any_size_is_encoded_and_its_mask_fits(tiny: Backbone, s
     assert white is not None and bool(white.all()) and white.shape == encoded.latent.shape[-2:]
 
 
+@pytest.mark.parametrize("box", [(0, 0, 40, 64), (700, 30, 700, 30)])
+def test_a_mask_of_which_the_model_is_shown_nothing_is_refused(box: tuple[int, int, int, int]) -> None:
+    size = (1500, 500) if box[2] < 64 else (4000, 4000)
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    with pytest.raises(UserError, match=r"cropped off, or vanishes, .* as 128 × 128 pixels"):
+        places(mask, size)
+
+
 @pytest.mark.parametrize(
     ("size", "said"),
     [

@@ -143,6 +143,9 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+# A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
+# they are of at most so many colours, of 16 values a channel.
+COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000")
 _DECODER_ERRORS = (
     OSError,
@@ -183,6 +186,8 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         with suppress(*_EXIF_ERRORS):
             ImageOps.exif_transpose(image, in_place=True)
         return convert(image)
+    except BadImageError as error:
+        raise BadImageError(name, error.reason) from error
     except MemoryError as error:
         raise BadImageError(name, "needs more memory than there is") from error
     except _DECODER_ERRORS as error:
@@ -213,9 +218,15 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
 
 
 def mask_from_image(image: Image.Image) -> Image.Image:
-    """An image in any mode as a mask (mode L): see `open_mask`."""
+    """An image in any mode as a mask (mode L): see `open_mask`. `BadImageError` for a photograph."""
     import numpy as np
 
+    if _is_photograph(image):
+        raise BadImageError(
+            "The mask",
+            "has the colours of a photograph, and a mask is white where it counts and black elsewhere (where the "
+            "photograph is see-through, say)",
+        )
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
         if not (np.isfinite(values).all() and values.min() >= 0):
@@ -230,6 +241,19 @@ def mask_from_image(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         values = values * np.asarray(image.convert("RGBA").getchannel("A")) / 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _is_photograph(image: Image.Image) -> bool:
+    """Whether an image has many colours: what is painted as a mask is grey, or of few, however soft its edges are."""
+    import numpy as np
+
+    if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
+        return False
+    seen = image.convert("RGBA").reduce(max(1, min(image.size) // 256))
+    pixels = np.asarray(seen)[np.asarray(seen)[..., 3] > 127][:, :3]
+    if not len(pixels) or float((np.ptp(pixels.astype(int), axis=1) > COLOURED).mean()) < COLOURFUL:
+        return False
+    return len(np.unique(pixels // 16, axis=0)) > MASK_COLOURS
 
 
 def map_from_image(image: Image.Image) -> Image.Image:

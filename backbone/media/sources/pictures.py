@@ -490,7 +490,7 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
 def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a list of images, each with where it stands; `UserError` for one that is none."""
     text = _read_text(metadata)
-    if metadata.suffix.lower() == ".csv":
+    if metadata.suffix.lower() in (".csv", ".tsv"):
         heading = text.partition("\n")[0]
         # Spreadsheets write semicolons where the comma is decimal
         separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")

@@ -152,9 +152,7 @@ def collect_embeddings(parts: Sequence[MergeInput]) -> dict[str, dict[str, Tenso
         if not part.words:
             continue
         assert part.concept is not None
-        for token, words in part.concept.tokens.items():
-            if words.split()[:1] != [token]:  # existing rare words, which are no embeddings of ours
-                continue
+        for token in part.concept.learned_tokens:
             for component, rows in split_by_encoder(part.words, token).items():
                 by_token = embeddings.setdefault(component, {})
                 if token in by_token:

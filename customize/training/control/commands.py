@@ -33,7 +33,7 @@ from backbone.cli.flags import (
 from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, refuse_existing
-from backbone.io.run_folder import hold_new_folder
+from backbone.io.run_folder import fill_new_folder
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
@@ -167,11 +167,11 @@ def map(asked: MapOptions) -> None:
         if asked.as_json:
             print_json({kind: str(asked.out)})
         return
-    with hold_new_folder(asked.out, MAPS) as folder:
-        files = save_maps(folder, picture, maps, title)
+    with fill_new_folder(asked.out, MAPS) as (folder, unfinished):
+        names = save_maps(unfinished, picture, maps, title)
     notify(f"{', '.join(maps)} in {folder}; {folder / 'sheet.png'} shows them.")
     if asked.as_json:
-        print_json({"folder": folder, **files})
+        print_json({"folder": folder, **{kind: str(folder / name) for kind, name in names.items()}})
 
 
 def split_words(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -297,10 +297,10 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
         asked.seed,
         tuple(asked.sweep),
     )
-    with hold_new_folder(asked.out, FIDELITY) as folder:
+    with fill_new_folder(asked.out, FIDELITY) as (folder, unfinished):
         opened = open_control(model, asked.network)
         read = None if scorer is None else load_scorer(scorer)
-        found = measure(model, opened, pairs, drawing, scorer=read, out=folder)
+        found = measure(model, opened, pairs, drawing, scorer=read, out=unfinished)
     if asked.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:

@@ -144,11 +144,15 @@ def describe_training(settings: Settings) -> str:
 
 def load_words_in_diffusers(path: Path) -> list[str]:
     """The lines that load learned embeddings into diffusers' pipeline, for each text encoder."""
-    stored = [name.rsplit("/", 1) for name in read_header(path).shapes]
-    if all(len(parts) == 1 for parts in stored):
+    names = list(read_header(path).shapes)
+    if len(names) == 1 and "/" not in names[0]:
         return [f'pipeline.load_textual_inversion("{path}")']
     lines = ["from safetensors.torch import load_file", "", f'words = load_file("{path}")']
-    for token, side in stored:
+    for name in names:
+        token, _, side = name.rpartition("/")
+        if not token:  # several words of one encoder, of which diffusers reads one from a file
+            lines.append(f'pipeline.load_textual_inversion(words["{name}"], token="{name}")')
+            continue
         tokenizer = side.replace("text_encoder", "tokenizer")
         lines.append(
             f'pipeline.load_textual_inversion(words["{token}/{side}"], token="{token}", '

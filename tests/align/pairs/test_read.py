@@ -169,6 +169,49 @@ def test_an_unlabelled_row_is_none_however_its_no_is_written(tmp_path: Path) -> 
     assert (len(found.pairs), found.skipped) == (1, 2)
 
 
+def test_a_spreadsheet_says_what_json_lines_say(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "p.csv").write_text(
+        "\ufeffPrompt;image_0;image_1;label_0;label_1\na dog;0.png;1.png;1;0\na cat;2.png;3.png;0.0;1.0\n"
+        "a cow;0.png;2.png;0.5;\na pig;0.png;3.png;left;\n",
+        encoding="utf-8",
+    )
+    found = read_preferences(tmp_path / "p.csv")
+    assert [(pair.prompt, pair.label) for pair in found.pairs] == [("a dog", 1), ("a cat", 0), ("a cow", 0.5)]
+    assert [problem.partition(" has ")[2] for problem in found.problems] == [
+        "labels that are no choice (label_0 = left, label_1 = None)"
+    ]
+    assert found.problems[0].startswith(f"line 5 of {tmp_path / 'p.csv'}")
+    ranks = "prompt\timage_path\trank\na dog\t0.png\t2\na dog\t1.png\t1\n"
+    (tmp_path / "p.csv").unlink()
+    (tmp_path / "r.tsv").write_text(ranks)
+    (pair,) = check_preferences(read_preferences(tmp_path)).pairs
+    assert (pair.first.path.name, pair.second.path.name, pair.label) == ("1.png", "0.png", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("label", "good"),
+    [("true", True), ("No", False), ("-1", False), ("1.0", True), (" bad ", False), ("perhaps", None)],
+)
+def test_a_label_is_good_or_bad_however_it_is_written(tmp_path: Path, label: str, good: bool | None) -> None:
+    row = {"prompt": "a dog", "image": "0.png", "label": label}
+    found = read_preferences(write_lines(tmp_path / "p.jsonl", [row]))
+    assert [single.good for single in found.singles] == ([] if good is None else [good])
+    assert len(found.problems) == (good is None)
+
+
+def test_a_tie_that_is_neither_yes_nor_no_is_no_choice(tmp_path: Path) -> None:
+    row = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
+    found = read_preferences(
+        write_lines(tmp_path / "p.jsonl", [row | {"tie": "maybe"}, row | {"tie": "yes"}])
+    )
+    assert [pair.label for pair in found.pairs] == [0.5]
+    assert found.problems == [
+        f"line 1 of {tmp_path / 'p.jsonl'} has tie = 'maybe', which is neither yes nor no"
+    ]
+
+
 def test_a_line_is_counted_with_the_empty_and_bad_ones_before_it(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('\n{"prompt": \n{"prompt": "", "caption": "a dog", "chosen": "a.png"}\n')

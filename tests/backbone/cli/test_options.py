@@ -167,6 +167,15 @@ def test_a_file_says_what_flags_say_and_flags_win(tmp_path: Path, name: str) -> 
     }
 
 
+def test_the_sections_of_a_trainer_s_toml_say_nothing_and_their_keys_count(tmp_path: Path) -> None:
+    file = tmp_path / "k.toml"
+    file.write_text("flip = true\n[training_arguments]\nsteps = 5\n[model_arguments]\nlearning_rate = 1e-3\n")
+    assert ask("--config", str(file)) == {"steps": 5, "rate": 0.001, "flip": True}
+    file.write_text("[a]\nsteps = 5\n[b]\nsteps = 6\n")
+    with pytest.raises(UserError, match=r"k\.toml says steps in two sections"):
+        ask("--config", str(file))
+
+
 # Lists of the same list, which written out would fill the memory.
 LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)) + "]"
 
@@ -175,6 +184,11 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
     ("name", "text", "complaint"),
     [
         ("a.yaml", "stepz: 5", "a.yaml has an unknown key stepz. Did you mean steps"),
+        (
+            "a.yaml",
+            "v2: false\nsteps: 5\nxformers: true",
+            r"2 unknown keys \(v2, xformers\), which would have no",
+        ),
         ("a.yaml", "steps: many", "steps in .*a.yaml is many"),
         ("a.yaml", "images: 5", "images in .*a.yaml is 5, which is no text"),
         ("a.yaml", "flip: 1", "flip in .*a.yaml is 1. Write true or false"),
@@ -487,7 +501,8 @@ def page() -> str:
             "",
             "Flags may be written with hyphens or underscores. Beside its own name an option of `train` is understood",
             "by the names below, which diffusers' scripts and kohya's sd-scripts use; a file given with `--config` may",
-            "use them too. This page is written by `python -m tests.backbone.cli.test_options`.",
+            "use them too, a .toml in sections whose names say nothing. This page is written by",
+            "`python -m tests.backbone.cli.test_options`.",
             "",
             spellings("customize train", customize.settings.Settings, customize.settings.TrainOptions),
             spellings("customize train-control", ControlSettings, RunOptions),

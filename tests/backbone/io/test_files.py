@@ -450,3 +450,16 @@ def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> N
         fill(tmp_path / "out")
     assert raised.value.filename == str(tmp_path / "out" / "unet" / "config.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_during_a_copy_is_said_of_the_copy(tmp_path: Path) -> None:
+    def copy(place: Path) -> None:
+        with fill_folder(place) as unfinished:
+            raise OSError(
+                errno.ENOSPC, "No space left", "model.safetensors", None, str(unfinished / "vae" / "a")
+            )
+
+    with pytest.raises(OSError, match="No space") as raised:
+        copy(tmp_path / "out")
+    assert raised.value.filename == "model.safetensors"
+    assert raised.value.filename2 == str(tmp_path / "out" / "vae" / "a")

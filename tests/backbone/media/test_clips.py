@@ -99,18 +99,22 @@ def test_a_report_plays_the_film_where_there_is_one(tmp_path: Path) -> None:
 class FilmFile:
     """What PyAV gives of a film: frames of four colours, when each is shown, how it was held, its pixels' shape."""
 
-    FFmpegError = OSError
+    FFmpegError, time_base = OSError, 1_000_000
 
-    def __init__(self, times: list[float], *, rotation: int = 0, aspect: float = 1) -> None:
-        stream = SimpleNamespace(average_rate=30, sample_aspect_ratio=aspect)
-        self.streams = SimpleNamespace(video=[stream])
+    def __init__(
+        self, times: list[float], *, rotation: int = 0, aspect: float = 1, lasts: float = 0, promised: int = 0
+    ) -> None:
+        cover = SimpleNamespace(average_rate=1, sample_aspect_ratio=1, frames=0)
+        stream = SimpleNamespace(average_rate=30, sample_aspect_ratio=aspect, frames=promised or len(times))
+        self.streams = SimpleNamespace(video=[cover, stream] if times else [])
+        self.film, self.duration = stream, lasts * self.time_base
         self.frames = [SimpleNamespace(to_image=four_colours, time=one, rotation=rotation) for one in times]
 
     def open(self, path: str) -> FilmFile:
         return self
 
     def decode(self, stream: object) -> list[SimpleNamespace]:
-        return self.frames
+        return self.frames if stream is self.film else self.frames[:1]
 
     def __enter__(self) -> FilmFile:
         return self
@@ -158,3 +162,36 @@ def test_frames_of_a_film_that_last_longer_are_repeated(
     uneven = read_as(FilmFile([0, 0.1, 0.2, 0.5, 0.6]), tmp_path, monkeypatch)
     assert len(uneven.frames) == 7 and uneven.fps == 10
     assert "taken as 7 of 100 ms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("film", "said"),
+    [
+        (
+            FilmFile([0, 1 / 30], lasts=3),
+            "says that it lasts 3.0 s, and its frames end at 0.1 s: it may be cut",
+        ),
+        (FilmFile([0, 1 / 30], promised=9), "says that it has 9 frames, and 2 are there: it may be cut off"),
+        (FilmFile([5, 5 + 1 / 30], lasts=2 / 30), ""),
+    ],
+)
+def test_a_film_that_ends_before_it_says_is_said_to_be_cut(
+    film: FilmFile,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert len(read_as(film, tmp_path, monkeypatch).frames) == 2
+    assert said in " ".join(capsys.readouterr().err.split()) if said else not capsys.readouterr().err
+
+
+def test_a_film_of_sound_alone_and_an_empty_one_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="holds sound and no pictures"):
+        read_as(FilmFile([]), tmp_path, monkeypatch)
+    broken = FilmFile([0, 1])
+    monkeypatch.setattr(broken, "open", lambda path: (tmp_path / "gone").open())
+    with pytest.raises(UserError, match=r"cannot be read as a film \(it is empty\). Copy it again"):
+        read_as(broken, tmp_path, monkeypatch)

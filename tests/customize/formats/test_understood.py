@@ -8,6 +8,7 @@ from customize.formats.layers.known import NETWORK_NAMES, known_layers
 from customize.formats.layers.originals import original_layers
 from customize.formats.layers.translate import PEFT_PREFIX, PREFIXES
 from customize.formats.read import OTHER_METHODS
+from customize.formats.words import ALONE, SLOTS
 
 PAGE = Path(__file__).parents[3] / "docs" / "adapter-files.md"
 COMPONENTS = {
@@ -81,6 +82,22 @@ def page() -> str:
                 f"- {what}: " + ", ".join(f"`{'<word>' if end == '>' else end}`" for end in ends)
                 for ends, what in OTHER_METHODS.items()
             ),
+            "",
+            "## Learned words",
+            "",
+            "A file of one learned word (an embedding, textual inversion) becomes a run by `customize import`, is",
+            "described by `info` and written for another tool by `export`; `.pt` and `.bin` are pickles and refused.",
+            "",
+            "| keys | written by | the vectors are |",
+            "| --- | --- | --- |",
+            f"| {', '.join(f'`{key}`' for key in ALONE)} | A1111, kohya, OneTrainer | of the model's only encoder |",
+            f"| {', '.join(f'`{key}`' for key in SLOTS)} | ComfyUI, kohya, OneTrainer, diffusers' advanced scripts "
+            "| of the encoder that each names |",
+            "| the word itself, as `<cat-toy>` | diffusers | of the only encoder; those of Stable Diffusion XL's "
+            "second lie beside, in `learned_embeds_2.safetensors` |",
+            "",
+            "A file must have vectors for every CLIP of the model, of its width. T5 learns no words beside a CLIP, and",
+            "is refused with the name of its tensors.",
             "",
         ]
     )

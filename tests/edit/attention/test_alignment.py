@@ -211,6 +211,11 @@ def test_the_printed_alignment_shows_both_prompts_and_what_became_of_the_words()
     ]
 
 
+def test_prompts_that_say_the_same_are_told_to_change_nothing() -> None:
+    assert "Both prompts say the same" in str(aligned("a cat in the snow", "A cat  in the snow"))
+    assert "say the same" not in str(aligned("a cat in the snow", "a cat in snow"))
+
+
 def test_the_printed_alignment_speaks_the_words_that_were_typed() -> None:
     alignment = aligned("a red dog in the snow", "a JKL cat in the snow")
     source, _, target = alignment.describe({"jkl": "[V]", "red": "<r>", "no": "yes"}).splitlines()

@@ -560,6 +560,23 @@ def test_a_mask_is_the_same_in_whatever_encoding_it_was_painted(tmp_path: Path, 
     assert float(mask_to_tensor(mask).mean()) == pytest.approx(0.196, abs=0.01)
 
 
+@pytest.mark.parametrize("hole", [False, True])
+def test_a_photograph_is_no_mask_and_a_soft_or_coloured_stroke_is_one(tmp_path: Path, hole: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    photograph = Image.fromarray(values).resize((256, 256), Image.Resampling.BICUBIC)
+    if hole:  # what other programs take for a mask: see-through where it may change
+        photograph.putalpha(Image.fromarray(np.uint8(255 - 255 * disc())).resize((256, 256)))
+    with pytest.raises(BadImageError, match=r"photo\.png has the colours of a photograph, and a mask"):
+        open_mask(write(tmp_path / "photo.png", photograph))
+    ramp = Image.radial_gradient("L").convert("RGB")
+    colour, ground = (Image.new("RGB", (256, 256), colour) for colour in ((255, 200, 60), "black"))
+    stroke = Image.composite(colour, ground, Image.radial_gradient("L"))
+    for number, soft in enumerate((ramp, stroke)):
+        assert open_mask(write(tmp_path / f"{number}.png", soft)).getextrema()[1] > 127
+        soft.save(tmp_path / "soft.jpg", quality=60)
+        assert open_mask(tmp_path / "soft.jpg").getextrema()[1] > 127
+
+
 def test_a_mask_s_greys_are_left_as_they_are_whatever_its_colour_profile(tmp_path: Path) -> None:
     shades = Image.linear_gradient("L")
     path = write(tmp_path / "1.mask.png", shades, icc_profile=grey_profile_of_light())

@@ -1,0 +1,345 @@
+"""Learned words (textual inversion, Gal et al. 2023) in other tools' files: read into a run, and written for a tool.
+
+| written by | keys | encoders |
+|---|---|---|
+| diffusers, a run of one encoder | the token: `<cat-toy>`, [D] or [W, D] | one; `learned_embeds_2` is the second's |
+| A1111, OneTrainer, kohya | `emb_params` [W, D] | one |
+| ComfyUI, kohya, OneTrainer, diffusers' advanced scripts | `clip_l`, `clip_g` [W, D] | both CLIPs |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
+from backbone.adapters.concept import PLACEHOLDER, Concept, check_token, read_concept
+from backbone.adapters.config import check_tensors
+from backbone.adapters.embeddings import (
+    EMBEDDINGS_FILE,
+    add_tokens,
+    save_embeddings,
+    split_by_encoder,
+    vector_token_names,
+)
+from backbone.io.console import UserError, count_of
+from backbone.io.files import (
+    fill_folder,
+    read_header,
+    read_tensors,
+    refuse_existing,
+    write_tensors,
+    write_text,
+)
+from backbone.models.model import Backbone
+from customize.formats.adapter import FileFormat
+
+Encoders = Mapping[str, Tensor]  # text encoder (a slot's name) → vectors [W, D]
+SLOTS = {
+    "clip_l": "text_encoder",
+    "clip_h": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder",  # diffusers' advanced scripts at first
+    "text_encoders_1": "text_encoder_2",
+}
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+ALONE = ("emb_params", "string_to_param.*")  # of the model's only encoder
+OTHERS = ("t5", "t5xxl")  # encoders whose words are not learned here
+WIDTHS: dict[tuple[int, ...], str] = {
+    (768,): "Stable Diffusion 1.x",
+    (1024,): "Stable Diffusion 2.x",
+    (768, 1280): "Stable Diffusion XL",
+}
+
+
+@dataclass(frozen=True)
+class WordFile:
+    """What a tool's file of one learned word holds: vectors by encoder, "" where the file names none.
+
+    `token` is what the file itself calls it, "" where it has no name.
+    """
+
+    vectors: Encoders
+    token: str
+    metadata: Mapping[str, str]
+    file_format: str
+
+
+def find_word_file(path: Path) -> Path | None:
+    """The file of learned words that a path names, which may be the folder of diffusers' script; None for any other."""
+    if path.is_dir():
+        path = path / EMBEDDINGS_FILE if not (path / CONCEPT).is_file() else path
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    shapes = read_header(path).shapes
+    known = {*SLOTS, *ALONE}
+    if known & set(shapes) or (shapes and all(_is_placeholder(name) for name in shapes)):
+        return path
+    alone = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
+    return path if alone and not any("." in name for name in shapes) else None
+
+
+def _is_placeholder(name: str) -> bool:
+    token, _, slot = name.partition("/")
+    return slot in KEYS or PLACEHOLDER.fullmatch(token) is not None
+
+
+def read_word_file(path: Path) -> WordFile:
+    """Read a file of one learned word.
+
+    Raises `UserError` for several words, for vectors of an encoder that learns none here, and for what is no vector.
+    """
+    tensors, metadata = read_tensors(path)
+    check_tensors(path, tensors)
+    vectors: dict[str, Tensor] = {}
+    names: set[str] = set()
+    for key, value in tensors.items():
+        name, _, slot = key.partition("/")  # a run's own file where the model has several encoders
+        if value.ndim not in (1, 2) or (slot and slot not in KEYS):
+            raise UserError(f"{path} holds {key} of the shape {list(value.shape)}, which is no learned word.")
+        if key in SLOTS or key in ALONE:
+            slot = SLOTS.get(key, "")
+        elif key in OTHERS or (set(tensors) & {*SLOTS, *ALONE}):
+            raise UserError(
+                f"{path} holds {key} beside what CLIP reads, and only the CLIPs learn words here. Learn the word "
+                "anew without it."
+            )
+        else:
+            names.add(name)
+        vectors[slot] = value.reshape(-1, value.shape[-1])
+    vectors = dict(sorted(vectors.items()))
+    if len(names) > 1:
+        said = ", ".join(sorted(names))
+        raise UserError(f"{path} holds {len(names)} learned words ({said}). Save each in a file of its own.")
+    if len({len(rows) for rows in vectors.values()}) > 1:
+        counts = ", ".join(f"{KEYS[slot]} {len(rows)}" for slot, rows in vectors.items())
+        raise UserError(
+            f"{path} holds another number of vectors for each encoder ({counts}). Export it again."
+        )
+    token = names.pop() if names else ""
+    kind = "diffusers" if token else "A1111" if "" in vectors else "ComfyUI"
+    return _with_second(WordFile(vectors, token if token != "*" else "", metadata, kind), path)
+
+
+def _with_second(words: WordFile, path: Path) -> WordFile:
+    """With the second encoder's vectors, which diffusers' script for Stable Diffusion XL writes to a file beside."""
+    second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))
+    if set(words.vectors) != {""} or second == path or not second.is_file():
+        return words
+    other = read_word_file(second)
+    if set(other.vectors) != {""}:
+        return words
+    return replace(words, vectors={"text_encoder": words.vectors[""], "text_encoder_2": other.vectors[""]})
+
+
+def import_words(file: Path, out: Path, *, model: str | None, token: str | None, class_noun: str = "") -> str:
+    """Write a tool's file of a learned word to a run folder; returns a sentence to print.
+
+    Raises `UserError`, before anything is written, where the model is unknown or reads other vectors.
+    """
+    words = read_word_file(file)
+    if out.suffix == ".safetensors":
+        raise UserError(
+            f"{file} holds a learned word. Name a folder with --out, or write it for another tool: customize export "
+            f"{file} --to diffusers --out {out}"
+        )
+    model_name = model or words.metadata.get("base_model")
+    if model_name is None:
+        raise UserError(f"{file} does not say which model it is for. Name it with --model.")
+    opened = Backbone.open(model_name, device="cpu", precision="fp32")
+    vectors = _fit_to_encoders(words, opened, file)
+    token = token or words.token or "[V]"
+    check_token(token, opened.text_encoder.tokenizer.get_vocab())
+    names = vector_token_names(token, len(next(iter(vectors.values()))))
+    add_tokens(opened.text_encoder, vectors, tokens=names)
+    with fill_folder(out) as unfinished:
+        save_embeddings(
+            unfinished / EMBEDDINGS_FILE,
+            {token: vectors},
+            metadata={"format": "pt", "base_model": model_name},
+        )
+        write_text(
+            unfinished / "README.md",
+            f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
+            f"Write `{token}` in a prompt, which stands for {count_of(len(names), 'learned vector')}.\n",
+        )
+        Concept(
+            kind="textual-inversion",
+            model=model_name,
+            fingerprint=opened.fingerprint,
+            tokens={token: " ".join(names)},
+            class_noun=class_noun,
+            words=EMBEDDINGS_FILE,
+            folder=out,
+        ).write(unfinished)
+    return (
+        f"{out}: {count_of(len(names), 'learned vector')} for {token}. Next: customize sample "
+        f'"a {token} …" --concept {out}'
+    )
+
+
+def _fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, Tensor]:
+    """The vectors by the model's own encoders; `UserError` where these are others, or of another width."""
+    slots = {
+        slot.name: slot.model.get_input_embeddings().weight.shape[1] for slot in model.text_encoder.slots
+    }
+    vectors = dict(words.vectors)
+    if set(vectors) == {""} and len(slots) == 1:
+        vectors = {next(iter(slots)): vectors[""]}
+    found = {slot: rows.shape[1] for slot, rows in vectors.items()}
+    if found == slots:
+        return vectors
+    given, wanted = (
+        " and ".join(
+            f"{width}" + (f" ({KEYS.get(slot, slot)})" if slot else "") for slot, width in one.items()
+        )
+        for one in (found, slots)
+    )
+    kind = WIDTHS.get(tuple(found.values()))
+    raise UserError(
+        f"{file} holds vectors of width {given}" + (f", as {kind} reads them" if kind else "") + ", and "
+        f"{model.location.name} reads width {wanted}. Give the --model that the word was learned on."
+    )
+
+
+def read_words(source: Path) -> tuple[dict[str, Encoders], dict[str, str]] | None:
+    """Token → vectors by encoder, and metadata, of a run that learned words alone, or of a tool's file of one word.
+
+    None for anything else. A file's word that has no name of its own is called as the file is.
+    """
+    if source.is_dir() and (source / CONCEPT).is_file():
+        concept = read_concept(source)
+        if not concept.words or concept.weights or concept.changed:
+            return None
+        return _read_own_words(concept)
+    file = find_word_file(source)
+    if file is None:
+        return None
+    words = read_word_file(file)
+    return {words.token or file.stem: words.vectors}, dict(words.metadata)
+
+
+def _read_own_words(concept: Concept) -> tuple[dict[str, Encoders], dict[str, str]]:
+    """The same of a run; `UserError` where its file has no vectors for one of its tokens."""
+    path = concept.folder / concept.words
+    tensors, metadata = read_tensors(path)
+    check_tensors(path, tensors)
+    words: dict[str, Encoders] = {}
+    for token in concept.learned_tokens:
+        own = {
+            name: value
+            for name, value in tensors.items()
+            if name in (token, *(f"{token}/{one}" for one in KEYS))
+        }
+        if not own or any(value.ndim not in (1, 2) for value in own.values()):
+            raise UserError(f"{path} holds no vectors for {token}. Train the concept again.")
+        words[token] = split_by_encoder(own, token)
+    return words, metadata
+
+
+def export_words(
+    source: Path,
+    words: Mapping[str, Encoders],
+    metadata: Mapping[str, str],
+    out: Path,
+    file_format: FileFormat,
+    *,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write learned words for a tool, one file each, as tools read them; returns a sentence to print.
+
+    Several have their words in their files' names. Raises `UserError` for a file that is there already.
+    """
+    paths = list_word_files(out, list(words)) if len(words) > 1 else {next(iter(words)): out}
+    for path in paths.values():
+        refuse_existing(path)
+    kept = {key: value for key, value in metadata.items() if key in ("format", "base_model")}
+    for token, path in paths.items():
+        rows = {slot: value if dtype is None else value.to(dtype) for slot, value in words[token].items()}
+        if any(not bool(torch.isfinite(value.float()).all()) for value in rows.values()):
+            raise UserError(
+                f"Nothing was written: {source} is not finite in that precision. Leave out --precision."
+            )
+        write_tensors(path, name_for_tool(token, rows, file_format), {**kept, "token": token})
+    said = ", ".join(f"{path} for {token}" for token, path in paths.items())
+    tool = "Write a file's name in prompts there." if file_format != "diffusers" else ""
+    return f"In {file_format}'s format: {said}. {tool}".rstrip()
+
+
+def name_for_tool(token: str, vectors: Encoders, file_format: FileFormat) -> dict[str, Tensor]:
+    """A word's vectors under the keys by which a tool knows them."""
+    rows = {slot: value.reshape(-1, value.shape[-1]) for slot, value in vectors.items()}
+    if len(rows) > 1:
+        return {KEYS[slot]: value for slot, value in rows.items()}
+    (value,) = rows.values()
+    return {token if file_format == "diffusers" else ALONE[0]: value}
+
+
+def list_word_files(out: Path, tokens: list[str]) -> dict[str, Path]:
+    """A file for each of several words, beside `out` and called after it and the word."""
+    paths: dict[str, Path] = {}
+    for token in tokens:
+        stem = f"{out.stem}-{re.sub(r'[^A-Za-z0-9]', '', token) or 'word'}"
+        number, path = 2, out.with_name(f"{stem}.safetensors")
+        while path in paths.values():
+            number, path = number + 1, out.with_name(f"{stem}-{number}.safetensors")
+        paths[token] = path
+    return paths
+
+
+def export_beside(concept: Concept, out: Path, file_format: FileFormat) -> list[Path]:
+    """Files of the words that a run learned beside an adapter, for a tool: the run's own, or written beside `out`.
+
+    Tools read one word to a file, and where a model has several encoders, those of kohya and ComfyUI by their names.
+    Raises `UserError` for a file that is there already.
+    """
+    own = concept.folder / concept.words
+    words, _ = _read_own_words(concept)
+    encoders = {slot for vectors in words.values() for slot in vectors}
+    if not encoders <= set(KEYS) or (len(words) == 1 and (file_format == "diffusers" or len(encoders) == 1)):
+        return [own]
+    paths = list_word_files(out, list(words))
+    for path in paths.values():
+        refuse_existing(path)
+    for token, path in paths.items():
+        write_tensors(path, name_for_tool(token, words[token], file_format), {"token": token})
+    return list(paths.values())
+
+
+def inspect_words(source: Path) -> dict[str, Any] | None:
+    """Vectors, widths and mean lengths of each learned word by encoder, and the model's family; None for no words."""
+    found = read_words(source)
+    if found is None:
+        return None
+    words, metadata = found
+    described: dict[str, Any] = {}
+    for token, vectors in words.items():
+        encoders = {
+            KEYS.get(slot, slot) or "its only encoder": {
+                "vectors": len(rows),
+                "width": rows.shape[1],
+                "norm": float(rows.float().norm(dim=1).mean()),
+            }
+            for slot, rows in ((slot, value.reshape(-1, value.shape[-1])) for slot, value in vectors.items())
+        }
+        base = WIDTHS.get(tuple(one["width"] for one in encoders.values()), "another model")
+        described[token] = {"base": base, "encoders": encoders}
+    return {"file": str(source), "words": described, "metadata": metadata}
+
+
+def describe_words(facts: Mapping[str, Any]) -> str:
+    """What `inspect_words` found, as lines of text."""
+    lines = [f"file       {facts['file']}"]
+    for token, word in facts["words"].items():
+        lines += [f"word       {token}, of {word['base']}"]
+        lines += [
+            f"vectors    {one['vectors']} of {one['width']} numbers, {one['norm']:.4g} long, for {encoder}"
+            for encoder, one in word["encoders"].items()
+        ]
+    return "\n".join([*lines, *(f"metadata   {key}: {value}" for key, value in facts["metadata"].items())])
