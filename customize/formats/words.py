@@ -320,7 +320,7 @@ def inspect_words(source: Path) -> dict[str, Any] | None:
     words, metadata = found
     described: dict[str, Any] = {}
     for token, vectors in words.items():
-        encoders = {
+        encoders: dict[str, dict[str, Any]] = {
             KEYS.get(slot, slot) or "its only encoder": {
                 "vectors": len(rows),
                 "width": rows.shape[1],

@@ -68,7 +68,8 @@ def copy_adapter(what: str, network: nn.Module, concept: Concept) -> None:
     for layer in network.modules():
         scaling: Mapping[str, float] = getattr(layer, "scaling", {})
         if isinstance(layer, BaseTunerLayer) and scaling.get(ADAPTER) != scaling.get(BEFORE):
-            wanted = scaling[BEFORE] * layer.r[ADAPTER]
+            ranks: Mapping[str, int] = layer.r  # type: ignore[assignment]
+            wanted = scaling[BEFORE] * ranks[ADAPTER]
             raise _does_not_fit(concept, f"its α is another; give --lora-alpha {wanted:g}")
     for name, value in own.items():
         copy_factor(value, renamed[name])

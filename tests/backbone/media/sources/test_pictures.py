@@ -572,9 +572,9 @@ def test_a_photograph_is_no_mask_and_a_soft_or_coloured_stroke_is_one(tmp_path: 
     colour, ground = (Image.new("RGB", (256, 256), colour) for colour in ((255, 200, 60), "black"))
     stroke = Image.composite(colour, ground, Image.radial_gradient("L"))
     for number, soft in enumerate((ramp, stroke)):
-        assert open_mask(write(tmp_path / f"{number}.png", soft)).getextrema()[1] > 127
+        assert np.asarray(open_mask(write(tmp_path / f"{number}.png", soft))).max() > 127
         soft.save(tmp_path / "soft.jpg", quality=60)
-        assert open_mask(tmp_path / "soft.jpg").getextrema()[1] > 127
+        assert np.asarray(open_mask(tmp_path / "soft.jpg")).max() > 127
 
 
 def test_a_mask_s_greys_are_left_as_they_are_whatever_its_colour_profile(tmp_path: Path) -> None:
