@@ -46,7 +46,7 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import Scene, sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
-from recipes.moji.data.pictures import SHARD, load, load_captions
+from recipes.moji.data.pictures import SCENES, SHARD, load, load_captions
 from recipes.moji.training.carried import carry_over
 from recipes.moji.training.muon import Muon
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training, make_readable, read_trained
@@ -266,7 +266,7 @@ def encode(
     """Encodes all rendered scenes, or the first of them; finished shards are kept."""
     vae = AutoencoderKL.from_pretrained(workdir / "vae").to(device, memory_format=torch.channels_last).eval()
     (workdir / "latents").mkdir(exist_ok=True)
-    for number, shard in enumerate(load(workdir, "scenes")[:shards]):
+    for number, shard in enumerate(load(workdir, *SCENES)[:shards]):
         path = workdir / "latents" / f"{number:03d}.safetensors"
         if path.exists():
             continue
@@ -411,7 +411,7 @@ class Latents:
 
     def some(self, count: int, workdir: Path) -> tuple[Tensor, Tensor, Tensor]:
         """The first pictures [B, 3, 128, 128], their mean latents, and the ids of their canonical captions."""
-        pictures = to_tensor(np.array(load(workdir, "scenes")[0][:count]))
+        pictures = to_tensor(np.array(load(workdir, *SCENES)[0][:count]))
         return pictures, self.mean[:count].float(), self.tokens[: 2 * count : 2].long()
 
 
