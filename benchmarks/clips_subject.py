@@ -30,8 +30,8 @@ from PIL import Image
 
 from backbone.adapters.concept import Concept, checkpoint, read_concept
 from backbone.cli.commands import script_app
-from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
-from backbone.cli.options import Option, check_values, settled_command
+from backbone.cli.flags import DATA, MODEL
+from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import DrawingOptions
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import PARTS, SIDE, is_right, measure_moved
@@ -41,7 +41,7 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.media.clips import choose_strip
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.world.motions import MOTIONS
-from benchmarks.control_subject import of_mean, of_share
+from benchmarks.control_subject import DrawingConcepts, of_mean, of_share
 from benchmarks.customize import (
     TOKEN,
     Question,
@@ -54,7 +54,6 @@ from benchmarks.customize import (
 )
 from benchmarks.judges.classifier import (
     FACTS,
-    FOLDER,
     Classifier,
     Prediction,
     is_top_glyph,
@@ -72,25 +71,13 @@ app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectClipSettings:
+class SubjectClipSettings(DrawingConcepts):
     """Which concepts are drawn in which clips."""
 
-    concepts: Annotated[
-        tuple[str, ...], Option("Concepts; repeatable.", DATA, default_text="all twelve", metavar="NAME")
-    ] = ()
     count: Annotated[int, Option("Clips of each concept.", DATA, min=1)] = 7
     frames: Annotated[int, Option("Frames of a clip.", DATA, min=2)] = 16
-    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
-    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
     motion: Annotated[str, Option("A motion adapter, beside planned motions.", MODEL)] = ""
-    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
-    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
     seed: Annotated[int, Option("Seed of training and of the clips.", DATA)] = 0
-    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
-    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
 
 @dataclass(frozen=True)

@@ -85,30 +85,36 @@ app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectSettings:
-    """Which concepts are drawn under which maps."""
+class DrawingConcepts:
+    """What every benchmark is asked for that draws the development concepts' runs."""
 
     concepts: Annotated[
         tuple[str, ...], Option("Concepts; repeatable.", DATA, default_text="all twelve", metavar="NAME")
     ] = ()
+    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
+    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
+    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
+    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
+    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectSettings(DrawingConcepts):
+    """Which concepts are drawn under which maps."""
+
     count: Annotated[int, Option("Images of each concept under each kind of map.", DATA, min=1)] = 7
     kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", DATA, choices=KINDS)] = (
         "sketch",
         "pose",
     )
     of_class: Annotated[bool, Option("Under maps of the class's glyph too.", DATA)] = False
-    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
-    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
     network: Annotated[str, Option("A control network.", MODEL, default_text="the model's own")] = ""
     scale: Annotated[float, Option("Conditioning scale of the control network.", SAMPLING)] = 1.0
-    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
-    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
     seed: Annotated[int, Option("Seed of training.", DATA)] = 0
-    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
-    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
 
 @dataclass(frozen=True)

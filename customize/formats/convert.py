@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from backbone.adapters.concept import EDITS, Concept, check_token
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
@@ -66,21 +65,8 @@ def export_adapter(
     family = base or (_family_of_model(named) if named else None) or adapter.base
     _say_what_tools_misread(adapter, file_format, family)
     adapter = _shape_projections(adapter, family)
-    weights: Mapping[str, Tensor] | None = None
-    if file_format == "comfyui" and "dora" in adapter.algorithms:
-        model_name = model or (concept.model if concept else None)
-        if model_name is None:
-            raise UserError(
-                "DoRA in ComfyUI's format depends on the base's weights. Name it with --model, or export --to kohya."
-            )
-        base_weights = ModelWeights(locate(model_name))
-        refuse_mismatch(
-            {name: layer.shape for name, layer in adapter.layers.items()},
-            base_weights.shapes,
-            str(source),
-            model_name,
-        )
-        weights = LayerWeights(base_weights)
+    needs_base = file_format == "comfyui" and "dora" in adapter.algorithms
+    weights = _weights_of_base(adapter, named, source) if needs_base else None
     with atomic_write(out) as unfinished:  # it is there when its embeddings are
         worst = write_adapter(
             unfinished,
@@ -98,6 +84,18 @@ def export_adapter(
         f"{out} in {file_format}'s format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
+
+
+def _weights_of_base(adapter: AdapterFile, model: str | None, source: Path) -> LayerWeights:
+    """The base's weights of the adapter's layers; `UserError` for a base that is not named, or has other layers."""
+    if model is None:
+        raise UserError(
+            "DoRA in ComfyUI's format depends on the base's weights. Name it with --model, or export --to kohya."
+        )
+    weights = ModelWeights(locate(model))
+    layers = {name: layer.shape for name, layer in adapter.layers.items()}
+    refuse_mismatch(layers, weights.shapes, str(source), model)
+    return LayerWeights(weights)
 
 
 # Of which diffusers reads kohya's form by their own code

@@ -126,8 +126,9 @@ def keep_background(
     if align:
         tone = find_tone(straight, source, changed)
     if tone != NO_TONE:  # now that colours agree, the drift is seen better
-        found = register_to_source(tone.undo(edited), source, changed=changed)
-        straight = undo(tone.undo(edited), found, beyond=source)
+        evened = tone.undo(edited)
+        found = register_to_source(evened, source, changed=changed)
+        straight = undo(evened, found, beyond=source)
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
     place = (
         find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
