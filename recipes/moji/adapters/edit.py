@@ -33,6 +33,7 @@ from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
+from recipes.moji.data.pictures import align_to_grid
 from recipes.moji.training.run import make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
@@ -73,6 +74,9 @@ class EditorSettings:
     out: Annotated[Path, Option("The run folder.", OUTPUT)]
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
     pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 12_000
+    aligned: Annotated[
+        int, Option("Of these, how many whose things stand on the autoencoder's grid.", DATA, min=0)
+    ] = 6_000
     steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 3_200
     batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
     rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 48
@@ -100,9 +104,9 @@ class EditorSettings:
 def train(wanted: EditorSettings) -> None:
     """Renders the pairs that are missing, and trains."""
     if wanted.tiny:
-        wanted = replace(wanted, pairs=20, steps=2, batch=2, held_out=1)
-    folder = wanted.workdir / f"edits-{wanted.pairs}"
-    write_pairs(folder, sample_edits(TRAINING_SEEDS, wanted.pairs))
+        wanted = replace(wanted, pairs=20, aligned=10, steps=2, batch=2, held_out=1)
+    folder = wanted.workdir / f"edits-{wanted.pairs}-{wanted.aligned}"
+    write_pairs(folder, select_edits(wanted.pairs, wanted.aligned))
     steps = wanted.steps
     asked: dict[str, Any] = {
         "pairs": str(folder), "lora_layers": "all", "train_text_encoder": True, "lr_warmup_steps": min(200, steps),
@@ -134,6 +138,18 @@ def export(
             "--rank."
         )
     print(f"{out}: {size / 1e6:.1f} MB")
+
+
+def select_edits(count: int, aligned: int) -> list[WorldEdit]:
+    """The first `count` edits of the world; things of the last `aligned` stand on the autoencoder's grid."""
+    if aligned > count:
+        raise UserError(f"--aligned {aligned} is more than --pairs {count}. Lower it.")
+    edits = sample_edits(TRAINING_SEEDS, count)
+    free = count - aligned
+    return [
+        *edits[:free],
+        *(replace(e, before=align_to_grid(e.before), after=align_to_grid(e.after)) for e in edits[free:]),
+    ]
 
 
 def write_pairs(folder: Path, edits: list[WorldEdit], *, workers: int = 2) -> None:
