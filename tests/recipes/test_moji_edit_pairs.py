@@ -1,4 +1,4 @@
-"""The pairs that `moji-edit` learns from: half of them with things on the autoencoder's grid, the same before and after."""
+"""Pairs that `moji-edit` learns from: half with things on the autoencoder's grid, the same before and after."""
 
 from __future__ import annotations
 
