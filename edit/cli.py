@@ -12,7 +12,7 @@ import typer
 
 from backbone.cli.commands import command_group, program_words
 from backbone.cli.options import settled_command
-from backbone.io.console import UserError, count_of, notify, run_app
+from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of
@@ -60,7 +60,7 @@ def example(
         make_empty_folder(folder)
     for name in SCENE:
         write_bytes(folder / name, (EXAMPLES / name).read_bytes())
-    image, prompt = (shlex.quote(str(folder / name)) for name in SCENE)
+    image, prompt = (quote(folder / name) for name in SCENE)
     notify(f'Next: edit invert-and-replace {image} --source {prompt} --target "a dog in a park"')
 
 
@@ -83,13 +83,13 @@ def invert(asked: InvertOptions) -> None:
         from edit.run.clip import write_clip_inversion
 
         notify(write_clip_inversion(file, film, prompt, asked, wishes["concepts"]))
-        notify(f'{file} is written. Next: edit clip --inversion {file} --target "…"')
+        notify(f'{file} is written. Next: edit clip --inversion {quote(file)} --target "…"')
         return
     from edit.run.invert import write_inversion
 
     for line in write_inversion(file, image, prompt, wishes):
         notify(line)
-    notify(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
+    notify(f'{file} is written. Next: edit invert-and-replace --inversion {quote(file)} --target "…"')
 
 
 @settled_command(app, ReplaceOptions, panels=PANELS)

@@ -13,6 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,6 +24,10 @@ from backbone.io.console import UserError
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
 NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
+TEXT = (
+    30  # columns that are left for the texts at least; in a narrower terminal they all stand below the names
+)
+INDENT = 4  # columns that they stand in there
 SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are listed in the text
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
 ENDS = {
@@ -46,12 +51,19 @@ class Command(TyperCommand):
         """The flag `--help`, off where it is not given."""
         return _off(super().get_help_option(ctx))
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command in its usage: arguments as they are called, without typer's braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads the words; `UserError` for an option that takes one value and is given twice."""
         words = list(args)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             refuse_repeats(self.make_parser(ctx).parse_args(words)[2])
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):  # a shell leaves the ~ of '~/dog' and of --out=~/dog as it is
+                ctx.params[name] = value.expanduser()
         return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -92,6 +104,14 @@ class ReadLater(Command):
 
 class Group(TyperGroup):
     """Several commands; their help comes in the same form."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the words; `help`, `help COMMAND` and `version` are read as the flags of these names."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        elif args == ["version"]:
+            args = ["--version"]
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The flags of the group itself (`--help`, completion), off where they are not given."""
@@ -180,11 +200,12 @@ def panel_of(title: str, rows: Iterable[tuple[str, str]], columns: int) -> str:
     """A heading, then a row each: the name in the left column, the text in the right one."""
     rule = "─" * max(0, columns - len(title) - 4)
     lines = [f"{typer.style(f'── {title}', bold=True)} {rule}"]
+    left = NAMES if columns >= NAMES + TEXT else INDENT
     for name, text in rows:
-        wrapped = textwrap.wrap(text, max(20, columns - NAMES), break_on_hyphens=False) or [""]
-        if len(name) + 2 >= NAMES:
+        wrapped = textwrap.wrap(text, columns - left, break_on_hyphens=False) or [""]
+        if len(name) + 2 >= left:
             lines.append(f"  {name}")
         else:
-            lines.append(f"  {name:<{NAMES - 2}}{wrapped.pop(0)}".rstrip())
-        lines += [" " * NAMES + line for line in wrapped]
+            lines.append(f"  {name:<{left - 2}}{wrapped.pop(0)}".rstrip())
+        lines += [" " * left + line for line in wrapped]
     return "\n".join(lines) + "\n"
