@@ -166,7 +166,7 @@ def compose(asked: ComposeOptions) -> None:
     away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
     if not weighted:
-        raise UserError("There is no prompt to compose with. Give --toward “a watercolor=3”, or --away.")
+        raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
     wishes = begins(asked, [prompt for prompt, _ in weighted])
     del wishes["away"]
     finish("compose", wishes | {"toward": weighted})
@@ -282,7 +282,7 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
     elif asked.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
-        raise UserError("What the image shows is not said. Give --source “a cat in a park”.")
+        raise UserError('What the image shows is not said. Give --source "a cat in a park".')
     else:
         checks.prompt(source, "source prompt")
     read = {} if asked.image is None else {"image": readable(asked.image)}

@@ -26,7 +26,8 @@ import edit.cli
 import limner.cli
 from backbone import __version__
 from backbone.cli.commands import program_words
-from backbone.cli.help import hyphens
+from backbone.cli.help import hyphens, refuse_typography
+from backbone.io.console import UserError
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
@@ -175,6 +176,29 @@ def test_a_command_that_is_printed_can_be_copied_and_a_tilde_that_was_quoted_is_
     assert said.exit_code == 0 and (tmp_path / "my dög" / "dog-1.png").is_file() and not Path("~").exists()
     (line,) = [one for one in said.output.splitlines() if one.startswith("Next: ")]
     assert shlex.split(line)[1:5] == ["customize", "train", "--images", str(tmp_path / "my dög")]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["sample", "a dog", "—count", "4"], "Type two hyphens: --count"),
+        (["train", "–images", "dog"], "Type two hyphens: --images"),
+        (["sample", "“a", "dog”"], "Type straight ones"),
+        (["example", ""], "FOLDER is empty"),
+    ],
+)
+def test_what_a_text_program_or_an_empty_variable_put_there_is_no_plain_word(
+    words: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(PROGRAMS["customize"], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["a dog – at night", "“hello” on a sign", "‘tis the season", "the cats’"])
+def test_dashes_and_quotation_marks_may_stand_in_a_prompt(prompt: str) -> None:
+    refuse_typography([prompt, "−3", "-"])
 
 
 # limner ------------------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ ENDS = {
     "Output": 2,
     "Other": 3,
 }  # panels that stand first or last; the others as they come
+DASHES = "–—―−"
+LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
+OPENING = tuple("“”„‘«")
 SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
 
 
@@ -56,14 +59,17 @@ class Command(TyperCommand):
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words; `UserError` for an option that takes one value and is given twice."""
+        """Reads the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
         words = list(args)
+        if not ctx.resilient_parsing:
+            refuse_typography(words)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
-            refuse_repeats(self.make_parser(ctx).parse_args(words)[2])
-        for name, value in ctx.params.items():
-            if isinstance(value, Path):  # a shell leaves the ~ of '~/dog' and of --out=~/dog as it is
-                ctx.params[name] = value.expanduser()
+            values, _, order = self.make_parser(ctx).parse_args(words)
+            refuse_repeats(order)
+            for name, value in ctx.params.items():
+                if isinstance(value, Path):
+                    ctx.params[name] = expand_path(value, values.get(name), name)
         return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -126,6 +132,31 @@ def _off(flag: Any) -> Any:
     if flag is not None and flag.default is None:
         flag.default = False
     return flag
+
+
+def expand_path(path: Path, typed: Any, name: str) -> Path:
+    """A path with the home folder in place of ~, which a shell leaves in quotation marks and behind `--out=`.
+
+    Raises `UserError` for one that was typed as nothing (a variable of the shell that was never set), which would be
+    the working folder.
+    """
+    if typed == "":
+        raise UserError(f"{name.upper()} is empty. Name one.")
+    return path.expanduser()
+
+
+def refuse_typography(words: Iterable[str]) -> None:
+    """`UserError` for words with the dashes and quotation marks that text programs put in place of the typed ones.
+
+    They would be plain words: by `sample "a dog" —count 4` an image of “—count” would be drawn, and one of “4”.
+    """
+    for word in words:
+        if LONG_DASH.match(word):
+            raise UserError(f"{word} begins with a long dash. Type two hyphens: --{word.lstrip(DASHES)}")
+        if word[:1] in OPENING and " " not in word:  # with spaces, straight ones are around it
+            raise UserError(
+                f"{word} has quotation marks that a shell does not read. Type straight ones: \" or '."
+            )
 
 
 def refuse_repeats(order: Sequence[Any]) -> None:
