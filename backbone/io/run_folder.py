@@ -50,11 +50,11 @@ OF_A_FILE = (
     *(".txt", ".md", ".html", ".pdf", ".log", ".tar", ".zip", ".gz"),
 )
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
-Line = TypeVar("Line", bound="LoggedStep")
+Line = TypeVar("Line", bound="StepRecord")
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-class LoggedStep(Protocol):
+class StepRecord(Protocol):
     """A line of a log: what it says is of this step."""
 
     @property
