@@ -14,7 +14,7 @@ from backbone.cli import flags
 from backbone.cli.commands import command_group, print_json
 from backbone.cli.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
 from backbone.cli.options import Option, settled_command
-from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
+from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json, refuse_existing
 from backbone.io.prompts import Prompt, prompts_of, unique_prompts
 
@@ -123,7 +123,7 @@ def sample(asked: SampleOptions) -> None:
     drawn = sample_pairs(prompts, out, asked, concepts=concepts)
     whole = len(prompts) * asked.count
     images, asked_of = count_of(whole, "image"), count_of(len(prompts), "prompt")
-    notify(f"{images} of {asked_of} in {out} ({drawn} new). Next: align label {out}")
+    notify(f"{images} of {asked_of} in {out} ({drawn} new). Next: align label {quote(out)}")
     if asked.as_json and is_main_rank():
         print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
 
@@ -152,7 +152,7 @@ def label(
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
         notify(
-            f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {folder}"
+            f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {quote(folder)}"
         )
 
 
@@ -211,7 +211,7 @@ def rank(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
     pairs, asked_of = count_of(count, "pair"), count_of(len(prompts), "prompt")
-    notify(f"{pairs} of {asked_of} by {', '.join(scorer)}. Next: align train {folder}")
+    notify(f"{pairs} of {asked_of} by {', '.join(scorer)}. Next: align train {quote(folder)}")
 
 
 @app.command()

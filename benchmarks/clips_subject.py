@@ -30,24 +30,21 @@ from PIL import Image
 
 from backbone.adapters.concept import Concept, checkpoint, read_concept
 from backbone.cli.commands import script_app
-from backbone.cli.flags import DATA, MODEL
+from backbone.cli.flags import DATA, MODEL, SAMPLING
 from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import DrawingOptions
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import PARTS, SIDE, is_right, measure_moved
-from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.clips import choose_strip
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.world.motions import MOTIONS
-from benchmarks.control_subject import DrawingConcepts, of_mean, of_share
 from benchmarks.customize import (
     TOKEN,
+    ConceptSettings,
     Question,
     Trial,
-    concept_interval,
-    format_interval,
     list_trials,
     make_questions,
     train_by_command,
@@ -60,8 +57,15 @@ from benchmarks.judges.classifier import (
     load_classifier,
     most_likely,
 )
-from benchmarks.moji import format_percent
 from benchmarks.motions import draw
+from benchmarks.tables import (
+    concept_interval,
+    format_interval,
+    format_mean,
+    format_mean_share,
+    format_percent,
+    format_share,
+)
 from customize.clips.settings import ClipOptions
 from customize.sampling import sample_to_folder
 
@@ -71,12 +75,14 @@ app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectClipSettings(DrawingConcepts):
+class SubjectClipSettings(ConceptSettings):
     """Which concepts are drawn in which clips."""
 
     count: Annotated[int, Option("Clips of each concept.", DATA, min=1)] = 7
     frames: Annotated[int, Option("Frames of a clip.", DATA, min=2)] = 16
     motion: Annotated[str, Option("A motion adapter, beside planned motions.", MODEL)] = ""
+    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
     seed: Annotated[int, Option("Seed of training and of the clips.", DATA)] = 0
 
 
@@ -240,19 +246,13 @@ def format_row(seen: Sequence[Seen], concepts: Sequence[str]) -> list[str]:
     ]
     right = [one.right for one in seen if one.right is not None]
     return [
-        of_percent([one.glyph for one in seen]),
+        format_mean_share([one.glyph for one in seen]),
         format_interval(*concept_interval(by_concept)),
-        of_share([all(one.frames) for one in seen]),
-        of_percent([one.places for one in seen]),
-        of_share(right) if right else "–",
-        of_mean([one.flicker for one in seen if one.flicker is not None], ".1f"),
+        format_share([all(one.frames) for one in seen]),
+        format_mean_share([one.places for one in seen]),
+        format_share(right) if right else "–",
+        format_mean([one.flicker for one in seen if one.flicker is not None], ".1f"),
     ]
-
-
-def of_percent(shares: Sequence[float]) -> str:
-    """The mean of shares, with the bootstrap's interval over clips."""
-    value, *interval = bootstrap_mean(shares)
-    return f"{format_percent(value)} ({format_interval(*interval)})"
 
 
 if __name__ == "__main__":

@@ -316,25 +316,27 @@ def measure(
     nouns = [is_top_glyph(found, case.scene.things[0].noun) for case, found in single]
     places = [most_likely(found.place) == case.scene.place for case, found in zip(cases, seen, strict=True)]
     row: dict[str, Any] = {
-        "edges": of_mean([edge_f1(case.picture, image) for case, image in zip(cases, images, strict=True)]),
-        "things": of_mean([thing_iou(case.picture, image) for case, image in on_white]),
-        "order": of_share(ordered),
-        "labels": of_mean(label_accuracies(cases, images, judges.reader)),
-        "noun": of_share(nouns),
-        "place": of_share(places),
+        "edges": estimate_mean(
+            [edge_f1(case.picture, image) for case, image in zip(cases, images, strict=True)]
+        ),
+        "things": estimate_mean([thing_iou(case.picture, image) for case, image in on_white]),
+        "order": estimate_share(ordered),
+        "labels": estimate_mean(label_accuracies(cases, images, judges.reader)),
+        "noun": estimate_share(nouns),
+        "place": estimate_share(places),
     }
     if name in ("pose", FLOOR, BOUND):
         row["pose"] = measure_poses(cases, images, name)
     return row
 
 
-def of_mean(values: Sequence[float]) -> list[float]:
-    """A mean with its interval and its number."""
+def estimate_mean(values: Sequence[float]) -> list[float]:
+    """The mean, the bootstrap's 95 % interval of it, and how many values there are; NaN of none."""
     return [*bootstrap_mean(values), len(values)]
 
 
-def of_share(right: Sequence[bool]) -> list[float]:
-    """A share with its interval and its number."""
+def estimate_share(right: Sequence[bool]) -> list[float]:
+    """The share that is right, Wilson's 95 % interval of it, and of how many."""
     return [*wilson_interval(sum(right), len(right)), len(right)]
 
 
@@ -438,7 +440,7 @@ def measure_poses(cases: Sequence[Case], images: Sequence[Image.Image], name: st
         "size": median(one.size for one in errors),
         "angle": median(one.angle for one in errors),
         "turned_angle": median(turned) if turned else math.nan,
-        "mirror": of_share([one.mirror for one in errors]),
+        "mirror": estimate_share([one.mirror for one in errors]),
     }
 
 

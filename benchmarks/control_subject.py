@@ -21,10 +21,8 @@ Runs and images that `--out` holds are not made again. Writes `under-maps.md`, `
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -34,9 +32,8 @@ from PIL import Image
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import checkpoint, read_concept
 from backbone.cli.commands import script_app
-from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
-from backbone.cli.options import Option, check_values, settled_command
-from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
+from backbone.cli.flags import DATA, MODEL, SAMPLING
+from backbone.cli.options import Option, settled_command
 from backbone.io.console import notify, progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
@@ -60,16 +57,14 @@ from benchmarks.control import (
 )
 from benchmarks.customize import (
     TOKEN,
+    ConceptSettings,
     Trial,
-    concept_interval,
-    format_interval,
     list_trials,
     make_questions,
     train_by_command,
 )
 from benchmarks.judges.classifier import (
     FACTS,
-    FOLDER,
     Classifier,
     is_top_glyph,
     load_classifier,
@@ -77,7 +72,7 @@ from benchmarks.judges.classifier import (
     prepare_images,
 )
 from benchmarks.judges.fidelity import decode_renderings
-from benchmarks.moji import format_percent
+from benchmarks.tables import concept_interval, format_interval, format_mean, format_percent, format_share
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 800_000
 OF_CLASS = "{} of the class"
@@ -85,25 +80,7 @@ app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingConcepts:
-    """What every benchmark is asked for that draws the development concepts' runs."""
-
-    concepts: Annotated[
-        tuple[str, ...], Option("Concepts; repeatable.", DATA, default_text="all twelve", metavar="NAME")
-    ] = ()
-    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
-    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
-    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
-    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
-    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
-    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubjectSettings(DrawingConcepts):
+class SubjectSettings(ConceptSettings):
     """Which concepts are drawn under which maps."""
 
     count: Annotated[int, Option("Images of each concept under each kind of map.", DATA, min=1)] = 7
@@ -114,6 +91,8 @@ class SubjectSettings(DrawingConcepts):
     of_class: Annotated[bool, Option("Under maps of the class's glyph too.", DATA)] = False
     network: Annotated[str, Option("A control network.", MODEL, default_text="the model's own")] = ""
     scale: Annotated[float, Option("Conditioning scale of the control network.", SAMPLING)] = 1.0
+    steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
+    guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
     seed: Annotated[int, Option("Seed of training.", DATA)] = 0
 
 
@@ -296,15 +275,15 @@ def format_row(some: Sequence[Drawn], concepts: Sequence[str]) -> list[str]:
     edges = [one.edges for one in some if one.edges is not None]
     poses = [one.pose for one in some]
     return [
-        of_share([one.glyph for one in some]),
+        format_share([one.glyph for one in some]),
         format_interval(*concept_interval([float(np.mean(each)) for each in by_concept])),
-        of_share([one.place for one in some]),
-        of_share([one.glyph and one.place for one in some]),
-        of_mean(edges),
+        format_share([one.place for one in some]),
+        format_share([one.glyph and one.place for one in some]),
+        format_mean(edges),
         f"{median(one.place for one in poses):.1f}",
         f"{median(one.size for one in poses):.0%}",
         f"{median(one.angle for one in poses):.0f}°",
-        of_share([one.mirror for one in poses]),
+        format_share([one.mirror for one in poses]),
     ]
 
 
@@ -315,24 +294,10 @@ def format_changes(some: Sequence[Drawn], floor: Sequence[Drawn]) -> list[str]:
         one.edges - other.edges for one, other in pairs if one.edges is not None and other.edges is not None
     ]
     return [
-        of_mean([100.0 * (one.glyph - other.glyph) for one, other in pairs], "+.1f"),
-        of_mean([100.0 * (one.place - other.place) for one, other in pairs], "+.1f"),
-        of_mean(edges, "+.2f"),
+        format_mean([100.0 * (one.glyph - other.glyph) for one, other in pairs], "+.1f"),
+        format_mean([100.0 * (one.place - other.place) for one, other in pairs], "+.1f"),
+        format_mean(edges, "+.2f"),
     ]
-
-
-def of_share(right: Sequence[bool]) -> str:
-    """A share with Wilson's interval."""
-    value, *interval = wilson_interval(sum(right), len(right))
-    return f"{format_percent(value)} ({format_interval(*interval)})"
-
-
-def of_mean(values: Sequence[float], style: str = ".2f") -> str:
-    """A mean with the bootstrap's interval; – without values."""
-    mean = bootstrap_mean(values)
-    if math.isnan(mean.value):
-        return "–"
-    return f"{mean.value:{style}} ({mean.low:{style}} to {mean.high:{style}})"
 
 
 if __name__ == "__main__":

@@ -32,15 +32,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
 from backbone.cli.commands import script_app
-from backbone.cli.flags import OUTPUT
-from backbone.cli.options import Option, settled_command
+from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
+from backbone.cli.options import Option, check_values, settled_command
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
@@ -59,8 +59,8 @@ from benchmarks.judges.classifier import (
     load_classifier,
     most_likely,
 )
-from benchmarks.moji import format_percent
 from benchmarks.speed.script import to_flags
+from benchmarks.tables import bootstrap, concept_interval, format_interval, format_percent
 
 TOKEN = "[V]"
 Kind = Literal["places", "accessories", "styles", "class"]
@@ -164,24 +164,38 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSettings:
+class ConceptSettings:
+    """What every benchmark is asked for that learns the development concepts; runs are shared by `out`."""
+
+    concepts: Annotated[
+        tuple[str, ...],
+        Option("Concepts to train; repeatable.", DATA, default_text="all twelve", metavar="NAME"),
+    ] = ()
+    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
+    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
+    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
+    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSettings(ConceptSettings):
     """Which table, of what, drawn how often."""
 
     table: Annotated[
-        str, Option(", ".join(WAYS) + ".", "Table", argument=True, metavar="TABLE", choices=tuple(WAYS))
+        str, Option(", ".join(WAYS) + ".", DATA, argument=True, metavar="TABLE", choices=tuple(WAYS))
     ] = "concepts"
     concepts: Annotated[
-        tuple[str, ...], Option("Concepts to train.", "Table", default_text="by table: 12, 4 or 1")
+        tuple[str, ...],
+        Option("Concepts to train; repeatable.", DATA, default_text="by table: 12, 4 or 1", metavar="NAME"),
     ] = ()
-    script: Annotated[Path | None, Option("diffusers' train_dreambooth_lora.py.", "Table")] = None
-    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
-    model: Annotated[str, Option("The base model.", "Training")] = "moji"
-    seed: Annotated[int, Option("Seed of training and of the pictures.", "Training")] = 0
-    count: Annotated[int, Option("Pictures in each of the seven places.", "Pictures", min=1)] = 3
-    others: Annotated[int, Option("Pictures of each other prompt.", "Pictures", min=1)] = 2
-    classifier: Annotated[Path, Option("The classifier's folder.", "Pictures")] = FOLDER
-    known: Annotated[bool, Option("Only what --out has all pictures of; trains nothing.", OUTPUT)] = False
-    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
+    script: Annotated[Path | None, Option("diffusers' train_dreambooth_lora.py.", DATA)] = None
+    seed: Annotated[int, Option("Seed of training and of the images.", "Training")] = 0
+    count: Annotated[int, Option("Images in each of the seven places.", SAMPLING, min=1)] = 3
+    others: Annotated[int, Option("Images of each other prompt.", SAMPLING, min=1)] = 2
+    known: Annotated[bool, Option("Only what --out has all images of; trains nothing.", OUTPUT)] = False
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -627,24 +641,6 @@ def measure_preservation(results: Sequence[Result]) -> tuple[float, float, float
     pairs = np.array([(result.after["class"].share, result.base["class"].share) for result in results])
     low, high = bootstrap(pairs, lambda some: some[:, 0].sum() / max(float(some[:, 1].sum()), 1e-9))
     return float(pairs[:, 0].sum() / max(float(pairs[:, 1].sum()), 1e-9)), low, high
-
-
-def concept_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean share when the concepts themselves are drawn anew."""
-    return bootstrap(np.asarray(values), lambda some: float(some.mean()))
-
-
-def bootstrap(rows: Any, statistic: Callable[[Any], float], *, draws: int = 4000) -> tuple[float, float]:
-    """The percentile interval, 95 %, of a statistic of rows drawn with replacement (Efron 1979)."""
-    random = np.random.default_rng(0)
-    found = [statistic(rows[random.integers(len(rows), size=len(rows))]) for _ in range(draws)]
-    low, high = np.quantile(found, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def format_interval(low: float, high: float) -> str:
-    """`84.0–91.2 %`."""
-    return f"{format_percent(low).removesuffix(' %')}–{format_percent(high)}"
 
 
 if __name__ == "__main__":

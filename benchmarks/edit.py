@@ -67,7 +67,7 @@ from benchmarks.judges.classifier import (
     load_classifier,
     most_likely,
 )
-from benchmarks.moji import format_percent
+from benchmarks.tables import format_percent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
 from edit.layout import AskedLayout, open_layout
 from edit.methods.flow_edit import flow_edit

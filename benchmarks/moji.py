@@ -58,6 +58,7 @@ from benchmarks.judges.classifier import (
     most_likely,
     prepare_images,
 )
+from benchmarks.tables import format_interval, format_percent
 
 TEXTURES = 200
 SHEET, WORST = 64, 16
@@ -460,7 +461,7 @@ def format_markdown(facts: Mapping[str, Any]) -> str:
     ]
     for number, row in enumerate(facts["rows"]):
         ceiling = format_percent(reference[number].share) if reference else "–"
-        interval = format_interval(row)
+        interval = format_interval(row.low, row.high)
         lines.append(f"| {row.name} | {format_percent(row.share)} | {interval} | {row.n} | {ceiling} |")
     if not math.isnan(facts["gradient"]):
         lines += ["", f"Drawn pictures have {facts['gradient']:.2f} × the gradient of the true ones."]
@@ -468,10 +469,6 @@ def format_markdown(facts: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {value['db']:.2f} | {value['n']} |" for name, value in facts["psnr_db"].items()]
     speeds = [f"{seconds:.2f} s {how}" for how, seconds in facts["seconds_per_picture"].items()]
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
-
-
-def format_interval(row: Row) -> str:
-    return f"{100 * row.low:.1f}–{100 * row.high:.1f} %"
 
 
 def format_columns(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
@@ -484,13 +481,9 @@ def format_columns(columns: Mapping[str, Sequence[Row]], prompts: str, what: str
         "|---" * (len(columns) + 2) + "|",
     ]
     for rows in zip(*columns.values(), strict=True):
-        cells = [f"{format_percent(row.share)} ({format_interval(row)})" for row in rows]
+        cells = [f"{format_percent(row.share)} ({format_interval(row.low, row.high)})" for row in rows]
         lines.append(f"| {rows[0].name} | {' | '.join(cells)} | {rows[0].n} |")
     return "\n".join([*lines, ""])
-
-
-def format_percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def save_sheet(

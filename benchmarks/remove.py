@@ -35,7 +35,7 @@ from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
 from benchmarks.edit import format_number, resize_to
 from benchmarks.judges.classifier import FOLDER, Classifier, Prediction, is_top_glyph, load_classifier
-from benchmarks.moji import format_percent
+from benchmarks.tables import format_percent
 from edit.inversion.inversion import invert
 from edit.methods.remove import remove
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 from backbone.cli.commands import script_app
-from backbone.cli.flags import DATA, MODEL, OUTPUT, SCORING
+from backbone.cli.flags import DATA, MODEL
 from backbone.cli.options import Option, settled_command
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
@@ -28,9 +28,9 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
 from backbone.world.rendering.render import find_font
 from benchmarks import customize as learning
-from benchmarks.customize import TOKEN, Kind, Tally, Trial, concept_interval, list_trials, tally_folder
-from benchmarks.judges.classifier import FACTS, FOLDER, Classifier, load_classifier
-from benchmarks.moji import format_percent
+from benchmarks.customize import TOKEN, ConceptSettings, Kind, Tally, Trial, list_trials, tally_folder
+from benchmarks.judges.classifier import FACTS, Classifier, load_classifier
+from benchmarks.tables import concept_interval, format_interval, format_percent
 
 SIDES = ("the base", "few steps, as it is", "few steps, transferred")
 KINDS: tuple[Kind, ...] = ("places", "class")
@@ -49,23 +49,15 @@ app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurvivalSettings:
+class SurvivalSettings(ConceptSettings):
     """Which concepts are learned on which base, and how they are transferred."""
 
-    concepts: Annotated[
-        tuple[str, ...],
-        Option("Concepts to train; repeatable.", DATA, default_text="all twelve", metavar="NAME"),
-    ] = ()
     count: Annotated[int, Option("Images of each prompt.", DATA, min=1)] = 3
-    flags: Annotated[str, Option("More flags for customize train, in one string.", "Training")] = ""
     fit: Annotated[str, Option("More flags for customize transfer, in one string.", "Training")] = ""
-    model: Annotated[str, Option("The base model.", MODEL)] = "moji"
     turbo: Annotated[
         str, Option("The base model's few-step model.", MODEL, default_text="the one that goes with it")
     ] = ""
     seed: Annotated[int, Option("Seed of everything random.", DATA)] = 0
-    classifier: Annotated[Path, Option("The classifier's folder.", SCORING)] = FOLDER
-    out: Annotated[Path, Option("Where results go.", OUTPUT)] = Path("build/benchmarks/customize")
 
 
 @settled_command(app, SurvivalSettings)
@@ -164,8 +156,8 @@ def format_table(found: Sequence[Survived]) -> str:
             format_percent(sum(one.glyph for one in places) / n),
             format_percent(sum(one.right for one in places) / n),
             both,
-            learning.format_interval(*own),
-            learning.format_interval(*concept_interval([one.both / one.n for one in places])),
+            format_interval(*own),
+            format_interval(*concept_interval([one.both / one.n for one in places])),
             format_percent(right / whole) if whole else "–",
             format_percent(sum(one.right for one in classes) / sum(one.n for one in classes)),
             f"{sum(one.seconds[side] for one in found) / len(found):.2f}",

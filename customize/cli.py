@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.cli.sampling import CountOption
-from backbone.io.console import UserError, count_of, is_main_rank, notify, run_app
+from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json
 from backbone.io.run_folder import fill_new_folder, hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
@@ -57,7 +56,7 @@ def example(
 
     images, extras = write_example(folder)
     notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_list_files(extras)}.")
-    notify(f'Next: customize train --images {folder} --token "[V]"')
+    notify(f'Next: customize train --images {quote(folder)} --token "[V]"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +162,7 @@ def prepare(asked: PrepareImages) -> None:
         return
     bad = prepared.facts.bad
     left_out = f"; {count_of(bad, 'image')} that cannot be used left out" if bad else ""
-    images, where = count_of(len(prepared.order), "image"), shlex.quote(str(prepared.folder))
+    images, where = count_of(len(prepared.order), "image"), quote(prepared.folder)
     notify(f"{images} in {prepared.folder}{left_out}. Next: customize train --images {where}")
     if asked.as_json:
         print_json({"folder": prepared.folder, "images": len(prepared.order), "bad": bad})
@@ -187,7 +186,7 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
             from customize.training.run import resume_concept as resume
 
         finished = resume(resumed, anew)
-    token, where = read_settings(finished).token, shlex.quote(str(finished))
+    token, where = read_settings(finished).token, quote(finished)
     call = f'customize sample "a {token} … in the snow"' if token else 'edit instruct PHOTO --instruction "…"'
     notify(f"{finished}/sheet.png shows it. Next: {call} --concept {where}")
 

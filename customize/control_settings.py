@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from backbone.cli import options
 from backbone.cli.conditions import KINDS, SYNONYMS
-from backbone.cli.options import Option, as_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError
 from backbone.io.run_folder import run_name
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
@@ -206,6 +207,6 @@ def read_settings(run: Path) -> ControlSettings:
     return read_run_settings(ControlSettings, run, PROGRAM)
 
 
-def as_flags(settings: ControlSettings, out: Path) -> str:
+def as_command(settings: ControlSettings, out: Path) -> str:
     """The command that repeats a run."""
-    return as_command(PROGRAM, settings, out=out)
+    return options.as_command(PROGRAM, settings, out=out)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from backbone.cli import options
 from backbone.cli.flags import DATA, JsonOptions
-from backbone.cli.options import Option, as_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
@@ -720,9 +721,9 @@ def read_settings(run: Path) -> Settings:
     return settings
 
 
-def as_flags(settings: Settings, out: Path) -> str:
+def as_command(settings: Settings, out: Path) -> str:
     """The command that repeats a run."""
-    return as_command("customize train", settings, out=out)
+    return options.as_command("customize train", settings, out=out)
 
 
 def tidy(prompt: str) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from backbone.cli.commands import command_group, program_words
 from backbone.cli.options import settled_command
-from backbone.io.console import UserError, count_of, notify, run_app
+from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of
@@ -60,7 +60,7 @@ def example(
         make_empty_folder(folder)
     for name in SCENE:
         write_bytes(folder / name, (EXAMPLES / name).read_bytes())
-    image, prompt = (shlex.quote(str(folder / name)) for name in SCENE)
+    image, prompt = (quote(folder / name) for name in SCENE)
     notify(f'Next: edit invert-and-replace {image} --source {prompt} --target "a dog in a park"')
 
 
@@ -83,13 +83,13 @@ def invert(asked: InvertOptions) -> None:
         from edit.run.clip import write_clip_inversion
 
         notify(write_clip_inversion(file, film, prompt, asked, wishes["concepts"]))
-        notify(f'{file} is written. Next: edit clip --inversion {file} --target "…"')
+        notify(f'{file} is written. Next: edit clip --inversion {quote(file)} --target "…"')
         return
     from edit.run.invert import write_inversion
 
     for line in write_inversion(file, image, prompt, wishes):
         notify(line)
-    notify(f'{file} is written. Next: edit invert-and-replace --inversion {file} --target "…"')
+    notify(f'{file} is written. Next: edit invert-and-replace --inversion {quote(file)} --target "…"')
 
 
 @settled_command(app, ReplaceOptions, panels=PANELS)
@@ -166,7 +166,7 @@ def compose(asked: ComposeOptions) -> None:
     away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
     if not weighted:
-        raise UserError("There is no prompt to compose with. Give --toward “a watercolor=3”, or --away.")
+        raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
     wishes = begins(asked, [prompt for prompt, _ in weighted])
     del wishes["away"]
     finish("compose", wishes | {"toward": weighted})
@@ -282,7 +282,7 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
     elif asked.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
-        raise UserError("What the image shows is not said. Give --source “a cat in a park”.")
+        raise UserError('What the image shows is not said. Give --source "a cat in a park".')
     else:
         checks.prompt(source, "source prompt")
     read = {} if asked.image is None else {"image": readable(asked.image)}

@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,8 @@ import edit.cli
 import limner.cli
 from backbone import __version__
 from backbone.cli.commands import program_words
-from backbone.cli.help import hyphens
+from backbone.cli.help import hyphens, refuse_typography
+from backbone.io.console import UserError
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
@@ -165,6 +167,40 @@ def test_a_package_has_a_version_and_says_that_it_is_typed(package: str) -> None
         getattr(module, "nothing_of_this_name")  # noqa: B009
 
 
+def test_a_command_that_is_printed_can_be_copied_and_a_tilde_that_was_quoted_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(PROGRAMS["customize"], ["example", "~/my dög"])
+    assert said.exit_code == 0 and (tmp_path / "my dög" / "dog-1.png").is_file() and not Path("~").exists()
+    (line,) = [one for one in said.output.splitlines() if one.startswith("Next: ")]
+    assert shlex.split(line)[1:5] == ["customize", "train", "--images", str(tmp_path / "my dög")]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["sample", "a dog", "—count", "4"], "Type two hyphens: --count"),
+        (["train", "–images", "dog"], "Type two hyphens: --images"),
+        (["sample", "“a", "dog”"], "Type straight ones"),
+        (["example", ""], "FOLDER is empty"),
+    ],
+)
+def test_what_a_text_program_or_an_empty_variable_put_there_is_no_plain_word(
+    words: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(PROGRAMS["customize"], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["a dog – at night", "“hello” on a sign", "‘tis the season", "the cats’"])
+def test_dashes_and_quotation_marks_may_stand_in_a_prompt(prompt: str) -> None:
+    refuse_typography([prompt, "−3", "-"])
+
+
 # limner ------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +225,7 @@ def test_limner_says_of_a_program_what_the_program_says_of_itself() -> None:
         ("train", "limner customize train or limner align train"),
         ("label", "limner align label"),
         ("custmize", "customize"),
+        ("lable", "limner align label"),
     ],
 )
 def test_a_command_without_its_program_is_answered_with_it(typed: str, meant: str) -> None:
@@ -196,6 +233,21 @@ def test_a_command_without_its_program_is_answered_with_it(typed: str, meant: st
         limner.cli.app, [typed, "--images", "dog"], prog_name="limner", env={"COLUMNS": "99"}
     )
     assert said.exit_code == 2 and f"Did you mean {meant}?" in said.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("help", "--help"),
+        ("help edit sdedit", "edit sdedit --help"),
+        ("edit help", "edit --help"),
+        ("version", "--version"),
+    ],
+)
+def test_help_and_version_are_words_too(typed: str, meant: str) -> None:
+    said, flagged = (CliRunner().invoke(limner.cli.app, words.split()) for words in (typed, meant))
+    assert said.exit_code == flagged.exit_code == 0
+    assert said.stdout == flagged.stdout != ""
 
 
 def test_what_was_typed_is_the_program_s_own_line_through_either_door(
@@ -207,6 +259,14 @@ def test_what_was_typed_is_the_program_s_own_line_through_either_door(
 
 
 # The help of every command -----------------------------------------------------------------------------------
+
+
+@every_command
+def test_texts_fit_into_forty_columns(name: str) -> None:
+    """Names are never broken, so that some stand out."""
+    lines = help_of(name, 40).splitlines()
+    long = [line for line in lines if len(line) > 40 and not line.startswith(("Usage", "  -", "  KIND"))]
+    assert long == []
 
 
 @every_command

@@ -29,7 +29,7 @@ from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
 from align.pairs.rankings import IMAGES, PLACES, Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
@@ -130,7 +130,8 @@ def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
         )
     if not present:
         raise UserError(
-            f"{folder} holds pictures and no preferences yet. Run `align label {folder}` or `align rank {folder}`."
+            f"{folder} holds pictures and no preferences yet. Run `align label {quote(folder)}` or `align rank "
+            f"{quote(folder)}`."
         )
     return _read_lines(present[0], limit)
 

@@ -13,7 +13,7 @@ from align.training.start import as_kept, start
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
 from backbone.cli.options import command, settled_command
-from backbone.io.console import is_main_rank, notify
+from backbone.io.console import is_main_rank, notify, quote
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 
@@ -36,7 +36,9 @@ def prepare(asked: PreparePairs) -> None:
         return
     facts = prepared.facts
     left_out = f"; {facts.bad} records that cannot be used are left out" if facts.bad else ""
-    notify(f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {prepared.folder}")
+    notify(
+        f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {quote(prepared.folder)}"
+    )
     if asked.as_json:
         print_json({"folder": prepared.folder, "records": len(prepared.order), "bad": facts.bad})
 

@@ -51,7 +51,7 @@ from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.cli.options import is_code
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify, progress, quote
 from backbone.io.files import append_jsonl, content_hash, read_json, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
@@ -125,7 +125,7 @@ def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str
     if is_code(settings.online) and make_absolute(settings.online) != code:
         raise UserError(
             f"{run} scores with the Python file {settings.online}, which would be run. If you trust it, name it: "
-            f"{resume_command(settings)} --resume {run}"
+            f"{resume_command(settings)} --resume {quote(run)}"
         )
     processes.init_process(settings.device)
     with processes.hold_folder(run):
@@ -254,7 +254,7 @@ def _draw_round(
     if processes.any_process(bool(stop)):
         run = folder.parents[1]
         raise KeyboardInterrupt(
-            f"Stopped while drawing. Continue with: {resume_command(settings)} --resume {run}"
+            f"Stopped while drawing. Continue with: {resume_command(settings)} --resume {quote(run)}"
         )
     if not processes.is_main_process():
         return

@@ -169,7 +169,7 @@ def prepare_pairs(
     with hold_prepared(out, facts):
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
-        bad = [*known, *list_bad(table)]
+        bad = [*known, *(" ".join(filter(None, one)) for one in list_bad(table, called="name"))]
         if bad and not skip_bad:
             shown = format_problems(source, facts.records or len(table), bad[:PROBLEMS_SHOWN], found=len(bad))
             raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, notify, notify_once
+from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
 
@@ -125,7 +125,8 @@ def _why_no_run(folder: Path) -> str:
     if (folder / "model_index.json").is_file():
         return f"{folder} is a whole model, not a run. Give it with --model {folder}."
     if is_run(folder):
-        return f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing). Go on with it: --resume {folder}"
+        missing = f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing)"
+        return f"{missing}. Go on with it: --resume {quote(folder)}"
     return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 
@@ -177,7 +178,9 @@ def resolve_placeholder_tokens(
     candidates = [*PLACEHOLDER.findall(resolved), *(token for token in trained if mentions(resolved, token))]
     for token in [token for token in candidates if token not in own]:
         remedy = (
-            f"Add --concept {trained[token]}." if token in trained else "Train it first, or leave it out."
+            f"Add --concept {quote(trained[token])}."
+            if token in trained
+            else "Train it first, or leave it out."
         )
         if token.startswith(("<lora:", "<lyco:")):
             remedy = "A LoRA is given with --concept RUN and --scale here; customize import makes a run of its file."
@@ -220,8 +223,8 @@ def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
             if (first.tokens[token] != words or learned) and mentions(prompt, token):
                 raise UserError(
                     f"{token} is a token of {first.folder} and of {concept.folder}, and stands for something else in "
-                    f"each. Merge them, which gives each its own: customize merge {first.folder} {concept.folder} "
-                    "--out FOLDER"
+                    "each. Merge them, which gives each its own: customize merge "
+                    f"{quote(first.folder)} {quote(concept.folder)} --out FOLDER"
                 )
 
 

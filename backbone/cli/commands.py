@@ -111,11 +111,13 @@ class Programs(Group):
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The program that is named; a command of one of them, or a misspelled program, is answered with its name."""
+        """The program that is named; a command of one of them, or a misspelled name, is answered with the right one."""
         if args and args[0] not in self.elsewhere:
-            owners = [name for name in self.elsewhere if args[0] in self.get_command(ctx, name).commands]
-            near = [f"{ctx.info_name} {name} {args[0]}" for name in owners]
-            near = near or difflib.get_close_matches(args[0], self.elsewhere)
+            owned = {name: self.get_command(ctx, name).commands for name in self.elsewhere}
+            known = {*self.elsewhere, *(command for commands in owned.values() for command in commands)}
+            meant = [args[0]] if args[0] in known else difflib.get_close_matches(args[0], sorted(known), 1)
+            near = [name for name in meant if name in self.elsewhere]
+            near += [f"{ctx.info_name} {name} {one}" for one in meant for name in owned if one in owned[name]]
             if near:
                 ctx.fail(f"No such command '{args[0]}'. Did you mean {' or '.join(near)}?")
         return super().resolve_command(ctx, args)

@@ -13,6 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,6 +24,10 @@ from backbone.io.console import UserError
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
 NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
+TEXT = (
+    30  # columns that are left for the texts at least; in a narrower terminal they all stand below the names
+)
+INDENT = 4  # columns that they stand in there
 SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are listed in the text
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
 ENDS = {
@@ -31,6 +36,9 @@ ENDS = {
     "Output": 2,
     "Other": 3,
 }  # panels that stand first or last; the others as they come
+DASHES = "–—―−"
+LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
+OPENING = tuple("“”„‘«")
 SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
 
 
@@ -46,12 +54,22 @@ class Command(TyperCommand):
         """The flag `--help`, off where it is not given."""
         return _off(super().get_help_option(ctx))
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command in its usage: arguments as they are called, without typer's braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words; `UserError` for an option that takes one value and is given twice."""
+        """Reads the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
         words = list(args)
+        if not ctx.resilient_parsing:
+            refuse_typography(words)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
-            refuse_repeats(self.make_parser(ctx).parse_args(words)[2])
+            values, _, order = self.make_parser(ctx).parse_args(words)
+            refuse_repeats(order)
+            for name, value in ctx.params.items():
+                if isinstance(value, Path):
+                    ctx.params[name] = expand_path(value, values.get(name), name)
         return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -93,6 +111,14 @@ class ReadLater(Command):
 class Group(TyperGroup):
     """Several commands; their help comes in the same form."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the words; `help`, `help COMMAND` and `version` are read as the flags of these names."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        elif args == ["version"]:
+            args = ["--version"]
+        return super().parse_args(ctx, args)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """The flags of the group itself (`--help`, completion), off where they are not given."""
         return [_off(param) for param in super().get_params(ctx)]
@@ -106,6 +132,31 @@ def _off(flag: Any) -> Any:
     if flag is not None and flag.default is None:
         flag.default = False
     return flag
+
+
+def expand_path(path: Path, typed: Any, name: str) -> Path:
+    """A path with the home folder in place of ~, which a shell leaves in quotation marks and behind `--out=`.
+
+    Raises `UserError` for one that was typed as nothing (a variable of the shell that was never set), which would be
+    the working folder.
+    """
+    if typed == "":
+        raise UserError(f"{name.upper()} is empty. Name one.")
+    return path.expanduser()
+
+
+def refuse_typography(words: Iterable[str]) -> None:
+    """`UserError` for words with the dashes and quotation marks that text programs put in place of the typed ones.
+
+    They would be plain words: by `sample "a dog" —count 4` an image of “—count” would be drawn, and one of “4”.
+    """
+    for word in words:
+        if LONG_DASH.match(word):
+            raise UserError(f"{word} begins with a long dash. Type two hyphens: --{word.lstrip(DASHES)}")
+        if word[:1] in OPENING and " " not in word:  # with spaces, straight ones are around it
+            raise UserError(
+                f"{word} has quotation marks that a shell does not read. Type straight ones: \" or '."
+            )
 
 
 def refuse_repeats(order: Sequence[Any]) -> None:
@@ -180,11 +231,12 @@ def panel_of(title: str, rows: Iterable[tuple[str, str]], columns: int) -> str:
     """A heading, then a row each: the name in the left column, the text in the right one."""
     rule = "─" * max(0, columns - len(title) - 4)
     lines = [f"{typer.style(f'── {title}', bold=True)} {rule}"]
+    left = NAMES if columns >= NAMES + TEXT else INDENT
     for name, text in rows:
-        wrapped = textwrap.wrap(text, max(20, columns - NAMES), break_on_hyphens=False) or [""]
-        if len(name) + 2 >= NAMES:
+        wrapped = textwrap.wrap(text, columns - left, break_on_hyphens=False) or [""]
+        if len(name) + 2 >= left:
             lines.append(f"  {name}")
         else:
-            lines.append(f"  {name:<{NAMES - 2}}{wrapped.pop(0)}".rstrip())
-        lines += [" " * NAMES + line for line in wrapped]
+            lines.append(f"  {name:<{left - 2}}{wrapped.pop(0)}".rstrip())
+        lines += [" " * left + line for line in wrapped]
     return "\n".join(lines) + "\n"

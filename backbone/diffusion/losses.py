@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backbone.diffusion.noise import Level, PredictionType, _at_least_float32, _unknown, target
+from backbone.diffusion.noise import Level, PredictionType, at_least_float32, target, unknown_prediction_type
 from backbone.diffusion.transfer import send
 
 
@@ -31,7 +31,7 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = No
     `weight` is [] or [B], one for each sample, or a map that broadcasts to [B, …]; 1 if left out. Half
     precision is compared in float32.
     """
-    error = (_at_least_float32(prediction) - _at_least_float32(target)).square()
+    error = (at_least_float32(prediction) - at_least_float32(target)).square()
     if weight is None:
         return error.flatten(1).mean(1)
     if weight.ndim > 1:  # a map: before the mean
@@ -66,7 +66,7 @@ def min_snr(level: Level, gamma: float = 5.0, prediction_type: PredictionType = 
             return torch.minimum(a2, gamma * b2) / (level.a + level.b) ** 2
         case "score":
             return b2 * (gamma * b2 / a2).clamp(max=1)
-    raise _unknown(prediction_type)
+    raise unknown_prediction_type(prediction_type)
 
 
 def debiased(level: Level, prediction_type: PredictionType = "epsilon", *, most: float = 10.0) -> Tensor:
@@ -88,4 +88,4 @@ def debiased(level: Level, prediction_type: PredictionType = "epsilon", *, most:
             return weight * (a / (a + b)) ** 2
         case "score":
             return weight * b**2
-    raise _unknown(prediction_type)
+    raise unknown_prediction_type(prediction_type)

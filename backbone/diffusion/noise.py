@@ -193,7 +193,7 @@ def target(clean: Tensor, noise: Tensor, level: Level, prediction_type: Predicti
             return noise - clean
         case "score":
             return _score(noise, level)
-    raise _unknown(prediction_type)
+    raise unknown_prediction_type(prediction_type)
 
 
 def convert(
@@ -283,6 +283,15 @@ def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estim
     return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
 
 
+# Randomness -------------------------------------------------------------------------------------------------
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator that depends on its key alone: `generator(seed, step, "noise")`."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def randn_like(x: Tensor, generator: Randomness = None) -> Tensor:
     """ε ~ N(0, I) with x's shape, device and dtype, drawn on the generator's device."""
     if generator is None or isinstance(generator, torch.Generator):
@@ -312,7 +321,7 @@ def _clean(prediction: Tensor, noisy: Tensor, level: Level, prediction_type: Pre
         case "score":
             _require(level.a, "x0 from the score", "a = 0")
             return (noisy + b**2 * prediction) / a
-    raise _unknown(prediction_type)
+    raise unknown_prediction_type(prediction_type)
 
 
 def _noise(prediction: Tensor, noisy: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
@@ -330,7 +339,7 @@ def _noise(prediction: Tensor, noisy: Tensor, level: Level, prediction_type: Pre
             return (noisy + a * prediction) / (a + b)
         case "score":
             return -b * prediction
-    raise _unknown(prediction_type)
+    raise unknown_prediction_type(prediction_type)
 
 
 def _score(noise: Tensor, level: Level) -> Tensor:
@@ -346,21 +355,17 @@ def _require(part: Tensor, what: str, where: str) -> None:
         )
 
 
-def _unknown(prediction_type: str) -> ValueError:
-    return ValueError(
-        f"no prediction type is called {prediction_type!r}. Known are {', '.join(get_args(PredictionType))}."
-    )
-
-
 def _tensor(value: Tensor | float) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, half precision as float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator that depends on its key alone: `generator(seed, step, "noise")`."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+def unknown_prediction_type(prediction_type: str) -> ValueError:
+    """The error for a prediction type that is none of those known."""
+    return ValueError(
+        f"no prediction type is called {prediction_type!r}. Known are {', '.join(get_args(PredictionType))}."
+    )

@@ -10,6 +10,7 @@ import errno
 import gc
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -102,6 +103,11 @@ def refuse_lost_folder() -> None:
         os.getcwd()
     except FileNotFoundError as error:
         raise UserError("The working folder is not there any more. Change into one that is.") from error
+
+
+def quote(word: str | os.PathLike[str]) -> str:
+    """A word of a command that is printed to be copied, as a shell reads it: a path with spaces in quotation marks."""
+    return shlex.quote(os.fspath(word))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

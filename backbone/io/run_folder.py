@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import (
     fill_folder,
     json_text,
@@ -50,7 +50,15 @@ OF_A_FILE = (
     *(".txt", ".md", ".html", ".pdf", ".log", ".tar", ".zip", ".gz"),
 )
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
+Line = TypeVar("Line", bound="StepRecord")
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+class StepRecord(Protocol):
+    """A line of a log: what it says is of this step."""
+
+    @property
+    def step(self) -> int: ...
 
 
 def is_prepared(source: str | Path) -> bool:
@@ -76,7 +84,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         )
     if any((run / name).exists() for name in SAVED):
         raise UserError(
-            f"{run} already holds a run. Continue it with --resume {run}, or choose another --out."
+            f"{run} already holds a run. Continue it with --resume {quote(run)}, or choose another --out."
         )
 
 
@@ -262,6 +270,11 @@ def trim_log(path: Path, done: int) -> None:
     lines = [(read_as(int, line.get("step"), path, "step"), line) for line in read_jsonl(path)]
     kept = [json.dumps(line) + "\n" for step, line in lines if step <= done]
     write_text(path, "".join(kept))  # atomic: a kill leaves the old log or the new one
+
+
+def read_log(path: Path, kind: type[Line], *, done: int) -> list[Line]:
+    """The lines of a log of the steps up to `done`, with or without `trim_log`; [] where there is no log."""
+    return [line for line in read_jsonl(path, kind) if line.step <= done] if path.exists() else []
 
 
 def package_versions() -> dict[str, str]:

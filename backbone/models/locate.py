@@ -11,7 +11,7 @@ from typing import Any
 from backbone.families.location import Location, hub_file
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
 
@@ -45,7 +45,7 @@ def locate(model: str) -> Location:
         if (path / FEW_STEP).is_file():
             return _locate_with_adapter(model, path)
         if not index.exists() and (path / "concept.json").exists():
-            raise UserError(f"{path} is a run, not a whole model. Give it with --concept {path}.")
+            raise UserError(f"{path} is a run, not a whole model. Give it with --concept {quote(path)}.")
         if not index.exists():
             raise UserError(
                 f"{path} is not a diffusers model: it has no model_index.json. "

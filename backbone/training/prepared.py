@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from backbone.data.table import Numbers, Table, from_arrow, to_arrow
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
 from backbone.media.sources.pictures import ImageRecord
@@ -105,7 +105,9 @@ class PreparedFolder:
     def __init__(self, folder: Path, kind: str, program: str) -> None:
         self.folder = folder = folder.expanduser()
         self.facts = read_facts(folder, kind)
-        self.again = f"Run `{program} prepare` with --out {folder} again: only what is missing is done."
+        self.again = (
+            f"Run `{program} prepare` with --out {quote(folder)} again: only what is missing is done."
+        )
         if not self.facts.finished:
             raise UserError(f"{folder} is not prepared to its end. {self.again}")
         self.records = self.table(RECORDS)
@@ -156,14 +158,14 @@ def usable_rows(records: Table) -> Numbers:
     return usable
 
 
-def list_bad(records: Table) -> list[str]:
-    """What is wrong with the records that cannot be used, a line each, in the order of the source."""
+def list_bad(records: Table, *, called: str) -> list[tuple[str, str]]:
+    """The records that cannot be used, in the order of the source: what the column `called` says, and the problem."""
     if not len(records):
         return []
     bad = np.flatnonzero(records.numbers("bad"))
-    names, problems = (records.strings(name).take(bad).to_pylist() for name in ("name", "problem"))
-    lines = dict(zip(records.numbers("number")[bad].tolist(), zip(names, problems, strict=True), strict=True))
-    return [" ".join(filter(None, lines[number])) for number in sorted(lines)]
+    names, problems = (records.strings(name).take(bad).to_pylist() for name in (called, "problem"))
+    found = dict(zip(records.numbers("number")[bad].tolist(), zip(names, problems, strict=True), strict=True))
+    return [found[number] for number in sorted(found)]
 
 
 def hash_listing(records: Iterable[tuple[str, Sequence[ImageRecord]]]) -> str:
@@ -207,30 +209,31 @@ def _begin(out: Path, facts: PreparedFacts) -> None:
         refuse_filled(out)
         write_json(out / FILE, asdict(facts))
         return
-    before, now = asdict(read_facts(out, facts.kind)), asdict(facts)
-    told = {"bad", "finished"}
-    if now["listing"] and now["listing"] == before["listing"]:
-        told.add("source")  # which has moved, or is named from another folder
-    if now["encoder"] == before["encoder"]:
-        told.add("model")
-    for name in [name for name in now if name not in told]:
-        if now[name] == before[name] or (name == "listing" and not before[name]):
-            continue
-        if name == "listing" and now["records"] == before["records"]:
+    _refuse_other_preparation(read_facts(out, facts.kind), facts, out)
+
+
+def _refuse_other_preparation(before: PreparedFacts, now: PreparedFacts, out: Path) -> None:
+    """`UserError` where a folder was begun with other settings, or the source is not what it was then."""
+    same_listing = bool(now.listing) and now.listing == before.listing
+    ignored = {"bad", "finished", "records", "listing"}  # the last two are compared below
+    if same_listing:
+        ignored.add("source")  # it has moved, or is named from another folder
+    if now.encoder == before.encoder:
+        ignored.add("model")
+    for name in [one.name for one in fields(PreparedFacts) if one.name not in ignored]:
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
             raise UserError(
-                f"{facts.source} is not what it was when {out} was begun: files or their words have changed. Prepare "
-                "it anew, into another --out."
+                f"{out} was begun with another {WORDS.get(name, name)} ({old}, now {new}). {ANOTHER}"
             )
-        if name == "listing":
-            continue  # its number of records says it
-        if name == "records":
-            if not now[name]:
-                continue  # a stream's, which are counted at its end
-            raise UserError(
-                f"{facts.source} had {before[name]} records when {out} was begun, and has {now[name]}. {ANOTHER}"
-            )
+    if now.records and now.records != before.records:  # those of a stream are counted at its end
         raise UserError(
-            f"{out} was begun with another {WORDS.get(name, name)} ({before[name]}, now {now[name]}). {ANOTHER}"
+            f"{now.source} had {before.records} records when {out} was begun, and has {now.records}. {ANOTHER}"
+        )
+    if before.listing and not same_listing:
+        raise UserError(
+            f"{now.source} is not what it was when {out} was begun: files or their words have changed. Prepare it "
+            "anew, into another --out."
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.distributed import processes
-from backbone.io.console import ProgressBar, UserError, notify, progress
+from backbone.io.console import ProgressBar, UserError, notify, progress, quote
 from backbone.io.files import append_jsonl, read_metadata
 from backbone.io.run_folder import catch_interrupts, trim_log
 from backbone.models.compiled import CompiledBlocks
@@ -212,7 +212,7 @@ def drive(
                 objective.save(run)
             if halted:
                 raise KeyboardInterrupt(
-                    f"{_describe_stop(objective)} Continue with: {command} --resume {run}"
+                    f"{_describe_stop(objective)} Continue with: {command} --resume {quote(run)}"
                 )
             if early:
                 return not finished

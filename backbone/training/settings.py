@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
 from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
-from backbone.io.console import UserError, notify, notify_once
+from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json, read_metadata
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, make_absolute
@@ -332,7 +332,7 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
     step = read_metadata(run / CHECKPOINT).get("step")
     if named.name.startswith("checkpoint-") and named.name != f"checkpoint-{step}":
         raise UserError(
-            f"{run} keeps its newest checkpoint alone, that of step {step}. Write --resume {run}."
+            f"{run} keeps its newest checkpoint alone, that of step {step}. Write --resume {quote(run)}."
         )
     notify(f"Going on with {run} from step {step}.")
     return run
@@ -349,6 +349,18 @@ def _newest_run(folder: Path, program: str) -> Path | None:
         if " ".join(command.split()[:2]) == program:
             runs.append(path)
     return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else None
+
+
+def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:
+    """The settings of a run that is resumed with those of `anew` in place of its own, and the steps it has taken.
+
+    Raises `UserError` for a new number of steps that is not above those.
+    """
+    settings = replace(own, **(anew or {}))
+    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    if anew and "steps" in anew and settings.steps <= done:
+        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    return settings, done
 
 
 def changed_settings(

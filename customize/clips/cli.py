@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from backbone.cli.commands import print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.cli.options import command, settled_command
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import refuse_finished
@@ -97,7 +96,7 @@ def train_motion(asked: dict[str, Any], run_folder: RunFolderOptions) -> None:
 
     run = learn(asked, run_folder)
     token = read_run_settings(TrainMotionOptions, run, PROGRAM).token
-    where = shlex.quote(str(run))
+    where = quote(run)
     concept = (run / ADAPTER_FILE).is_file()
     how = f'"a dog in a park, {token}" --concept' if concept else '"a dog in a park" --motion'
     notify(f"Next: customize clip {how} {where}")

@@ -13,13 +13,13 @@ import torch
 
 from backbone.adapters.concept import EDITS, Concept, check_token
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
-from backbone.io.console import UserError, count_of, notify
-from backbone.io.files import atomic_write, fill_folder, write_text
+from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.files import atomic_write, fill_folder
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
 from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate
-from customize.formats.metadata import build_metadata, read_run_concept
+from customize.formats.metadata import build_metadata, describe_import, read_run_concept
 from customize.formats.model_weights import (
     WEIGHT_SUFFIX,
     LayerWeights,
@@ -220,12 +220,7 @@ def import_adapter(
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
     with fill_folder(out) as unfinished:
         weights_file = _write_loadable(unfinished, adapter, opened, metadata)
-        write_text(
-            unfinished / "README.md",
-            f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
-            f"Write `{token}` in a prompt; the model reads “{words}”.\n",
-        )
-        Concept(
+        concept = Concept(
             kind=EDITS if _learned_from_edits(adapter) else "lora",
             model=model_name,
             fingerprint=opened.fingerprint,
@@ -233,9 +228,10 @@ def import_adapter(
             class_noun=class_noun or adapter.metadata.get("limner_class", ""),
             weights=weights_file,
             folder=out,
-        ).write(unfinished)
+        )
+        describe_import(unfinished, concept, file, f"; the model reads “{words}”")
     counted = count_of(len(adapter.layers), "layer")
-    return f'{out}: {counted}. Next: customize sample "a {token} …" --concept {out}'
+    return f'{out}: {counted}. Next: customize sample "a {token} …" --concept {quote(out)}'
 
 
 def _trigger_words(file: Path, adapter: AdapterFile) -> str:
@@ -289,7 +285,7 @@ def fit_to_model(adapter: AdapterFile, shapes: Mapping[str, tuple[int, ...]], fi
         raise UserError(
             f"The DoRA scales in {file} run over the inputs of {len(over_inputs)} layers, as {over_inputs[0]}, "
             "which is right for OneTrainer and LyCORIS, but no run folder holds. Put it into a whole model with "
-            f"`customize merge {file} --bake`."
+            f"`customize merge {quote(file)} --bake`."
         )
     mixed = len({layer.algorithm for layer in adapter.layers.values()}) > 1
     fitted: dict[str, LayerUpdate] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
-from backbone.io.files import read_json
+from backbone.io.files import read_json, write_text
 from backbone.io.records import RunRecord
 from customize.formats.adapter import AdapterFile, BaseFamily
 
@@ -162,3 +162,17 @@ def _architecture_name(base: BaseFamily, concept: Concept | None) -> str:
 def _modification_date(source: Path) -> str:
     """ISO time at which the weights were written, so that exporting them twice gives the same file."""
     return datetime.fromtimestamp(int(source.stat().st_mtime), tz=UTC).isoformat()
+
+
+def describe_import(folder: Path, concept: Concept, file: Path, meaning: str) -> None:
+    """Write README.md and `concept.json` beside weights that were imported from a tool's file.
+
+    `concept.folder` is the run folder that `folder` becomes; `meaning` says what writing the token does.
+    """
+    (token,) = concept.tokens
+    write_text(
+        folder / "README.md",
+        f"# {concept.folder.name}\n\nImported from `{file.name}` for `{concept.model}`.\n\n"
+        f"Write `{token}` in a prompt{meaning}.\n",
+    )
+    concept.write(folder)

@@ -28,17 +28,17 @@ from backbone.adapters.embeddings import (
     split_by_encoder,
     vector_token_names,
 )
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, count_of, quote
 from backbone.io.files import (
     fill_folder,
     read_header,
     read_tensors,
     refuse_existing,
     write_tensors,
-    write_text,
 )
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat
+from customize.formats.metadata import describe_import
 
 Encoders = Mapping[str, Tensor]  # text encoder (a slot's name) → vectors [W, D]
 SLOTS = {
@@ -147,7 +147,7 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
     if out.suffix == ".safetensors":
         raise UserError(
             f"{file} holds a learned word. Name a folder with --out, or write it for another tool: customize export "
-            f"{file} --to diffusers --out {out}"
+            f"{quote(file)} --to diffusers --out {quote(out)}"
         )
     model_name = model or words.metadata.get("base_model")
     if model_name is None:
@@ -164,12 +164,7 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
             {token: vectors},
             metadata={"format": "pt", "base_model": model_name},
         )
-        write_text(
-            unfinished / "README.md",
-            f"# {out.name}\n\nImported from `{file.name}` for `{model_name}`.\n\n"
-            f"Write `{token}` in a prompt, which stands for {count_of(len(names), 'learned vector')}.\n",
-        )
-        Concept(
+        concept = Concept(
             kind="textual-inversion",
             model=model_name,
             fingerprint=opened.fingerprint,
@@ -177,11 +172,10 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
             class_noun=class_noun,
             words=EMBEDDINGS_FILE,
             folder=out,
-        ).write(unfinished)
-    return (
-        f"{out}: {count_of(len(names), 'learned vector')} for {token}. Next: customize sample "
-        f'"a {token} …" --concept {out}'
-    )
+        )
+        counted = count_of(len(names), "learned vector")
+        describe_import(unfinished, concept, file, f", which stands for {counted}")
+    return f'{out}: {counted} for {token}. Next: customize sample "a {token} …" --concept {quote(out)}'
 
 
 def _fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ say how good it is, by which `best/` is kept.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,9 +18,9 @@ import torch
 from backbone.adapters.concept import BEST, EDITS, Concept
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
-from backbone.io.console import UserError, count_of, notify, notify_once
-from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_text
-from backbone.io.run_folder import name_beside, refuse_taken, run_name
+from backbone.io.console import UserError, count_of, notify, notify_once, quote
+from backbone.io.files import append_jsonl, read_json, write_text
+from backbone.io.run_folder import name_beside, read_log, refuse_taken, run_name, trim_log
 from backbone.media.crops import CropReader
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
@@ -32,6 +30,7 @@ from backbone.models.references import ReferenceImage
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.settings import resume_settings
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
 from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
@@ -39,12 +38,12 @@ from customize.evaluation.metrics import EarlyStopping
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import share_of
 from customize.objectives.instruction_edits import InstructionEdits
-from customize.settings import FILE, SHEET, Settings, as_flags, read_settings, resolve_settings
+from customize.settings import FILE, SHEET, Settings, as_command, read_settings, resolve_settings
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
+from customize.training.record import describe_changes, hash_images, write_record
 from customize.training.reporting.card import edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
-from customize.training.run import describe_changes, hash_images, write_record
 
 SHOWN = 8  # held-out pairs, on the sheet; those that are learned from where none are held out
 
@@ -77,7 +76,7 @@ def train_edits(
     share_of(settings)
     with processes.hold_new_run(run) as writes:
         if writes:
-            write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
+            write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
         return carry_on(run, settings, model, pairs, began=began)
 
 
@@ -86,10 +85,7 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 
     Raises `UserError` for steps that were taken already.
     """
-    settings = dataclasses.replace(read_settings(run), **(anew or {}))
-    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
-    if anew and "steps" in anew and settings.steps <= done:
-        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    settings, done = resume_settings(read_settings(run), run, anew)
     processes.init_process(settings.device)
     pairs = usable_pairs(read_edit_pairs(settings.pairs), skip_bad=settings.skip_bad)
     with processes.hold_folder(run):
@@ -100,7 +96,9 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
-                write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
+                write_record(
+                    run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs)
+                )
         return carry_on(run, settings, model, pairs, began=time.perf_counter())
 
 
@@ -154,7 +152,7 @@ def carry_on(
             "show": time.perf_counter() - began - sum(times.values()),
             "all": time.perf_counter() - began,
         }
-        write_record(run, settings, model, timings={name: round(value, 2) for name, value in times.items()})
+        write_record(run, settings, model, command=as_command(settings, run), timings=times)
         write_text(
             run / "README.md", edit_card(settings, model) + readme(run, settings, len(learned), len(held))
         )
@@ -232,12 +230,11 @@ class EditValidation:
         self.patience: EarlyStopping[EditMetrics] = EarlyStopping(settings.patience or settings.steps)
         report.history = self.patience.history
         self.scorer = find_scorer(training.model, settings)
+        # What an interrupted run has measured, up to its checkpoint
         path = report.run / EVALUATIONS
-        if path.exists():  # what an interrupted run has measured, up to its checkpoint
-            kept = [line for line in read_jsonl(path, EditMetrics) if line.step <= training.done]
-            self.patience.history[:] = kept
-            if processes.is_main_process():
-                write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
+        if processes.is_main_process():
+            trim_log(path, training.done)
+        self.patience.history[:] = read_log(path, EditMetrics, done=training.done)
 
     def __call__(self, step: int) -> str:
         """Measures the run as it is now, once for each step; the reason to stop, when patience has run out."""
@@ -325,15 +322,15 @@ def readme(run: Path, settings: Settings, learned: int, held: int) -> str:
         "",
         "Again:",
         "",
-        f"    {as_flags(settings, run)}",
+        f"    {as_command(settings, run)}",
         "",
         "Edits:",
         "",
-        f'    edit instruct photo.png --instruction "…" --concept {run}',
+        f'    edit instruct photo.png --instruction "…" --concept {quote(run)}',
         "",
         "As a whole model that diffusers' pipeline for edits by instruction opens:",
         "",
-        f"    customize merge {run} --bake --model {settings.model} --out {baked}",
+        f"    customize merge {quote(run)} --bake --model {quote(settings.model)} --out {quote(baked)}",
         "",
     ]
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -17,7 +16,8 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
 from backbone.io.console import count_of, notify, progress
-from backbone.io.files import append_jsonl, read_jsonl, write_text
+from backbone.io.files import append_jsonl
+from backbone.io.run_folder import read_log, trim_log
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.few_step.model import SamplingDefaults, usual_drawing
 from backbone.models.model import Backbone
@@ -144,14 +144,12 @@ class Validation:
 
     def _remember(self) -> None:
         """Reads the evaluations of an interrupted run, and drops those after its checkpoint."""
-        path = self.run / EVALUATIONS
-        if not path.exists() or self.evaluator is None:
-            return
-        kept = [line for line in read_jsonl(path, ConceptMetrics) if line.step <= self.training.done]
+        assert self.evaluator is not None
+        path, done = self.run / EVALUATIONS, self.training.done
         if is_main_process():
-            write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
-        self.patience.history[:] = kept
-        self.evaluator.baseline = self.patience.history[0] if kept else None
+            trim_log(path, done)
+        self.patience.history[:] = kept = read_log(path, ConceptMetrics, done=done)
+        self.evaluator.baseline = kept[0] if kept else None
         if self.few is not None:
             self.few.remember()
 

@@ -6,7 +6,6 @@ afterwards; meanwhile the base model is moved to CPU memory, so that both are ne
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,7 +20,8 @@ from backbone.adapters.apply import carry_over, load_concepts
 from backbone.adapters.concept import Concept
 from backbone.distributed import processes
 from backbone.io.console import UserError
-from backbone.io.files import append_jsonl, read_jsonl, write_text
+from backbone.io.files import append_jsonl
+from backbone.io.run_folder import read_log, trim_log
 from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
@@ -101,13 +101,11 @@ class FewStepSide:
 
     def remember(self) -> None:
         """Reads the evaluations of an interrupted run, and drops those after its checkpoint."""
-        path = self.run / EVALUATIONS
-        if not path.exists() or self.evaluator is None:
-            return
-        kept = [line for line in read_jsonl(path, ConceptMetrics) if line.step <= self.training.done]
+        assert self.evaluator is not None
+        path, done = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():
-            write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
-        self.patience.history[:] = kept
+            trim_log(path, done)
+        self.patience.history[:] = kept = read_log(path, ConceptMetrics, done=done)
         self.evaluator.baseline = kept[0] if kept else None
 
     def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:

@@ -43,6 +43,7 @@ from backbone.training.prepared import (
     finish,
     hash_listing,
     hold_prepared,
+    list_bad,
     usable_rows,
 )
 from backbone.training.sources import Listed, Source, Streamed, write_shards
@@ -127,7 +128,7 @@ def prepare_images(
         table = Table(out / RECORDS)
         if not len(table):
             raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
-        usable, bad = usable_rows(table), _list_bad(table)
+        usable, bad = usable_rows(table), list_bad(table, called="path")
         try:
             refuse_bad_images([] if skip_bad and len(usable) else bad, len(usable) + len(bad))
         except UserError as error:
@@ -217,11 +218,3 @@ def _find_finished(
         found = [tables[size, flip].find(keys[here]) >= 0 for flip in flips]
         whole[here] |= np.all(found, axis=0)
     return np.unique(records.numbers("number")[whole])
-
-
-def _list_bad(records: Table) -> list[tuple[str, str]]:
-    """The images that cannot be used, with the reasons, in the order of the source."""
-    bad = np.flatnonzero(records.numbers("bad"))
-    paths, problems = (records.strings(name).take(bad).to_pylist() for name in ("path", "problem"))
-    found = dict(zip(records.numbers("number")[bad].tolist(), zip(paths, problems, strict=True), strict=True))
-    return [found[number] for number in sorted(found)]

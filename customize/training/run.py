@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,32 +10,32 @@ from typing import Any
 
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import content_hash, read_json, read_metadata, write_json, write_text
-from backbone.io.run_folder import package_versions, refuse_taken, run_name
+from backbone.io.console import notify, notify_once
+from backbone.io.files import read_json, write_json, write_text
+from backbone.io.run_folder import refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.sources.pictures import ImageRecord, check_images, list_images
 from backbone.models.model import Backbone
-from backbone.training.hardware import describe_hardware
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.settings import resume_settings
 from customize.data.dataset import SubjectGroup, prepare
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
-from customize.settings import FILE, SHEET, Settings, Subject, as_flags, read_settings, resolve_settings
+from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import fit_to_vram
+from customize.training.record import describe_changes, hash_images, weights_metadata, write_record
 from customize.training.reporting.card import card, push, readme
 from customize.training.reporting.report import PREVIEWS, RunReport
 from customize.training.subjects import choose_words, fields_of_subjects, group_of, name_classes
 
 MASKS = "masks.png"
-APART = ":"  # between an image's hash and that of what lies beside it
 SHOWN = 8  # of the subjects' own images on the preview sheet
 
 
@@ -82,9 +81,7 @@ def train_concept(
     concept, groups = make_prompts(settings, model, pictures)
     with processes.hold_new_run(run) as writes:
         if writes:
-            write_record(
-                run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
-            )
+            begin_record(run, settings, model, pictures)
         return carry_on(run, settings, model, concept, groups, began=began)
 
 
@@ -95,10 +92,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     device, images and a model that moved. The learning-rate schedule is then that of the new number of steps. Raises
     `UserError` for a number of steps that were taken already.
     """
-    settings = dataclasses.replace(read_settings(run), **(anew or {}))
-    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
-    if anew and "steps" in anew and settings.steps <= done:
-        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    settings, done = resume_settings(read_settings(run), run, anew)
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
     with processes.hold_folder(run):
@@ -110,9 +104,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
-                write_record(
-                    run, settings, model, timings={}, images=[hash_images(folder) for folder in pictures]
-                )
+                begin_record(run, settings, model, pictures)
         return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
 
 
@@ -197,7 +189,7 @@ def carry_on(
         survived = validation.survival()
         if survived is not None:
             write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
-        write_readme(run, settings, model, prompts, {name: round(value, 2) for name, value in times.items()})
+        write_readme(run, settings, model, prompts, times)
     processes.end_process()
     return run
 
@@ -216,16 +208,19 @@ def draw_sheets(
 # The run's files ---------------------------------------------------------------------------------------------
 
 
+def begin_record(
+    run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
+) -> None:
+    """Write `settings.json` of a run that begins, or goes on otherwise, with the hashes of each subject's images."""
+    hashes = [hash_images(folder) for folder in pictures]
+    write_record(run, settings, model, command=as_command(settings, run), images=hashes)
+
+
 def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:
     """Write the trained weights and `concept.json`."""
     if not processes.is_main_process():
         return
-    header = {
-        "limner_token": " ".join(concept.tokens),
-        "limner_words": " ".join(concept.tokens.values()),
-        "base_model": concept.model,
-    }
-    dataclasses.replace(concept, **training.write(run, header)).write(run)
+    dataclasses.replace(concept, **training.write(run, weights_metadata(concept))).write(run)
 
 
 def write_readme(
@@ -236,73 +231,7 @@ def write_readme(
     seconds: dict[str, float],
 ) -> None:
     """Write README.md and the timings, and upload the folder with --push-to-hub."""
-    write_record(run, settings, model, timings=seconds)
+    write_record(run, settings, model, command=as_command(settings, run), timings=seconds)
     write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
-
-
-def write_record(
-    run: Path,
-    settings: Settings,
-    model: Backbone,
-    *,
-    timings: Mapping[str, float],
-    images: Sequence[Mapping[str, str]] | None = None,
-) -> None:
-    """Write the run's `settings.json`: resolved settings, repeating command, image hashes, versions, hardware, timings.
-
-    `images` are the hashes of each subject's images; None keeps those in the file.
-    """
-    record = {
-        "settings": settings,
-        "command": as_flags(settings, run),
-        "images": read_json(run / FILE).get("images") if images is None else images,
-        "versions": package_versions(),
-        "hardware": describe_hardware(model, settings),
-        "timings": timings,
-    }
-    if images is None and "survival" in (known := read_json(run / FILE)):
-        record["survival"] = known["survival"]
-    write_json(run / FILE, record)
-
-
-def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
-    """By image name: the first 16 digits of its file's hash, and those of the hash of its caption and mask."""
-    if not pictures:
-        return {}
-    common = os.path.commonpath([picture.path.parent for picture in pictures])
-    return {
-        os.path.relpath(one.path, common): f"{one.content_hash[:16]}{APART}{_hash_beside(one)}"
-        for one in pictures
-    }
-
-
-def _hash_beside(picture: ImageRecord) -> str:
-    mask = "" if picture.mask is None else content_hash(picture.mask)
-    return content_hash(f"{picture.caption or ''}\n{mask}".encode())[:8]
-
-
-def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
-    """A sentence for each subject whose images differ from those that the run started with (`kept` in its record)."""
-    sentences = []
-    for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
-        now = hash_images(folder)
-        if not isinstance(before, dict) or before == now:
-            continue
-        if not any(
-            APART in str(value) for value in before.values()
-        ):  # of a version that kept images' own alone
-            now = {name: value.partition(APART)[0] for name, value in now.items()}
-        parts = [
-            ("gone", sorted(before.keys() - now.keys())),
-            ("new", sorted(now.keys() - before.keys())),
-            ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
-        ]
-        what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
-        if what:
-            sentences.append(
-                f"The images, their captions or masks are not those that the run began with ({what}). It goes on with "
-                "those of now."
-            )
-    return sentences

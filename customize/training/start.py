@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions
 from backbone.cli.options import fields_of, find_unmet, refuse_idle, require_packages
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify, progress, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import make_absolute, run_name
 from customize.settings import (
@@ -80,7 +80,7 @@ def refuse_transferred(run: Path) -> None:
     record = read_json(run / FILE)
     if "transfer" in record:
         raise UserError(
-            f"{run} is a run of `customize transfer`. Go on with it by: {record['command']} --resume {run}"
+            f"{run} is a run of `customize transfer`. Go on with it by: {record['command']} --resume {quote(run)}"
         )
 
 

@@ -25,9 +25,7 @@ from benchmarks.customize import (
     Table,
     Tally,
     Trial,
-    bootstrap,
     classify_trial,
-    concept_interval,
     format_comparison,
     format_table,
     is_finished,
@@ -39,6 +37,7 @@ from benchmarks.customize import (
     try_claim,
 )
 from benchmarks.judges.classifier import Classifier, Prediction
+from benchmarks.tables import bootstrap, concept_interval
 
 COUNTS = dict.fromkeys(KINDS, 1)
 TRIAL = Trial("mammoth", DEFAULT, "")

@@ -31,7 +31,7 @@ from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import work_of
 from customize.training.control.run import FIDELITY, HeldOutFidelity, columns_of
-from customize.training.run import describe_changes
+from customize.training.record import describe_changes
 from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
 SIDE, PAIRS = 32, 12

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import LINE_KINDS, AskedMap
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify_once, quote
 from backbone.media.clips import FILMS, read_film
 from backbone.media.control.outlines import draw_lines, draw_outlines
 from backbone.media.sources.decode import (
@@ -364,7 +364,7 @@ def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
     if grey > MOST_GREY or saturation(drawn) > MOST_COLOUR:
         raise UserError(
             f"{name} looks like a photograph, and --condition {kind} takes a map, white lines on black. Make one: "
-            f"customize map {kind} {name} --out {kind}.png, or let it be found: --condition {kind}={name}:auto."
+            f"customize map {kind} {quote(name)} --out {kind}.png, or let it be found: --condition {kind}={name}:auto."
         )
     if float(ink.mean()) > 0.5:
         remedy = (

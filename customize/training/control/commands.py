@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from backbone.cli.flags import (
     model_option,
 )
 from backbone.cli.options import Option, command, settled_command
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json, refuse_existing
 from backbone.io.run_folder import fill_new_folder
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
@@ -161,9 +160,7 @@ def map(asked: MapOptions) -> None:
         assert asked.out is not None
         (kind, made), *_ = maps.items()
         save_map(asked.out, made)
-        notify(
-            f"{asked.out} is the {kind} of {title}. Next: --condition {kind}={shlex.quote(str(asked.out))}"
-        )
+        notify(f"{asked.out} is the {kind} of {title}. Next: --condition {kind}={quote(asked.out)}")
         if asked.as_json:
             print_json({kind: str(asked.out)})
         return
@@ -341,5 +338,5 @@ def train_control(asked: dict[str, Any], run: RunOptions) -> None:
     kind = read_settings(finished).condition
     notify(
         f'{finished}/sheet.png shows it. Next: customize sample "…" --condition {kind}=map.png --controlnet '
-        f"{shlex.quote(str(finished))}"
+        f"{quote(finished)}"
     )

@@ -10,7 +10,6 @@ runs/sketch/previews/, sheet.png           map | drawn | what the map of the dra
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +24,9 @@ from backbone.adapters.concept import BEST
 from backbone.cli.conditions import AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
-from backbone.io.files import append_jsonl, read_json, read_jsonl, read_metadata, write_json, write_text
-from backbone.io.run_folder import package_versions, refuse_taken, run_name
+from backbone.io.console import notify, progress
+from backbone.io.files import append_jsonl, read_json
+from backbone.io.run_folder import read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.pictures import ImageRecord
@@ -36,12 +35,12 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.training.hardware import describe_hardware
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.settings import resume_settings
 from backbone.world.rendering.record import load_labels
-from customize.control_settings import PROGRAM, ControlSettings, as_flags, read_settings, resolve_settings
+from customize.control_settings import PROGRAM, ControlSettings, as_command, read_settings, resolve_settings
 from customize.data.control_pairs import ControlColumns, ControlPair, check_control_pairs, read_control_pairs
 from customize.evaluation.condition_fidelity import (
     Agreement,
@@ -54,7 +53,7 @@ from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
-from customize.training.run import describe_changes, hash_images
+from customize.training.record import describe_changes, hash_images, write_record
 
 FIDELITY = "condition_fidelity.jsonl"
 PREVIEWS = "previews"
@@ -64,7 +63,7 @@ SHOWN = 4  # of them in previews
 
 @dataclass(frozen=True)
 class HeldOutFidelity:
-    """What an evaluation measured on pairs held out. F1 is NaN where the kind is not found in images, or not drawn."""
+    """The loss on pairs held out after a step: with the map, and without it, which training does not change."""
 
     step: int
     loss: float
@@ -90,7 +89,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     network = make_network(model, settings)
     with processes.hold_new_run(run) as writes:
         if writes:
-            write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
+            write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
         return carry_on(run, settings, model, network, pairs, began=began)
 
 
@@ -99,10 +98,7 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 
     `anew` are settings that change (`customize.training.control.commands.RESUMED`).
     """
-    settings = dataclasses.replace(read_settings(run), **(anew or {}))
-    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
-    if anew and "steps" in anew and settings.steps <= done:
-        raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    settings, done = resume_settings(read_settings(run), run, anew)
     processes.init_process(settings.device)
     with processes.hold_folder(run):
         model = open_model(settings)
@@ -114,7 +110,9 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
-                write_record(run, settings, model, timings={}, images=hash_pairs(pairs))
+                write_record(
+                    run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs)
+                )
         return carry_on(run, settings, model, network, pairs, began=time.perf_counter())
 
 
@@ -188,7 +186,7 @@ def carry_on(
                 f"(precision {agreed.precision:.2f}, recall {agreed.recall:.2f})."
             )
         times["all"] = time.perf_counter() - began
-        write_record(run, settings, model, timings={name: round(value, 2) for name, value in times.items()})
+        write_record(run, settings, model, command=as_command(settings, run), timings=times)
     processes.end_process()
     return run
 
@@ -219,13 +217,11 @@ class Validation:
 
     def remember(self) -> None:
         """What an interrupted run has measured up to the step that it goes on from."""
-        path = self.run / FIDELITY
-        if not path.exists():
-            return
-        self.history = [line for line in read_jsonl(path, HeldOutFidelity) if line.step <= self.training.done]
-        self.without = self.history[0].loss_without_map if self.history else None
+        path, done = self.run / FIDELITY, self.training.done
         if processes.is_main_process():
-            write_text(path, "".join(_line(one) for one in self.history))
+            trim_log(path, done)
+        self.history = read_log(path, HeldOutFidelity, done=done)
+        self.without = self.history[0].loss_without_map if self.history else None
 
     def __call__(self, step: int) -> str:
         """Measures the network as it is now, once for each step."""
@@ -327,32 +323,3 @@ def columns_of(pairs: Sequence[ControlPair]) -> list[list[ImageRecord]]:
 def hash_pairs(pairs: Sequence[ControlPair]) -> list[dict[str, str]]:
     """The hashes of the images with their captions, and of the maps, by their names."""
     return [hash_images(column) for column in columns_of(pairs)]
-
-
-def write_record(
-    run: Path,
-    settings: ControlSettings,
-    model: Backbone,
-    *,
-    timings: Mapping[str, float],
-    images: Sequence[Mapping[str, str]] | None = None,
-) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, of which images, on and with what.
-
-    `images` are those hashes; None leaves those that stand there.
-    """
-    record = {
-        "settings": settings,
-        "command": as_flags(settings, run),
-        "images": read_json(run / FILE).get("images") if images is None else images,
-        "versions": package_versions(),
-        "hardware": describe_hardware(model, settings),
-        "timings": timings,
-    }
-    write_json(run / FILE, record)
-
-
-def _line(one: HeldOutFidelity) -> str:
-    import json
-
-    return json.dumps(asdict(one)) + "\n"

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 from backbone.adapters.concept import word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import read_header
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
-from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_flags
+from customize.settings import METHODS, OWN_WORDS, SHEET, Settings, as_command
 from customize.training.reporting.public import copy_without_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,14 +22,13 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def card(settings: Settings, model: Backbone) -> str:
     """The head of a model card, as the hub reads it: base, library, tags, the prompt to write, a picture."""
-    place = model.location.source
     adapter = settings.method in ("lora", "pivotal")
     tags = ["text-to-image", "diffusers", "dreambooth", settings.adapter if adapter else settings.method]
     first = settings.subjects()[0]
     prompt = replace(first, token=first.token_words).filled(settings.instance_prompt)
     lines = [
         "---",
-        *([f"base_model: {place}"] if HUB_ID.fullmatch(place) and not Path(place).exists() else []),
+        *_name_base(model),
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         f"instance_prompt: {quote_yaml(prompt)}",
@@ -47,12 +46,10 @@ def card(settings: Settings, model: Backbone) -> str:
 
 def edit_card(settings: Settings, model: Backbone) -> str:
     """The head of the card of a run that learned edits."""
-    place = model.location.source
-    based = HUB_ID.fullmatch(place) and not Path(place).exists()
     tags = ["image-to-image", "instruct-pix2pix", settings.adapter if settings.method == "lora" else "full"]
     lines = [
         "---",
-        *([f"base_model: {place}"] if based else []),
+        *_name_base(model),
         "library_name: diffusers",
         "pipeline_tag: image-to-image",
         f"tags: [{', '.join(tags)}]",
@@ -61,6 +58,12 @@ def edit_card(settings: Settings, model: Backbone) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _name_base(model: Backbone) -> list[str]:
+    """The line that names the base model, if it is on the hub."""
+    source = model.location.source
+    return [f"base_model: {source}"] if HUB_ID.fullmatch(source) and not Path(source).exists() else []
 
 
 def push(run: Path, repository: str) -> str:
@@ -84,7 +87,7 @@ def push(run: Path, repository: str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"The run is finished in {run}, but it could not be uploaded as {repository} ({reason}). "
-            f"Log in with: hf auth login; then: customize train --resume {run}"
+            f"Log in with: hf auth login; then: customize train --resume {quote(run)}"
         ) from error
     return str(made)
 
@@ -120,11 +123,11 @@ def readme(
         "",
         "Again:",
         "",
-        f"    {as_flags(settings, run)}",
+        f"    {as_command(settings, run)}",
         "",
         "Pictures:",
         "",
-        f'    customize sample "{prompts[0] if prompts else instance}" --concept {run}',
+        f'    customize sample "{prompts[0] if prompts else instance}" --concept {quote(run)}',
         "",
         *in_diffusers(run, settings, model, instance),
         "",

@@ -27,7 +27,7 @@ from backbone.training.run import LOG, LoggedLoss
 from customize.evaluation.edits import EditMetrics
 from customize.evaluation.metrics import VALIDATION_PROMPTS, ConceptMetrics
 from customize.evaluation.survival import Survival
-from customize.settings import Settings, as_flags
+from customize.settings import Settings, as_command
 from customize.training.reporting.card import describe_training
 
 REPORT = "report.html"
@@ -96,7 +96,7 @@ class RunReport:
         write_report(
             self.run / REPORT,
             title,
-            [*parts, heading("Again"), command_block(as_flags(settings, self.run))],
+            [*parts, heading("Again"), command_block(as_command(settings, self.run))],
             renew=renew,
         )
 
@@ -247,7 +247,7 @@ class EditReport:
         title = (
             f"Edits by instruction: {describe_training(settings)} on {settings.model}, {settings.steps} steps"
         )
-        again = [heading("Again"), command_block(as_flags(settings, self.run))]
+        again = [heading("Again"), command_block(as_command(settings, self.run))]
         write_report(self.run / REPORT, title, [*parts, *again], renew=renew)
 
 

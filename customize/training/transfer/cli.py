@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import typer
@@ -11,7 +10,7 @@ from backbone.adapters.concept import checkpoint, read_concept
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import settled_command
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, quote
 from customize.settings import read_settings
 from customize.training.transfer.settings import TRAINING, TransferOptions
 
@@ -27,8 +26,8 @@ def register(app: typer.Typer) -> None:
         from customize.training.transfer.run import transfer_run
 
         finished = transfer_run(asked)
-        where = shlex.quote(str(finished))
-        measured = f"customize evaluate {shlex.quote(str(asked.run))} --on {where}"
+        where = quote(finished)
+        measured = f"customize evaluate {quote(asked.run)} --on {where}"
         drawn = f'customize sample "a {settings.token} … in the snow" --concept {where}'
         notify(f"{finished}/sheet.png shows it. Next: {drawn}, and what survives: {measured}")
         if asked.as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from backbone.adapters.apply import carry_over, check_concept_fits, load_concept
 from backbone.adapters.concept import Concept, checkpoint, read_concept, resolve_placeholder_tokens
 from backbone.adapters.lora import has_text_encoder_weights
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
@@ -30,6 +29,7 @@ from customize.data.prepared import read_stored_images
 from customize.objectives.transfer import ClassAnswers, SubjectAnswers, Transfer, draw_class, draw_subject
 from customize.settings import FILE, SHEET, Settings, read_settings
 from customize.training.evaluation import Previews
+from customize.training.record import weights_metadata
 from customize.training.transfer.settings import OF_THE_RUN, TransferOptions
 
 ADAPTER = "concept_0"  # as `load_concepts` calls the first
@@ -98,7 +98,7 @@ def record_of(asked: TransferOptions, own: Settings, images: Any, **more: Any) -
     """The new run's `settings.json`."""
     return {
         "settings": own,
-        "command": f"{asked.command()} --out {shlex.quote(str(asked.folder))}",
+        "command": f"{asked.command()} --out {quote(asked.folder)}",
         "transfer": asked.kept(),
         "images": images,
         "versions": package_versions(),
@@ -161,12 +161,7 @@ def finish(
     out: Path, fit: Transfer, own: Settings, moved: Concept, asked: TransferOptions, *, seconds: float
 ) -> Path:
     """Write the adapter, the words beside it, the concept, a sheet and the record."""
-    header = {
-        "limner_token": " ".join(moved.tokens),
-        "limner_words": " ".join(moved.tokens.values()),
-        "base_model": moved.model,
-    }
-    files = fit.write(out, header)
+    files = fit.write(out, weights_metadata(moved))
     if moved.words:
         shutil.copyfile(moved.folder / moved.words, out / moved.words)
     replace(moved, **files).write(out)
@@ -195,6 +190,6 @@ def describe(own: Settings, asked: TransferOptions) -> Sequence[str]:
         "",
         "Again:",
         "",
-        f"    {asked.command()} --out {shlex.quote(str(asked.folder))}",
+        f"    {asked.command()} --out {quote(asked.folder)}",
         "",
     ]

@@ -344,7 +344,7 @@ def test_the_repeating_command_of_customize_gives_the_same_settings(
     words = {} if asked.get("method") == "pivotal" else {"token_words": "fgh"}
     named = {**DOG, "token_words": "", **words}
     wanted = customize.settings.resolve_settings({**named, **asked}, USUAL)
-    line = customize.settings.as_flags(wanted, Path("runs/x"))
+    line = customize.settings.as_command(wanted, Path("runs/x"))
     heard = said_by(customize.cli.app, line, monkeypatch, customize.training.start)
     subjects = {"images": wanted.images, "token": wanted.token, "class_noun": "dog", **words}
     assert customize.settings.resolve_settings({**heard, **subjects}, USUAL) == wanted

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from backbone.io.console import UserError
+from backbone.io.files import append_jsonl
 from backbone.io.run_folder import (
     SAVED,
     clear_failed_try,
     hold_new_folder,
     name_beside,
     peak_memory,
+    read_log,
     refuse_finished,
     refuse_new_folder,
     refuse_taken,
+    trim_log,
 )
 
 ASKED = "import json\nfrom backbone.io.run_folder import peak_memory\nprint(json.dumps(peak_memory()))"
@@ -105,3 +110,24 @@ def test_a_folder_in_which_the_same_was_stopped_is_gone_on_with_and_no_other(tmp
     with pytest.raises(KeyError), hold_new_folder(tmp_path / "new", folder, what):
         raise KeyError  # nothing was written: nothing is left
     assert not (tmp_path / "new").exists()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A line of a log, of which one number may be undefined."""
+
+    step: int
+    loss: float | None
+
+
+def test_what_was_logged_up_to_a_checkpoint_outlives_a_second_stop(tmp_path: Path) -> None:
+    """A number that is undefined too: as JSON's NaN, which no reader takes, its line would be lost the next time."""
+    log = tmp_path / "evaluations.jsonl"
+    assert read_log(log, Measured, done=3) == []
+    for step, loss in ((0, math.nan), (2, 0.5), (4, 0.25)):
+        append_jsonl(log, {"step": step, "loss": loss})
+    kept = [Measured(0, None), Measured(2, 0.5)]
+    assert read_log(log, Measured, done=3) == kept
+    for _ in range(2):
+        trim_log(log, 3)
+        assert read_log(log, Measured, done=9) == kept

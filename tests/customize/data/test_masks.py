@@ -23,7 +23,7 @@ from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from customize.data.dataset import SubjectGroup, prepare
 from customize.data.masks import dilate, otsu, predict_mask, prediction_difference, save_masks
-from customize.settings import Settings, as_flags
+from customize.settings import Settings, as_command
 
 
 def test_otsu_s_threshold_parts_two_heaps_whatever_their_sizes() -> None:
@@ -106,7 +106,7 @@ def test_pictures_with_a_mask_file_keep_it(
     assert prepare(tiny, groups, replace(settings, mask="files")).masks is not None
     save_masks(tmp_path / "masks.png", [pictures], found, most=9)
     assert Image.open(tmp_path / "masks.png").width > 3 * 32
-    assert "--mask auto" in as_flags(settings, tmp_path)
+    assert "--mask auto" in as_command(settings, tmp_path)
 
 
 @pytest.mark.font

@@ -27,7 +27,7 @@ from backbone.training.base_predictions import base_predictions, stratified_leve
 from backbone.training.run import take_steps
 from customize.data.dataset import Bucket, SubjectGroup, TrainingData, prepare
 from customize.objectives.dreambooth import DreamBooth
-from customize.settings import Settings, as_flags
+from customize.settings import Settings, as_command
 
 
 def settings(subject: Path, **changes: object) -> Settings:
@@ -257,7 +257,7 @@ def test_unknown_layers_are_a_clear_mistake(tiny: Backbone, subject: Path) -> No
 
 
 def test_the_repeating_command_names_what_was_chosen(subject: Path) -> None:
-    command = as_flags(settings(subject, seed=7, rank=3), Path("runs/x"))
+    command = as_command(settings(subject, seed=7, rank=3), Path("runs/x"))
     assert "--rank 3" in command
     assert "--seed 7" in command
     assert "--token '[V]'" in command

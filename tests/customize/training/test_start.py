@@ -23,7 +23,8 @@ from backbone.training.settings import changed_settings, find_resumed
 from customize.cli import app
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
-from customize.training.run import describe_changes, hash_images, make_prompts, resume_concept
+from customize.training.record import describe_changes, hash_images
+from customize.training.run import make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
 
 
