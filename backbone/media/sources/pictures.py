@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from backbone.media.sources.decode import (
     open_mask,
     read_size,
 )
+from backbone.media.sources.splits import choose_table, leave_out_measured
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -181,9 +183,9 @@ def list_images(
         if _is_dataset_folder(path):
             return _list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
-        for subfolder in [] if pictures else _list_visible(path):
-            if subfolder.is_dir():
-                pictures += _list_folder(subfolder, columns)
+        subfolders = [] if pictures else [folder for folder in _list_visible(path) if folder.is_dir()]
+        for subfolder in leave_out_measured(subfolders, path):
+            pictures += _list_folder(subfolder, columns)
         if pictures:
             _refuse_folder_of_masks(pictures)
             folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
@@ -192,9 +194,9 @@ def list_images(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
                 )
             return pictures
-        for suffix, load in TABLES.items():
-            if tables := [file for file in _list_visible(path) if file.suffix.lower() == suffix]:
-                return _list_table(load(tables), str(source), columns, folder=path)
+        for place, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
+            if tables := find_tables(place, suffix):
+                return _list_table(TABLES[suffix](tables), str(source), columns, folder=place)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
@@ -350,9 +352,20 @@ class Columns:
         by_word = {name.strip().lower(): name for name in reversed(names)}
         return requested or next((by_word[word] for word in defaults if word in by_word), None)
 
-    def say_without_captions(self, words: Sequence[str], where: str) -> None:
-        """Says that none of a table's columns of `words` is its captions'."""
-        if self.caption is None and self.find("caption", words, where) is None:
+    def say_of_captions(self, words: Sequence[str], where: str) -> None:
+        """Says that none of a table's columns of `words` is its captions', or which of several is."""
+        if self.caption is not None:
+            return
+        chosen = self.find("caption", words, where)
+        further = [
+            name for name in words if name.strip().lower() in CAPTION_COLUMNS and name not in (chosen, None)
+        ]
+        if further:
+            notify_once(
+                f"{where} has captions in {chosen} and in {' and in '.join(further)}: {chosen} is read. Name another "
+                "with caption_column."
+            )
+        elif chosen is None:
             others = [name for name in words if name != self.find("image", words, where)]
             if others:
                 notify_once(
@@ -466,7 +479,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         if name in captions:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption)
-    columns.say_without_captions(list(words), str(metadata))
+    columns.say_of_captions(list(words), str(metadata))
     return captions
 
 
@@ -561,7 +574,9 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     """Sentences on what a folder holds beside its listed images: other files, subfolders, masks of doubtful names."""
     root = Path(source).expanduser()
     used = {path for one in pictures for path in (one.path, one.mask, one.caption_file) if path}
-    if not root.is_dir() or not pictures or pictures[0].row is not None:
+    if pictures and (row := pictures[0].row) is not None:
+        return _describe_other_images(row, source)
+    if not root.is_dir() or not pictures:
         return []
     folders = sorted({root, *(path.parent for path in used)})
     used |= {path for folder in folders for path in find_lists(folder)}
@@ -595,6 +610,15 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     return found
 
 
+def _describe_other_images(row: DatasetRow, source: str | Path) -> list[str]:
+    """A sentence on the columns of images of a row's table that are not the listed one."""
+    features = getattr(row.table, "features", None) or {}
+    others = [name for name, kind in features.items() if name != row.column and holds_images(kind)]
+    if not others:
+        return []
+    return [f"Not used in {source}: the images in {', '.join(others)}; those in {row.column} are."]
+
+
 def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
     """How many files of these endings lie in each of the folders below, `levels` deep, where there are any.
 
@@ -613,6 +637,12 @@ def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict
 
 
 # Tables of the `datasets` library.
+
+
+def find_tables(folder: Path, suffix: str) -> list[Path]:
+    """A folder's tables of a kind that are to learn from, in natural order."""
+    files = _list_visible(folder) if folder.is_dir() else []
+    return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
 
 
 def _is_dataset_folder(path: Path) -> bool:
@@ -716,7 +746,18 @@ def refuse_closed_cache(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-TABLES = {".parquet": _load_parquet, ".tar": load_tars}
+def load_arrow(files: Sequence[Path]) -> Any:
+    """Arrow files as `datasets` writes them, as one table."""
+    datasets = import_datasets()
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{files[0]} is not a readable Arrow file ({first_line(error)}). Save it again."
+        ) from error
+
+
+TABLES = {".parquet": _load_parquet, ".arrow": load_arrow, ".tar": load_tars}
 
 
 def _load_from_hub(source: str) -> Any:
@@ -745,12 +786,12 @@ def fetched_folder() -> Path:
 def _list_table(
     table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
 ) -> list[ImageRecord]:
-    if isinstance(table, dict):  # splits
-        table = table["train"] if "train" in table else next(iter(table.values()))
+    if isinstance(table, dict):
+        table = choose_table(table, source)
     pictures = [name for name, kind in table.features.items() if holds_images(kind)]
     image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
     texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"]
-    columns.say_without_captions(texts, source)
+    columns.say_of_captions(texts, source)
     table = leave_encoded(table, [image_column])
     try:
         captions = list(table[caption_column]) if caption_column else [None] * len(table)

@@ -53,11 +53,13 @@ def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -
 def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for words in ("(red:1.3)", "((red))", "red++", "--w 512", "--n ugly", "{red|blue}"):
+    weights = ("(red:1.3)", "((red))", "red++", "(red hat)1.2", "(red hat)--")
+    others = ("--w 512", "--n ugly", "{red|blue}", "BREAK", "|||", "__colors/red__", "embedding:ugly")
+    for words in (*weights, *others):
         prompt = f"a dog {words}"
         assert resolve_placeholder_tokens(prompt, []) == prompt
         assert f"“{words}” is read as plain text" in capsys.readouterr().err
-    for prompt in ("a (red) dog", "a dog -- in a park", "a dog {red}", "a dog, 1+1", "a well--lit dog"):
+    for prompt in ("a (red) dog", "a dog -- in a park", "a dog {red}", "a dog, 1+1", "a well--lit dog", "a __ dog (2)"):
         resolve_placeholder_tokens(prompt, [])
         assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--concept RUN and --scale"):

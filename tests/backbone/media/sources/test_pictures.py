@@ -439,6 +439,55 @@ def test_a_table_whose_texts_are_no_captions_is_said_to_have_none(
     assert "It has description: name the one with caption_column" in capsys.readouterr().err
 
 
+def test_splits_to_measure_with_are_left_out_and_said(
+    tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    for name in ("train", "validation"):
+        write(tmp_path / "folder" / name / "1.png")
+        (tmp_path / "files" / "data").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(str(tmp_path / "files" / "data" / f"{name}-00000-of-00001.parquet"))
+    datasets.DatasetDict(test=table, train=table.select([0])).save_to_disk(str(tmp_path / "saved"))
+    for name, count, said in (
+        ("folder", 1, "validation/, of other splits than train"),
+        ("files", 2, "validation-00000-of-00001.parquet, of other splits than train"),
+        ("saved", 1, "saved is learned from; left out: test (2 rows)"),
+    ):
+        found = list_images(tmp_path / name)
+        assert len(found) == count and "validation" not in str(found[0].path)
+        assert said in capsys.readouterr().err
+    (tmp_path / "folder" / "train").rename(tmp_path / "folder" / "dog")  # then it is no split beside another
+    assert len(list_images(tmp_path / "folder")) == 2
+
+
+def test_arrow_files_are_tables(tmp_path: Path, table: Any) -> None:
+    table.save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    found = list_images(file)
+    assert [one.caption for one in found] == ["a dog", None]
+    assert [one.read() for one in found] == [one.read() for one in list_images(tmp_path / "saved")]
+
+
+def test_of_a_table_s_several_captions_and_images_it_is_said_which_count(
+    tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    masks = table.select_columns(["picture"]).rename_column("picture", "mask")
+    wide = datasets.concatenate_datasets([table.add_column("caption", ["a cat", "a cow"]), masks], axis=1)
+    wide.save_to_disk(str(tmp_path / "saved"))
+    found = list_images(tmp_path / "saved", image_column="picture")
+    assert [one.caption for one in found] == ["a dog", None]
+    said = "has captions in prompt and in caption: prompt is read. Name another with caption_column"
+    assert said in capsys.readouterr().err
+    assert describe_unused(tmp_path / "saved", found) == [
+        f"Not used in {tmp_path / 'saved'}: the images in mask; those in picture are."
+    ]
+    assert list_images(tmp_path / "saved", image_column="picture", caption_column="caption")[1].caption == "a cow"
+    assert "has captions" not in capsys.readouterr().err
+
+
 def test_names_in_metadata_match_whatever_their_unicode_form(tmp_path: Path) -> None:
     write(tmp_path / "cafe\u0301.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "caf\u00e9.png", "text": "a cup"}))
