@@ -238,7 +238,9 @@ def check(
     from align.pairs.records import (
         check_preferences,
         describe_contradictions,
+        describe_left_out,
         describe_records,
+        describe_shared_images,
         refuse_another_model,
         select_records,
         split_held_out,
@@ -255,6 +257,10 @@ def check(
     notify(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
     if contradictions := describe_contradictions(found.records):
         notify(contradictions)
+    for sentence in filter(
+        None, (describe_left_out(found, by_pairs=by_pairs), describe_shared_images(learn, out))
+    ):
+        notify(sentence)
     notify(
         f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "
         f"hold out {describe_records(out)}."

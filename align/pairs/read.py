@@ -64,8 +64,8 @@ VOTES = tuple(
 )
 ORDERED_COLUMNS = (("chosen", "rejected"), ("path1", "path2"))  # the better one first; the latter HPDv3's
 COLUMNS = (
-    "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image1, image2, votes_image1 and votes_image2, "
-    "image and label, or image_path and rank"
+    "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image1, image2, votes_image1 and "
+    "votes_image2, image and label, or image_path and rank"
 )
 PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
 TABLES: dict[str, Callable[[Sequence[Path]], ParquetTable | DatasetTable]] = {
@@ -291,8 +291,8 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     if not has_prompt or not any(needed <= set(names) for needed in required):
         raise UserError(
             f"{source} has the columns {', '.join(names)}. Pairs need caption with jpg_0, jpg_1, label_0 (Pick-a-Pic), "
-            "prompt with chosen and rejected, or path1 and path2 (HPDv3), or image1, image2, votes_image1 and votes_image2 "
-            "(Rapidata), prompt with image and label, or prompt with image_path and rank."
+            "prompt with chosen and rejected, or path1 and path2 (HPDv3), or image1, image2, votes_image1 and "
+            "votes_image2 (Rapidata), prompt with image and label, or prompt with image_path and rank."
         )
     return {"image", *(name for columns in (*PAIR_COLUMNS, *ORDERED_COLUMNS) for name in columns)} & set(
         names
@@ -543,7 +543,7 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
 
 
 def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """1 where more stands for the first image, 0 for the second, ½ for equally much; None where these are no numbers."""
+    """1 where more stands for the first image, 0 for the second, ½ for as much; None where these are no numbers."""
     first, second = (_as_number(row[name]) for name in names)
     if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in (first, second)):
         return None

@@ -361,6 +361,27 @@ def describe_contradictions(records: Iterable[Record]) -> str:
     return f"The same images are judged both ways, and both are learned from: {'; '.join(found[:3])}{more}."
 
 
+def describe_shared_images(learn: Iterable[Record], out: Iterable[Record]) -> str:
+    """A sentence on held-out records that show an image which is learned from under another prompt; "" for none."""
+    learned = {picture.content_hash for record in learn for picture in record.pictures}
+    shared = [one for one in out if any(picture.content_hash in learned for picture in one.pictures)]
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} held-out {_pluralize('record', len(shared))} ({shared[0].name}"
+        f"{' …' if shared[1:] else ''}) show images that are learned from too, under other prompts: what is measured "
+        "on them is better than on new images."
+    )
+
+
+def describe_left_out(preferences: Preferences, *, by_pairs: bool) -> str:
+    """A sentence on single images beside pairs, from which a loss of pairs does not learn; "" for none."""
+    if not by_pairs or not preferences.singles:
+        return ""
+    count = len(preferences.singles)
+    return f"{count} labelled {_pluralize('picture', count)} beside the pairs: left out, which --loss kto learns from."
+
+
 def describe_records(records: Iterable[Record]) -> str:
     """Describe records for people: “120 pairs (4 ties) of 40 prompts”."""
     records = list(records)

@@ -120,6 +120,12 @@ def is_run(folder: Path) -> bool:
 def _why_no_run(folder: Path) -> str:
     """Why no concept can be read from this, and what to do: the same sentence at every door."""
     if not folder.exists():
+        name, _, strength = str(folder).rpartition(":")
+        if re.fullmatch(r"-?\d*\.?\d+", strength) and Path(name).is_dir():
+            return (
+                f"There is no run folder {folder}. --scale is the strength of all concepts; for one of each, add them "
+                f"up: customize merge {folder} OTHER:1 --out runs/NAME"
+            )
         return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     if folder.is_file():
         if folder.suffix.lower() == ".gguf":
@@ -190,7 +196,7 @@ def resolve_placeholder_tokens(
 
 
 def find_foreign_syntax(text: str) -> list[tuple[str, str]]:
-    """What of a text means something to other programs and is plain text here, the first of each kind, with its kind."""
+    """What of a text means something to other programs and is plain text here, the first of each kind; its kind."""
     return [(found[0], what) for pattern, what in FOREIGN_SYNTAX.items() if (found := pattern.search(text))]
 
 

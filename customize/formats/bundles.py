@@ -21,7 +21,6 @@ from customize.formats.words import ALONE, SLOTS, WordFile, fit_to_encoders
 BUNDLED = "bundle_emb."
 
 
-
 def read_bundle(path: Path) -> dict[str, WordFile]:
     """The words that a file bundles, by what it calls them; {} where there are none.
 
@@ -38,8 +37,8 @@ def read_bundle(path: Path) -> dict[str, WordFile]:
         token = name[len(BUNDLED) : -len(key) - 1] if key else ""
         if key is None or not token or value.ndim not in (1, 2):
             raise UserError(
-                f"{path} bundles {name} of the shape {list(value.shape)}, and only words that CLIP reads are read here. "
-                "Learn the word anew without it."
+                f"{path} bundles {name} of the shape {list(value.shape)}, and only words that CLIP reads are read "
+                "here. Learn the word anew without it."
             )
         found.setdefault(token, {})[SLOTS.get(key, "")] = value.reshape(-1, value.shape[-1])
     return {

@@ -299,7 +299,8 @@ def _describe_import(concept: Concept, file: Path) -> str:
         else f"`{token}`; the model reads “{words}”"
         for token, words in concept.tokens.items()
     )
-    return f"# {concept.folder.name}\n\nImported from `{file.name}` for `{concept.model}`.\n\nWrite {reads} in a prompt.\n"
+    imported = f"Imported from `{file.name}` for `{concept.model}`."
+    return f"# {concept.folder.name}\n\n{imported}\n\nWrite {reads} in a prompt.\n"
 
 
 def _trigger_words(file: Path, adapter: AdapterFile) -> str:

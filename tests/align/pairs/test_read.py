@@ -36,7 +36,9 @@ from align.pairs.records import (
     Single,
     check_preferences,
     describe_contradictions,
+    describe_left_out,
     describe_records,
+    describe_shared_images,
     find_contradictions,
     normalize_prompt,
     refuse_another_model,
@@ -136,7 +138,9 @@ def test_splits_to_measure_with_are_not_learned_from(
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for name, row in zip(("train", "validation_unique"), rows, strict=True):
         parquet(tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet", [row])
-    tables = {name: datasets.Dataset.from_list([row]) for name, row in zip(("test", "train"), rows, strict=True)}
+    tables = {
+        name: datasets.Dataset.from_list([row]) for name, row in zip(("test", "train"), rows, strict=True)
+    }
     datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict(test=tables["test"]).save_to_disk(str(tmp_path / "one"))
     for name, row in zip(("train", "test"), rows, strict=True):
@@ -166,7 +170,7 @@ def test_arrow_files_are_read_as_datasets_wrote_them(tmp_path: Path) -> None:
         assert [pair.label for pair in found.pairs] == [1.0, 1.0]
         assert found.pairs[0].first.read() == encoded(0, "JPEG")
     (tmp_path / "cut.arrow").write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match="cut.arrow is not a readable Arrow file"):
+    with pytest.raises(UserError, match=r"cut\.arrow is not a readable Arrow file"):
         read_preferences(tmp_path / "cut.arrow")
 
 
@@ -811,6 +815,23 @@ def test_the_same_images_judged_both_ways_are_told(tmp_path: Path) -> None:
     assert "line 1 of" in said[0] and "line 7 of" in said[1]
     assert "judged both ways" in describe_contradictions(found.records)
     assert describe_contradictions(found.records[:1]) == ""
+
+
+def test_images_on_both_sides_and_single_ones_beside_pairs_are_told(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = [
+        {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"},
+        {"prompt": "a dog, 4k", "chosen": "0.png", "rejected": "2.png"},
+        {"prompt": "a cat", "chosen": "3.png", "rejected": "2.png"},
+        {"prompt": "a cow", "image": "3.png", "label": "good"},
+    ]
+    found = read_preferences(write_lines(tmp_path / "a.jsonl", rows))
+    first, second, third = found.pairs
+    assert describe_shared_images([first, third], [second]).startswith("1 held-out record (line 2 of")
+    assert describe_shared_images([first], [third]) == ""
+    assert describe_left_out(found, by_pairs=True).startswith("1 labelled picture beside the pairs: left out")
+    assert describe_left_out(found, by_pairs=False) == ""
 
 
 def test_two_captions_of_one_pair_are_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_rgb
 from backbone.media.sources.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
@@ -208,6 +208,31 @@ def test_a_profile_counts_by_its_curves_and_not_by_its_name(
     path = write(tmp_path / "x.png", Image.fromarray(values), icc_profile=profile)
     opened = np.asarray(open_rgb(path), dtype=float)
     assert np.abs(opened - srgb((values / 255) ** exponent)).mean() < 1
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [(".png", b"cICP"), (".avif", b"colrnclx")])
+def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
+    tmp_path: Path, suffix: str, mark: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for (primaries, curve), said in (
+        ((1, 13), ""),
+        ((12, 13), "Display P3,"),
+        ((9, 16), "BT.2020 in PQ (HDR),"),
+    ):
+        path = write(tmp_path / f"{primaries}{suffix}")
+        stored = path.read_bytes()
+        if suffix == ".png":
+            body = mark + bytes([primaries, curve, 0, 1])
+            chunk = struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body))
+            stored = stored[:33] + chunk + stored[33:]
+        else:
+            at = stored.index(mark) + len(mark)
+            stored = stored[:at] + struct.pack(">HH", primaries, curve) + stored[at + 4 :]
+        path.write_bytes(stored)
+        notify_once.cache_clear()
+        open_rgb(path)
+        told = capsys.readouterr().err
+        assert f"that their colours are {said}" in told if said else not told
 
 
 def test_a_grey_profile_counts_beside_transparency_and_a_png_s_own_exponent_does(tmp_path: Path) -> None:
@@ -484,7 +509,10 @@ def test_of_a_table_s_several_captions_and_images_it_is_said_which_count(
     assert describe_unused(tmp_path / "saved", found) == [
         f"Not used in {tmp_path / 'saved'}: the images in mask; those in picture are."
     ]
-    assert list_images(tmp_path / "saved", image_column="picture", caption_column="caption")[1].caption == "a cow"
+    assert (
+        list_images(tmp_path / "saved", image_column="picture", caption_column="caption")[1].caption
+        == "a cow"
+    )
     assert "has captions" not in capsys.readouterr().err
 
 
