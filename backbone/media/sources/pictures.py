@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -55,7 +56,7 @@ CONDITION_STEM = re.compile(
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 NAME_COLUMNS = (
@@ -384,8 +385,11 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
             raise UserError(
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
+    parts = sorted({name.split("/")[0] for name in metadata if "/" in name})
+    kept = leave_out_measured([folder / part for part in parts], folder)
     for name in metadata:
-        paths.setdefault(normalize_name(name), folder / name)
+        if "/" not in name or folder / name.split("/")[0] in kept:
+            paths.setdefault(normalize_name(name), folder / name)
     by_key = {normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
@@ -494,14 +498,31 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
         if path.name.lower() in names
         and path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
+        and (path.suffix.lower() != ".parquet" or _names_files(path))
     ]
     if len(lists) > 1:
         raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}. Keep one of them.")
     return lists
 
 
+def _names_files(table: Path) -> bool:
+    """Whether a Parquet file names its images, and does not hold them."""
+    import pyarrow.parquet
+
+    try:
+        return "file_name" in pyarrow.parquet.read_schema(table).names
+    except (OSError, ValueError):
+        return False
+
+
 def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a list of images, each with where it stands; `UserError` for one that is none."""
+    if metadata.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        for number, row in enumerate(pyarrow.parquet.read_table(metadata).to_pylist()):
+            yield f"Row {number} of {metadata}", row
+        return
     text = _read_text(metadata)
     if metadata.suffix.lower() in (".csv", ".tsv"):
         heading = text.partition("\n")[0]
@@ -528,7 +549,8 @@ def _read_text(path: Path) -> str:
 
 
 def join_lines(caption: str | None) -> str | None:
-    return " ".join(caption.split()) or None if caption else None
+    """A caption on one line, without the mark of a byte order; None where nothing is left."""
+    return " ".join(caption.removeprefix("\ufeff").split()) or None if caption else None
 
 
 def _list_visible(folder: Path) -> list[Path]:
@@ -709,15 +731,26 @@ def load_tars(files: Sequence[Path]) -> Any:
     for name, kind in table.features.items():
         if isinstance(kind, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
+        elif name in CAPTION_COLUMNS and kind == datasets.Value(
+            "binary"
+        ):  # of .caption, which it does not know
+            with suppress(ValueError):
+                table = table.cast_column(name, datasets.Value("string"))
     return table
 
 
 def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
     """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
     names: dict[str, str] = {}
+    numbered = [re.sub(r"\d+", "#", name) for name in found if re.search(r"\d.*\..*\.|\..*\d.*\.", name)]
+    if odd := [name for name in numbered if numbered.count(name) > 1]:
+        raise UserError(
+            f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
+            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
+        )
     for name in found:
         plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
-        new = TAR_COLUMNS.get(plain, plain)
+        new = TAR_COLUMNS.get(plain.lower(), plain)
         names[name] = name if new in names.values() else new
     return names
 
@@ -790,7 +823,11 @@ def _list_table(
         table = choose_table(table, source)
     pictures = [name for name, kind in table.features.items() if holds_images(kind)]
     image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
-    texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"]
+    texts = [
+        name
+        for name, kind in table.features.items()
+        if getattr(kind, "dtype", "") == "string" or name == caption_column
+    ]
     columns.say_of_captions(texts, source)
     table = leave_encoded(table, [image_column])
     try:
@@ -851,6 +888,11 @@ def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | 
     """The caption of an image of a row, which has one for all its images or one for each."""
     if isinstance(caption, list) and item is not None and len(caption) == item[1]:
         caption = caption[item[0]]
+    if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
+        try:
+            caption = plain(caption.decode("utf-8"), f"The caption of {where} is not UTF-8 text")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The caption of {where} is not UTF-8 text. Save it as UTF-8.") from error
     if caption is not None and not isinstance(caption, str):
         raise UserError(
             f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."

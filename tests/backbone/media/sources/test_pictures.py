@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -492,6 +493,41 @@ def test_arrow_files_are_tables(tmp_path: Path, table: Any) -> None:
     found = list_images(file)
     assert [one.caption for one in found] == ["a dog", None]
     assert [one.read() for one in found] == [one.read() for one in list_images(tmp_path / "saved")]
+
+
+def test_captions_of_tars_are_read_however_their_files_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pack(name: str, *files: str) -> Path:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for file in files:
+                buffer = io.BytesIO()
+                scene().save(buffer, "JPEG")
+                stored = "\ufeffa dog\r\non grass".encode() if "t" in file.lower() else buffer.getvalue()
+                member = tarfile.TarInfo(file)
+                member.size = len(stored)
+                tar.addfile(member, io.BytesIO(stored))
+        return tmp_path / name
+
+    for number, names in enumerate((("1.jpg", "1.caption"), ("1.JPG", "1.TXT"), ("1.jpeg", "1.text"))):
+        (one,) = list_images(pack(f"{number}.tar", *names))
+        assert one.caption == "a dog on grass" and difference(one.open(), scene()) < 5
+    assert "no captions" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="names have dots"):
+        list_images(pack("dots.tar", "i.v1.01.jpg", "i.v1.01.txt", "i.v1.02.jpg", "i.v1.02.txt"))
+
+
+def test_metadata_may_be_parquet_and_its_names_of_splits_count(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"file_name": f"{split}/1.png", "text": split} for split in ("train", "test")]
+    for row in rows:
+        write(tmp_path / row["file_name"])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    (one,) = list_images(tmp_path)
+    assert (one.caption, one.path) == ("train", tmp_path / "train" / "1.png")
+    assert describe_unused(tmp_path, [one]) == [f"Not used in {tmp_path}: 1 image in test/."]
 
 
 def test_of_a_table_s_several_captions_and_images_it_is_said_which_count(
