@@ -38,6 +38,7 @@ from align.pairs.records import (
     describe_contradictions,
     describe_left_out,
     describe_records,
+    describe_repeats,
     describe_shared_images,
     find_contradictions,
     normalize_prompt,
@@ -832,6 +833,19 @@ def test_images_on_both_sides_and_single_ones_beside_pairs_are_told(tmp_path: Pa
     assert describe_shared_images([first], [third]) == ""
     assert describe_left_out(found, by_pairs=True).startswith("1 labelled picture beside the pairs: left out")
     assert describe_left_out(found, by_pairs=False) == ""
+
+
+def test_the_same_choice_twice_is_told_and_two_people_s_is_not(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+        shutil.copy(tmp_path / f"{number}.png", tmp_path / f"{number}-copy.png")
+    one = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
+    same = {"prompt": "A dog.", "image_0": "1-copy.png", "image_1": "0-copy.png", "label_0": 0}
+    rows = [one | {"user": "ann"}, same | {"user": "ann"}, one | {"user": "bob"}, one | {"prompt": "a cat"}]
+    said = describe_repeats(read_preferences(write_lines(tmp_path / "a.jsonl", rows)).records)
+    assert said.startswith("The same choice is there more than once") and "line 2" in said
+    assert "line 3" not in said and "line 4" not in said
+    assert describe_repeats(read_preferences(write_lines(tmp_path / "b.jsonl", rows[1:])).records) == ""
 
 
 def test_two_captions_of_one_pair_are_told(tmp_path: Path) -> None:
