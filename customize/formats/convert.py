@@ -248,7 +248,7 @@ def _import_run(
     if model_name is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     metadata = build_metadata(adapter, source=file, title=out.stem)
-    spoken = {}
+    spoken: dict[str, str] = {}
     if named.words or not bundled:
         spoken = {named.token: named.words or _trigger_words(file, adapter)}
     opened = _open_base(file, adapter, model_name)

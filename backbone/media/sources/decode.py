@@ -152,7 +152,7 @@ def _find_code_points(start: bytes) -> str:
     """The colour space that a PNG (cICP) or an AVIF (nclx) names by numbers, from its first bytes; "" for sRGB's."""
     primaries = curve = 0
     if (at := start.find(b"cICP")) >= 0 and start.startswith(b"\x89PNG"):
-        primaries, curve = (*start[at + 4 : at + 6], 0, 0)[:2]
+        primaries, curve = (int.from_bytes(start[at + n : at + n + 1]) for n in (4, 5))
     elif (at := start.find(b"colrnclx")) >= 0:
         primaries, curve = (int.from_bytes(start[at + n : at + n + 2]) for n in (8, 10))
     return " in ".join(filter(None, (_PRIMARIES.get(primaries), _CURVES.get(curve))))

@@ -510,7 +510,7 @@ def _names_files(table: Path) -> bool:
     import pyarrow.parquet
 
     try:
-        return "file_name" in pyarrow.parquet.read_schema(table).names
+        return bool("file_name" in pyarrow.parquet.read_schema(table).names)
     except (OSError, ValueError):
         return False
 

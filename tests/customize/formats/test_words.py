@@ -211,8 +211,9 @@ def lora_of(folder: Path, prefix: str) -> dict[str, Tensor]:
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     name = next(name for name, _ in model.denoiser.named_modules() if name.endswith("attn2.to_q"))
     stem = f"{prefix}{name.replace('.', '_')}"
-    width = model.denoiser.get_submodule(name).weight.shape
-    return {f"{stem}.lora_down.weight": rows(2, width[1]), f"{stem}.lora_up.weight": rows(width[0], 2)}
+    layer: Any = model.denoiser.get_submodule(name)
+    height, width = layer.weight.shape
+    return {f"{stem}.lora_down.weight": rows(2, width), f"{stem}.lora_up.weight": rows(height, 2)}
 
 
 def test_words_that_a_lora_s_file_bundles_are_learned_words_of_its_run(
