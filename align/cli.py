@@ -238,7 +238,10 @@ def check(
     from align.pairs.records import (
         check_preferences,
         describe_contradictions,
+        describe_left_out,
         describe_records,
+        describe_repeats,
+        describe_shared_images,
         refuse_another_model,
         select_records,
         split_held_out,
@@ -253,8 +256,14 @@ def check(
     records = select_records(found, by_pairs=by_pairs, ties=False)
     learn, out = split_held_out(records, share=0.1, seed=0)
     notify(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
-    if contradictions := describe_contradictions(found.records):
-        notify(contradictions)
+    doubts = (
+        describe_contradictions(found.records),
+        describe_repeats(found.records),
+        describe_left_out(found, by_pairs=by_pairs),
+        describe_shared_images(learn, out),
+    )
+    for sentence in filter(None, doubts):
+        notify(sentence)
     notify(
         f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "
         f"hold out {describe_records(out)}."

@@ -53,6 +53,7 @@ NOUNS = frozenset([  # in -ing, and no verbs
     "thing", "wedding", "awning",
 ])  # fmt: skip
 
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
 
 
@@ -66,11 +67,14 @@ def without(prompt: str, phrase: str) -> str:
         return prompt
     found = False
     for first in range(len(tokens) - len(wanted), -1, -1):
-        if [token.lower() for token in tokens[first : first + len(wanted)]] == wanted:
+        here = [token.lower() for token in tokens[first : first + len(wanted)]]
+        if here == wanted or (here[-1:] and [*here[:-1], re.sub(r"['’]s$", "", here[-1])] == wanted):
             tokens = _take_out(tokens, first, first + len(wanted))
             found = True
-    if not found:  # in a language without spaces, say
-        return " ".join(re.sub(re.escape(phrase.strip()), " ", prompt, flags=re.IGNORECASE).split())
+    if not found:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
+        whole = rf"(?<![\w-]){re.escape(phrase.strip())}(?![\w-])"
+        part = re.escape(phrase.strip()) if UNSPACED.search(phrase) else whole
+        return " ".join(re.sub(part, " ", prompt, flags=re.IGNORECASE).split())
     return _join(tokens)
 
 

@@ -8,6 +8,7 @@
 | a table, .csv or .tsv   | the same columns, names of pictures beside it; an empty cell says nothing              |
 | rankings                | HPDv2's and ImageReward's columns (`align.pairs.rankings`), in either or in Parquet     |
 | HPDv3                   | `prompt` with `path1`, which was preferred, and `path2`                                 |
+| Rapidata                | `prompt`, `image1`, `image2` with `votes_image1` or `weighted_results_image1_preference` |
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
 | webdataset shards, .tar | the same by what stands behind a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`  |
@@ -18,17 +19,25 @@ nothing is ever written into a source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
 from align.pairs.rankings import IMAGES, PLACES, Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
-from align.pairs.tables import DatasetTable, ParquetTable, load_hub_table, load_saved_table, load_tar_table
+from align.pairs.tables import (
+    DatasetTable,
+    ParquetTable,
+    load_arrow_table,
+    load_hub_table,
+    load_saved_table,
+    load_tar_table,
+)
 from backbone.io.console import UserError, quote
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
@@ -38,18 +47,32 @@ from backbone.media.sources.pictures import (
     ImageRecord,
     could_be_dataset,
     find_spelled,
+    find_tables,
     list_by_name,
     read_image_list,
 )
+from backbone.media.sources.splits import leave_out_measured
 from backbone.media.sources.stream import ITEMS, Stream
 
 SPREADSHEETS = (".csv", ".tsv")
 YES, NO = ("true", "1", "1.0", "yes", "y", "t"), ("false", "0", "0.0", "no", "n", "f")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
-PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
+PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"), ("image1", "image2"))
+# How much stands for each image of a pair, the first of these that a row has: Rapidata's
+VOTES = tuple(
+    (name.format(1), name.format(2)) for name in ("weighted_results_image{}_preference", "votes_image{}")
+)
 ORDERED_COLUMNS = (("chosen", "rejected"), ("path1", "path2"))  # the better one first; the latter HPDv3's
-COLUMNS = "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image and label, or image_path and rank"
+COLUMNS = (
+    "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image1, image2, votes_image1 and "
+    "votes_image2, image and label, or image_path and rank"
+)
 PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
+TABLES: dict[str, Callable[[Sequence[Path]], ParquetTable | DatasetTable]] = {
+    ".parquet": ParquetTable,
+    ".arrow": load_arrow_table,
+    ".tar": load_tar_table,
+}
 
 
 def read_preferences(
@@ -72,7 +95,7 @@ def read_preferences(
         preferences = _read_table(load_hub_table(str(source), split or "train", limit), str(source), limit)
     else:
         raise UserError(
-            f"{path} does not exist. Give pairs: a folder, a .jsonl, .parquet or .tar file, or a dataset."
+            f"{path} does not exist. Give pairs: a folder, a .jsonl, .parquet, .arrow or .tar file, or a dataset."
         )
     if user is not None:
         _keep_user(preferences, user)
@@ -104,21 +127,19 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
             return _read_two_folders(folder, folders[better], folders[worse], limit)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _read_table(load_saved_table(folder), str(folder), limit)
-    tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
-    if tables:
-        return _read_table(ParquetTable(tables), str(folder), limit)
-    if tars := sorted(folder.glob("*.tar")):
-        return _read_table(load_tar_table(tars), str(folder), limit)
+    for place, suffix in product((folder, folder / "data"), TABLES):  # in data/ as on the hub
+        if tables := find_tables(place, suffix):
+            return _read_table(TABLES[suffix](tables), str(folder), limit)
     lines = (
         sorted(folder.glob("*.jsonl"))
         or [path for path in sorted(folder.glob("*.json")) if is_json_list(path)]
         or [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SPREADSHEETS]
     )
-    if len(lines) == 1:
+    if len(lines := leave_out_measured(lines, folder)) == 1:
         return _read_lines(lines[0], limit)
     raise UserError(
         f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl, .json "
-        "list or .csv, .parquet or .tar files. Make some with `align sample`."
+        "list or .csv, .parquet, .arrow or .tar files. Make some with `align sample`."
     )
 
 
@@ -175,13 +196,11 @@ def _read_file(path: Path, limit: int | None) -> Preferences:
     match path.suffix.lower():
         case ".jsonl" | ".json" | ".csv" | ".tsv":
             return _read_lines(path, limit)
-        case ".parquet":
-            return _read_table(ParquetTable([path]), str(path), limit)
-        case ".tar":
-            return _read_table(load_tar_table([path]), str(path), limit)
+        case suffix if suffix in TABLES:
+            return _read_table(TABLES[suffix]([path]), str(path), limit)
     raise UserError(
-        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .json, .csv, .parquet or "
-        ".tar."
+        f"{path} is a {path.suffix or 'file without an ending'}; pairs are a folder, .jsonl, .json, .csv, .parquet, "
+        ".arrow or .tar."
     )
 
 
@@ -266,14 +285,15 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     required = (
         {"jpg_0", "jpg_1", "label_0"},
         {"image_0", "image_1", "label_0"},
+        *({"image1", "image2", *votes} for votes in VOTES),
         *map(set, ORDERED_COLUMNS),
         {"image", "label"},
     )
     if not has_prompt or not any(needed <= set(names) for needed in required):
         raise UserError(
             f"{source} has the columns {', '.join(names)}. Pairs need caption with jpg_0, jpg_1, label_0 (Pick-a-Pic), "
-            "prompt with chosen and rejected, or path1 and path2 (HPDv3), prompt with image and label, or prompt with "
-            "image_path and rank."
+            "prompt with chosen and rejected, or path1 and path2 (HPDv3), or image1, image2, votes_image1 and "
+            "votes_image2 (Rapidata), prompt with image and label, or prompt with image_path and rank."
         )
     return {"image", *(name for columns in (*PAIR_COLUMNS, *ORDERED_COLUMNS) for name in columns)} & set(
         names
@@ -472,9 +492,12 @@ def _as_number(cell: Any) -> Any:
 def _labelled_pair(
     row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
 ) -> Pair | str:
-    """A pair from `label_0` and `label_1` (Pick-a-Pic), or the problem with it."""
-    label = _parse_pair_label(row)
+    """A pair from `label_0` and `label_1` (Pick-a-Pic) or from votes (Rapidata), or the problem with it."""
+    votes = next((names for names in VOTES if names[0] in row and names[1] in row), None)
+    label = _parse_pair_label(row) if votes is None or "label_0" in row else _count_votes(row, votes)
     first, second = pictures
+    if label is None and votes is not None:
+        return f"{where} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
     if label is None:
         labels = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
         return f"{where} has labels that are no choice ({labels})"
@@ -518,6 +541,14 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
     if second is not None and (not isinstance(second, (int, float)) or first + second != 1):
         return None
     return float(first)
+
+
+def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    """1 where more stands for the first image, 0 for the second, ½ for as much; None where these are no numbers."""
+    first, second = (_as_number(row[name]) for name in names)
+    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in (first, second)):
+        return None
+    return 0.5 if first == second else float(first > second)
 
 
 def _parse_single_label(label: Any) -> bool | None:

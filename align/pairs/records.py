@@ -335,21 +335,40 @@ def _pluralize(noun: str, count: int) -> str:
 
 def find_contradictions(records: Iterable[Record]) -> list[str]:
     """Describe pairs of the same two images of a prompt with opposite choices, and images labelled good and bad."""
-    seen: dict[tuple[Any, ...], tuple[float, str]] = {}
+    seen: dict[tuple[str, ...], tuple[float, str]] = {}
     found = []
     for record in records:
         if isinstance(record, Pair) and record.is_tie:
             continue
-        names = tuple(picture.content_hash for picture in record.pictures)
-        if isinstance(record, Pair):
-            says = record.label if names == tuple(sorted(names)) else 1 - record.label
-        else:
-            says = float(record.good)
-        key = (normalize_prompt(record.prompt), *sorted(names))
+        key, says = _judgement(record)
         before, name = seen.setdefault(key, (says, record.name))
         if before != says:
             found.append(f"{record.name} contradicts {name}")
     return found
+
+
+def _judgement(record: Record) -> tuple[tuple[str, ...], float]:
+    """What a record judges, its prompt and images in no order, and how: the first of them in order is preferred."""
+    names = tuple(picture.content_hash for picture in record.pictures)
+    if isinstance(record, Pair):
+        says = record.label if names == tuple(sorted(names)) else 1 - record.label
+    else:
+        says = float(record.good)
+    return (normalize_prompt(record.prompt), *sorted(names)), says
+
+
+def describe_repeats(records: Iterable[Record]) -> str:
+    """A sentence on records that say what the same person's other record says of the same images; "" for none."""
+    seen: dict[tuple[object, ...], str] = {}
+    found = []
+    for record in records:
+        first = seen.setdefault((*_judgement(record), record.user), record.name)
+        if first != record.name:
+            found.append(f"{record.name} says what {first} says")
+    if not found:
+        return ""
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"The same choice is there more than once and counts as often: {'; '.join(found[:3])}{more}."
 
 
 def describe_contradictions(records: Iterable[Record]) -> str:
@@ -359,6 +378,27 @@ def describe_contradictions(records: Iterable[Record]) -> str:
         return ""
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
     return f"The same images are judged both ways, and both are learned from: {'; '.join(found[:3])}{more}."
+
+
+def describe_shared_images(learn: Iterable[Record], out: Iterable[Record]) -> str:
+    """A sentence on held-out records that show an image which is learned from under another prompt; "" for none."""
+    learned = {picture.content_hash for record in learn for picture in record.pictures}
+    shared = [one for one in out if any(picture.content_hash in learned for picture in one.pictures)]
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} held-out {_pluralize('record', len(shared))} ({shared[0].name}"
+        f"{' …' if shared[1:] else ''}) show images that are learned from too, under other prompts: what is measured "
+        "on them is better than on new images."
+    )
+
+
+def describe_left_out(preferences: Preferences, *, by_pairs: bool) -> str:
+    """A sentence on single images beside pairs, from which a loss of pairs does not learn; "" for none."""
+    if not by_pairs or not preferences.singles:
+        return ""
+    count = len(preferences.singles)
+    return f"{count} labelled {_pluralize('picture', count)} beside the pairs: left out, which --loss kto learns from."
 
 
 def describe_records(records: Iterable[Record]) -> str:

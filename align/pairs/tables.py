@@ -11,10 +11,12 @@ from backbone.io.console import UserError
 from backbone.media.sources.pictures import (
     fetched_folder,
     leave_encoded,
+    load_arrow,
     load_saved,
     load_tars,
     refuse_closed_cache,
 )
+from backbone.media.sources.splits import choose_table
 
 
 class ParquetTable:
@@ -131,7 +133,12 @@ def _damaged(path: Path, error: Exception) -> UserError:
 def load_saved_table(folder: Path) -> DatasetTable:
     """The table of a folder that `datasets` saved, its split for training."""
     table = load_saved(folder)
-    return DatasetTable(table["train"] if isinstance(table, dict) else table, folder)
+    return DatasetTable(choose_table(table, str(folder)) if isinstance(table, dict) else table, folder)
+
+
+def load_arrow_table(files: Sequence[Path]) -> DatasetTable:
+    """The rows of Arrow files as `datasets` writes them."""
+    return DatasetTable(load_arrow(files), files[0].parent)
 
 
 def load_tar_table(files: Sequence[Path]) -> DatasetTable:

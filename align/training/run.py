@@ -7,12 +7,18 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from align.objectives.dataset import prepare, records_of, reread_preferences
 from align.objectives.preference import PreferenceTraining, share_of
 from align.pairs.prepared import Prepared, PreparedRecords
-from align.pairs.records import Preferences, Records, refuse_another_model
+from align.pairs.records import (
+    Preferences,
+    Records,
+    describe_left_out,
+    describe_shared_images,
+    refuse_another_model,
+)
 from align.settings import FILE, Settings, as_command, read_settings, resolve_settings
 from align.training.monitor import Validation
 from align.training.reporting.pictures import AFTER, draw_before
@@ -47,6 +53,8 @@ def train_preferences(
     settings = resolve_settings(asked, model.defaults)
     _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
+    if isinstance(found, Preferences) and (left := describe_left_out(found, by_pairs=settings.by_pairs)):
+        notify(left)
     model = open_model(settings)
     if vram is not None:
         from align.training.memory import fit_to_vram
@@ -110,6 +118,8 @@ def carry_on(
     if not len(learn):
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
     notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
+    if isinstance(learn, Records) and (shared := describe_shared_images(learn, cast(Records, out))):
+        notify(shared)
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)

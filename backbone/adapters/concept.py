@@ -26,10 +26,15 @@ FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
 LETTER = rf"[^\W{UNSPACED}]"
-FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++; --w 512; {red|blue}
-    re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}"): "weights of words",
+FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (red hat)1.2; --w 512; {red|blue} …
+    re.compile(
+        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}|\([^()]+\)(?:\++|--+|\d*\.\d+)"
+    ): "weights of words",
     re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",
     re.compile(r"\{[^{}|]*\|[^{}]*\}"): "alternatives",
+    re.compile(r"(?<!\S)BREAK(?![^\s,])|(?<=[a-z,.)] )AND(?= [a-z(])|\|\|\|"): "joints of prompts",
+    re.compile(r"(?<!\w)__[\w/*-]*[A-Za-z*][\w/*-]*__(?!\w)"): "lists of words to draw from",
+    re.compile(r"(?<!\w)embedding:\S+"): "names of embeddings",
 }
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
@@ -115,6 +120,12 @@ def is_run(folder: Path) -> bool:
 def _why_no_run(folder: Path) -> str:
     """Why no concept can be read from this, and what to do: the same sentence at every door."""
     if not folder.exists():
+        name, _, strength = str(folder).rpartition(":")
+        if re.fullmatch(r"-?\d*\.?\d+", strength) and Path(name).is_dir():
+            return (
+                f"There is no run folder {folder}. --scale is the strength of all concepts; for one of each, add them "
+                f"up: customize merge {folder} OTHER:1 --out runs/NAME"
+            )
         return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     if folder.is_file():
         if folder.suffix.lower() == ".gguf":
@@ -167,9 +178,8 @@ def resolve_placeholder_tokens(
     """
     _refuse_two_meanings(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
-    for pattern, what in FOREIGN_SYNTAX.items():
-        if found := pattern.search(prompt):
-            notify_once(f"“{found[0]}” is read as plain text: {what} are not understood in prompts.")
+    for found, what in find_foreign_syntax(prompt):
+        notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
     own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
     trained = {
@@ -186,6 +196,11 @@ def resolve_placeholder_tokens(
             remedy = "A LoRA is given with --concept RUN and --scale here; customize import makes a run of its file."
         raise UserError(f"No given concept owns the token {token} in the prompt “{resolved}”. {remedy}")
     return resolved
+
+
+def find_foreign_syntax(text: str) -> list[tuple[str, str]]:
+    """What of a text means something to other programs and is plain text here, the first of each kind; its kind."""
+    return [(found[0], what) for pattern, what in FOREIGN_SYNTAX.items() if (found := pattern.search(text))]
 
 
 def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, shorten
 
 DEEPEST = 64  # levels of lists and objects in each other
 # What a JSON text has that stands for a NUL or for half of a surrogate pair, or for both halves
@@ -127,14 +127,17 @@ def read_as(kind: type[Kind], value: Any, where: str | Path, key: str = "") -> K
 def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
     """The path of a file that a record names; `UserError` for one outside the record's own folder.
 
-    A whole path serves too, where it leads into the folder.
+    A whole path serves too, where it leads into the folder. So is an address refused: nothing is fetched.
     """
+    if re.match(r"[A-Za-z]{2,}://|data:", name):
+        raise UserError(f"{where} names {shorten(name, 80)}, an address. Download it, and name the file.")
     plain, home = os.path.normpath(name.replace("\\", "/")), os.path.abspath(folder)
     if plain.startswith(os.path.join(home, "")):
         plain = os.path.relpath(plain, home)
     if not name or "\0" in name or os.path.isabs(plain) or re.match(r"\.\.(/|$)|[A-Za-z]:", plain):
         raise UserError(
-            f"{where} names {name or 'no file'}, which lies outside the folder. Use names inside {folder.absolute()}."
+            f"{where} names {shorten(name, 200) or 'no file'}, which lies outside the folder. Use names inside "
+            f"{folder.absolute()}."
         )
     return folder / plain
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from backbone.adapters.concept import (
     PLACEHOLDER,
     Concept,
+    find_foreign_syntax,
     mentions,
     replace_tokens,
     resolve_placeholder_tokens,
@@ -18,7 +20,9 @@ from backbone.media.sources.pictures import ImageRecord
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder
 
-LONG = 50  # words from which a caption may be longer than the 77 tokens that CLIP reads
+LONG = 50  # pieces from which a caption may be longer than the 77 tokens that CLIP reads
+# What is a token or more: a word, a digit, a mark, and each character of scripts without spaces
+PIECES = re.compile(r"[A-Za-z]+|\d|[^\sA-Za-z\d]")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> st
     own = " and ".join(concept.tokens)
     named = ", ".join(list(sources)[:5])
     return f"Captions hold {named} (first in {next(iter(sources.values()))}), read as plain text; the token is {own}."
+
+
+def describe_foreign_syntax(prompts: Sequence[TrainingPrompt]) -> list[str]:
+    """A sentence for each kind of other trainers' syntax in captions, which is plain text here."""
+    kinds: dict[str, tuple[str, str]] = {}
+    for prompt in prompts:
+        for found, what in find_foreign_syntax(prompt.written):
+            kinds.setdefault(what, (found, prompt.source))
+    return [
+        f"Captions hold “{found}” (first in {source}), read as plain text: {what} are not understood."
+        for what, (found, source) in kinds.items()
+    ]
 
 
 def describe_truncated(

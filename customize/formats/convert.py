@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from backbone.adapters.concept import EDITS, Concept, check_token
+from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import atomic_write, fill_folder
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
 from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.bundles import BUNDLED, fit_bundle, read_bundle
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, describe_import, read_run_concept
 from customize.formats.model_weights import (
@@ -28,7 +30,14 @@ from customize.formats.model_weights import (
     refuse_mismatch,
 )
 from customize.formats.read import find_adapter_file, read_adapter
-from customize.formats.words import export_beside, export_words, find_word_file, import_words, read_words
+from customize.formats.words import (
+    WordFile,
+    export_beside,
+    export_words,
+    find_word_file,
+    import_words,
+    read_words,
+)
 from customize.formats.write import check_output, write_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -197,12 +206,39 @@ def import_adapter(
         if token_words:
             raise UserError(f"{file} holds a learned word, so --token-words has no effect. Leave it out.")
         return import_words(word_file, out, model=model, token=token, class_noun=class_noun)
-    adapter, token = read_adapter(file), token or "[V]"
+    bundled = read_bundle(find_adapter_file(file))
+    if bundled and token and not token_words:
+        bundled = _rename_word(bundled, token, file)
+    adapter = read_adapter(file, beside=BUNDLED)
+    if out.suffix != ".safetensors":
+        named = _Named(token or "[V]", token_words, class_noun)
+        return _import_run(file, adapter, bundled, out, model=model, named=named)
+    if bundled:
+        raise UserError(f"{file} holds learned words too ({', '.join(bundled)}). Name a folder with --out.")
+    check_output(out)
     metadata = build_metadata(adapter, source=file, title=out.stem)
-    if out.suffix == ".safetensors":
-        check_output(out)
-        worst = write_adapter(out, adapter, "peft", metadata=metadata)
-        return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
+    worst = write_adapter(out, adapter, "peft", metadata=metadata)
+    return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
+
+
+class _Named(NamedTuple):
+    """What an import is called: the token in prompts, the words that it was trained with, the class."""
+
+    token: str
+    words: str | None
+    class_noun: str
+
+
+def _import_run(
+    file: Path,
+    adapter: AdapterFile,
+    bundled: Mapping[str, WordFile],
+    out: Path,
+    *,
+    model: str | None,
+    named: _Named,
+) -> str:
+    """Write an adapter, with the words that its file bundles, to a run folder; returns a sentence to print."""
     if adapter.base == "svd":
         raise UserError(
             f"{file} adapts {BASE_NAMES['svd']}, which reads no words, so no run is made of it. Draw clips with it as "
@@ -211,27 +247,47 @@ def import_adapter(
     model_name = model or adapter.metadata.get("base_model")
     if model_name is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
-    words = token_words or _trigger_words(file, adapter)
+    metadata = build_metadata(adapter, source=file, title=out.stem)
+    spoken: dict[str, str] = {}
+    if named.words or not bundled:
+        spoken = {named.token: named.words or _trigger_words(file, adapter)}
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
     refuse_mismatch(layers, weights.shapes, str(file), model_name)
     adapter = fit_to_model(adapter, weights.shapes, file)
-    check_token(token, opened.text_encoder.tokenizer.get_vocab())
+    for name in spoken:
+        check_token(name, opened.text_encoder.tokenizer.get_vocab())
+        if name in bundled:
+            raise UserError(f"{file} has a learned word {name} of its own. Say another --token.")
+    vectors, learned = fit_bundle(bundled, opened, file)
+    concept = Concept(
+        kind=EDITS if _learned_from_edits(adapter) else "pivotal" if learned else "lora",
+        model=model_name,
+        fingerprint=opened.fingerprint,
+        tokens=spoken | learned,
+        class_noun=named.class_noun or adapter.metadata.get("limner_class", ""),
+        words=EMBEDDINGS_FILE if vectors else "",
+        folder=out,
+    )
     with fill_folder(out) as unfinished:
-        weights_file = _write_loadable(unfinished, adapter, opened, metadata)
-        concept = Concept(
-            kind=EDITS if _learned_from_edits(adapter) else "lora",
-            model=model_name,
-            fingerprint=opened.fingerprint,
-            tokens={token: words},
-            class_noun=class_noun or adapter.metadata.get("limner_class", ""),
-            weights=weights_file,
-            folder=out,
-        )
-        describe_import(unfinished, concept, file, f"; the model reads “{words}”")
-    counted = count_of(len(adapter.layers), "layer")
+        if vectors:
+            entries = {"format": "pt", "base_model": model_name}
+            save_embeddings(unfinished / EMBEDDINGS_FILE, vectors, metadata=entries)
+        written = _write_loadable(unfinished, adapter, opened, metadata)
+        describe_import(unfinished, replace(concept, weights=written), file)
+    counted, token = count_of(len(adapter.layers), "layer"), next(iter(concept.tokens))
     return f'{out}: {counted}. Next: customize sample "a {token} …" --concept {quote(out)}'
+
+
+def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[str, WordFile]:
+    """A file's only learned word, called `token`; `UserError` where it has several."""
+    if len(words) > 1:
+        raise UserError(
+            f"{file} has {len(words)} learned words of their own names ({', '.join(words)}), so --token has no effect "
+            "without --token-words. Leave it out."
+        )
+    return {token: next(iter(words.values()))}
 
 
 def _trigger_words(file: Path, adapter: AdapterFile) -> str:
@@ -239,7 +295,8 @@ def _trigger_words(file: Path, adapter: AdapterFile) -> str:
     words = adapter.metadata.get("limner_words") or adapter.metadata.get("modelspec.trigger_phrase")
     if not words:
         raise UserError(
-            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks."
+            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks; of one that "
+            "has none (LCM-LoRA, a slider) any word will do, and prompts need none."
         )
     return words
 

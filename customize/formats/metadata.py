@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
+from backbone.io.console import count_of
 from backbone.io.files import read_json, write_text
 from backbone.io.records import RunRecord
 from customize.formats.adapter import AdapterFile, BaseFamily
@@ -164,15 +165,17 @@ def _modification_date(source: Path) -> str:
     return datetime.fromtimestamp(int(source.stat().st_mtime), tz=UTC).isoformat()
 
 
-def describe_import(folder: Path, concept: Concept, file: Path, meaning: str) -> None:
+def describe_import(folder: Path, concept: Concept, file: Path) -> None:
     """Write README.md and `concept.json` beside weights that were imported from a tool's file.
 
-    `concept.folder` is the run folder that `folder` becomes; `meaning` says what writing the token does.
+    `concept.folder` is the run folder that `folder` becomes.
     """
-    (token,) = concept.tokens
-    write_text(
-        folder / "README.md",
-        f"# {concept.folder.name}\n\nImported from `{file.name}` for `{concept.model}`.\n\n"
-        f"Write `{token}` in a prompt{meaning}.\n",
+    reads = "; ".join(
+        f"`{token}`, which stands for {count_of(len(words.split()), 'learned vector')}"
+        if token in concept.learned_tokens
+        else f"`{token}`; the model reads “{words}”"
+        for token, words in concept.tokens.items()
     )
+    imported = f"Imported from `{file.name}` for `{concept.model}`."
+    write_text(folder / "README.md", f"# {concept.folder.name}\n\n{imported}\n\nWrite {reads} in a prompt.\n")
     concept.write(folder)

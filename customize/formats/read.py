@@ -37,7 +37,7 @@ from backbone.adapters.config import (
     read_peft_config,
 )
 from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_tensors
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
@@ -77,7 +77,31 @@ OTHER_METHODS = {
     (".on_input", ".ia3_l"): "scales of IA³",
     (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
     (".set_weight", ".reshape_weight"): "whole weights",
-    ("emb_params", "string_to_param.*", "clip_l", "clip_g", ">"): LEARNED_WORDS,
+    (".lora_mag", ".scalar"): "a magnitude or a scale of each layer that no known format has",
+    (".lora_embedding_A", ".lora_embedding_B"): "a LoRA of a table of words",
+    (
+        "emb_params",
+        "string_to_param.*",
+        "clip_l",
+        "clip_g",
+        ">",
+        ".clip_l_out",
+        ".clip_g_out",
+        ".t5",
+        ".t5_out",
+    ): LEARNED_WORDS,
+}
+# Files of other kinds that are handed over as LoRAs: what some of their names hold → what they are, and what to do
+OTHER_FILES = {
+    r"^lora_controlnet$|^input_hint_block\.|^controlnet_": (
+        "a network that reads maps (Control-LoRA, ControlNet)",
+        "Draw under a map with it: customize sample --controlnet FILE --condition KIND=MAP.",
+    ),
+    r"^lllite_": ("ControlNet-LLLite, which is not supported", "Take a T2I-Adapter or a ControlNet."),
+    r"^(image_proj|ip_adapter)\.": (
+        "an IP-Adapter, which is not supported",
+        "Train a concept on the images instead.",
+    ),
 }
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
@@ -87,14 +111,16 @@ _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
+def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
     """Read the adapter of a file, a run folder or peft's folder, whichever tool wrote it.
 
-    Raises `UserError` where there is none, where a layer lacks factors or is of no supported model, for values that
-    are not finite, and for tensors that belong to no known format.
+    Tensors whose names begin with `beside`, where it is given, are the caller's to read. Raises `UserError` where there
+    is no adapter, where a layer lacks factors or is of no supported model, for values that are not finite, and for
+    tensors that belong to no known format.
     """
     path = find_adapter_file(path)
     tensors, metadata = read_tensors(path)
+    tensors = {name: value for name, value in tensors.items() if not (beside and name.startswith(beside))}
     check_tensors(path, tensors)
     groups = _group_by_stem(tensors, path)
     shapes = {stem: _stored_shape(group) for stem, group in groups.items()}
@@ -148,13 +174,19 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
         group[factor] = tensors[key]
     if not unknown:
         return groups
+    for pattern, (what, remedy) in OTHER_FILES.items():
+        if any(re.search(pattern, key) for key in unknown):
+            raise UserError(f"{path} is {what}, and no LoRA. {remedy}")
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
     what = " and ".join(kinds) or "tensors of no kind that is known here"
     if any(set(group) - set(_BESIDE_FACTORS) for group in groups.values()):
+        remedy = "Export it again as LoRA, LoHa or LoKr alone."
+        if kinds == [LEARNED_WORDS]:
+            remedy = "Make a run of both: customize import."
         raise UserError(
-            f"{path} holds, beside its factors, {len(unknown)} tensors that are not read here: {what} ({shown}). "
-            "Export it again as LoRA, LoHa or LoKr alone."
+            f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {what} ({shown}). "
+            f"{remedy}"
         )
     remedy = "Give an adapter of one of these three kinds."
     if kinds == [LEARNED_WORDS]:
@@ -188,10 +220,16 @@ def _read_configs(
         return read_adapter_configs(path, metadata)
     beside = path.parent / CONFIG_FILE
     bare = [stem for stem in groups if stem.startswith(PEFT_PREFIX) or not stem.startswith(tuple(PREFIXES))]
-    untold = any("alpha" not in groups[stem] for stem in bare)
-    if beside.is_file() and (path.name == PEFT_WEIGHTS or untold):  # peft's own, though it was renamed
+    without = [stem for stem, group in groups.items() if "alpha" not in group]
+    if beside.is_file() and (path.name == PEFT_WEIGHTS or without):  # peft's own, though it was renamed
         return {"": read_peft_config(beside)}
-    if untold:
+    if without and (said := metadata.get("ss_network_alpha")) not in (None, metadata.get("ss_network_dim")):
+        notify(
+            f"{path} holds no α for {count_of(len(without), 'layer')}, though its metadata says ss_network_alpha "
+            f"{said} (ss_network_dim {metadata.get('ss_network_dim')}): α = rank is assumed as in other tools, a "
+            "strength of 1."
+        )
+    elif set(bare) & set(without):
         notify(
             f"{path} does not say its α, and no {CONFIG_FILE} lies beside it: α = rank is assumed, a strength of 1."
         )
@@ -229,10 +267,12 @@ def _build_layer(
         raise UserError(
             f"{path} says rank {said} for {stem}, whose tensors have {stored}. Export the file again."
         )
-    if algorithm == "lora" and factors["up"].shape[1] != stored:
+    if others := _list_ranks(algorithm, factors) - {stored}:
         raise UserError(
-            f"The factors of {stem} in {path} have ranks {stored} and {factors['up'].shape[1]}. Export the file again."
+            f"The factors of {stem} in {path} have ranks {stored} and {min(others)}. Export the file again."
         )
+    if config and config.adapter_type == "dora" and not {"magnitude", "dora_scale"} & set(group):
+        raise UserError(f"{path} says DoRA, and {stem} has no magnitudes. Export it again.")
     rank = stored or said or 1
     alpha = config.layer_alpha(*names, rank=rank) if config else float(rank)
     if "alpha" in group and stored is not None:  # LyCORIS ignores α for an unfactorised LoKr
@@ -290,10 +330,15 @@ def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:
 
 def _infer_rank(algorithm: Algorithm, factors: Mapping[str, Tensor]) -> int | None:
     """r from the factors' shapes; None for a LoKr stored unfactorised."""
-    key = {"lora": "down", "loha": "hada_w1_b"}.get(algorithm)
-    if key is None:
-        key = next((name for name in ("lokr_w1_b", "lokr_w2_b") if name in factors), None)
-    return None if key is None else factors[key].shape[0]
+    names = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b")}[algorithm]
+    return next((factors[name].shape[0] for name in names if name in factors), None)
+
+
+def _list_ranks(algorithm: Algorithm, factors: Mapping[str, Tensor]) -> set[int]:
+    """The ranks of all pairs of factors, which are one in whole files: α is divided by it."""
+    names = {"lora": (), "loha": ("hada_w1_b", "hada_w2_b"), "lokr": ("lokr_w1_b", "lokr_w2_b")}[algorithm]
+    ranks = {factors[name].shape[0] for name in names if name in factors}
+    return ranks | ({factors["up"].shape[1]} if algorithm == "lora" else set())
 
 
 def _read_magnitude(group: Mapping[str, Tensor], layer: LayerUpdate, stem: str, path: Path) -> Tensor | None:
@@ -302,6 +347,8 @@ def _read_magnitude(group: Mapping[str, Tensor], layer: LayerUpdate, stem: str, 
     peft stores [out], or [1, out, 1, 1] for a convolution; LyCORIS and OneTrainer [out, 1, …] or [1, in, …].
     """
     rows, columns = layer.shape
+    if "magnitude" in group and "dora_scale" in group:
+        raise UserError(f"{path} holds the DoRA scales of {stem} twice, under two names. Export it again.")
     if "magnitude" in group:
         value = group["magnitude"].flatten()
         if len(value) == rows:

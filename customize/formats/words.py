@@ -153,7 +153,7 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
     if model_name is None:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     opened = Backbone.open(model_name, device="cpu", precision="fp32")
-    vectors = _fit_to_encoders(words, opened, file)
+    vectors = fit_to_encoders(words, opened, file)
     token = token or words.token or "[V]"
     check_token(token, opened.text_encoder.tokenizer.get_vocab())
     names = vector_token_names(token, len(next(iter(vectors.values()))))
@@ -174,11 +174,11 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
             folder=out,
         )
         counted = count_of(len(names), "learned vector")
-        describe_import(unfinished, concept, file, f", which stands for {counted}")
+        describe_import(unfinished, concept, file)
     return f'{out}: {counted} for {token}. Next: customize sample "a {token} …" --concept {quote(out)}'
 
 
-def _fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, Tensor]:
+def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, Tensor]:
     """The vectors by the model's own encoders; `UserError` where these are others, or of another width."""
     slots = {
         slot.name: slot.model.get_input_embeddings().weight.shape[1] for slot in model.text_encoder.slots

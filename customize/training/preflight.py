@@ -17,7 +17,13 @@ from PIL import Image
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.pictures import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
-from customize.data.captions import LONG, TrainingPrompt, describe_truncated
+from customize.data.captions import (
+    LONG,
+    PIECES,
+    TrainingPrompt,
+    describe_foreign_syntax,
+    describe_truncated,
+)
 from customize.training.memory import choice_of, work_of
 
 if TYPE_CHECKING:
@@ -89,13 +95,19 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
 
 
 def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
-    """A sentence for each caption that will be truncated; text encoders load only where one is long."""
+    """Sentences on what is plain text in captions, and on each that will be truncated.
+
+    Text encoders load only where a caption is long.
+    """
     with_t5 = any("T5EncoderModel" in str(part) for part in model.location.index.values())
-    long = [
-        one for one in pictures if one.caption and len(one.caption.split()) > LONG * (4 if with_t5 else 1)
+    prompts = [
+        TrainingPrompt(one.caption, one.caption, one.caption_source) for one in pictures if one.caption
     ]
-    prompts = [TrainingPrompt(one.caption or "", one.caption or "", one.caption_source) for one in long]
-    return describe_truncated(prompts, "[V]", "[V]", model.text_encoder) if prompts else []
+    sentences = describe_foreign_syntax(prompts)
+    long = [
+        prompt for prompt in prompts if len(PIECES.findall(prompt.written)) > LONG * (4 if with_t5 else 1)
+    ]
+    return sentences + (describe_truncated(long, "[V]", "[V]", model.text_encoder) if long else [])
 
 
 def sharpness(image: Image.Image) -> float:

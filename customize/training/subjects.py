@@ -14,7 +14,12 @@ from backbone.io.run_folder import run_name
 from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
-from customize.data.captions import describe_brackets, describe_truncated, write_prompt
+from customize.data.captions import (
+    describe_brackets,
+    describe_foreign_syntax,
+    describe_truncated,
+    write_prompt,
+)
 from customize.data.dataset import SubjectGroup
 from customize.settings import OWN_WORDS, Settings, Subject
 
@@ -76,6 +81,7 @@ def group_of(
     prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
     captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
     odd = [describe_brackets(captioned, concept)] if captioned else []
+    odd += describe_foreign_syntax(captioned)
     odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
     for sentence in filter(None, odd):
         notify(sentence)

@@ -89,7 +89,7 @@ def remove(
     refuse_negative(model, asked.negative, guidance)
     first = inversion.start(checks.strength(asked.strength, inversion.steps))
     pixels, nfe = _find_place(inversion, word, asked)
-    seen = _prompt_without(inversion.prompt, word) if asked.prompt is None else asked.prompt
+    seen = _prompt_without(inversion, word) if asked.prompt is None else asked.prompt
     states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
@@ -159,8 +159,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt
-    require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
-    rest = without(source, word)
+    rest = _leave_out(inversion, word)
     others = [without(source, thing) for thing in things(source) if thing in things(rest)]
     maps, nfe = difference_maps(inversion, [(source, rest)], sides=(SOURCE, SOURCE))
     size, places = inversion.image.shape[-2:], maps.shape[-2]
@@ -180,6 +179,19 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     return F.max_pool2d(found[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
 
 
-def _prompt_without(source: str, word: str) -> str:
+def _prompt_without(inversion: Inversion, word: str) -> str:
     """What to see where nobody says it: with a mask alone nobody knows which of the prompt's things it covers."""
-    return without(source, word) if word.strip() else ""
+    return _leave_out(inversion, word) if word.strip() else ""
+
+
+def _leave_out(inversion: Inversion, word: str) -> str:
+    """The source prompt without a word; `UserError` for one that is not in it, or in other words alone (“cat-like”)."""
+    source = inversion.prompt
+    require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
+    rest = without(source, word)
+    if rest == source:
+        raise UserError(
+            f"“{word}” stands in “{source}” as a part of another word alone, so it cannot be left out. Name the thing "
+            "by a whole word."
+        )
+    return rest

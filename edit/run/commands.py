@@ -111,6 +111,9 @@ def run_flow_edit(
     **settings: Any,
 ) -> Result:
     """`edit flow-edit`."""
+    for target in targets if asked == NOTHING_ASKED else ():
+        if " ".join(target.lower().split()) == " ".join(source.lower().split()):
+            notify(f"“{target}” says what the source says: what changes is by guidance alone.")
     with progress(int(steps * checks.share("strength", strength)), "editing") as bar:
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],

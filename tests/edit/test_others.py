@@ -324,6 +324,12 @@ def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> Non
         remove(inversion, "snwo")
     with pytest.raises(UserError, match="empty"):
         remove(inversion, "")
+    part = replace(inversion, prompt="a cat-like dog in the snow")
+    for mask in (None, left_half()):
+        with pytest.raises(UserError, match="Did you mean"):
+            remove(inversion, "cats", mask=mask)
+        with pytest.raises(UserError, match="as a part of another word alone"):
+            remove(part, "cat", mask=mask)
     with pytest.raises(UserError, match="between 0 and 1"):
         remove(inversion, "cat", strength=2.0)
 

@@ -54,6 +54,10 @@ from edit.phrases import things, without
         ("an orange cat in a park", "orange", "a cat in a park"),
         ("a cat toy near a dog", "cat", "a toy near a dog"),
         ("a caterpillar and a cat", "cat", "a caterpillar"),
+        ("a cat's toy near a dog", "cat", "a toy near a dog"),
+        # No part of another word
+        ("two cats in a park", "cat", "two cats in a park"),
+        ("a cat-like dog", "cat", "a cat-like dog"),
         # Without spaces
         ("公园里的猫", "猫", "公园里的"),
         ("a dog", "cat", "a dog"),

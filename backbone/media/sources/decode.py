@@ -143,6 +143,21 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+# Colour spaces by ITU-T H.273's numbers of primaries and curves, of those that are not nearly sRGB's
+_PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
+_CURVES = {8: "linear light", 16: "PQ (HDR)", 18: "HLG (HDR)"}
+
+
+def _find_code_points(start: bytes) -> str:
+    """The colour space that a PNG (cICP) or an AVIF (nclx) names by numbers, from its first bytes; "" for sRGB's."""
+    primaries = curve = 0
+    if (at := start.find(b"cICP")) >= 0 and start.startswith(b"\x89PNG"):
+        primaries, curve = (int.from_bytes(start[at + n : at + n + 1]) for n in (4, 5))
+    elif (at := start.find(b"colrnclx")) >= 0:
+        primaries, curve = (int.from_bytes(start[at + n : at + n + 2]) for n in (8, 10))
+    return " in ".join(filter(None, (_PRIMARIES.get(primaries), _CURVES.get(curve))))
+
+
 # A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
 # they are of at most so many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
@@ -173,6 +188,13 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
     try:
         with _without_pillow_limit():
             image = Image.open(file, formats=_readable_formats())
+        if (space := _find_code_points(start)) and (
+            start.startswith(b"\x89PNG") or "icc_profile" not in image.info
+        ):
+            notify_once(
+                f"Images say by code points (CICP) that their colours are {space}, which is not applied: they are "
+                "read as sRGB, duller than they are. Convert them to sRGB first."
+            )
         width, height = image.size
         if width * height > MAX_PIXELS:
             reason = f"has {width} × {height} pixels; {MAX_PIXELS // 10**6} megapixels are the most"

@@ -17,8 +17,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from backbone.media.sources.decode import (
     open_mask,
     read_size,
 )
+from backbone.media.sources.splits import choose_table, leave_out_measured
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -53,7 +56,7 @@ CONDITION_STEM = re.compile(
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 NAME_COLUMNS = (
@@ -181,9 +184,9 @@ def list_images(
         if _is_dataset_folder(path):
             return _list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
-        for subfolder in [] if pictures else _list_visible(path):
-            if subfolder.is_dir():
-                pictures += _list_folder(subfolder, columns)
+        subfolders = [] if pictures else [folder for folder in _list_visible(path) if folder.is_dir()]
+        for subfolder in leave_out_measured(subfolders, path):
+            pictures += _list_folder(subfolder, columns)
         if pictures:
             _refuse_folder_of_masks(pictures)
             folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
@@ -192,9 +195,9 @@ def list_images(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
                 )
             return pictures
-        for suffix, load in TABLES.items():
-            if tables := [file for file in _list_visible(path) if file.suffix.lower() == suffix]:
-                return _list_table(load(tables), str(source), columns, folder=path)
+        for place, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
+            if tables := find_tables(place, suffix):
+                return _list_table(TABLES[suffix](tables), str(source), columns, folder=place)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
@@ -350,9 +353,20 @@ class Columns:
         by_word = {name.strip().lower(): name for name in reversed(names)}
         return requested or next((by_word[word] for word in defaults if word in by_word), None)
 
-    def say_without_captions(self, words: Sequence[str], where: str) -> None:
-        """Says that none of a table's columns of `words` is its captions'."""
-        if self.caption is None and self.find("caption", words, where) is None:
+    def say_of_captions(self, words: Sequence[str], where: str) -> None:
+        """Says that none of a table's columns of `words` is its captions', or which of several is."""
+        if self.caption is not None:
+            return
+        chosen = self.find("caption", words, where)
+        further = [
+            name for name in words if name.strip().lower() in CAPTION_COLUMNS and name not in (chosen, None)
+        ]
+        if further:
+            notify_once(
+                f"{where} has captions in {chosen} and in {' and in '.join(further)}: {chosen} is read. Name another "
+                "with caption_column."
+            )
+        elif chosen is None:
             others = [name for name in words if name != self.find("image", words, where)]
             if others:
                 notify_once(
@@ -371,8 +385,11 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
             raise UserError(
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
+    parts = sorted({name.split("/")[0] for name in metadata if "/" in name})
+    kept = leave_out_measured([folder / part for part in parts], folder)
     for name in metadata:
-        paths.setdefault(normalize_name(name), folder / name)
+        if "/" not in name or folder / name.split("/")[0] in kept:
+            paths.setdefault(normalize_name(name), folder / name)
     by_key = {normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
@@ -466,7 +483,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         if name in captions:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption)
-    columns.say_without_captions(list(words), str(metadata))
+    columns.say_of_captions(list(words), str(metadata))
     return captions
 
 
@@ -481,14 +498,31 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
         if path.name.lower() in names
         and path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
+        and (path.suffix.lower() != ".parquet" or _names_files(path))
     ]
     if len(lists) > 1:
         raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}. Keep one of them.")
     return lists
 
 
+def _names_files(table: Path) -> bool:
+    """Whether a Parquet file names its images, and does not hold them."""
+    import pyarrow.parquet
+
+    try:
+        return bool("file_name" in pyarrow.parquet.read_schema(table).names)
+    except (OSError, ValueError):
+        return False
+
+
 def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a list of images, each with where it stands; `UserError` for one that is none."""
+    if metadata.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        for number, row in enumerate(pyarrow.parquet.read_table(metadata).to_pylist()):
+            yield f"Row {number} of {metadata}", row
+        return
     text = _read_text(metadata)
     if metadata.suffix.lower() in (".csv", ".tsv"):
         heading = text.partition("\n")[0]
@@ -515,7 +549,8 @@ def _read_text(path: Path) -> str:
 
 
 def join_lines(caption: str | None) -> str | None:
-    return " ".join(caption.split()) or None if caption else None
+    """A caption on one line, without the mark of a byte order; None where nothing is left."""
+    return " ".join(caption.removeprefix("\ufeff").split()) or None if caption else None
 
 
 def _list_visible(folder: Path) -> list[Path]:
@@ -561,7 +596,9 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     """Sentences on what a folder holds beside its listed images: other files, subfolders, masks of doubtful names."""
     root = Path(source).expanduser()
     used = {path for one in pictures for path in (one.path, one.mask, one.caption_file) if path}
-    if not root.is_dir() or not pictures or pictures[0].row is not None:
+    if pictures and (row := pictures[0].row) is not None:
+        return _describe_other_images(row, source)
+    if not root.is_dir() or not pictures:
         return []
     folders = sorted({root, *(path.parent for path in used)})
     used |= {path for folder in folders for path in find_lists(folder)}
@@ -595,6 +632,15 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     return found
 
 
+def _describe_other_images(row: DatasetRow, source: str | Path) -> list[str]:
+    """A sentence on the columns of images of a row's table that are not the listed one."""
+    features = getattr(row.table, "features", None) or {}
+    others = [name for name, kind in features.items() if name != row.column and holds_images(kind)]
+    if not others:
+        return []
+    return [f"Not used in {source}: the images in {', '.join(others)}; those in {row.column} are."]
+
+
 def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
     """How many files of these endings lie in each of the folders below, `levels` deep, where there are any.
 
@@ -613,6 +659,12 @@ def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict
 
 
 # Tables of the `datasets` library.
+
+
+def find_tables(folder: Path, suffix: str) -> list[Path]:
+    """A folder's tables of a kind that are to learn from, in natural order."""
+    files = _list_visible(folder) if folder.is_dir() else []
+    return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
 
 
 def _is_dataset_folder(path: Path) -> bool:
@@ -679,15 +731,26 @@ def load_tars(files: Sequence[Path]) -> Any:
     for name, kind in table.features.items():
         if isinstance(kind, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
+        elif name in CAPTION_COLUMNS and kind == datasets.Value(
+            "binary"
+        ):  # of .caption, which it does not know
+            with suppress(ValueError):
+                table = table.cast_column(name, datasets.Value("string"))
     return table
 
 
 def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
     """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
     names: dict[str, str] = {}
+    numbered = [re.sub(r"\d+", "#", name) for name in found if re.search(r"\d.*\..*\.|\..*\d.*\.", name)]
+    if odd := [name for name in numbered if numbered.count(name) > 1]:
+        raise UserError(
+            f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
+            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
+        )
     for name in found:
         plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
-        new = TAR_COLUMNS.get(plain, plain)
+        new = TAR_COLUMNS.get(plain.lower(), plain)
         names[name] = name if new in names.values() else new
     return names
 
@@ -716,7 +779,18 @@ def refuse_closed_cache(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-TABLES = {".parquet": _load_parquet, ".tar": load_tars}
+def load_arrow(files: Sequence[Path]) -> Any:
+    """Arrow files as `datasets` writes them, as one table."""
+    datasets = import_datasets()
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{files[0]} is not a readable Arrow file ({first_line(error)}). Save it again."
+        ) from error
+
+
+TABLES = {".parquet": _load_parquet, ".arrow": load_arrow, ".tar": load_tars}
 
 
 def _load_from_hub(source: str) -> Any:
@@ -745,12 +819,16 @@ def fetched_folder() -> Path:
 def _list_table(
     table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
 ) -> list[ImageRecord]:
-    if isinstance(table, dict):  # splits
-        table = table["train"] if "train" in table else next(iter(table.values()))
+    if isinstance(table, dict):
+        table = choose_table(table, source)
     pictures = [name for name, kind in table.features.items() if holds_images(kind)]
     image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
-    texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"]
-    columns.say_without_captions(texts, source)
+    texts = [
+        name
+        for name, kind in table.features.items()
+        if getattr(kind, "dtype", "") == "string" or name == caption_column
+    ]
+    columns.say_of_captions(texts, source)
     table = leave_encoded(table, [image_column])
     try:
         captions = list(table[caption_column]) if caption_column else [None] * len(table)
@@ -810,6 +888,11 @@ def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | 
     """The caption of an image of a row, which has one for all its images or one for each."""
     if isinstance(caption, list) and item is not None and len(caption) == item[1]:
         caption = caption[item[0]]
+    if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
+        try:
+            caption = plain(caption.decode("utf-8"), f"The caption of {where} is not UTF-8 text")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The caption of {where} is not UTF-8 text. Save it as UTF-8.") from error
     if caption is not None and not isinstance(caption, str):
         raise UserError(
             f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."

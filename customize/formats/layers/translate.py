@@ -51,6 +51,11 @@ PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
 }
 PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
 _SVD = re.compile(r"time_stack|time_mix|temporal_res_block")  # its original names, and convolutions over time
+# HunyuanVideo's names are FLUX.1's but for dots, and it has more blocks of text and image apart than FLUX.1's 19
+_HUNYUAN = re.compile(
+    r"double_blocks\.\d+\.(?:img|txt)_(?:attn_qkv|attn_proj|mod\.linear|mlp\.fc[12])"
+    r"|double_blocks[._](?:19|[2-9]\d)[._]|individual_token_refiner"
+)
 _MOTION = re.compile(r"motion_modules[._]")
 _T5 = re.compile(
     r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
@@ -115,6 +120,11 @@ def translate(
     targets: dict[str, Target] = {}
     denoiser: dict[str, tuple[str, tuple[Network, ...]]] = {}
     unknown: list[str] = []
+    stems = list(stems)
+    if foreign := [stem for stem in stems if _HUNYUAN.search(stem)]:
+        raise UserError(
+            f"{path} adapts HunyuanVideo ({foreign[0]} …), which is not supported. Give a LoRA of a model of images."
+        )
     for stem in stems:
         component, networks, module = split_prefix(stem)
         target = find("clip", module) if "clip" in networks else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,10 @@ from align.pairs.records import (
     Single,
     check_preferences,
     describe_contradictions,
+    describe_left_out,
     describe_records,
+    describe_repeats,
+    describe_shared_images,
     find_contradictions,
     normalize_prompt,
     refuse_another_model,
@@ -124,6 +128,74 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
     found = check_preferences(read_preferences(tmp_path / "saved"))
     assert [pair.label for pair in found.pairs] == [1.0, 1.0]
     assert found.pairs[0].first.read() == encoded(0, "JPEG")
+
+
+def test_splits_to_measure_with_are_not_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    rows = [{"prompt": "a dog", "chosen": encoded(i), "rejected": encoded(i + 1)} for i in (0, 2)]
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for name, row in zip(("train", "validation_unique"), rows, strict=True):
+        parquet(tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet", [row])
+    tables = {
+        name: datasets.Dataset.from_list([row]) for name, row in zip(("test", "train"), rows, strict=True)
+    }
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(test=tables["test"]).save_to_disk(str(tmp_path / "one"))
+    for name, row in zip(("train", "test"), rows, strict=True):
+        write_lines(tmp_path / f"{name}.jsonl", [{**row, "chosen": f"{name}.png", "rejected": "2.png"}])
+    said = {
+        "hub": "validation_unique-00000-of-00001.parquet, of other splits than train",
+        "saved": "The split train of .*saved is learned from; left out: test .1 rows.",
+        "one": "The split test of .*one is learned from",
+        ".": "test.jsonl, of other splits than train",
+    }
+    firsts = {"hub": encoded(0), "saved": encoded(2), "one": encoded(0)}
+    for name, words in said.items():
+        (pair,) = read_preferences(tmp_path / name).pairs
+        assert name == "." or pair.first.read() == firsts[name]
+        assert re.search(words, capsys.readouterr().err)
+
+
+def test_arrow_files_are_read_as_datasets_wrote_them(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(pick_a_pic(3)).save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    (tmp_path / "cache").mkdir()
+    shutil.copy(file, tmp_path / "cache" / "pickapic-train.arrow")
+    for source in (file, tmp_path / "cache"):
+        found = check_preferences(read_preferences(source))
+        assert [pair.label for pair in found.pairs] == [1.0, 1.0]
+        assert found.pairs[0].first.read() == encoded(0, "JPEG")
+    (tmp_path / "cut.arrow").write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut\.arrow is not a readable Arrow file"):
+        read_preferences(tmp_path / "cut.arrow")
+
+
+@pytest.mark.parametrize("name", ["weighted_results_image{}_preference", "votes_image{}"])
+def test_rapidata_s_image_with_more_votes_is_preferred(tmp_path: Path, name: str) -> None:
+    counts = [(0.7, 0.3), (1, 4), (0.5, 0.5), (float("nan"), 1)]
+    rows = [
+        {"prompt": PROMPTS[i], "image1": encoded(2 * i), "image2": encoded(2 * i + 1)}
+        | {name.format(1): float(first), name.format(2): float(second)}
+        for i, (first, second) in enumerate(counts)
+    ]
+    found = read_preferences(parquet(tmp_path / "r.parquet", rows))
+    assert [pair.label for pair in found.pairs] == [1.0, 0.0, 0.5]
+    assert found.pairs[1].ordered.first.read() == encoded(3)
+    assert len(found.problems) == 1 and "row 3" in found.problems[0] and "no numbers" in found.problems[0]
+    with pytest.raises(UserError, match=r"votes_image1 and votes_image2 \(Rapidata\)"):
+        read_preferences(parquet(tmp_path / "x.parquet", [{"prompt": "a", "image1": b"", "image2": b""}]))
+
+
+def test_addresses_are_said_to_be_no_files(tmp_path: Path) -> None:
+    for address in ("https://example.org/a.png", "data:image/png;base64,iVBORw0KGgo"):
+        file = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": address, "rejected": "b.png"}])
+        (problem,) = read_preferences(file).problems
+        assert f"names {address}, an address. Download it" in problem
 
 
 @pytest.mark.parametrize(("better", "worse"), [("chosen", "rejected"), ("w", "l")])
@@ -744,6 +816,36 @@ def test_the_same_images_judged_both_ways_are_told(tmp_path: Path) -> None:
     assert "line 1 of" in said[0] and "line 7 of" in said[1]
     assert "judged both ways" in describe_contradictions(found.records)
     assert describe_contradictions(found.records[:1]) == ""
+
+
+def test_images_on_both_sides_and_single_ones_beside_pairs_are_told(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = [
+        {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"},
+        {"prompt": "a dog, 4k", "chosen": "0.png", "rejected": "2.png"},
+        {"prompt": "a cat", "chosen": "3.png", "rejected": "2.png"},
+        {"prompt": "a cow", "image": "3.png", "label": "good"},
+    ]
+    found = read_preferences(write_lines(tmp_path / "a.jsonl", rows))
+    first, second, third = found.pairs
+    assert describe_shared_images([first, third], [second]).startswith("1 held-out record (line 2 of")
+    assert describe_shared_images([first], [third]) == ""
+    assert describe_left_out(found, by_pairs=True).startswith("1 labelled picture beside the pairs: left out")
+    assert describe_left_out(found, by_pairs=False) == ""
+
+
+def test_the_same_choice_twice_is_told_and_two_people_s_is_not(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+        shutil.copy(tmp_path / f"{number}.png", tmp_path / f"{number}-copy.png")
+    one = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
+    same = {"prompt": "A dog.", "image_0": "1-copy.png", "image_1": "0-copy.png", "label_0": 0}
+    rows = [one | {"user": "ann"}, same | {"user": "ann"}, one | {"user": "bob"}, one | {"prompt": "a cat"}]
+    said = describe_repeats(read_preferences(write_lines(tmp_path / "a.jsonl", rows)).records)
+    assert said.startswith("The same choice is there more than once") and "line 2" in said
+    assert "line 3" not in said and "line 4" not in said
+    assert describe_repeats(read_preferences(write_lines(tmp_path / "b.jsonl", rows[1:])).records) == ""
 
 
 def test_two_captions_of_one_pair_are_told(tmp_path: Path) -> None:

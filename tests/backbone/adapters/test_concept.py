@@ -53,11 +53,20 @@ def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -
 def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for words in ("(red:1.3)", "((red))", "red++", "--w 512", "--n ugly", "{red|blue}"):
+    weights = ("(red:1.3)", "((red))", "red++", "(red hat)1.2", "(red hat)--")
+    others = ("--w 512", "--n ugly", "{red|blue}", "BREAK", "|||", "__colors/red__", "embedding:ugly")
+    for words in (*weights, *others):
         prompt = f"a dog {words}"
         assert resolve_placeholder_tokens(prompt, []) == prompt
         assert f"“{words}” is read as plain text" in capsys.readouterr().err
-    for prompt in ("a (red) dog", "a dog -- in a park", "a dog {red}", "a dog, 1+1", "a well--lit dog"):
+    for prompt in (
+        "a (red) dog",
+        "a dog -- in a park",
+        "a dog {red}",
+        "a dog, 1+1",
+        "a well--lit dog",
+        "a __ dog (2)",
+    ):
         resolve_placeholder_tokens(prompt, [])
         assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--concept RUN and --scale"):
@@ -161,3 +170,13 @@ def test_a_token_of_two_meanings_is_refused_where_a_prompt_has_it() -> None:
     learned = [replace(concept(words="[V] [V]/1"), folder=Path(name)) for name in "ab"]
     with pytest.raises(UserError, match="is a token of a and of b"):
         resolve_placeholder_tokens("a [V]", learned, runs=None)
+
+
+def test_a_strength_behind_a_run_is_answered_with_how_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    concept().write(tmp_path / "dog")
+    for strength in ("0.5", "-.3"):
+        with pytest.raises(UserError, match=rf"customize merge .*dog:{strength} OTHER:1"):
+            read_concept(f"{tmp_path / 'dog'}:{strength}")
+    with pytest.raises(UserError, match="Check the spelling"):
+        read_concept(f"{tmp_path / 'dig'}:0.5")

@@ -10,7 +10,14 @@ from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
 from backbone.media.sources.pictures import ImageRecord
 from backbone.models.model import Backbone
-from customize.data.captions import describe_brackets, describe_truncated, write_prompt
+from customize.data.captions import (
+    LONG,
+    PIECES,
+    describe_brackets,
+    describe_foreign_syntax,
+    describe_truncated,
+    write_prompt,
+)
 
 
 def concept(token: str = "[V]", words: str = "jkw") -> Concept:
@@ -61,6 +68,26 @@ def test_brackets_that_no_concept_owns_are_named_once_with_their_file_and_refuse
     assert describe_brackets(prompts[:0], concept()) == ""
     with pytest.raises(UserError, match=r"\[W\]"):
         write_prompt(picture(None), "a [W] dog", "[V]", concept())
+
+
+def test_other_trainers_syntax_in_captions_is_named_once_of_each_kind_with_its_file() -> None:
+    texts = ("a (red:1.3) dog BREAK in a {park|street}", "a ((big)) dog BREAK", "a dog (big), 50 % off")
+    prompts = [write_prompt(picture(text), "a [V] dog", "[V]", concept()) for text in texts]
+    lines = describe_foreign_syntax(prompts)
+    assert [line.split("”")[0] for line in lines] == [
+        "Captions hold “(red:1.3)",
+        "Captions hold “{park|street}",
+        "Captions hold “BREAK",
+    ]
+    assert all("(first in dog/1.txt), read as plain text" in line for line in lines)
+    assert describe_foreign_syntax(prompts[2:]) == []
+
+
+def test_a_caption_without_spaces_may_be_long_too(tiny: Backbone) -> None:
+    for text in ("一只狗在公园里" * 12, "1girl,blue_eyes,long_hair," * 12):
+        assert len(PIECES.findall(text)) > LONG
+        prompt = write_prompt(picture(text), "a [V] dog", "[V]", concept())
+        assert describe_truncated([prompt], "jkw", "[V]", tiny.text_encoder)
 
 
 def test_a_caption_too_long_names_its_file_and_the_token_that_is_lost(tiny: Backbone) -> None:

@@ -238,6 +238,11 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
             "is a motion LoRA, of an AnimateDiff adapter",
         ),
         (["lora_te3_encoder_block_0_layer_0_SelfAttention_q"], "T5"),
+        (["diffusion_model.double_blocks.0.img_attn_qkv"], "adapts HunyuanVideo"),
+        (
+            ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_19_img_attn_qkv"],
+            "HunyuanVideo",
+        ),
         (["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"], "T5"),
     ],
 )
@@ -261,6 +266,15 @@ def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str
         ("lora_unet_conv_in.w_norm", "differences of norms"),
         ("lora_unet_conv_in.oft_blocks", "rotations"),
         ("bundle_emb.cat.string_to_param.*", "learned words"),
+        ("bundle_emb.cat.t5_out", "learned words"),
+        ("lora_unet_conv_in.scalar", "a scale of each layer"),
+        ("text_encoder.embeddings.token_embedding.lora_embedding_A", "a LoRA of a table of words"),
+        ("lora_unet_conv_in.a1.weight", "GLoRA"),
+        ("lora_unet_conv_in.on_input", "IA³"),
+        ("oft_unet_conv_in.oft_blocks", "rotations"),
+        ("lora_controlnet", "a network that reads maps .* --controlnet FILE"),
+        ("lllite_unet_conv_in.down.0.weight", "ControlNet-LLLite"),
+        ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
         ("<cat>", "learned words"),
         ("something.else", "something.else"),
     ],
@@ -795,6 +809,58 @@ def test_an_alpha_of_zero_is_refused_and_any_shape_of_one_is_read(tmp_path: Path
     write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
     with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 0"):
         read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("algorithm", ["loha", "lokr"])
+def test_pairs_of_factors_of_two_ranks_say_no_strength(algorithm: str, tmp_path: Path) -> None:
+    prefix = {"loha": "hada", "lokr": "lokr"}[algorithm]
+    tensors = {
+        f"lora_unet_conv_in.{prefix}_w{n}_{side}": drawn(*((4, n + 1) if side == "a" else (n + 1, 4)))
+        for n in (1, 2)
+        for side in "ab"
+    }
+    write_tensors(tmp_path / "a.safetensors", tensors | {"lora_unet_conv_in.alpha": torch.tensor(1.0)})
+    with pytest.raises(UserError, match="have ranks 2 and 3"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_magnitudes_that_are_there_twice_or_not_at_all_are_no_dora(tmp_path: Path) -> None:
+    tensors, _ = lora(torch.empty(4, 4), alpha=False)
+    stored = {
+        f"unet.conv_in.lora_{side}.weight": tensors[f"lora_{name}.weight"]
+        for side, name in (("A", "down"), ("B", "up"))
+    }
+    twice = {"unet.conv_in.dora_scale": torch.ones(4, 1), "unet.conv_in.lora_magnitude_vector": torch.ones(4)}
+    write_tensors(tmp_path / "a.safetensors", stored | twice)
+    with pytest.raises(UserError, match=r"DoRA scales of unet\.conv_in twice"):
+        read_adapter(tmp_path / "a.safetensors")
+    says = {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True, "unet.target_modules": ["conv_in"]}
+    write_tensors(tmp_path / "a.safetensors", stored, {CONFIG_KEY: json.dumps(says)})
+    with pytest.raises(UserError, match=r"says DoRA, and unet\.conv_in has no magnitudes"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_an_alpha_that_metadata_alone_says_is_not_taken_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, _ = lora(torch.empty(4, 4), alpha=False)
+    stored = {f"lora_unet_conv_in.{end}": value for end, value in tensors.items()}
+    for alpha, said in (("1", True), ("2", False)):
+        entries = {"ss_network_alpha": alpha, "ss_network_dim": "2"}
+        write_tensors(tmp_path / "a.safetensors", stored, entries)
+        assert read_adapter(tmp_path / "a.safetensors").layers["unet.conv_in"].scale == 1
+        assert (
+            "holds no α for 1 layer, though its metadata says ss_network_alpha 1" in capsys.readouterr().err
+        ) == said
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["qkv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))  # as diffusion-pipe writes it
+    flux = {
+        f"diffusion_model.double_blocks.0.img_attn.proj.lora_{side}.weight": tensors[f"lora_{name}.weight"]
+        for side, name in (("A", "down"), ("B", "up"))
+    }
+    write_tensors(tmp_path / "renamed.safetensors", flux)
+    (layer,) = read_adapter(tmp_path / "renamed.safetensors").layers.values()
+    assert layer.scale == 2
 
 
 def test_an_export_never_overwrites(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:

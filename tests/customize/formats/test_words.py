@@ -201,3 +201,69 @@ def test_each_of_several_words_gets_a_file_as_tools_read_them(tiny_folder: Path,
     assert torch.equal(first["emb_params"], rows(1)) and torch.equal(second["emb_params"], rows(1, seed=1))
     with pytest.raises(UserError, match=r"two-V\.safetensors exists already"):
         export_adapter(run, tmp_path / "two.safetensors", "comfyui")
+
+
+# Words inside of an adapter's file -------------------------------------------------------------------------
+
+
+def lora_of(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """kohya's factors of one layer of a tiny UNet."""
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    name = next(name for name, _ in model.denoiser.named_modules() if name.endswith("attn2.to_q"))
+    stem = f"{prefix}{name.replace('.', '_')}"
+    layer: Any = model.denoiser.get_submodule(name)
+    height, width = layer.weight.shape
+    return {f"{stem}.lora_down.weight": rows(2, width), f"{stem}.lora_up.weight": rows(height, 2)}
+
+
+def test_words_that_a_lora_s_file_bundles_are_learned_words_of_its_run(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = {"bundle_emb.<Cat>.string_to_param.*": rows(2), "bundle_emb.ohwx.emb_params": rows(1, seed=1)}
+    file = write(tmp_path / "both.safetensors", {**lora_of(tiny_folder, "lora_unet_"), **words})
+    import_adapter(file, tmp_path / "run", model=str(tiny_folder))
+    concept = read_concept(tmp_path / "run")
+    assert concept.tokens == {"<Cat>": "<Cat> <Cat>_1", "ohwx": "ohwx"}
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True)
+    pipeline.load_lora_weights(
+        {name: value for name, value in load_file(file).items() if "bundle" not in name}
+    )
+    for token, vectors in zip(("<Cat>", "ohwx"), words.values(), strict=True):
+        pipeline.load_textual_inversion(vectors, token=token)
+    theirs, ours = draw_both(pipeline, tmp_path / "run", "a <Cat> beside ohwx")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_bundled_words_of_both_clips_come_with_the_lora_s_own_trigger(
+    xl_folder: Path, tmp_path: Path
+) -> None:
+    words = {"bundle_emb.style.clip_l": rows(2), "bundle_emb.style.clip_g": rows(2, 24)}
+    file = write(tmp_path / "both.safetensors", {**lora_of(xl_folder, "lora_unet_"), **words})
+    import_adapter(file, tmp_path / "run", model=str(xl_folder), token="[V]", token_words="bcd")
+    assert read_concept(tmp_path / "run").tokens == {"[V]": "bcd", "style": "style style_1"}
+    import_adapter(file, tmp_path / "renamed", model=str(xl_folder), token="<s>")
+    assert read_concept(tmp_path / "renamed").tokens == {"<s>": "<s> <s>_1"}
+    kept = load_file(tmp_path / "run" / EMBEDDINGS_FILE)
+    assert torch.equal(kept["style/text_encoder_2"], words["bundle_emb.style.clip_g"])
+    with pytest.raises(UserError, match="learned word style of its own"):
+        import_adapter(file, tmp_path / "x", model=str(xl_folder), token="style", token_words="bcd")
+
+
+def test_bundled_words_that_are_not_read_are_refused_and_nothing_is_written(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    lora = lora_of(tiny_folder, "lora_unet_")
+    for key, vectors, said in (
+        ("bundle_emb.cat-toy.clip_l_out", rows(1), "only words that CLIP reads"),
+        ("bundle_emb.cat-toy.t5", rows(1, 8), "only words that CLIP reads"),
+        ("bundle_emb.cat-toy.clip_l", rows(1, 8), "reads width"),
+    ):
+        file = write(tmp_path / "a.safetensors", {**lora, key: vectors})
+        with pytest.raises(UserError, match=said):
+            import_adapter(file, tmp_path / "run", model=str(tiny_folder))
+    file = write(tmp_path / "a.safetensors", {**lora, "bundle_emb.cat-toy.clip_l": rows(1)})
+    with pytest.raises(UserError, match="Name a folder"):
+        import_adapter(file, tmp_path / "b.safetensors", model=str(tiny_folder))
+    with pytest.raises(UserError, match="Make a run of both: customize import"):
+        export_adapter(file, tmp_path / "b.safetensors", "diffusers")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]

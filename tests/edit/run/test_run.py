@@ -20,6 +20,7 @@ from backbone.models.model import Backbone
 from edit import checks
 from edit.cli import app, main
 from edit.inversion.inversion import identify
+from edit.run.commands import run_flow_edit
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half
 from tests.edit.models import photo
 
@@ -403,3 +404,28 @@ def test_what_options_say() -> None:
     for wrong in ("cat", "=2", "cat=", "cat=x"):
         with pytest.raises(UserError):
             checks.split_weight(wrong, "--reweight")
+
+
+def test_a_target_that_says_what_the_source_says_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    class Loaded:
+        model = None
+
+        def resolve(self, prompt: str) -> str:
+            return prompt
+
+        def layout(self, *_: Any) -> None:
+            return None
+
+    monkeypatch.setattr("edit.run.commands.flow_edit", stop)
+    loaded: Any = Loaded()
+    with pytest.raises(Stopped):
+        run_flow_edit(loaded, image=photo(), source="a cat", targets=["A  cat", "a dog"])
+    assert "“A  cat” says what the source says" in (told := capsys.readouterr().err) and "a dog" not in told

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_rgb
 from backbone.media.sources.pictures import ImageRecord, check_images, describe_unused, list_images
 from backbone.media.transforms import (
@@ -208,6 +209,31 @@ def test_a_profile_counts_by_its_curves_and_not_by_its_name(
     path = write(tmp_path / "x.png", Image.fromarray(values), icc_profile=profile)
     opened = np.asarray(open_rgb(path), dtype=float)
     assert np.abs(opened - srgb((values / 255) ** exponent)).mean() < 1
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [(".png", b"cICP"), (".avif", b"colrnclx")])
+def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
+    tmp_path: Path, suffix: str, mark: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for (primaries, curve), said in (
+        ((1, 13), ""),
+        ((12, 13), "Display P3,"),
+        ((9, 16), "BT.2020 in PQ (HDR),"),
+    ):
+        path = write(tmp_path / f"{primaries}{suffix}")
+        stored = path.read_bytes()
+        if suffix == ".png":
+            body = mark + bytes([primaries, curve, 0, 1])
+            chunk = struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body))
+            stored = stored[:33] + chunk + stored[33:]
+        else:
+            at = stored.index(mark) + len(mark)
+            stored = stored[:at] + struct.pack(">HH", primaries, curve) + stored[at + 4 :]
+        path.write_bytes(stored)
+        notify_once.cache_clear()
+        open_rgb(path)
+        told = capsys.readouterr().err
+        assert f"that their colours are {said}" in told if said else not told
 
 
 def test_a_grey_profile_counts_beside_transparency_and_a_png_s_own_exponent_does(tmp_path: Path) -> None:
@@ -437,6 +463,93 @@ def test_a_table_whose_texts_are_no_captions_is_said_to_have_none(
     table.rename_column("prompt", "description").save_to_disk(str(tmp_path / "saved"))
     assert list_images(tmp_path / "saved")[0].caption is None
     assert "It has description: name the one with caption_column" in capsys.readouterr().err
+
+
+def test_splits_to_measure_with_are_left_out_and_said(
+    tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    for name in ("train", "validation"):
+        write(tmp_path / "folder" / name / "1.png")
+        (tmp_path / "files" / "data").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(str(tmp_path / "files" / "data" / f"{name}-00000-of-00001.parquet"))
+    datasets.DatasetDict(test=table, train=table.select([0])).save_to_disk(str(tmp_path / "saved"))
+    for name, count, said in (
+        ("folder", 1, "validation/, of other splits than train"),
+        ("files", 2, "validation-00000-of-00001.parquet, of other splits than train"),
+        ("saved", 1, "saved is learned from; left out: test (2 rows)"),
+    ):
+        found = list_images(tmp_path / name)
+        assert len(found) == count and "validation" not in str(found[0].path)
+        assert said in capsys.readouterr().err
+    (tmp_path / "folder" / "train").rename(tmp_path / "folder" / "dog")  # then it is no split beside another
+    assert len(list_images(tmp_path / "folder")) == 2
+
+
+def test_arrow_files_are_tables(tmp_path: Path, table: Any) -> None:
+    table.save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    found = list_images(file)
+    assert [one.caption for one in found] == ["a dog", None]
+    assert [one.read() for one in found] == [one.read() for one in list_images(tmp_path / "saved")]
+
+
+def test_captions_of_tars_are_read_however_their_files_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pack(name: str, *files: str) -> Path:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for file in files:
+                buffer = io.BytesIO()
+                scene().save(buffer, "JPEG")
+                stored = "\ufeffa dog\r\non grass".encode() if "t" in file.lower() else buffer.getvalue()
+                member = tarfile.TarInfo(file)
+                member.size = len(stored)
+                tar.addfile(member, io.BytesIO(stored))
+        return tmp_path / name
+
+    for number, names in enumerate((("1.jpg", "1.caption"), ("1.JPG", "1.TXT"), ("1.jpeg", "1.text"))):
+        (one,) = list_images(pack(f"{number}.tar", *names))
+        assert one.caption == "a dog on grass" and difference(one.open(), scene()) < 5
+    assert "no captions" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="names have dots"):
+        list_images(pack("dots.tar", "i.v1.01.jpg", "i.v1.01.txt", "i.v1.02.jpg", "i.v1.02.txt"))
+
+
+def test_metadata_may_be_parquet_and_its_names_of_splits_count(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"file_name": f"{split}/1.png", "text": split} for split in ("train", "test")]
+    for row in rows:
+        write(tmp_path / row["file_name"])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    (one,) = list_images(tmp_path)
+    assert (one.caption, one.path) == ("train", tmp_path / "train" / "1.png")
+    assert describe_unused(tmp_path, [one]) == [f"Not used in {tmp_path}: 1 image in test/."]
+
+
+def test_of_a_table_s_several_captions_and_images_it_is_said_which_count(
+    tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    masks = table.select_columns(["picture"]).rename_column("picture", "mask")
+    wide = datasets.concatenate_datasets([table.add_column("caption", ["a cat", "a cow"]), masks], axis=1)
+    wide.save_to_disk(str(tmp_path / "saved"))
+    found = list_images(tmp_path / "saved", image_column="picture")
+    assert [one.caption for one in found] == ["a dog", None]
+    said = "has captions in prompt and in caption: prompt is read. Name another with caption_column"
+    assert said in capsys.readouterr().err
+    assert describe_unused(tmp_path / "saved", found) == [
+        f"Not used in {tmp_path / 'saved'}: the images in mask; those in picture are."
+    ]
+    assert (
+        list_images(tmp_path / "saved", image_column="picture", caption_column="caption")[1].caption
+        == "a cow"
+    )
+    assert "has captions" not in capsys.readouterr().err
 
 
 def test_names_in_metadata_match_whatever_their_unicode_form(tmp_path: Path) -> None:

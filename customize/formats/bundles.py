@@ -1,0 +1,65 @@
+"""Learned words inside of an adapter's file, as OneTrainer and AUTOMATIC1111 bundle them: `bundle_emb.WORD.KEY`.
+
+KEY is `string_to_param.*` or `emb_params` of a model with one encoder, `clip_l` and `clip_g` of one with two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from backbone.adapters.concept import check_token
+from backbone.adapters.config import check_tensors
+from backbone.adapters.embeddings import add_tokens, vector_token_names
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors
+from backbone.models.model import Backbone
+from customize.formats.words import ALONE, SLOTS, WordFile, fit_to_encoders
+
+BUNDLED = "bundle_emb."
+
+
+def read_bundle(path: Path) -> dict[str, WordFile]:
+    """The words that a file bundles, by what it calls them; {} where there are none.
+
+    Raises `UserError` for vectors of encoders that learn no words here, and of what the encoder gives out.
+    """
+    tensors, metadata = read_tensors(path)
+    bundled = {name: value for name, value in tensors.items() if name.startswith(BUNDLED)}
+    if not bundled:
+        return {}
+    check_tensors(path, bundled)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in bundled.items():
+        key = next((key for key in (*SLOTS, *ALONE) if name.endswith(f".{key}")), None)
+        token = name[len(BUNDLED) : -len(key) - 1] if key else ""
+        if key is None or not token or value.ndim not in (1, 2):
+            raise UserError(
+                f"{path} bundles {name} of the shape {list(value.shape)}, and only words that CLIP reads are read "
+                "here. Learn the word anew without it."
+            )
+        found.setdefault(token, {})[SLOTS.get(key, "")] = value.reshape(-1, value.shape[-1])
+    return {
+        token: WordFile(dict(sorted(vectors.items())), token, metadata, "OneTrainer")
+        for token, vectors in found.items()
+    }
+
+
+def fit_bundle(
+    words: Mapping[str, WordFile], model: Backbone, file: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The words' vectors by the model's encoders, and what each token stands for.
+
+    Puts them into the model. Raises `UserError` for words that it knows already, and vectors of another model.
+    """
+    rows: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[str, str] = {}
+    for token, word in words.items():
+        check_token(token, model.text_encoder.tokenizer.get_vocab())
+        rows[token] = fit_to_encoders(word, model, file)
+        names = vector_token_names(token, len(next(iter(rows[token].values()))))
+        add_tokens(model.text_encoder, rows[token], tokens=names)
+        tokens[token] = " ".join(names)
+    return rows, tokens
