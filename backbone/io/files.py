@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -473,6 +474,11 @@ def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
         raise UserError(
             f"{path} is a web page or a site's error message, not weights. "
             "Log in where it came from, and download it again."
+        ) from error
+    if unknown := re.search(r"unknown variant `(\w+)`|Dtype not understood: (\w+)", str(error)):
+        kind = unknown[1] or unknown[2]
+        raise UserError(
+            f"{path} holds {kind} tensors, which are not read. Take its version in fp16, bf16 or fp32."
         ) from error
     raise UserError(
         f"{path} is not a whole safetensors file ({error}). Download or write it again."

@@ -143,6 +143,19 @@ def test_a_damaged_tensor_file_is_named(tmp_path: Path, content: bytes) -> None:
             read(path)
 
 
+@pytest.mark.parametrize("kind", ["U4", "F6_E2M3"])
+def test_a_file_of_a_type_that_is_not_read_is_whole_and_said_to_be_of_that_type(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "small.safetensors"
+    header = json.dumps({"a": {"dtype": kind, "shape": [4], "data_offsets": [0, 3]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(
+        UserError, match=rf"holds {kind} tensors, which are not read\. Take its version in fp16"
+    ):
+        read_tensors(path)
+
+
 def test_a_cut_off_tensor_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     write_tensors(path, {"a": torch.zeros(100)})
