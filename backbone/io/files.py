@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 from backbone.io.console import UserError
@@ -137,11 +138,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 class Header(NamedTuple):
-    """The header of a safetensors file: tensor shapes by name, and the string metadata."""
+    """The header of a safetensors file: tensor shapes by name, the string metadata, and types (`F16`, `I8`) by name."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    kinds: Mapping[str, str] = MappingProxyType({})
 
 
 def read_header(path: str | Path) -> Header:
@@ -151,9 +153,10 @@ def read_header(path: str | Path) -> Header:
     path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            return Header(path, shapes, dict(file.metadata() or {}))
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            kinds = {name: one.get_dtype() for name, one in slices.items()}
+            return Header(path, shapes, dict(file.metadata() or {}), kinds)
     except SafetensorError as error:
         _raise_unreadable(path, error)
 
@@ -350,6 +353,20 @@ def _put(temporary: Path, destination: Path) -> None:
         except OSError:  # a file system without links
             pass
     os.replace(temporary, destination)
+
+
+@contextmanager
+def saying_what_the_system_says(path: str | Path) -> Iterator[None]:
+    """Turns what a library written in Rust raises where the system refused a file (a full disk) into an `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
 
 
 def remove_abandoned(folder: Path, start: str = ".") -> None:

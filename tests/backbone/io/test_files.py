@@ -33,6 +33,7 @@ from backbone.io.files import (
     read_tensors,
     refuse_existing,
     remove_abandoned,
+    saying_what_the_system_says,
     write_bytes,
     write_json,
     write_tensors,
@@ -463,6 +464,18 @@ def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> N
         fill(tmp_path / "out")
     assert raised.value.filename == str(tmp_path / "out" / "unet" / "config.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_to_libraries_in_rust_too(tmp_path: Path) -> None:
+    def save() -> None:
+        with saying_what_the_system_says(tmp_path / "tokenizer"):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="tokenizer") as raised:
+        save()
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(ValueError, match="of its own"), saying_what_the_system_says(tmp_path):
+        raise ValueError("of its own")
 
 
 def test_a_disk_that_is_full_during_a_copy_is_said_of_the_copy(tmp_path: Path) -> None:
