@@ -202,6 +202,12 @@ def test_a_table_names_pictures_of_its_own_folder(tmp_path: Path, absolute: bool
             check_images(list_images(path))
 
 
+def test_a_saved_dataset_names_splits_of_its_own_folder(tmp_path: Path) -> None:
+    write_json(tmp_path / "set" / "dataset_dict.json", {"splits": ["train", "../secret"]})
+    with pytest.raises(UserError, match=r"names \.\./secret, which lies outside the folder"):
+        list_images(tmp_path / "set")
+
+
 # The hub ----------------------------------------------------------------------------------------------------
 
 
