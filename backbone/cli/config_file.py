@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
 from backbone.io.records import join_once, parse_json, plain, read_as
+
+# 010 is no 8, and 1:30 no 90, as YAML 1.1 has them: texts, which are read as on the command line
+OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -42,6 +46,10 @@ def _yaml(text: str) -> Any:
             node = super().compose_mapping_node(anchor)
             join_once([(str(key.value), value) for key, value in node.value])
             return node
+
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            old = kind is yaml.ScalarNode and implicit[0] and OLD_NUMBER.fullmatch(value)
+            return self.DEFAULT_SCALAR_TAG if old else super().resolve(kind, value, implicit)
 
     try:
         return yaml.load(text, Loader)
