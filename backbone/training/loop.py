@@ -407,6 +407,7 @@ def load_checkpoint(
     step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
     known = _refuse_other_facts(path, header, facts or {})
     _refuse_changed(path, tensors, header, step)
+    found = _read_found(path, header)
     kind = type(optimizer).__name__
     if header.get("optimizer", kind) != kind:
         raise UserError(
@@ -432,10 +433,22 @@ def load_checkpoint(
     if average is not None:
         for name, value in average.values.items():
             value.copy_(tensors[f"average/{name}"])
-    groups = read_as(list[dict[str, Any]], parse_json(header.get("groups", "[]"), path), path, "groups")
-    for group, numbers in zip(optimizer.param_groups, groups, strict=False):
-        group.update({name: numbers[name] for name in FOUND if name in group and name in numbers})
+    for group, numbers in zip(optimizer.param_groups, found, strict=False):
+        group.update({name: number for name, number in numbers.items() if name in group})
     return step, known
+
+
+def _read_found(path: Path, header: Mapping[str, str]) -> list[dict[str, float]]:
+    """What an optimiser had found by itself, of each of its groups."""
+    groups = read_as(list[dict[str, Any]], parse_json(header.get("groups", "[]"), path), path, "groups")
+    return [
+        {
+            name: read_as(int if name == "k" else float, group[name], path, name)
+            for name in FOUND
+            if name in group
+        }
+        for group in groups
+    ]
 
 
 def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], step: int) -> None:
@@ -443,7 +456,7 @@ def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[s
     complaint = ""
     if step < 0:
         complaint = f"its step is {step}"
-    elif header.get("tensors", kinds := _hash_kinds(tensors)) != kinds:
+    elif header.get("tensors") not in (None, _hash_kinds(tensors)):
         complaint = "it holds other tensors than were saved in it"
     else:
         for name, value in tensors.items():
