@@ -119,15 +119,20 @@ def prepare_maps_and_a_clip(folder: Path) -> None:
     (folder / "maps" / "sketch").mkdir(parents=True)
     lines = []
     for number in range(8):
+        colour = ("red", "blue")[number % 2]
         for place, paper, ink in (
-            (f"{number}.png", "white", "red"),
+            (f"{number}.png", "white", colour),
             (f"sketch/{number}.png", "black", "white"),
         ):
             image = Image.new("RGB", (32, 32), paper)
             ImageDraw.Draw(image).ellipse((4 + number, 4, 20 + number, 20), outline=ink, fill=paper)
             image.save(folder / "maps" / place)
         lines.append(
-            {"file_name": f"{number}.png", "conditioning_image": f"sketch/{number}.png", "text": "a disc"}
+            {
+                "file_name": f"{number}.png",
+                "conditioning_image": f"sketch/{number}.png",
+                "text": f"a {colour} disc",
+            }
         )
     (folder / "maps" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     with Image.open(folder / "pairs" / "3.png") as still:
