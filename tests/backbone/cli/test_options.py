@@ -169,7 +169,7 @@ def test_a_file_says_what_flags_say_and_flags_win(tmp_path: Path, name: str) -> 
 
 def test_a_number_with_a_zero_before_it_is_no_octal_one(tmp_path: Path) -> None:
     file = tmp_path / "k.yaml"
-    for text, steps in (("010", 10), ("-0", 0), ("0", 0), ("0x10", 16), ("1_000", 1000)):
+    for text, steps in (("010", 10), ("+7", 7), ("0x10", 16), ("1_000", 1000)):
         file.write_text(f"steps: {text}\n")
         assert ask("--config", str(file))["steps"] == steps
 
