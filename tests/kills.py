@@ -73,7 +73,12 @@ def prepare(folder: Path) -> dict[str, Campaign]:
     (folder / "bright.py").write_text(bright)
     learn = ("--steps", "40", "--checkpointing-steps", "2", "--model", model, *WHERE)
     customize = ("customize", "train", "--images", "images", "--token", "[V]", "--class", "dog", *learn)
-    run([*customize, "--out", "adapter"], folder, "quiet-cache")
+    for number in range(2):
+        run([*customize, "--seed", str(number), "--out", f"adapter-{number}"], folder, "quiet-cache")
+    prepare_maps_and_a_clip(folder)
+    drawing = ("--condition", "sketch", "--images", "maps", "--batch", "2", "--sample-steps", "2")
+    control = ("customize", "train-control", *drawing, "--evaluation-steps", "10", *learn)
+    film = ("film.webp", "--source", "a dog", "--target", "a cat", "--motion", "motion", "--steps", "8")
     pairs = ("align", "train", "pairs/pairs.jsonl", *learn, "--evaluation-steps", "20")
     rounds = ("--rounds", "4", "--per-prompt", "2", "--sample-steps", "2")
     judged = ("--online", "bright.py", "--prompts", "prompts.txt", "--steps", "12", *rounds)
@@ -91,9 +96,49 @@ def prepare(folder: Path) -> dict[str, Campaign]:
             (*edit, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors", "edit_0.png")
         ),
         "export": Campaign(
-            ("customize", "export", "adapter", "--out", "{out}.safetensors", "--to", "kohya"), ("",)
+            ("customize", "export", "adapter-0", "--out", "{out}.safetensors", "--to", "kohya"), ("",)
+        ),
+        "merge": Campaign(("customize", "merge", "adapter-0", "adapter-1", "--out", "{out}"), (LORA,)),
+        "train-control": Campaign(
+            (*control, "--out", "{out}"),
+            ("t2i_adapter/diffusion_pytorch_model.safetensors",),
+            ("customize", "train-control", *resume),
+        ),
+        "edit-clip": Campaign(
+            ("edit", "clip", *film, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors",)
         ),
     }
+
+
+def prepare_maps_and_a_clip(folder: Path) -> None:
+    """Writes images with their maps, a clip, and a tiny motion adapter."""
+    from PIL import Image, ImageDraw
+
+    from tests.tiny import tiny_motion_adapter
+
+    (folder / "maps" / "sketch").mkdir(parents=True)
+    lines = []
+    for number in range(8):
+        colour = ("red", "blue")[number % 2]
+        for place, paper, ink in (
+            (f"{number}.png", "white", colour),
+            (f"sketch/{number}.png", "black", "white"),
+        ):
+            image = Image.new("RGB", (32, 32), paper)
+            ImageDraw.Draw(image).ellipse((4 + number, 4, 20 + number, 20), outline=ink, fill=paper)
+            image.save(folder / "maps" / place)
+        lines.append(
+            {
+                "file_name": f"{number}.png",
+                "conditioning_image": f"sketch/{number}.png",
+                "text": f"a {colour} disc",
+            }
+        )
+    (folder / "maps" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with Image.open(folder / "pairs" / "3.png") as still:
+        frames = [still.rotate(10 * number) for number in range(4)]
+    frames[0].save(folder / "film.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True)
+    tiny_motion_adapter().save_pretrained(folder / "motion")
 
 
 def run(words: Sequence[str], folder: Path, cache: str, after: float | None = None) -> tuple[int, float, str]:

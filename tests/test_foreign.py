@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import errors
 from typer.testing import CliRunner
 
@@ -28,7 +29,7 @@ from backbone.cli.options import fields_of, values_from_file
 from backbone.cli.sampling import DrawingOptions
 from backbone.families.location import find_hub_file, hub_file
 from backbone.io.console import UserError
-from backbone.io.files import write_json
+from backbone.io.files import write_json, write_tensors
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import hold_folder, hold_new_folder, refuse_taken
 from backbone.media.sources.pictures import check_images, list_images
@@ -144,6 +145,31 @@ def test_a_concept_whose_file_is_missing_is_refused(tmp_path: Path, tiny: Backbo
         check_concept_fits(Concept("lora", "m", tiny.fingerprint, {}, "dog", folder=tmp_path), tiny)
 
 
+def test_a_damaged_concept_is_refused_before_a_folder_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Backbone
+) -> None:
+    Concept(
+        "lora", str(tiny.location.folder), tiny.fingerprint, {"[V]": "bcd"}, "dog", "w.safetensors"
+    ).write(tmp_path)
+    write_tensors(tmp_path / "w.safetensors", {"unet.x.lora_A.weight": torch.full((2, 3), torch.nan)})
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "sample",
+        "--prompts",
+        "a [V]",
+        "--concept",
+        tmp_path,
+        "--steps",
+        1,
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+    )
+    assert "unet.x.lora_A.weight holds values that are not finite" in called(*words)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.png", "/etc/secret.png", "..\\secret.png", "sub/../../secret.png"]
 )
@@ -174,6 +200,12 @@ def test_a_table_names_pictures_of_its_own_folder(tmp_path: Path, absolute: bool
             continue
         with pytest.raises(UserError, match="outside the folder"):
             check_images(list_images(path))
+
+
+def test_a_saved_dataset_names_splits_of_its_own_folder(tmp_path: Path) -> None:
+    write_json(tmp_path / "set" / "dataset_dict.json", {"splits": ["train", "../secret"]})
+    with pytest.raises(UserError, match=r"names \.\./secret, which lies outside the folder"):
+        list_images(tmp_path / "set")
 
 
 # The hub ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from align.pairs.prompts import strip_tokens
 from align.pairs.records import RANKING, SAMPLES, SCORES, SamplesRecord
 from align.pairs.samples import count_images, image_name, prompt_and_noise, read_samples, sample_index
 from backbone.io.console import UserError, progress
-from backbone.io.files import read_json, write_json, write_text
+from backbone.io.files import atomic_write, read_json, write_json, write_text
 from backbone.io.prompts import Prompt
+from backbone.io.run_folder import hold_folder
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import ImageRecord, check_images
 
@@ -86,8 +87,15 @@ def rank_samples(
         for row, (_, name) in enumerate(files)
     }
     seconds = round(time.perf_counter() - began, 2)
-    write_json(folder / SCORES, {"scorers": list(scores), "seconds": seconds, "scores": by_file})
-    write_text(folder / RANKING, "".join(_format_line(pair, prompts) for pair in pairs))
+    lines = "".join(_format_line(pair, prompts) for pair in pairs)
+    # Both or neither: what a full disk leaves of one would not be the other's
+    with (
+        hold_folder(folder),
+        atomic_write(folder / SCORES) as scored,
+        atomic_write(folder / RANKING) as ranked,
+    ):
+        write_json(scored, {"scorers": list(scores), "seconds": seconds, "scores": by_file})
+        write_text(ranked, lines)
     return len(pairs)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from align.pairs.records import SAMPLES, SamplesRecord
 from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
 from align.settings import PairSampling
-from backbone.adapters.apply import load_concepts
+from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import (
     Concept,
     resolve_placeholder_tokens,
@@ -62,6 +62,8 @@ def sample_pairs(
     asked = resolve_sampling(asked, backbone, concepts)
     if asked.redraw and asked.steps is not None:
         count_skipped_steps(asked.redraw, asked.steps)
+    for concept in concepts:
+        check_concept_fits(concept, backbone)
     with processes.hold_folder(out):
         missing = _draw_missing(backbone, prompts, out, asked, concepts, name=name, began=began)
     processes.end_process()

@@ -42,7 +42,22 @@ SUBJECT_PREFIX = "like:"
 
 
 def open_scorer(name: str) -> ImageScorer:
-    """Open the scorer of this name; `UserError` where there is none."""
+    """Open the scorer of this name; `UserError` where there is none, and later for scores that are no numbers."""
+    score = _open_scorer(name)
+
+    def finite(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        scores = score(images, prompts)
+        if not bool(torch.isfinite(scores).all()):
+            raise UserError(
+                f"{name} gives scores that are not finite numbers, so its weights are damaged. Download or train it "
+                "again."
+            )
+        return scores
+
+    return finite
+
+
+def _open_scorer(name: str) -> ImageScorer:
     if name.startswith(SUBJECT_PREFIX):
         pictures, _, scorer_name = name.removeprefix(SUBJECT_PREFIX).partition(":")
         return _subject_fidelity_scorer(load_clip_scorer(scorer_name or "moji"), pictures)
@@ -121,8 +136,13 @@ def _subject_fidelity_scorer(scorer: Scorer, folder: str) -> ImageScorer:
 def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
     """A linear head on the image embeddings, as LAION's aesthetic predictor; the prompt is ignored."""
     tensors, _ = read_tensors(path)
-    if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 2:
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    if set(shapes) != {"weight", "bias"} or len(shapes["weight"]) != 2 or shapes["weight"][0] != 1:
         raise UserError(f"{path} is not a linear head: it needs weight [1, D] and bias [1].")
+    if shapes["bias"] != (1,):
+        raise UserError(
+            f"{path} is not a linear head: its bias is {list(shapes['bias'])}, and [1] is wanted."
+        )
     weight, bias = tensors["weight"].float(), tensors["bias"].float()
 
     def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
@@ -169,9 +189,9 @@ def _python_scorer(path: Path) -> ImageScorer:
 
     def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         with _explain_failure(path):
-            numbers = [float(number) for number in function(list(images), list(prompts))]
-        if len(numbers) != len(images) or not all(math.isfinite(number) for number in numbers):
+            numbers = torch.tensor([float(number) for number in function(list(images), list(prompts))])
+        if len(numbers) != len(images) or not bool(torch.isfinite(numbers).all()):
             raise UserError(f"{path}'s `score` must give a finite number for each of {len(images)} pictures.")
-        return torch.tensor(numbers)
+        return numbers
 
     return score

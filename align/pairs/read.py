@@ -233,7 +233,8 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
     for where, value in iterate_entries(path.read_bytes(), path):
         where = where[0].lower() + where[1:]
         if isinstance(value, UserError):
-            preferences.problems.append(f"{where} is not JSON")
+            said = str(value).removesuffix(". Repair or delete it.")
+            preferences.problems.append(said[0].lower() + said[1:])
         elif isinstance(value, dict):
             yield where, {name.strip().lower(): cell for name, cell in value.items()}
         else:

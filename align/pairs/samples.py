@@ -59,7 +59,9 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
         )
     record = read_json(path, SamplesRecord)
     if record.format != FORMAT or record.per_prompt < 1:
-        raise UserError(f"{path} is not a list of samples that this version reads. Draw them again.")
+        raise UserError(
+            f"{path} is not a list of samples that this version reads. Draw them again, or update Limner."
+        )
     prompts = [Prompt(entry.prompt, entry.category, tuple(entry.hard_negatives)) for entry in record.prompts]
     there = set(os.listdir(folder / PICTURES)) if (folder / PICTURES).is_dir() else set()
     pictures: list[list[str]] = [[] for _ in prompts]

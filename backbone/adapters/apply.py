@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -87,7 +89,7 @@ def carry_over(concept: Concept, base: Backbone, few: Backbone) -> Concept:
 
 
 def check_concept_fits(concept: Concept, model: Backbone) -> None:
-    """Raise `UserError` if a concept was trained on other weights, or would change weights that are sharded."""
+    """Raise `UserError` for a concept of other weights, a damaged one, and one that would change sharded weights."""
     if concept.kind == "motion":
         raise UserError(
             f"{concept.folder} is a motion, which a picture cannot have. Draw clips with it: customize clip."
@@ -112,3 +114,12 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
             f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "
             "Give the --model that it was trained on, or train it again."
         )
+    for name in filter(None, (concept.weights, concept.words, concept.changed)):
+        path = concept.folder / name
+        _check_values(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _check_values(path: Path, written: int) -> None:
+    """`check_tensors` of a file, once for each time that it was written: commands ask before they take a folder."""
+    check_tensors(path, read_tensors(path)[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -257,14 +258,12 @@ def mentions(prompt: str, token: str) -> bool:
 
 
 def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
-    """List the finished runs in a folder with their concepts, oldest first."""
+    """List the finished runs in a folder with their concepts, oldest first; what cannot be read is passed over."""
     finished = []
-    for path in sorted(runs.glob(f"*/{CONCEPT_FILE}"), key=lambda path: path.stat().st_mtime):
-        try:
-            finished.append((path.parent, read_concept(path.parent)))
-        except UserError:
-            continue
-    return finished
+    for path in runs.glob(f"*/{CONCEPT_FILE}"):
+        with suppress(UserError, OSError):
+            finished.append((path.stat().st_mtime, path.parent, read_concept(path.parent)))
+    return [(run, concept) for _, run, concept in sorted(finished, key=lambda one: one[:2])]
 
 
 def choose_rare_words(

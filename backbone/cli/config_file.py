@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.records import parse_json, plain, read_as
+from backbone.io.records import join_once, parse_json, plain, read_as
+
+# 010 is no 8, and 1:30 no 90, as YAML 1.1 has them: texts, which are read as on the command line
+OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -18,7 +21,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == ".json":
-            return read_as(dict[str, Any], parse_json(text, path, join=_refuse_repeated), path)
+            return read_as(dict[str, Any], parse_json(text, path, join=join_once), path)
         data = _toml(text) if kind == ".toml" else _yaml(text)
     except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
@@ -41,19 +44,14 @@ def _yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
-            _refuse_repeated([(str(key.value), value) for key, value in node.value])
+            join_once([(str(key.value), value) for key, value in node.value])
             return node
+
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            old = kind is yaml.ScalarNode and implicit[0] and OLD_NUMBER.fullmatch(value)
+            return self.DEFAULT_SCALAR_TAG if old else super().resolve(kind, value, implicit)
 
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(error) from error
-
-
-def _refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a mapping as such; `ValueError` for a key that stands there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice} stands there twice")
-    return found

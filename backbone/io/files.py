@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -21,6 +22,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 from backbone.io.console import UserError
@@ -136,11 +138,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 class Header(NamedTuple):
-    """The header of a safetensors file: tensor shapes by name, and the string metadata."""
+    """The header of a safetensors file: tensor shapes by name, the string metadata, and types (`F16`, `I8`) by name."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    kinds: Mapping[str, str] = MappingProxyType({})
 
 
 def read_header(path: str | Path) -> Header:
@@ -150,9 +153,10 @@ def read_header(path: str | Path) -> Header:
     path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            return Header(path, shapes, dict(file.metadata() or {}))
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            kinds = {name: one.get_dtype() for name, one in slices.items()}
+            return Header(path, shapes, dict(file.metadata() or {}), kinds)
     except SafetensorError as error:
         _raise_unreadable(path, error)
 
@@ -351,6 +355,20 @@ def _put(temporary: Path, destination: Path) -> None:
     os.replace(temporary, destination)
 
 
+@contextmanager
+def saying_what_the_system_says(path: str | Path) -> Iterator[None]:
+    """Turns what a library written in Rust raises where the system refused a file (a full disk) into an `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+
+
 def remove_abandoned(folder: Path, start: str = ".") -> None:
     """Remove the temporary files in a folder whose writer was killed, those whose names begin with `start`.
 
@@ -473,6 +491,11 @@ def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
         raise UserError(
             f"{path} is a web page or a site's error message, not weights. "
             "Log in where it came from, and download it again."
+        ) from error
+    if unknown := re.search(r"unknown variant `(\w+)`|Dtype not understood: (\w+)", str(error)):
+        kind = unknown[1] or unknown[2]
+        raise UserError(
+            f"{path} holds {kind} tensors, which are not read. Take its version in fp16, bf16 or fp32."
         ) from error
     raise UserError(
         f"{path} is not a whole safetensors file ({error}). Download or write it again."

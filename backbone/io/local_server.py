@@ -40,6 +40,7 @@ PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
 LARGEST_POST = 4 * 2**20  # bytes of one with an image
 HOSTS = ("127.0.0.1", "localhost")
 REQUEST_SECONDS = 10.0  # in which a request has to be here whole
+LAST_SECONDS = 2  # for answers that are under way at the end: machines that are shut down kill after ten
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
     "Cache-Control": "no-store",
@@ -236,8 +237,10 @@ def serve_locally(
             )
         if browser and has_screen():
             webbrowser.open(address)
-        quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
-        config = uvicorn.Config(app, lifespan="off", http=_impatient_protocol(), **quiet)
+        quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
+        config = uvicorn.Config(
+            app, lifespan="off", http=_impatient_protocol(), timeout_graceful_shutdown=LAST_SECONDS, **quiet
+        )
         # A polite end is an end: uvicorn sends the signal on once it has stopped.
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
@@ -257,9 +260,10 @@ def _bound(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(("127.0.0.1", port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         bound.close()
-        raise UserError(f"Port {port} cannot be used ({error.strerror}). Choose another --port.") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not between 0 and 65535"
+        raise UserError(f"Port {port} cannot be used ({reason}). Choose another --port.") from error
     return bound
 
 

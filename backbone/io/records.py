@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -22,6 +22,7 @@ from backbone.io.console import UserError, shorten
 DEEPEST = 64  # levels of lists and objects in each other
 # What a JSON text has that stands for a NUL or for half of a surrogate pair, or for both halves
 ODD = re.compile(r"[\0\ud800-\udfff]|\\u(0000|[dD][89a-fA-F])")
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
 LONGEST_SHOWN = 60  # characters of a value in a message
 Kind = TypeVar("Kind")
 NAMES = {
@@ -49,6 +50,8 @@ def parse_json(
     takes, and for more than DEEPEST levels.
     """
     try:
+        if isinstance(text, bytes) and text.startswith(UTF16):
+            raise ValueError("it is UTF-16 and not UTF-8 text")
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded, object_pairs_hook=join)
     except (
@@ -60,20 +63,29 @@ def parse_json(
     return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
+def join_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """`join` of what users write: the object of keys and values; `ValueError` for a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice[:LONGEST_SHOWN]} stands there twice")
+    return found
+
+
 def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, Any]]:
     """The values of JSON lines, or of the JSON array that a text is, each with where it stands: `Line 3 of PATH`.
 
-    What is no JSON in a line is given as the `UserError` that says so. Raises `UserError` for an array that is not
-    whole, for another encoding than UTF-8, and for one object over several lines.
+    What is no JSON in a line, or has a key twice, is given as the `UserError` that says so. Raises `UserError` for an
+    array that is not whole, for another encoding than UTF-8, and for one object over several lines.
     """
-    if isinstance(text, bytes) and text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if isinstance(text, bytes) and text.startswith(UTF16):
         raise UserError(f"{path} is UTF-16 and not UTF-8 text. Save it as UTF-8.")
     lines: list[Any] = text.split(b"\n") if isinstance(text, bytes) else text.split("\n")
     written = [line for line in lines if line.strip()]
     head = text[:256]
     start = (head if isinstance(head, str) else head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")).lstrip()
     if start[:1] == "[" and not (written[1:] and _is_json(written[0])):
-        values = cast(list[Any], parse_json(text, path))
+        values = cast(list[Any], parse_json(text, path, join=join_once))
         if str(path).lower().endswith(".json") or any(isinstance(value, dict) for value in values):
             for number, value in enumerate(values, start=1):
                 yield f"Entry {number} of {path}", value
@@ -86,7 +98,7 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
         if line.strip():
             where = f"Line {number} of {path}"
             try:
-                yield where, parse_json(line, where)
+                yield where, parse_json(line, where, join=join_once)
             except UserError as error:
                 yield where, error
 
@@ -131,9 +143,11 @@ def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
     """
     if re.match(r"[A-Za-z]{2,}://|data:", name):
         raise UserError(f"{where} names {shorten(name, 80)}, an address. Download it, and name the file.")
-    plain, home = os.path.normpath(name.replace("\\", "/")), os.path.abspath(folder)
-    if plain.startswith(os.path.join(home, "")):
-        plain = os.path.relpath(plain, home)
+    plain = os.path.normpath(name.replace("\\", "/"))
+    for find in (os.path.abspath, os.path.realpath):  # a link may give the folder another name
+        home = os.path.join(find(folder), "")
+        if os.path.isabs(plain) and "\0" not in plain and find(plain).startswith(home):
+            plain = os.path.relpath(find(plain), home)
     if not name or "\0" in name or os.path.isabs(plain) or re.match(r"\.\.(/|$)|[A-Za-z]:", plain):
         raise UserError(
             f"{where} names {shorten(name, 200) or 'no file'}, which lies outside the folder. Use names inside "

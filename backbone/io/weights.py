@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, is_out_of_memory
-from backbone.io.files import read_header, read_json
+from backbone.io.files import Header, read_header, read_json
 
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
@@ -68,11 +68,28 @@ def check_weights(folder: Path) -> None:
             )
     for index in folder.glob(f"*{INDEX}"):
         for name in sorted(set(read_weight_index(index).values())):
-            read_header(folder / name)
+            read_weights_header(folder / name)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
     for path in sorted(folder.glob("*.safetensors")):
-        read_header(path)
+        read_weights_header(path)
+
+
+def read_weights_header(path: Path) -> Header:
+    """The header of a network's file; `UserError` for one whose weights are no floating-point numbers."""
+    header = read_header(path)
+    refuse_other_numbers(header)
+    return header
+
+
+def refuse_other_numbers(header: Header) -> None:
+    """`UserError` for weights of whole, complex or boolean numbers: loaders take them for what they say."""
+    for name, kind in header.kinds.items():
+        if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
+            raise UserError(
+                f"{header.path} is quantised, or of another kind: {name} is of type {kind}. Take its version in fp16, "
+                "bf16 or fp32."
+            )
 
 
 @contextmanager

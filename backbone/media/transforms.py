@@ -106,7 +106,10 @@ def to_image(tensor: torch.Tensor) -> Image.Image:
     assert tensor.shape[:-2] == (3,), f"expected [3, H, W], got {list(tensor.shape)}"
     values = tensor.detach().float().cpu()
     if torch.isnan(values).any():
-        raise UserError("The decoded image holds NaN: the autoencoder overflowed. Decode it in fp32 or bf16.")
+        raise UserError(
+            "The decoded image holds NaN. In fp16 the autoencoder overflows: give --precision fp32 or bf16. In these, "
+            "weights of the model are damaged: download it again."
+        )
     bytes_ = values.add(1.0).mul(127.5).round().clamp(0, 255).byte()
     return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().numpy())
 

@@ -24,6 +24,7 @@ from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
+from backbone.io.weights import read_weights_header
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
@@ -380,7 +381,7 @@ def find_control(name: str) -> FoundControl:
     path = Path(name).expanduser()
     if path.suffix.lower() in PICKLE_SUFFIXES or path.is_file():
         # Which says why a pickle is not read
-        return FoundControl(name, read_header(path).path, ControlRecord())
+        return FoundControl(name, read_weights_header(path).path, ControlRecord())
     if path.is_dir():
         record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
         for part in ("", *PARTS):

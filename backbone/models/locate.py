@@ -14,6 +14,7 @@ from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError, quote
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
+from backbone.io.weights import refuse_other_numbers
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
@@ -171,6 +172,8 @@ def _locate_files(name: str, paths: Sequence[Path]) -> Location:
         for family in families():
             settings = family.match_checkpoint(header)
             if settings is not None:
+                for one in headers:
+                    refuse_other_numbers(one)
                 parts = family.find_parts(header, [other for other in headers if other is not header])
                 index = {**_read_beside(settings), "_class_name": family.pipeline_classes[0]}
                 return Location(name, str(header.path), index, settings, parts=parts)

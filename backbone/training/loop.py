@@ -22,12 +22,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.io.console import UserError
-from backbone.io.files import read_metadata, read_tensors, write_tensors
+from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
 from backbone.io.records import parse_json, read_as
 
 LRSchedule = Callable[[int], float]
 
 
+# What Prodigy finds while it runs, and keeps in its groups in place of its state
+FOUND = ("d", "d_max", "d_numerator", "k")
 READ_EVERY = 10  # steps on a GPU between two reads of their losses, unless somebody asks earlier
 
 
@@ -368,10 +370,23 @@ def save_checkpoint(
     numbers = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     header = {
         "step": str(step),
-        "groups": json.dumps(numbers, default=str),
+        "optimizer": type(optimizer).__name__,
+        "groups": json.dumps(numbers, default=_plain_number),
         "facts": json.dumps(dict(facts or {})),
+        "tensors": _hash_kinds(tensors),
     }
     write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, header)
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of an optimiser's group that is kept as a tensor; other things by their names."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else str(value)
+
+
+def _hash_kinds(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the names, dtypes and shapes of tensors."""
+    kinds = sorted((name, str(value.dtype), list(value.shape)) for name, value in tensors.items())
+    return content_hash(json.dumps(kinds).encode())
 
 
 @torch.no_grad()
@@ -385,12 +400,20 @@ def load_checkpoint(
 ) -> tuple[int, dict[str, Any]]:
     """Restores what `save_checkpoint` wrote into the same parameters and optimiser; gives (step, facts).
 
-    Raises `UserError`, before anything is changed, when the file holds other parameters than these, or was saved with
-    other `facts`.
+    Raises `UserError`, before anything is changed, when the file holds other parameters than these, was saved with
+    other `facts` or by another optimiser, or is not as it was saved.
     """
     tensors, header = read_tensors(path)
     step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
     known = _refuse_other_facts(path, header, facts or {})
+    _refuse_changed(path, tensors, header, step)
+    found = _read_found(path, header)
+    kind = type(optimizer).__name__
+    if header.get("optimizer", kind) != kind:
+        raise UserError(
+            f"{path} was saved by another kind of run (its optimiser is {header['optimizer']}, and {kind} is wanted). "
+            "Start anew or resume that one."
+        )
     saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if saved != set(parameters):
         odd = sorted(saved ^ set(parameters))[0]
@@ -410,7 +433,37 @@ def load_checkpoint(
     if average is not None:
         for name, value in average.values.items():
             value.copy_(tensors[f"average/{name}"])
+    for group, numbers in zip(optimizer.param_groups, found, strict=False):
+        group.update({name: number for name, number in numbers.items() if name in group})
     return step, known
+
+
+def _read_found(path: Path, header: Mapping[str, str]) -> list[dict[str, float]]:
+    """What an optimiser had found by itself, of each of its groups."""
+    groups = read_as(list[dict[str, Any]], parse_json(header.get("groups", "[]"), path), path, "groups")
+    return [
+        {
+            name: read_as(int if name == "k" else float, group[name], path, name)
+            for name in FOUND
+            if name in group
+        }
+        for group in groups
+    ]
+
+
+def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], step: int) -> None:
+    """`UserError` for a checkpoint whose tensors are not those that were saved in it, or not finite numbers."""
+    complaint = ""
+    if step < 0:
+        complaint = f"its step is {step}"
+    elif header.get("tensors") not in (None, _hash_kinds(tensors)):
+        complaint = "it holds other tensors than were saved in it"
+    else:
+        for name, value in tensors.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
+                complaint = f"{name} holds values that are not finite numbers"
+    if complaint:
+        raise UserError(f"{path} is damaged: {complaint}. Put a copy of it back, or start the run anew.")
 
 
 def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -342,13 +343,10 @@ def _newest_run(folder: Path, program: str) -> Path | None:
     """The run of a program in a folder that saved a step last; a damaged one is passed over."""
     runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):
-        try:
-            command = read_json(path.parent / FILE, RunRecord).command
-        except (UserError, FileNotFoundError):
-            continue
-        if " ".join(command.split()[:2]) == program:
-            runs.append(path)
-    return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else None
+        with suppress(UserError, OSError):
+            if " ".join(read_json(path.parent / FILE, RunRecord).command.split()[:2]) == program:
+                runs.append((path.stat().st_mtime, path.parent))
+    return max(runs)[1] if runs else None
 
 
 def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:

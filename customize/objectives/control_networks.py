@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from backbone.adapters.lora import add_lora
 from backbone.conditions.control import ControlNetwork
+from backbone.families.components.loading import WEIGHTS
 from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
-from backbone.io.files import write_tensors
+from backbone.io.files import write_tensors, write_text
 from backbone.models.control import PARTS, new_control, open_control
 from backbone.models.model import Backbone
 from customize.control_settings import ADAPTER, CONTROL_LORA, CONTROLNET, ControlSettings
@@ -92,15 +93,16 @@ def hint_widths(model: Backbone) -> tuple[int, ...]:
 
 
 def save_network(module: nn.Module, kind: str, run: Path) -> None:
-    """Writes a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file."""
+    """Writes a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file.
+
+    diffusers' own writer would begin with the old file's end.
+    """
     part = run / PARTS[0 if kind == ADAPTER else 1]
-    if kind != CONTROL_LORA:
-        cast(Any, module).save_pretrained(part)
-        return
-    whole = cast(Any, type(module)).from_config(cast(Any, module).config)
-    whole.load_state_dict(merge_weights(module))
-    whole.save_pretrained(part)
-    write_tensors(run / LORA_FILE, lora_weights(module), {})
+    weights = merge_weights(module) if kind == CONTROL_LORA else module.state_dict()
+    write_text(part / "config.json", cast(Any, module).to_json_string())
+    write_tensors(part / WEIGHTS, weights, {"format": "pt"})
+    if kind == CONTROL_LORA:
+        write_tensors(run / LORA_FILE, lora_weights(module), {})
 
 
 def merge_weights(module: nn.Module) -> dict[str, Tensor]:

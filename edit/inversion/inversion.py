@@ -365,7 +365,9 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
 
 def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if metadata.get("limner_inversion") != FORMAT:
-        raise UserError(f"{path} is no inversion that this version reads. Make one with `edit invert`.")
+        raise UserError(
+            f"{path} is no inversion that this version reads. Update Limner, or make one: edit invert."
+        )
     text = parse_json(metadata.get("fields", "null"), path)
     return dataclasses.asdict(read_as(WrittenFields, text, path))
 

@@ -128,7 +128,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
         return _run(recorded.command, wishes, load, out=out, said=f"edit replay {path}")
     except (TypeError, UnknownSettingError) as error:
         raise UserError(
-            f"{path} holds settings that this version does not know ({error}). Edit anew."
+            f"{path} holds settings that this version does not know ({error}). Update Limner, or edit anew."
         ) from error
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -513,6 +515,38 @@ def test_a_connection_without_a_whole_request_is_closed(
         return seconds
 
     assert asyncio.run(stays_open_for()) < 3
+
+
+def test_a_polite_end_does_not_wait_for_half_a_request(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_server, "LAST_SECONDS", 0.3)
+    began: list[float] = []
+
+    def end(text: str) -> None:
+        def halve_and_end(port: int) -> None:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as half:
+                half.sendall(
+                    f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 9\r\n\r\n{{".encode()
+                )
+                time.sleep(0.5)  # until it has been read
+                began.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+                half.recv(1)
+
+        if not began and text.startswith("Open"):
+            port = int(text.split(":")[2].split("/")[0])
+            threading.Thread(target=halve_and_end, args=(port,), daemon=True).start()
+
+    monkeypatch.setattr(local_server, "notify", end)
+    serve(session)
+    assert time.monotonic() - began[0] < local_server.REQUEST_SECONDS / 2
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_there_is_not_is_a_sentence(port: int) -> None:
+    with pytest.raises(UserError, match=f"Port {port} cannot be used"):
+        local_server.check_port(port)
 
 
 def test_the_address_is_said_when_the_port_listens(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass
@@ -260,6 +261,38 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
     assert changed and all(f"{name}.down" in tensors for name in changed)
     assert "input_blocks.1.0.in_layers.2" in changed and "lora_controlnet" in tensors
     assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
+
+
+def test_a_network_is_written_as_diffusers_writes_it_and_a_full_disk_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Backbone
+) -> None:
+    settings = resolve_settings({"images": "x", "condition": "sketch", "kind": "t2i-adapter"}, {})
+    module: Any = make_network(tiny, settings).module
+    save_network(module, "t2i-adapter", tmp_path)
+    module.save_pretrained(tmp_path / "theirs")
+    ours = tmp_path / "t2i_adapter"
+    assert (ours / "config.json").read_text() == (tmp_path / "theirs" / "config.json").read_text()
+    (mine, said), (other, theirs) = (
+        read_tensors(folder / "diffusion_pytorch_model.safetensors") for folder in (ours, tmp_path / "theirs")
+    )
+    assert (
+        said == theirs and mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
+    )
+    before = {path.name: path.read_bytes() for path in ours.iterdir()}
+
+    def full(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if "w" in mode and ".safetensors" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *more, **named)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", full)
+    for value in module.parameters():
+        value.data += 1
+    with pytest.raises(OSError, match="No space") as raised:
+        save_network(module, "t2i-adapter", tmp_path)
+    assert raised.value.filename == str(ours / "diffusion_pytorch_model.safetensors")
+    assert {path.name: path.read_bytes() for path in ours.iterdir()} == before
 
 
 @pytest.mark.parametrize("kind", ["t2i-adapter", *SLOW])

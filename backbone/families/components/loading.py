@@ -16,9 +16,9 @@ from backbone.families.components.empty import without_weights
 from backbone.families.components.latents import has_frames
 from backbone.families.location import Location
 from backbone.io.console import UserError
-from backbone.io.files import read_header, read_tensors
+from backbone.io.files import read_tensors
 from backbone.io.records import parse_json
-from backbone.io.weights import refuse_damaged, refuse_missing
+from backbone.io.weights import read_weights_header, refuse_damaged, refuse_missing
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
@@ -97,7 +97,7 @@ def load_casting(
             "larger machine."
         ) from error
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    if read_header(file).shapes != shapes:
+    if read_weights_header(file).shapes != shapes:
         return None
     fill_casting(
         network, file, {name: name for name in shapes}, dtype, kept=kept, memory_format=memory_format

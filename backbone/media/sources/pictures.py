@@ -685,6 +685,9 @@ def load_saved(path: Path) -> Any:
         for record in path.rglob(name):
             for file in read_json(record, SavedTable)._data_files:
                 resolve_inside(record.parent, file.filename, record)
+            if name == "dataset_dict.json":
+                for split in read_json(record, SavedSplits).splits:
+                    resolve_inside(record.parent, split, record)
     datasets = import_datasets()
     try:
         return datasets.load_from_disk(str(path))
@@ -704,6 +707,13 @@ class SavedTable:
     """`state.json` of a saved dataset, as far as it names files."""
 
     _data_files: list[SavedFile] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SavedSplits:
+    """`dataset_dict.json` of a saved dataset: the folders of its splits."""
+
+    splits: list[str] = field(default_factory=list)
 
 
 TAR_COLUMNS = {"txt": "text", "cls": "label", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}

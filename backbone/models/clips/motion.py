@@ -25,8 +25,8 @@ from backbone.conditions.control import Control
 from backbone.families.components import loading
 from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
-from backbone.io.files import read_header, read_json, read_tensors, write_json, write_tensors
-from backbone.io.weights import check_weights, refuse_damaged, refuse_missing
+from backbone.io.files import read_json, read_tensors, write_json, write_tensors
+from backbone.io.weights import check_weights, read_weights_header, refuse_damaged, refuse_missing
 
 ORIGINAL = re.compile(r"(?:module\.|motion_modules\.)?(?=(?:down_blocks|mid_block|up_blocks)\.)")
 RENAMED = {  # of an original AnimateDiff file
@@ -127,7 +127,7 @@ def _fetch(repository: str) -> Path:
 
 def _read_original(path: Path) -> MotionAdapter:
     """An original file: its settings are in its shapes."""
-    header = read_header(path)
+    header = read_weights_header(path)
     names = {name: rename_original(name) for name in header.shapes}
     factor = next((name for name in names if "lora" in name), None)
     if factor is not None:

@@ -26,7 +26,8 @@ from backbone.families.control import made_for_another_model
 from backbone.families.location import Location, find_hub_file
 from backbone.families.unet.control import MIDDLE, MUST_AGREE, SKIPS, as_dtype
 from backbone.io.console import UserError, progress
-from backbone.io.files import PICKLE_SUFFIXES, read_header, read_tensors
+from backbone.io.files import PICKLE_SUFFIXES, read_tensors
+from backbone.io.weights import read_weights_header
 from backbone.models.clips.motion import POSITIONS, motion_of, rename_original, rows_as_frames
 from backbone.models.model import Backbone
 
@@ -161,7 +162,7 @@ def _load(model: Backbone, name: str) -> nn.Module:
 
 def _read_original(model: Backbone, path: Path) -> nn.Module:
     """An original file (`v3_sd15_sparsectrl_rgb`, `…_scribble`): the encoder's settings are the UNet's."""
-    header = read_header(path)
+    header = read_weights_header(path)
     names = {name: _rename(name) for name in header.shapes}
     shapes = {names[name]: shape for name, shape in header.shapes.items()}
     simple = shapes.get(f"{EMBEDDING}.weight")

@@ -22,6 +22,7 @@ from backbone.io.files import (
     read_header,
     read_json,
     read_tensors,
+    saying_what_the_system_says,
     write_json,
     write_tensors,
 )
@@ -199,7 +200,8 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
     inner = config.get("text_config", config)  # of a language model that reads pictures too
     inner["vocab_size"] = len(longer)
     write_json(folder / component / "config.json", config)
-    tokenizer.save_pretrained(tokenizer_folder)
+    with saying_what_the_system_says(tokenizer_folder):
+        tokenizer.save_pretrained(tokenizer_folder)
 
 
 def _load_tokenizer(folder: Path, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,43 @@ def test_likeness_prefers_the_pictures_that_it_was_given(tmp_path: Path) -> None
     scores = open_scorer(f"like:{tmp_path / 'own'}")([RED, BLUE], ["", ""])
     assert float(scores[0]) == pytest.approx(1.0, abs=1e-4)
     assert scores[0] > scores[1]
+
+
+class Blind:
+    """A CLIP whose weights are damaged."""
+
+    def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.full((len(images), 4), float("nan"))
+
+    embed_texts = embed_images
+
+
+def test_scores_that_are_no_numbers_are_said_to_be_the_scorer_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.collect.scorers.load_scorer", lambda folder: Blind())
+    with pytest.raises(UserError, match="moji gives scores that are not finite numbers"):
+        open_scorer("moji")([RED, BLUE], ["a", "b"])
+
+
+def test_a_full_disk_leaves_the_scores_and_pairs_that_belong_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [{"prompt": "a dog", "category": ""}]
+    write_json(tmp_path / "samples.json", {"format": 1, "per_prompt": 2, "prompts": prompts})
+    (tmp_path / "pictures").mkdir()
+    for j, image in enumerate((RED, BLUE)):
+        image.save(tmp_path / image_name(0, j))
+    rank_samples(tmp_path, [scorer(tmp_path, "def score(images, prompts):\n    return [0, 1]\n")])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("align.collect.rank.write_text", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        rank_samples(tmp_path, [scorer(tmp_path, "def score(images, prompts):\n    return [1, 0]\n")])
+    (tmp_path / "mine.py").write_bytes(before[tmp_path / "mine.py"])
+    assert raised.value.filename == str(tmp_path / "ranking.jsonl")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_scores_of_different_scales_are_brought_to_one() -> None:

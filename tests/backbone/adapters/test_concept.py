@@ -13,6 +13,7 @@ from backbone.adapters.concept import (
     Concept,
     check_token,
     choose_rare_words,
+    list_concept_runs,
     needs_whole_base,
     read_concept,
     replace_tokens,
@@ -85,6 +86,21 @@ def test_a_token_without_an_owner_names_the_newest_run_that_has_it(tmp_path: Pat
         os.utime(tmp_path / name / "concept.json", (10_000 - age, 10_000 - age))
     with pytest.raises(UserError, match=r"--concept .*new"):
         resolve_placeholder_tokens("a [V] dog", [], runs=tmp_path)
+
+
+def test_somebody_else_s_closed_run_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("closed", "own"):
+        (tmp_path / name).mkdir()
+        concept().write(tmp_path / name)
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert [run.name for run, _ in list_concept_runs(tmp_path)] == ["own"]
 
 
 def test_a_plain_word_that_a_run_owns_is_recognised_too(tmp_path: Path) -> None:

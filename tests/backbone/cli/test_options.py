@@ -167,6 +167,13 @@ def test_a_file_says_what_flags_say_and_flags_win(tmp_path: Path, name: str) -> 
     }
 
 
+def test_a_number_with_a_zero_before_it_is_no_octal_one(tmp_path: Path) -> None:
+    file = tmp_path / "k.yaml"
+    for text, steps in (("010", 10), ("+7", 7), ("0x10", 16), ("1_000", 1000)):
+        file.write_text(f"steps: {text}\n")
+        assert ask("--config", str(file))["steps"] == steps
+
+
 def test_the_sections_of_a_trainer_s_toml_say_nothing_and_their_keys_count(tmp_path: Path) -> None:
     file = tmp_path / "k.toml"
     file.write_text("flip = true\n[training_arguments]\nsteps = 5\n[model_arguments]\nlearning_rate = 1e-3\n")
@@ -199,6 +206,7 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
             "rate and learning_rate in .*a.yaml say different things",
         ),
         ("a.yaml", "steps: [", "a.yaml is not YAML"),
+        ("a.yaml", "steps: 1:30", "steps in .*a.yaml is 1:30, which is not a whole number"),
         ("a.yaml", 'images: "\\ud800"', "a.yaml is not YAML .*is no text"),
         ("a.yaml", f"steps: {LAUGHS}", "steps in .*a.yaml is .*not a whole number"),
         ("a.yaml", "- steps", "does not hold settings"),

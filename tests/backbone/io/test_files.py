@@ -33,6 +33,7 @@ from backbone.io.files import (
     read_tensors,
     refuse_existing,
     remove_abandoned,
+    saying_what_the_system_says,
     write_bytes,
     write_json,
     write_tensors,
@@ -141,6 +142,19 @@ def test_a_damaged_tensor_file_is_named(tmp_path: Path, content: bytes) -> None:
     for read in (read_tensors, read_metadata):
         with pytest.raises(UserError, match=r"broken\.safetensors"):
             read(path)
+
+
+@pytest.mark.parametrize("kind", ["U4", "F6_E2M3"])
+def test_a_file_of_a_type_that_is_not_read_is_whole_and_said_to_be_of_that_type(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "small.safetensors"
+    header = json.dumps({"a": {"dtype": kind, "shape": [4], "data_offsets": [0, 3]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(
+        UserError, match=rf"holds {kind} tensors, which are not read\. Take its version in fp16"
+    ):
+        read_tensors(path)
 
 
 def test_a_cut_off_tensor_file_is_named(tmp_path: Path) -> None:
@@ -450,6 +464,18 @@ def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> N
         fill(tmp_path / "out")
     assert raised.value.filename == str(tmp_path / "out" / "unet" / "config.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_to_libraries_in_rust_too(tmp_path: Path) -> None:
+    def save() -> None:
+        with saying_what_the_system_says(tmp_path / "tokenizer"):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="tokenizer") as raised:
+        save()
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(ValueError, match="of its own"), saying_what_the_system_says(tmp_path):
+        raise ValueError("of its own")
 
 
 def test_a_disk_that_is_full_during_a_copy_is_said_of_the_copy(tmp_path: Path) -> None:

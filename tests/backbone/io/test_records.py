@@ -11,7 +11,7 @@ import pytest
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.records import DEEPEST, parse_json, read_as, resolve_inside
+from backbone.io.records import DEEPEST, iterate_entries, parse_json, read_as, resolve_inside
 
 MALFORMED: dict[str, bytes] = {
     "empty": b"",
@@ -38,6 +38,14 @@ def test_malformed_text_is_one_sentence_with_the_file(tmp_path: Path, text: byte
         read_json(tmp_path / "settings.json", Any)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
     str(caught.value).encode()  # can be printed
+
+
+def test_a_list_that_says_one_key_twice_is_no_list_of_one_of_them() -> None:
+    twice = '{"chosen": "a.png", "chosen": "b.png"}'
+    _, (where, found) = iterate_entries(f'{{"chosen": "c.png"}}\n{twice}', "p.jsonl")
+    assert str(found).startswith(f"{where} is not JSON (the key chosen stands there twice)")
+    with pytest.raises(UserError, match=r"p\.json is not JSON \(the key chosen stands there twice\)"):
+        list(iterate_entries(f"[{twice}]", "p.json"))
 
 
 def test_a_byte_order_mark_and_any_character_are_fine() -> None:
@@ -134,6 +142,13 @@ def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None
 def test_a_whole_path_serves_where_it_leads_into_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "list"
     assert resolve_inside(folder, str(folder / "a" / "1.png"), "x") == folder / "a" / "1.png"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    assert resolve_inside(folder, str(tmp_path / "link" / "1.png"), "x") == folder / "1.png"
+    assert resolve_inside(tmp_path / "link", str(folder / "1.png"), "x") == tmp_path / "link" / "1.png"
+    (folder / "out").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="outside the folder"):
+        resolve_inside(tmp_path / "link", str(folder / "out" / "1.png"), "x")
     for name in (folder, folder / "..", folder / ".." / "1.png", tmp_path / "list-2" / "1.png"):
         with pytest.raises(UserError, match="outside the folder"):
             resolve_inside(folder, str(name), "x")

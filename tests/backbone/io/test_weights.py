@@ -99,6 +99,19 @@ def test_a_damaged_weight_file_is_one_sentence(model: Path, part: str, content: 
         load(model, part)
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64, torch.bool])
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_no_floating_point_numbers_are_refused_and_not_drawn_with(
+    model: Path, part: str, kind: torch.dtype
+) -> None:
+    file = model / part / f"{PARTS[part]}.safetensors"
+    tensors, _ = read_tensors(file)
+    name = next(name for name in sorted(tensors) if name.endswith(".weight"))
+    write_tensors(file, {**tensors, name: tensors[name].to(kind)}, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} is of type (I8|C64|BOOL)\. Take its version in fp16"):
+        load(model, part)
+
+
 @pytest.mark.parametrize("left", [0, 1, -1])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_with_missing_tensors_is_refused_and_not_made_up(model: Path, part: str, left: int) -> None:

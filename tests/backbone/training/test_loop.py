@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
 from backbone.training.loop import (
     Average,
     NotFiniteError,
@@ -88,6 +91,76 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
         load_checkpoint(
             tmp_path / "c.safetensors", parameters=other, optimizer=torch.optim.SGD(other.values())
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda tensors, header: tensors["parameter/w"].fill_(math.nan),
+            "parameter/w holds values that are not",
+        ),
+        (
+            lambda tensors, header: tensors["optimizer/exp_avg/w"].fill_(math.inf),
+            "exp_avg/w holds values that",
+        ),
+        (
+            lambda tensors, header: tensors.pop("optimizer/exp_avg/w"),
+            "it holds other tensors than were saved",
+        ),
+        (lambda tensors, header: tensors.update({"parameter/w": torch.zeros(3).bfloat16()}), "other tensors"),
+        (lambda tensors, header: tensors.update({"optimizer/exp_avg/w": torch.zeros(4)}), "other tensors"),
+        (lambda tensors, header: header.update(step="-5"), "its step is -5"),
+        (
+            lambda tensors, header: header.update(optimizer="Prodigy"),
+            "its optimiser is Prodigy, and AdamW is",
+        ),
+    ],
+    ids=["nan", "moments", "missing", "bf16", "shape", "step", "optimiser"],
+)
+def test_a_checkpoint_that_is_not_as_it_was_saved_is_refused_before_anything_changes(
+    tmp_path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], object], said: str
+) -> None:
+    path, first, second = tmp_path / "c.safetensors", Bowl(), Bowl()
+    first.run(3)
+    save_checkpoint(path, step=3, parameters=first.parameters, optimizer=first.optimizer)
+    tensors, header = read_tensors(path)
+    change(tensors, header)
+    write_tensors(path, tensors, header)
+    with pytest.raises(UserError, match=said):
+        load_checkpoint(path, parameters=second.parameters, optimizer=second.optimizer)
+    assert not second.parameters["w"].any() and not second.optimizer.state
+
+
+class Finds(torch.optim.SGD):
+    """Keeps what it finds in its groups and not in its state, as Prodigy does."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, lr=1.0)
+        self.param_groups[0].update(d=1e-3, k=0)
+
+    def step(self, closure: Any = None) -> None:
+        """A step whose length grows by what it has found."""
+        group = self.param_groups[0]
+        group.update(d=group["d"] * 1.1, k=group["k"] + 1)
+        for parameter in group["params"]:
+            parameter.data.sub_(group["lr"] * group["d"] * parameter.grad)
+
+
+def test_the_length_of_steps_that_an_optimiser_has_found_is_gone_on_with(tmp_path: Path) -> None:
+    whole, first, second = Bowl(), Bowl(), Bowl()
+    for one in (whole, first, second):
+        one.optimizer = Finds(one.parameters.values())
+    whole.run(20)
+    first.run(8)
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, step=8, parameters=first.parameters, optimizer=first.optimizer)
+    second.optimizer.param_groups[0]["lr"] = 2.0
+    done, _ = load_checkpoint(path, parameters=second.parameters, optimizer=second.optimizer)
+    assert second.optimizer.param_groups[0]["lr"] == 2.0, "a rate that was said anew stays"
+    second.optimizer.param_groups[0]["lr"] = 1.0
+    second.run(20, done=done)
+    assert torch.equal(second.parameters["w"], whole.parameters["w"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None:
