@@ -839,8 +839,13 @@ def test_the_same_choice_twice_is_told_and_two_people_s_is_not(tmp_path: Path) -
     for number in range(2):
         picture(number).save(tmp_path / f"{number}.png")
         shutil.copy(tmp_path / f"{number}.png", tmp_path / f"{number}-copy.png")
-    one = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
-    same = {"prompt": "A dog.", "image_0": "1-copy.png", "image_1": "0-copy.png", "label_0": 0}
+    one: dict[str, object] = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
+    same: dict[str, object] = {
+        "prompt": "A dog.",
+        "image_0": "1-copy.png",
+        "image_1": "0-copy.png",
+        "label_0": 0,
+    }
     rows = [one | {"user": "ann"}, same | {"user": "ann"}, one | {"user": "bob"}, one | {"prompt": "a cat"}]
     said = describe_repeats(read_preferences(write_lines(tmp_path / "a.jsonl", rows)).records)
     assert said.startswith("The same choice is there more than once") and "line 2" in said

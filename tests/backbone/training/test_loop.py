@@ -139,7 +139,7 @@ class Finds(torch.optim.SGD):
         super().__init__(parameters, lr=1.0)
         self.param_groups[0].update(d=1e-3, k=0)
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # steps without a loss
         """A step whose length grows by what it has found."""
         group = self.param_groups[0]
         group.update(d=group["d"] * 1.1, k=group["k"] + 1)
@@ -150,7 +150,7 @@ class Finds(torch.optim.SGD):
 def test_the_length_of_steps_that_an_optimiser_has_found_is_gone_on_with(tmp_path: Path) -> None:
     whole, first, second = Bowl(), Bowl(), Bowl()
     for one in (whole, first, second):
-        one.optimizer = Finds(one.parameters.values())
+        one.optimizer = Finds(one.parameters.values())  # type: ignore[assignment]  # whichever optimiser
     whole.run(20)
     first.run(8)
     path = tmp_path / "c.safetensors"
