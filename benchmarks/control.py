@@ -53,6 +53,7 @@ from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import list_embedded_controls, open_control
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -288,6 +289,7 @@ class Gallery:
             steps=settings.steps,
             guidance=settings.guidance,
             seed=0,
+            sampler=usual_drawing(self.model).sampler,
             controls=controls,
         )
         return next(iter(found))

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
+from backbone.cli.sampling import Sampler
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
@@ -38,6 +39,7 @@ from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, 
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.edits import GREY_STYLES
@@ -71,13 +73,18 @@ WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a picture is drawn."""
+    """How a picture is drawn; without a sampler by the model's own."""
 
     steps: int
     guidance: float
+    sampler: Sampler | None = None
 
     def __str__(self) -> str:
-        return f"{self.steps}, {self.guidance:g}"
+        return f"{self.steps}, {self.guidance:g}" + (f", {self.sampler}" if self.sampler else "")
+
+    def sampler_of(self, model: Backbone) -> Sampler:
+        """The sampler that a model is drawn with."""
+        return self.sampler or usual_drawing(model).sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +95,12 @@ class MeasureSettings:
     prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale; 1 is without.", HOW)] = 4.0
-    also: Annotated[tuple[str, ...], Option("STEPS:GUIDANCE, compared on other prompts.", HOW)] = ()
+    sampler: Annotated[
+        Sampler | None, Option("Sampler.", HOW, choices=get_args(Sampler), default_text="by model")
+    ] = None
+    also: Annotated[
+        tuple[str, ...], Option("STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, compared on other prompts.", HOW)
+    ] = ()
     also_prompts: Annotated[int, Option("How many prompts the sweep uses.", WHAT, min=1)] = 150
     beside: Annotated[tuple[str, ...], Option("Other models, on the table's prompts.", WHAT)] = ()
     batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
@@ -100,8 +112,8 @@ class MeasureSettings:
 
     @property
     def setting(self) -> Setting:
-        """Steps and guidance of the table."""
-        return Setting(self.steps, self.guidance)
+        """Steps, guidance and sampler of the table."""
+        return Setting(self.steps, self.guidance, self.sampler)
 
 
 @settled_command(app, MeasureSettings)
@@ -113,12 +125,12 @@ def main(settings: MeasureSettings) -> None:
     gallery = Gallery(settings.out / "pictures", settings.batch)
     scenes = select_scenes(settings.prompts)
     images = gallery.pictures(model, scenes, settings.setting)
-    without = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0))
+    without = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0, settings.sampler))
     predictions = classifier.classify(images)
     truth = render_images(scenes)
     facts: dict[str, Any] = {
         "model": settings.model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0],
-        "steps": settings.steps, "guidance": settings.guidance,
+        "steps": settings.steps, "guidance": settings.guidance, "sampler": settings.setting.sampler_of(model),
         "rows": score_predictions(scenes, predictions),
         "true_pictures": score_predictions(scenes, classifier.classify(truth)) if truth else [],
         "beside": compare_models(settings, gallery, classifier, scenes),
@@ -224,12 +236,16 @@ def write_card(folder: Path, table: str, worst: Path) -> None:
 
 
 def parse_setting(text: str) -> Setting:
-    """`25:4` → 25 steps, guidance 4. Raises `UserError` for anything else."""
+    """`25:4` → 25 steps, guidance 4; `25:4:ddim` by this sampler. Raises `UserError` for anything else."""
     try:
-        steps, guidance = text.split(":")
-        return Setting(int(steps), float(guidance))
+        steps, guidance, *rest = text.split(":")
+        if rest and rest not in [[name] for name in get_args(Sampler)]:
+            raise ValueError
+        return Setting(int(steps), float(guidance), *rest)  # type: ignore[arg-type]  # one of the names above
     except ValueError:
-        raise UserError(f"--also wants STEPS:GUIDANCE, such as 25:4, not {text!r}.") from None
+        raise UserError(
+            f"--also wants STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, such as 25:4:ddim, not {text!r}."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -241,7 +257,9 @@ class Gallery:
 
     def pictures(self, model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
         """In the order of the scenes."""
-        folder = self.folder / f"{model.fingerprint[:12]}-{setting.steps}-{setting.guidance:g}"
+        sampler = setting.sampler_of(model)
+        drawn_by = "" if sampler == "ddim" else f"-{sampler}"
+        folder = self.folder / f"{model.fingerprint[:12]}-{setting.steps}-{setting.guidance:g}{drawn_by}"
         paths = [folder / f"{scene.seed}.png" for scene in scenes]
         missing = [pair for pair in zip(scenes, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({setting})") as bar:
@@ -257,9 +275,11 @@ class Gallery:
 def sample_images(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
     """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
-    return list(
-        sample(model, requests, steps=setting.steps, guidance=setting.guidance, seed=0, batch=len(requests))
-    )
+    drawn = sample(
+        model, requests, steps=setting.steps, guidance=setting.guidance, sampler=setting.sampler_of(model),
+        seed=0, batch=len(requests),
+    )  # fmt: skip
+    return list(drawn)
 
 
 def select_scenes(count: int) -> list[Scene]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from backbone.cli.conditions import KINDS, RGB, ClipControlOptions
 from backbone.cli.flags import (
@@ -193,6 +193,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             raise UserError(
                 "--scale is of concepts, and the LoRA here is of a motion adapter. Give --motion-scale."
             )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """As of images, but for fresh noise in every step, which flickers over the frames: by ddim where none asked."""
+        steady = {"sampler": "ddim"} if defaults.get("sampler") == "ancestral" else {}
+        return super().with_defaults({**defaults, **steady})
 
     @property
     def together(self) -> int:

@@ -70,7 +70,10 @@ def measure_survival(
     plain = [replace(one, prompt=_without_words(one.prompt, concept)) for one in requests]
     fidelities: list[Fidelity] = []
     images: list[Image] = []
-    drawings = SamplingDefaults(settings.sample_steps, settings.guidance), usual_drawing(few)
+    drawings = (
+        replace(usual_drawing(base), steps=settings.sample_steps, guidance=settings.guidance),
+        usual_drawing(few),
+    )
     for model, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
         for learned in (False, True):
             if learned:

@@ -19,7 +19,7 @@ from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.few_step.model import SamplingDefaults, usual_drawing
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -223,9 +223,8 @@ class Previews:
         if not processes.is_participant():
             return []
         requests = self.requests[:count]
-        sampler = usual_drawing(self.model).sampler
-        usual = SamplingDefaults(self.settings.sample_steps, self.settings.guidance, sampler)
-        drawing = few.drawing if few else usual
+        steps, guidance = self.settings.sample_steps, self.settings.guidance
+        drawing = few.drawing if few else replace(usual_drawing(self.model), steps=steps, guidance=guidance)
         with (
             few.opened() if few else nullcontext(self.model) as model,
             progress(

@@ -15,6 +15,7 @@ from backbone.io.report import heading, image_row, paragraph
 from backbone.io.run_folder import BEFORE_AND_AFTER
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 
@@ -61,13 +62,14 @@ class Pictures:
         """Draws the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
         if not processes.is_participant():
             return
-        settings, usual = self.settings, self.model.defaults
+        settings, usual = self.settings, usual_drawing(self.model)
         with progress(len(self.requests), f"drawing {when} training", brief=True) as bar:
             drawn = sample(
                 self.model,
                 self.requests,
-                steps=settings.sample_steps or int(usual["steps"]),
-                guidance=settings.guidance if settings.guidance >= 0 else float(usual["guidance"]),
+                steps=settings.sample_steps or usual.steps,
+                guidance=settings.guidance if settings.guidance >= 0 else usual.guidance,
+                sampler=usual.sampler,
                 seed=settings.seed,
                 advance=bar.advance_images,
             )

@@ -24,6 +24,7 @@ from backbone.media.crops import read_crop
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.control import OpenedControl
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.data.control_pairs import ControlPair
@@ -121,6 +122,7 @@ def draw_pairs(
                 steps=drawing.steps,
                 guidance=drawing.guidance,
                 seed=drawing.seed,
+                sampler=usual_drawing(model).sampler,
                 controls=controls,
                 advance=bar.advance_images,
             )

@@ -32,6 +32,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -303,6 +304,7 @@ class Previews:
                     steps=settings.sample_steps,
                     guidance=settings.guidance,
                     seed=settings.seed,
+                    sampler=usual_drawing(self.model).sampler,
                     controls=(control,),
                     advance=bar.advance_images,
                 )
