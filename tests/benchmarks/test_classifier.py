@@ -274,6 +274,7 @@ def test_the_worst_picture_is_the_one_that_shows_least_of_what_was_asked() -> No
 
 def test_a_setting_is_read_from_steps_and_guidance() -> None:
     assert parse_setting("15:2.5") == Setting(15, 2.5)
+    assert parse_setting("15:2.5:heun") == Setting(15, 2.5, "heun")
     for wrong in ("15", "a:b", "15:4:2"):
         with pytest.raises(UserError, match="STEPS:GUIDANCE"):
             parse_setting(wrong)

@@ -29,6 +29,15 @@ def call(*words: str | Path) -> Any:
     )
 
 
+def test_a_clip_has_no_fresh_noise_in_its_steps_unless_it_is_asked_for() -> None:
+    usual = {"steps": 3, "guidance": 2.0}
+    asked = ClipOptions(words=("a dog",), frames=2)
+    assert asked.with_defaults(usual | {"sampler": "ancestral"}).sampler == "ddim"
+    assert asked.with_defaults(usual | {"sampler": "consistency"}).sampler == "consistency"
+    fresh = ClipOptions(words=("a dog",), frames=2, sampler="ancestral")
+    assert fresh.with_defaults(usual).sampler == "ancestral"
+
+
 def test_a_clip_s_row_of_the_sheet_ends_with_the_way_that_it_goes(tmp_path: Path) -> None:
     frames = walking(5, 4)
     record = {
