@@ -27,16 +27,8 @@ def test_its_folder_says_so_and_its_recipe_writes_it() -> None:
 def test_customize_sample_takes_it_and_ddim_where_that_is_asked_for(tmp_path: Path) -> None:
     drawn = {}
     for asked in ("", "ancestral", "ddim"):
-        words = [
-            "sample",
-            "a dog in the snow",
-            "--steps",
-            "3",
-            "--device",
-            "cpu",
-            "--out",
-            str(tmp_path / f"by{asked}"),
-        ]
+        out = tmp_path / f"by{asked}"
+        words = ["sample", "a dog in the snow", "--steps", "3", "--device", "cpu", "--out", str(out)]
         said = CliRunner().invoke(app, [*words, *(["--sampler", asked] if asked else [])])
         assert said.exit_code == 0, said.output or repr(said.exception)
         (image,) = (path for path in out.glob("*.png") if "sheet" not in path.name)
