@@ -220,7 +220,9 @@ def format_comparisons(settings: MeasureSettings, facts: Mapping[str, Any]) -> s
         columns = {settings.model: facts["rows"], **facts["beside"]}
         text += format_columns(columns, f"{facts['prompts']} prompts of the table", "model")
     if facts["sweep"]:
-        text += format_columns(facts["sweep"], f"{settings.also_prompts} other prompts", "steps, guidance")
+        text += format_columns(
+            facts["sweep"], f"{settings.also_prompts} other prompts", "steps, guidance, sampler"
+        )
     return text
 
 
@@ -473,8 +475,8 @@ def format_markdown(facts: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     reference = facts["true_pictures"]
     lines = [
-        f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
-        f"guidance {facts['guidance']:g}",
+        f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps "
+        f"({facts['sampler']}), guidance {facts['guidance']:g}",
         "",
         "| attribute | right | 95 % | n | true pictures |",
         "|---|---|---|---|---|",

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.commands import run_main
+from backbone.cli.sampling import Sampler
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
 from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
@@ -54,6 +55,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
+    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; by model where none is named.")] = None,
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 10,
     grades: Annotated[
         Path | None, typer.Option(help="JSON of seeds with a grade by eye: the rank correlation is added.")
@@ -66,12 +68,14 @@ def main(
     """Draws what is missing, registers the true glyphs, writes the table and the sheet."""
     backbone = Backbone.open(model, device=device)
     scenes = select_scenes(prompts)
-    pictures = Gallery(out / "pictures", batch).pictures(backbone, scenes, Setting(steps, guidance))
+    setting = Setting(steps, guidance, sampler)
+    pictures = Gallery(out / "pictures", batch).pictures(backbone, scenes, setting)
     exact = Backbone.open(model, device=device, precision="fp32")
     drawn = measure_all(scenes, pictures, "drawn")
     bound = measure_all(scenes, decode_renderings(exact, scenes), "bound")
     facts: dict[str, Any] = {
         "model": model, "prompts": len(scenes), "steps": steps, "guidance": guidance,
+        "sampler": setting.sampler_of(backbone),
         "rows": [row(name, scenes, drawn, bound) for name in GROUPS],
         "each": [
             {"seed": scene.seed, "prompt": scene.caption(), **asdict(one)}
@@ -323,8 +327,8 @@ def agreement(
 def markdown(facts: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps, "
-        f"guidance {facts['guidance']:g}",
+        f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps "
+        f"({facts['sampler']}), guidance {facts['guidance']:g}",
         "",
         "| glyph fidelity | correlation | bound | ratio | SSIM | bound | PSNR dB | bound | n |",
         "|---|---|---|---|---|---|---|---|---|",
