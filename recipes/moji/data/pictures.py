@@ -1,7 +1,7 @@
 """Training pictures on disk: rendered scenes with their captions, and textures for the autoencoder.
 
     python -m recipes.moji.data.pictures --scenes 24000 --textures 4000      about 80 s on two cores, 1.4 GB
-    python -m recipes.moji.data.pictures --scenes 12000 --aligned 24000      what the denoiser's last steps learn from
+    python -m recipes.moji.data.pictures --scenes 12000 --aligned 24000      and some on the autoencoder's grid
 
 Aligned scenes have their things on the autoencoder's grid, at few sizes: a glyph is then the same latents wherever it
 stands, and a small denoiser draws it whole instead of the mean of its offsets.
