@@ -40,7 +40,11 @@ def test_diffusers_draws_the_same_latents_with_eta_1_and_the_same_noise() -> Non
     model = Backbone.open("moji", device="cpu", precision="fp32")
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED, local_files_only=True).to(torch.float32)
     fresh = generator(3, 0, 0, "steps")
-    how = {"steps": 4, "guidance": 4.0, "seed": 3}
-    theirs, by_ddim = by_both(pipeline, model, "a dog in the snow", **how, eta=1.0, generator=fresh)
-    (ours,) = sample_latents(model, [Request("a dog in the snow", (0, 0))], sampler="ancestral", **how)
+    prompt = "a dog in the snow"
+    theirs, by_ddim = by_both(
+        pipeline, model, prompt, steps=4, guidance=4.0, seed=3, eta=1.0, generator=fresh
+    )
+    (ours,) = sample_latents(
+        model, [Request(prompt, (0, 0))], steps=4, guidance=4.0, seed=3, sampler="ancestral"
+    )
     assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(by_ddim, theirs, atol=0.1)
