@@ -237,10 +237,9 @@ def check(
     from align.pairs.read import read_preferences
     from align.pairs.records import (
         check_preferences,
-        describe_contradictions,
+        describe_doubts,
         describe_left_out,
         describe_records,
-        describe_repeats,
         describe_shared_images,
         refuse_another_model,
         select_records,
@@ -256,13 +255,8 @@ def check(
     records = select_records(found, by_pairs=by_pairs, ties=False)
     learn, out = split_held_out(records, share=0.1, seed=0)
     notify(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
-    doubts = (
-        describe_contradictions(found.records),
-        describe_repeats(found.records),
-        describe_left_out(found, by_pairs=by_pairs),
-        describe_shared_images(learn, out),
-    )
-    for sentence in filter(None, doubts):
+    left, shared = describe_left_out(found, by_pairs=by_pairs), describe_shared_images(learn, out)
+    for sentence in filter(None, (*describe_doubts(found.records), left, shared)):
         notify(sentence)
     notify(
         f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "

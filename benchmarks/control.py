@@ -32,7 +32,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -286,10 +286,8 @@ class Gallery:
         found = sample(
             self.model,
             [Request(prompt, (key, 0))],
-            steps=settings.steps,
-            guidance=settings.guidance,
+            **asdict(usual_drawing(self.model, steps=settings.steps, guidance=settings.guidance)),
             seed=0,
-            sampler=usual_drawing(self.model).sampler,
             controls=controls,
         )
         return next(iter(found))

@@ -365,19 +365,24 @@ def describe_repeats(records: Iterable[Record]) -> str:
         first = seen.setdefault((*_judgement(record), record.user), record.name)
         if first != record.name:
             found.append(f"{record.name} says what {first} says")
-    if not found:
-        return ""
-    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"The same choice is there more than once and counts as often: {'; '.join(found[:3])}{more}."
+    return _name_first("The same choice is there more than once and counts as often", found)
 
 
 def describe_contradictions(records: Iterable[Record]) -> str:
     """A sentence on what contradicts itself; "" where nothing does."""
     found = find_contradictions(records)
-    if not found:
-        return ""
+    return _name_first("The same images are judged both ways, and both are learned from", found)
+
+
+def _name_first(what: str, found: Sequence[str]) -> str:
+    """What is wrong, and the first few places of it; "" where there are none."""
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"The same images are judged both ways, and both are learned from: {'; '.join(found[:3])}{more}."
+    return f"{what}: {'; '.join(found[:3])}{more}." if found else ""
+
+
+def describe_doubts(records: Sequence[Record]) -> list[str]:
+    """A sentence on choices that contradict each other, and one on the same choice that is there twice, if any are."""
+    return list(filter(None, (describe_contradictions(records), describe_repeats(records))))
 
 
 def describe_shared_images(learn: Iterable[Record], out: Iterable[Record]) -> str:

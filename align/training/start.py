@@ -35,17 +35,12 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     if is_prepared(source):
         return _start_prepared(asked, out=out, vram=vram)
     from align.pairs.read import read_preferences
-    from align.pairs.records import (
-        check_preferences,
-        describe_contradictions,
-        describe_records,
-        describe_repeats,
-    )
+    from align.pairs.records import check_preferences, describe_doubts, describe_records
 
     rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
     found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
     notify(f"{found.source} holds {describe_records(found.records)}.")
-    for sentence in filter(None, (describe_contradictions(found.records), describe_repeats(found.records))):
+    for sentence in describe_doubts(found.records):
         notify(sentence)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.run import train_preferences

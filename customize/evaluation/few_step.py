@@ -71,7 +71,7 @@ def measure_survival(
     fidelities: list[Fidelity] = []
     images: list[Image] = []
     drawings = (
-        replace(usual_drawing(base), steps=settings.sample_steps, guidance=settings.guidance),
+        usual_drawing(base, steps=settings.sample_steps, guidance=settings.guidance),
         usual_drawing(few),
     )
     for model, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):

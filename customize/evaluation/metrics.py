@@ -100,8 +100,7 @@ class Evaluator:
         drawing: SamplingDefaults | None = None,
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
-        usual = usual_drawing(model)
-        self.drawing = drawing or replace(usual, steps=SAMPLING_STEPS, guidance=settings.guidance)
+        self.drawing = drawing or usual_drawing(model, steps=SAMPLING_STEPS, guidance=settings.guidance)
         noun = settings.class_noun
         self.subject_requests = [
             Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))

@@ -14,7 +14,7 @@ from backbone.adapters.concept import check_token
 from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import add_tokens, vector_token_names
 from backbone.io.console import UserError
-from backbone.io.files import read_tensors
+from backbone.io.files import read_header, read_tensors
 from backbone.models.model import Backbone
 from customize.formats.words import ALONE, SLOTS, WordFile, fit_to_encoders
 
@@ -26,10 +26,10 @@ def read_bundle(path: Path) -> dict[str, WordFile]:
 
     Raises `UserError` for vectors of encoders that learn no words here, and of what the encoder gives out.
     """
+    if not any(name.startswith(BUNDLED) for name in read_header(path).shapes):
+        return {}
     tensors, metadata = read_tensors(path)
     bundled = {name: value for name, value in tensors.items() if name.startswith(BUNDLED)}
-    if not bundled:
-        return {}
     check_tensors(path, bundled)
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in bundled.items():

@@ -224,7 +224,7 @@ class Previews:
             return []
         requests = self.requests[:count]
         steps, guidance = self.settings.sample_steps, self.settings.guidance
-        drawing = few.drawing if few else replace(usual_drawing(self.model), steps=steps, guidance=guidance)
+        drawing = few.drawing if few else usual_drawing(self.model, steps=steps, guidance=guidance)
         with (
             few.opened() if few else nullcontext(self.model) as model,
             progress(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL.Image import Image
@@ -62,14 +63,17 @@ class Pictures:
         """Draws the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
         if not processes.is_participant():
             return
-        settings, usual = self.settings, usual_drawing(self.model)
+        settings = self.settings
+        drawing = usual_drawing(
+            self.model,
+            steps=settings.sample_steps or None,
+            guidance=settings.guidance if settings.guidance >= 0 else None,
+        )
         with progress(len(self.requests), f"drawing {when} training", brief=True) as bar:
             drawn = sample(
                 self.model,
                 self.requests,
-                steps=settings.sample_steps or usual.steps,
-                guidance=settings.guidance if settings.guidance >= 0 else usual.guidance,
-                sampler=usual.sampler,
+                **asdict(drawing),
                 seed=settings.seed,
                 advance=bar.advance_images,
             )

@@ -27,10 +27,16 @@ class SamplingDefaults:
     sampler: Sampler = "ddim"
 
 
-def usual_drawing(model: Backbone) -> SamplingDefaults:
-    """A model's own steps, guidance and sampler."""
+def usual_drawing(
+    model: Backbone, *, steps: int | None = None, guidance: float | None = None
+) -> SamplingDefaults:
+    """A model's own steps, guidance and sampler, with these steps and this guidance where they are given."""
     usual = model.defaults
-    return SamplingDefaults(int(usual["steps"]), float(usual["guidance"]), usual.get("sampler", "ddim"))
+    return SamplingDefaults(
+        int(usual["steps"]) if steps is None else steps,
+        float(usual["guidance"]) if guidance is None else guidance,
+        usual.get("sampler", "ddim"),
+    )
 
 
 def name_few_step(model: str) -> str:

@@ -7,7 +7,7 @@ goes through the autoencoder (the *bound*). `benchmarks.control` measures more o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,8 @@ def draw_pairs(
             drawn += sample(
                 model,
                 [Request(pair.caption, (number, 0))],
-                steps=drawing.steps,
-                guidance=drawing.guidance,
+                **asdict(usual_drawing(model, steps=drawing.steps, guidance=drawing.guidance)),
                 seed=drawing.seed,
-                sampler=usual_drawing(model).sampler,
                 controls=controls,
                 advance=bar.advance_images,
             )

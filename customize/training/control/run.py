@@ -301,10 +301,10 @@ class Previews:
                 images += sample(
                     self.model,
                     [Request(one.prompt, (number, 0))],
-                    steps=settings.sample_steps,
-                    guidance=settings.guidance,
+                    **asdict(
+                        usual_drawing(self.model, steps=settings.sample_steps, guidance=settings.guidance)
+                    ),
                     seed=settings.seed,
-                    sampler=usual_drawing(self.model).sampler,
                     controls=(control,),
                     advance=bar.advance_images,
                 )

@@ -122,7 +122,7 @@ def prepare_fit(
     prior: ClassAnswers = draw_class(few, others, drawing, asked.seed)
     few.free("denoiser")
     load_concepts(base, [concept])
-    usual = replace(usual_drawing(base), steps=settings.sample_steps, guidance=settings.guidance)
+    usual = usual_drawing(base, steps=settings.sample_steps, guidance=settings.guidance)
     answers: SubjectAnswers = draw_subject(base, subject, usual, asked.seed)
     base.free("denoiser", "autoencoder", "text_encoder")
     load_concepts(few, [replace(moved, folder=concept.folder)])
