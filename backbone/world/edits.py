@@ -8,8 +8,9 @@ The true answer of every instruction is known, so what edits by instruction is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 
 from PIL import Image
@@ -20,6 +21,7 @@ from backbone.world.words import choose_article, load_vocabulary
 
 OF_ONE = ("noun", "colour", "accessory added", "accessory removed", "place", "style")  # thing in a scene
 OF_TWO = ("one of two", "thing removed", "thing added")
+KINDS = (*OF_ONE, *OF_TWO)
 GREY_STYLES = ("a pencil sketch of",)  # in which no colour can be seen
 WORDINGS = {  # of each kind of edit, the canonical one first
     "noun": (
@@ -114,16 +116,10 @@ def sample_edit(seed: int) -> WorldEdit | None:
     )
 
 
-def sample_edits(seeds: Iterable[int], count: int) -> list[WorldEdit]:
-    """The first `count` edits that the seeds make."""
-    edits: list[WorldEdit] = []
-    for seed in seeds:
-        if len(edits) == count:
-            break
-        edit = sample_edit(seed)
-        if edit is not None:
-            edits.append(edit)
-    return edits
+def sample_edits(seeds: Iterable[int], count: int, *, kinds: Sequence[str] = KINDS) -> list[WorldEdit]:
+    """The first `count` edits that the seeds make, of these kinds."""
+    made = (edit for seed in seeds if (edit := sample_edit(seed)) is not None and edit.kind in kinds)
+    return list(islice(made, count))
 
 
 def move_scene(scene: Scene, place: str) -> Scene:

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ from recipes.moji.training.run import make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
+HARD = ("one of two", "accessory removed", "style")  # kinds of edits that are learned last
 CARD = """# moji-edit
 
 By this adapter `{model}` does what an instruction says: further input channels for the image that is edited
@@ -73,9 +75,12 @@ class EditorSettings:
 
     out: Annotated[Path, Option("The run folder.", OUTPUT)]
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
-    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 12_000
+    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 18_000
     aligned: Annotated[
         int, Option("Of these, how many whose things stand on the autoencoder's grid.", DATA, min=0)
+    ] = 9_000
+    hard: Annotated[
+        int, Option("Of these, how many are of the kinds that are learned last.", DATA, min=0)
     ] = 6_000
     steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 3_200
     batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
@@ -104,9 +109,9 @@ class EditorSettings:
 def train(wanted: EditorSettings) -> None:
     """Renders the pairs that are missing, and trains."""
     if wanted.tiny:
-        wanted = replace(wanted, pairs=20, aligned=10, steps=2, batch=2, held_out=1)
-    folder = wanted.workdir / f"edits-{wanted.pairs}-{wanted.aligned}"
-    write_pairs(folder, select_edits(wanted.pairs, wanted.aligned))
+        wanted = replace(wanted, pairs=20, aligned=10, hard=6, steps=2, batch=2, held_out=1)
+    folder = wanted.workdir / f"edits-{wanted.pairs}-{wanted.aligned}-{wanted.hard}"
+    write_pairs(folder, select_edits(wanted.pairs, wanted.aligned, wanted.hard))
     steps = wanted.steps
     asked: dict[str, Any] = {
         "pairs": str(folder), "lora_layers": "all", "train_text_encoder": True, "lr_warmup_steps": min(200, steps),
@@ -140,11 +145,18 @@ def export(
     print(f"{out}: {size / 1e6:.1f} MB")
 
 
-def select_edits(count: int, aligned: int) -> list[WorldEdit]:
-    """The first `count` edits of the world; things of the last `aligned` stand on the autoencoder's grid."""
-    if aligned > count:
-        raise UserError(f"--aligned {aligned} is more than --pairs {count}. Lower it.")
-    edits = sample_edits(TRAINING_SEEDS, count)
+def select_edits(count: int, aligned: int, hard: int = 0) -> list[WorldEdit]:
+    """`count` edits of the world, shuffled: `hard` of them of `HARD` kinds, the others as the world has them.
+
+    Things of the last `aligned` stand on the autoencoder's grid.
+    """
+    for name, part in (("aligned", aligned), ("hard", hard)):
+        if part > count:
+            raise UserError(f"--{name} {part} is more than --pairs {count}. Lower it.")
+    seeds = iter(TRAINING_SEEDS)
+    edits = sample_edits(seeds, count - hard)
+    edits += sample_edits(seeds, hard, kinds=HARD)
+    Random(0).shuffle(edits)
     free = count - aligned
     return [
         *edits[:free],
