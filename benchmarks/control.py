@@ -32,7 +32,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -53,7 +53,6 @@ from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import list_embedded_controls, open_control
-from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -286,7 +285,8 @@ class Gallery:
         found = sample(
             self.model,
             [Request(prompt, (key, 0))],
-            **asdict(usual_drawing(self.model, steps=settings.steps, guidance=settings.guidance)),
+            steps=settings.steps,
+            guidance=settings.guidance,
             seed=0,
             controls=controls,
         )

@@ -536,13 +536,21 @@ def keep_source(work: Work, case: Case) -> Attempt | None:
 
 
 def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
-    """The target prompts drawn freely, in one batch: what the base model can draw at all."""
+    """The target prompts drawn freely, in one batch, by the edits' steps: what the base model can draw at all."""
     model, asked = work.model, work.asked
     guidance = float(model.defaults["guidance"]) if asked.guidance is None else asked.guidance
     requests = [Request(case.target, (case.before.seed, 0)) for case in cases if case.kind != "reweight"]
     began = time.perf_counter()
     drawn = list(
-        sample(model, requests, steps=asked.steps, guidance=guidance, seed=0, batch=max(1, len(requests)))
+        sample(
+            model,
+            requests,
+            steps=asked.steps,
+            guidance=guidance,
+            sampler="ddim",
+            seed=0,
+            batch=max(1, len(requests)),
+        )
     )
     seconds = (time.perf_counter() - began) / max(1, len(drawn))
     pictures = iter(drawn)

@@ -149,8 +149,7 @@ class SamplingSettings(GuidanceOption):
                 "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
                 "--guidance-stop."
             )
-        sampler = self.sampler or defaults.get("sampler", "ddim")
-        return replace(self, steps=steps, guidance=guidance, sampler=sampler)
+        return replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
 
     def for_sampler(self) -> dict[str, Any]:
         """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
@@ -210,6 +209,18 @@ class FewStepOptions:
                 "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
             )
         return OWN_FEW_STEP if self.fast else self.on
+
+
+def own_sampler(defaults: Mapping[str, Any]) -> Sampler:
+    """The sampler that a model with these `defaults` draws images with."""
+    sampler: Sampler = defaults.get("sampler", "ddim")
+    return sampler
+
+
+def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
+    """As of images, but ddim in place of ancestral steps, whose fresh noise flickers over the frames."""
+    own = own_sampler(defaults)
+    return "ddim" if own == "ancestral" else own
 
 
 def describe_guidance_interval(share: tuple[float, float]) -> str:

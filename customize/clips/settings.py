@@ -22,7 +22,7 @@ from backbone.cli.flags import (
     model_option,
 )
 from backbone.cli.options import Option, check_values
-from backbone.cli.sampling import DrawingOptions
+from backbone.cli.sampling import DrawingOptions, own_sampler_of_clips
 from backbone.io.console import UserError
 from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PictureOptions
@@ -195,9 +195,8 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """As of images, but for fresh noise in every step, which flickers over the frames: by ddim where none asked."""
-        steady = {"sampler": "ddim"} if defaults.get("sampler") == "ancestral" else {}
-        return super().with_defaults({**defaults, **steady})
+        """As of images, but by the sampler of clips."""
+        return super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
 
     @property
     def together(self) -> int:
