@@ -60,7 +60,7 @@ from benchmarks.judges.classifier import (
     most_likely,
     prepare_images,
 )
-from benchmarks.tables import format_interval, format_percent
+from benchmarks.judges.tables import format_interval, format_percent
 
 TEXTURES = 200
 SHEET, WORST = 64, 16
