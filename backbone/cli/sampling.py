@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
-from backbone.cli.flags import DRAWING, MODEL, SAMPLING, ConceptOptions
+from backbone.cli.flags import (
+    DRAWING,
+    MODEL,
+    SAMPLING,
+    ConceptOptions,
+    negative_option,
+)
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 
@@ -61,15 +67,7 @@ class SamplingSettings(GuidanceOption):
     Raises `UserError`, naming the argument, for what does not fit.
     """
 
-    negative: Annotated[
-        str,
-        Option(
-            "Negative prompt: what the image should not show.",
-            DRAWING,
-            aliases=("negative-prompt",),
-            metavar="PROMPT",
-        ),
-    ] = ""
+    negative: Annotated[str, negative_option(DRAWING)] = ""
     width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
     height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
     resolution: Annotated[

@@ -20,6 +20,7 @@ from backbone.cli.flags import (
     PlaceOptions,
     PromptWords,
     model_option,
+    out_option,
 )
 from backbone.cli.options import Option, check_values
 from backbone.cli.sampling import DrawingOptions, own_sampler_of_clips
@@ -153,16 +154,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         Option("Clips drawn together; they do not depend on it.", SAMPLING, aliases=("batch-size",), min=1),
     ] = 1
     mp4: Annotated[bool, Option("Also write an .mp4 of each clip (needs PyAV).", OUTPUT)] = False
-    out: Annotated[
-        Path | None,
-        Option(
-            "The folder to write, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="clips, clips-2 …",
-        ),
-    ] = None
+    out: Annotated[Path | None, out_option("The folder to write, new or empty.", "clips, clips-2 …")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -410,13 +402,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
     ] = None
     out: Annotated[
         Path | None,
-        Option(
-            "The folder to write the table to, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="CLIPS-evaluation, or RUN/evaluation",
-        ),
+        out_option("The folder to write the table to, new or empty.", "CLIPS-evaluation, or RUN/evaluation"),
     ] = None
 
     def __post_init__(self) -> None:
