@@ -60,7 +60,7 @@ from benchmarks.judges.classifier import (
     most_likely,
     prepare_images,
 )
-from benchmarks.tables import format_interval, format_percent
+from benchmarks.judges.tables import format_interval, format_percent
 
 TEXTURES = 200
 SHEET, WORST = 64, 16
@@ -278,7 +278,7 @@ def sample_images(model: Backbone, scenes: Sequence[Scene], setting: Setting) ->
     """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
     drawn = sample(
-        model, requests, steps=setting.steps, guidance=setting.guidance, sampler=setting.sampler_of(model),
+        model, requests, steps=setting.steps, guidance=setting.guidance, sampler=setting.sampler,
         seed=0, batch=len(requests),
     )  # fmt: skip
     return list(drawn)

@@ -21,6 +21,7 @@ from backbone.cli.flags import (
     SCORING,
     JsonOptions,
     ModelOptions,
+    out_option,
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.cli.sampling import CountOption
@@ -298,13 +299,7 @@ class EvaluateOptions(JsonOptions, CountOption):
     ] = False
     out: Annotated[
         Path | None,
-        Option(
-            "The folder to write the table to, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="RUN/dreambench, dreambench-2 …",
-        ),
+        out_option("The folder to write the table to, new or empty.", "RUN/dreambench, dreambench-2 …"),
     ] = None
 
 

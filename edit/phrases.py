@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from backbone.adapters.concept import UNSPACED
+
 DETERMINERS = frozenset([
     "a", "an", "the", "one", "two", "three", "four", "five", "six", "some", "several", "many", "few", "his",
     "her", "its", "their", "my", "your", "our", "this", "that", "these", "those", "another", "each", "every",
@@ -53,7 +55,6 @@ NOUNS = frozenset([  # in -ing, and no verbs
     "thing", "wedding", "awning",
 ])  # fmt: skip
 
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
 
 
@@ -73,7 +74,7 @@ def without(prompt: str, phrase: str) -> str:
             found = True
     if not found:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
         whole = rf"(?<![\w-]){re.escape(phrase.strip())}(?![\w-])"
-        part = re.escape(phrase.strip()) if UNSPACED.search(phrase) else whole
+        part = re.escape(phrase.strip()) if re.search(f"[{UNSPACED}]", phrase) else whole
         return " ".join(re.sub(part, " ", prompt, flags=re.IGNORECASE).split())
     return _join(tokens)
 

@@ -17,6 +17,8 @@ from backbone.cli.flags import (
     SCORING,
     ConceptOptions,
     PageOptions,
+    negative_option,
+    out_option,
 )
 from backbone.cli.options import Option
 from backbone.cli.sampling import GuidanceOption
@@ -65,31 +67,14 @@ class StepOptions(ControlOptions, SamplerOptions):
 class GuidanceOptions(GuidanceOption):
     """Options of a command with classifier-free guidance against a prompt."""
 
-    negative: Annotated[
-        str,
-        Option(
-            "Negative prompt: what the image should not show.",
-            WORDS,
-            aliases=("negative-prompt",),
-            metavar="PROMPT",
-        ),
-    ] = ""
+    negative: Annotated[str, negative_option(WORDS)] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """Options of a command that writes a run folder."""
 
-    out: Annotated[
-        Path | None,
-        Option(
-            "The run folder to write.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="runs/edit-NAME-OF-IMAGE",
-        ),
-    ] = None
+    out: Annotated[Path | None, out_option("The run folder to write.", "runs/edit-NAME-OF-IMAGE")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,14 +255,7 @@ class InvertOptions(StepOptions, InversionOptions, ImageArgument):
         bool, Option("Reconstruct the image from the inversion and print the error.", INVERSION)
     ] = False
     out: Annotated[
-        Path | None,
-        Option(
-            "The file to write.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FILE",
-            default_text="NAME-OF-IMAGE.safetensors",
-        ),
+        Path | None, out_option("The file to write.", "NAME-OF-IMAGE.safetensors", metavar="FILE")
     ] = None
 
 
@@ -633,14 +611,7 @@ class PaintOptions(SamplerOptions, InversionOptions, GuidanceOptions, PageOption
         str, Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT")
     ] = ""
     out: Annotated[
-        Path | None,
-        Option(
-            "The folder that keeps every edit, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="edits, edits-2 …",
-        ),
+        Path | None, out_option("The folder that keeps every edit, new or empty.", "edits, edits-2 …")
     ] = None
 
 

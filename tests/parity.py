@@ -20,7 +20,7 @@ def by_both(
     seed: int = 0,
     **more: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Latents [1, C, H, W] that the pipeline draws, called with `more` too, and ours, from the same noise."""
+    """Latents [1, C, H, W] that the pipeline draws, called with `more` too, and ours by ddim, from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt,
@@ -30,5 +30,6 @@ def by_both(
         output_type="latent",
         **more,
     ).images
-    ours = next(sample_latents(model, [Request(prompt, (0, 0))], steps=steps, guidance=guidance, seed=seed))
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": "ddim"}
+    ours = next(sample_latents(model, [Request(prompt, (0, 0))], **how))
     return theirs, ours

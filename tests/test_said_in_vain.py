@@ -267,7 +267,7 @@ def test_what_is_not_there_is_said_not_to_be_there(
 
 def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run, half, model, file = (tmp_path / name for name in ("run", "half", "model", "one.safetensors"))
+    run, half, model, file = (tmp_path / name for name in ("run", "half", "a model", "one lora.safetensors"))
     for folder in (run, half, model):
         folder.mkdir()
     file.write_bytes(b"")
@@ -276,10 +276,12 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     write_json(half / "settings.json", {"settings": {}, "command": "customize train --images dog"})
     write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     draw = ("customize", "sample", "a dog")
-    assert "is a whole model, not a run. Give it with --model" in refused(*draw, "--concept", model)
+    assert "is a whole model, not a run. Give it with --model '" in refused(*draw, "--concept", model)
     assert "is a run, not a whole model. Give it with --concept" in refused(*draw, "--model", run)
     assert "is not finished" in refused(*draw, "--concept", half)
-    assert "is a file, not a run folder" in refused(*draw, "--concept", file)
+    assert f"is a file, not a run folder. Make one of it: customize import '{file}' --out" in refused(
+        *draw, "--concept", file
+    )
     for words in (("evaluate", run), ("train", "--resume", run)):
         assert "is a run of `customize train`, not of `align train`" in refused("align", *words)
     for side in (half, tmp_path / "runs", file):

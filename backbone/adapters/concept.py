@@ -25,7 +25,8 @@ EDITS = "edits"  # the kind of what was learned from pairs: an image and an inst
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
-UNSPACED = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # letters of writing without spaces between words
+# Letters of writing without spaces between words (Thai to Khmer, Chinese, Japanese), or with endings joined on (Korean)
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"
 LETTER = rf"[^\W{UNSPACED}]"
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (red hat)1.2; --w 512; {red|blue} …
     re.compile(
@@ -125,17 +126,15 @@ def _why_no_run(folder: Path) -> str:
         if re.fullmatch(r"-?\d*\.?\d+", strength) and Path(name).is_dir():
             return (
                 f"There is no run folder {folder}. --scale is the strength of all concepts; for one of each, add them "
-                f"up: customize merge {folder} OTHER:1 --out runs/NAME"
+                f"up: customize merge {quote(folder)} OTHER:1 --out runs/NAME"
             )
         return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     if folder.is_file():
         if folder.suffix.lower() == ".gguf":
             return f"{folder} {IS_GGUF}"
-        return (
-            f"{folder} is a file, not a run folder. Make one of it: customize import {folder} --out runs/NAME"
-        )
+        return f"{folder} is a file, not a run folder. Make one of it: customize import {quote(folder)} --out runs/NAME"
     if (folder / "model_index.json").is_file():
-        return f"{folder} is a whole model, not a run. Give it with --model {folder}."
+        return f"{folder} is a whole model, not a run. Give it with --model {quote(folder)}."
     if is_run(folder):
         missing = f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing)"
         return f"{missing}. Go on with it: --resume {quote(folder)}"
@@ -246,7 +245,7 @@ def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
 
 def word_pattern(token: str) -> str:
     """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
-    what is written without spaces (Chinese, Japanese, Korean)."""
+    what is written without spaces (`UNSPACED`)."""
     before = f"(?<!{LETTER})" if re.match(LETTER, token) else ""
     after = f"(?!{LETTER})" if re.match(LETTER, token[-1:]) else ""
     return f"{before}{re.escape(token)}{after}"

@@ -46,6 +46,21 @@ def model_option(default_text: str) -> Option:
     )
 
 
+def out_option(text: str, default_text: str, *, metavar: str = "FOLDER") -> Option:
+    """The option --out, with what is written and where in words."""
+    return Option(text, OUTPUT, aliases=("output-dir",), metavar=metavar, default_text=default_text)
+
+
+def negative_option(panel: str) -> Option:
+    """The option --negative, in a section of the help."""
+    return Option(
+        "Negative prompt: what the image should not show.",
+        panel,
+        aliases=("negative-prompt",),
+        metavar="PROMPT",
+    )
+
+
 def option(*names: str, help: str, panel: str, **settings: Any) -> Any:
     """An option in a section of the help, for a command whose options are its function's parameters."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)

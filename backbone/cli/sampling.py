@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
-from backbone.cli.flags import DRAWING, MODEL, SAMPLING, ConceptOptions
+from backbone.cli.flags import (
+    DRAWING,
+    MODEL,
+    SAMPLING,
+    ConceptOptions,
+    negative_option,
+)
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 
@@ -61,15 +67,7 @@ class SamplingSettings(GuidanceOption):
     Raises `UserError`, naming the argument, for what does not fit.
     """
 
-    negative: Annotated[
-        str,
-        Option(
-            "Negative prompt: what the image should not show.",
-            DRAWING,
-            aliases=("negative-prompt",),
-            metavar="PROMPT",
-        ),
-    ] = ""
+    negative: Annotated[str, negative_option(DRAWING)] = ""
     width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
     height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
     resolution: Annotated[
@@ -149,8 +147,7 @@ class SamplingSettings(GuidanceOption):
                 "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
                 "--guidance-stop."
             )
-        sampler = self.sampler or defaults.get("sampler", "ddim")
-        return replace(self, steps=steps, guidance=guidance, sampler=sampler)
+        return replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
 
     def for_sampler(self) -> dict[str, Any]:
         """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
@@ -210,6 +207,18 @@ class FewStepOptions:
                 "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
             )
         return OWN_FEW_STEP if self.fast else self.on
+
+
+def own_sampler(defaults: Mapping[str, Any]) -> Sampler:
+    """The sampler that a model with these `defaults` draws images with."""
+    sampler: Sampler = defaults.get("sampler", "ddim")
+    return sampler
+
+
+def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
+    """As of images, but ddim in place of ancestral steps, whose fresh noise flickers over the frames."""
+    own = own_sampler(defaults)
+    return "ddim" if own == "ancestral" else own
 
 
 def describe_guidance_interval(share: tuple[float, float]) -> str:

@@ -9,7 +9,7 @@ the whole list before what is known is left out, so that latents do not depend o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -205,16 +205,7 @@ def encode_views(
         for writer in writers.values():
             writer.close()
 
-    missing = unknown()
-    if processes.world_size() > 1:
-        processes.barrier()  # now all know the same to be missing
-        encode(processes.split_items(missing, batch=1))
-        processes.barrier()
-        for table in tables.values():
-            table.refresh()
-        missing = unknown()  # what another process could not write
-    if missing:
-        encode(missing)
+    _encode_missing(unknown, encode, list(tables.values()))
     return {flip: Encoded(table, table.find(keys)) for flip, table in tables.items()}
 
 
@@ -379,16 +370,26 @@ def encode_texts(
                 bar.advance(len(rows))
         writer.close()
 
+    _encode_missing(unknown, encode, [table])
+    return Prompts(Encoded(table, table.find(keys)[which]))
+
+
+def _encode_missing(
+    unknown: Callable[[], Sequence[list[int]]],
+    encode: Callable[[Sequence[list[int]]], None],
+    tables: Sequence[Table],
+) -> None:
+    """Encodes the batches of rows that the tables lack, each process its part of them."""
     missing = unknown()
     if processes.world_size() > 1:
         processes.barrier()  # now all know the same to be missing
         encode(processes.split_items(missing, batch=1))
         processes.barrier()
-        table.refresh()
-        missing = unknown()
+        for table in tables:
+            table.refresh()
+        missing = unknown()  # what another process could not write
     if missing:
         encode(missing)
-    return Prompts(Encoded(table, table.find(keys)[which]))
 
 
 def cast_text(model: Backbone, text: Text) -> dict[str, Tensor]:

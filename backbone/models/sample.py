@@ -14,7 +14,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size
+from backbone.cli.sampling import (
+    ALL_STEPS,
+    MODELS_OWN,
+    Sampler,
+    Size,
+    own_sampler,
+    own_sampler_of_clips,
+)
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
@@ -67,16 +74,17 @@ class Frames:
 class SamplerArguments:
     """How samples are drawn.
 
-    batch   so many together, which changes none of them
-    guided  the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
-            at half the price (Kynkäänniemi et al. 2024)
-    size    (width, height) in pixels
+    sampler  None: the model's own, which its `limner.json` names; of clips never fresh noise, unless it is named
+    batch    so many together, which changes none of them
+    guided   the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
+             at half the price (Kynkäänniemi et al. 2024)
+    size     (width, height) in pixels
     """
 
     steps: int
     guidance: float
     seed: int
-    sampler: Sampler = "ddim"
+    sampler: Sampler | None = None
     batch: int = 8
     guided: tuple[float, float] = ALL_STEPS
     size: Size = MODELS_OWN
@@ -127,6 +135,8 @@ def sample_latents(
     their layout.
     """
     asked = SamplerArguments(**how)
+    own = own_sampler if frames is None else own_sampler_of_clips
+    sampler = asked.sampler or own(model.defaults)
     places = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=places)
     batch = 1 if model.placement.one_by_one else asked.batch
@@ -156,10 +166,10 @@ def sample_latents(
         else:
             predict = guide(text)
         if advance is not None:
-            predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, rest))
+            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
         with _over_time(model, frames):
-            drawn = get_sampler(asked.sampler, randoms)(start, predict, rest)
+            drawn = get_sampler(sampler, randoms)(start, predict, rest)
         yield drawn
 
 

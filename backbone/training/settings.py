@@ -9,7 +9,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions
+from backbone.cli.flags import (
+    DATA,
+    MODEL,
+    MODEL_HELP,
+    OUTPUT,
+    SPLIT_FILES,
+    ModelOptions,
+    out_option,
+)
 from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
 from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json, read_metadata
@@ -206,16 +214,7 @@ class TrainingSettings:
 class RunFolderOptions:
     """The folder of a training run, which is not saved with its settings."""
 
-    out: Annotated[
-        Path | None,
-        Option(
-            "The run folder.",
-            "Output",
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="runs/ and the data's name",
-        ),
-    ] = None
+    out: Annotated[Path | None, out_option("The run folder.", "runs/ and the data's name")] = None
     resume: Annotated[
         Path | None,
         Option(

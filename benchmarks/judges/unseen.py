@@ -37,7 +37,7 @@ from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, place_figures, render
 from backbone.world.scene import Pose, Scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.customize import TOKEN, Kind, make_questions, training_scenes
+from benchmarks.customize.concepts import TOKEN, Kind, make_questions, training_scenes
 
 FIRST_SEED = 1_960_000
 SHARES = (0.08, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the levels, from clean to noisy

@@ -106,7 +106,9 @@ def our_clip(model: Backbone, frames: int, steps: int) -> Side:
 
     def draw() -> Tensor:
         return next(
-            sample_latents(model, asked, steps=steps, guidance=GUIDANCE, seed=0, frames=Frames(frames))
+            sample_latents(
+                model, asked, steps=steps, guidance=GUIDANCE, sampler="ddim", seed=0, frames=Frames(frames)
+            )
         )
 
     return draw

@@ -90,7 +90,9 @@ def partial_draw(model: Backbone, controls: list[Control], steps: int) -> Side:
     asked = [Request(PROMPT, (0, 0))]
 
     def draw() -> Tensor:
-        return next(sample_latents(model, asked, steps=steps, guidance=4.0, seed=0, controls=controls))
+        return next(
+            sample_latents(model, asked, steps=steps, guidance=4.0, sampler="ddim", seed=0, controls=controls)
+        )
 
     return draw
 

@@ -20,9 +20,10 @@ from backbone.cli.flags import (
     PlaceOptions,
     PromptWords,
     model_option,
+    out_option,
 )
 from backbone.cli.options import Option, check_values
-from backbone.cli.sampling import DrawingOptions
+from backbone.cli.sampling import DrawingOptions, own_sampler_of_clips
 from backbone.io.console import UserError
 from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PictureOptions
@@ -153,16 +154,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         Option("Clips drawn together; they do not depend on it.", SAMPLING, aliases=("batch-size",), min=1),
     ] = 1
     mp4: Annotated[bool, Option("Also write an .mp4 of each clip (needs PyAV).", OUTPUT)] = False
-    out: Annotated[
-        Path | None,
-        Option(
-            "The folder to write, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="clips, clips-2 …",
-        ),
-    ] = None
+    out: Annotated[Path | None, out_option("The folder to write, new or empty.", "clips, clips-2 …")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,9 +187,8 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """As of images, but for fresh noise in every step, which flickers over the frames: by ddim where none asked."""
-        steady = {"sampler": "ddim"} if defaults.get("sampler") == "ancestral" else {}
-        return super().with_defaults({**defaults, **steady})
+        """As of images, but by the sampler of clips."""
+        return super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
 
     @property
     def together(self) -> int:
@@ -411,13 +402,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
     ] = None
     out: Annotated[
         Path | None,
-        Option(
-            "The folder to write the table to, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="CLIPS-evaluation, or RUN/evaluation",
-        ),
+        out_option("The folder to write the table to, new or empty.", "CLIPS-evaluation, or RUN/evaluation"),
     ] = None
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.cli.sampling import own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.distributed import processes
@@ -381,7 +382,9 @@ def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings,
     """Latents of class images that the base generates [K, C, H, W], cached on disk; never decoded."""
     guidance = settings.guidance
     at = (model.latent_shape,) if model.asked_resolution else ()
-    facts = (model.fingerprint, class_prompt, count, CLASS_STEPS, guidance, settings.seed, model.dtype, *at)
+    sampler = own_sampler(model.defaults)
+    asked = (class_prompt, count, CLASS_STEPS, guidance, sampler, settings.seed)
+    facts = (model.fingerprint, *asked, model.dtype, *at)
 
     def draw() -> dict[str, Tensor]:
         requests = [Request(class_prompt, (k, 0)) for k in range(count)]
@@ -391,6 +394,7 @@ def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings,
                 requests,
                 steps=CLASS_STEPS,
                 guidance=guidance,
+                sampler=sampler,
                 seed=settings.seed,
                 batch=settings.class_batch,
                 advance=bar.advance_images,

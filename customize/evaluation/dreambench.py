@@ -26,7 +26,6 @@ from backbone.io.prompts import prompts_of
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import crop_square
-from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
@@ -280,7 +279,6 @@ def sample_images(
                 requests,
                 steps=settings.sample_steps,
                 guidance=settings.guidance,
-                sampler=usual_drawing(model).sampler,
                 seed=seed,
                 references=references,
                 advance=bar.advance_images,

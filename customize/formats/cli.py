@@ -11,7 +11,7 @@ import typer
 from backbone.cli import flags
 from backbone.cli.commands import print_json
 from backbone.cli.flags import OUTPUT, option
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, count_of, notify, quote
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -47,6 +47,12 @@ Energy = Annotated[
         show_default="--rank says",
     ),
 ]
+
+
+def base_option(help: str, default_text: str) -> Any:
+    """The option that names the base model."""
+    names = "--model", "--pretrained-model-name-or-path"
+    return option(*names, metavar="MODEL", help=help, panel=flags.MODEL, show_default=default_text)
 
 
 def register(app: typer.Typer) -> None:
@@ -85,14 +91,7 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        option(
-            "--model",
-            "--pretrained-model-name-or-path",
-            metavar="MODEL",
-            help="The base model, which DoRA in ComfyUI's format needs.",
-            panel=flags.MODEL,
-            show_default="the run's",
-        ),
+        base_option("The base model, which DoRA in ComfyUI's format needs.", "the run's"),
     ] = None,
 ) -> None:
     """Write an adapter for diffusers, kohya's tools (also A1111, Forge), ComfyUI or AnimateDiff, and verify it."""
@@ -161,14 +160,7 @@ def import_(
     ] = "",
     model: Annotated[
         str | None,
-        option(
-            "--model",
-            "--pretrained-model-name-or-path",
-            metavar="MODEL",
-            help="The base model that the adapter is for.",
-            panel=flags.MODEL,
-            show_default="what the file says",
-        ),
+        base_option("The base model that the adapter is for.", "what the file says"),
     ] = None,
 ) -> None:
     """Read another tool's adapter or embedding: into a run folder to sample from, or into a file of ours."""
@@ -206,14 +198,7 @@ def merge(
     ] = False,
     model: Annotated[
         str | None,
-        option(
-            "--model",
-            "--pretrained-model-name-or-path",
-            metavar="MODEL",
-            help="With --bake: the base model.",
-            panel=flags.MODEL,
-            show_default="the run's",
-        ),
+        base_option("With --bake: the base model.", "the run's"),
     ] = None,
 ) -> None:
     """Add adapters up: exactly, or at a rank, or baked into a whole model."""
@@ -233,7 +218,7 @@ def merge(
         for part in parts:
             for token, words in part.concept.tokens.items() if part.concept is not None else ():
                 notify(
-                    f"Write “{words}” in prompts, where {token} stood in prompts with --concept {part.source}."
+                    f"Write “{words}” in prompts, where {token} stood in prompts with --concept {quote(part.source)}."
                 )
         return
     if model is not None:

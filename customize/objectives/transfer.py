@@ -79,7 +79,13 @@ def draw_subject(
     """The answers of a model that carries the subject, by deterministic steps from each request's own noise."""
     clean = list(
         sample_latents(
-            model, requests, steps=drawing.steps, guidance=drawing.guidance, seed=seed, batch=AT_ONCE
+            model,
+            requests,
+            steps=drawing.steps,
+            guidance=drawing.guidance,
+            sampler="ddim",
+            seed=seed,
+            batch=AT_ONCE,
         )
     )
     noise = torch.stack([initial_noise(model, seed, *request.key) for request in requests])

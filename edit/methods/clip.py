@@ -338,6 +338,7 @@ def redraw_film(
             [Request(prompt, (0, 0), settings.negative)],
             steps=settings.steps,
             guidance=guidance,
+            sampler="ddim",
             seed=settings.seed,
             clean=encoded.latent,
             share=settings.strength,

@@ -21,8 +21,8 @@ from backbone.models.model import Backbone
 from backbone.world.clip import Clip, render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.scene import sample_scene
-from benchmarks import clips
-from benchmarks.clips import Row, select_clips, slide_of, speed_of, table_of
+from benchmarks.clips import words as clips
+from benchmarks.clips.words import Row, select_clips, slide_of, speed_of, table_of
 from tests.tiny import tiny_motion_adapter
 
 

@@ -12,8 +12,8 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.motions import find_moves
-from benchmarks import clips_subject as bench
-from benchmarks.clips_subject import (
+from benchmarks.clips import subject as bench
+from benchmarks.clips.subject import (
     MOVES,
     PLANNED,
     STILLS,
@@ -24,7 +24,7 @@ from benchmarks.clips_subject import (
     list_clips,
     look,
 )
-from benchmarks.customize import DEFAULT, Trial
+from benchmarks.customize.concepts import DEFAULT, Trial
 from tests.benchmarks.test_clips import moved_blobs
 from tests.benchmarks.test_control_subject import write_run
 from tests.benchmarks.test_customize import Eye

@@ -14,8 +14,8 @@ from backbone.io.files import read_json
 from backbone.models.model import Backbone
 from backbone.world.scene import Pose, Scene
 from backbone.world.words import Thing
-from benchmarks import control
-from benchmarks.control import (
+from benchmarks.control import scenes as control
+from benchmarks.control.scenes import (
     FIRST_SEED,
     edge_f1,
     find_pose,

@@ -16,10 +16,10 @@ from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.rendering.render import SIZE
 from backbone.world.scene import sample_posed_scene
-from benchmarks import control_subject as bench
-from benchmarks.control import BOUND, FLOOR, PoseError
-from benchmarks.control_subject import FIRST_SEED, Drawn, SubjectSettings, format_table, is_whole, make_cases
-from benchmarks.customize import DEFAULT, Trial
+from benchmarks.control import subject as bench
+from benchmarks.control.scenes import BOUND, FLOOR, PoseError
+from benchmarks.control.subject import FIRST_SEED, Drawn, SubjectSettings, format_table, is_whole, make_cases
+from benchmarks.customize.concepts import DEFAULT, Trial
 from customize.formats.write import write_adapter
 from tests.benchmarks.test_customize import Eye
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline

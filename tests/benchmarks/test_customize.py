@@ -14,8 +14,8 @@ from PIL import Image
 from backbone.io.console import UserError
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.words import load_vocabulary
-from benchmarks import customize as bench
-from benchmarks.customize import (
+from benchmarks.customize import concepts as bench
+from benchmarks.customize.concepts import (
     DEFAULT,
     KINDS,
     METHODS,
@@ -37,7 +37,7 @@ from benchmarks.customize import (
     try_claim,
 )
 from benchmarks.judges.classifier import Classifier, Prediction
-from benchmarks.tables import bootstrap, concept_interval
+from benchmarks.judges.tables import bootstrap, concept_interval
 
 COUNTS = dict.fromkeys(KINDS, 1)
 TRIAL = Trial("mammoth", DEFAULT, "")

@@ -16,8 +16,8 @@ from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.world.scene import BENCHMARK_SEEDS, is_fair
-from benchmarks import edit as benchmark
-from benchmarks.edit import KINDS, Case, EditBenchmark, compare_paired, is_success, make_cases
+from benchmarks.edit import scenes as benchmark
+from benchmarks.edit.scenes import KINDS, Case, EditBenchmark, compare_paired, is_success, make_cases
 from benchmarks.judges.classifier import FACTS, TWO_DIFFERENT, WEIGHTS, Network, Prediction, list_labels
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backbone.io.files import read_json
-from benchmarks.first_frame import main, psnr_where, sample_cases
+from benchmarks.clips.first_frame import main, psnr_where, sample_cases
 from tests.tiny import tiny_moji, tiny_motion_adapter
 
 

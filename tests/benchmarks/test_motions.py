@@ -9,7 +9,7 @@ import pytest
 
 from backbone.io.files import read_json
 from backbone.world.words import load_vocabulary
-from benchmarks.motions import (
+from benchmarks.clips.motions import (
     LEARNED,
     OTHERS,
     PATHS,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import null_text
+from benchmarks.edit import null_text
 
 
 @pytest.mark.font

@@ -9,10 +9,10 @@ from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.io.files import write_json
-from benchmarks import customize as learning
-from benchmarks import survival
-from benchmarks.customize import DEFAULT, Trial, make_questions
-from benchmarks.survival import SIDES, SurvivalSettings, format_table, judge, make
+from benchmarks.customize import concepts as learning
+from benchmarks.customize import survival
+from benchmarks.customize.concepts import DEFAULT, Trial, make_questions
+from benchmarks.customize.survival import SIDES, SurvivalSettings, format_table, judge, make
 from tests.benchmarks.test_customize import Eye
 
 TRIAL = Trial("mammoth", DEFAULT, "")

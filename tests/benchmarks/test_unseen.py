@@ -8,7 +8,7 @@ import torch
 from backbone.models.model import Backbone
 from backbone.world.concepts import TRAINING_PLACES
 from backbone.world.rendering.render import render
-from benchmarks.customize import training_scenes
+from benchmarks.customize.concepts import training_scenes
 from benchmarks.judges.unseen import (
     KINDS,
     Loss,

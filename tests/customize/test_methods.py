@@ -22,7 +22,7 @@ from backbone.media.sources.pictures import ImageRecord, list_images
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
-from customize.data.dataset import LEAST_SIDE, SubjectGroup, prepare
+from customize.data.dataset import LEAST_SIDE, SubjectGroup, prepare, sample_class_latents
 from customize.methods.weights import CROSS_ATTENTION, Weights
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import METHODS, OWN_WORDS, Settings
@@ -197,6 +197,15 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     assert again.class_latents is not None
     assert torch.equal(again.class_latents, first.data.class_latents)
     assert torch.isfinite(next(first.losses(1)))
+
+
+def test_class_pictures_are_drawn_by_the_model_s_own_sampler(
+    tiny: Backbone, subject: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(subject, prior="class-images", num_class_images=2)
+    by_ddim = sample_class_latents(tiny, "a dog", asked, 2)
+    monkeypatch.setitem(tiny.defaults, "sampler", "ancestral")
+    assert not torch.equal(sample_class_latents(tiny, "a dog", asked, 2), by_ddim)
 
 
 def test_without_a_prior_the_loss_is_the_subjects_alone(tiny: Backbone, subject: Path) -> None:

@@ -60,6 +60,8 @@ from edit.phrases import things, without
         ("a cat-like dog", "cat", "a cat-like dog"),
         # Without spaces
         ("公园里的猫", "猫", "公园里的"),
+        ("แมวในหิมะ", "แมว", "ในหิมะ"),
+        ("공원의 고양이는", "고양이", "공원의 는"),
         ("a dog", "cat", "a dog"),
         ("a dog", " ", "a dog"),
     ],

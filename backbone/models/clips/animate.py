@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.sampling import ALL_STEPS
+from backbone.cli.sampling import ALL_STEPS, own_sampler_of_clips
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, generator
 from backbone.diffusion.transfer import send
@@ -98,6 +98,7 @@ def animate(
     `SamplerArguments`; the size is the still's. `advance` is called after each step with its work in clips.
     """
     asked = SamplerArguments(**how)
+    sampler = asked.sampler or own_sampler_of_clips(model.defaults)
     places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
     schedule = model.schedule(asked.steps, size=places)
     scales = torch.linspace(min_guidance, asked.guidance, frames.count)
@@ -110,9 +111,9 @@ def animate(
         if asked.guided != ALL_STEPS:
             predict = limit_guidance(asked.guided, predict, model.predictor(together), schedule)
         if advance is not None:
-            predict = report_steps(predict, advance, len(some) / count_predictions(asked.sampler, schedule))
+            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
         randoms = [generator(asked.seed, *key, "steps") for key in some]
-        yield get_sampler(asked.sampler, randoms)(start, predict, schedule)
+        yield get_sampler(sampler, randoms)(start, predict, schedule)
 
 
 def drop_picture(conditions: Conditions) -> Conditions:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backbone.cli.sampling import Sampler
+from backbone.cli.sampling import Sampler, own_sampler
 from backbone.io.console import UserError
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone
@@ -24,7 +24,7 @@ class SamplingDefaults:
 
     steps: int
     guidance: float
-    sampler: Sampler = "ddim"
+    sampler: Sampler
 
 
 def usual_drawing(
@@ -35,7 +35,7 @@ def usual_drawing(
     return SamplingDefaults(
         int(usual["steps"]) if steps is None else steps,
         float(usual["guidance"]) if guidance is None else guidance,
-        usual.get("sampler", "ddim"),
+        own_sampler(usual),
     )
 
 

@@ -344,6 +344,30 @@ def paste_glyph(
     record.glyph(layer, foot)
 
 
+def plant(
+    canvas: Image.Image,
+    character: str,
+    random: Random,
+    record: Record,
+    *,
+    count: int,
+    heights: tuple[float, float],
+    ground: float,
+    feet: tuple[float, float],
+) -> None:
+    """Paste glyphs near an edge of the downsampled canvas, of these heights, so far below `ground`, all in pixels."""
+    for _ in range(count):
+        paste_glyph(
+            canvas,
+            character,
+            random.uniform(*heights),
+            sample_edge_x(random),
+            ground + random.uniform(*feet),
+            random.random() < 0.5,
+            record,
+        )
+
+
 def sample_edge_x(random: Random) -> float:
     """Sample an x near the left or right edge, in pixels."""
     return random.uniform(4, 26) if random.random() < 0.5 else random.uniform(102, 124)
@@ -391,16 +415,16 @@ def draw_park(random: Random, horizon: float, record: Record) -> Image.Image:
                 width=SUPERSAMPLING,
             )
     small = downsample(canvas)
-    for _ in range(random.choice((1, 1, 2))):
-        paste_glyph(
-            small,
-            "🌳",
-            random.uniform(26, 44),
-            sample_edge_x(random),
-            horizon + random.uniform(2, 10),
-            random.random() < 0.5,
-            record,
-        )
+    plant(
+        small,
+        "🌳",
+        random,
+        record,
+        count=random.choice((1, 1, 2)),
+        heights=(26, 44),
+        ground=horizon,
+        feet=(2, 10),
+    )
     return small
 
 
@@ -425,16 +449,16 @@ def draw_desert(random: Random, horizon: float, record: Record) -> Image.Image:
         )
         pen.arc((x, y, x + width, y + 6 * SUPERSAMPLING), 190, 350, fill=(200, 146, 78), width=SUPERSAMPLING)
     small = downsample(canvas)
-    for _ in range(random.choice((1, 1, 2))):
-        paste_glyph(
-            small,
-            "🌵",
-            random.uniform(18, 34),
-            sample_edge_x(random),
-            horizon + random.uniform(3, 12),
-            random.random() < 0.5,
-            record,
-        )
+    plant(
+        small,
+        "🌵",
+        random,
+        record,
+        count=random.choice((1, 1, 2)),
+        heights=(18, 34),
+        ground=horizon,
+        feet=(3, 12),
+    )
     return small
 
 
@@ -445,16 +469,16 @@ def draw_beach(random: Random, horizon: float, record: Record) -> Image.Image:
     draw_ground(canvas, (34, 128, 200), (60, 160, 216), sea, random, record, WATER)
     draw_ground(canvas, (246, 222, 160), (234, 202, 132), horizon, random, record)
     small = downsample(canvas)
-    if random.random() < 0.9:
-        paste_glyph(
-            small,
-            "🌴",
-            random.uniform(38, 58),
-            sample_edge_x(random),
-            horizon + random.uniform(4, 12),
-            random.random() < 0.5,
-            record,
-        )
+    plant(
+        small,
+        "🌴",
+        random,
+        record,
+        count=int(random.random() < 0.9),
+        heights=(38, 58),
+        ground=horizon,
+        feet=(4, 12),
+    )
     return small
 
 
@@ -462,16 +486,16 @@ def draw_snow(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((150, 176, 208), (206, 220, 236), random)
     draw_ground(canvas, (240, 244, 250), (226, 234, 246), horizon, random, record)
     small = downsample(canvas)
-    for _ in range(random.choice((1, 2))):
-        paste_glyph(
-            small,
-            "🌲",
-            random.uniform(30, 48),
-            sample_edge_x(random),
-            horizon + random.uniform(2, 10),
-            random.random() < 0.5,
-            record,
-        )
+    plant(
+        small,
+        "🌲",
+        random,
+        record,
+        count=random.choice((1, 2)),
+        heights=(30, 48),
+        ground=horizon,
+        feet=(2, 10),
+    )
     flakes = small.convert("RGB").resize((SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
     draw_dots(flakes, random, count=random.randint(14, 26), below=124, sizes=(0.7, 1.3))
     return downsample(flakes)
@@ -562,16 +586,16 @@ def draw_under_the_sea(random: Random, horizon: float, record: Record) -> Image.
             (x - radius, y - radius, x + radius, y + radius), outline=(206, 236, 250), width=SUPERSAMPLING
         )
     small = downsample(canvas)
-    for _ in range(random.choice((1, 2))):
-        paste_glyph(
-            small,
-            "🪸",
-            random.uniform(16, 30),
-            sample_edge_x(random),
-            random.uniform(122, 130),
-            random.random() < 0.5,
-            record,
-        )
+    plant(
+        small,
+        "🪸",
+        random,
+        record,
+        count=random.choice((1, 2)),
+        heights=(16, 30),
+        ground=0.0,
+        feet=(122, 130),
+    )
     return small
 
 

@@ -22,12 +22,12 @@ from backbone.cli.flags import (
     DATA,
     DRAWING,
     MODEL,
-    OUTPUT,
     SAMPLING,
     SCORING,
     JsonOptions,
     PlaceOptions,
     model_option,
+    out_option,
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify, quote
@@ -109,13 +109,7 @@ class MapOptions(JsonOptions):
     ] = 0
     out: Annotated[
         Path | None,
-        Option(
-            "A .png for one kind, or a folder, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="PATH",
-            default_text="maps, maps-2 …",
-        ),
+        out_option("A .png for one kind, or a folder, new or empty.", "maps, maps-2 …", metavar="PATH"),
     ] = None
 
 
@@ -251,12 +245,8 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
     model: Annotated[str | None, model_option("what the network was trained on, else moji")] = None
     out: Annotated[
         Path | None,
-        Option(
-            "The folder to write the table to, new or empty.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="condition-fidelity, condition-fidelity-2 …",
+        out_option(
+            "The folder to write the table to, new or empty.", "condition-fidelity, condition-fidelity-2 …"
         ),
     ] = None
 

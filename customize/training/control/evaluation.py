@@ -7,7 +7,7 @@ goes through the autoencoder (the *bound*). `benchmarks.control` measures more o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from backbone.media.crops import read_crop
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.control import OpenedControl
-from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.data.control_pairs import ControlPair
@@ -119,7 +118,8 @@ def draw_pairs(
             drawn += sample(
                 model,
                 [Request(pair.caption, (number, 0))],
-                **asdict(usual_drawing(model, steps=drawing.steps, guidance=drawing.guidance)),
+                steps=drawing.steps,
+                guidance=drawing.guidance,
                 seed=drawing.seed,
                 controls=controls,
                 advance=bar.advance_images,

@@ -32,7 +32,6 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.pictures import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.few_step.model import usual_drawing
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -301,9 +300,8 @@ class Previews:
                 images += sample(
                     self.model,
                     [Request(one.prompt, (number, 0))],
-                    **asdict(
-                        usual_drawing(self.model, steps=settings.sample_steps, guidance=settings.guidance)
-                    ),
+                    steps=settings.sample_steps,
+                    guidance=settings.guidance,
                     seed=settings.seed,
                     controls=(control,),
                     advance=bar.advance_images,

@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from backbone.cli.flags import DATA, MODEL, OUTPUT, JsonOptions
+from backbone.cli.flags import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    JsonOptions,
+    out_option,
+)
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 from backbone.io.run_folder import name_beside
@@ -54,16 +60,7 @@ class TransferOptions(JsonOptions):
     ] = 1.0
     checkpointing_steps: Annotated[int, Option("Save a checkpoint every N steps.", OUTPUT, min=1)] = 20
     seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
-    out: Annotated[
-        Path | None,
-        Option(
-            "The run folder.",
-            OUTPUT,
-            aliases=("output-dir",),
-            metavar="FOLDER",
-            default_text="RUN and the model's name",
-        ),
-    ] = None
+    out: Annotated[Path | None, out_option("The run folder.", "RUN and the model's name")] = None
     resume: Annotated[
         Path | None,
         Option("Resume this run folder, where the same command was stopped.", OUTPUT, metavar="FOLDER"),

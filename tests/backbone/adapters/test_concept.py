@@ -39,6 +39,7 @@ def test_a_token_becomes_its_words_wherever_it_stands() -> None:
         ("sks's dog, (sks), “sks”, sks-like", "jkw's dog, (jkw), “jkw”, jkw-like"),
         ("sks2, asks, sks_dog, ßsks", "sks2, asks, sks_dog, ßsks"),
         ("一只sks狗", "一只jkw狗"),
+        ("หมาsksในหิมะ", "หมาjkwในหิมะ"),
     ],
 )
 def test_a_plain_token_counts_as_a_whole_word_only(prompt: str, wanted: str) -> None:
@@ -168,6 +169,7 @@ def test_low_rank_factors_alone_leave_a_base_in_few_bits(
         ("two [V]s and 3[V]", "two bcd s and 3 bcd"),
         ("[V]'s dog, [V]-like", "bcd's dog, bcd-like"),
         ("一只[V]狗", "一只bcd狗"),
+        ("หมา[V]ในหิมะ", "หมาbcdในหิมะ"),
     ],
 )
 def test_words_never_grow_together_with_what_stands_beside_a_token(prompt: str, read: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from backbone.diffusion.noise import Estimate, Level
 from backbone.diffusion.samplers import ddim, heun
 from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
+from backbone.models.clips.frames import link_frames
 from backbone.models.model import Backbone
 from backbone.models.sample import (
+    Frames,
     Request,
     count_skipped_steps,
     initial_noise,
@@ -106,6 +108,32 @@ def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
     assert torch.allclose(ours, expected, atol=1e-5)
     alone = torch.cat(list(sample_latents(tiny, ASKED, clean=clean, share=0.5, batch=1, **how)))
     assert torch.allclose(ours, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", ["ancestral", "heun", "ddim"])
+def test_images_are_drawn_by_the_model_s_own_sampler_unless_another_is_named(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch, own: Sampler
+) -> None:
+    monkeypatch.setitem(tiny.defaults, "sampler", own)
+    drawn, by_name, by_another = (draw(tiny, ASKED, sampler=name) for name in (None, own, "dpmpp-2m"))
+    assert torch.equal(drawn, by_name) and not torch.equal(drawn, by_another)
+
+
+def test_clips_have_no_fresh_noise_unless_it_is_named(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.defaults, "sampler", "ancestral")
+    with link_frames(tiny, 3):
+        drawn, steady, fresh = (
+            draw(tiny, ASKED[:1], frames=Frames(3), sampler=name) for name in (None, "ddim", "ancestral")
+        )
+    assert torch.equal(drawn, steady) and not torch.equal(drawn, fresh)
+
+
+def draw(model: Backbone, asked: Sequence[Request], **how: Any) -> Tensor:
+    """Latents of three steps."""
+    (latents,) = sample_latents(model, asked, steps=3, guidance=2.0, seed=5, **how)
+    return latents
 
 
 def test_a_share_that_leaves_no_step_is_refused() -> None:

@@ -1,8 +1,8 @@
 """Whether what `customize train` has learned obeys a map: the development concepts under a map of their own glyph.
 
-    python -m benchmarks.control_subject                                    two hours on two cores; needs the emoji font
-    python -m benchmarks.control_subject --concepts peacock --count 2 --kinds sketch          to try it
-    python -m benchmarks.control_subject --of-class                         under maps of the class's glyph too
+    python -m benchmarks.control.subject                                    two hours on two cores; needs the emoji font
+    python -m benchmarks.control.subject --concepts peacock --count 2 --kinds sketch          to try it
+    python -m benchmarks.control.subject --of-class                         under maps of the class's glyph too
 
 Every concept's run (those of `benchmarks.customize` in the same `--out` are taken) draws `a [V] CLASS` in the places
 that it was not trained in. The glyph is rendered there, held as a posed scene of seeds that no network was trained on
@@ -41,7 +41,7 @@ from backbone.models.model import Backbone
 from backbone.world.rendering.render import SIZE, find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_posed_scene
 from backbone.world.words import Thing, load_vocabulary
-from benchmarks.control import (
+from benchmarks.control.scenes import (
     BOUND,
     FLOOR,
     KINDS,
@@ -55,7 +55,7 @@ from benchmarks.control import (
     make_case,
     pose_error,
 )
-from benchmarks.customize import (
+from benchmarks.customize.concepts import (
     TOKEN,
     ConceptSettings,
     Trial,
@@ -72,7 +72,13 @@ from benchmarks.judges.classifier import (
     prepare_images,
 )
 from benchmarks.judges.fidelity import decode_renderings
-from benchmarks.tables import concept_interval, format_interval, format_mean, format_percent, format_share
+from benchmarks.judges.tables import (
+    concept_interval,
+    format_interval,
+    format_mean,
+    format_percent,
+    format_share,
+)
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 800_000
 OF_CLASS = "{} of the class"

@@ -1,7 +1,7 @@
 """How much of what `customize train` learns on `moji` survives on its few-step model: the twelve development concepts.
 
-    python -m benchmarks.survival                            about two hours on two cores; needs the emoji font
-    python -m benchmarks.survival --concepts peacock --count 1 --flags "--steps 20" --fit "--steps 4"    does it run?
+    python -m benchmarks.customize.survival                     about two hours on two cores; needs the emoji font
+    python -m benchmarks.customize.survival --concepts peacock --count 1 --flags "--steps 20" --fit "--steps 4"
 
 Every concept is learned on the base by the real command, as in `benchmarks.customize` (whose runs in the same `--out`
 are taken), and drawn in the seven places that it was not trained in by the base, by the few-step model with the base's
@@ -27,10 +27,18 @@ from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.locate import FEW_STEP_MODELS, OWN, is_path
 from backbone.world.rendering.render import find_font
-from benchmarks import customize as learning
-from benchmarks.customize import TOKEN, ConceptSettings, Kind, Tally, Trial, list_trials, tally_folder
+from benchmarks.customize import concepts as learning
+from benchmarks.customize.concepts import (
+    TOKEN,
+    ConceptSettings,
+    Kind,
+    Tally,
+    Trial,
+    list_trials,
+    tally_folder,
+)
 from benchmarks.judges.classifier import FACTS, Classifier, load_classifier
-from benchmarks.tables import concept_interval, format_interval, format_percent
+from benchmarks.judges.tables import concept_interval, format_interval, format_percent
 
 SIDES = ("the base", "few steps, as it is", "few steps, transferred")
 KINDS: tuple[Kind, ...] = ("places", "class")

@@ -22,7 +22,7 @@ on white. Each is drawn from its caption under its true map, a kind at a time, b
     labels    share of the pixels whose label the reader (`recipes.moji.reader`) reads as asked for; – without a reader
     noun, place   by the classifier of `benchmarks.moji`
 
-Shares have Wilson's 95 % interval, means the bootstrap's. The drawings lie in `control_drawings.json` as strokes: thin,
+Shares have Wilson's 95 % interval, means the bootstrap's. The drawings lie in `drawings.json` as strokes: thin,
 thick, shaky, open, shifted, of one stroke. Needs the emoji font. Writes `table.md`, `table.json`, `sheet.png`,
 `drawings.png`; pictures that `--out` holds are not drawn again.
 """
@@ -32,7 +32,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -48,12 +48,11 @@ from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, progress, run_app
+from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import list_embedded_controls, open_control
-from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -81,7 +80,7 @@ WHITE = 238  # of 255: what is darker in any channel is a thing's
 LEAST_OVERLAP = 60  # pixels, from which an order can be told
 ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coarse registration
 KEPT = 6  # of its poses, around which it is finer
-DRAWINGS = Path(__file__).with_name("control_drawings.json")
+DRAWINGS = Path(__file__).with_name("drawings.json")
 SHEET = 12  # scenes
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 app = script_app()
@@ -286,7 +285,8 @@ class Gallery:
         found = sample(
             self.model,
             [Request(prompt, (key, 0))],
-            **asdict(usual_drawing(self.model, steps=settings.steps, guidance=settings.guidance)),
+            steps=settings.steps,
+            guidance=settings.guidance,
             seed=0,
             controls=controls,
         )
@@ -641,7 +641,3 @@ def format_markdown(
             f"Drawings by hand, {len(each)}: IoU {mean.value:.3f} ({mean.low:.3f}–{mean.high:.3f}).",
         ]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    run_app(app)

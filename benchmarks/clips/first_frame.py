@@ -1,7 +1,7 @@
 """How truly clips are edited by their words, and follow their edited first frame, against true edits.
 
-    python -m benchmarks.first_frame --clips 10        half an hour on two cores (needs the emoji font)
-    python -m benchmarks.first_frame --clips 10 --motion moji-motion
+    python -m benchmarks.clips.first_frame --clips 10        half an hour on two cores (needs the emoji font)
+    python -m benchmarks.clips.first_frame --clips 10 --motion moji-motion
 
 Clips of the world in which one thing moves are edited to the same clip of another thing or colour, whose every frame is
 known. The first frame of that is given; compared are the frames behind it: as they were (the source), edited by words

@@ -45,7 +45,7 @@ from backbone.cli.options import Option, settled_command
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, notify, progress, run_app
+from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
@@ -67,7 +67,7 @@ from benchmarks.judges.classifier import (
     load_classifier,
     most_likely,
 )
-from benchmarks.tables import format_percent
+from benchmarks.judges.tables import format_percent
 from edit.inversion.inversion import Inversion, Method, invert, read_inversion
 from edit.layout import AskedLayout, open_layout
 from edit.methods.flow_edit import flow_edit
@@ -536,13 +536,21 @@ def keep_source(work: Work, case: Case) -> Attempt | None:
 
 
 def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
-    """The target prompts drawn freely, in one batch: what the base model can draw at all."""
+    """The target prompts drawn freely, in one batch, by the edits' steps: what the base model can draw at all."""
     model, asked = work.model, work.asked
     guidance = float(model.defaults["guidance"]) if asked.guidance is None else asked.guidance
     requests = [Request(case.target, (case.before.seed, 0)) for case in cases if case.kind != "reweight"]
     began = time.perf_counter()
     drawn = list(
-        sample(model, requests, steps=asked.steps, guidance=guidance, seed=0, batch=max(1, len(requests)))
+        sample(
+            model,
+            requests,
+            steps=asked.steps,
+            guidance=guidance,
+            sampler="ddim",
+            seed=0,
+            batch=max(1, len(requests)),
+        )
     )
     seconds = (time.perf_counter() - began) / max(1, len(drawn))
     pictures = iter(drawn)
@@ -785,8 +793,3 @@ def save_sheet(
     if len(methods) <= FEW:
         lines = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
     save_png(path, draw_sheet(lines, title="MojiEdit", note=note, cell=128))
-
-
-if __name__ == "__main__":
-    notify("MojiEdit")
-    run_app(app)

@@ -1,7 +1,7 @@
 """Null-text inversion: PSNR of the reconstruction against the number of inner iterations.
 
-    python -m benchmarks.null_text                   20 scenes of MojiEdit at 0, 2 and 10 iterations, 25 steps
-    python -m benchmarks.null_text --scenes 4 --steps 10
+    python -m benchmarks.edit.null_text                   20 scenes of MojiEdit at 0, 2 and 10 iterations, 25 steps
+    python -m benchmarks.edit.null_text --scenes 4 --steps 10
 
 A scene is inverted, its unconditional embeddings are optimised (Mokady et al. 2023), and the guided sample is
 decoded and compared with the image. 0 iterations are plain DDIM inversion, sampled with guidance. Writes
@@ -23,7 +23,7 @@ from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font
-from benchmarks.edit import format_number, make_cases
+from benchmarks.edit.scenes import format_number, make_cases
 from edit.inversion.inversion import invert, reconstruct
 
 ITERATIONS = (0, 2, 10)

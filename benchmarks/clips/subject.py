@@ -1,8 +1,8 @@
 """In how many frames of a clip the subject is seen that `customize train` has learned: the development concepts move.
 
-    python -m benchmarks.clips_subject                                   two hours on two cores; needs the emoji font
-    python -m benchmarks.clips_subject --concepts peacock --count 2 --frames 6                to try it
-    python -m benchmarks.clips_subject --motion moji-motion              by a motion adapter beside planned motions
+    python -m benchmarks.clips.subject                                   two hours on two cores; needs the emoji font
+    python -m benchmarks.clips.subject --concepts peacock --count 2 --frames 6                to try it
+    python -m benchmarks.clips.subject --motion moji-motion              by a motion adapter beside planned motions
 
 Every concept's run (those of `benchmarks.customize` in the same `--out` are taken) draws `a [V] CLASS` in the places
 that it was not trained in, each with another word of motion, by `customize clip --concept`: planned from the words,
@@ -40,7 +40,8 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.media.clips import choose_strip
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.world.motions import MOTIONS
-from benchmarks.customize import (
+from benchmarks.clips.motions import draw
+from benchmarks.customize.concepts import (
     TOKEN,
     ConceptSettings,
     Question,
@@ -57,8 +58,7 @@ from benchmarks.judges.classifier import (
     load_classifier,
     most_likely,
 )
-from benchmarks.motions import draw
-from benchmarks.tables import (
+from benchmarks.judges.tables import (
     concept_interval,
     format_interval,
     format_mean,

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.adapters.motion import Moves, set_in_motion
-from backbone.cli.commands import run_main
 from backbone.conditions.control import Control
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.image_metrics import psnr
@@ -363,7 +362,3 @@ def _share(flags: Sequence[bool]) -> str:
         return "–"
     found = wilson_interval(sum(flags), len(flags))
     return f"{100 * found.value:.1f} ({100 * found.low:.1f}–{100 * found.high:.1f}) of {len(flags)}"
-
-
-if __name__ == "__main__":
-    run_main(main)

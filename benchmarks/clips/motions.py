@@ -1,7 +1,7 @@
 """How truly a motion that was learned from a few clips comes to other things: eight paths that no words name.
 
-    python -m benchmarks.motions --motion moji-motion                      some hours on two cores, with the emoji font
-    python -m benchmarks.motions --motion moji-motion --concept runs/dog   with a subject in every clip too
+    python -m benchmarks.clips.motions --motion moji-motion                some hours on two cores, with the emoji font
+    python -m benchmarks.clips.motions --motion moji-motion --concept runs/dog   with a subject in every clip too
 
 For each path clips of three nouns are rendered, `customize train-motion` learns a token `[M]` from them, and clips of
 other nouns are drawn with it, and with the base's own words for it in its place. Compared are the tracks, measured from

@@ -1,6 +1,6 @@
 """How well `edit remove` removes: rendered scenes of one and two things, whose true answer is known.
 
-    python -m benchmarks.remove                  100 scenes, half of them of two things
+    python -m benchmarks.edit.remove                  100 scenes, half of them of two things
 
 A scene is rendered with a thing and without it, everything else where it was, from seeds that nothing was trained on.
 The prompt is the scene's caption, what is removed the thing's noun. By the classifier of the benchmarks: the thing is
@@ -33,9 +33,9 @@ from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
-from benchmarks.edit import format_number, resize_to
+from benchmarks.edit.scenes import format_number, resize_to
 from benchmarks.judges.classifier import FOLDER, Classifier, Prediction, is_top_glyph, load_classifier
-from benchmarks.tables import format_percent
+from benchmarks.judges.tables import format_percent
 from edit.inversion.inversion import invert
 from edit.methods.remove import remove
 

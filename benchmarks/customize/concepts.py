@@ -42,7 +42,7 @@ from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
 from backbone.cli.options import Option, check_values, settled_command
 from backbone.evaluation.statistics import wilson_interval
-from backbone.io.console import UserError, notify, run_app
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
@@ -59,8 +59,8 @@ from benchmarks.judges.classifier import (
     load_classifier,
     most_likely,
 )
+from benchmarks.judges.tables import bootstrap, concept_interval, format_interval, format_percent
 from benchmarks.speed.script import to_flags
-from benchmarks.tables import bootstrap, concept_interval, format_interval, format_percent
 
 TOKEN = "[V]"
 Kind = Literal["places", "accessories", "styles", "class"]
@@ -641,7 +641,3 @@ def measure_preservation(results: Sequence[Result]) -> tuple[float, float, float
     pairs = np.array([(result.after["class"].share, result.base["class"].share) for result in results])
     low, high = bootstrap(pairs, lambda some: some[:, 0].sum() / max(float(some[:, 1].sum()), 1e-9))
     return float(pairs[:, 0].sum() / max(float(pairs[:, 1].sum()), 1e-9)), low, high
-
-
-if __name__ == "__main__":
-    run_app(app)

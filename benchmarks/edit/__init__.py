@@ -1,0 +1,1 @@
+"""Edits whose true answer is known: by words, by removal, and what null-text inversion reconstructs."""
