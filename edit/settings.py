@@ -21,7 +21,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import GuidanceOption
+from backbone.cli.sampling import SAMPLER, GuidanceOption, Sampler
 
 # Sections of the help
 WORDS = "Words"
@@ -471,6 +471,7 @@ class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, I
         float,
         Option("Image guidance scale.", SAMPLING, aliases=("image-guidance-scale",), min=0),
     ] = 1.5
+    sampler: Annotated[Sampler | None, SAMPLER] = None
     vram: Annotated[
         float | None,
         Option("Plan for a device with so many GiB of memory, and edit so that it fits.", MODEL, min=0.1),

@@ -46,10 +46,25 @@ def test_moji_follows_an_instruction_without_being_told_how(tmp_path: Path) -> N
     assert "moji follows instructions with moji-edit" in said.output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [one["folder"] for one in record["concepts"]] == [str(OWN_EDITOR)]
+    assert record["sampler"] == "ancestral"
     again = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output or repr(again.exception)
     first, second = (Image.open(tmp_path / name / "edit_0.png").tobytes() for name in ("run", "again"))
     assert first == second
+
+
+def test_a_record_from_before_samplers_is_repeated_by_deterministic_steps(tmp_path: Path) -> None:
+    photo().resize((128, 128)).save(tmp_path / "photo.png")
+    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it night", "--steps", "1"]
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert (
+        CliRunner().invoke(app, [*words, "--no-metrics", "--device", "cpu", "--out", str(run)]).exit_code == 0
+    )
+    record = json.loads((run / "run.json").read_text())
+    del record["settings"]["sampler"]
+    (run / "run.json").write_text(json.dumps(record))
+    assert CliRunner().invoke(app, ["replay", str(run), "--out", str(again)]).exit_code == 0
+    assert json.loads((again / "run.json").read_text())["sampler"] == "ddim"
 
 
 @pytest.mark.slow
@@ -65,5 +80,5 @@ def test_diffusers_opens_the_whole_model_and_draws_our_latents(tmp_path: Path) -
         "make it night", image=(to_tensor(picture)[None] + 1) / 2, latents=noise, num_inference_steps=4,
         guidance_scale=4.0, image_guidance_scale=1.5, output_type="latent",
     ).images  # fmt: skip
-    ours = instruct(model, picture, ["make it night"], steps=4, guidance=4.0, keep="none")
+    ours = instruct(model, picture, ["make it night"], steps=4, guidance=4.0, sampler="ddim", keep="none")
     assert float((ours.latents - theirs).abs().max()) < 2e-2 * float(theirs.abs().max())  # baked in fp16

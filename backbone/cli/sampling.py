@@ -25,6 +25,12 @@ Size: TypeAlias = tuple[int | None, int | None]
 """(width, height) in pixels; None for the model's own."""
 MODELS_OWN: Size = (None, None)
 OWN_SIZE = "as the concept's images, else the model's own"
+SAMPLER = Option(
+    "Sampler: the method of the steps from noise to image.",
+    SAMPLING,
+    choices=get_args(Sampler),
+    default_text="ddim, or by model",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +95,7 @@ class SamplingSettings(GuidanceOption):
     guidance_stop: Annotated[
         float, Option("Share of the steps after which guidance ends.", SAMPLING, min=0, max=1)
     ] = 1.0
-    sampler: Annotated[
-        Sampler | None,
-        Option(
-            "Sampler: the method of the steps from noise to image.",
-            SAMPLING,
-            choices=get_args(Sampler),
-            default_text="ddim, or by model",
-        ),
-    ] = None
+    sampler: Annotated[Sampler | None, SAMPLER] = None
     seed: Annotated[int, Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
     batch: Annotated[
         int,

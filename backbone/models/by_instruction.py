@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backbone.cli.sampling import Sampler, own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict
-from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
+from backbone.models.sample import get_sampler
 
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
@@ -105,22 +106,32 @@ def draw_edit(
     steps: int,
     guidances: Guidances,
     noise: Tensor,
+    random: torch.Generator,
+    sampler: Sampler | None = None,
     controls: Sequence[Control] = (),
     after_step: Callable[[int, Tensor], Any] = lambda step, clean: None,
 ) -> Tensor:
     """The latent [1, C, h, w] of an edit by an instruction.
 
-    `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `controls`
-    are of one row each. `after_step` is called with each step and the clean latent that was estimated in it.
+    `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `random`
+    gives fresh noise to a sampler that adds some, `None` being the model's own; `controls` are of one row each.
+    `after_step` is called with each step and the clean latent that was estimated at its beginning.
     """
+    sampler = sampler or own_sampler(model.defaults)
     words = (instruction, guidances.negative)
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
     text = replace(text, controls=tuple(one.during(schedule).to(model.device) for one in controls))
     predict = instructed_predictor(model, text, empty, latents_of(references), guidances)
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-    for step, (here, there) in enumerate(pairwise(schedule)):
-        estimate = predict(state, here)
-        state = deterministic_step(state, estimate, here, there)
-        after_step(step, estimate.clean)
-    return state
+    asked = count()
+    predictions_per_step = 2 if sampler == "heun" else 1
+
+    def predict_and_tell(noisy: Tensor, level: Level) -> Estimate:
+        estimate = predict(noisy, level)
+        step, later = divmod(next(asked), predictions_per_step)
+        if not later:
+            after_step(step, estimate.clean)
+        return estimate
+
+    return get_sampler(sampler, [random])(state, predict_and_tell, schedule)

@@ -78,6 +78,7 @@ def draw_held_out(
             noise = torch.randn(shown[0].latents.shape, generator=generator(settings.seed, row, "instruct"))
             state = draw_edit(
                 model, shown, pairs.instructions[row], steps=steps, guidances=guidances, noise=noise,
+                random=generator(settings.seed, row, "steps"),
                 after_step=lambda step, clean: bar.advance_images(1 / steps),
             )  # fmt: skip
             drawn.append(model.decode(state)[0].cpu())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backbone.cli.keywords import takes
 from backbone.cli.options import build
+from backbone.cli.sampling import Sampler, own_sampler
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.prompts import is_caption
@@ -31,7 +32,7 @@ from backbone.models.by_instruction import (
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, refuse_too_many
-from backbone.models.sample import refuse_negative
+from backbone.models.sample import count_predictions, refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import load_pixel_mask
@@ -52,6 +53,7 @@ class InstructSettings:
                     `auto`: its own pixels, and what is drawn where nearly everything has changed
     guidance        how closely the instruction is followed; the model's usual one if None
     image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
+    sampler         the model's own if None
     negative        what to stay away from
     mask            white = may change; None: each edit's place is found by itself
     frames          estimates of the last edit kept along the way
@@ -62,6 +64,7 @@ class InstructSettings:
     steps: int = 50
     guidance: float | None = None
     image_guidance: float = IMAGE_GUIDANCE
+    sampler: Sampler | None = None
     negative: str = ""
     mask: ImageLike | None = None
     seed: int = 0
@@ -98,7 +101,10 @@ def instruct(
     encoded = encode_image(model, image)
     more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
-    schedule_of(model, asked.steps, encoded.latent)  # which says where there is none of so many steps
+    sampler = asked.sampler or own_sampler(model.defaults)
+    schedule = schedule_of(
+        model, asked.steps, encoded.latent
+    )  # which says where there is none of so many steps
     kept_frames = KeptEstimates(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
@@ -106,11 +112,12 @@ def instruct(
         noise = torch.randn(encoded.latent.shape, generator=generator(asked.seed, number, "instruct"))
         final = number == len(instructions) - 1
         state = draw_edit(
-            model, shown, instruction, steps=asked.steps, guidances=guidances, noise=noise,
-            controls=layout.of_targets(), after_step=after_each_step(progress, kept_frames if final else None),
+            model, shown, instruction, steps=asked.steps, guidances=guidances, noise=noise, sampler=sampler,
+            random=generator(asked.seed, number, "steps"), controls=layout.of_targets(),
+            after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
         text = encode_prompts_cached(model, [instruction], shown)
-        nfe += asked.steps * evaluations_of(model, text, guidances.text)
+        nfe += count_predictions(sampler, schedule) * evaluations_of(model, text, guidances.text)
         drawn = model.decode(state)[0].cpu()
         if asked.keep != "none":
             found = keep_drawn(model, drawn, now, asked, changed, instructions=instructions, number=number)
@@ -120,6 +127,7 @@ def instruct(
         finished.append(drawn)
         now = EncodedImage(drawn, model.encode(drawn[None]).mean, encoded.facts)
     facts = {
+        "sampler": sampler,
         "guidance": guidances.text,
         **({"image_guidance": guidances.image} if model.reads_as_channels else {}),
         "drift": [one.figures for one in backgrounds],

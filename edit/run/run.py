@@ -37,7 +37,8 @@ FILES = ("image", "inversion", "mask", "first", "second")
 WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(FILES, str | None),
     **dict.fromkeys(
-        ("model", "precision", "device", "scorer", "prompt", "source", "negative", "control"), str | None
+        ("model", "precision", "device", "scorer", "prompt", "source", "negative", "control", "sampler"),
+        str | None,
     ),
     **dict.fromkeys(("method", "word", "first_prompt", "second_prompt", "instruction", "background"), str),
     **dict.fromkeys(("steps", "seed", "iterations", "count", "draws"), int | None),
@@ -57,6 +58,7 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
     "windows": dict[str, tuple[float, float]],
     "toward": list[tuple[str, float]],
 }
+UNSAID: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}  # what older records leave out
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
             )
         if content_hash(Path(name)) != digest:
             raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
-    wishes = {**recorded.settings, "precision": recorded.precision}
+    wishes = {**UNSAID.get(recorded.command, {}), **recorded.settings, "precision": recorded.precision}
 
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}

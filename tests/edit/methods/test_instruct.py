@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from backbone.cli.sampling import Sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
@@ -24,6 +26,7 @@ from edit.cli import app
 from edit.masks import mask_to_image
 from edit.methods import keep_background as method
 from edit.methods.instruct import Keep, instruct
+from edit.result import Result
 from edit.run.report import describe_drift, drift_table
 from tests.edit.models import photo
 from tests.tiny import tiny_instruct_pix2pix
@@ -55,6 +58,23 @@ def test_an_instruction_gives_diffusers_own_latents(folder: Path, model: Backbon
     ).images  # fmt: skip
     ours = instruct(model, photo(), ["a red dog"], steps=steps, guidance=5.0, image_guidance=1.3, keep="none")
     assert float((ours.latents - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ancestral", 4), ("heun", 8), ("dpmpp-2m", 4)])
+def test_any_sampler_draws_an_edit_and_tells_of_every_step_once(
+    model: Backbone, sampler: Sampler, calls: int
+) -> None:
+    steps: list[None] = []
+
+    def draw(**more: Any) -> Result:
+        return instruct(model, photo(), ["a red dog"], steps=4, guidance=5.0, keep="none", **more)
+
+    found = draw(sampler=sampler, progress=lambda: steps.append(None), frames=2)
+    assert (found.facts["sampler"], found.nfe, len(steps)) == (sampler, 3 * calls, 4)
+    assert found.estimates is not None
+    assert torch.equal(found.latents, draw(sampler=sampler).latents)
+    assert not torch.allclose(found.latents, draw(sampler="ddim").latents, atol=1e-3)
+    assert torch.equal(draw().latents, draw(sampler="ddim").latents)  # this model names none
 
 
 def drawing_a_square(source: Tensor) -> Tensor:
