@@ -265,24 +265,21 @@ def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
     return [(run, concept) for _, run, concept in sorted(finished, key=lambda one: one[:2])]
 
 
-def choose_rare_words(
-    vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken: Iterable[str] = ()
-) -> str:
-    """Choose rare-token identifiers (Ruiz et al. 2023, § 3.2): single tokens of 3 or 4 consonants with a weak prior.
+def choose_rare_word(vocabulary: Mapping[str, int], key: str, *, taken: Iterable[str] = ()) -> str:
+    """Choose a rare-token identifier (Ruiz et al. 2023, § 3.2): a single token of 3 or 4 consonants with a weak prior.
 
     `key` (the hash of the training images, say) seeds the choice, so that two concepts seldom share one. BPE ids are
     ordered by frequency: the rarest tokens have the highest ids. `taken` words are left out.
 
-    Raises `UserError` if the vocabulary has fewer than `count`.
+    Raises `UserError` if the vocabulary has none.
     """
     candidates = [token for token in vocabulary if RARE.fullmatch(token)]
     candidates.sort(key=lambda token: -vocabulary[token])
     words = [token.removesuffix("</w>").lstrip("▁Ġ") for token in candidates[:RARE_WORD_POOL]]
     words = [word for word in words if word not in set(taken)]
-    if len(words) < count:
+    if not words:
         raise UserError("This model's tokenizer has no rare words of its own. Give some with --token-words.")
-    words.sort(key=lambda word: content_hash(f"{key}/{word}".encode()))
-    return " ".join(words[:count])
+    return min(words, key=lambda word: content_hash(f"{key}/{word}".encode()))
 
 
 def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
