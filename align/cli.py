@@ -22,9 +22,8 @@ app = command_group("Tune a diffusion model to preferences: yours, or a scorer's
 
 LABELLING = "Labelling"  # a section of the help
 PAIRS = "Pairs"
-Rule = Literal[
-    "best-worst", "all", "own", "same-noise", "best-hard-negative"
-]  # `align.collect.rank` has what they pair
+# `align.collect.rank` has what they pair
+Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
 RULES = get_args(Rule)
 SOURCE_HELP = (
     "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."

@@ -451,9 +451,8 @@ def _user_of(row: Mapping[str, Any]) -> str:
 def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
     prompt, user = _prompt_of(row), _user_of(row)
-    if any(
-        _is_false(row.get(name)) for name in ("has_label", "are_different")
-    ):  # Pick-a-Pic's unlabelled rows
+    # Pick-a-Pic's unlabelled rows
+    if any(_is_false(row.get(name)) for name in ("has_label", "are_different")):
         return None
     columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
     try:

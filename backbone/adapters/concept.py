@@ -40,9 +40,8 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (re
 }
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
-RARE = re.compile(
-    rf"({CONSONANTS})</w>|[▁Ġ]({CONSONANTS})"
-)  # as the tokenizers of CLIP, T5 and Qwen mark a whole word
+# As the tokenizers of CLIP, T5 and Qwen mark a whole word
+RARE = re.compile(rf"({CONSONANTS})</w>|[▁Ġ]({CONSONANTS})")
 
 
 @dataclass(frozen=True)

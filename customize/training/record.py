@@ -78,9 +78,8 @@ def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[s
         now = hash_images(folder)
         if not isinstance(before, dict) or before == now:
             continue
-        if not any(
-            APART in str(value) for value in before.values()
-        ):  # of a version that kept images' own alone
+        # Of a version that kept images' own alone
+        if not any(APART in str(value) for value in before.values()):
             now = {name: value.partition(APART)[0] for name, value in now.items()}
         parts = [
             ("gone", sorted(before.keys() - now.keys())),

@@ -28,10 +28,8 @@ from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
-CONTROL = (
-    *(one.name for one in fields(ControlOptions)),
-    "source_condition",
-)  # which become one `AskedLayout`
+# Which become one `AskedLayout`
+CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
 WISH_TYPES: dict[str, Any] = {  # of a record's settings

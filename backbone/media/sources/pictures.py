@@ -50,20 +50,16 @@ IMAGE_SUFFIXES = frozenset(
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
-CONDITION_STEM = re.compile(
-    r".+-condlabel", re.IGNORECASE
-)  # OneTrainer's images for a condition: no subject's
+# OneTrainer's images for a condition: no subject's
+CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 CAPTION_COLUMNS = ("text", "prompt", "caption")
-NAME_COLUMNS = (
-    "image_path",
-    "video_path",
-    "video",
-)  # beside ours, those of musubi-tuner and of lists of films
+# Beside ours, those of musubi-tuner and of lists of films
+NAME_COLUMNS = ("image_path", "video_path", "video")
 
 
 @dataclass(frozen=True)
@@ -741,9 +737,8 @@ def load_tars(files: Sequence[Path]) -> Any:
     for name, kind in table.features.items():
         if isinstance(kind, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
-        elif name in CAPTION_COLUMNS and kind == datasets.Value(
-            "binary"
-        ):  # of .caption, which it does not know
+        # Of .caption, which it does not know
+        elif name in CAPTION_COLUMNS and kind == datasets.Value("binary"):
             with suppress(ValueError):
                 table = table.cast_column(name, datasets.Value("string"))
     return table

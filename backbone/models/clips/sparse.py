@@ -90,9 +90,8 @@ class SparseControl:
         given = as_dtype(inputs, network.dtype)
         time = given["timestep"]
         pictures, places = hints
-        shown, mask = scatter_frames(
-            pictures[::frames], places[::frames], frames
-        )  # rows of a clip hold the same
+        # Rows of a clip hold the same
+        shown, mask = scatter_frames(pictures[::frames], places[::frames], frames)
         skips, middle = network(
             sample=rows_as_frames(given["sample"][:, : network.config.in_channels], frames),
             timestep=time[::frames] if time.ndim else time,
