@@ -40,7 +40,7 @@ from backbone.distributed import processes
 from backbone.families.base import NoisePath
 from backbone.io.console import UserError
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.encode import Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone

@@ -42,17 +42,12 @@ from backbone.io.console import UserError, quote
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import (
-    DatasetRow,
-    ImageRecord,
-    could_be_dataset,
-    find_spelled,
-    find_tables,
-    list_by_name,
-    read_image_list,
-)
+from backbone.media.sources.names import find_spelled
+from backbone.media.sources.pictures import list_by_name, read_image_list
+from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
 from backbone.media.sources.stream import ITEMS, Stream
+from backbone.media.sources.tables import could_be_dataset, find_tables
 
 SPREADSHEETS = (".csv", ".tsv")
 YES, NO = ("true", "1", "1.0", "yes", "y", "t"), ("false", "0", "0.0", "no", "n", "f")

@@ -26,7 +26,7 @@ from backbone.families.components.latents import first_width
 from backbone.io.console import progress
 from backbone.io.files import content_hash
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.cache import TEXT, cache_folder
 from backbone.models.model import Backbone, Posterior

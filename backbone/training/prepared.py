@@ -23,7 +23,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
 

@@ -37,17 +37,17 @@ from backbone.media.control.maps import (
     resize_map,
 )
 from backbone.media.sources.decode import BadImageError
+from backbone.media.sources.names import normalize_name
 from backbone.media.sources.pictures import (
     IMAGE_SUFFIXES,
     METADATA,
     PROMPT_LIST,
-    ImageRecord,
     ListedImages,
     find_lists,
     list_images,
-    normalize_name,
     read_image_list,
 )
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from customize.data.edit_pairs import (
     SOURCES,

@@ -21,7 +21,8 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.sources.pictures import ImageRecord, list_images
+from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import (
     CropPosition,
     bucket_sizes,

@@ -20,7 +20,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
 from backbone.io.files import content_hash
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_and_resize
 from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior

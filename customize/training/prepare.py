@@ -20,7 +20,8 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.pictures import ImageRecord, refuse_bad_images
+from backbone.media.sources.pictures import refuse_bad_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.sources.stream import ImageStream
 from backbone.media.transforms import bucket_sizes, crop_and_resize, nearest_bucket
 from backbone.models.encode import (

@@ -10,7 +10,7 @@ from typing import Any
 from backbone.adapters.concept import Concept
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.run_folder import package_versions
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.settings import TrainingSettings

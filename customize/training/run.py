@@ -14,7 +14,8 @@ from backbone.io.console import notify, notify_once
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import refuse_taken, run_name
 from backbone.media.crops import CropReader
-from backbone.media.sources.pictures import ImageRecord, check_images, list_images
+from backbone.media.sources.pictures import check_images, list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model

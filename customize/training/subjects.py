@@ -11,7 +11,7 @@ from backbone.adapters.concept import Concept, check_token, choose_rare_word
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.run_folder import run_name
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from customize.data.captions import (

@@ -29,7 +29,7 @@ from backbone.io.files import append_jsonl, read_json
 from backbone.io.run_folder import read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.locate import OWN
