@@ -363,10 +363,7 @@ class Backbone:
         return not isinstance(self.family, PictureFamily)
 
     def refuse_other_task(self, task: Task = "text-to-image") -> None:
-        """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …
-
-        Beside noisy latents it reads those of an image where it edits or animates one, and nothing elsewhere.
-        """
+        """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …"""
         name, edits = self.location.name, task in ("edit", "learn-to-edit")
         if not self.reads_words:
             if task != "image-to-video":
@@ -385,6 +382,11 @@ class Backbone:
                 "(--model timbrooks/instruct-pix2pix), or a run of customize train --pairs (--concept RUN), or "
                 "describe both images with edit invert-and-replace."
             )
+        self._refuse_other_channels()
+
+    def _refuse_other_channels(self) -> None:
+        """`UserError` for a denoiser that reads more beside noisy latents than those of an image that it edits."""
+        name = self.location.name
         part = "transformer" if "transformer" in self.location.index else "unet"
         if part not in self.location.index:
             return  # a checkpoint file, which was looked at when it was recognised
