@@ -42,7 +42,7 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
-from backbone.io.console import UserError, notify_once, progress
+from backbone.io.console import UserError, notify_once, progress, quote
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
@@ -369,7 +369,7 @@ class Backbone:
             if task != "image-to-video":
                 raise UserError(
                     f"{name} makes a clip of a picture and reads no words, so it cannot be used here. Use it with "
-                    f"customize clip --image PICTURE --model {name}, or name another model."
+                    f"customize clip --image PICTURE --model {quote(name)}, or name another model."
                 )
             return
         if self.reads_as_channels and not edits:
