@@ -55,13 +55,13 @@ from backbone.io.console import UserError, notify, progress, quote
 from backbone.io.files import append_jsonl, content_hash, read_json, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
-from backbone.io.run_folder import catch_interrupts, make_absolute, package_versions, refuse_taken
+from backbone.io.run_folder import CHECKPOINT, catch_interrupts, make_absolute, package_versions, refuse_taken
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 
 REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (

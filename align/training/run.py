@@ -29,12 +29,12 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_json
-from backbone.io.run_folder import package_versions, refuse_taken, run_name
+from backbone.io.run_folder import CHECKPOINT, package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 
 
 def train_preferences(

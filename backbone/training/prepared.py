@@ -30,6 +30,7 @@ from backbone.models.model import Backbone
 FORMAT = 1
 LEAST = 16  # records of a chunk: what is decoded and encoded together
 PROMPTS, RECORDS = "prompts", "records"
+NOTHING = "00" * 32  # the key in the place of an image that cannot be used, or is not there
 ANOTHER = "Give what it was begun with, or another --out."
 WORDS = {
     "encoder": "encoder or precision",

@@ -38,6 +38,7 @@ from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
     CENTRED,
+    NOTHING,
     RECORDS,
     Cuts,
     PreparedFacts,
@@ -49,8 +50,6 @@ from backbone.training.prepared import (
 )
 from backbone.training.sources import Listed, Source, Streamed, write_shards
 from customize.data.prepared import KEPT, PICTURES, PreparedImages, table_name
-
-NOTHING = "00" * 32  # the key of an image that cannot be used
 
 
 class Seen(NamedTuple):

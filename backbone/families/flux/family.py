@@ -44,7 +44,6 @@ from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
-JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TRAINING_GUIDANCE = 1.0  # the input of a guidance embedding where no guidance is asked for
 
 
@@ -59,9 +58,15 @@ class Flux:
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxKontextPipeline")
     reads_images: ClassVar[Mapping[str, ImageInput]] = {"FluxKontextPipeline": ImageInput(1)}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": JOINT,
+        "attention": joint_attention.PROJECTIONS,
         "all": (
-            *(*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+            *(
+                *joint_attention.PROJECTIONS,
+                "ff.net.0.proj",
+                "ff.net.2",
+                "ff_context.net.0.proj",
+                "ff_context.net.2",
+            ),
             "proj_mlp",
             *(f"single_transformer_blocks.{n}.proj_out" for n in range(38)),  # but not the final `proj_out`
         ),

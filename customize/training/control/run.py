@@ -26,7 +26,7 @@ from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_json
-from backbone.io.run_folder import read_log, refuse_taken, run_name, trim_log
+from backbone.io.run_folder import CHECKPOINT, read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.record import ImageRecord
@@ -37,7 +37,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from backbone.world.rendering.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_command, read_settings, resolve_settings
