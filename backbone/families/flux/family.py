@@ -60,13 +60,8 @@ class Flux:
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": joint_attention.PROJECTIONS,
         "all": (
-            *(
-                *joint_attention.PROJECTIONS,
-                "ff.net.0.proj",
-                "ff.net.2",
-                "ff_context.net.0.proj",
-                "ff_context.net.2",
-            ),
+            *joint_attention.PROJECTIONS,
+            *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
             "proj_mlp",
             *(f"single_transformer_blocks.{n}.proj_out" for n in range(38)),  # but not the final `proj_out`
         ),
