@@ -464,7 +464,7 @@ class Backbone:
         return torch.cat([self.decode(some) for some in rows.split(chunk or len(rows))])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
-        """Decode with gradients through the decoder."""
+        """Latents [B, C, H, W] to images [B, 3, 8H, 8W] in −1…1, all at once, with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
         decoded = self.latent_space.decode(self.autoencoder, send(latents, self.device), dtype)
         return decoded.float().clamp(-1, 1)

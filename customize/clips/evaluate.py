@@ -217,7 +217,7 @@ class ScoredWords:
         self.known: dict[tuple[str, ...], Tensor] = {}
 
     def texts(self, words: Sequence[str]) -> Tensor:
-        """Unit vectors of words."""
+        """Unit vectors [N, D] of words."""
         assert isinstance(self.encoder, Scorer)
         key = tuple(words)
         if key not in self.known:

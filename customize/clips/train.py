@@ -331,7 +331,7 @@ class MotionLearning(Objective):
             value.requires_grad_(True)
 
     def drift(self, prior: Prior, random: torch.Generator) -> Tensor:
-        """How far predictions of a clip of the class, in the layers over time alone, are from the base's own."""
+        """The squared error [] of predictions of a clip of the class, by layers over time alone, to the base's own."""
         number = int(torch.randint(len(prior.clips), (), generator=random))
         clip, text = prior.clips[number][None], prior.conditions[[number]]
         state = random.get_state()
@@ -359,7 +359,7 @@ class MotionLearning(Objective):
             value.requires_grad_(own)
 
     def predict(self, clean: Tensor, text: Conditions, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the network predicts of a picture or clip that is noised, and what it should."""
+        """What the network predicts of a noised picture [1, C, h, w] or clip [1, C, F, h, w], and what it should."""
         model = self.model
         index = torch.randint(len(model.path.levels.a), (1,), generator=random)
         noise = send(torch.randn(clean.shape, generator=random), model.device)

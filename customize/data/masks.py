@@ -67,7 +67,7 @@ def prediction_difference(
 
 
 def otsu(values: Tensor) -> Tensor:
-    """Ones above the threshold that separates a map best into two classes (Otsu 1979); all ones if it is flat."""
+    """1 above the threshold that separates a map [1, H, W] best in two classes (Otsu 1979), else 0; 1 if it is flat."""
     ordered = values.flatten().double().sort().values
     count = len(ordered)
     below = torch.arange(1, count, dtype=torch.float64)

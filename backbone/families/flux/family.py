@@ -255,7 +255,7 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack_latents` for latents of H × W."""
+    """Tokens [B, H/2 · W/2, 4C] → latents [B, C, H, W], as `pack_latents` had them."""
     blocks = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
