@@ -8,7 +8,6 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,7 +110,7 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
         if getattr(before, name) != getattr(settings, name):
             raise UserError(
                 f"{run} holds images that were drawn with another {name.replace('_', ' ')}. Continue with --resume "
-                f"{run}, or choose another --out."
+                f"{quote(run)}, or choose another --out."
             )
 
 
@@ -149,7 +148,7 @@ def sources_of(model: Backbone, settings: Settings) -> dict[str, str]:
 
 def resume_command(settings: Settings) -> str:
     """What goes on with a run, but for the run's name: a Python file is named anew each time."""
-    code = f" --online {shlex.quote(settings.online)}" if is_code(settings.online) else ""
+    code = f" --online {quote(settings.online)}" if is_code(settings.online) else ""
     return f"align train{code}"
 
 
