@@ -59,7 +59,6 @@ def train_preferences(
     if vram is not None:
         from align.training.memory import fit_to_vram
 
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
     with processes.hold_new_run(run) as writes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
+from backbone.distributed import processes
 from backbone.distributed.device import PRECISIONS
 from backbone.families.base import ModuleSpec
 from backbone.families.components.latents import latent_space
@@ -459,13 +460,20 @@ def fit_to_memory(
 
 
 def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple[Backbone, MemorySettings]:
-    """The same for what the estimator counts."""
+    """The same for what the estimator counts.
+
+    A model that was opened compiled stays so where its base lies on the device as it is, else a line says that not.
+    Raises `UserError` where the model is shared out to processes.
+    """
+    processes.require_whole_model("--vram counts for a process alone; it")
     model = estimator.model
     on_gpu = model.device.type == "cuda"
     plan = plan_memory(estimator, size, start, library=on_gpu and has_bitsandbytes())
     for line in plan.lines():
         notify(line)
     choice = plan.settings
+    if model.compiles and not choice.compilable:
+        notify("Its blocks are not compiled: the base is compressed, or partly in the CPU's memory.")
     placed = Backbone(
         model.location,
         model.family,
@@ -474,6 +482,7 @@ def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple
         placement=choice.placement,
         resolution=model.asked_resolution,
         widened=model.widened,
+        compile=model.compiles and choice.compilable,
     )
     return placed, choice
 

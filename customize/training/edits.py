@@ -71,7 +71,6 @@ def train_edits(
     if settings.train_text_encoder:
         refuse_other_encoders(model)
     if vram is not None:
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
     with processes.hold_new_run(run) as writes:

@@ -70,7 +70,6 @@ def train_concept(
     settings = resolve_settings(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     if settings.train_text_encoder:
         refuse_other_encoders(model)

@@ -84,7 +84,6 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)
     if vram is not None:
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
     with processes.hold_new_run(run) as writes:
