@@ -197,6 +197,11 @@ def resolve_placeholder_tokens(
     return resolved
 
 
+def expand_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")) -> str:
+    """A prompt that anybody may have written, with tokens resolved; without concepts its brackets stay as they are."""
+    return resolve_placeholder_tokens(prompt, concepts, runs=runs) if concepts else prompt
+
+
 def find_foreign_syntax(text: str) -> list[tuple[str, str]]:
     """What of a text means something to other programs and is plain text here, the first of each kind; its kind."""
     return [(found[0], what) for pattern, what in FOREIGN_SYNTAX.items() if (found := pattern.search(text))]
