@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from align.settings import ComparisonSettings, PairSampling
+from align.settings import SOURCE_HELP, ComparisonSettings, PairSampling
 from align.training import cli as train_cli
 from backbone.cli import flags
 from backbone.cli.commands import command_group, print_json
@@ -22,13 +22,9 @@ app = command_group("Tune a diffusion model to preferences: yours, or a scorer's
 
 LABELLING = "Labelling"  # a section of the help
 PAIRS = "Pairs"
-Rule = Literal[
-    "best-worst", "all", "own", "same-noise", "best-hard-negative"
-]  # `align.collect.rank` has what they pair
+# `align.collect.rank` has what they pair
+Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
 RULES = get_args(Rule)
-SOURCE_HELP = (
-    "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."
-)
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of align sample.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Scorers = Annotated[

@@ -156,7 +156,6 @@ def _count(
     prompts: int,
 ) -> DrawingWorkload:
     """What is drawn of so many prompts, as a plan counts it."""
-    processes.require_whole_model("--vram counts for a process alone; it")
     assert asked.guidance is not None
     return DrawingWorkload(
         min(asked.batch, prompts * asked.count),

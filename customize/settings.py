@@ -84,11 +84,8 @@ METHODS = {  # what each trains; the classes are in `customize.methods.registry`
     "pivotal": "an embedding for the token first, then an adapter",
     "custom-diffusion": "the cross-attention's keys and values, and an embedding for the token",
 }
-OWN_WORDS = (
-    "textual-inversion",
-    "pivotal",
-    "custom-diffusion",
-)  # which learn embeddings for the token
+# Which learn embeddings for the token
+OWN_WORDS = ("textual-inversion", "pivotal", "custom-diffusion")
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
 WITH_WORDS = {"method": OWN_WORDS}
 A_CONCEPT = {"pairs": ("",)}  # a subject with a token is learned, not edits from pairs

@@ -65,7 +65,7 @@ def difference_maps(
         # Added up over the steps, smoothed over 3 × 3 places
         whole = apart.sum(0)
         pictures = whole.view(-1, 1, *whole.shape[-2:])
-        smooth = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        smooth = _box(pictures, 1)
         maps.append(smooth.view_as(whole) / smooth.amax().clamp(min=1e-12))
     return torch.stack(maps), len(states)
 
@@ -96,7 +96,7 @@ def evidence_maps(
             nfe += len(every)
             worse = error[1:] - error[:1]
             maps = maps + worse / worse.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
-    return F.avg_pool2d(F.pad(maps[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0], nfe
+    return _box(maps[:, None], 1)[:, 0], nfe
 
 
 def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:

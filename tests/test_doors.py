@@ -313,6 +313,7 @@ def test_the_scripts_that_users_run_answer_help_and_a_misspelt_flag_without_torc
     )
     quick = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
     quick += ["benchmarks.memory", "benchmarks.speed.large", "benchmarks.speed.scale"]
+    quick += ["recipes.moji.data.tokenizer"]
     assert len(quick) >= 11
     code = f"""
 import runpy, sys

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from backbone.adapters.concept import choose_rare_words
+from backbone.adapters.concept import choose_rare_word
 from backbone.diffusion.noise import add_noise
 from backbone.media.transforms import to_tensor
 from backbone.models.locate import EMBEDDED
@@ -89,7 +89,7 @@ def test_pooled_outputs_of_two_captions_differ(moji: Backbone) -> None:
 def test_rare_words_are_single_tokens_that_no_caption_uses(moji: Backbone) -> None:
     tokenizer = moji.text_encoder.tokenizer
     for key in range(20):
-        word = choose_rare_words(tokenizer.get_vocab(), str(key))
+        word = choose_rare_word(tokenizer.get_vocab(), str(key))
         assert len(tokenizer(word)["input_ids"]) == 3
         assert word not in {*load_vocabulary().nouns, *load_vocabulary().colours}
 

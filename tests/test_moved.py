@@ -12,7 +12,7 @@ import customize.clips.train as motion
 from align.training.start import as_kept
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.training.run import CHECKPOINT
+from backbone.io.run_folder import CHECKPOINT
 from customize.settings import Settings
 from customize.training.start import as_kept as as_kept_by_a_concept
 from tests.commands import run_here

@@ -21,7 +21,8 @@ from backbone.io.files import atomic_write, read_json, write_json, write_text
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import hold_folder
 from backbone.media.sources.decode import open_rgb
-from backbone.media.sources.pictures import ImageRecord, check_images
+from backbone.media.sources.pictures import check_images
+from backbone.media.sources.record import ImageRecord
 
 Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
 RowPair: TypeAlias = tuple[int, int]

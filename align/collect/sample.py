@@ -18,7 +18,7 @@ from align.settings import PairSampling
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import (
     Concept,
-    resolve_placeholder_tokens,
+    expand_tokens,
     summarize_concepts,
     trained_resolution,
 )
@@ -56,7 +56,7 @@ def sample_pairs(
     processes.init_process(asked.device)
     texts = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
     for text in [*texts, asked.negative]:
-        _expand_tokens(text, concepts)  # mistakes are answered before any weights load
+        expand_tokens(text, concepts)  # mistakes are answered before any weights load
     name = asked.model or (concepts[0].model if concepts else "moji")
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, backbone, concepts)
@@ -136,18 +136,16 @@ def sample_images(
 
     `advance` is called after each step with its work, in images.
     """
-    negative = _expand_tokens(sampling.negative, concepts)
+    negative = expand_tokens(sampling.negative, concepts)
     refuse_negative(model, negative, sampling.guidance)
     texts_and_noise = [(i, *prompt_and_noise(prompts[i], j, per_prompt)) for i, j in keys]
     requests = [
-        Request(_expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise
+        Request(expand_tokens(text, concepts), (i, noise), negative) for i, text, noise in texts_and_noise
     ]
     options = sampling.for_sampler()
     if not isinstance(sampling, PairSampling) or not sampling.redraw:
         return sample(model, requests, **options, advance=advance)
-    first_requests = {
-        i: Request(_expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys
-    }
+    first_requests = {i: Request(expand_tokens(prompts[i].text, concepts), (i, 0), negative) for i, _ in keys}
     return _sample_variations(model, requests, first_requests, sampling.redraw, options, advance)
 
 
@@ -239,8 +237,3 @@ def _claim_folder(out: Path, record: dict[str, Any]) -> None:
                 f"{out} was begun with another {name.replace('_', ' ')}. Choose another --out, or repeat what "
                 f"{path} says."
             )
-
-
-def _expand_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
-    """Replace placeholder tokens by what the model reads; `UserError` for a token that no concept has."""
-    return resolve_placeholder_tokens(prompt, concepts) if concepts else prompt

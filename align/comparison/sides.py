@@ -40,7 +40,7 @@ class Side:
         return dataclasses.replace(sampling, guidance=guidance, guidance_start=start, guidance_stop=stop)
 
     @classmethod
-    def from_name(cls, name: str, model: str | None = None) -> Side:
+    def from_name(cls, name: str) -> Side:
         """A side from any run folder (with the model and concepts that it was trained on), or from a model's name.
 
         Raises `UserError` for what is neither, and for a run that is not finished.
@@ -58,7 +58,7 @@ class Side:
                 f"{name}: its weights after the last step are compared; its best checkpoint is {folder / BEST}."
             )
         trained_on = read_settings(folder).concepts if is_preference_run(folder) else ()
-        return cls(name, model or concept.model, (*map(Path, trained_on), folder))
+        return cls(name, concept.model, (*map(Path, trained_on), folder))
 
 
 @dataclass(frozen=True)

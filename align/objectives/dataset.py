@@ -31,7 +31,7 @@ from align.pairs.records import (
     select_records,
 )
 from align.settings import Settings
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, expand_tokens
 from backbone.conditions.conditions import Conditions
 from backbone.data.ahead import Movable
 from backbone.data.table import Column
@@ -40,7 +40,7 @@ from backbone.distributed import processes
 from backbone.families.base import NoisePath
 from backbone.io.console import UserError
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.encode import Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone
@@ -197,7 +197,7 @@ def _encode(
     prompts = {"": 0}
     rows: dict[tuple[str, CropPosition], int] = {}
     for record in records:
-        prompts.setdefault(_said(record.prompt, concepts), len(prompts))
+        prompts.setdefault(expand_tokens(record.prompt, concepts), len(prompts))
 
     def cut(record: Record, place: CropPosition) -> tuple[int, ...]:
         """The rows of a record's pictures at this place."""
@@ -206,7 +206,7 @@ def _encode(
     items = [
         Item(
             pictures=cut(record, CROPS["center"]),
-            prompt=prompts[_said(record.prompt, concepts)],
+            prompt=prompts[expand_tokens(record.prompt, concepts)],
             preference=float(record.good) if isinstance(record, Single) else record.label,
             key=key,
             cuts=tuple(cut(record, crop_place(settings.seed, key, n)) for n in range(settings.random_crop)),
@@ -238,7 +238,7 @@ def _open_prepared(
     folder = train.folder
     folder.refuse_other_use(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
     tables = folder.image_tables(flip=settings.flip)
-    said = [_said(prompt, concepts) for prompt in folder.prompts]
+    said = [expand_tokens(prompt, concepts) for prompt in folder.prompts]
     unique = dict.fromkeys(["", *said])
     place = {prompt: row for row, prompt in enumerate(unique)}
     of_prompt = torch.tensor([place[prompt] for prompt in said], dtype=torch.long)
@@ -266,11 +266,6 @@ def crop_place(seed: int, key: str, number: int) -> CropPosition:
 def _where(picture: ImageRecord) -> str:
     """A picture's name: its file's, or its table's, row and column."""
     return str(picture.path)
-
-
-def _said(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The prompt in the model's words; brackets that are no concept's stay as they are."""
-    return resolve_placeholder_tokens(prompt, concepts) if concepts else prompt
 
 
 # Noise samples ----------------------------------------------------------------------------------------------

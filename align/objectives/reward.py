@@ -22,7 +22,7 @@ from torch import Tensor
 
 from align.objectives.preference import ADAPTER, new_adapter, share_of
 from align.settings import Settings
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, expand_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, save_lora
 from backbone.diffusion.noise import Predict
 from backbone.diffusion.transfer import send
@@ -54,10 +54,7 @@ class RewardTraining(Objective):
     def __post_init__(self) -> None:
         settings = self.settings
         self.share = share_of(settings)
-        said = [
-            resolve_placeholder_tokens(prompt.text, self.concepts) if self.concepts else prompt.text
-            for prompt in self.prompts
-        ]
+        said = [expand_tokens(prompt.text, self.concepts) for prompt in self.prompts]
         with processes.main_process_first():
             self.conditions = encode_prompts_cached(self.model, [*said, ""])
         self.model.free("text_encoder")

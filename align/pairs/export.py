@@ -11,7 +11,7 @@ from typing import Any
 from align.pairs.records import Pair, Preferences, Record, normalize_prompt
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, content_hash, write_bytes, write_text
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 
 ROWS_PER_GROUP = 100  # images of one row group are in memory at once
 

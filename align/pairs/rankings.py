@@ -18,7 +18,7 @@ from typing import Any
 
 from align.pairs.records import Pair, Preferences, normalize_prompt
 from backbone.io.console import UserError
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 
 IMAGES = (
     "image_path", "file_path", "image_paths", "file_paths", "generations", "images", "image", "file_name",

@@ -42,17 +42,12 @@ from backbone.io.console import UserError, quote
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import (
-    DatasetRow,
-    ImageRecord,
-    could_be_dataset,
-    find_spelled,
-    find_tables,
-    list_by_name,
-    read_image_list,
-)
+from backbone.media.sources.names import find_spelled
+from backbone.media.sources.pictures import list_by_name, read_image_list
+from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
 from backbone.media.sources.stream import ITEMS, Stream
+from backbone.media.sources.tables import could_be_dataset, find_tables
 
 SPREADSHEETS = (".csv", ".tsv")
 YES, NO = ("true", "1", "1.0", "yes", "y", "t"), ("false", "0", "0.0", "no", "n", "f")
@@ -280,6 +275,14 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
 # Tables -----------------------------------------------------------------------------------------------------
 
 
+def _find_columns(
+    names: Sequence[str], embedded: Sequence[str], source: str
+) -> tuple[tuple[str, str] | None, set[str]]:
+    """The columns of a ranking's images and places, if a table has them, and all columns of pictures."""
+    ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
+    return ranking, _picture_columns(names, source) if ranking is None else {ranking[0]}
+
+
 def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     """The columns of a table that hold pictures; `UserError` where the columns are no pairs'."""
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
@@ -327,8 +330,7 @@ def _point_to_images(
 def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
     names = table.column_names
     embedded = [name for name in IMAGES if name in names and not table.names_files(name)]
-    ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
-    pictures = _picture_columns(names, source) if ranking is None else {ranking[0]}
+    ranking, pictures = _find_columns(names, embedded, source)
     if table.fetched and any(table.names_files(name) for name in pictures):
         raise UserError(
             f"{source} names its images and does not hold them. Download it, and give its folder."
@@ -342,16 +344,15 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
             break
         where = f"row {index} of {source}"
 
-        def picture_at(column: Any, index: int = index, where: str = where) -> ImageRecord | None:
-            item = (column.number, column.of) if isinstance(column, Item) else None
-            name = f"{column.column}-{column.number}" if isinstance(column, Item) else str(column)
-            column = column.column if isinstance(column, Item) else column
-            if column not in pictures:
-                return _picture_from(column, listed=table.folder / table.name, where=where)
-            return ImageRecord(
-                Path(source) / f"{index:06d}-{name}",
-                row=DatasetRow(table, str(column), index, table.folder, table.fetched, item),
-            )
+        def picture_at(cell: Any, index: int = index, where: str = where) -> ImageRecord | None:
+            if isinstance(cell, Item):
+                column, name, item = cell.column, f"{cell.column}-{cell.number}", (cell.number, cell.of)
+            elif cell in pictures:
+                column, name, item = cell, cell, None
+            else:
+                return _picture_from(cell, listed=table.folder / table.name, where=where)
+            row = DatasetRow(table, column, index, table.folder, table.fetched, item)
+            return ImageRecord(Path(source) / f"{index:06d}-{name}", row=row)
 
         _add_row(preferences, rankings, _point_to_images(row, pictures, ranking), where, picture_at)
     rankings.add_to(preferences)
@@ -401,8 +402,7 @@ def stream_preferences(stream: Stream, *, user: str | None = None) -> PairStream
     """The preferences of a stream. `UserError` where its columns are no pairs', or name their images."""
     names = stream.column_names
     embedded = [name for name in IMAGES if name in names and name not in stream.names_files]
-    ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
-    pictures = _picture_columns(names, stream.source) if ranking is None else {ranking[0]}
+    ranking, pictures = _find_columns(names, embedded, stream.source)
     layouts = (*PAIR_COLUMNS, *ORDERED_COLUMNS, ("image",))
     used = next((columns for columns in layouts if pictures >= {*columns}), tuple(pictures))
     stream.refuse_names(used)
@@ -451,9 +451,8 @@ def _user_of(row: Mapping[str, Any]) -> str:
 def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
     prompt, user = _prompt_of(row), _user_of(row)
-    if any(
-        _is_false(row.get(name)) for name in ("has_label", "are_different")
-    ):  # Pick-a-Pic's unlabelled rows
+    # Pick-a-Pic's unlabelled rows
+    if any(_is_false(row.get(name)) for name in ("has_label", "are_different")):
         return None
     columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
     try:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from backbone.io.console import UserError
 from backbone.io.files import content_hash
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 
 SAMPLES = "samples.json"
 RANKING = "ranking.jsonl"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.media.sources.pictures import (
+from backbone.media.sources.splits import choose_table
+from backbone.media.sources.tables import (
     fetched_folder,
     leave_encoded,
     load_arrow,
@@ -16,7 +17,6 @@ from backbone.media.sources.pictures import (
     load_tars,
     refuse_closed_cache,
 )
-from backbone.media.sources.splits import choose_table
 
 
 class ParquetTable:

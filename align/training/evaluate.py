@@ -17,7 +17,7 @@ from backbone.adapters.apply import add_weight_differences, load_concepts
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import use_adapters
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import write_json
 from backbone.models.model import Backbone
 
@@ -33,7 +33,7 @@ def evaluate_taste(
     if source is None and not settings.pairs:
         rounds = sorted((run / ROUNDS).glob("*"))
         if not rounds:
-            raise UserError(f"{run} was trained without pairs. Name some: align evaluate {run} PAIRS.")
+            raise UserError(f"{run} was trained without pairs. Name some: align evaluate {quote(run)} PAIRS.")
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
     if source is not None:  # all of it
         named = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")

@@ -8,7 +8,6 @@ optimisation); the reference stays the base, with the adapter off. `draft` and `
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,13 +54,13 @@ from backbone.io.console import UserError, notify, progress, quote
 from backbone.io.files import append_jsonl, content_hash, read_json, write_json
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
-from backbone.io.run_folder import catch_interrupts, make_absolute, package_versions, refuse_taken
+from backbone.io.run_folder import CHECKPOINT, catch_interrupts, make_absolute, package_versions, refuse_taken
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 
 REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (
@@ -111,7 +110,7 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
         if getattr(before, name) != getattr(settings, name):
             raise UserError(
                 f"{run} holds images that were drawn with another {name.replace('_', ' ')}. Continue with --resume "
-                f"{run}, or choose another --out."
+                f"{quote(run)}, or choose another --out."
             )
 
 
@@ -149,7 +148,7 @@ def sources_of(model: Backbone, settings: Settings) -> dict[str, str]:
 
 def resume_command(settings: Settings) -> str:
     """What goes on with a run, but for the run's name: a Python file is named anew each time."""
-    code = f" --online {shlex.quote(settings.online)}" if is_code(settings.online) else ""
+    code = f" --online {quote(settings.online)}" if is_code(settings.online) else ""
     return f"align train{code}"
 
 

@@ -52,6 +52,7 @@ from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
     CENTRED,
+    NOTHING,
     PROMPTS,
     RECORDS,
     Cuts,
@@ -63,8 +64,6 @@ from backbone.training.prepared import (
     usable_rows,
 )
 from backbone.training.sources import Listed, Source, Streamed, write_shards
-
-NOTHING = "00" * 32  # the key in the place of a second image that a single one has not
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_json
-from backbone.io.run_folder import package_versions, refuse_taken, run_name
+from backbone.io.run_folder import CHECKPOINT, package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 
 
 def train_preferences(
@@ -59,7 +59,6 @@ def train_preferences(
     if vram is not None:
         from align.training.memory import fit_to_vram
 
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
     with processes.hold_new_run(run) as writes:

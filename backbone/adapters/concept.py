@@ -40,9 +40,8 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (re
 }
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
-RARE = re.compile(
-    rf"({CONSONANTS})</w>|[▁Ġ]({CONSONANTS})"
-)  # as the tokenizers of CLIP, T5 and Qwen mark a whole word
+# As the tokenizers of CLIP, T5 and Qwen mark a whole word
+RARE = re.compile(rf"({CONSONANTS})</w>|[▁Ġ]({CONSONANTS})")
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,11 @@ def resolve_placeholder_tokens(
     return resolved
 
 
+def expand_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")) -> str:
+    """A prompt that anybody may have written, with tokens resolved; without concepts its brackets stay as they are."""
+    return resolve_placeholder_tokens(prompt, concepts, runs=runs) if concepts else prompt
+
+
 def find_foreign_syntax(text: str) -> list[tuple[str, str]]:
     """What of a text means something to other programs and is plain text here, the first of each kind; its kind."""
     return [(found[0], what) for pattern, what in FOREIGN_SYNTAX.items() if (found := pattern.search(text))]
@@ -265,24 +269,21 @@ def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
     return [(run, concept) for _, run, concept in sorted(finished, key=lambda one: one[:2])]
 
 
-def choose_rare_words(
-    vocabulary: Mapping[str, int], key: str, *, count: int = 1, taken: Iterable[str] = ()
-) -> str:
-    """Choose rare-token identifiers (Ruiz et al. 2023, § 3.2): single tokens of 3 or 4 consonants with a weak prior.
+def choose_rare_word(vocabulary: Mapping[str, int], key: str, *, taken: Iterable[str] = ()) -> str:
+    """Choose a rare-token identifier (Ruiz et al. 2023, § 3.2): a single token of 3 or 4 consonants with a weak prior.
 
     `key` (the hash of the training images, say) seeds the choice, so that two concepts seldom share one. BPE ids are
     ordered by frequency: the rarest tokens have the highest ids. `taken` words are left out.
 
-    Raises `UserError` if the vocabulary has fewer than `count`.
+    Raises `UserError` if the vocabulary has none.
     """
     candidates = [token for token in vocabulary if RARE.fullmatch(token)]
     candidates.sort(key=lambda token: -vocabulary[token])
     words = [token.removesuffix("</w>").lstrip("▁Ġ") for token in candidates[:RARE_WORD_POOL]]
     words = [word for word in words if word not in set(taken)]
-    if len(words) < count:
+    if not words:
         raise UserError("This model's tokenizer has no rare words of its own. Give some with --token-words.")
-    words.sort(key=lambda word: content_hash(f"{key}/{word}".encode()))
-    return " ".join(words[:count])
+    return min(words, key=lambda word: content_hash(f"{key}/{word}".encode()))
 
 
 def check_token(token: str, vocabulary: Mapping[str, int]) -> None:

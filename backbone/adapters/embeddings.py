@@ -118,7 +118,7 @@ def vector_token_names(token: str, count: int) -> list[str]:
 def save_embeddings(
     path: Path, rows: Mapping[str, Mapping[str, Tensor]], *, metadata: Mapping[str, str]
 ) -> None:
-    """Write the embedding vectors of each token, by token and slot name.
+    """Write the embedding vectors [W, D] of each token, by token and slot name.
 
     With one text encoder, diffusers' `load_textual_inversion` reads the file; with several, keys are `token/slot`.
     """
@@ -138,7 +138,7 @@ def split_by_encoder(tensors: Mapping[str, Tensor], token: str) -> dict[str, Ten
 
 
 def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
-    """Add a token with the embeddings of a file to every text encoder; returns them by slot name.
+    """Add a token with the embeddings of a file to every text encoder; returns them [W, D] by slot name.
 
     Raises `UserError` if the file holds none for this token.
     """

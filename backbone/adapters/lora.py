@@ -225,11 +225,12 @@ def load_factors(
     for prefix, module in parts.items():
         layers = _group_factors(path, module, prefix, tensors)
         config = configs.get(prefix.removesuffix("."))
-        if layers and config is None:
-            raise UserError(f"{path} does not say the rank and alpha of its {prefix}… Write it again.")
-        if config is not None:
-            _require_every_target(path, module, layers, config)
-        if layers and config is not None:
+        if config is None:
+            if layers:
+                raise UserError(f"{path} does not say the rank and alpha of its {prefix}… Write it again.")
+            continue
+        _require_every_target(path, module, layers, config)
+        if layers:
             _load_into(path, module, name, layers, config, scale)
 
 

@@ -24,18 +24,12 @@ from backbone.io.console import UserError
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
 NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
-TEXT = (
-    30  # columns that are left for the texts at least; in a narrower terminal they all stand below the names
-)
+TEXT = 30  # columns that are left for the texts at least; in a narrower terminal all stand below the names
 INDENT = 4  # columns that they stand in there
 SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are listed in the text
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
-ENDS = {
-    "Arguments": -1,
-    "Model": 1,
-    "Output": 2,
-    "Other": 3,
-}  # panels that stand first or last; the others as they come
+# Panels that stand first or last; the others as they come
+ENDS = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
 DASHES = "–—―−"
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
 OPENING = tuple("“”„‘«")

@@ -22,7 +22,6 @@ import difflib
 import inspect
 import math
 import reprlib
-import shlex
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache, partial
@@ -36,7 +35,7 @@ import typer
 
 from backbone.cli.config_file import read_mapping
 from backbone.cli.help import ReadLater, hyphens
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
 
@@ -758,13 +757,13 @@ def as_command(program: str, settings: Any, **more: Any) -> str:
             continue
         words += _words(one, value)
     for name, value in more.items():
-        words += [f"--{hyphens(name)} {shlex.quote(str(value))}"]
+        words += [f"--{hyphens(name)} {quote(str(value))}"]
     return " ".join(words)
 
 
 def _words(one: Field, value: Any) -> list[str]:
     if one.option.argument:
-        return [shlex.quote(str(part)) for part in (value if one.many else [value])]
+        return [quote(str(part)) for part in (value if one.many else [value])]
     if one.kind is bool:
         return [one.flag if value else "--no-" + one.flag[2:]]
-    return [f"{one.flag} {shlex.quote(str(part))}" for part in (value if one.many else [value])]
+    return [f"{one.flag} {quote(str(part))}" for part in (value if one.many else [value])]

@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
-from backbone.cli.flags import (
-    DRAWING,
-    MODEL,
-    SAMPLING,
-    ConceptOptions,
-    negative_option,
-)
+from backbone.cli.flags import DRAWING, MODEL, SAMPLING, ConceptOptions, negative_option
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 

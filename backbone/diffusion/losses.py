@@ -40,7 +40,7 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = No
 
 
 def uniform(level: Level) -> Tensor:
-    """Weight 1 at every level: with ε, the simple loss of Ho et al. 2020, eq. 14."""
+    """Weight 1 at every level, [] or [B] as all weights here: with ε, the simple loss of Ho et al. 2020, eq. 14."""
     return torch.ones_like(level.a)
 
 

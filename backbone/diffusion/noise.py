@@ -224,12 +224,12 @@ def tweedie(noisy: Tensor, score: Tensor, level: Level) -> Tensor:
 
 
 def tweedie_vp(noisy: Tensor, score: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """x̂0 = (x + (1 − ᾱ)·s)/√ᾱ."""
+    """x̂0 = (x + (1 − ᾱ)·s)/√ᾱ [B, ...]."""
     return tweedie(noisy, score, vp(alpha_bar))
 
 
 def tweedie_ve(noisy: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
-    """x̂0 = x + σ²·s."""
+    """x̂0 = x + σ²·s [B, ...]."""
     return tweedie(noisy, score, ve(sigma))
 
 

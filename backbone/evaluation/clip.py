@@ -29,11 +29,8 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 Item = TypeVar("Item")
-VISION_MODEL_TYPES = (
-    "vit",
-    "dinov2",
-    "dinov2_with_registers",
-)  # transformers' names of DINO and its followers
+# transformers' names of DINO and its followers
+VISION_MODEL_TYPES = ("vit", "dinov2", "dinov2_with_registers")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_CROP = 4096  # pixels

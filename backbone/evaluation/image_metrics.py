@@ -52,7 +52,10 @@ def measure_edit(
 
 
 def background_metrics(before: Tensor, after: Tensor, changed: Tensor | None) -> dict[str, float | None]:
-    """PSNR, MSE, SSIM, and LPIPS if installed, of the background (`changed` ≤ ½), in both definitions; None without."""
+    """PSNR, MSE, SSIM, and LPIPS if installed, of the background (`changed` [H, W] ≤ ½) of images [3, H, W] in −1…1.
+
+    In both definitions: over the background's own pixels, and PIE-Bench's; None where there is no background.
+    """
     names = ("psnr_db", "mse", "ssim", "lpips")
     if changed is None or bool((changed > 0.5).all()):
         return {f"background_{definition}{name}": None for definition in ("", "pie_") for name in names}
@@ -78,7 +81,7 @@ def background_metrics(before: Tensor, after: Tensor, changed: Tensor | None) ->
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two images, at most 100."""
+    """Peak signal-to-noise ratio in dB of two images [3, H, W] in −1…1, at most 100."""
     return psnr_from_mse(mse(first, second))
 
 
@@ -89,12 +92,12 @@ def psnr_8_bit(decoded: Tensor, clean: Tensor) -> Tensor:
 
 
 def mse(first: Tensor, second: Tensor) -> float:
-    """Mean squared error of two images scaled to [0, 1]."""
+    """Mean squared error of two images [3, H, W] in −1…1, scaled to 0…1."""
     return float((to_unit_range(first) - to_unit_range(second)).square().mean())
 
 
 def ssim(first: Tensor, second: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004, eq. 13), averaged over channels and pixels."""
+    """Structural similarity (Wang et al. 2004, eq. 13) of two images [3, H, W], averaged over channels and pixels."""
     return float(ssim_map(to_unit_range(first), to_unit_range(second)).mean())
 
 

@@ -95,7 +95,8 @@ def refuse_unwritable(folder: Path) -> None:
     """
     if folder.suffix.lower() in OF_A_FILE and not folder.exists():
         raise UserError(
-            f"{folder} would be a folder that is called as a file. Name a folder: --out {folder.with_suffix('')}."
+            f"{folder} would be a folder that is called as a file. Name a folder: --out "
+            f"{quote(folder.with_suffix(''))}."
         )
     if folder.is_symlink() and not folder.exists():
         raise UserError(

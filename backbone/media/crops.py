@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from PIL.Image import Image
 
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition, crop_and_resize
 
 ReadCrop = Callable[[ImageRecord, tuple[int, int], CropPosition], Image]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import lru_cache
 
 import torch
 
-from backbone.families.components.latents import latent_space
 from backbone.io.console import UserError
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.planner import (
@@ -22,7 +21,9 @@ from backbone.memory.planner import (
     GIB,
     OFFLOAD_SHARES,
     Phase,
+    autoencoder_peak_bytes,
     format_phases,
+    usable_bytes,
 )
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement, find_offloadable_layers
@@ -68,7 +69,9 @@ class ClipEstimator:
         self.device = "cpu" if device == "cpu" else "cuda"
         self.spec = model.family.spec(model.location, model.dtype)
         self.denoiser = self.spec.denoiser.instantiate()
-        self.counted: dict[tuple[str, int], int] = {}
+        self.drawing_bytes = lru_cache(self._draw)
+        self.encoding_bytes = lru_cache(self._encode)
+        self.decoding_bytes = lru_cache(self._decode)
 
     def phases(self, choice: ClipChoice) -> dict[str, Phase]:
         """The phases, in order."""
@@ -84,23 +87,12 @@ class ClipEstimator:
         unpacked = 2 * max(offloaded, default=0) * bool(offload)
         rows = 1 if choice.placement.one_by_one else 2
         return {
-            "the picture": Phase(tower + vae, self._count("encode", 1)),
-            "drawing": Phase(own + vae, self._count("draw", rows) + unpacked),
-            "decoding": Phase(vae, self._count("decode", min(choice.chunk, self.frames))),
+            "the picture": Phase(tower + vae, self.encoding_bytes(1)),
+            "drawing": Phase(own + vae, self.drawing_bytes(rows) + unpacked),
+            "decoding": Phase(vae, self.decoding_bytes(min(choice.chunk, self.frames))),
         }
 
-    def usable_bytes(self, size: float) -> float:
-        """Bytes that tensors can have on a device of `size` GiB."""
-        return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
-
-    def _count(self, what: str, rows: int) -> int:
-        """The peak bytes of a call, each counted once."""
-        if (what, rows) not in self.counted:
-            call = self._draw if what == "draw" else self._code
-            self.counted[what, rows] = call(what, rows)
-        return self.counted[what, rows]
-
-    def _draw(self, what: str, rows: int) -> int:
+    def _draw(self, rows: int) -> int:
         """Of the denoiser with so many clips."""
         noisy = torch.zeros(rows, self.model.latent_shape[0], self.frames, *self.places, device="meta")
         conditions = replace(self.spec.blank_text(rows), references=(torch.zeros_like(noisy[:, :, 0]),))
@@ -112,16 +104,15 @@ class ClipEstimator:
             autocast=None if lower is torch.float32 else lower,
         )
 
-    def _code(self, what: str, rows: int) -> int:
-        """Of the autoencoder with so many pictures, or latents of frames."""
-        network: Any = self.spec.autoencoder.instantiate()
-        dtype, space = self.spec.autoencoder.dtype, latent_space(network)
-        if what == "encode":
-            sides = [side * self.model.factor for side in self.places]
-            given = torch.zeros(rows, 3, *sides, dtype=dtype, device="meta")
-            return forward_peak_bytes(network, lambda: space.encode(network, given), device=self.device)
-        latents = torch.zeros(rows, self.model.latent_shape[0], *self.places, dtype=dtype, device="meta")
-        return forward_peak_bytes(network, lambda: space.decode(network, latents, dtype), device=self.device)
+    def _encode(self, rows: int) -> int:
+        """Of the autoencoder with so many pictures."""
+        shape = (rows, 3, *(side * self.model.factor for side in self.places))
+        return autoencoder_peak_bytes(self.spec.autoencoder, "encode", shape, device=self.device)
+
+    def _decode(self, rows: int) -> int:
+        """Of the autoencoder with so many latents of frames."""
+        shape = (rows, self.model.latent_shape[0], *self.places)
+        return autoencoder_peak_bytes(self.spec.autoencoder, "decode", shape, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -145,7 +136,7 @@ def plan_clip(estimator: ClipEstimator, size: float, start: ClipChoice) -> ClipP
 
     Raises `UserError` with the nearest remedy where nothing fits.
     """
-    usable = estimator.usable_bytes(size)
+    usable = usable_bytes(size, estimator.device)
     tried = start
     for tried in choices(estimator, start):
         phases = estimator.phases(tried)

@@ -8,17 +8,19 @@ of their cost until every phase fits; then those that turn out to be unnecessary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
+from backbone.distributed import processes
 from backbone.distributed.device import PRECISIONS
+from backbone.families.base import ModuleSpec
 from backbone.families.components.latents import latent_space
 from backbone.io.console import UserError, notify
 from backbone.memory.count import StepBytes, forward_peak_bytes, tensor_bytes, training_step_bytes
@@ -32,6 +34,7 @@ from backbone.models.placement import (
     find_quantizable_layers,
 )
 
+Way = Literal["encode", "decode"]
 GIB = 2**30
 CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}  # assumed, not measured: a process's share before its first tensor
 FRAGMENTATION = 0.05  # assumed: the share of a device that its allocator cannot use
@@ -186,10 +189,6 @@ class MemoryEstimator:
             return 0
         return 2 * self.model_sizes(choice.precision).largest_layer
 
-    def usable_bytes(self, size: float) -> float:
-        """Bytes that tensors can have on a device of `size` GiB."""
-        return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(self.device, 0.0)
-
     def ways_out(self) -> list[str]:
         """What the user may ask for instead where nothing fits."""
         return [
@@ -221,10 +220,7 @@ class MemoryEstimator:
 
     def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
         """The denoiser on `meta` and its trained tensors."""
-        spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network = self.model.widen(spec.denoiser.instantiate())
-        if self.work.full_finetuning:
-            nn.Module.to(network, torch.float32)
+        network = self._build_meta_denoiser(precision)
         return network, list(self.work.add_trainable(network))
 
     def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
@@ -268,19 +264,30 @@ class MemoryEstimator:
         """The controls of so many rows, which are there throughout a call."""
         return ()
 
-    def _count_autoencoder(self, precision: str, way: str, tiles: bool, count: int) -> int:
-        """The peak of the autoencoder itself, encoding or decoding."""
+    def _count_autoencoder(self, precision: str, way: Way, tiles: bool, count: int) -> int:
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
-        network: Any = spec.autoencoder.instantiate()
-        if tiles:
-            enable_tiling(network, self.model.resolution // 2)
-        space, dtype = latent_space(network), spec.autoencoder.dtype
         sides = [latents * self.model.factor for latents in self.latent_shape[-2:]]
         shape = (3, *sides) if way == "encode" else self.latent_shape
-        given = torch.zeros(count, *shape, dtype=dtype, device="meta")
-        if way == "encode":
-            return forward_peak_bytes(network, lambda: space.encode(network, given), device=self.device)
-        return forward_peak_bytes(network, lambda: space.decode(network, given, dtype), device=self.device)
+        tile = self.model.resolution // 2 if tiles else 0
+        return autoencoder_peak_bytes(spec.autoencoder, way, (count, *shape), device=self.device, tile=tile)
+
+
+def autoencoder_peak_bytes(
+    part: ModuleSpec, way: Way, shape: Sequence[int], *, device: str, tile: int = 0
+) -> int:
+    """The peak of encoding images, or decoding latents, of this shape [B, C, H, W]; `tile` pixels a side, 0: whole."""
+    network: Any = part.instantiate()
+    if tile:
+        enable_tiling(network, tile)
+    space, given = latent_space(network), torch.zeros(*shape, dtype=part.dtype, device="meta")
+    if way == "encode":
+        return forward_peak_bytes(network, lambda: space.encode(network, given), device=device)
+    return forward_peak_bytes(network, lambda: space.decode(network, given, part.dtype), device=device)
+
+
+def usable_bytes(size: float, device: str) -> float:
+    """Bytes that tensors can have on a device of `size` GiB."""
+    return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(device, 0.0)
 
 
 class ModelSizes(NamedTuple):
@@ -427,7 +434,7 @@ def plan_memory(
     Savings that `start` has are kept. `library` says whether bitsandbytes can be used. Raises `UserError` with the
     nearest remedy where nothing fits.
     """
-    usable = estimator.usable_bytes(size)
+    usable = usable_bytes(size, estimator.device)
     allowed = applicable_savings(estimator.work, start, library=library)
     choice = find_cheapest(estimator, usable, start, allowed)
     hint = ""
@@ -453,13 +460,20 @@ def fit_to_memory(
 
 
 def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple[Backbone, MemorySettings]:
-    """The same for what the estimator counts."""
+    """The same for what the estimator counts.
+
+    A model that was opened compiled stays so where its base lies on the device as it is, else a line says that not.
+    Raises `UserError` where the model is shared out to processes.
+    """
+    processes.require_whole_model("--vram counts for a process alone; it")
     model = estimator.model
     on_gpu = model.device.type == "cuda"
     plan = plan_memory(estimator, size, start, library=on_gpu and has_bitsandbytes())
     for line in plan.lines():
         notify(line)
     choice = plan.settings
+    if model.compiles and not choice.compilable:
+        notify("Its blocks are not compiled: the base is compressed, or partly in the CPU's memory.")
     placed = Backbone(
         model.location,
         model.family,
@@ -468,6 +482,7 @@ def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple
         placement=choice.placement,
         resolution=model.asked_resolution,
         widened=model.widened,
+        compile=model.compiles and choice.compilable,
     )
     return placed, choice
 
@@ -545,7 +560,7 @@ def _describe_misfit(
     choice = min(choices, key=lambda settings: peak_bytes(estimator, settings))
     phases, least = estimator.phases(choice), peak_bytes(estimator, choice)
     most = max(phases, key=lambda name: phases[name].total_bytes)
-    larger = next((gib for gib in DEVICE_SIZES if estimator.usable_bytes(gib) >= least), None)
+    larger = next((gib for gib in DEVICE_SIZES if usable_bytes(gib, estimator.device) >= least), None)
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if hint else []),
         *estimator.ways_out(),
@@ -554,7 +569,7 @@ def _describe_misfit(
     remedy = ", or ".join(remedies) or "choose a smaller model"
     return (
         f"{estimator.model.location.name} does not fit {size:g} GiB: with every saving enabled, {most} needs "
-        f"{least / GIB:.1f} GiB, and tensors can have {estimator.usable_bytes(size) / GIB:.1f}. "
+        f"{least / GIB:.1f} GiB, and tensors can have {usable_bytes(size, estimator.device) / GIB:.1f}. "
         f"{remedy[0].upper()}{remedy[1:]}."
     )
 

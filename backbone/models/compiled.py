@@ -20,9 +20,8 @@ BLOCKS = (  # diffusers' classes that a denoiser repeats
     *("BasicTransformerBlock", "JointTransformerBlock"),
     *("FluxTransformerBlock", "FluxSingleTransformerBlock"),
 )
-GRAPHS = (
-    64  # of a block: its widths, sizes of images, with and without its adapter, with and without gradients
-)
+# Of a block: its widths, sizes of images, with and without its adapter, with and without gradients
+GRAPHS = 64
 Backend = str | Callable[..., Any]
 
 

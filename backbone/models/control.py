@@ -74,15 +74,14 @@ def new_control(
     family = require_controlled_family(model)
     if T2IAdapter not in family.control_classes:
         raise UserError(f"New control networks are made for UNets alone, and {model.location.name} has none.")
-    denoiser = cast(Any, model.denoiser if denoiser is None else denoiser)
-    device = next(denoiser.parameters()).device
+    network: Any = model.denoiser if denoiser is None else denoiser
+    device = next(network.parameters()).device
     module: Any
     if kind == "t2i-adapter":
-        widths = list(cast(Any, denoiser).config.block_out_channels)
+        widths = list(network.config.block_out_channels)
         usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
-        if (
-            cast(Any, denoiser).config.down_block_types[0] == "DownBlock2D"
-        ):  # SDXL's: features behind the first halving
+        # SDXL's: features behind the first halving
+        if network.config.down_block_types[0] == "DownBlock2D":
             usual = {
                 "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
                 "downscale_factor": 2 * model.factor,
@@ -91,8 +90,8 @@ def new_control(
         module = T2IAdapter(**usual | config)
     else:
         assert kind == "controlnet"
-        module = ControlNetModel.from_unet(denoiser, load_weights_from_unet=device.type != "meta", **config)
-    return family.control_network(module.float().to(device).train(), denoiser, _encode(model))
+        module = ControlNetModel.from_unet(network, load_weights_from_unet=device.type != "meta", **config)
+    return family.control_network(module.float().to(device).train(), network, _encode(model))
 
 
 def open_control(model: Backbone, name: str) -> OpenedControl:

@@ -1,9 +1,9 @@
 """Whole data sets through the encoders, once: images to latents, prompts to conditions, as rows of tables on disk.
 
-Images are encoded in batches, of several processes by each a share, while further processes decode ahead. A table
-belongs to one encoder at one size and precision, which its folder's name is the hash of, and a row to the contents of
-what was encoded: what is in a table is never encoded again, whoever asks and in whatever order. Batches are cut from
-the whole list before what is known is left out, so that latents do not depend on the number of processes.
+Images are encoded in batches, of several processes by each a share. A table belongs to one encoder at one size and
+precision, which its folder's name is the hash of, and a row to the contents of what was encoded: what is in a table is
+never encoded again, whoever asks and in whatever order. Batches are cut from the whole list before what is known is
+left out, so that latents do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -21,14 +20,13 @@ from PIL import ImageOps
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.data.ahead import work_ahead
 from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix
 from backbone.distributed import processes
 from backbone.families.components.latents import first_width
 from backbone.io.console import progress
 from backbone.io.files import content_hash
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.cache import TEXT, cache_folder
 from backbone.models.model import Backbone, Posterior
@@ -172,12 +170,10 @@ def encode_views(
     *,
     std: bool = False,
     read: ReadCrop = read_crop,
-    workers: int = 0,
-    label: str = "encoding",
 ) -> dict[bool, Encoded]:
     """The latents of views of one size, as they are and mirrored as `flips` asks; each encoded once, ever.
 
-    `read` decodes and cuts, in `workers` further processes. Call it in all processes of a run.
+    `read` decodes and cuts. Call it in all processes of a run.
     """
     size = views[0].size
     tables = {flip: image_table(model, size, Encoding(flip, std)) for flip in flips}
@@ -194,10 +190,10 @@ def encode_views(
         return [[int(row) for row in part[~known[part]]] for part in parts if not known[part].all()]
 
     def encode(batches: Sequence[list[int]]) -> None:
-        open_all = partial(_open_views, views=views, read=read)
         writers = {flip: ShardWriter(table, fallback=True) for flip, table in tables.items()}
-        with progress(sum(map(len, batches)), label, brief=True) as bar:
-            for rows, images in zip(batches, work_ahead(open_all, batches, workers=workers), strict=True):
+        with progress(sum(map(len, batches)), "encoding", brief=True) as bar:
+            for rows in batches:
+                images = torch.stack([as_bytes(read(*views[row])) for row in rows])
                 add_encoded(model, keys[rows], images, writers, std=std)
                 for writer in writers.values():
                     writer.close_if_due()
@@ -223,11 +219,6 @@ def add_encoded(
         found = model.encode(some.flip(-1) if flip else some)
         deviation = {"std": found.std.to(kept).cpu()} if std else {}
         writer.add({KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu(), **deviation})
-
-
-def _open_views(rows: Sequence[int], views: Sequence[View], read: ReadCrop) -> Tensor:
-    """Views decoded and cut [B, 3, H, W], in bytes."""
-    return torch.stack([as_bytes(read(*views[row])) for row in rows])
 
 
 def as_bytes(image: object) -> Tensor:
@@ -334,7 +325,6 @@ def encode_texts(
     prompts: Sequence[str | SeenPrompt],
     *,
     folder: Path | None = None,
-    label: str = "encoding prompts",
     read: ReadCrop = read_crop,
 ) -> Prompts | Conditions:
     """The conditions of prompts, row for row, each encoded once, ever.
@@ -362,7 +352,7 @@ def encode_texts(
 
     def encode(batches: Sequence[list[int]]) -> None:
         writer = ShardWriter(table, fallback=folder is None)
-        with progress(sum(map(len, batches)), label, brief=True) as bar:
+        with progress(sum(map(len, batches)), "encoding prompts", brief=True) as bar:
             for rows in batches:
                 text = encode_some(model, [unlike[row] for row in rows], read).text
                 writer.add({KEY: torch.from_numpy(keys[rows].copy()), **cast_text(model, text)})

@@ -42,7 +42,7 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
-from backbone.io.console import UserError, notify_once, progress
+from backbone.io.console import UserError, notify_once, progress, quote
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import read_as
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
@@ -363,16 +363,13 @@ class Backbone:
         return not isinstance(self.family, PictureFamily)
 
     def refuse_other_task(self, task: Task = "text-to-image") -> None:
-        """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …
-
-        Beside noisy latents it reads those of an image where it edits or animates one, and nothing elsewhere.
-        """
+        """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …"""
         name, edits = self.location.name, task in ("edit", "learn-to-edit")
         if not self.reads_words:
             if task != "image-to-video":
                 raise UserError(
                     f"{name} makes a clip of a picture and reads no words, so it cannot be used here. Use it with "
-                    f"customize clip --image PICTURE --model {name}, or name another model."
+                    f"customize clip --image PICTURE --model {quote(name)}, or name another model."
                 )
             return
         if self.reads_as_channels and not edits:
@@ -385,6 +382,11 @@ class Backbone:
                 "(--model timbrooks/instruct-pix2pix), or a run of customize train --pairs (--concept RUN), or "
                 "describe both images with edit invert-and-replace."
             )
+        self._refuse_other_channels()
+
+    def _refuse_other_channels(self) -> None:
+        """`UserError` for a denoiser that reads more beside noisy latents than those of an image that it edits."""
+        name = self.location.name
         part = "transformer" if "transformer" in self.location.index else "unet"
         if part not in self.location.index:
             return  # a checkpoint file, which was looked at when it was recognised
@@ -462,7 +464,7 @@ class Backbone:
         return torch.cat([self.decode(some) for some in rows.split(chunk or len(rows))])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
-        """Decode with gradients through the decoder."""
+        """Latents [B, C, H, W] to images [B, 3, 8H, 8W] in −1…1, all at once, with gradients through the decoder."""
         dtype = next(self.autoencoder.parameters()).dtype
         decoded = self.latent_space.decode(self.autoencoder, send(latents, self.device), dtype)
         return decoded.float().clamp(-1, 1)

@@ -21,9 +21,8 @@ from backbone.distributed.fsdp import shard
 from backbone.families.components.latents import has_frames, patch_size, pixels_per_latent
 from backbone.io.console import UserError
 
-BLOCKS = re.compile(
-    r"(^|_)blocks?\.|^(layers|\w+_refiner)\."
-)  # what repeats: nearly all of a denoiser's weights
+# What repeats: nearly all of a denoiser's weights
+BLOCKS = re.compile(r"(^|_)blocks?\.|^(layers|\w+_refiner)\.")
 KINDS = {"8bit": 1 + 4 / 2048, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes of a weight: a scale for each row of about 2048, or one byte for each 64 and four for each 64 × 256."""
 INSTALL = "pip install bitsandbytes"

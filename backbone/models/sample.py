@@ -14,14 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.sampling import (
-    ALL_STEPS,
-    MODELS_OWN,
-    Sampler,
-    Size,
-    own_sampler,
-    own_sampler_of_clips,
-)
+from backbone.cli.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size, own_sampler, own_sampler_of_clips
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator

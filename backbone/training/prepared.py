@@ -23,13 +23,14 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
 
 FORMAT = 1
 LEAST = 16  # records of a chunk: what is decoded and encoded together
 PROMPTS, RECORDS = "prompts", "records"
+NOTHING = "00" * 32  # the key in the place of an image that cannot be used, or is not there
 ANOTHER = "Give what it was begun with, or another --out."
 WORDS = {
     "encoder": "encoder or precision",

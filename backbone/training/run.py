@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from backbone.distributed import processes
 from backbone.io.console import ProgressBar, UserError, notify, progress, quote
 from backbone.io.files import append_jsonl, read_metadata
-from backbone.io.run_folder import catch_interrupts, trim_log
+from backbone.io.run_folder import CHECKPOINT, catch_interrupts, trim_log
 from backbone.models.compiled import CompiledBlocks
 from backbone.training.loop import (
     Average,
@@ -38,7 +38,6 @@ from backbone.training.loop import (
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
-CHECKPOINT = "checkpoint.safetensors"
 SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, where a step has them
 Answer = TypeVar("Answer")
 

@@ -9,15 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from backbone.cli.flags import (
-    DATA,
-    MODEL,
-    MODEL_HELP,
-    OUTPUT,
-    SPLIT_FILES,
-    ModelOptions,
-    out_option,
-)
+from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions, out_option
 from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
 from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json, read_metadata

@@ -25,9 +25,8 @@ from backbone.models.encode import ShardWriter
 from backbone.training.prepared import chunks_left
 
 Found = TypeVar("Found", covariant=True)
-ROWS = (
-    1 << 32
-)  # a shard's records have numbers from `shard · ROWS` on, those of a row from `row · per_row` on
+# A shard's records have numbers from `shard · ROWS` on, those of a row from `row · per_row` on
+ROWS = 1 << 32
 SHARDS = "shards"
 
 

@@ -31,7 +31,6 @@ from backbone.world.rendering.render import (
 )
 from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene, sample_scene
-from backbone.world.words import Vocabulary
 
 SLIDE, PAN = 46.0, 40.0  # pixels from the first frame to the last
 GROWTH, ZOOM = 1.7, 1.35  # times
@@ -125,9 +124,9 @@ class ClipRendering:
     flow: Floats
 
 
-def sample_clip(seed: int, *, words: Vocabulary | None = None, frames: int = 16) -> Clip:
+def sample_clip(seed: int, *, frames: int = 16) -> Clip:
     """Sample the clip of a seed: 15 % stand still, 55 % have a thing that moves, 20 % the camera, 10 % both."""
-    scene = sample_scene(seed, words=words)
+    scene = sample_scene(seed)
     random = Random(f"{seed}/clip")
     kind = random.random()
     move = random.choice(tuple(MOTIONS)) if STILL <= kind < 0.7 or kind >= 0.9 else ""

@@ -187,7 +187,8 @@ def find_outline(shape: Grid) -> Grid:
     return shape & ~inside
 
 
-def smooth_field(random: Random, side: int = SIZE * PENS // 2) -> NDArray[np.float32]:
-    """Smooth random numbers [side, side], mostly within −1…1, that change over some 16 pixels of the picture."""
+def smooth_field(random: Random) -> NDArray[np.float32]:
+    """Smooth random numbers [H, W], mostly within −1…1, that change over some 16 pixels of the picture."""
     coarse = np.array([[random.uniform(-1, 1) for _ in range(9)] for _ in range(9)], np.float32)
-    return np.asarray(Image.fromarray(coarse, "F").resize((side, side), Image.Resampling.BICUBIC))
+    size = SIZE * PENS // 2, SIZE * PENS // 2
+    return np.asarray(Image.fromarray(coarse, "F").resize(size, Image.Resampling.BICUBIC))

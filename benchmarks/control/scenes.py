@@ -46,6 +46,7 @@ from torch import Tensor
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
+from backbone.cli.sampling import own_sampler
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress
@@ -161,6 +162,7 @@ def run(settings: ControlSettings) -> None:
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
+        "sampler": own_sampler(model.defaults),
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     drawn = draw_by_hand(gallery, settings) if "sketch" in settings.kinds else []
@@ -254,6 +256,8 @@ class Gallery:
         found = [self.network(one) for one in (kind.split("+") if kind else [])]
         which = "+".join(dict.fromkeys(name for _, name in found)) or "none"
         how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{settings.steps}-{settings.guidance:g}"
+        sampler = own_sampler(model.defaults)
+        how += "" if sampler == "ddim" else f"-{sampler}"
         how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
         paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in asked]
         missing = [pair for pair in zip(asked, paths, strict=True) if not pair[1].exists()]

@@ -159,11 +159,8 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
         read_film(place)  # says that there is none
     run = (place / ADAPTER_FILE).is_file()
     beside = place.parent if place.exists() else Path()
-    usual = (
-        place / EVALUATION
-        if run
-        else beside / f"{place.stem if place.is_file() else place.name}-{EVALUATION}"
-    )  # no clip among the clips
+    name = place.stem if place.is_file() else place.name
+    usual = place / EVALUATION if run else beside / f"{name}-{EVALUATION}"  # no clip among the clips
     encoder = load_encoder(asked)
     drawing = plan_drawing(place, asked)
     with fill_new_folder(asked.out, usual) as (folder, unfinished):
@@ -220,7 +217,7 @@ class ScoredWords:
         self.known: dict[tuple[str, ...], Tensor] = {}
 
     def texts(self, words: Sequence[str]) -> Tensor:
-        """Unit vectors of words."""
+        """Unit vectors [N, D] of words."""
         assert isinstance(self.encoder, Scorer)
         key = tuple(words)
         if key not in self.known:

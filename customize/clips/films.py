@@ -18,7 +18,8 @@ from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.clips import Film, read_film
-from backbone.media.sources.pictures import join_lines, read_captions, read_listed
+from backbone.media.sources.columns import join_lines
+from backbone.media.sources.pictures import read_captions, read_listed
 
 LISTS = (".jsonl", ".json", ".csv")
 SEVERAL = "captions.json"

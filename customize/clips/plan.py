@@ -61,7 +61,7 @@ def plan_clip(
 
 
 def plan_motion(
-    prompt: str, frames: int, *, seed: int = 0, known: Mapping[str, str] | None = None
+    prompt: str, frames: int, *, known: Mapping[str, str] | None = None
 ) -> tuple[str, str, tuple[Image.Image, ...]]:
     """(the prompt without its words of motion, the motion, a map of poses for each frame); "" and no maps without one.
 
@@ -71,7 +71,7 @@ def plan_motion(
     said = cut_motion(prompt)
     if not said.move:
         return prompt, "", ()
-    scene = imagine(said.rest, known or {}, seed)
+    scene = imagine(said.rest, known or {})
     figures = place_figures(scene, scene.horizon)
     named = next((k for k, one in enumerate(scene.things) if one.noun == said.whose), 0)
     moving = range(len(figures)) if scene.pair else (named,)
@@ -84,14 +84,14 @@ def plan_motion(
     return said.rest, said.move, tuple(maps)
 
 
-def imagine(words: str, known: Mapping[str, str], seed: int) -> Scene:
+def imagine(words: str, known: Mapping[str, str]) -> Scene:
     """The scene that words describe; one thing where the world does not have them."""
     for word, noun in known.items():
         words = " ".join(words.replace(word, noun).split())
     try:
-        return parse_scene(words, seed=seed)
+        return parse_scene(words)
     except UserError:
-        return replace(ANYTHING, seed=seed)
+        return ANYTHING
 
 
 def _stick(figure: Figure, x: float, y: float, grown: float, turn: float) -> Stick:

@@ -124,34 +124,15 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
 def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:
     """The model with the motion adapter that learns, or a new one, as the plan for `asked.vram` places it.
 
-    Its settings beside: with what that plan saves. Raises `UserError` for an adapter of another model, one that has no
-    positions for so many frames, and a device that it does not fit.
+    Its settings beside: with what that plan saves. Raises `UserError` as `open_adapter`, and for a device that it does
+    not fit.
     """
     model = Backbone.open(asked.model, device=asked.device, precision=asked.precision)
-    if asked.motion:
-        adapter = read_motion_adapter(asked.motion)
-    else:
-        outline = model.family.spec(model.location, model.dtype).denoiser.instantiate()
-        if not hasattr(outline, "down_blocks"):
-            raise UserError(
-                f"Motion is learned in a UNet, and {asked.model} is a transformer. Give a --model that has a UNet."
-            )
-        adapter = new_motion_adapter(cast(Any, outline).config, seed=asked.seed, frames=max(32, asked.frames))
-        count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
-        notify(
-            f"A new motion adapter of {count:.1f} M parameters: it knows no motion yet, and few clips do not teach it "
-            "one. With --motion an adapter that knows some learns on."
-        )
-    longest = int(cast(Any, adapter).config.motion_max_seq_length)
-    if asked.frames > longest:
-        raise UserError(
-            f"{asked.motion} has positions for {longest} frames, and --frames is {asked.frames}. Ask for fewer."
-        )
-    settled = asked
+    adapter, settled = open_adapter(model, asked), asked
     if asked.vram is not None:
         learned = LearnedMotion(
             asked.frames,
-            cast(Any, adapter).config,
+            adapter.config,
             lambda network: find_learned(network, asked).values(),
             asked.prior == "base",
         )
@@ -163,6 +144,33 @@ def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]
     else:
         attach_motion(model.denoiser, adapter)
     return model, settled
+
+
+def open_adapter(model: Backbone, asked: TrainMotionOptions) -> Any:
+    """The motion adapter that was named, or a new one for this model, which is said.
+
+    Raises `UserError` for an adapter of another model, a model without a UNet, and too few positions for the frames.
+    """
+    if asked.motion:
+        adapter = read_motion_adapter(asked.motion)
+    else:
+        outline: Any = model.family.spec(model.location, model.dtype).denoiser.instantiate()
+        if not hasattr(outline, "down_blocks"):
+            raise UserError(
+                f"Motion is learned in a UNet, and {asked.model} is a transformer. Give a --model that has a UNet."
+            )
+        adapter = new_motion_adapter(outline.config, seed=asked.seed, frames=max(32, asked.frames))
+        count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
+        notify(
+            f"A new motion adapter of {count:.1f} M parameters: it knows no motion yet, and few clips do not teach it "
+            "one. With --motion an adapter that knows some learns on."
+        )
+    longest = int(cast(Any, adapter).config.motion_max_seq_length)
+    if asked.frames > longest:
+        raise UserError(
+            f"{asked.motion} has positions for {longest} frames, and --frames is {asked.frames}. Ask for fewer."
+        )
+    return adapter
 
 
 def encode_films(model: Backbone, films: Sequence[Captioned]) -> list[Tensor]:
@@ -235,11 +243,7 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
     if not (run / CHECKPOINT).is_file():
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
-    return (
-        run,
-        replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED)),
-        True,
-    )
+    return run, replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED)), True
 
 
 def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,7 +331,7 @@ class MotionLearning(Objective):
             value.requires_grad_(True)
 
     def drift(self, prior: Prior, random: torch.Generator) -> Tensor:
-        """How far predictions of a clip of the class, in the layers over time alone, are from the base's own."""
+        """The squared error [] of predictions of a clip of the class, by layers over time alone, to the base's own."""
         number = int(torch.randint(len(prior.clips), (), generator=random))
         clip, text = prior.clips[number][None], prior.conditions[[number]]
         state = random.get_state()
@@ -355,7 +359,7 @@ class MotionLearning(Objective):
             value.requires_grad_(own)
 
     def predict(self, clean: Tensor, text: Conditions, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the network predicts of a picture or clip that is noised, and what it should."""
+        """What the network predicts of a noised picture [1, C, h, w] or clip [1, C, F, h, w], and what it should."""
         model = self.model
         index = torch.randint(len(model.path.levels.a), (1,), generator=random)
         noise = send(torch.randn(clean.shape, generator=random), model.device)

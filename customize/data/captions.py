@@ -15,7 +15,7 @@ from backbone.adapters.concept import (
     replace_tokens,
     resolve_placeholder_tokens,
 )
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder

@@ -36,18 +36,19 @@ from backbone.media.control.maps import (
     refuse_wrong_kind,
     resize_map,
 )
+from backbone.media.sources.columns import CAPTION_COLUMNS
 from backbone.media.sources.decode import BadImageError
+from backbone.media.sources.names import normalize_name
 from backbone.media.sources.pictures import (
     IMAGE_SUFFIXES,
     METADATA,
     PROMPT_LIST,
-    ImageRecord,
     ListedImages,
     find_lists,
     list_images,
-    normalize_name,
     read_image_list,
 )
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from customize.data.edit_pairs import (
     SOURCES,
@@ -69,7 +70,6 @@ MAP_COLUMNS = (
     "hint",
 )
 IMAGE_COLUMNS = ("filename", "image", "target", "imagepath")
-CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Of a map beside its image: `1.sketch.png`, `1_canny.png`; OneTrainer's `1-condlabel.png` is of any kind
 MAP_STEM = re.compile(r"(.+)[._-](" + "|".join([*KINDS, *SYNONYMS, "condlabel"]) + ")", re.IGNORECASE)
 # Of any kind too, where there is such an image: `1_control.png`, `hint_1.png`; and `canny_1.png`

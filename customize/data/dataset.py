@@ -21,7 +21,8 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.sources.pictures import ImageRecord, list_images
+from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import (
     CropPosition,
     bucket_sizes,
@@ -340,7 +341,7 @@ def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor |
 
 
 def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
-    """Masks at the latents' sizes (H, W), each of mean 1 so that all pictures weigh the same; None if none."""
+    """Masks [1, H, W] at the latents' sizes, each of mean 1 so that all pictures weigh the same; None if none."""
     if all(mask is None for mask in masks):
         return None
     weights = []

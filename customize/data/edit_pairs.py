@@ -26,16 +26,16 @@ from backbone.io.prompts import is_caption
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.decode import BadImageError
+from backbone.media.sources.names import find_spelled
 from backbone.media.sources.pictures import (
     METADATA,
     PROMPT_LIST,
-    ImageRecord,
     ListedImages,
     find_lists,
-    find_spelled,
     list_by_name,
     read_image_list,
 )
+from backbone.media.sources.record import ImageRecord
 
 # Names of columns and of folders, as `plain_name` has them; the first that is there counts
 SOURCES = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError, notify
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
 from backbone.models.model import Backbone
 from backbone.models.references import refuse_too_many

@@ -12,13 +12,8 @@ from backbone.adapters.concept import word_pattern
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import (
-    IMAGE_SUFFIXES,
-    ImageRecord,
-    check_images,
-    describe_unused,
-    list_images,
-)
+from backbone.media.sources.pictures import IMAGE_SUFFIXES, check_images, describe_unused, list_images
+from backbone.media.sources.record import ImageRecord
 from customize.settings import INSTANCE_PROMPT, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+(?:\.\d+)?)_(.+)")

@@ -20,7 +20,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
 from backbone.io.files import content_hash
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_and_resize
 from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
@@ -67,7 +67,7 @@ def prediction_difference(
 
 
 def otsu(values: Tensor) -> Tensor:
-    """Ones above the threshold that separates a map best into two classes (Otsu 1979); all ones if it is flat."""
+    """1 above the threshold that separates a map [1, H, W] best in two classes (Otsu 1979), else 0; 1 if it is flat."""
     ordered = values.flatten().double().sort().values
     count = len(ordered)
     below = torch.arange(1, count, dtype=torch.float64)

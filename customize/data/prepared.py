@@ -17,7 +17,8 @@ from typing import Any
 from backbone.data.table import Table, keys_of
 from backbone.io.console import UserError
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import DatasetRow, ImageRecord, list_images
+from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.models.encode import Encoded, View
 from backbone.training.prepared import PreparedFolder
 

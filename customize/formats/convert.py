@@ -242,7 +242,7 @@ def _import_run(
     if adapter.base == "svd":
         raise UserError(
             f"{file} adapts {BASE_NAMES['svd']}, which reads no words, so no run is made of it. Draw clips with it as "
-            f"it is: customize clip --image PICTURE --model svd --lora {file}"
+            f"it is: customize clip --image PICTURE --model svd --lora {quote(file)}"
         )
     model_name = model or adapter.metadata.get("base_model")
     if model_name is None:

@@ -202,7 +202,7 @@ class ControlTraining(Objective):
         return torch.where(chosen, noisy, spread)
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The denoising loss, the mean over the whole batch."""
+        """The denoising loss []; its mean over processes is the mean over the whole batch."""
         with self.model.autocast():
             control = Control.of(self.network, batch.maps)
         prediction = self.model.predict(

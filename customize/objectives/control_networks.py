@@ -70,10 +70,8 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
             "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
         )
     network, record, _ = open_control(model, settings.begin_from)
-    wanted, found = (
-        "T2IAdapter" if settings.kind == ADAPTER else "ControlNetModel",
-        type(network.module).__name__,
-    )
+    wanted = "T2IAdapter" if settings.kind == ADAPTER else "ControlNetModel"
+    found = type(network.module).__name__
     if found != wanted:
         raise UserError(
             f"{settings.begin_from} is a {found}, and --kind {settings.kind} trains a {wanted}. Name another one, or "

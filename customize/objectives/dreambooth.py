@@ -27,13 +27,14 @@ from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
 from backbone.io.console import UserError
+from backbone.io.run_folder import CHECKPOINT
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import stratified_levels
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
-from backbone.training.run import CHECKPOINT, Objective
+from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
 from customize.methods.begin import begin_from
 from customize.methods.registry import trainable

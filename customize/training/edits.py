@@ -20,7 +20,7 @@ from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
 from backbone.io.console import UserError, count_of, notify, notify_once, quote
 from backbone.io.files import append_jsonl, read_json, write_text
-from backbone.io.run_folder import name_beside, read_log, refuse_taken, run_name, trim_log
+from backbone.io.run_folder import CHECKPOINT, name_beside, read_log, refuse_taken, run_name, trim_log
 from backbone.media.crops import CropReader
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to_tensor
@@ -29,7 +29,7 @@ from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
 from customize.data.edits import count_references, prepare_pairs
@@ -71,7 +71,6 @@ def train_edits(
     if settings.train_text_encoder:
         refuse_other_encoders(model)
     if vram is not None:
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
     with processes.hold_new_run(run) as writes:

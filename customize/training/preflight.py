@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.media.duplicates import almost_equal, perceptual_hash
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
 from customize.data.captions import (
     LONG,

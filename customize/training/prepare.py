@@ -20,7 +20,8 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.pictures import ImageRecord, refuse_bad_images
+from backbone.media.sources.pictures import refuse_bad_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.sources.stream import ImageStream
 from backbone.media.transforms import bucket_sizes, crop_and_resize, nearest_bucket
 from backbone.models.encode import (
@@ -37,6 +38,7 @@ from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
     CENTRED,
+    NOTHING,
     RECORDS,
     Cuts,
     PreparedFacts,
@@ -48,8 +50,6 @@ from backbone.training.prepared import (
 )
 from backbone.training.sources import Listed, Source, Streamed, write_shards
 from customize.data.prepared import KEPT, PICTURES, PreparedImages, table_name
-
-NOTHING = "00" * 32  # the key of an image that cannot be used
 
 
 class Seen(NamedTuple):

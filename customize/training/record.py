@@ -10,7 +10,7 @@ from typing import Any
 from backbone.adapters.concept import Concept
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.run_folder import package_versions
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.settings import TrainingSettings
@@ -78,9 +78,8 @@ def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[s
         now = hash_images(folder)
         if not isinstance(before, dict) or before == now:
             continue
-        if not any(
-            APART in str(value) for value in before.values()
-        ):  # of a version that kept images' own alone
+        # Of a version that kept images' own alone
+        if not any(APART in str(value) for value in before.values()):
             now = {name: value.partition(APART)[0] for name, value in now.items()}
         parts = [
             ("gone", sorted(before.keys() - now.keys())),

@@ -12,13 +12,14 @@ from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import notify, notify_once
 from backbone.io.files import read_json, write_json, write_text
-from backbone.io.run_folder import refuse_taken, run_name
+from backbone.io.run_folder import CHECKPOINT, refuse_taken, run_name
 from backbone.media.crops import CropReader
-from backbone.media.sources.pictures import ImageRecord, check_images, list_images
+from backbone.media.sources.pictures import check_images, list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from customize.data.dataset import SubjectGroup, prepare
 from customize.data.folders import read_images
@@ -69,7 +70,6 @@ def train_concept(
     settings = resolve_settings(asked | fields_of_subjects(subjects), opened.defaults)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     if settings.train_text_encoder:
         refuse_other_encoders(model)

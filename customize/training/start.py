@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +116,7 @@ def refuse_other_beginning(wanted: Settings) -> None:
     if Path(wanted.begin_from).is_file():
         raise UserError(
             f"--begin-from {wanted.begin_from} is a file, and a run folder is needed. Make one: customize import "
-            f"{shlex.quote(wanted.begin_from)} --out runs/before"
+            f"{quote(wanted.begin_from)} --out runs/before"
         )
     kind, found = EDITS if wanted.pairs else wanted.method, read_concept(wanted.begin_from).kind
     if found != kind:

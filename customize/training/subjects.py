@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, choose_rare_words
+from backbone.adapters.concept import Concept, check_token, choose_rare_word
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.run_folder import run_name
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from customize.data.captions import (
@@ -51,7 +51,7 @@ def choose_words(
             words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(picture.content_hash for picture in folder)
-            words = choose_rare_words(
+            words = choose_rare_word(
                 vocabulary, key, taken=[other.token_words for other in subjects_with_words]
             )
         subjects_with_words.append(dataclasses.replace(subject, token_words=words))

@@ -10,7 +10,7 @@ all of it for one pair of prompts and positions T of the encoded prompts:
 
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
 a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
-punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`Stretch`), a word's
+punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's
 tokens are those of all of them, and each takes attention from its own change.
 """
 
@@ -200,8 +200,8 @@ def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:
     return tokenize_prompt([TextSegment(tokenizer, tokenizer.model_max_length)], text)
 
 
-def tokenize_prompt(stretches: Sequence[TextSegment], text: str) -> TokenizedPrompt:
-    """A prompt as tokenized for a model whose text tokens are these stretches, one behind the other.
+def tokenize_prompt(segments: Sequence[TextSegment], text: str) -> TokenizedPrompt:
+    """A prompt as tokenized for a model whose text tokens are these segments, one behind the other.
 
     The first tokenizer says what the words are; what the others cut belongs to the word that it covers most of.
 
@@ -209,8 +209,8 @@ def tokenize_prompt(stretches: Sequence[TextSegment], text: str) -> TokenizedPro
     """
     cuts: list[_Cut] = []
     sections: list[Section] = []
-    for stretch in stretches:
-        section, own = _tokenize_section(stretch, text, sections[-1].last if sections else 0)
+    for segment in segments:
+        section, own = _tokenize_section(segment, text, sections[-1].last if sections else 0)
         cuts = _merge_tokenizers(cuts, own)
         sections.append(section)
     if not cuts:
@@ -330,16 +330,16 @@ class _Cut:
     positions: list[int]
 
 
-def _tokenize_section(stretch: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
-    """One stretch of a prompt, whose tokens stand at `first` and behind."""
-    last = first + stretch.tokens
+def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
+    """One segment of a prompt, whose tokens stand at `first` and behind."""
+    last = first + segment.tokens
     empty = Section(first, last, last, last)
-    if stretch.tokenizer is None:
+    if segment.tokenizer is None:
         return empty, []
-    words, (before, after) = stretch.preprocess(prompt), stretch.frame
+    words, (before, after) = segment.preprocess(prompt), segment.frame
     text = before + words + after
-    encoding = stretch.tokenizer(
-        text, padding="max_length", truncation=True, max_length=stretch.tokens + stretch.dropped, verbose=False,
+    encoding = segment.tokenizer(
+        text, padding="max_length", truncation=True, max_length=segment.tokens + segment.dropped, verbose=False,
         return_offsets_mapping=True,
     )  # fmt: skip
     cuts: list[_Cut] = []
@@ -347,7 +347,7 @@ def _tokenize_section(stretch: TextSegment, prompt: str, first: int) -> tuple[Se
     waiting: list[int] = []  # tokens of spaces, which belong to the word behind them
     tail = 0  # tokens of the template behind the prompt
     for position, (word, (start, end)) in enumerate(
-        zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first - stretch.dropped
+        zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first - segment.dropped
     ):
         if word is None and not (after and end > start):  # begin, end, padding
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -184,19 +184,17 @@ class _Layer:
         """How many queries there are."""
         return self.shape[1] if len(self.shape) == 3 else self.shape[2] * self.shape[3]
 
-    @property
+    @cached_property
     def hidden(self) -> Tensor:
         """What queries are made of [B, queries, C]."""
-        if not hasattr(self, "_hidden"):
-            x = self.states
-            if self.attn.spatial_norm is not None:
-                x = self.attn.spatial_norm(x, self.temb)
-            if x.ndim == 4:
-                x = x.flatten(2).transpose(1, 2)
-            if self.attn.group_norm is not None:
-                x = self.attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-            self._hidden = x
-        return self._hidden
+        x = self.states
+        if self.attn.spatial_norm is not None:
+            x = self.attn.spatial_norm(x, self.temb)
+        if x.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
+        if self.attn.group_norm is not None:
+            x = self.attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        return x
 
     @property
     def text(self) -> Tensor:

@@ -98,10 +98,8 @@ def remove(
     text = layout.under(text, schedule, [TARGET] * count)
     predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
     filling = _fill(inversion, hidden, first, asked)
-    now, kept = (
-        torch.where(inside > 0, filling, states[first]),
-        KeptEstimates(first, inversion.steps, asked.frames),
-    )
+    now = torch.where(inside > 0, filling, states[first])
+    kept = KeptEstimates(first, inversion.steps, asked.frames)
     control = AttentionControl(targets=0, hidden=hidden)
     with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
         for step in range(first, inversion.steps):

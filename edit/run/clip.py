@@ -208,41 +208,60 @@ def run_clip(
     asked: ClipOptions,
     first: SourceImage | None = None,
 ) -> ClipResult:
-    """The edit itself: by an inversion where the source is described, else by noise."""
-    film, source, layout = begins.film, begins.source, begins.layout
-    resolved, negative = [loaded.resolve(target) for target in targets], loaded.resolve(asked.negative)
-    if source is None:
-        strength = REDRAWN if asked.strength is None else asked.strength
-        redraw = ClipRedraw(strength, asked.steps, asked.guidance, negative, asked.seed)
-        with progress(len(film.frames), "drawing frames") as bar:
-            result = redraw_film(
-                loaded.model, film, resolved[0], redraw, layout=layout,
-                progress=lambda share: bar.advance_images(share * len(film.frames)),
-            )  # fmt: skip
-        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
-    if asked.method == "flow-edit":
-        return flow_clip(loaded, film, source, targets, asked, layout)
+    """The edit itself: by an inversion or the difference of velocities where the source is described, else by noise."""
+    if begins.source is None:
+        result = redraw_clip(loaded, begins.film, targets[0], asked, begins.layout)
+    elif asked.method == "flow-edit":
+        result = flow_clip(loaded, begins.film, begins.source, targets, asked, begins.layout)
+    else:
+        result = replace_in_clip(loaded, begins, begins.source, targets, asked, first)
+    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+
+
+def redraw_clip(
+    loaded: ModelWithConcepts, film: Film, target: str, asked: ClipOptions, layout: Layout
+) -> ClipResult:
+    """The clip noised and drawn again."""
+    strength = REDRAWN if asked.strength is None else asked.strength
+    redraw = ClipRedraw(strength, asked.steps, asked.guidance, loaded.resolve(asked.negative), asked.seed)
+    with progress(len(film.frames), "drawing frames") as bar:
+        return redraw_film(
+            loaded.model, film, loaded.resolve(target), redraw, layout=layout,
+            progress=lambda share: bar.advance_images(share * len(film.frames)),
+        )  # fmt: skip
+
+
+def replace_in_clip(
+    loaded: ModelWithConcepts,
+    begins: Beginning,
+    source: str,
+    targets: Sequence[str],
+    asked: ClipOptions,
+    first: SourceImage | None,
+) -> ClipResult:
+    """The edit from an inversion, by words or by the edited first frame."""
+    resolved = [loaded.resolve(target) for target in targets]
     settings = ClipEdit(
         cross=asked.cross,
         self_attention=asked.self_attention,
         temporal=asked.temporal,
         threshold=asked.threshold,
         guidance=asked.guidance,
-        negative=negative,
+        negative=loaded.resolve(asked.negative),
         strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
         keep_frames=tuple(map(frame_number, asked.keep_frames)),
     )
-    inversion = begins.inversion or invert_aloud(loaded, film, source, asked, layout)
+    inversion = begins.inversion or invert_aloud(loaded, begins.film, source, asked, begins.layout)
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)
-        return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, inversion=inversion)
+        return replace(result, inversion=inversion)
     with progress(steps, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
         became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
-    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, inversion=inversion)
+    return replace(result, inversion=inversion)
 
 
 def frame_number(said: str) -> int:
@@ -303,8 +322,7 @@ def flow_clip(
         result = flow_film(
             loaded.model, film, loaded.resolve(source), resolved, settings, layout=layout, progress=bar.advance,
         )  # fmt: skip
-    facts = {**result.facts, "method": asked.method}
-    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size, facts=facts)
+    return replace(result, facts={**result.facts, "method": asked.method})
 
 
 def publish_clip(

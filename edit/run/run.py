@@ -15,7 +15,7 @@ from typing import Any
 
 from backbone.cli.conditions import ControlOptions
 from backbone.cli.options import UnknownSettingError
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder, refuse_unwritable
@@ -28,10 +28,8 @@ from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
-CONTROL = (
-    *(one.name for one in fields(ControlOptions)),
-    "source_condition",
-)  # which become one `AskedLayout`
+# Which become one `AskedLayout`
+CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
 WISH_TYPES: dict[str, Any] = {  # of a record's settings
@@ -127,7 +125,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
         return loaded
 
     try:
-        return _run(recorded.command, wishes, load, out=out, said=f"edit replay {path}")
+        return _run(recorded.command, wishes, load, out=out, said=f"edit replay {quote(path)}")
     except (TypeError, UnknownSettingError) as error:
         raise UserError(
             f"{path} holds settings that this version does not know ({error}). Update Limner, or edit anew."

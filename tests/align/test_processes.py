@@ -16,8 +16,9 @@ from align.training.run import resume_preferences
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.io.run_folder import CHECKPOINT
 from backbone.models.cache import VARIABLE
-from backbone.training.run import CHECKPOINT, LOG
+from backbone.training.run import LOG
 from tests.align.conftest import PROMPTS, picture, write_lines
 from tests.align.together import CASES, ONLINE, cold_worker, everything, online, online_worker, worker
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import choose_rare_words, read_concept
+from backbone.adapters.concept import choose_rare_word, read_concept
 from backbone.adapters.embeddings import add_tokens, embed_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.diffusion.noise import SingularLevel, estimate
@@ -674,7 +674,7 @@ def test_packing_latents_is_undone_by_unpacking() -> None:
 
 def test_t5_has_rare_words_too(folders: dict[str, Path]) -> None:
     vocabulary = opened(folders["pixart"]).text_encoder.tokenizer.get_vocab()
-    assert choose_rare_words(vocabulary, "key") in tiny.RARE
+    assert choose_rare_word(vocabulary, "key") in tiny.RARE
 
 
 def test_small_letters_leave_learned_words_alone() -> None:

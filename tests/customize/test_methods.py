@@ -18,7 +18,8 @@ from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.media.crops import read_crop
-from backbone.media.sources.pictures import ImageRecord, list_images
+from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps

@@ -19,8 +19,8 @@ from backbone.distributed import processes
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.io.run_folder import CHECKPOINT
 from backbone.models.cache import VARIABLE
-from backbone.training.run import CHECKPOINT
 from customize.objectives.dreambooth import share_of
 from customize.settings import Settings
 from customize.training.run import resume_concept

@@ -29,7 +29,7 @@ from align.pairs.choices import (
 from backbone.evaluation.statistics import Interval, wilson_interval
 from backbone.io.console import UserError, notify, progress
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 
 REPEAT_SHARE = 0.1  # probability that a question is a hidden repeat
 REPEAT_DISTANCE = 5  # least number of questions between a pair and its repeat

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from align.settings import Settings
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, expand_tokens
 from backbone.distributed import processes
 from backbone.io.console import progress
 from backbone.io.report import heading, image_row, paragraph
@@ -55,7 +55,7 @@ class Pictures:
         self.run, self.model, self.settings = run, model, settings
         self.prompts = list(dict.fromkeys(prompts))[:COUNT]
         self.requests = [
-            Request(resolve_placeholder_tokens(prompt, concepts, runs=None) if concepts else prompt, (i, 0))
+            Request(expand_tokens(prompt, concepts, runs=None), (i, 0))
             for i, prompt in enumerate(self.prompts)
         ]
 

@@ -6,6 +6,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+# Of a layer over text and image, each with its own
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
 
 def project_qkv(attn: Any, hidden: Tensor) -> list[Tensor]:
     """Query, key and value [B, heads, tokens, D] of image tokens [B, tokens, C], or of a whole sequence."""

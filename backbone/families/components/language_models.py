@@ -151,10 +151,10 @@ def unpad_rows(text: Text, dtype: torch.dtype) -> list[Tensor]:
 
 
 def load_language_model(
-    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype, *, tokenizer: str = "tokenizer"
+    kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
 ) -> TextEncoderSlot:
-    """Load a language model in `dtype` without its head, or its eye, with its tokenizer, which that folder holds."""
-    words = loading.load_pretrained(tokenizer_kind, location, tokenizer)
+    """Load a language model in `dtype` without its head, or its eye, with its tokenizer."""
+    words = loading.load_pretrained(tokenizer_kind, location, "tokenizer")
     model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).get_decoder()
     return TextEncoderSlot("text_encoder", words, model)
 

@@ -76,10 +76,8 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
         )
     scale = float(config.get("scaling_factor") or 1.0)
     if config.get("latents_mean") is None or config.get("latents_std") is None:
-        shift, over_time = (
-            float(config.get("shift_factor") or 0.0),
-            isinstance(autoencoder, AutoencoderKLTemporalDecoder),
-        )
+        shift = float(config.get("shift_factor") or 0.0)
+        over_time = isinstance(autoencoder, AutoencoderKLTemporalDecoder)
         return LatentSpace(scale, shift, frames=has_frames(config), over_time=over_time)
     mean, std = (
         torch.tensor(config[key], dtype=torch.float32, device=device)[:, None, None]

@@ -44,7 +44,6 @@ from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
-JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TRAINING_GUIDANCE = 1.0  # the input of a guidance embedding where no guidance is asked for
 
 
@@ -59,9 +58,10 @@ class Flux:
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxKontextPipeline")
     reads_images: ClassVar[Mapping[str, ImageInput]] = {"FluxKontextPipeline": ImageInput(1)}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": JOINT,
+        "attention": joint_attention.PROJECTIONS,
         "all": (
-            *(*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+            *joint_attention.PROJECTIONS,
+            *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
             "proj_mlp",
             *(f"single_transformer_blocks.{n}.proj_out" for n in range(38)),  # but not the final `proj_out`
         ),
@@ -255,7 +255,7 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack_latents` for latents of H × W."""
+    """Tokens [B, H/2 · W/2, 4C] → latents [B, C, H, W], as `pack_latents` had them."""
     blocks = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 

@@ -48,7 +48,6 @@ KLEIN = Reading(layers=(9, 18, 27), tokens=512, padded=True)
 DEV = Reading(layers=(10, 20, 30), tokens=512, padded=True)
 MISTRAL = (f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]")
 QWEN = (language_models.QWEN[0], language_models.QWEN[1] + language_models.NO_THOUGHTS)
-JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 SINGLE = ("to_qkv_mlp_proj", *(f"single_transformer_blocks.{n}.attn.to_out" for n in range(48)))
 KLEIN_9B, DEV_WIDTH = 4096, 6144  # widths of the transformers under a non-commercial licence
 REFERENCE = 10  # how far references lie apart in time
@@ -103,9 +102,9 @@ class Flux2(SplitFileFamily):
     transformer_kind: ClassVar[Any] = Flux2Transformer2DModel
     vae_kind: ClassVar[Any] = AutoencoderKLFlux2
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": (*JOINT, *SINGLE),
+        "attention": (*joint_attention.PROJECTIONS, *SINGLE),
         "all": (
-            *(*JOINT, *SINGLE),
+            *(*joint_attention.PROJECTIONS, *SINGLE),
             *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
         ),
     }

@@ -47,7 +47,6 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
-JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FILES = SplitFiles(
     "Qwen-Image",
     marks=(("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
@@ -67,9 +66,9 @@ class QwenImage(SplitFileFamily):
     vae_kind: ClassVar[Any] = AutoencoderKLQwenImage
     convert_vae: ClassVar[Convert | None] = split_files.convert_video_autoencoder
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": JOINT,
+        "attention": joint_attention.PROJECTIONS,
         "all": (
-            *JOINT,
+            *joint_attention.PROJECTIONS,
             *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
             *("img_mod.1", "txt_mod.1"),
         ),

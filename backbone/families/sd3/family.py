@@ -45,7 +45,6 @@ from backbone.io.files import Header
 
 T5_TOKENS = 256
 MAX_TOKENS_WITH_BIAS = 1024  # image tokens; beyond, attention without a bias saves more than 255 fewer tokens
-JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class StableDiffusion3:
@@ -56,8 +55,11 @@ class StableDiffusion3:
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     reads_images: ClassVar[Mapping[str, ImageInput]] = {}
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
-        "attention": JOINT,
-        "all": (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        "attention": joint_attention.PROJECTIONS,
+        "all": (
+            *joint_attention.PROJECTIONS,
+            *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        ),
     }
 
     control_classes: ClassVar[tuple[Any, ...]] = (SD3ControlNetModel,)

@@ -42,9 +42,8 @@ AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
-NOT_TEXT = (
-    r"lm_head\.|visual\.|vision_|multi_modal_projector\."  # what a language model has beside its layers
-)
+# What a language model has beside its layers
+NOT_TEXT = r"lm_head\.|visual\.|vision_|multi_modal_projector\."
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
 FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
 NAMES = {VAE: "autoencoder", TEXT: "text encoder"}

@@ -86,8 +86,7 @@ def resize_smoothed(pictures: Tensor, size: tuple[int, int]) -> Tensor:
         kernel = (kernel / kernel.sum()).reshape(shape).expand(pictures.shape[1], 1, *shape[2:])
         half = taps // 2
         around = (0, 0, half, half) if axis == 2 else (half, half, 0, 0)
-        mode = (
-            "reflect" if half < pictures.shape[axis] else "replicate"
-        )  # of a few pixels nothing can be mirrored
+        # Of a few pixels nothing can be mirrored
+        mode = "reflect" if half < pictures.shape[axis] else "replicate"
         pictures = F.conv2d(F.pad(pictures, around, mode=mode), kernel, groups=pictures.shape[1])
     return F.interpolate(pictures, size=size, mode="bicubic", align_corners=True)

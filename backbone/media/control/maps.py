@@ -364,13 +364,14 @@ def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
     if grey > MOST_GREY or saturation(drawn) > MOST_COLOUR:
         raise UserError(
             f"{name} looks like a photograph, and --condition {kind} takes a map, white lines on black. Make one: "
-            f"customize map {kind} {quote(name)} --out {kind}.png, or let it be found: --condition {kind}={name}:auto."
+            f"customize map {kind} {quote(name)} --out {kind}.png, or let it be found: --condition "
+            f"{quote(f'{kind}={name}:auto')}."
         )
     if float(ink.mean()) > 0.5:
         remedy = (
             "Leave :inverted out"
             if asked.inverted
-            else f"Invert it, or say --condition {kind}={name}:inverted"
+            else f"Invert it, or say --condition {quote(f'{kind}={name}:inverted')}"
         )
         raise UserError(f"{name} looks like black on white, and lines are white on black. {remedy}.")
 

@@ -29,9 +29,8 @@ OF_SEVERAL = (
     ".tiff",
 )  # an .mpo's further frames are views
 MAX_PIXELS = 400_000_000
-MAX_FULL_SIZE_PIXELS = (
-    178_000_000  # a larger JPEG is decoded at half its size: at 400 MP it would take 1.6 GB
-)
+# A larger JPEG is decoded at half its size: at 400 MP it would take 1.6 GB
+MAX_FULL_SIZE_PIXELS = 178_000_000
 
 
 class BadImageError(UserError):

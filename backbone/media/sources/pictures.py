@@ -10,39 +10,33 @@ beside.
 from __future__ import annotations
 
 import csv
-import errno
 import io
-import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from backbone.io.console import UserError, count_of, notify, notify_once, progress
-from backbone.io.files import content_hash, read_json
-from backbone.io.hub import hub_answers
+from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.records import is_json_list, iterate_entries, plain, resolve_inside
-from backbone.media.sources.decode import (
-    BadImageError,
-    Convert,
-    decode,
-    describe_further_frames,
-    flatten_on_white,
-    nearest_path,
-    open_as,
-    open_bytes,
-    open_mask,
-    read_size,
+from backbone.media.sources.columns import Columns, join_lines
+from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
+from backbone.media.sources.names import find_spelled, list_visible, natural_sort_key, normalize_name
+from backbone.media.sources.record import DatasetRow, ImageRecord
+from backbone.media.sources.splits import leave_out_measured
+from backbone.media.sources.tables import (
+    TABLES,
+    could_be_dataset,
+    fetched_folder,
+    find_tables,
+    holds_images,
+    is_dataset_folder,
+    list_table,
+    load_from_hub,
+    load_saved,
 )
-from backbone.media.sources.splits import choose_table, leave_out_measured
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -50,118 +44,13 @@ IMAGE_SUFFIXES = frozenset(
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
-CONDITION_STEM = re.compile(
-    r".+-condlabel", re.IGNORECASE
-)  # OneTrainer's images for a condition: no subject's
+# OneTrainer's images for a condition: no subject's
+CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
-CAPTION_COLUMNS = ("text", "prompt", "caption")
-NAME_COLUMNS = (
-    "image_path",
-    "video_path",
-    "video",
-)  # beside ours, those of musubi-tuner and of lists of films
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """An image that has not been decoded yet: its path, caption and mask."""
-
-    path: Path  # for a dataset's row a made-up name: `org/name/000012`
-    caption: str | None = None
-    mask: Path | None = None  # white = train
-    row: DatasetRow | None = None  # holds the bytes instead of `path`
-    caption_file: Path | None = field(default=None, compare=False)  # where the caption stands
-    known_hash: str = field(default="", compare=False)  # of a record that was looked at before
-
-    @property
-    def caption_source(self) -> str:
-        """The file that a message about the caption names."""
-        return str(self.caption_file or self.path)
-
-    def read(self) -> bytes:
-        """The encoded bytes as stored."""
-        return self.path.read_bytes() if self.row is None else self.row.read()
-
-    @cached_property
-    def content_hash(self) -> str:
-        """The hash of these bytes, by which caches and records know an image; read once."""
-        return self.known_hash or content_hash(self.read())
-
-    def open(
-        self,
-        *,
-        at_least: int | None = None,
-        convert: Convert = flatten_on_white,
-    ) -> Image.Image:
-        """Decode as `open_rgb` does, or what is stored as `convert` makes it."""
-        if self.row is None:
-            return open_as(self.path, convert, at_least=at_least)
-        return decode(io.BytesIO(self.read()), str(self.path), convert, at_least=at_least)
-
-    def read_size(self) -> tuple[int, int]:
-        """(width, height) as the file's header says, for an image that can be decoded."""
-        return read_size(io.BytesIO(self.read()))
-
-    def open_mask(self) -> Image.Image | None:
-        """The mask as `open_mask` reads it (mode L, white = train); None without one."""
-        return None if self.mask is None else open_mask(self.mask)
-
-
-@dataclass(frozen=True)
-class DatasetRow:
-    """A row of a `datasets` table whose image column holds encoded bytes, the name of a file, or a list of them.
-
-    folder    that of the table: a name is of a file inside of it
-    fetched   where a dataset of the hub was downloaded to, and names its files; None for a table on this machine
-    item      which of the row's images, and of how many; None where it holds one
-    """
-
-    table: Any
-    column: str
-    index: int
-    folder: Path = Path()
-    fetched: Path | None = None
-    item: tuple[int, int] | None = None
-
-    def read(self) -> bytes:
-        where = f"Row {self.index}"
-        try:
-            value = self.table[self.index][self.column]
-        except ValueError as error:  # a damaged page of a Parquet file
-            raise UserError(f"{where} cannot be read ({first_line(error)}). Save the table again.") from error
-        if isinstance(value, list):
-            value = self._of_list(value, where)
-        if isinstance(value, Mapping):
-            stored, name = value.get("bytes"), value.get("path")
-            value = stored
-            if stored is None and isinstance(name, str) and name:
-                value = name
-        if isinstance(value, str) and value:
-            value = open_bytes(self._file(value, where))
-        if not isinstance(value, bytes):
-            raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
-        return value
-
-    def _of_list(self, values: Sequence[Any], where: str) -> Any:
-        """The one that is meant of a row's images; `UserError` where there are others than the row says."""
-        number, count = self.item or (0, 1)
-        if len(values) != count:
-            raise UserError(
-                f"{where} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
-                f"{'is' if count == 1 else 'are'} expected. Mend the row, or remove it."
-            )
-        return values[number]
-
-    def _file(self, name: str, where: str) -> Path:
-        """A file that a row names: one beside the table, or one that `datasets` itself has fetched."""
-        plain = Path(os.path.normpath(name))
-        if self.fetched is not None and "\0" not in name and plain.is_relative_to(self.fetched):
-            return plain
-        return resolve_inside(self.folder, name, where)
 
 
 def list_images(
@@ -181,15 +70,15 @@ def list_images(
     columns = Columns(caption_column, image_column)
     named = caption_column or image_column
     if path.is_dir():
-        if _is_dataset_folder(path):
-            return _list_table(load_saved(path), str(source), columns, folder=path)
+        if is_dataset_folder(path):
+            return list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
-        subfolders = [] if pictures else [folder for folder in _list_visible(path) if folder.is_dir()]
+        subfolders = [] if pictures else [folder for folder in list_visible(path) if folder.is_dir()]
         for subfolder in leave_out_measured(subfolders, path):
             pictures += _list_folder(subfolder, columns)
         if pictures:
             _refuse_folder_of_masks(pictures)
-            folders = [path, *(folder for folder in _list_visible(path) if folder.is_dir())]
+            folders = [path, *(folder for folder in list_visible(path) if folder.is_dir())]
             if named and not any(find_lists(folder) for folder in folders):
                 raise UserError(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
@@ -197,11 +86,11 @@ def list_images(
             return pictures
         for place, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
             if tables := find_tables(place, suffix):
-                return _list_table(TABLES[suffix](tables), str(source), columns, folder=place)
+                return list_table(TABLES[suffix](tables), str(source), columns, folder=place)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
-            return _list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
+            return list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
@@ -212,7 +101,7 @@ def list_images(
         return [_read_companions(path, _Companions(path.parent))]
     if could_be_dataset(str(source)):
         fetched = fetched_folder()
-        return _list_table(_load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
+        return list_table(load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
     near = nearest_path(path)
     remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
     raise UserError(f"{path} does not exist. {remedy}")
@@ -233,22 +122,6 @@ def list_by_name(folder: Path) -> dict[str, ImageRecord]:
             )
         records[name] = picture
     return records
-
-
-def find_spelled(path: Path) -> Path:
-    """The file of a path as its folder spells it: é is one character or two, and Windows knows no upper case.
-
-    The path itself where there is no such file, or where several could be meant.
-    """
-    if path.exists() or not path.parent.is_dir():
-        return path
-    name = normalize_name(path.name)
-    names = [
-        file for file in path.parent.iterdir() if normalize_name(file.name).casefold() == name.casefold()
-    ]
-    same = [file for file in names if normalize_name(file.name) == name]
-    found = same or names
-    return found[0] if len(found) == 1 else path
 
 
 class ListedImages:
@@ -324,57 +197,6 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 # Folders.
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns that the user has named, if any."""
-
-    caption: str | None
-    image: str | None
-
-    def choose(self, names: Sequence[str], pictures: Collection[str], where: str) -> tuple[str, str | None]:
-        """A table's image column, which may be any of `pictures`, and its caption column, if it has one."""
-        image = self.find("image", names, where) or next((name for name in names if name in pictures), None)
-        if image is None:
-            raise UserError(
-                f"{where} has no image column; it has {', '.join(names)}. Name one with image_column."
-            )
-        return image, self.find("caption", names, where)
-
-    def find(self, wanted: str, names: Sequence[str], where: str) -> str | None:
-        """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
-        requested, defaults = {
-            "caption": (self.caption, CAPTION_COLUMNS),
-            "image": (self.image, ("file_name", "image", *NAME_COLUMNS)),
-        }[wanted]
-        if requested is not None and requested not in names:
-            raise UserError(
-                f"{where} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
-            )
-        by_word = {name.strip().lower(): name for name in reversed(names)}
-        return requested or next((by_word[word] for word in defaults if word in by_word), None)
-
-    def say_of_captions(self, words: Sequence[str], where: str) -> None:
-        """Says that none of a table's columns of `words` is its captions', or which of several is."""
-        if self.caption is not None:
-            return
-        chosen = self.find("caption", words, where)
-        further = [
-            name for name in words if name.strip().lower() in CAPTION_COLUMNS and name not in (chosen, None)
-        ]
-        if further:
-            notify_once(
-                f"{where} has captions in {chosen} and in {' and in '.join(further)}: {chosen} is read. Name another "
-                "with caption_column."
-            )
-        elif chosen is None:
-            others = [name for name in words if name != self.find("image", words, where)]
-            if others:
-                notify_once(
-                    f"{where} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, so no captions "
-                    f"come from it. It has {', '.join(others[:6])}: name the one with caption_column."
-                )
-
-
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
     own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
@@ -392,7 +214,7 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
             paths.setdefault(normalize_name(name), folder / name)
     by_key = {normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
-    for key, path in sorted(paths.items(), key=lambda item: _natural_sort_key(item[0])):
+    for key, path in sorted(paths.items(), key=lambda item: natural_sort_key(item[0])):
         picture = listed.record(path)
         caption, file = by_key.get(key, (None, None))
         pictures.append(replace(picture, caption=caption, caption_file=file) if caption else picture)
@@ -420,7 +242,7 @@ class _Companions:
         self.images: list[Path] = []
         self.captions: dict[str, list[Path]] = {}
         self.masks: dict[str, list[Path]] = {}
-        for file in _list_visible(folder) if folder.is_dir() else []:
+        for file in list_visible(folder) if folder.is_dir() else []:
             stem, suffix = normalize_name(file.stem), file.suffix.lower()
             if suffix in CAPTION_SUFFIXES and file.is_file():
                 self.captions.setdefault(stem, []).append(file)
@@ -548,41 +370,15 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
 
 
-def join_lines(caption: str | None) -> str | None:
-    """A caption on one line, without the mark of a byte order; None where nothing is left."""
-    return " ".join(caption.removeprefix("\ufeff").split()) or None if caption else None
-
-
-def _list_visible(folder: Path) -> list[Path]:
-    """The entries of a folder that are not hidden, in natural order."""
-    return sorted(
-        (path for path in folder.iterdir() if not path.name.startswith(".")),
-        key=lambda path: _natural_sort_key(path.name),
-    )
-
-
-def normalize_name(name: str) -> str:
-    """NFC, for file systems differ in how they spell é: as one character or two."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _natural_sort_key(name: str) -> tuple[list[str], str]:
-    parts = re.split(r"(\d+)", name.casefold())
-    # a number by its length and its digits: int() takes no more than some thousands of them
-    return [
-        f"{len(part.lstrip('0')):09d}{part.lstrip('0')}" if i % 2 else part for i, part in enumerate(parts)
-    ], name
-
-
 def _describe_empty_folder(folder: Path) -> str:
-    kinds = Counter(path.suffix.lower() or "other" for path in _list_visible(folder) if path.is_file())
+    kinds = Counter(path.suffix.lower() or "other" for path in list_visible(folder) if path.is_file())
     contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
     deeper = _count_below(folder, IMAGE_SUFFIXES, levels=5)
     if deeper:
         names = [str(below.relative_to(folder)) for below in deeper]
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return f"{folder} holds no images itself, but folders that hold some: {listed}. Give one of these."
-    empty = "" if any(_list_visible(folder)) else "; it is empty"
+    empty = "" if any(list_visible(folder)) else "; it is empty"
     return (
         f"{folder} holds no images{f' (only {contents})' if contents else empty}. "
         "Put .jpg, .png or .webp files there, or give another folder."
@@ -605,7 +401,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     files = [
         path
         for folder in folders
-        for path in _list_visible(folder)
+        for path in list_visible(folder)
         if path.is_file() and path not in used and path.name.lower() not in SYSTEM_FILES
     ]
     kinds: dict[str, list[str]] = {}
@@ -647,7 +443,7 @@ def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict
     Forbidden folders are left out.
     """
     try:
-        visible = _list_visible(folder) if levels else []
+        visible = list_visible(folder) if levels else []
     except OSError:
         return {}
     images = sum(path.suffix.lower() in endings for path in visible if not path.is_dir())
@@ -656,276 +452,3 @@ def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict
         if below.is_dir() and not below.is_symlink() and below.name.lower() not in SYSTEM_FILES:
             found |= _count_below(below, endings, levels=levels - 1)
     return found
-
-
-# Tables of the `datasets` library.
-
-
-def find_tables(folder: Path, suffix: str) -> list[Path]:
-    """A folder's tables of a kind that are to learn from, in natural order."""
-    files = _list_visible(folder) if folder.is_dir() else []
-    return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
-
-
-def _is_dataset_folder(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def could_be_dataset(source: str) -> bool:
-    """`org/name`, unless that or `org` is here: then it is a path, if a mistyped one."""
-    path = Path(source).expanduser()
-    if path.exists() or path.parent.exists():
-        return False
-    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None
-
-
-def load_saved(path: Path) -> Any:
-    """A dataset that `save_to_disk` wrote; `UserError` for a damaged one, or one that names files outside of it."""
-    for name in ("dataset_dict.json", "dataset_info.json", "state.json"):
-        for record in path.rglob(name):
-            for file in read_json(record, SavedTable)._data_files:
-                resolve_inside(record.parent, file.filename, record)
-            if name == "dataset_dict.json":
-                for split in read_json(record, SavedSplits).splits:
-                    resolve_inside(record.parent, split, record)
-    datasets = import_datasets()
-    try:
-        return datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole saved dataset ({error}). Save it again.") from error
-
-
-@dataclass(frozen=True)
-class SavedFile:
-    """An Arrow file of a saved dataset."""
-
-    filename: str
-
-
-@dataclass(frozen=True)
-class SavedTable:
-    """`state.json` of a saved dataset, as far as it names files."""
-
-    _data_files: list[SavedFile] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class SavedSplits:
-    """`dataset_dict.json` of a saved dataset: the folders of its splits."""
-
-    splits: list[str] = field(default_factory=list)
-
-
-TAR_COLUMNS = {"txt": "text", "cls": "label", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}
-
-
-def load_tars(files: Sequence[Path]) -> Any:
-    """The samples of webdataset shards (.tar) as a table; images stay encoded.
-
-    What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
-    `text`, and the keys of `0001.json` are columns themselves.
-    """
-    datasets = import_datasets()
-    try:
-        table = datasets.load_dataset(
-            "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
-        )
-    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
-        raise UserError(
-            f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
-        ) from error
-    table = table.flatten()
-    names = name_tar_columns(table.column_names)
-    table = table.rename_columns({old: new for old, new in names.items() if old != new})
-    for name, kind in table.features.items():
-        if isinstance(kind, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif name in CAPTION_COLUMNS and kind == datasets.Value(
-            "binary"
-        ):  # of .caption, which it does not know
-            with suppress(ValueError):
-                table = table.cast_column(name, datasets.Value("string"))
-    return table
-
-
-def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
-    """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
-    names: dict[str, str] = {}
-    numbered = [re.sub(r"\d+", "#", name) for name in found if re.search(r"\d.*\..*\.|\..*\d.*\.", name)]
-    if odd := [name for name in numbered if numbered.count(name) > 1]:
-        raise UserError(
-            f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
-            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
-        )
-    for name in found:
-        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
-        new = TAR_COLUMNS.get(plain.lower(), plain)
-        names[name] = name if new in names.values() else new
-    return names
-
-
-def _load_parquet(files: Sequence[Path]) -> Any:
-    datasets = import_datasets()
-    try:
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
-        raise UserError(
-            f"{files[0]} is not a readable Parquet file ({first_line(error)}). Save it again."
-        ) from error
-
-
-def refuse_closed_cache(error: BaseException | None) -> None:
-    """`UserError` where it is the cache of `datasets`, and not the table, that cannot be used."""
-    while error is not None:
-        closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        name = getattr(error, "filename", None) if closed else None
-        if name is not None and Path(name).is_relative_to(fetched_folder().parent):
-            raise UserError(
-                f"Tables are unpacked in {name}, which may not be written. Change its permissions, or set HF_HOME to "
-                "another folder."
-            ) from error
-        error = error.__cause__ or error.__context__
-
-
-def load_arrow(files: Sequence[Path]) -> Any:
-    """Arrow files as `datasets` writes them, as one table."""
-    datasets = import_datasets()
-    try:
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{files[0]} is not a readable Arrow file ({first_line(error)}). Save it again."
-        ) from error
-
-
-TABLES = {".parquet": _load_parquet, ".arrow": load_arrow, ".tar": load_tars}
-
-
-def _load_from_hub(source: str) -> Any:
-    """Load a dataset of the hub; from the cache alone where there is no connection."""
-    datasets = import_datasets()
-    notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
-    offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(source, "dataset")
-    try:
-        return datasets.load_dataset(source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
-        raise UserError(
-            f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
-            "Check the spelling, or give a folder of images."
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-
-
-def fetched_folder() -> Path:
-    """Where `datasets` keeps what it has downloaded."""
-    return Path(import_datasets().config.HF_CACHE_HOME)
-
-
-def _list_table(
-    table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
-) -> list[ImageRecord]:
-    if isinstance(table, dict):
-        table = choose_table(table, source)
-    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
-    image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
-    texts = [
-        name
-        for name, kind in table.features.items()
-        if getattr(kind, "dtype", "") == "string" or name == caption_column
-    ]
-    columns.say_of_captions(texts, source)
-    table = leave_encoded(table, [image_column])
-    try:
-        captions = list(table[caption_column]) if caption_column else [None] * len(table)
-        counts = _count_items(table, image_column)
-    except ValueError as error:  # bytes that are no UTF-8
-        raise UserError(
-            f"{source} has captions that cannot be read ({first_line(error)}). Save it again."
-        ) from error
-    if not captions:
-        raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
-    return [
-        ImageRecord(
-            Path(source) / (f"{index:06d}" if item is None else f"{index:06d}-{item[0]}"),
-            caption_at(caption, item, f"Row {index} of {source}"),
-            row=DatasetRow(table, image_column, index, folder, fetched, item),
-        )
-        for index, (caption, count) in enumerate(zip(captions, counts, strict=True))
-        for item in list_items(count)
-    ]
-
-
-def holds_images(kind: Any) -> bool:
-    """Whether a feature is an image, as it is marked or by its bytes, or a list of images."""
-    datasets = import_datasets()
-    return (
-        isinstance(kind, datasets.Image)
-        or (isinstance(kind, Mapping) and set(kind) == {"bytes", "path"})
-        or (is_list(kind) and holds_images(kind.feature))
-    )
-
-
-def is_list(kind: Any) -> bool:
-    """Whether a feature is a list."""
-    datasets = import_datasets()
-    return isinstance(kind, (datasets.List, datasets.LargeList))
-
-
-def leave_encoded(table: Any, names: Iterable[str]) -> Any:
-    """The table with the images of these columns left as they are stored, in lists too."""
-    datasets = import_datasets()
-    plain = datasets.Image(decode=False)
-    for name in names:
-        kind = table.features[name]
-        if isinstance(kind, datasets.Image):
-            table = table.cast_column(name, plain)
-        elif is_list(kind) and isinstance(kind.feature, datasets.Image):
-            table = table.cast_column(name, type(kind)(plain))
-    return table
-
-
-def list_items(count: int | None) -> list[tuple[int, int] | None]:
-    """Which of how many, for each image of a row with a list of them; None for the image of a row with one (None)."""
-    return [None] if count is None else [(number, count) for number in range(count)]
-
-
-def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | None:
-    """The caption of an image of a row, which has one for all its images or one for each."""
-    if isinstance(caption, list) and item is not None and len(caption) == item[1]:
-        caption = caption[item[0]]
-    if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
-        try:
-            caption = plain(caption.decode("utf-8"), f"The caption of {where} is not UTF-8 text")
-        except UnicodeDecodeError as error:
-            raise UserError(f"The caption of {where} is not UTF-8 text. Save it as UTF-8.") from error
-    if caption is not None and not isinstance(caption, str):
-        raise UserError(
-            f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
-        )
-    return join_lines(caption)
-
-
-def _count_items(table: Any, column: str) -> list[int | None]:
-    """How many images the list of each row holds; None for a row of a column without lists. No image is read."""
-    if not is_list(table.features[column]):
-        return [None] * len(table)
-    import pyarrow.compute
-
-    stored = table.select_columns([column]).with_format("arrow")[:][column]
-    lengths: list[int | None] = pyarrow.compute.list_value_length(stored).to_pylist()
-    return [length or 0 for length in lengths]
-
-
-def import_datasets() -> Any:
-    import datasets
-
-    return datasets
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,13 +16,11 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.hub import connection_errors, find_revision, hub_answers
 from backbone.io.run_folder import PREPARED
-from backbone.media.sources.pictures import (
-    Columns,
-    DatasetRow,
-    ImageRecord,
+from backbone.media.sources.columns import Columns
+from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
+from backbone.media.sources.tables import (
     caption_at,
     could_be_dataset,
-    first_line,
     holds_images,
     import_datasets,
     is_list,

@@ -357,6 +357,6 @@ def frames_as_rows(clips: Tensor) -> Tensor:
 
 
 def rows_as_frames(rows: Tensor, frames: int) -> Tensor:
-    """The reverse."""
+    """Rows [B·F, C, H, W] as clips [B, C, F, H, W]."""
     clips: Tensor = rows.unflatten(0, (-1, frames)).transpose(1, 2)
     return clips

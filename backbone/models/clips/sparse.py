@@ -24,7 +24,7 @@ from backbone.diffusion.transfer import send
 from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import made_for_another_model
 from backbone.families.location import Location, find_hub_file
-from backbone.families.unet.control import MIDDLE, MUST_AGREE, SKIPS, as_dtype
+from backbone.families.unet.control import EMBEDDING, MIDDLE, MUST_AGREE, SKIPS, as_dtype
 from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_tensors
 from backbone.io.weights import read_weights_header
@@ -44,7 +44,6 @@ COPIED = (  # settings of a UNet that its SparseCtrl shares
     *("cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads"),
     *("use_linear_projection", "upcast_attention", "resnet_time_scale_shift"),
 )
-EMBEDDING = "controlnet_cond_embedding"
 NO_FRAME = -1  # in the place of a frame: nothing is given
 
 
@@ -90,9 +89,8 @@ class SparseControl:
         given = as_dtype(inputs, network.dtype)
         time = given["timestep"]
         pictures, places = hints
-        shown, mask = scatter_frames(
-            pictures[::frames], places[::frames], frames
-        )  # rows of a clip hold the same
+        # Rows of a clip hold the same
+        shown, mask = scatter_frames(pictures[::frames], places[::frames], frames)
         skips, middle = network(
             sample=rows_as_frames(given["sample"][:, : network.config.in_channels], frames),
             timestep=time[::frames] if time.ndim else time,

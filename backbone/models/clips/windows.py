@@ -32,7 +32,7 @@ def window_starts(frames: int, length: int, stride: int) -> list[int]:
 
 
 def window_weights(count: int, device: torch.device | None = None) -> Tensor:
-    """1, 2 … 2, 1 of a window's frames."""
+    """The weights [F] of a window's frames where windows overlap: 1, 2 … 2, 1."""
     ramp = torch.arange(1, count + 1, device=device)
     return torch.minimum(ramp, ramp.flip(0)).float()
 

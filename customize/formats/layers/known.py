@@ -134,9 +134,8 @@ def _build(network: Network) -> list[nn.Module]:
 
     name, published, blocks = ONE_BLOCK[network]
     config = {} if published is None else _config(published, "transformer")
-    warnings.filterwarnings(
-        "ignore", message=".*FluxPosEmbed.*", category=FutureWarning
-    )  # by diffusers of itself
+    # By diffusers of itself
+    warnings.filterwarnings("ignore", message=".*FluxPosEmbed.*", category=FutureWarning)
     return [getattr(diffusers, name).from_config(config | blocks)]
 
 

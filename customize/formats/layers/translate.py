@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from backbone.families.unet.original import from_original, to_original
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from customize.formats.layers.known import (
     DENOISERS,
     LISTS,
@@ -247,7 +247,7 @@ def _unknown_names(path: Path, unknown: list[str], network: Network | None) -> U
     if all(_MOTION.search(stem) for stem in unknown):
         return UserError(
             f"{path} is a motion LoRA, of an AnimateDiff adapter ({shown}). Draw clips with it: customize clip "
-            f"--motion ADAPTER --lora {path}"
+            f"--motion ADAPTER --lora {quote(path)}"
         )
     others = f", though its others are of {NETWORK_NAMES[network]}" if network else ""
     return UserError(

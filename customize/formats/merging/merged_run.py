@@ -13,7 +13,7 @@ from backbone.adapters.concept import EDITS, Concept
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.adapters.embeddings import vector_token_names
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import fill_folder, write_tensors, write_text
 from customize.formats.adapter import AdapterFile
 from customize.formats.merging.merge import MergeInput
@@ -136,13 +136,13 @@ def _number_token(token: str, number: int) -> str:
 def _format_readme(
     run: Path, parts: Sequence[MergeInput], tokens: Mapping[str, str], concept: Concept
 ) -> str:
-    arguments = " ".join(f"{part.source}:{part.strength:g}" for part in parts)
+    arguments = " ".join(quote(f"{part.source}:{part.strength:g}") for part in parts)
     lines = [
         f"# {run.name}",
         "",
         f"Merged from {len(parts)} adapters on `{concept.model}`:",
         "",
-        f"    customize merge {arguments} --out {run}",
+        f"    customize merge {arguments} --out {quote(run)}",
         "",
         *(f"- `{token}` stands for “{words}”" for token, words in tokens.items()),
         "",

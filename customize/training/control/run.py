@@ -26,10 +26,10 @@ from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_json
-from backbone.io.run_folder import read_log, refuse_taken, run_name, trim_log
+from backbone.io.run_folder import CHECKPOINT, read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.locate import OWN
@@ -37,7 +37,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from backbone.world.rendering.record import load_labels
 from customize.control_settings import PROGRAM, ControlSettings, as_command, read_settings, resolve_settings
@@ -84,7 +84,6 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)
     if vram is not None:
-        processes.require_whole_model("--vram counts for a process alone; it")
         model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
     with processes.hold_new_run(run) as writes:

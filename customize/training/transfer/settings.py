@@ -7,13 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from backbone.cli.flags import (
-    DATA,
-    MODEL,
-    OUTPUT,
-    JsonOptions,
-    out_option,
-)
+from backbone.cli.flags import DATA, MODEL, OUTPUT, JsonOptions, out_option
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 from backbone.io.run_folder import name_beside

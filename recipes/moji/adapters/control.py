@@ -43,13 +43,14 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
+from backbone.io.run_folder import CHECKPOINT
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.transforms import to_tensor
 from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord
 from backbone.models.encode import encode_texts
 from backbone.models.model import Backbone
 from backbone.training.loop import Average
-from backbone.training.run import CHECKPOINT, Every, drive
+from backbone.training.run import Every, drive
 from backbone.world.maps import draw_maps, draw_sketch, look_at, sample_hand
 from backbone.world.rendering.record import load_labels
 from backbone.world.rendering.render import find_font

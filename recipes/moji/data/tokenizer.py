@@ -20,8 +20,6 @@ from random import Random
 from typing import Annotated, Any, cast
 
 import typer
-from tokenizers import pre_tokenizers, trainers
-from transformers import CLIPTokenizer
 
 from backbone.cli.commands import run_main
 from backbone.world.scene import sample_scene
@@ -37,6 +35,9 @@ def main(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes `tokenizer/` in the work directory: tokenizer.json, and vocab.json with merges.txt for older tools."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = CLIPTokenizer()
     backend = tokenizer.backend_tokenizer

@@ -645,7 +645,7 @@ def test_more_prompts_do_not_move_the_others() -> None:
 
 
 def picture_record() -> Any:
-    from backbone.media.sources.pictures import ImageRecord
+    from backbone.media.sources.record import ImageRecord
 
     return ImageRecord(Path("none.png"))
 

@@ -12,7 +12,7 @@ import torch
 from backbone.adapters.concept import (
     Concept,
     check_token,
-    choose_rare_words,
+    choose_rare_word,
     list_concept_runs,
     needs_whole_base,
     read_concept,
@@ -130,10 +130,10 @@ def test_a_folder_without_a_concept_is_a_clear_mistake(tmp_path: Path) -> None:
 
 def test_rare_words_are_single_tokens_and_follow_from_the_key() -> None:
     vocabulary = tiny_tokenizer().get_vocab()
-    words = {choose_rare_words(vocabulary, str(key)) for key in range(40)}
+    words = {choose_rare_word(vocabulary, str(key)) for key in range(40)}
     assert words == set(RARE)
-    assert choose_rare_words(vocabulary, "x") == choose_rare_words(vocabulary, "x")
-    assert choose_rare_words(vocabulary, "x", taken=RARE[:-1]) == RARE[-1]
+    assert choose_rare_word(vocabulary, "x") == choose_rare_word(vocabulary, "x")
+    assert choose_rare_word(vocabulary, "x", taken=RARE[:-1]) == RARE[-1]
 
 
 def test_an_ordinary_word_cannot_be_a_token() -> None:

@@ -16,7 +16,7 @@ from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_tensors
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
-from backbone.memory.drawing import DrawingEstimator, DrawingWorkload
+from backbone.memory.drawing import DrawingEstimator, DrawingWorkload, fit_drawing
 from backbone.memory.planner import MemoryEstimator, MemorySettings
 from backbone.models.clips.motion import attach_motion, clip_of, detach_motion
 from backbone.models.clips.windows import attention_in_windows
@@ -157,6 +157,16 @@ def test_references_are_encoded_and_stand_beside_the_noise(write: Any, tmp_path:
 
 
 @pytest.mark.usefixtures("weights_alone")
+@pytest.mark.usefixtures("weights_alone")
+def test_a_planned_model_stays_compiled_where_its_base_lies_on_the_device_as_it_is(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for placement, compiles in ((Placement(), True), (Placement(offload=0.5), False)):
+        model = Backbone.open(str(tiny_folder), device="cpu", placement=placement, compile=True)
+        assert fit_drawing(model, drawn(), 8.0).compiles is compiles
+        assert ("not compiled" in capsys.readouterr().err) is not compiles
+
+
 def test_what_does_not_fit_is_told_before_anything_is_loaded(tmp_path: Path, tiny_folder: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "wide", ignore=shutil.ignore_patterns("*.safetensors"))
     config = read_json(tmp_path / "wide" / "unet" / "config.json")

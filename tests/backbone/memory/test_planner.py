@@ -29,6 +29,7 @@ from backbone.memory.planner import (
     peak_bytes,
     plan_memory,
     precision_name,
+    usable_bytes,
 )
 from backbone.models.model import Backbone
 from backbone.models.placement import KINDS, Placement
@@ -280,7 +281,7 @@ def test_full_weights_are_in_fp32_with_gradients_and_two_moments(whole: MemoryEs
     "size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (2.5, 3)), 4, 5, 6, 8]
 )
 def test_what_is_chosen_fits_and_nothing_of_it_can_be_left_out(account: MemoryEstimator, size: float) -> None:
-    usable, start = account.usable_bytes(size), MemorySettings("bf16")
+    usable, start = usable_bytes(size, account.device), MemorySettings("bf16")
     choice = find_cheapest(account, usable, start, applicable_savings(account.work, start, library=True))
     assert choice is not None
     assert peak_bytes(account, choice) <= usable

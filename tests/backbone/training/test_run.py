@@ -16,8 +16,8 @@ from torch import Tensor
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl
-from backbone.io.run_folder import catch_interrupts
-from backbone.training.run import CHECKPOINT, LOG, Every, Objective, drive
+from backbone.io.run_folder import CHECKPOINT, catch_interrupts
+from backbone.training.run import LOG, Every, Objective, drive
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
-from backbone.media.sources.pictures import ImageRecord
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from customize.data.captions import (
     LONG,

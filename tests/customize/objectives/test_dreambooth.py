@@ -18,7 +18,8 @@ from torch import Tensor
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
-from backbone.media.sources.pictures import ImageRecord, list_images
+from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square, to_tensor
 from backbone.models.cache import cache_folder, encode_prompts_cached
 from backbone.models.encode import View, encode_views

@@ -19,7 +19,8 @@ from PIL import Image, ImageCms
 
 from backbone.io.console import UserError, notify_once
 from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_rgb
-from backbone.media.sources.pictures import ImageRecord, check_images, describe_unused, list_images
+from backbone.media.sources.pictures import check_images, describe_unused, list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import (
     CROPS,
     CropPosition,
@@ -973,7 +974,7 @@ def test_an_id_is_loaded_by_the_datasets_library_and_failing_that_is_one_sentenc
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("backbone.media.sources.pictures.hub_answers", lambda name, kind: True)
+    monkeypatch.setattr("backbone.media.sources.tables.hub_answers", lambda name, kind: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"test": table, "train": table.select([0])})
     (picture,) = list_images("somebody/dogs")
     assert difference(picture.open(), scene()) == 0
@@ -992,7 +993,7 @@ def test_without_a_connection_an_id_is_answered_at_once_and_the_cache_alone_is_a
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("backbone.media.sources.pictures.hub_answers", lambda name, kind: False)
+    monkeypatch.setattr("backbone.media.sources.tables.hub_answers", lambda name, kind: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(UserError, match="pics/dog is no folder here, and no dataset of that name"):
         list_images("pics/dog")

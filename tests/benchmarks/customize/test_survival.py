@@ -13,7 +13,7 @@ from benchmarks.customize import concepts as learning
 from benchmarks.customize import survival
 from benchmarks.customize.concepts import DEFAULT, Trial, make_questions
 from benchmarks.customize.survival import SIDES, SurvivalSettings, format_table, judge, make
-from tests.benchmarks.test_customize import Eye
+from tests.benchmarks.customize.test_concepts import Eye
 
 TRIAL = Trial("mammoth", DEFAULT, "")
 

@@ -21,7 +21,7 @@ from benchmarks.control.scenes import BOUND, FLOOR, PoseError
 from benchmarks.control.subject import FIRST_SEED, Drawn, SubjectSettings, format_table, is_whole, make_cases
 from benchmarks.customize.concepts import DEFAULT, Trial
 from customize.formats.write import write_adapter
-from tests.benchmarks.test_customize import Eye
+from tests.benchmarks.customize.test_concepts import Eye
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 from tests.tiny import tiny_moji
 

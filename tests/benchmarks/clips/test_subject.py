@@ -25,9 +25,9 @@ from benchmarks.clips.subject import (
     look,
 )
 from benchmarks.customize.concepts import DEFAULT, Trial
-from tests.benchmarks.test_clips import moved_blobs
-from tests.benchmarks.test_control_subject import write_run
-from tests.benchmarks.test_customize import Eye
+from tests.benchmarks.clips.test_words import moved_blobs
+from tests.benchmarks.control.test_subject import write_run
+from tests.benchmarks.customize.test_concepts import Eye
 from tests.tiny import tiny_moji, tiny_motion_adapter
 
 TRIAL = Trial("mammoth", DEFAULT, "")

@@ -1,0 +1,68 @@
+"""The columns of lists and tables that hold images, their names, and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from backbone.io.console import UserError, notify_once
+
+CAPTION_COLUMNS = ("text", "prompt", "caption")
+# Beside ours, those of musubi-tuner and of lists of films
+NAME_COLUMNS = ("image_path", "video_path", "video")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that the user has named, if any."""
+
+    caption: str | None
+    image: str | None
+
+    def choose(self, names: Sequence[str], pictures: Collection[str], where: str) -> tuple[str, str | None]:
+        """A table's image column, which may be any of `pictures`, and its caption column, if it has one."""
+        image = self.find("image", names, where) or next((name for name in names if name in pictures), None)
+        if image is None:
+            raise UserError(
+                f"{where} has no image column; it has {', '.join(names)}. Name one with image_column."
+            )
+        return image, self.find("caption", names, where)
+
+    def find(self, wanted: str, names: Sequence[str], where: str) -> str | None:
+        """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
+        requested, defaults = {
+            "caption": (self.caption, CAPTION_COLUMNS),
+            "image": (self.image, ("file_name", "image", *NAME_COLUMNS)),
+        }[wanted]
+        if requested is not None and requested not in names:
+            raise UserError(
+                f"{where} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
+            )
+        by_word = {name.strip().lower(): name for name in reversed(names)}
+        return requested or next((by_word[word] for word in defaults if word in by_word), None)
+
+    def say_of_captions(self, words: Sequence[str], where: str) -> None:
+        """Says that none of a table's columns of `words` is its captions', or which of several is."""
+        if self.caption is not None:
+            return
+        chosen = self.find("caption", words, where)
+        further = [
+            name for name in words if name.strip().lower() in CAPTION_COLUMNS and name not in (chosen, None)
+        ]
+        if further:
+            notify_once(
+                f"{where} has captions in {chosen} and in {' and in '.join(further)}: {chosen} is read. Name another "
+                "with caption_column."
+            )
+        elif chosen is None:
+            others = [name for name in words if name != self.find("image", words, where)]
+            if others:
+                notify_once(
+                    f"{where} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, so no captions "
+                    f"come from it. It has {', '.join(others[:6])}: name the one with caption_column."
+                )
+
+
+def join_lines(caption: str | None) -> str | None:
+    """A caption on one line, without the mark of a byte order; None where nothing is left."""
+    return " ".join(caption.removeprefix("\ufeff").split()) or None if caption else None

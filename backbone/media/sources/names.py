@@ -1,0 +1,45 @@
+"""Names of files: hidden ones, their natural order, and how file systems spell them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
+
+
+def list_visible(folder: Path) -> list[Path]:
+    """The entries of a folder that are not hidden, in natural order."""
+    return sorted(
+        (path for path in folder.iterdir() if not path.name.startswith(".")),
+        key=lambda path: natural_sort_key(path.name),
+    )
+
+
+def natural_sort_key(name: str) -> tuple[list[str], str]:
+    """By which 2.jpg comes before 10.jpg."""
+    parts = re.split(r"(\d+)", name.casefold())
+    # A number by its length and its digits: int() takes no more than some thousands of them
+    return [
+        f"{len(part.lstrip('0')):09d}{part.lstrip('0')}" if i % 2 else part for i, part in enumerate(parts)
+    ], name
+
+
+def normalize_name(name: str) -> str:
+    """NFC, for file systems differ in how they spell é: as one character or two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def find_spelled(path: Path) -> Path:
+    """The file of a path as its folder spells it: é is one character or two, and Windows knows no upper case.
+
+    The path itself where there is no such file, or where several could be meant.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return path
+    name = normalize_name(path.name)
+    names = [
+        file for file in path.parent.iterdir() if normalize_name(file.name).casefold() == name.casefold()
+    ]
+    same = [file for file in names if normalize_name(file.name) == name]
+    found = same or names
+    return found[0] if len(found) == 1 else path

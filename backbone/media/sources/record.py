@@ -1,0 +1,129 @@
+"""An image that has not been decoded yet: a file, or a row of a table, with its caption and its mask."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from backbone.io.console import UserError, count_of
+from backbone.io.files import content_hash
+from backbone.io.records import resolve_inside
+from backbone.media.sources.decode import (
+    Convert,
+    decode,
+    flatten_on_white,
+    open_as,
+    open_bytes,
+    open_mask,
+    read_size,
+)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image that has not been decoded yet: its path, caption and mask."""
+
+    path: Path  # for a dataset's row a made-up name: `org/name/000012`
+    caption: str | None = None
+    mask: Path | None = None  # white = train
+    row: DatasetRow | None = None  # holds the bytes instead of `path`
+    caption_file: Path | None = field(default=None, compare=False)  # where the caption stands
+    known_hash: str = field(default="", compare=False)  # of a record that was looked at before
+
+    @property
+    def caption_source(self) -> str:
+        """The file that a message about the caption names."""
+        return str(self.caption_file or self.path)
+
+    def read(self) -> bytes:
+        """The encoded bytes as stored."""
+        return self.path.read_bytes() if self.row is None else self.row.read()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """The hash of these bytes, by which caches and records know an image; read once."""
+        return self.known_hash or content_hash(self.read())
+
+    def open(
+        self,
+        *,
+        at_least: int | None = None,
+        convert: Convert = flatten_on_white,
+    ) -> Image.Image:
+        """Decode as `open_rgb` does, or what is stored as `convert` makes it."""
+        if self.row is None:
+            return open_as(self.path, convert, at_least=at_least)
+        return decode(io.BytesIO(self.read()), str(self.path), convert, at_least=at_least)
+
+    def read_size(self) -> tuple[int, int]:
+        """(width, height) as the file's header says, for an image that can be decoded."""
+        return read_size(io.BytesIO(self.read()))
+
+    def open_mask(self) -> Image.Image | None:
+        """The mask as `open_mask` reads it (mode L, white = train); None without one."""
+        return None if self.mask is None else open_mask(self.mask)
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """A row of a `datasets` table whose image column holds encoded bytes, the name of a file, or a list of them.
+
+    folder    that of the table: a name is of a file inside of it
+    fetched   where a dataset of the hub was downloaded to, and names its files; None for a table on this machine
+    item      which of the row's images, and of how many; None where it holds one
+    """
+
+    table: Any
+    column: str
+    index: int
+    folder: Path = Path()
+    fetched: Path | None = None
+    item: tuple[int, int] | None = None
+
+    def read(self) -> bytes:
+        where = f"Row {self.index}"
+        try:
+            value = self.table[self.index][self.column]
+        except ValueError as error:  # a damaged page of a Parquet file
+            raise UserError(f"{where} cannot be read ({first_line(error)}). Save the table again.") from error
+        if isinstance(value, list):
+            value = self._of_list(value, where)
+        if isinstance(value, Mapping):
+            stored, name = value.get("bytes"), value.get("path")
+            value = stored
+            if stored is None and isinstance(name, str) and name:
+                value = name
+        if isinstance(value, str) and value:
+            value = open_bytes(self._file(value, where))
+        if not isinstance(value, bytes):
+            raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
+        return value
+
+    def _of_list(self, values: Sequence[Any], where: str) -> Any:
+        """The one that is meant of a row's images; `UserError` where there are others than the row says."""
+        number, count = self.item or (0, 1)
+        if len(values) != count:
+            raise UserError(
+                f"{where} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
+                f"{'is' if count == 1 else 'are'} expected. Mend the row, or remove it."
+            )
+        return values[number]
+
+    def _file(self, name: str, where: str) -> Path:
+        """A file that a row names: one beside the table, or one that `datasets` itself has fetched."""
+        plain = Path(os.path.normpath(name))
+        if self.fetched is not None and "\0" not in name and plain.is_relative_to(self.fetched):
+            return plain
+        return resolve_inside(self.folder, name, where)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as its first line goes."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,292 @@
+"""Tables of the `datasets` library: Parquet, Arrow, webdataset shards, saved folders, the hub. Images stay encoded."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError, notify
+from backbone.io.files import read_json
+from backbone.io.hub import hub_answers
+from backbone.io.records import plain, resolve_inside
+from backbone.media.sources.columns import CAPTION_COLUMNS, Columns, join_lines
+from backbone.media.sources.names import list_visible
+from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
+from backbone.media.sources.splits import choose_table, leave_out_measured
+
+
+def find_tables(folder: Path, suffix: str) -> list[Path]:
+    """A folder's tables of a kind that are to learn from, in natural order."""
+    files = list_visible(folder) if folder.is_dir() else []
+    return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def could_be_dataset(source: str) -> bool:
+    """`org/name`, unless that or `org` is here: then it is a path, if a mistyped one."""
+    path = Path(source).expanduser()
+    if path.exists() or path.parent.exists():
+        return False
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None
+
+
+def load_saved(path: Path) -> Any:
+    """A dataset that `save_to_disk` wrote; `UserError` for a damaged one, or one that names files outside of it."""
+    for name in ("dataset_dict.json", "dataset_info.json", "state.json"):
+        for record in path.rglob(name):
+            for file in read_json(record, SavedTable)._data_files:
+                resolve_inside(record.parent, file.filename, record)
+            if name == "dataset_dict.json":
+                for split in read_json(record, SavedSplits).splits:
+                    resolve_inside(record.parent, split, record)
+    datasets = import_datasets()
+    try:
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a whole saved dataset ({error}). Save it again.") from error
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """An Arrow file of a saved dataset."""
+
+    filename: str
+
+
+@dataclass(frozen=True)
+class SavedTable:
+    """`state.json` of a saved dataset, as far as it names files."""
+
+    _data_files: list[SavedFile] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SavedSplits:
+    """`dataset_dict.json` of a saved dataset: the folders of its splits."""
+
+    splits: list[str] = field(default_factory=list)
+
+
+TAR_COLUMNS = {"txt": "text", "cls": "label", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}
+
+
+def load_tars(files: Sequence[Path]) -> Any:
+    """The samples of webdataset shards (.tar) as a table; images stay encoded.
+
+    What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
+    `text`, and the keys of `0001.json` are columns themselves.
+    """
+    datasets = import_datasets()
+    try:
+        table = datasets.load_dataset(
+            "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
+        )
+    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
+        raise UserError(
+            f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
+        ) from error
+    table = table.flatten()
+    names = name_tar_columns(table.column_names)
+    table = table.rename_columns({old: new for old, new in names.items() if old != new})
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        # Of .caption, which it does not know
+        elif name in CAPTION_COLUMNS and kind == datasets.Value("binary"):
+            with suppress(ValueError):
+                table = table.cast_column(name, datasets.Value("string"))
+    return table
+
+
+def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
+    """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
+    names: dict[str, str] = {}
+    numbered = [re.sub(r"\d+", "#", name) for name in found if re.search(r"\d.*\..*\.|\..*\d.*\.", name)]
+    if odd := [name for name in numbered if numbered.count(name) > 1]:
+        raise UserError(
+            f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
+            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
+        )
+    for name in found:
+        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
+        new = TAR_COLUMNS.get(plain.lower(), plain)
+        names[name] = name if new in names.values() else new
+    return names
+
+
+def load_parquet(files: Sequence[Path]) -> Any:
+    """Parquet files as one table."""
+    datasets = import_datasets()
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
+        raise UserError(
+            f"{files[0]} is not a readable Parquet file ({first_line(error)}). Save it again."
+        ) from error
+
+
+def refuse_closed_cache(error: BaseException | None) -> None:
+    """`UserError` where it is the cache of `datasets`, and not the table, that cannot be used."""
+    while error is not None:
+        closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        name = getattr(error, "filename", None) if closed else None
+        if name is not None and Path(name).is_relative_to(fetched_folder().parent):
+            raise UserError(
+                f"Tables are unpacked in {name}, which may not be written. Change its permissions, or set HF_HOME to "
+                "another folder."
+            ) from error
+        error = error.__cause__ or error.__context__
+
+
+def load_arrow(files: Sequence[Path]) -> Any:
+    """Arrow files as `datasets` writes them, as one table."""
+    datasets = import_datasets()
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{files[0]} is not a readable Arrow file ({first_line(error)}). Save it again."
+        ) from error
+
+
+TABLES = {".parquet": load_parquet, ".arrow": load_arrow, ".tar": load_tars}
+
+
+def load_from_hub(source: str) -> Any:
+    """Load a dataset of the hub; from the cache alone where there is no connection."""
+    datasets = import_datasets()
+    notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(source, "dataset")
+    try:
+        return datasets.load_dataset(source)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        refuse_closed_cache(error)
+        raise UserError(
+            f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
+            "Check the spelling, or give a folder of images."
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def fetched_folder() -> Path:
+    """Where `datasets` keeps what it has downloaded."""
+    return Path(import_datasets().config.HF_CACHE_HOME)
+
+
+def list_table(
+    table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
+) -> list[ImageRecord]:
+    """The images of a table, or of the split to learn from; a name in a row is of a file in `folder`.
+
+    `fetched`: where a dataset of the hub was downloaded to. Raises `UserError` for a table without images or rows.
+    """
+    if isinstance(table, dict):
+        table = choose_table(table, source)
+    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
+    image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
+    texts = [
+        name
+        for name, kind in table.features.items()
+        if getattr(kind, "dtype", "") == "string" or name == caption_column
+    ]
+    columns.say_of_captions(texts, source)
+    table = leave_encoded(table, [image_column])
+    try:
+        captions = list(table[caption_column]) if caption_column else [None] * len(table)
+        counts = _count_items(table, image_column)
+    except ValueError as error:  # bytes that are no UTF-8
+        raise UserError(
+            f"{source} has captions that cannot be read ({first_line(error)}). Save it again."
+        ) from error
+    if not captions:
+        raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
+    return [
+        ImageRecord(
+            Path(source) / (f"{index:06d}" if item is None else f"{index:06d}-{item[0]}"),
+            caption_at(caption, item, f"Row {index} of {source}"),
+            row=DatasetRow(table, image_column, index, folder, fetched, item),
+        )
+        for index, (caption, count) in enumerate(zip(captions, counts, strict=True))
+        for item in list_items(count)
+    ]
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether a feature is an image, as it is marked or by its bytes, or a list of images."""
+    datasets = import_datasets()
+    return (
+        isinstance(kind, datasets.Image)
+        or (isinstance(kind, Mapping) and set(kind) == {"bytes", "path"})
+        or (is_list(kind) and holds_images(kind.feature))
+    )
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a feature is a list."""
+    datasets = import_datasets()
+    return isinstance(kind, (datasets.List, datasets.LargeList))
+
+
+def leave_encoded(table: Any, names: Iterable[str]) -> Any:
+    """The table with the images of these columns left as they are stored, in lists too."""
+    datasets = import_datasets()
+    plain = datasets.Image(decode=False)
+    for name in names:
+        kind = table.features[name]
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, plain)
+        elif is_list(kind) and isinstance(kind.feature, datasets.Image):
+            table = table.cast_column(name, type(kind)(plain))
+    return table
+
+
+def list_items(count: int | None) -> list[tuple[int, int] | None]:
+    """Which of how many, for each image of a row with a list of them; None for the image of a row with one (None)."""
+    return [None] if count is None else [(number, count) for number in range(count)]
+
+
+def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | None:
+    """The caption of an image of a row, which has one for all its images or one for each."""
+    if isinstance(caption, list) and item is not None and len(caption) == item[1]:
+        caption = caption[item[0]]
+    if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
+        try:
+            caption = plain(caption.decode("utf-8"), f"The caption of {where} is not UTF-8 text")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The caption of {where} is not UTF-8 text. Save it as UTF-8.") from error
+    if caption is not None and not isinstance(caption, str):
+        raise UserError(
+            f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
+        )
+    return join_lines(caption)
+
+
+def _count_items(table: Any, column: str) -> list[int | None]:
+    """How many images the list of each row holds; None for a row of a column without lists. No image is read."""
+    if not is_list(table.features[column]):
+        return [None] * len(table)
+    import pyarrow.compute
+
+    stored = table.select_columns([column]).with_format("arrow")[:][column]
+    lengths: list[int | None] = pyarrow.compute.list_value_length(stored).to_pylist()
+    return [length or 0 for length in lengths]
+
+
+def import_datasets() -> Any:
+    """The library, which takes a second to import."""
+    import datasets
+
+    return datasets
