@@ -441,10 +441,22 @@ class Settings(TrainingSettings):
         Option(
             "Base-model predictions computed once and reused (latent, noise, timestep).",
             "Loss",
+            by_model=True,
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             min=1,
         ),
     ] = 64
+    prior_prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "A further prompt of the class that is kept what it was, such as “a {class} wearing a hat”; repeatable. "
+            "“” for none.",
+            "Loss",
+            by_model=True,
+            needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
+            metavar="PROMPT",
+        ),
+    ] = ()
     class_images: Annotated[
         tuple[str, ...],
         Option(
@@ -702,6 +714,8 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Sett
         "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
         "lora_layers": usual.get("lora_layers", "attention"),
         "prior_batch": usual.get("prior_batch", 1),
+        "prior_draws": usual.get("prior_draws", Settings.prior_draws),
+        "prior_prompts": tuple(usual.get("prior_prompts", ())),
         "loss_weighting": usual.get("loss_weighting", "none"),
         "evaluation_steps": 50 if patient else usual.get("evaluation_steps", Settings.evaluation_steps),
     }

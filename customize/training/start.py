@@ -258,12 +258,12 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
             f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. Say what kind "
             "of thing it is: --class dog."
         )
-    for what in ("instance_prompt", "class_prompt"):
-        said = rest.get(what) or ""
+    general_prompts = [("class prompt", rest.get("class_prompt") or "")]
+    general_prompts += [("prior prompt", one) for one in rest.get("prior_prompts") or ()]
+    for what, said in [("instance prompt", rest.get("instance_prompt") or ""), *general_prompts]:
         if odd := [name for name in PLACEHOLDER.findall(said) if name not in ("token", "class")]:
             raise UserError(
-                f"The {what.replace('_', ' ')} “{said}” has {{{odd[0]}}}, and {{token}} and {{class}} alone are filled "
-                "in. Leave it out."
+                f"The {what} “{said}” has {{{odd[0]}}}, and {{token}} and {{class}} alone are filled in. Leave it out."
             )
     prompt = rest.get("instance_prompt", "")
     if prompt and "{token}" not in prompt:
@@ -271,11 +271,11 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
             f"The instance prompt “{prompt}” lacks the token {first.token}. Write it in, as in “a photo of "
             f"{first.called()}”, or {{token}} in its place."
         )
-    general = rest.get("class_prompt", "")
-    if "{token}" in general or mentions(general, first.token):
-        raise UserError(
-            f"The class prompt “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
-        )
+    for what, general in general_prompts:
+        if "{token}" in general or mentions(general, first.token):
+            raise UserError(
+                f"The {what} “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
+            )
 
 
 def start_preparing(asked: PrepareImages) -> PreparedImages:

@@ -92,7 +92,10 @@ def group_of(
     )
     notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
     class_prompt = subject.filled(settings.class_prompt)
-    return SubjectGroup(folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images)
+    further = tuple(subject.filled(prompt) for prompt in settings.prior_prompts if prompt.strip())
+    return SubjectGroup(
+        folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images, further
+    )
 
 
 def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,14 @@ from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
-from customize.data.dataset import LEAST_SIDE, SubjectGroup, prepare, sample_class_latents
+from customize.data.dataset import (
+    LEAST_SIDE,
+    SubjectGroup,
+    class_prompts_of,
+    prepare,
+    sample_class_latents,
+    share_draws,
+)
 from customize.methods.weights import CROSS_ATTENTION, Weights
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import METHODS, OWN_WORDS, Settings
@@ -265,6 +273,52 @@ def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, su
     base = training.data.buckets[0].base
     assert base is not None
     assert len(base) == 2 * asked.prior_draws
+
+
+def test_the_base_is_kept_under_further_prompts_of_each_subject_s_class(
+    tiny: Backbone, subject: Path
+) -> None:
+    pictures = list_images(subject)
+    asked = settings(subject, batch=64, prior_batch=32, prior_draws=12)
+    further = ("a dog wearing a hat", "a dog in a park", "a dog at night")
+    groups = [
+        SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog", prior_prompts=further),
+        SubjectGroup(pictures[:1], ["a fgh cat"], "a cat", prior_prompts=("a cat in a park",)),
+    ]
+    training = DreamBooth(tiny, prepare(tiny, groups, asked), asked)
+    prompts = ["a dog", "a cat", *further, "a cat in a park"]
+    assert training.data.class_prompts == prompts
+    bucket = training.data.buckets[0]
+    assert bucket.base is not None and bucket.classes is not None
+    assert Counter(prompts[k] for k in bucket.classes.tolist()) == {
+        "a dog": 6, "a cat": 6, **dict.fromkeys(further, 2), "a cat in a park": 6,
+    }  # fmt: skip
+    row = bucket.classes.tolist().index(3)
+    with torch.no_grad():
+        wanted = tiny.predict(
+            bucket.base.noisy[[row]], bucket.base.level[[row]], tiny.encode_prompts(["a dog in a park"])
+        )
+    torch.testing.assert_close(bucket.base.prediction[[row]], wanted, rtol=1e-4, atol=1e-5)
+    rows = training.prior_batch(bucket, generator(0)).rows
+    text = training.conditions(rows).text["hidden"]
+    for row, words in zip(rows.tolist(), text, strict=True):
+        own = tiny.encode_prompts([prompts[row - len(training.data.prompts)]]).text["hidden"]
+        torch.testing.assert_close(words[None], own)
+
+
+@pytest.mark.parametrize(("count", "prompts"), [(128, 6), (64, 1), (3, 9), (7, 2)])
+def test_the_class_prompt_has_half_of_the_draws_and_every_other_one_some(count: int, prompts: int) -> None:
+    shares = share_draws(count, prompts)
+    assert len(shares) == prompts and min(shares) >= 1
+    assert sum(shares) == max(count, prompts)
+    assert prompts > count or shares[0] >= count / 2
+    assert max(shares[1:], default=0) - min(shares[1:], default=0) <= 1
+
+
+def test_images_of_the_class_are_drawn_of_the_class_prompt_alone(tiny: Backbone, subject: Path) -> None:
+    group = SubjectGroup(list_images(subject), ["a bcd dog"] * 5, "a dog", prior_prompts=("a dog in a park",))
+    asked = settings(subject, prior="class-images")
+    assert class_prompts_of([group], asked) == (["a dog"], [0])
 
 
 def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) -> None:

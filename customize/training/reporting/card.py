@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from backbone.adapters.concept import word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.io.console import UserError, quote
+from backbone.io.console import UserError, count_of, quote
 from backbone.io.files import read_header
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
@@ -104,7 +104,13 @@ def readme(
     """The run's README.md."""
     first = settings.subjects()[0]
     instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
-    preserved = f" “{prior}” kept what it was." if preserves(settings) else ""
+    further = [prompt for prompt in settings.prior_prompts if prompt.strip() and settings.prior == "base"]
+    kept = (
+        f"and {count_of(len(further), 'further prompt')} of it kept what they were"
+        if further
+        else "kept what it was"
+    )
+    preserved = f" “{prior}” {kept}." if preserves(settings) else ""
     lines = [
         f"# {settings.called()}",
         "",

@@ -103,6 +103,7 @@ def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> N
         ({"instance_prompt": "a photo of a fluffy dog"}, "does not show which word is the subject's"),
         ({"instance_prompt": SKS, "token": "[V]"}, r"lacks the token \[V\]"),
         ({"class_prompt": "a photo of [V] dog"}, r"class prompt .* holds the token \[V\]"),
+        ({"prior_prompts": ("a dog", "a [V] dog")}, r"prior prompt “a \[V\] dog” holds the token \[V\]"),
     ],
 )
 def test_prompts_that_would_train_another_word_are_refused(
@@ -316,6 +317,7 @@ def test_an_empty_path_is_not_the_working_folder(
         ({"instance_prompt": "a {token} {class} in {place}"}, r"has \{place\}, and"),
         ({"instance_prompt": "{} {token}"}, r"has \{\}, and"),
         ({"class_prompt": "a {0}"}, r"class prompt “a \{0\}” has"),
+        ({"prior_prompts": ("a {noun}",)}, r"prior prompt “a \{noun\}” has"),
         ({"class_noun": "[V]"}, "The class \\[V\\] holds the token"),
     ],
 )
