@@ -14,6 +14,8 @@ from backbone.cli.sampling import CountOption, DrawingOptions, SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
+from backbone.models.usual import FILE as FILE_OF_MODEL
+from backbone.models.usual import OF_ALIGN, read_section
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     WEIGHTINGS,
@@ -461,13 +463,17 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Sett
     That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise. Raises `UserError` for
     what is not known and what contradicts itself.
     """
+    of_align, of_draft = (
+        read_section(Settings, usual.get(section, {}), f"The model's {FILE_OF_MODEL}", section)
+        for section in OF_ALIGN
+    )
     from_model = {
         "rank": usual.get("rank", 16),
         "lora_layers": usual.get("lora_layers", "attention"),
-        **usual.get("align", {}),
+        **of_align,
     }
     if asked.get("loss") == "draft":
-        from_model |= usual.get("draft", {})
+        from_model |= of_draft
     if asked.get("loss") in BETAS:
         from_model.pop("beta", None)  # which was chosen for another loss
     if asked.get("loss") == "kto":

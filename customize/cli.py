@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backbone.adapters.concept import name_call
 from backbone.cli.commands import command_group, print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import (
@@ -187,9 +188,10 @@ def train(asked: dict[str, Any], run: TrainOptions) -> None:
             from customize.training.run import resume_concept as resume
 
         finished = resume(resumed, anew)
-    token, where = read_settings(finished).token, quote(finished)
-    call = f'customize sample "a {token} … in the snow"' if token else 'edit instruct PHOTO --instruction "…"'
-    notify(f"{finished}/sheet.png shows it. Next: {call} --concept {where}")
+    own = read_settings(finished)
+    edits = f'edit instruct PHOTO --instruction "…" --concept {quote(finished)}'
+    call = name_call(own.token, own.class_noun, finished) if own.token else edits
+    notify(f"{finished}/sheet.png shows it. Next: {call}")
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))

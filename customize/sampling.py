@@ -101,6 +101,7 @@ def sample_to_folder(
     backbone, concepts, name = open_model(asked, concepts, on)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
     rows, columns = latent_size(backbone, asked.size)
+    backbone.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
     refuse_too_many(backbone, len(beside.references))
     refuse_finished(out)
     if vram is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from backbone.io.console import UserError
 
@@ -42,11 +43,37 @@ def prompt(text: str, what: str) -> str:
     return text
 
 
-def prompts(texts: Sequence[str], what: str) -> tuple[str, ...]:
-    """The prompts, if there are any and each says something."""
-    if texts is None or not len(texts):
+def opened(model: object) -> None:
+    """Refuse the name of a model, where an open one is needed."""
+    if isinstance(model, (str, os.PathLike)):
+        raise UserError(
+            f"{os.fspath(model)} is a model's name. Open it first: backbone.open({str(model)!r})."
+        )
+
+
+def prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """The prompts, if there are any and each says something; a text is one."""
+    if isinstance(texts, str):
+        texts = (texts,)
+    if texts is not None and not isinstance(texts, Sequence):
+        raise UserError(
+            f"The {what} is text, or a list of some, and {type(texts).__name__} is none. Give its words."
+        )
+    if not texts:
         raise UserError(f"There is no {what}. Say what the picture should show.")
     return tuple(prompt(text, what) for text in texts)
+
+
+def weighted(toward: Mapping[str, float] | Sequence[tuple[str, float]], what: str) -> list[tuple[str, float]]:
+    """Prompts with their weights, as pairs or in a dict, if there are any, and each says something."""
+    pairs = list(toward.items()) if isinstance(toward, Mapping) else list(toward)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"Each {what} needs its weight. Write [(“a painting”, 1.0)].")
+    texts = prompts([text for text, _ in pairs], what)
+    try:
+        return [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The weight of a {what} is a number, as in [(“a painting”, 1.0)].") from error
 
 
 def split_weight(asked: str, option: str) -> tuple[str, float]:

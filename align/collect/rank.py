@@ -61,6 +61,8 @@ def rank_samples(
 
     Raises `UserError` where no pair is left.
     """
+    if twice := next((scorer for scorer in scorers if list(scorers).count(scorer) > 1), None):
+        raise UserError(f"--scorer {twice} is named twice, and would count once. Leave one out.")
     began = time.perf_counter()
     prompts, images = read_samples(folder)
     files = [(i, name) for i, names in enumerate(images) for name in names]

@@ -119,6 +119,7 @@ def resolve_sampling(sampling: Asked, model: Backbone, concepts: Sequence[Concep
     """With the size of the concepts' images and the model's defaults; `UserError` for a size it cannot sample."""
     sampling = sampling.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     latent_size(model, sampling.size)
+    model.schedule(sampling.for_sampler()["steps"])  # which refuses too many before anything is done
     return sampling
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.settings import PreparePairs, resolve_settings
+from align.settings import PreparePairs, Settings, resolve_settings
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, notify, progress
 from backbone.io.run_folder import is_prepared, make_absolute
@@ -25,7 +25,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     wanted = resolve_settings(asked, {})
     refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
     require_packages(wanted)
-    if "online" in asked:
+    if asked.get("online"):
         return _start_online(asked, out=out, vram=vram)
     source = asked.get("pairs")
     if source is None:
@@ -37,7 +37,8 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     from align.pairs.read import read_preferences
     from align.pairs.records import check_preferences, describe_doubts, describe_records
 
-    rows = {name: asked[name] for name in ("user", "limit", "split") if name in asked}
+    of_source = {name: getattr(wanted, name) for name in ("user", "limit", "split") if name in asked}
+    rows = {name: value for name, value in of_source.items() if value != getattr(Settings, name)}
     found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
     notify(f"{found.source} holds {describe_records(found.records)}.")
     for sentence in describe_doubts(found.records):

@@ -14,7 +14,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, notify, notify_once, quote
+from backbone.io.console import UserError, notify, notify_once, quote, quote_text
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
 
@@ -215,11 +215,12 @@ def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
     words = {token: words for concept in concepts for token, words in concept.tokens.items()}
     if not words:
         return prompt
+    plain = {token.lower(): said for token, said in words.items()}  # of those that count with capitals too
     longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
     pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
 
     def written(found: re.Match[str]) -> str:
-        said, text = words[found[0]], found.string
+        said, text = words.get(found[0]) or plain[found[0].lower()], found.string
         before = _grow_together(text[: found.start()][-1:], said[:1])
         after = _grow_together(said[-1:], text[found.end() :][:1])
         return f"{' ' * before}{said}{' ' * after}"
@@ -249,15 +250,23 @@ def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
 
 def word_pattern(token: str) -> str:
     """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
-    what is written without spaces (`UNSPACED`)."""
+    what is written without spaces (`UNSPACED`). A plain word counts with a capital too, as it begins a sentence; what
+    stands in brackets as it is written alone."""
     before = f"(?<!{LETTER})" if re.match(LETTER, token) else ""
     after = f"(?!{LETTER})" if re.match(LETTER, token[-1:]) else ""
-    return f"{before}{re.escape(token)}{after}"
+    word = re.escape(token) if re.search(r"[\[\]<>]", token) else f"(?i:{re.escape(token)})"
+    return f"{before}{word}{after}"
 
 
 def mentions(prompt: str, token: str) -> bool:
     """Whether a prompt holds a token, as a whole word."""
     return re.search(word_pattern(token), prompt) is not None
+
+
+def name_call(token: str, class_noun: str, where: Path) -> str:
+    """The command that draws what a run has learned, to be copied; “…” where the class is not known."""
+    prompt = f"a {token} {class_noun or '…'} in the snow"
+    return f"customize sample {quote_text(prompt)} --concept {quote(where)}"
 
 
 def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:

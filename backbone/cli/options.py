@@ -484,7 +484,7 @@ def _join_sections(data: Mapping[str, Any], names: Collection[str], path: Path) 
 def _refuse_unknown(path: Path, keys: Sequence[str], known: Sequence[str]) -> NoReturn:
     """Raise `UserError` for keys of a file that no option has: all of them, and what one alone may have meant."""
     if len(keys) == 1:
-        raise UserError(f"{path} has an unknown key {keys[0]}.{_find_nearest(keys[0], known)}")
+        raise UserError(f"{path} has an unknown key {keys[0]}.{find_nearest(keys[0], known)}")
     shown = ", ".join(keys[:SHOWN]) + (" …" if len(keys) > SHOWN else "")
     raise UserError(
         f"{path} has {len(keys)} unknown keys ({shown}), which would have no effect. Leave them out."
@@ -508,7 +508,7 @@ def is_code(value: Any) -> bool:
     return isinstance(value, str) and Path(value).suffix == ".py"
 
 
-def convert_value(one: Field, value: Any, name: str, file: Path | None = None) -> Any:
+def convert_value(one: Field, value: Any, name: str, file: str | Path | None = None) -> Any:
     """A value as the field wants it; `UserError`, with the flag or with the file and its key, where it does not fit."""
     where = f"{name} in {file}" if file else name
     if type(value) is type(one.default) and value == one.default:
@@ -568,11 +568,12 @@ def _choice(one: Field, value: str, where: str) -> str:
             return word
     raise UserError(
         f"{where} is {value}, which is none of {', '.join(one.option.choices)}."
-        f"{_find_nearest(value, one.option.choices)}"
+        f"{find_nearest(value, one.option.choices)}"
     )
 
 
-def _find_nearest(word: str, known: Sequence[str]) -> str:
+def find_nearest(word: str, known: Sequence[str]) -> str:
+    """“ Did you mean …?”, to follow a sentence; what else there is to say where nothing is near."""
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f" Did you mean {near[0]}?" if near else " Choose one of them." if len(known) < 12 else ""
 
@@ -614,7 +615,7 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
     known = {one.name: one for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UnknownSettingError(f"There is no setting {name}.{_find_nearest(name, list(known))}")
+            raise UnknownSettingError(f"There is no setting {name}.{find_nearest(name, list(known))}")
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")

@@ -110,6 +110,11 @@ def quote(word: str | os.PathLike[str]) -> str:
     return shlex.quote(os.fspath(word))
 
 
+def quote_text(text: str) -> str:
+    """A text of a command that is printed to be copied: in double quotation marks, unless a shell reads in them."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python, torch or its kernels says that the memory is used up."""
     return isinstance(error, MemoryError) or (

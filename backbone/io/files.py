@@ -487,6 +487,8 @@ def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
             f"{path} holds a pickle, not safetensors, so it is not read. "
             "Convert it to safetensors where you trust it, or take the model's safetensors version."
         ) from error
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")):
+        raise UserError(f"{path} is a picture, not weights. Name a .safetensors file.") from error
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"')):
         raise UserError(
             f"{path} is a web page or a site's error message, not weights. "

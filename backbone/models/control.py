@@ -28,6 +28,7 @@ from backbone.io.weights import read_weights_header
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
+from backbone.models.usual import UsualCondition, read_section
 
 RECORD = "condition.json"
 PARTS = ("t2i_adapter", "controlnet")  # folders beside a condition.json, of which one is there
@@ -383,6 +384,9 @@ def find_control(name: str) -> FoundControl:
         return FoundControl(name, read_weights_header(path).path, ControlRecord())
     if path.is_dir():
         record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
+        record = replace(
+            record, defaults=read_section(UsualCondition, record.defaults, path / RECORD, "defaults")
+        )
         for part in ("", *PARTS):
             if (path / part / "config.json").exists():
                 return FoundControl(name, path / part, record)

@@ -43,23 +43,15 @@ from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.io.console import UserError, notify_once, progress, quote
-from backbone.io.files import content_hash, read_json
-from backbone.io.records import read_as
+from backbone.io.files import content_hash
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.few_step.adapter import fuse_lora, hash_few_step, read_few_step
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
+from backbone.models.usual import FILE, read_usual
 
 PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
-USUAL_TYPES: dict[str, Any] = {  # of `limner.json`; what goes into settings is in the range of its Option too
-    **dict.fromkeys(("steps", "train_steps", "rank", "batch"), int),
-    **dict.fromkeys(("guidance", "learning_rate"), float),
-    **dict.fromkeys(("align", "draft"), dict[str, Any]),
-    "condition": dict[str, float],
-    "learning_rates": dict[str, float],
-    "sheet_prompts": list[str],
-}
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
 
@@ -240,11 +232,8 @@ class Backbone:
             "rank": 8,
             "batch": 1,
         }
-        file = self.location.local("limner.json")
-        own = read_json(file) if file else {}
-        for key, kind in USUAL_TYPES.items():
-            if file and key in own and read_as(kind, own[key], file, key) in (0, -1):
-                raise UserError(f"{file} is damaged: {key} is {own[key]}. Restore it.")
+        file = self.location.local(FILE)
+        own = read_usual(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
         return usual | self.family.sampling_defaults(self.location) | own | few
@@ -547,10 +536,16 @@ class Backbone:
         """The noise schedule [S + 1] of a sampler with S steps, noisy to clean, as the model's own scheduler spaces it.
 
         Some schedulers place them by the latents' size (H, W), which is the model's own if left out. It lies in the
-        processor's memory, so that what depends on a level is decided without waiting for the device.
+        processor's memory, so that what depends on a level is decided without waiting for the device. Raises
+        `UserError` for more steps than the model was trained with.
         """
         height, width = size or self.latent_shape[-2:]
-        return self.path.schedule(steps, (height, width))
+        try:
+            return self.path.schedule(steps, (height, width))
+        except ValueError as error:
+            raise UserError(
+                f"{self.location.name} cannot take {steps} steps: {error} Give others."
+            ) from error
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""

@@ -37,7 +37,7 @@ def open_configs(
 def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-image") -> Backbone:
     """The model of a run in the placement that its settings (`model`, `device`, `precision`, …) say."""
     use_tensor_cores(resolve_device(settings.device))
-    return Backbone.open(
+    model = Backbone.open(
         settings.model,
         device=settings.device,
         precision=settings.precision,
@@ -45,3 +45,6 @@ def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-imag
         resolution=resolution,
         task=task,
     )
+    if settings.sample_steps:
+        model.schedule(settings.sample_steps)  # which refuses too many before anything is done
+    return model

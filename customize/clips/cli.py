@@ -12,7 +12,7 @@ from backbone.cli.commands import print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
 from backbone.cli.options import command, settled_command
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.console import UserError, count_of, notify, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import refuse_finished
@@ -22,6 +22,7 @@ from customize.clips.settings import (
     ADAPTER_FILE,
     MOTION,
     TRAINING,
+    USUAL_FRAMES,
     ClipOptions,
     EvaluateClipOptions,
     TrainMotionOptions,
@@ -95,11 +96,18 @@ def train_motion(asked: dict[str, Any], run_folder: RunFolderOptions) -> None:
     from customize.clips.train import train_motion as learn
 
     run = learn(asked, run_folder)
-    token = read_run_settings(TrainMotionOptions, run, PROGRAM).token
-    where = quote(run)
-    concept = (run / ADAPTER_FILE).is_file()
-    how = f'"a dog in a park, {token}" --concept' if concept else '"a dog in a park" --motion'
-    notify(f"Next: customize clip {how} {where}")
+    notify(f"Next: {call_of_motion(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
+
+
+def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
+    """The command that draws clips with a motion that was learned, to be copied: so many frames, by its own model."""
+    if (run / ADAPTER_FILE).is_file():
+        how = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"
+    else:
+        model = "" if settings.model == "moji" else f" --model {quote(settings.model)}"
+        how = f'"a dog in a park" --motion {quote(run)}{model}'
+    frames = "" if settings.frames == USUAL_FRAMES else f" --frames {settings.frames}"
+    return f"customize clip {how}{frames}"
 
 
 def evaluate_clip(asked: EvaluateClipOptions) -> None:

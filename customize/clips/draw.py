@@ -80,6 +80,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         refuse_transformer(model)
     asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
     rows, columns = latent_size(model, asked.size)
+    model.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
     controls, sparse = split_controls(asked)
     what = describe_clips(model, prompts, asked, concepts)
     refuse_new_folder(asked.out, CLIPS, what)

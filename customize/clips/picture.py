@@ -55,6 +55,7 @@ def draw_pictures(asked: ClipOptions) -> Path:
     model = open_for_pictures(asked)
     pictures = [open_named(path) for path in asked.images]
     asked = asked.with_defaults(model.defaults)
+    model.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
     asked = replace(asked, frames=asked.frames or model.latent_shape[1], fps=asked.fps or FPS)
     if asked.guidance is not None and asked.min_guidance > max(1.0, asked.guidance):
         raise UserError(

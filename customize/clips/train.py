@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from backbone.adapters.concept import Concept, mentions, replace_tokens, word_pattern
+from backbone.adapters.concept import Concept, check_token, mentions, replace_tokens, word_pattern
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
     activate_adapters,
@@ -87,11 +87,14 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
     films = list_films(asked.clips)
     short = [one.film for one in films if len(one.film.frames) < asked.frames]
     if short:
+        least = min(short, key=lambda film: len(film.frames))
         raise UserError(
-            f"{short[0].name} has {len(short[0].frames)} frames, and --frames is {asked.frames}. Ask for fewer."
+            f"{least.name} has {len(least.frames)} frames, and --frames is {asked.frames}. Ask for fewer."
         )
     # Latents and prompts once, then only the denoiser is needed
     model, settled = open_model(asked)
+    if not whole:
+        check_token(asked.token, model.text_encoder.tokenizer.get_vocab())
     concept = Concept(MOTION, asked.model, model.fingerprint, {asked.token: asked.token_words}, "")
     latents = encode_films(model, films)
     captions = [one.caption or asked.prompt for one in films]
@@ -241,6 +244,10 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
         refuse_taken(run, [asked.clips])
         return run, build(TrainMotionOptions, as_kept(vars(asked))), False
     if not (run / CHECKPOINT).is_file():
+        if not run.is_dir():
+            raise UserError(
+                f"There is no run folder {run}. Check the spelling, and the folder that it is named from."
+            )
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
     return run, replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED)), True

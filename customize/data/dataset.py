@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.cli.sampling import own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.distributed import processes
@@ -32,6 +31,7 @@ from backbone.media.transforms import (
 )
 from backbone.models.cache import encode_prompts_cached, load_or_compute
 from backbone.models.encode import Encoded, Posteriors, Prompts, View, encode_texts, encode_views
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import BasePredictions, base_predictions
@@ -414,11 +414,9 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
 
 def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings, count: int) -> Tensor:
     """Latents of class images that the base generates [K, C, H, W], cached on disk; never decoded."""
-    guidance = settings.guidance
+    drawing = usual_drawing(model, steps=CLASS_STEPS, guidance=settings.guidance)
     at = (model.latent_shape,) if model.asked_resolution else ()
-    sampler = own_sampler(model.defaults)
-    asked = (class_prompt, count, CLASS_STEPS, guidance, sampler, settings.seed)
-    facts = (model.fingerprint, *asked, model.dtype, *at)
+    facts = (model.fingerprint, class_prompt, count, *astuple(drawing), settings.seed, model.dtype, *at)
 
     def draw() -> dict[str, Tensor]:
         requests = [Request(class_prompt, (k, 0)) for k in range(count)]
@@ -426,9 +424,7 @@ def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings,
             parts = sample_latents(
                 model,
                 requests,
-                steps=CLASS_STEPS,
-                guidance=guidance,
-                sampler=sampler,
+                **asdict(drawing),
                 seed=settings.seed,
                 batch=settings.class_batch,
                 advance=bar.advance_images,

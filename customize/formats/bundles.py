@@ -10,13 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backbone.adapters.concept import check_token
 from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import add_tokens, vector_token_names
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors
 from backbone.models.model import Backbone
-from customize.formats.words import ALONE, SLOTS, WordFile, fit_to_encoders
+from customize.formats.words import ALONE, SLOTS, WordFile, check_word, fit_to_encoders, refuse_unlike_counts
 
 BUNDLED = "bundle_emb."
 
@@ -40,11 +39,23 @@ def read_bundle(path: Path) -> dict[str, WordFile]:
                 f"{path} bundles {name} of the shape {list(value.shape)}, and only words that CLIP reads are read "
                 "here. Learn the word anew without it."
             )
-        found.setdefault(token, {})[SLOTS.get(key, "")] = value.reshape(-1, value.shape[-1])
-    return {
+        vectors = found.setdefault(token, {})
+        if SLOTS.get(key, "") in vectors:
+            raise UserError(f"{path} bundles the word {token} twice (also as {key}). Download it again.")
+        vectors[SLOTS.get(key, "")] = value.reshape(-1, value.shape[-1])
+    words = {
         token: WordFile(dict(sorted(vectors.items())), token, metadata, "OneTrainer")
         for token, vectors in found.items()
     }
+    for word in words.values():
+        refuse_unlike_counts(word.vectors, path)
+    return words
+
+
+def holds_words_alone(path: Path) -> bool:
+    """Whether a file bundles words without an adapter."""
+    names = read_header(path).shapes
+    return bool(names) and all(name.startswith(BUNDLED) for name in names)
 
 
 def fit_bundle(
@@ -57,7 +68,7 @@ def fit_bundle(
     rows: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, str] = {}
     for token, word in words.items():
-        check_token(token, model.text_encoder.tokenizer.get_vocab())
+        check_word(token, model, file)
         rows[token] = fit_to_encoders(word, model, file)
         names = vector_token_names(token, len(next(iter(rows[token].values()))))
         add_tokens(model.text_encoder, rows[token], tokens=names)

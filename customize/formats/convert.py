@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from backbone.adapters.concept import EDITS, Concept, check_token
+from backbone.adapters.concept import EDITS, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, count_of, notify, quote
@@ -19,7 +19,7 @@ from backbone.io.files import atomic_write, fill_folder
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
 from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
-from customize.formats.bundles import BUNDLED, fit_bundle, read_bundle
+from customize.formats.bundles import BUNDLED, fit_bundle, holds_words_alone, read_bundle
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, describe_import, read_run_concept
 from customize.formats.model_weights import (
@@ -209,6 +209,14 @@ def import_adapter(
     bundled = read_bundle(find_adapter_file(file))
     if bundled and token and not token_words:
         bundled = _rename_word(bundled, token, file)
+    if bundled and holds_words_alone(find_adapter_file(file)):
+        if len(bundled) > 1 or token_words:
+            what = "so --token-words has no effect" if token_words else "and a run is made of one"
+            raise UserError(f"{file} holds learned words alone ({', '.join(bundled)}), {what}. Leave it out.")
+        (word,) = bundled.values()
+        return import_words(
+            file, out, model=model, token=token or word.token, class_noun=class_noun, words=word
+        )
     adapter = read_adapter(file, beside=BUNDLED)
     if out.suffix != ".safetensors":
         named = _Named(token or "[V]", token_words, class_noun)
@@ -277,7 +285,7 @@ def _import_run(
         written = _write_loadable(unfinished, adapter, opened, metadata)
         describe_import(unfinished, replace(concept, weights=written), file)
     counted, token = count_of(len(adapter.layers), "layer"), next(iter(concept.tokens))
-    return f'{out}: {counted}. Next: customize sample "a {token} …" --concept {quote(out)}'
+    return f"{out}: {counted}. Next: {name_call(token, concept.class_noun, out)}"
 
 
 def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[str, WordFile]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
-from backbone.adapters.concept import PLACEHOLDER, Concept, check_token, read_concept
+from backbone.adapters.concept import PLACEHOLDER, Concept, check_token, name_call, read_concept
 from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import (
     EMBEDDINGS_FILE,
@@ -112,19 +112,26 @@ def read_word_file(path: Path) -> WordFile:
             )
         else:
             names.add(name)
+        if slot in vectors and key in {*SLOTS, *ALONE}:
+            raise UserError(f"{path} holds vectors of one word twice (also as {key}). Download it again.")
         vectors[slot] = value.reshape(-1, value.shape[-1])
     vectors = dict(sorted(vectors.items()))
     if len(names) > 1:
         said = ", ".join(sorted(names))
         raise UserError(f"{path} holds {len(names)} learned words ({said}). Save each in a file of its own.")
+    refuse_unlike_counts(vectors, path)
+    token = names.pop() if names else ""
+    kind = "diffusers" if token else "A1111" if "" in vectors else "ComfyUI"
+    return _with_second(WordFile(vectors, token if token != "*" else "", metadata, kind), path)
+
+
+def refuse_unlike_counts(vectors: Mapping[str, Tensor], path: Path) -> None:
+    """`UserError` for vectors of one word [V, width] by encoder, of which one has more than another."""
     if len({len(rows) for rows in vectors.values()}) > 1:
         counts = ", ".join(f"{KEYS[slot]} {len(rows)}" for slot, rows in vectors.items())
         raise UserError(
             f"{path} holds another number of vectors for each encoder ({counts}). Export it again."
         )
-    token = names.pop() if names else ""
-    kind = "diffusers" if token else "A1111" if "" in vectors else "ComfyUI"
-    return _with_second(WordFile(vectors, token if token != "*" else "", metadata, kind), path)
 
 
 def _with_second(words: WordFile, path: Path) -> WordFile:
@@ -138,12 +145,20 @@ def _with_second(words: WordFile, path: Path) -> WordFile:
     return replace(words, vectors={"text_encoder": words.vectors[""], "text_encoder_2": other.vectors[""]})
 
 
-def import_words(file: Path, out: Path, *, model: str | None, token: str | None, class_noun: str = "") -> str:
-    """Write a tool's file of a learned word to a run folder; returns a sentence to print.
+def import_words(
+    file: Path,
+    out: Path,
+    *,
+    model: str | None,
+    token: str | None,
+    class_noun: str = "",
+    words: WordFile | None = None,
+) -> str:
+    """Write a tool's file of a learned word, which may be read already, to a run folder; returns a sentence to print.
 
     Raises `UserError`, before anything is written, where the model is unknown or reads other vectors.
     """
-    words = read_word_file(file)
+    words = words or read_word_file(file)
     if out.suffix == ".safetensors":
         raise UserError(
             f"{file} holds a learned word. Name a folder with --out, or write it for another tool: customize export "
@@ -155,7 +170,7 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
     opened = Backbone.open(model_name, device="cpu", precision="fp32")
     vectors = fit_to_encoders(words, opened, file)
     token = token or words.token or "[V]"
-    check_token(token, opened.text_encoder.tokenizer.get_vocab())
+    check_word(token, opened, file)
     names = vector_token_names(token, len(next(iter(vectors.values()))))
     add_tokens(opened.text_encoder, vectors, tokens=names)
     with fill_folder(out) as unfinished:
@@ -175,7 +190,17 @@ def import_words(file: Path, out: Path, *, model: str | None, token: str | None,
         )
         counted = count_of(len(names), "learned vector")
         describe_import(unfinished, concept, file)
-    return f'{out}: {counted} for {token}. Next: customize sample "a {token} …" --concept {quote(out)}'
+    return f"{out}: {counted} for {token}. Next: {name_call(token, class_noun, out)}"
+
+
+def check_word(token: str, model: Backbone, file: Path) -> None:
+    """Raise `UserError` for a name of a file's word that is no token, or an ordinary word of the model."""
+    try:
+        check_token(token, model.text_encoder.tokenizer.get_vocab())
+    except UserError as error:
+        raise UserError(
+            f"{file} holds a word that is called {token}. {error} Give it with --token."
+        ) from error
 
 
 def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, Tensor]:

@@ -110,6 +110,8 @@ class SketchPad:
         """Loads the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
         model, concepts, name = open_model(asked, concepts, asked.few_step)
         asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
+        latent_size(model, asked.size)
+        model.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
         ((_, where),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), asked.controlnet)])
         network = open_control(model, where)
         load_concepts(model, concepts, scale=asked.scale)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, mentions, resolve_placeholder_tokens
 from backbone.distributed import processes
-from backbone.io.console import notify, notify_once
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import CHECKPOINT, refuse_taken, run_name
 from backbone.media.crops import CropReader
@@ -125,11 +126,25 @@ def make_prompts(
         resolution=settings.resolution,
     )
     for prompt in settings.sheet_prompts:
-        resolve_placeholder_tokens(prompt, [concept], runs=None)
+        look_at_sheet_prompt(prompt, concept)
     return concept, [
         group_of(subject, folder, settings, concept, model)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
+
+
+def look_at_sheet_prompt(prompt: str, concept: Concept) -> None:
+    """Say that a prompt of the sheet shows no subject. `UserError` for a token or a placeholder that nothing fills."""
+    resolve_placeholder_tokens(prompt, [concept], runs=None)
+    if odd := re.findall(r"\{\w+\}", prompt):
+        raise UserError(
+            f"The prompt “{prompt}” of the sheet has {odd[0]}, and {{}} alone is filled in. Write {{}}."
+        )
+    if "{}" not in prompt and not any(mentions(prompt, token) for token in concept.tokens):
+        notify_once(
+            f"“{prompt}” has no {{}} and no {next(iter(concept.tokens))}: its image on the sheet shows no subject, and "
+            "the run is measured by it too."
+        )
 
 
 def carry_on(

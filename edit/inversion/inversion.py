@@ -225,6 +225,7 @@ def invert(
 
     Raises `UserError` for an image that cannot be read, an empty prompt, or an unknown method or number of steps.
     """
+    checks.opened(model)
     asked = build(InversionSettings, settings)
     _check_method(model, asked.method, prompt, asked.steps)
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from edit.sampling import KeptEstimates, select
 @torch.no_grad()
 def compose(
     inversion: Inversion,
-    toward: Sequence[tuple[str, float]],
+    toward: Sequence[tuple[str, float]] | Mapping[str, float],
     *,
     strength: float = 0.7,
     mask: ImageLike | None = None,
@@ -38,7 +38,7 @@ def compose(
 
     Raises `UserError` without prompts, or for a strength outside 0…1.
     """
-    checks.prompts([prompt for prompt, _ in toward], "prompt to compose with")
+    toward = checks.weighted(toward, "prompt to compose with")
     checks.strength(strength, inversion.steps)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     weights = torch.tensor([weight for _, weight in toward])

@@ -69,9 +69,10 @@ def flow_edit(
 
     Raises `UserError` as `sdedit`.
     """
+    checks.opened(model)
     asked = build(FlowEditSettings, settings)
     checks.prompt(source, "source prompt")
-    targets = checks.prompts((targets,) if isinstance(targets, str) else targets, "target prompt")
+    targets = checks.prompts(targets, "target prompt")
     checks.not_negative("source guidance", asked.source_guidance)
     guidance = guidance_of(model, asked.guidance)
     encoded = encode_image(model, image)

@@ -76,7 +76,7 @@ class InstructSettings:
 def instruct(
     model: Backbone,
     image: ImageLike,
-    instructions: Sequence[str],
+    instructions: str | Sequence[str],
     *,
     layout: Layout = NO_LAYOUT,
     progress: Callable[[], Any] = lambda: None,
@@ -92,6 +92,7 @@ def instruct(
     Raises `UserError` for an empty instruction, a model that reads no image, and where the only edit leaves no
     background to keep.
     """
+    checks.opened(model)
     asked = build(InstructSettings, settings)
     instructions = checks.prompts(instructions, "instruction")
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)

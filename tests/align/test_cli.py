@@ -489,3 +489,9 @@ def test_a_folder_knows_how_strong_its_concepts_were(run: Path, tiny_folder: Pat
     assert "--scale has no effect without --concept" in refused(
         "sample", *how, "--scale", 2, "--out", tmp_path / "d"
     )
+
+
+def test_a_run_s_record_is_a_config_of_it(run: Path, tmp_path: Path) -> None:
+    align("train", "--config", run / "settings.json", "--out", tmp_path / "again")
+    kept, again = (read_settings(folder) for folder in (run, tmp_path / "again"))
+    assert kept == again

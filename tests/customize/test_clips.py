@@ -30,8 +30,9 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
 from customize.cli import app
+from customize.clips.cli import call_of_motion
 from customize.clips.films import list_films
-from customize.clips.settings import TrainMotionOptions
+from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 from customize.clips.train import (
     MotionLearning,
     Prior,
@@ -518,3 +519,22 @@ def test_what_all_frames_have_in_common_is_no_part_of_the_loss_without_looks() -
     one, two = without_looks(clip, 1), without_looks(clip + common, 1)
     torch.testing.assert_close(two - one, (2**0.5 - 1) * common.expand_as(clip))
     assert torch.allclose(without_looks(clip, 1, beta=0.0), clip)
+
+
+def test_the_command_that_draws_a_motion_asks_for_its_frames_and_its_model(tmp_path: Path) -> None:
+    learned = TrainMotionOptions(clips="c", motion="m", model="my model", frames=4, token="<$M>")
+    assert (
+        call_of_motion(learned, tmp_path / "a run").split(" --motion ")[1].endswith("'my model' --frames 4")
+    )
+    (tmp_path / ADAPTER_FILE).touch()
+    words = shlex.split(call_of_motion(replace(learned, frames=16), tmp_path))
+    assert words == ["customize", "clip", "a dog in a park, <$M>", "--concept", str(tmp_path)]
+
+
+def test_a_motion_s_token_is_no_ordinary_word(
+    tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path
+) -> None:
+    answer = learn(tiny_folder, adapter, walks, tmp_path / "run", "--frames", "3", "--token", "dog")
+    assert "“dog” is an ordinary word" in str(answer.exception) and not (tmp_path / "run").exists()
+    answer = learn(tiny_folder, adapter, walks, tmp_path / "run", "--frames", "9")
+    assert "has 5 frames, and --frames is 9" in str(answer.exception)

@@ -71,7 +71,7 @@ def test_the_lines_of_a_run_s_readme_give_each_encoder_its_rows(
 def test_one_encoder_s_words_are_loaded_as_one_file(tmp_path: Path, rows: dict[str, Tensor]) -> None:
     path = tmp_path / EMBEDDINGS_FILE
     save_embeddings(path, {"[V]": {"text_encoder": rows["text_encoder"]}}, metadata={})
-    assert load_words_in_diffusers(path) == [f'pipeline.load_textual_inversion("{path}")']
+    assert load_words_in_diffusers(path) == [f"pipeline.load_textual_inversion({str(path)!r})"]
 
 
 def test_several_words_of_one_encoder_are_loaded_one_by_one(tmp_path: Path, rows: dict[str, Tensor]) -> None:

@@ -263,7 +263,7 @@ def _read_companions(path: Path, beside: _Companions) -> ImageRecord:
             raise UserError(
                 f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them."
             )
-    caption = join_lines(_read_text(captions[0])) if captions else None
+    caption = join_lines(_read_caption(captions[0], beside)) if captions else None
     mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
     return ImageRecord(path, caption, mask, caption_file=caption_file)
 
@@ -361,6 +361,24 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(entry, dict):
             raise UserError(f"{where} is not a JSON object. Write {{…}} for each image.")
         yield where, entry
+
+
+def _read_caption(path: Path, beside: _Companions) -> str:
+    """The text of a caption's file; `UserError` for another encoding, with how many beside it have one too."""
+    try:
+        return _read_text(path)
+    except UserError as error:
+        others = [file for files in beside.captions.values() for file in files if file != path]
+        more = sum(not _is_text(file) for file in others)
+        raise UserError(f"{error}{f' {more} more beside it: no UTF-8 either.' if more else ''}") from error
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        _read_text(path)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def _read_text(path: Path) -> str:

@@ -13,8 +13,11 @@ from typing import Any
 
 from backbone.io.console import notify_once
 
-TRAINING = frozenset({"train", "training"})
-MEASURED = frozenset({"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"})
+TRAINING = frozenset({"train", "training", "trainval", "trainset"})
+MEASURED = frozenset(
+    {"test", "testing", "testset", "validation", "valid", "val", "valset", "holdout", "heldout"}
+)
+MEASURED |= {"dev", "eval", "evaluation"}
 
 
 def leave_out_measured(paths: Sequence[Path], source: Path) -> list[Path]:
@@ -22,7 +25,7 @@ def leave_out_measured(paths: Sequence[Path], source: Path) -> list[Path]:
 
     All of them, where none is called a training split: then such names are no splits.
     """
-    words = {path: frozenset(re.split(r"[^a-z]+", path.name.lower())) for path in paths}
+    words = {path: frozenset(_words(path.name)) for path in paths}
     if not any(of & TRAINING for of in words.values()):
         return list(paths)
     out = [path for path, of in words.items() if of & MEASURED and not of & TRAINING]
@@ -31,6 +34,11 @@ def leave_out_measured(paths: Sequence[Path], source: Path) -> list[Path]:
         more = f" and {len(out) - 3} more" if len(out) > 3 else ""
         notify_once(f"Not learned from in {source}: {named}{more}, of other splits than train.")
     return [path for path in paths if path not in out]
+
+
+def _words(name: str) -> list[str]:
+    joined = re.sub(r"\b(held|hold)[^a-z]out\b", r"\1out", name.lower().replace("_", "-"))
+    return re.split(r"[^a-z]+", joined)
 
 
 def choose_table(tables: Mapping[str, Any], source: str) -> Any:

@@ -20,6 +20,7 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json, read_tensors
 from backbone.io.records import parse_json, read_as
 from backbone.models.locate import ADAPTER, FEW_STEP
+from backbone.models.usual import Usual, read_section
 
 
 def read_few_step(folder: Path) -> dict[str, Any]:
@@ -27,9 +28,8 @@ def read_few_step(folder: Path) -> dict[str, Any]:
     path = folder / FEW_STEP
     record = read_json(path)
     kinds: dict[str, Any] = {"base": str, "steps": int, "guidance": float, "sampler": Sampler}
-    for key, kind in kinds.items():
-        read_as(kind, record.get(key), path, key)
-    return {key: record[key] for key in kinds}
+    said = {key: read_as(kind, record.get(key), path, key) for key, kind in kinds.items()}
+    return {"base": said.pop("base"), **read_section(Usual, said, path)}
 
 
 def hash_few_step(folder: Path) -> str:

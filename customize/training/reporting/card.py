@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backbone.adapters.concept import word_pattern
+from backbone.adapters.concept import mentions, word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.io.console import UserError, count_of, quote
+from backbone.io.console import UserError, count_of, quote, quote_text
 from backbone.io.files import read_header
+from backbone.models.few_step.model import usual_drawing
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
@@ -104,6 +106,7 @@ def readme(
     """The run's README.md."""
     first = settings.subjects()[0]
     instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
+    shown = next((prompt for prompt in prompts if mentions(prompt, first.token)), instance)
     further = [prompt for prompt in settings.prior_prompts if prompt.strip() and settings.prior == "base"]
     kept = (
         f"and {count_of(len(further), 'further prompt')} of it kept what they were"
@@ -133,7 +136,7 @@ def readme(
         "",
         "Pictures:",
         "",
-        f'    customize sample "{prompts[0] if prompts else instance}" --concept {quote(run)}',
+        f"    customize sample {quote_text(shown)} --concept {quote(run)}",
         "",
         *in_diffusers(run, settings, model, instance),
         "",
@@ -155,16 +158,16 @@ def load_words_in_diffusers(path: Path) -> list[str]:
     """The lines that load learned embeddings into diffusers' pipeline, for each text encoder."""
     names = list(read_header(path).shapes)
     if len(names) == 1 and "/" not in names[0]:
-        return [f'pipeline.load_textual_inversion("{path}")']
-    lines = ["from safetensors.torch import load_file", "", f'words = load_file("{path}")']
+        return [f"pipeline.load_textual_inversion({str(path)!r})"]
+    lines = ["from safetensors.torch import load_file", "", f"words = load_file({str(path)!r})"]
     for name in names:
         token, _, side = name.rpartition("/")
         if not token:  # several words of one encoder, of which diffusers reads one from a file
-            lines.append(f'pipeline.load_textual_inversion(words["{name}"], token="{name}")')
+            lines.append(f"pipeline.load_textual_inversion(words[{name!r}], token={name!r})")
             continue
         tokenizer = side.replace("text_encoder", "tokenizer")
         lines.append(
-            f'pipeline.load_textual_inversion(words["{token}/{side}"], token="{token}", '
+            f"pipeline.load_textual_inversion(words[{name!r}], token={token!r}, "
             f"text_encoder=pipeline.{side}, tokenizer=pipeline.{tokenizer})"
         )
     return lines
@@ -186,6 +189,22 @@ def open_in_diffusers(model: Backbone) -> list[str]:
     return [f"from diffusers import {kind}", "", f"pipeline = {kind}.{opens}({location.source!r})"]
 
 
+def draw_in_diffusers(model: Backbone) -> dict[str, float]:
+    """What diffusers' pipeline is called with, so that it draws by the model's own steps and guidance.
+
+    Only of pipelines whose guidance scale means what ours does. Ancestral steps are DDIM's with η = 1.
+    """
+    import diffusers
+
+    kind = str(model.location.index["_class_name"])
+    if not kind.startswith(("StableDiffusion", "PixArt")):
+        return {}
+    usual = usual_drawing(model)
+    call = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    stochastic = {"eta": 1.0} if usual.sampler == "ancestral" and "eta" in call else {}
+    return {"num_inference_steps": usual.steps, "guidance_scale": usual.guidance, **stochastic}
+
+
 def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
     """How to use the concept in diffusers, where it reads these files."""
     import diffusers
@@ -197,7 +216,7 @@ def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) 
     if settings.method in OWN_WORDS:
         lines += load_words_in_diffusers(run / WORDS)
     if settings.method in ("lora", "pivotal") and settings.adapter in ("lora", "dora"):
-        lines.append(f'pipeline.load_lora_weights("{run}")')
+        lines.append(f"pipeline.load_lora_weights({str(run)!r})")
     elif settings.method != "textual-inversion":
         return ["For other programs, bake it into a pipeline: `customize merge --help`."]
     # diffusers itself writes out a word of several vectors, but only one in small letters
@@ -205,5 +224,6 @@ def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) 
     prompt = (
         instance if itself else re.sub(word_pattern(settings.token), lambda _: settings.token_words, instance)
     )
-    drawn = [f"image = pipeline({prompt!r}).images[0]", 'image.save("picture.png")']
+    how = "".join(f", {name}={value}" for name, value in draw_in_diffusers(model).items())
+    drawn = [f"image = pipeline({prompt!r}{how}).images[0]", 'image.save("picture.png")']
     return ["In diffusers:", "", "```python", *open_in_diffusers(model), *lines, *drawn, "```"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from backbone.adapters.concept import checkpoint, read_concept
+from backbone.adapters.concept import checkpoint, name_call, read_concept
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import settled_command
@@ -26,9 +26,8 @@ def register(app: typer.Typer) -> None:
         from customize.training.transfer.run import transfer_run
 
         finished = transfer_run(asked)
-        where = quote(finished)
-        measured = f"customize evaluate {quote(asked.run)} --on {where}"
-        drawn = f'customize sample "a {settings.token} … in the snow" --concept {where}'
+        measured = f"customize evaluate {quote(asked.run)} --on {quote(finished)}"
+        drawn = name_call(settings.token, settings.class_noun, finished)
         notify(f"{finished}/sheet.png shows it. Next: {drawn}, and what survives: {measured}")
         if asked.as_json:
             print_json({"folder": finished})

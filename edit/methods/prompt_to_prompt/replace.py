@@ -55,7 +55,7 @@ def replace(
     Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
     size, and what the model cannot do.
     """
-    targets = checks.prompts((targets,) if isinstance(targets, str) else targets, "target prompt")
+    targets = checks.prompts(targets, "target prompt")
     model, steps = inversion.model, inversion.steps
     settings = (settings or ReplaceSettings()).resolve(model)
     check_supported(model, settings)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window
 from edit.attention.control import Reach, SelfAttention
@@ -78,17 +77,8 @@ class ReplaceSettings:
             not_negative("guidance", self.guidance)
 
     def resolve(self, model: Backbone) -> ReplaceSettings:
-        """With numbers in place of the None that stand for what works with the model, guidance excepted.
-
-        Raises `UserError` for a model that says under `edit` what only the caller can.
-        """
+        """With numbers in place of the None that stand for what works with the model, guidance excepted."""
         usual: dict[str, Any] = dict(model.defaults.get("edit", {}))
-        unknown = sorted(set(usual) - set(BY_MODEL))
-        if unknown:
-            raise UserError(
-                f"The limner.json of {model.location.name} sets {', '.join(unknown)} under edit. "
-                f"Leave there no more than {', '.join(BY_MODEL)}."
-            )
         if self.self_attention is not None:  # asked for, it is every target's
             usual.pop("colour_self_attention", None)
         given = {name: value for name in BY_MODEL if (value := getattr(self, name)) is not None}

@@ -207,3 +207,8 @@ def test_warmth_is_red_minus_blue() -> None:
     assert score([RED, BLUE], ["", ""]) == pytest.approx([1.0, -1.0])
     grey = Image.fromarray(np.full((8, 8, 3), 77, dtype=np.uint8))
     assert score([grey], [""]) == [0.0]
+
+
+def test_a_scorer_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--scorer moji is named twice"):
+        rank_samples(tmp_path, ["moji", "like:dog", "moji"], weights=[1, 1, 5])

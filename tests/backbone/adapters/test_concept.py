@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from backbone.adapters.concept import (
     check_token,
     choose_rare_word,
     list_concept_runs,
+    mentions,
+    name_call,
     needs_whole_base,
     read_concept,
     replace_tokens,
@@ -198,3 +201,27 @@ def test_a_strength_behind_a_run_is_answered_with_how_it_is_given(tmp_path: Path
             read_concept(f"{tmp_path / 'dog'}:{strength}")
     with pytest.raises(UserError, match="Check the spelling"):
         read_concept(f"{tmp_path / 'dig'}:0.5")
+
+
+@pytest.mark.parametrize("token", ["[V]", "<$V>", 'the"one"', "`x`", "wow!"])
+def test_the_command_that_draws_a_concept_is_what_a_shell_reads(token: str) -> None:
+    said = name_call(token, "dog", Path("my runs/dog"))
+    assert shlex.split(said)[2:] == [f"a {token} dog in the snow", "--concept", "my runs/dog"]
+    assert ('"' in said) == (
+        token == "[V]" or '"' in token
+    )  # else in quotes within which a shell reads nothing
+    assert name_call("[V]", "", Path("dog")) == 'customize sample "a [V] … in the snow" --concept dog'
+
+
+def test_a_plain_token_begins_a_sentence_with_a_capital_and_brackets_are_as_they_are_written() -> None:
+    concept = Concept(
+        kind="lora", model="moji", fingerprint="f", tokens={"sks": "bcd", "[V]": "fgh"}, class_noun=""
+    )
+    assert resolve_placeholder_tokens("Sks dog beside DESKS", [concept], runs=None) == "bcd dog beside DESKS"
+    assert mentions("SKS!", "sks") and not mentions("a [v] dog", "[V]")
+    with pytest.raises(UserError, match=r"owns the token \[v\]"):
+        resolve_placeholder_tokens("a [v] dog", [concept], runs=None)
+    two = Concept(
+        kind="lora", model="moji", fingerprint="f", tokens={"sks": "bcd", "SKS": "fgh"}, class_noun=""
+    )
+    assert resolve_placeholder_tokens("sks SKS", [two], runs=None) == "bcd fgh"

@@ -195,6 +195,14 @@ def test_gguf_is_told_by_its_name_and_by_its_first_bytes(name: str, tmp_path: Pa
             read(path)
 
 
+@pytest.mark.parametrize("start", [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF"])
+def test_a_picture_is_told_to_be_no_weights(start: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "dog.png"
+    path.write_bytes(start + bytes(60))
+    with pytest.raises(UserError, match=r"dog\.png is a picture, not weights"):
+        read_header(path)
+
+
 def test_a_missing_tensor_file_is_missing_and_not_damaged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         read_tensors(tmp_path / "m.safetensors")

@@ -139,3 +139,10 @@ def test_a_prediction_at_an_index_is_the_networks_at_that_levels_time(tiny: Back
         literal = tiny.family.network(tiny.denoiser, conditions)(noisy, time[index])
     assert predicted.dtype is torch.float32
     assert torch.equal(predicted, literal)
+
+
+def test_more_steps_than_a_model_was_trained_with_are_one_sentence(tiny: Backbone) -> None:
+    with pytest.raises(
+        UserError, match=r"cannot take 1001 steps: a schedule takes 1 to 1000 steps.* Give others"
+    ):
+        tiny.schedule(1001)

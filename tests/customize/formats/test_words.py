@@ -267,3 +267,45 @@ def test_bundled_words_that_are_not_read_are_refused_and_nothing_is_written(
     with pytest.raises(UserError, match="Make a run of both: customize import"):
         export_adapter(file, tmp_path / "b.safetensors", "diffusers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+def test_bundled_words_without_an_adapter_are_a_run_of_words(tiny_folder: Path, tmp_path: Path) -> None:
+    alone = {"bundle_emb.ohwx.string_to_param.*": rows(2)}
+    said = import_adapter(write(tmp_path / "a.safetensors", alone), tmp_path / "run", model=str(tiny_folder))
+    assert "2 learned vectors for ohwx" in said
+    concept = read_concept(tmp_path / "run")
+    assert (concept.kind, concept.tokens) == ("textual-inversion", {"ohwx": "ohwx ohwx_1"})
+    both = write(tmp_path / "b.safetensors", {**alone, "bundle_emb.<s>.emb_params": rows(1)})
+    with pytest.raises(UserError, match=r"words alone \(<s>, ohwx\), and a run is made of one"):
+        import_adapter(both, tmp_path / "c", model=str(tiny_folder))
+
+
+@pytest.mark.parametrize("prefix", ["", "bundle_emb.ohwx."])
+def test_vectors_that_are_there_twice_or_of_unlike_counts_are_no_word(
+    prefix: str, tiny_folder: Path, xl_folder: Path, tmp_path: Path
+) -> None:
+    twice = {f"{prefix}string_to_param.*": rows(2), f"{prefix}emb_params": rows(2, seed=1)}
+    unlike = {f"{prefix}clip_l": rows(2), f"{prefix}clip_g": rows(3, 24)}
+    for folder, vectors, said in (
+        (tiny_folder, twice, "twice"),
+        (xl_folder, unlike, r"for each encoder \(clip_l 2, clip_g 3\)"),
+    ):
+        file = write(
+            tmp_path / "a.safetensors", {**lora_of(folder, "lora_unet_"), **vectors} if prefix else vectors
+        )
+        with pytest.raises(UserError, match=said):
+            import_adapter(file, tmp_path / "run", model=str(folder), token="<s>")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bundled_word_that_is_an_ordinary_one_is_named_with_its_file(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = {"bundle_emb.dog.emb_params": rows(1)}
+    file = write(tmp_path / "a.safetensors", {**lora_of(tiny_folder, "lora_unet_"), **words})
+    with pytest.raises(
+        UserError, match=r"a\.safetensors holds a word that is called dog.*Give it with --token"
+    ):
+        import_adapter(file, tmp_path / "run", model=str(tiny_folder))
+    import_adapter(file, tmp_path / "run", model=str(tiny_folder), token="[dog]")
+    assert read_concept(tmp_path / "run").tokens == {"[dog]": "[dog]"}

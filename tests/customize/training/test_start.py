@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import customize
-from backbone.adapters.concept import read_concept
+from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
@@ -24,7 +24,7 @@ from customize.cli import app
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
-from customize.training.run import make_prompts, resume_concept
+from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
 
 
@@ -343,3 +343,16 @@ def test_an_adapter_s_alpha_is_above_zero(alpha: float) -> None:
 def test_from_python_the_token_comes_from_the_instance_prompt_too(dog: Path) -> None:
     with pytest.raises(UserError, match="does not show which word"):
         customize.train("dog", instance_prompt="a photo of a fluffy dog")
+
+
+def test_a_prompt_of_the_sheet_that_shows_no_subject_is_said_and_one_that_nothing_fills_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    concept = Concept(kind="lora", model="moji", fingerprint="f", tokens={"sks": "bcd"}, class_noun="dog")
+    for prompt in ("a {} in the snow", "a photo of sks dog in a bucket"):
+        look_at_sheet_prompt(prompt, concept)
+    assert capsys.readouterr().err == ""
+    look_at_sheet_prompt("a dog between desks", concept)
+    assert "“a dog between desks” has no {} and no sks" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"has \{place\}, and \{\} alone is filled in"):
+        look_at_sheet_prompt("a {} in {place}", concept)

@@ -484,7 +484,12 @@ def test_splits_to_measure_with_are_left_out_and_said(
         found = list_images(tmp_path / name)
         assert len(found) == count and "validation" not in str(found[0].path)
         assert said in capsys.readouterr().err
-    (tmp_path / "folder" / "train").rename(tmp_path / "folder" / "dog")  # then it is no split beside another
+    (tmp_path / "folder" / "train").rename(tmp_path / "folder" / "trainval")
+    (tmp_path / "folder" / "validation").rename(tmp_path / "folder" / "held_out")
+    assert len(list_images(tmp_path / "folder")) == 1
+    (tmp_path / "folder" / "trainval").rename(
+        tmp_path / "folder" / "dog"
+    )  # then it is no split beside another
     assert len(list_images(tmp_path / "folder")) == 2
 
 
@@ -585,6 +590,10 @@ def test_captions_in_another_encoding_are_refused_by_name(tmp_path: Path, encodi
     write(tmp_path / "1.png")
     (tmp_path / "1.txt").write_bytes("naïve".encode(encoding))
     with pytest.raises(UserError, match=r"1\.txt is not UTF-8"):
+        list_images(tmp_path)
+    write(tmp_path / "2.png")
+    (tmp_path / "2.txt").write_bytes("naïve".encode(encoding))
+    with pytest.raises(UserError, match=r"1\.txt is not UTF-8 text\. .* 1 more beside it: no UTF-8 either"):
         list_images(tmp_path)
 
 

@@ -165,7 +165,9 @@ def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_
         location = Location(name, str(tmp_path / name), index, (tmp_path,))
     else:
         location = locate(str(tiny_folder) if name == "tiny" else name)
-    model = SimpleNamespace(location=location)
+    model = SimpleNamespace(
+        location=location, defaults={"steps": 25, "guidance": 4.0, "sampler": "ancestral"}
+    )
     write_tensors(tmp_path / EMBEDDINGS_FILE, {"[V]": torch.zeros(1, 4)})
     lines = in_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
     if (name, method) == ("moji-flow", "pivotal"):  # diffusers' pipeline of SD3 reads no words
@@ -185,8 +187,10 @@ def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_
         def __getattr__(self, called: str) -> Any:
             return lambda *given, **how: opened.setdefault(called, given)
 
-        def __call__(self, prompt: str) -> Any:
-            opened["prompt"] = prompt
+        def __call__(
+            self, prompt: str, num_inference_steps: int, guidance_scale: float, eta: float = 0
+        ) -> Any:
+            opened["prompt"], opened["how"] = prompt, (num_inference_steps, guidance_scale, eta)
             return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
 
     kind: Any = Pipeline
@@ -195,5 +199,5 @@ def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_
     monkeypatch.chdir(tmp_path)
     exec("\n".join(code), {})
     assert opened["file" if location.file else "folder"] == location.source
-    assert opened["prompt"] == "a bcd dog"
+    assert opened["prompt"] == "a bcd dog" and opened["how"] == (25, 4.0, float(name != "moji-flow"))
     assert opened["load_lora_weights"] == (str(tmp_path),) and Path("picture.png").is_file()

@@ -1,0 +1,125 @@
+"""What works with a model: the settings in its `limner.json`, all of which may be left out.
+
+    {"steps": 25, "guidance": 4.0, "sampler": "ancestral", "learning_rates": {"pairs": 0.001}, "edit": {"cross": 0.0}}
+
+What a command is asked for stands above them. `align` and `draft` hold settings of `align train`, which looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from backbone.cli.options import Option, convert_value, fields_of, find_nearest
+from backbone.cli.sampling import Sampler
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.io.records import read_as
+
+FILE = "limner.json"
+LEARNED = ("lora", "full", "textual-inversion", "pivotal", "custom-diffusion", "pairs", "pairs-full")
+NETWORKS = ("t2i-adapter", "controlnet", "control-lora")
+
+
+def _number(help: str, min: float, max: float | None = None) -> Option:
+    return Option(help, "Usual", min=min, max=max)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How a model is drawn with and trained."""
+
+    steps: Annotated[int, _number("Steps of the sampler.", 1)] = 30
+    guidance: Annotated[float, _number("Scale of classifier-free guidance.", 0)] = 7.5
+    sampler: Annotated[str, Option("Sampler.", "Usual", choices=get_args(Sampler))] = "ddim"
+    train_steps: Annotated[int, _number("Steps of a training.", 1)] = 500
+    evaluation_steps: Annotated[int, _number("Steps between two evaluations.", 1)] = 50
+    learning_rate: Annotated[float, _number("Learning rate.", 0)] = 1e-4
+    rank: Annotated[int, _number("Rank of an adapter.", 1)] = 8
+    batch: Annotated[int, _number("Images of a step.", 1)] = 1
+    prior_batch: Annotated[int, _number("Class samples beside each batch.", 0)] = 1
+    prior_draws: Annotated[int, _number("Base-model predictions of the class.", 1)] = 64
+    prior_prompts: Annotated[tuple[str, ...], Option("Further prompts of the class.", "Usual")] = ()
+    random_crop: Annotated[int, _number("Random crops of each image.", 0)] = 0
+    flip: Annotated[bool, Option("Mirrored images too.", "Usual")] = False
+    lora_layers: Annotated[str, Option("Layers of an adapter.", "Usual")] = "attention"
+    loss_weighting: Annotated[str, Option("Loss weight per timestep.", "Usual")] = "none"
+    sheet_prompts: Annotated[tuple[str, ...], Option("Prompts of a sheet.", "Usual")] = ()
+
+
+@dataclass(frozen=True)
+class UsualCondition:
+    """How a control network is heard."""
+
+    scale: Annotated[float, _number("Strength.", 0)] = 1.0
+    start: Annotated[float, _number("Share of the steps before it is heard.", 0, 1)] = 0.0
+    stop: Annotated[float, _number("Share of the steps after which it is not.", 0, 1)] = 1.0
+
+
+@dataclass(frozen=True)
+class UsualEdit:
+    """Until which share of the steps an edit's attention is the source's."""
+
+    cross: Annotated[float, _number("Cross-attention.", 0, 1)] = 0.8
+    self_attention: Annotated[float, _number("Self-attention.", 0, 1)] = 0.4
+    colour_self_attention: Annotated[float, _number("Self-attention, where a colour changes.", 0, 1)] = 0.4
+
+
+@dataclass(frozen=True)
+class UsualControl:
+    """How a control network is trained."""
+
+    steps: Annotated[int, _number("Steps of a training.", 1)] = 5000
+    batch: Annotated[int, _number("Images of a step.", 1)] = 4
+    rank: Annotated[int, _number("Rank of a control-LoRA.", 1)] = 32
+
+
+SECTIONS: Mapping[str, type] = {"condition": UsualCondition, "edit": UsualEdit, "control": UsualControl}
+RATES = {"": LEARNED, "control": NETWORKS}  # whose learning rates there may be
+OF_ALIGN = ("align", "draft")
+
+
+def read_usual(file: Path) -> dict[str, Any]:
+    """What a `limner.json` says. `UserError`, with the file and the key, for what is no setting or out of range."""
+    record = read_as(dict[str, Any], read_json(file), file)
+    sections = {
+        name: read_as(dict[str, Any], record.pop(name), file, name) for name in OF_ALIGN & record.keys()
+    }
+    for name in SECTIONS.keys() & record.keys():
+        sections[name] = read_section(SECTIONS[name], record.pop(name), file, name)
+    return {**sections, **read_section(Usual, record, file)}
+
+
+def read_section(declared: type, said: Any, file: str | Path, section: str = "") -> dict[str, Any]:
+    """The values of a section as its fields have them. `UserError` as `read_usual`."""
+    known, found = fields_of(declared), {}
+    others = ("learning_rates",) if section in RATES else ()
+    further = () if section else (*SECTIONS, *OF_ALIGN)
+    for name, value in read_as(dict[str, Any], said, file, section).items():
+        key = f"{section}.{name}" if section else name
+        if name in others:
+            found[name] = _read_rates(RATES[section], value, file, key)
+        elif name not in known:
+            raise UserError(
+                f"{file} sets {key}, which is no setting of a model.{find_nearest(name, [*known, *others, *further])} "
+                "Leave it out."
+            )
+        else:
+            found[name] = convert_value(known[name], value, key, file)
+    if "sheet_prompts" in found and not found["sheet_prompts"]:
+        raise UserError(f"sheet_prompts in {file} is empty. Leave it out, or name a prompt.")
+    return found
+
+
+def _read_rates(names: tuple[str, ...], said: Any, file: str | Path, key: str) -> dict[str, float]:
+    one = fields_of(Usual)["learning_rate"]
+    rates = {}
+    for name, value in read_as(dict[str, Any], said, file, key).items():
+        if name not in names:
+            raise UserError(
+                f"{file} has {key} of {name}, and there are those of {', '.join(names)}.{find_nearest(name, names)}"
+            )
+        rates[name] = convert_value(one, value, f"{key}.{name}", file)
+    return rates

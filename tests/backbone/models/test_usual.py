@@ -1,0 +1,104 @@
+"""A model's `limner.json`: every key is a setting of its kind and range, or one sentence with the file and the key."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.settings import resolve_settings as resolve_align
+from backbone.cli.options import fields_of
+from backbone.io.console import UserError
+from backbone.models.locate import EMBEDDED
+from backbone.models.usual import FILE, LEARNED, NETWORKS, UsualEdit, read_usual
+from customize import control_settings
+from customize.settings import METHOD_RATES, Settings
+from edit.methods.prompt_to_prompt.settings import BY_MODEL
+
+
+def said(folder: Path, record: Any) -> Path:
+    """A `limner.json` with this record."""
+    (folder / FILE).write_text(json.dumps(record))
+    return folder / FILE
+
+
+def test_what_a_file_says_is_taken_and_nothing_else(tmp_path: Path) -> None:
+    record = {
+        "steps": 4,
+        "sampler": "dpmpp_2m",
+        "sheet_prompts": ["a {}"],
+        "learning_rates": {"pairs": 1e-3},
+        "condition": {"stop": 0.5},
+        "control": {"learning_rates": {"controlnet": 1e-4}, "rank": 4},
+        "edit": {"cross": 0},
+        "align": {"beta": 500},
+    }
+    read = read_usual(said(tmp_path, record))
+    assert read == {**record, "sampler": "dpmpp-2m", "sheet_prompts": ("a {}",)}
+    assert read_usual(said(tmp_path, {})) == {}
+
+
+@pytest.mark.parametrize("name", ["moji", "moji-flow"])
+def test_the_embedded_models_say_what_can_be_read(name: str) -> None:
+    read = read_usual(EMBEDDED.parent / name / FILE)
+    assert read["steps"] and resolve_align({"pairs": "p"}, read).beta == 500
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ([], "an object is wanted"),
+        ({"stepz": 5}, "sets stepz, which is no setting of a model. Did you mean steps?"),
+        ({"steps": -5}, "steps in FILE is -5; it is at least 1"),
+        ({"steps": 1.5}, "steps in FILE is 1.5, which is not a whole number"),
+        ({"steps": None}, "steps in FILE is None, which is not a whole number"),
+        ({"sampler": None}, "sampler in FILE is None, which is no text"),
+        ({"sampler": "euler a"}, "sampler in FILE is euler a, which is none of ddim, heun"),
+        ({"guidance": -1}, "guidance in FILE is -1"),
+        ({"sheet_prompts": []}, "sheet_prompts in FILE is empty"),
+        ({"sheet_prompts": [5, {}]}, "sheet_prompts in FILE is not a list of texts"),
+        ({"learning_rates": {"lorra": 1e-3}}, "learning_rates of lorra, and there are those of lora, full"),
+        ({"learning_rates": 5}, "learning_rates is 5, and an object is wanted"),
+        ({"condition": {"strength": 0.5}}, "sets condition.strength, which is no setting"),
+        ({"condition": {"stop": 7}}, "condition.stop in FILE is 7 and must lie between 0 and 1"),
+        ({"edit": 5}, "edit is 5, and an object is wanted"),
+        ({"edit": {"cross": "x"}}, "edit.cross in FILE is x, which is not a number"),
+        ({"edit": {"blend": 1}}, "sets edit.blend, which is no setting"),
+        ({"control": {"steps": 0}}, "control.steps in FILE is 0; it is at least 1"),
+        ({"align": 5}, "align is 5, and an object is wanted"),
+    ],
+)  # fmt: skip
+def test_what_is_no_setting_or_out_of_range_is_one_sentence_with_the_file(
+    tmp_path: Path, record: Any, complaint: str
+) -> None:
+    file = said(tmp_path, record)
+    with pytest.raises(UserError, match=re.escape(complaint.replace("FILE", str(file)))):
+        read_usual(file)
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ({"betta": 5}, "limner.json sets align.betta, .* Did you mean beta"),
+        ({"beta": "x"}, "align.beta in .*limner"),
+    ],
+)
+def test_what_a_model_says_of_align_is_looked_at_there(section: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        resolve_align({"pairs": "p"}, {"align": section})
+
+
+def test_it_knows_the_methods_and_networks_that_there_are() -> None:
+    assert set(LEARNED) == {*fields_of(Settings)["method"].option.choices, *METHOD_RATES, "pairs"}
+    assert NETWORKS == control_settings.NETWORKS
+    assert set(fields_of(UsualEdit)) == set(BY_MODEL)
+
+
+def test_the_page_s_example_can_be_read(tmp_path: Path) -> None:
+    page = (EMBEDDED.parents[1] / "docs" / "photographs.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    read = read_usual(said(tmp_path, json.loads(example)))
+    assert read["sampler"] == "dpmpp-2m" and resolve_align({"pairs": "p"}, read).beta == 2000

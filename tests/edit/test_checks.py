@@ -1,0 +1,37 @@
+"""What Python gives an edit: one sentence where it is of another kind than an edit takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backbone.io.console import UserError
+from edit import checks
+
+
+def test_a_text_is_one_prompt_and_not_its_letters() -> None:
+    assert checks.prompts("make it snow", "instruction") == ("make it snow",)
+    assert checks.prompts(["a dog", "a cat"], "target prompt") == ("a dog", "a cat")
+
+
+@pytest.mark.parametrize("texts", [5, None, [], [""], ["a dog", 5], {"a dog": 1}])
+def test_what_is_no_prompt_is_said(texts: Any) -> None:
+    with pytest.raises(UserError, match="target prompt"):
+        checks.prompts(texts, "target prompt")
+
+
+def test_prompts_with_weights_are_pairs_or_a_dict() -> None:
+    pairs = [("a painting", 1.0), ("a photo", -0.5)]
+    assert checks.weighted(pairs, "prompt") == checks.weighted(dict(pairs), "prompt") == pairs
+    for said in (["a painting"], {"a painting": "much"}, [("a painting", None)], []):
+        with pytest.raises(UserError, match="prompt"):
+            checks.weighted(said, "prompt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["moji", Path("my/model")])
+def test_the_name_of_a_model_is_answered_with_how_it_is_opened(name: Any) -> None:
+    with pytest.raises(UserError, match=r"Open it first: backbone\.open\('"):
+        checks.opened(name)
+    checks.opened(object())
