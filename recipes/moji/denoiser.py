@@ -81,14 +81,6 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "rank": 16,
     "batch": 3,
     "prior_batch": 1,
-    "prior_draws": 128,
-    "prior_prompts": [
-        "a {class} wearing a crown in a park",
-        "a {class} wearing a top hat on the beach",
-        "a {class} wearing sunglasses in the snow",
-        "a {class} wearing a bow in a forest",
-        "a {class} wearing a cap in space",
-    ],
     "lora_layers": "all",
     "loss_weighting": "none",
     "align": {
