@@ -11,17 +11,13 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like
-from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit import checks
 
 
 def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
     """The model's schedule of S steps [S + 1] for a latent [..., H, W]; `UserError` if it has none of so many."""
-    try:
-        return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
-    except ValueError as error:
-        raise UserError(f"{model.location.name} cannot sample in {steps} steps: {error}") from error
+    return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
 
 
 def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:

@@ -225,8 +225,8 @@ def invert(
 
     Raises `UserError` for an image that cannot be read, an empty prompt, or an unknown method or number of steps.
     """
-    checks.opened(model)
     asked = build(InversionSettings, settings)
+    checks.opened(model)
     _check_method(model, asked.method, prompt, asked.steps)
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, asked.steps, encoded.latent)

@@ -69,8 +69,8 @@ def flow_edit(
 
     Raises `UserError` as `sdedit`.
     """
-    checks.opened(model)
     asked = build(FlowEditSettings, settings)
+    checks.opened(model)
     checks.prompt(source, "source prompt")
     targets = checks.prompts(targets, "target prompt")
     checks.not_negative("source guidance", asked.source_guidance)

@@ -92,8 +92,8 @@ def instruct(
     Raises `UserError` for an empty instruction, a model that reads no image, and where the only edit leaves no
     background to keep.
     """
-    checks.opened(model)
     asked = build(InstructSettings, settings)
+    checks.opened(model)
     instructions = checks.prompts(instructions, "instruction")
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
     guidances = Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative)

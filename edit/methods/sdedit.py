@@ -76,8 +76,8 @@ def sdedit(
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image.
     """
-    checks.opened(model)
     asked = build(SDEditSettings, settings)
+    checks.opened(model)
     checks.prompt(prompt, "prompt")
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)

@@ -95,7 +95,7 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
     [
         ({"prompt": " "}, "empty"),
         ({"strength": 1.2}, "between 0 and 1"),
-        ({"steps": 0}, "cannot sample in"),
+        ({"steps": 0}, "cannot take"),
         ({"mask": Image.new("L", (5, 5), 255)}, "5 × 5 pixels"),
         ({"mask": Image.new("L", (64, 64))}, "The mask lets nothing change"),
         ({"negative": "red", "guidance": 1.0}, "At guidance 1 nothing stays away from “red”"),

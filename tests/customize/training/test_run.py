@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from backbone.adapters.concept import Concept, trained_resolution
 from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import append_jsonl, read_json, read_jsonl
-from backbone.media.sources import pictures
+from backbone.media.sources import record
 from backbone.media.sources.decode import open_as
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Trai
             (folder / "subject").rename(folder / "away")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "open_as", count)
+        patch.setattr(record, "open_as", count)
         patch.setattr("backbone.training.run.append_jsonl", log)
         done = invoked(
             *("train", "--images", folder / "subject", "--model", tiny_folder, "--class", "dog", *HERE),

@@ -199,8 +199,8 @@ def test_a_file_that_is_no_inversion_is_refused(
     [
         ({"method": "other"}, "no inversion called other"),
         ({"prompt": " "}, "empty"),
-        ({"steps": 0}, "cannot sample in"),
-        ({"steps": 2000}, "cannot sample in"),
+        ({"steps": 0}, "cannot take"),
+        ({"steps": 2000}, "cannot take"),
         ({"image": "nowhere.png"}, "does not exist"),
     ],
 )
