@@ -128,6 +128,7 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(names: set[str]) -> 
         ("backbone/world", "vocabulary.json"),
         ("backbone/world/rendering", "labels.json"),
         ("customize/examples", "*.png"),
+        ("customize/examples", "*.txt"),
         ("backbone/examples", "*.png"),
         ("backbone/examples", "*.txt"),
         *((package, "py.typed") for package in PACKAGES),

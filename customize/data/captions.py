@@ -39,17 +39,21 @@ class TrainingPrompt:
     source: str
 
 
-def write_prompt(picture: ImageRecord, instance: str, token: str, concept: Concept) -> TrainingPrompt:
+def write_prompt(
+    picture: ImageRecord, instance: str, token: str, concept: Concept, *, noun: str = ""
+) -> TrainingPrompt:
     """The training prompt of an image: its caption, the instance prompt put in front if it lacks the token.
 
-    Brackets in a caption that are no token are text. Raises `UserError` for an instance prompt with a placeholder
-    that the concept does not own.
+    `{token}` and, where the class has a `noun`, `{class}` stand for those in captions too, as in the instance prompt.
+    Other brackets in a caption are text. Raises `UserError` for an instance prompt with a placeholder that the concept
+    does not own.
     """
     if not picture.caption:
         resolved = resolve_placeholder_tokens(instance, [concept], runs=None)
         return TrainingPrompt(instance, resolved, str(picture.path))
-    has_token = mentions(picture.caption, token)
-    written = picture.caption if has_token else f"{instance}, {picture.caption}"
+    caption = picture.caption.replace("{token}", token)
+    caption = caption.replace("{class}", noun) if noun else caption
+    written = caption if mentions(caption, token) else f"{instance}, {caption}"
     return TrainingPrompt(written, replace_tokens(written, [concept]), picture.caption_source)
 
 

@@ -16,10 +16,14 @@ EXTRAS = "example"
 
 
 def write_example(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Copy the example into a folder that is new, empty, or already holds it; returns its images and its extras."""
+    """Copy the example into a folder that is new, empty, or already holds it; returns its images and its extras.
+
+    Beside each image lies its caption, which says where the dog stands, so that the place is not learned with it.
+    """
     images = {folder / source.name: source for source in sorted(EXAMPLE_FOLDER.glob("*.png"))}
+    captions = {folder / source.name: source for source in EXAMPLE_FOLDER.glob("*.txt")}
     extras = {folder / EXTRAS / source.name: source for source in example_files()}
-    files = {**images, **extras}
+    files = {**images, **captions, **extras}
     if not folder.is_dir() or {path for path in folder.rglob("*") if path.is_file()} - files.keys():
         make_empty_folder(folder)
     for path, source in files.items():

@@ -78,7 +78,8 @@ def group_of(
     Prints what the token stands for, unknown tokens in captions, and captions that are truncated.
     """
     instance = subject.filled(settings.instance_prompt)
-    prompts = [write_prompt(picture, instance, subject.token, concept) for picture in folder]
+    noun = subject.class_noun
+    prompts = [write_prompt(picture, instance, subject.token, concept, noun=noun) for picture in folder]
     captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
     odd = [describe_brackets(captioned, concept)] if captioned else []
     odd += describe_foreign_syntax(captioned)

@@ -1,6 +1,6 @@
 """The packaged example: a guide dog, plain, in five places; a scene to edit; prompts to draw and prompts held out.
 
-python -m recipes.moji.data.example_dog            writes customize/examples/dog/*.png and backbone/examples/
+python -m recipes.moji.data.example_dog            writes customize/examples/dog/ and backbone/examples/
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main(
     """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
     for number, scene in enumerate(concept_scenes("guide dog", first_seed=FIRST_SEED), start=1):
         save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
+        write_text(out / "dog" / f"dog-{number}.txt", f"a {{token}} {{class}} {scene.place}\n")
     captions = prompts()
     save_png(extras / "scene.png", render(SCENE).image)
     write_text(extras / "scene.txt", f"{SCENE.caption()}\n")

@@ -45,6 +45,16 @@ def test_a_caption_holds_the_token_as_a_whole_word_or_gets_it(
     assert write_prompt(picture(caption), f"a {token} dog", token, concept(token)).resolved == wanted
 
 
+def test_a_caption_s_placeholders_are_filled_as_the_instance_prompt_s() -> None:
+    told = picture("a {token} {class} on grass")
+    for token in ("[V]", "sks"):
+        prompt = write_prompt(told, f"a {token} dog", token, concept(token), noun="dog")
+        assert (prompt.written, prompt.resolved) == (f"a {token} dog on grass", "a jkw dog on grass")
+    assert (
+        write_prompt(told, "a [V]", "[V]", concept()).resolved == "a jkw {class} on grass"
+    )  # a style has none
+
+
 def test_what_other_runs_are_called_does_not_matter_to_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
