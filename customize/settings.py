@@ -633,6 +633,11 @@ class Settings(TrainingSettings):
                 )
         return by_pattern
 
+    @property
+    def further_prompts(self) -> tuple[str, ...]:
+        """The prior prompts that say something, where the base's predictions are kept; “” stands for none."""
+        return tuple(prompt for prompt in self.prior_prompts if prompt.strip() and self.prior == "base")
+
     def called(self) -> str:
         """The first subject's name in a prompt: `[V] dog`."""
         return self.subjects()[0].called()

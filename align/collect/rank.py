@@ -69,7 +69,7 @@ def rank_samples(
     check_images([ImageRecord(folder / name) for _, name in files])
     concepts = read_json(folder / SAMPLES, SamplesRecord).concepts
     plain_prompts = [replace(prompt, text=strip_tokens(prompt.text, concepts)) for prompt in prompts]
-    scores = {scorer: score_images(folder, scorer, plain_prompts, files) for scorer in dict.fromkeys(scorers)}
+    scores = {scorer: score_images(folder, scorer, plain_prompts, files) for scorer in scorers}
     single_scores = list(scores.values())
     total = (
         single_scores[0]
@@ -85,10 +85,7 @@ def rank_samples(
             f"No two pictures of a prompt in {folder} differ by more than {margin:g}. Lower --margin, or draw more "
             "pictures of each prompt."
         )
-    by_file = {
-        name: {scorer: round(float(values[row]), 6) for scorer, values in scores.items()}
-        for row, (_, name) in enumerate(files)
-    }
+    by_file = _list_by_file(scores, files)
     seconds = round(time.perf_counter() - began, 2)
     lines = "".join(_format_line(pair, prompts) for pair in pairs)
     # Both or neither: what a full disk leaves of one would not be the other's
@@ -100,6 +97,16 @@ def rank_samples(
         write_json(scored, {"scorers": list(scores), "seconds": seconds, "scores": by_file})
         write_text(ranked, lines)
     return len(pairs)
+
+
+def _list_by_file(
+    scores: Mapping[str, Tensor], files: Sequence[tuple[int, str]]
+) -> dict[str, dict[str, float]]:
+    """Each image's score by each scorer, as `scores.json` holds them."""
+    return {
+        name: {scorer: round(float(values[row]), 6) for scorer, values in scores.items()}
+        for row, (_, name) in enumerate(files)
+    }
 
 
 def score_images(

@@ -20,7 +20,7 @@ from torch import Tensor
 from backbone.cli.sampling import Sampler, own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
-from backbone.diffusion.noise import Estimate, Level, Predict
+from backbone.diffusion.noise import Estimate, Level, Predict, generator
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -105,18 +105,18 @@ def draw_edit(
     *,
     steps: int,
     guidances: Guidances,
-    noise: Tensor,
-    random: torch.Generator,
+    key: tuple[int, int],
     sampler: Sampler | None = None,
     controls: Sequence[Control] = (),
     after_step: Callable[[int, Tensor], Any] = lambda step, clean: None,
 ) -> Tensor:
     """The latent [1, C, h, w] of an edit by an instruction.
 
-    `references` are the image that is edited and then further ones; `noise` is of the size of what is drawn; `random`
-    gives fresh noise to a sampler that adds some, `None` being the model's own; `controls` are of one row each.
-    `after_step` is called with each step and the clean latent that was estimated at its beginning.
+    `references` are the image that is edited, in whose size is drawn, and then further ones. `key` is the seed and the
+    edit's number, on which its noise depends. Without a `sampler` the model's own draws. `controls` are of one row
+    each. `after_step` is called with each step and the clean latent that was estimated at its beginning.
     """
+    noise = torch.randn(references[0].latents.shape, generator=generator(*key, "instruct"))
     sampler = sampler or own_sampler(model.defaults)
     words = (instruction, guidances.negative)
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)
@@ -134,4 +134,4 @@ def draw_edit(
             after_step(step, estimate.clean)
         return estimate
 
-    return get_sampler(sampler, [random])(state, predict_and_tell, schedule)
+    return get_sampler(sampler, [generator(*key, "steps")])(state, predict_and_tell, schedule)

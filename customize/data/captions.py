@@ -16,6 +16,7 @@ from backbone.adapters.concept import (
     resolve_placeholder_tokens,
 )
 from backbone.media.sources.record import ImageRecord
+from customize.settings import Subject
 
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder
@@ -51,8 +52,8 @@ def write_prompt(
     if not picture.caption:
         resolved = resolve_placeholder_tokens(instance, [concept], runs=None)
         return TrainingPrompt(instance, resolved, str(picture.path))
-    caption = picture.caption.replace("{token}", token)
-    caption = caption.replace("{class}", noun) if noun else caption
+    caption = picture.caption
+    caption = Subject("", token, noun).filled(caption) if noun else caption.replace("{token}", token)
     written = caption if mentions(caption, token) else f"{instance}, {caption}"
     return TrainingPrompt(written, replace_tokens(written, [concept]), picture.caption_source)
 

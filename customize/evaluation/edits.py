@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.diffusion.noise import generator
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.image_metrics import background_metrics, mean_of_defined, psnr, structure_distance
 from backbone.io.console import progress
@@ -75,10 +73,8 @@ def draw_held_out(
     with progress(len(pairs.sources), label, brief=True) as bar:
         for row, references in enumerate(pairs.references):  # one by one: their sizes may differ
             shown = [each.to(model.device) for each in references]
-            noise = torch.randn(shown[0].latents.shape, generator=generator(settings.seed, row, "instruct"))
             state = draw_edit(
-                model, shown, pairs.instructions[row], steps=steps, guidances=guidances, noise=noise,
-                random=generator(settings.seed, row, "steps"),
+                model, shown, pairs.instructions[row], steps=steps, guidances=guidances, key=(settings.seed, row),
                 after_step=lambda step, clean: bar.advance_images(1 / steps),
             )  # fmt: skip
             drawn.append(model.decode(state)[0].cpu())

@@ -93,7 +93,7 @@ def group_of(
     )
     notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
     class_prompt = subject.filled(settings.class_prompt)
-    further = tuple(subject.filled(prompt) for prompt in settings.prior_prompts if prompt.strip())
+    further = tuple(map(subject.filled, settings.further_prompts))
     return SubjectGroup(
         folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images, further
     )

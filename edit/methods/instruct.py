@@ -18,7 +18,6 @@ from torch import Tensor
 from backbone.cli.keywords import takes
 from backbone.cli.options import build
 from backbone.cli.sampling import Sampler, own_sampler
-from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
@@ -103,18 +102,15 @@ def instruct(
     more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
     sampler = asked.sampler or own_sampler(model.defaults)
-    schedule = schedule_of(
-        model, asked.steps, encoded.latent
-    )  # which says where there is none of so many steps
+    schedule = schedule_of(model, asked.steps, encoded.latent)
     kept_frames = KeptEstimates(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         shown = [as_reference(model, now), *more]
-        noise = torch.randn(encoded.latent.shape, generator=generator(asked.seed, number, "instruct"))
         final = number == len(instructions) - 1
         state = draw_edit(
-            model, shown, instruction, steps=asked.steps, guidances=guidances, noise=noise, sampler=sampler,
-            random=generator(asked.seed, number, "steps"), controls=layout.of_targets(),
+            model, shown, instruction, steps=asked.steps, guidances=guidances, key=(asked.seed, number),
+            sampler=sampler, controls=layout.of_targets(),
             after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
         text = encode_prompts_cached(model, [instruction], shown)
@@ -127,13 +123,9 @@ def instruct(
         latents.append(state[0])
         finished.append(drawn)
         now = EncodedImage(drawn, model.encode(drawn[None]).mean, encoded.facts)
-    facts = {
-        "sampler": sampler,
-        "guidance": guidances.text,
-        **({"image_guidance": guidances.image} if model.reads_as_channels else {}),
-        "drift": [one.figures for one in backgrounds],
-        **layout.facts(),
-    }
+    how: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
+    how |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
+    facts = {**how, "drift": [one.figures for one in backgrounds], **layout.facts()}
     return Result(
         model=model, prompts=instructions, encoded=encoded, latents=torch.stack(latents), nfe=nfe,
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,

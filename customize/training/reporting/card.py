@@ -107,9 +107,9 @@ def readme(
     first = settings.subjects()[0]
     instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
     shown = next((prompt for prompt in prompts if mentions(prompt, first.token)), instance)
-    further = [prompt for prompt in settings.prior_prompts if prompt.strip() and settings.prior == "base"]
+    further = len(settings.further_prompts)
     kept = (
-        f"and {count_of(len(further), 'further prompt')} of it kept what they were"
+        f"and {count_of(further, 'further prompt')} of it kept what they were"
         if further
         else "kept what it was"
     )
