@@ -39,7 +39,7 @@ from backbone.models.control import (
 from backbone.models.few_step.model import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
-from backbone.models.sample import Request, latent_size, refuse_negative, sample
+from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
@@ -99,8 +99,10 @@ def sample_to_folder(
     expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     backbone, concepts, name = open_model(asked, concepts, on)
-    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(backbone.defaults)
-    rows, columns = _refuse_undrawable(backbone, asked, beside, out)
+    asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
+    rows, columns = latent_size(backbone, asked.size)
+    refuse_too_many(backbone, len(beside.references))
+    refuse_finished(out)
     if vram is not None:
         work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
@@ -143,18 +145,6 @@ def open_model(
         return backbone, concepts, name
     few = open_few_step(backbone, name_few_step(name) if on == OWN_FEW_STEP else on)
     return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
-
-
-def _refuse_undrawable(
-    model: Backbone, asked: DrawingOptions, beside: Beside, out: Path | None
-) -> tuple[int, int]:
-    """The latents' rows and columns; `UserError` for a size, steps or references that the model cannot take, and a
-    folder that holds a finished run."""
-    size = latent_size(model, asked.size)
-    model.schedule(asked.for_sampler()["steps"])
-    refuse_too_many(model, len(beside.references))
-    refuse_finished(out)
-    return size
 
 
 def _count(

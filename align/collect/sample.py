@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,13 +35,11 @@ from backbone.models.model import Backbone
 from backbone.models.sample import (
     Request,
     count_skipped_steps,
-    latent_size,
     refuse_negative,
+    resolve_sampling,
     sample,
     sample_latents,
 )
-
-Asked = TypeVar("Asked", bound=SamplingSettings)
 
 
 def sample_pairs(
@@ -59,7 +57,7 @@ def sample_pairs(
         expand_tokens(text, concepts)  # mistakes are answered before any weights load
     name = asked.model or (concepts[0].model if concepts else "moji")
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    asked = resolve_sampling(asked, backbone, concepts)
+    asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
     if asked.redraw and asked.steps is not None:
         count_skipped_steps(asked.redraw, asked.steps)
     for concept in concepts:
@@ -113,14 +111,6 @@ def _draw_missing(
         seconds = read_json(out / SAMPLES, SamplesRecord).seconds + time.perf_counter() - began
         write_json(out / SAMPLES, {**record, "seconds": round(seconds, 2), "versions": package_versions()})
     return len(missing)
-
-
-def resolve_sampling(sampling: Asked, model: Backbone, concepts: Sequence[Concept]) -> Asked:
-    """With the size of the concepts' images and the model's defaults; `UserError` for a size it cannot sample."""
-    sampling = sampling.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
-    latent_size(model, sampling.size)
-    model.schedule(sampling.for_sampler()["steps"])  # which refuses too many before anything is done
-    return sampling
 
 
 def sample_images(

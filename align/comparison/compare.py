@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from align.collect.sample import resolve_sampling, sample_images
+from align.collect.sample import sample_images
 from align.collect.scorers import ImageScorer, load_clip_scorer, open_scorer
 from align.comparison.report import build_report
 from align.comparison.sides import (
@@ -34,7 +34,7 @@ from align.comparison.sides import (
 from align.pairs.prompts import group_by_category, strip_tokens
 from align.settings import ComparisonSettings
 from backbone.adapters.apply import check_concept_fits, load_concepts
-from backbone.adapters.concept import Concept, read_concept, summarize_concepts
+from backbone.adapters.concept import Concept, read_concept, summarize_concepts, trained_resolution
 from backbone.cli.options import part
 from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.clip import diversity
@@ -48,7 +48,7 @@ from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.models.model import Backbone
-from backbone.models.sample import latent_size
+from backbone.models.sample import latent_size, resolve_sampling
 
 RESULT = "compare.json"
 REPORT = "report.html"
@@ -164,7 +164,11 @@ def _open_sides(
         for name, side in sides.items()
     }
     tuned = next(name for name in sides if name != BASE)
-    sampling = resolve_sampling(part(SamplingSettings, asked), opened[BASE].model, opened[tuned].concepts)
+    sampling = resolve_sampling(
+        part(SamplingSettings, asked),
+        opened[BASE].model,
+        resolution=trained_resolution(opened[tuned].concepts),
+    )
     for one in opened.values():
         latent_size(one.model, sampling.size)
         for concept in one.concepts:

@@ -17,6 +17,7 @@ from typing import Any
 from backbone.io.console import UserError, notify, notify_once, quote, quote_text
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
+from backbone.io.run_folder import no_run_folder
 
 CONCEPT_FILE = "concept.json"
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
@@ -127,7 +128,7 @@ def _why_no_run(folder: Path) -> str:
                 f"There is no run folder {folder}. --scale is the strength of all concepts; for one of each, add them "
                 f"up: customize merge {quote(folder)} OTHER:1 --out runs/NAME"
             )
-        return f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
+        return str(no_run_folder(folder))
     if folder.is_file():
         if folder.suffix.lower() == ".gguf":
             return f"{folder} {IS_GGUF}"

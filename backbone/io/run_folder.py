@@ -88,6 +88,13 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         )
 
 
+def no_run_folder(folder: Path) -> UserError:
+    """The error of a run folder that is not there."""
+    return UserError(
+        f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
+    )
+
+
 def refuse_unwritable(folder: Path) -> None:
     """`UserError` for a folder that cannot be made or written, which is said before anything is computed for it.
 

@@ -7,14 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.sampling import ALL_STEPS, MODELS_OWN, Sampler, Size, own_sampler, own_sampler_of_clips
+from backbone.cli.sampling import (
+    ALL_STEPS,
+    MODELS_OWN,
+    Sampler,
+    SamplingSettings,
+    Size,
+    own_sampler,
+    own_sampler_of_clips,
+)
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
@@ -26,6 +34,8 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.windows import Windows, attention_in_windows, in_windows
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
+
+Asked = TypeVar("Asked", bound=SamplingSettings)
 
 
 @dataclass(frozen=True)
@@ -323,6 +333,17 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
         raise UserError(
             f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
         )
+
+
+def resolve_sampling(asked: Asked, model: Backbone, *, resolution: int = 0) -> Asked:
+    """With this resolution (0: the model's own) and the model's usual steps, guidance and sampler where none is given.
+
+    Raises `UserError` for a size that the model cannot sample, and for more steps than it was trained with.
+    """
+    asked = asked.at_resolution(resolution).with_defaults(model.defaults)
+    latent_size(model, asked.size)
+    model.schedule(asked.for_sampler()["steps"])
+    return asked
 
 
 def latent_size(model: Backbone, size: Size) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from backbone.cli.options import Option, build, check_values, drop_ineffective, 
 from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json, read_metadata
 from backbone.io.records import RunRecord
-from backbone.io.run_folder import CHECKPOINT, make_absolute
+from backbone.io.run_folder import CHECKPOINT, make_absolute, no_run_folder
 
 FILE = "settings.json"
 NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
@@ -286,9 +286,7 @@ def read_run_settings(declared: type[Declared], run: Path, program: str) -> Decl
     """The settings of a run folder of `program`; `UserError` when it has none or they are of another version."""
     path = run / FILE
     if not run.exists():
-        raise UserError(
-            f"There is no run folder {run}. Check the spelling, and the folder that it is named from."
-        )
+        raise no_run_folder(run)
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
     written = " ".join(read_json(path, RunRecord).command.split()[:2])

@@ -46,7 +46,14 @@ from backbone.models.control import (
     open_clip_conditions,
 )
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, latent_size, refuse_negative, sample_latents
+from backbone.models.sample import (
+    Frames,
+    Request,
+    latent_size,
+    refuse_negative,
+    resolve_sampling,
+    sample_latents,
+)
 from customize.clips.plan import POSE, PlannedClip, plan_clip
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (
@@ -78,9 +85,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     if not asked.motion:
         refuse_transformer(model)
-    asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
+    asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
     rows, columns = latent_size(model, asked.size)
-    model.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
     controls, sparse = split_controls(asked)
     what = describe_clips(model, prompts, asked, concepts)
     refuse_new_folder(asked.out, CLIPS, what)

@@ -23,7 +23,7 @@ from backbone.media.transforms import crop_and_resize, to_image, to_tensor, work
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.animate import Still, animate, condition_on_stills
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, latent_size
+from backbone.models.sample import Frames, Request, latent_size, resolve_sampling
 from customize.clips.draw import CLIPS, film_name, publish
 from customize.clips.picture_lora import count_bytes, load_loras, read_loras
 from customize.clips.settings import ClipOptions
@@ -54,8 +54,7 @@ def draw_pictures(asked: ClipOptions) -> Path:
         import_av("--mp4")
     model = open_for_pictures(asked)
     pictures = [open_named(path) for path in asked.images]
-    asked = asked.with_defaults(model.defaults)
-    model.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
+    asked = resolve_sampling(asked, model)
     asked = replace(asked, frames=asked.frames or model.latent_shape[1], fps=asked.fps or FPS)
     if asked.guidance is not None and asked.min_guidance > max(1.0, asked.guidance):
         raise UserError(

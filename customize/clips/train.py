@@ -40,6 +40,7 @@ from backbone.io.run_folder import (
     CHECKPOINT,
     hold_folder,
     make_absolute,
+    no_run_folder,
     package_versions,
     refuse_taken,
     run_name,
@@ -245,9 +246,7 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
         return run, build(TrainMotionOptions, as_kept(vars(asked))), False
     if not (run / CHECKPOINT).is_file():
         if not run.is_dir():
-            raise UserError(
-                f"There is no run folder {run}. Check the spelling, and the folder that it is named from."
-            )
+            raise no_run_folder(run)
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
     return run, replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED)), True

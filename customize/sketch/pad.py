@@ -39,7 +39,7 @@ from backbone.models.control import (
     open_control,
 )
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, latent_size, refuse_negative, sample
+from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
 from customize.sample_settings import SampleOptions
 from customize.sampling import open_model
 from customize.sketch.settings import SketchOptions
@@ -109,9 +109,7 @@ class SketchPad:
     def open(cls, asked: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
         """Loads the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
         model, concepts, name = open_model(asked, concepts, asked.few_step)
-        asked = asked.at_resolution(trained_resolution(concepts)).with_defaults(model.defaults)
-        latent_size(model, asked.size)
-        model.schedule(asked.for_sampler()["steps"])  # which refuses too many before anything is done
+        asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
         ((_, where),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), asked.controlnet)])
         network = open_control(model, where)
         load_concepts(model, concepts, scale=asked.scale)
