@@ -102,7 +102,7 @@ def _drawing_of(
     names = {one.name for one in fields(ControlOptions)}
     known = {name: value for name, value in settings.items() if value is not None}
     control = {
-        name: value if name == "guess_mode" else _as_several(value)
+        name: value if name in ("condition_rows", "guess_mode") else _as_several(value)
         for name, value in known.items()
         if name in names
     }

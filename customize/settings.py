@@ -504,6 +504,33 @@ class Settings(TrainingSettings):
             min=0,
         ),
     ] = 5.0
+    timestep_bias_strategy: Annotated[
+        str,
+        Option(
+            "Noise levels that are drawn more often: later ones are the noisier.",
+            "Loss",
+            choices=("none", "later", "earlier"),
+        ),
+    ] = "none"
+    timestep_bias_portion: Annotated[
+        float,
+        Option(
+            "Share of the levels that are drawn more often.",
+            "Loss",
+            needs={"timestep_bias_strategy": ("later", "earlier")},
+            min=0.01,
+            max=0.99,
+        ),
+    ] = 0.25
+    timestep_bias_multiplier: Annotated[
+        float,
+        Option(
+            "How many times as often.",
+            "Loss",
+            needs={"timestep_bias_strategy": ("later", "earlier")},
+            min=0,
+        ),
+    ] = 2.0
     noise_offset: Annotated[
         float,
         Option("Strength of the noise offset: a constant added to each channel's noise.", "Loss", min=0),
@@ -696,10 +723,13 @@ class PrepareImages(PrepareOptions, JsonOptions):
     ] = ""
 
 
-def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+def resolve_settings(
+    asked: Mapping[str, Any], usual: Mapping[str, Any], *, captioned: bool = False
+) -> Settings:
     """The settings of a run: what the user asked for, over the usual settings of the model (its `limner.json`).
 
-    Raises `UserError` for an unknown setting.
+    Its further prior prompts are for subjects whose every image is `captioned`: kept beside images that do not say
+    where the subject stands, they take the subject away. Raises `UserError` for an unknown setting.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
@@ -720,7 +750,7 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Sett
         "lora_layers": usual.get("lora_layers", "attention"),
         "prior_batch": usual.get("prior_batch", 1),
         "prior_draws": usual.get("prior_draws", Settings.prior_draws),
-        "prior_prompts": tuple(usual.get("prior_prompts", ())),
+        "prior_prompts": tuple(usual.get("prior_prompts", ())) if captioned else (),
         "loss_weighting": usual.get("loss_weighting", "none"),
         "evaluation_steps": 50 if patient else usual.get("evaluation_steps", Settings.evaluation_steps),
     }

@@ -28,6 +28,7 @@ from backbone.models.control import (
     Condition,
     OpenedControl,
     gather_controls,
+    make_control,
     open_conditions,
     open_control,
     with_map,
@@ -219,6 +220,7 @@ class WrittenCondition:
     start: float
     stop: float
     guess: bool
+    rows: str = "both"
     how: str = ""
 
 
@@ -240,9 +242,10 @@ def read_layout(
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
         network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
         images = [to_image(one.float().div(127.5).sub(1)) for one in drawn.reshape(-1, *drawn.shape[-3:])]
-        how = {name: facts[name] for name in ("scale", "start", "stop", "guess")}
         hints = torch.cat([as_hints(one) for one in images])
-        control, of_clip = Control.of(network, hints.to(model.device), **how), drawn.ndim == 4
+        # older files leave out on which rows it acts
+        control = make_control(network, hints.to(model.device), {"rows": "both", **facts})
+        of_clip = drawn.ndim == 4
         maps = tuple(images) if of_clip else ()
         conditions.append(Condition(control.as_clip() if of_clip else control, images[0], dict(facts), maps))
     return Layout(tuple(conditions), ((True, True),) * len(conditions))

@@ -24,6 +24,7 @@ SYNONYMS = {
     **dict.fromkeys(("normals", "normalbae"), "normal"),
 }
 RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a clip
+ROWS = ("both", "prompted")  # of classifier-free guidance
 ANY = "map"  # the kind of a map of which nothing is said
 AUTO, INVERTED = "auto", "inverted"
 MOST, MUCH = 2.0, 1.5  # of a scale; beyond the second, details burn
@@ -70,6 +71,7 @@ class AskedControl:
     scale: float | None = None
     start: float | None = None
     stop: float | None = None
+    rows: str = ""
     guess: bool = False
 
 
@@ -135,6 +137,17 @@ class ControlOptions:
             needs=NEEDS,
         ),
     ] = ()
+    condition_rows: Annotated[
+        str,
+        Option(
+            "Where control acts in guidance: on both predictions, or on the prompted one alone, so that guidance "
+            "amplifies it (webui's “ControlNet is more important”).",
+            CONTROL,
+            choices=ROWS,
+            default_text="both",
+            needs=NEEDS,
+        ),
+    ] = ""
     guess_mode: Annotated[
         bool,
         Option(
@@ -151,6 +164,8 @@ class ControlOptions:
         count = len(maps)
         if self.guess_mode and not count:
             spread_values([True], 0, "--guess-mode")
+        if self.condition_rows and not count:
+            spread_values([self.condition_rows], 0, "--condition-rows")
         every = {
             "--controlnet": self.controlnet,
             "--condition-scale": self.condition_scale,
@@ -159,7 +174,7 @@ class ControlOptions:
         }
         columns = [spread_values(values, count, flag) for flag, values in every.items()]
         asked = tuple(
-            AskedControl(each, network or "", scale, start, stop, self.guess_mode)
+            AskedControl(each, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
             for each, network, scale, start, stop in zip(maps, *columns, strict=True)
         )
         for one in asked:

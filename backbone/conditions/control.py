@@ -58,7 +58,8 @@ class Control:
     hints        tensors [B, …] of `network.read`
     scale        [B], in the processor's memory; a row of 0 is not controlled, bit for bit
     start, stop  the share of the steps, from noise, at which it acts
-    guess        without a prompt it does not act, and shallow layers are controlled less (guess mode)
+    prompted     without a prompt it does not act, so that guidance amplifies it
+    guess        nor in guess mode, and shallow layers are controlled less
     frames       rows are clips of so many frames, each with hints of its own [B, F, …]; 0: one for all of a row
     times        the network's times from `start` to `stop`, lowest and highest; `during` fills them in
     """
@@ -68,6 +69,7 @@ class Control:
     scale: Tensor
     start: float = 0.0
     stop: float = 1.0
+    prompted: bool = False
     guess: bool = False
     frames: int = 0
     times: tuple[float, float] | None = None
@@ -81,11 +83,13 @@ class Control:
         scale: float | Tensor = 1.0,
         start: float = 0.0,
         stop: float = 1.0,
+        prompted: bool = False,
         guess: bool = False,
     ) -> Control:
         """The control of maps [B, 3, H, W] in 0…1, at one scale or one for each [B]."""
         scales = torch.as_tensor(scale, dtype=torch.float32).expand(len(maps))
-        return cls(network, network.read(maps), scales, start, stop, guess or network.prompted_only)
+        prompted = prompted or guess or network.prompted_only
+        return cls(network, network.read(maps), scales, start, stop, prompted, guess)
 
     def __len__(self) -> int:
         return len(self.scale)
@@ -145,7 +149,7 @@ class Control:
 
     def unprompted(self) -> Control:
         """The same for the rows without a prompt."""
-        return replace(self, scale=torch.zeros_like(self.scale)) if self.guess else self
+        return replace(self, scale=torch.zeros_like(self.scale)) if self.prompted else self
 
     def off(self, rows: int) -> Control:
         """So many rows that are not controlled."""
@@ -168,7 +172,7 @@ class Control:
         """Whether rows of both can stand in one batch."""
         return self.network is other.network and all(
             getattr(self, name) == getattr(other, name)
-            for name in ("start", "stop", "guess", "frames", "times")
+            for name in ("start", "stop", "prompted", "guess", "frames", "times")
         )
 
 

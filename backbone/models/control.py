@@ -7,7 +7,7 @@ conditions = replace(text, controls=(Control.of(network, maps),))
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,6 +28,7 @@ from backbone.io.weights import read_weights_header
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
+from backbone.models.sample import is_guidance_distilled
 from backbone.models.usual import UsualCondition, read_section
 
 RECORD = "condition.json"
@@ -43,7 +44,7 @@ class ControlRecord:
     maps      version of the maps' maker
     palette   colour of each label
     base      fingerprint of the model that it was trained on, and its name
-    defaults  scale, start and stop that work well
+    defaults  scale, start, stop and rows that work well
     """
 
     kinds: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class ControlRecord:
     palette: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     base: str = ""
     model: str = ""
-    defaults: dict[str, float] = field(default_factory=dict)
+    defaults: dict[str, float | str] = field(default_factory=dict)
 
 
 class OpenedControl(NamedTuple):
@@ -258,19 +259,40 @@ def _open(
 def _condition(
     model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
-    usual = {"scale": 1.0, "start": 0.0, "stop": 1.0}
+    usual: dict[str, Any] = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
     usual |= {**model.defaults.get("condition", {}), **opened.record.defaults}
     how: dict[str, Any] = {
-        name: usual[name] if getattr(asked, name) is None else getattr(asked, name) for name in usual
+        name: usual[name] if getattr(asked, name) in (None, "") else getattr(asked, name) for name in usual
     }
     if asked.guess and not opened.network.takes_guess:
         raise UserError(
             f"{opened.name} is no ControlNet of a UNet, so guess mode has no effect on it. Leave --guess-mode out."
         )
+    if asked.rows:
+        refuse_rows(model, asked, opened)
     hints = torch.cat([as_hints(image) for image in images]).to(model.device)
-    control = Control.of(opened.network.for_kind(asked.map.kind), hints, guess=asked.guess, **how)
+    network = opened.network.for_kind(asked.map.kind)
+    control = make_control(network, hints, {**how, "guess": asked.guess})
     facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
+
+
+def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> None:
+    """`UserError` where it makes no difference on which rows of guidance a condition is asked to act."""
+    if is_guidance_distilled(model):
+        raise UserError(
+            f"{model.location.name} is guidance-distilled: there is one prediction alone that control could act on. "
+            "Leave --condition-rows out."
+        )
+    if asked.rows == "both" and (asked.guess or opened.network.prompted_only):
+        why = "Guess mode" if asked.guess else opened.name
+        raise UserError(f"{why} acts on prompted rows alone. Leave --condition-rows both out.")
+
+
+def make_control(network: ControlNetwork, maps: Tensor, how: Mapping[str, Any]) -> Control:
+    """The control of maps [B, 3, H, W] as a condition's facts say how it acts: scale, start, stop, rows, guess."""
+    said = {name: how[name] for name in ("scale", "start", "stop", "guess")}
+    return Control.of(network, maps, prompted=how["rows"] == "prompted", **said)
 
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
@@ -290,7 +312,9 @@ def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
 
 def _fit_in_one_call(one: Control, other: Control) -> bool:
     same = one.network.module is other.network.module and float(one.scale[0]) > 0
-    return same and (one.start, one.stop, one.guess) == (other.start, other.stop, other.guess)
+    return same and all(
+        getattr(one, name) == getattr(other, name) for name in ("start", "stop", "prompted", "guess")
+    )
 
 
 def with_map(condition: Condition, image: Image.Image) -> Condition:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, convert_value, fields_of, find_nearest
 from backbone.cli.sampling import Sampler
 from backbone.io.console import UserError
@@ -56,6 +57,7 @@ class UsualCondition:
     scale: Annotated[float, _number("Strength.", 0)] = 1.0
     start: Annotated[float, _number("Share of the steps before it is heard.", 0, 1)] = 0.0
     stop: Annotated[float, _number("Share of the steps after which it is not.", 0, 1)] = 1.0
+    rows: Annotated[str, Option("Predictions of guidance on which it acts.", "Usual", choices=ROWS)] = "both"
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,20 @@ def base_predictions(
     )
 
 
-def stratified_levels(count: int, total: int, random: torch.Generator) -> Tensor:
-    """One level index in each of `count` equal strata of 0 … total − 1, in random order [count]."""
+def stratified_levels(
+    count: int, total: int, random: torch.Generator, weights: Tensor | None = None
+) -> Tensor:
+    """One level index in each of `count` equal strata of 0 … total − 1, in random order [count].
+
+    With `weights` [total] the strata are of equal weight.
+    """
     strata = (torch.arange(count) + torch.rand(count, generator=random)) / count
-    return (strata * total).long().clamp(max=total - 1)[torch.randperm(count, generator=random)]
+    if weights is None:
+        drawn = (strata * total).long()
+    else:
+        below = weights.double().cumsum(0)
+        drawn = torch.searchsorted(below, strata.double() * below[-1], right=True)
+    return drawn.clamp(max=total - 1)[torch.randperm(count, generator=random)]
 
 
 @torch.no_grad()

@@ -390,11 +390,12 @@ def training_scenes(concept: str) -> list[Scene]:
 
 
 def write_training_images(concept: str, out: Path) -> Path:
-    """The folder of a concept's five training pictures."""
+    """The folder of a concept's five training pictures, each with a caption that says where it stands."""
     folder = out / "pictures" / concept.replace(" ", "-")
     for k, scene in enumerate(training_scenes(concept)):
         if not (folder / f"{k}.png").exists():
             save_png(folder / f"{k}.png", render(scene).image)
+        write_text(folder / f"{k}.txt", f"a {{token}} {{class}} {scene.place}\n")
     return folder
 
 

@@ -142,6 +142,8 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
         )
     if sparse.guess:
         raise UserError("SparseCtrl knows no guess mode. Leave --guess-mode out.")
+    if sparse.rows:
+        raise UserError("SparseCtrl acts on both rows of guidance. Leave --condition-rows out.")
     refuse_windows(asked)
     number_maps(sparse.map.path, asked.frames)
     return tuple(one for one in every if one is not sparse), sparse

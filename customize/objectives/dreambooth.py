@@ -202,7 +202,8 @@ class DreamBooth(Objective):
         if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
             shift = torch.randn(clean.shape[:2], generator=random)
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
-        index = stratified_levels(settings.batch, len(path.levels), random)
+        levels = len(path.levels)
+        index = stratified_levels(settings.batch, levels, random, timestep_weights(levels, settings))
         level = path.levels[index]
         by_level = level_weight(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
         weight = weight_map(by_level, clean)
@@ -305,6 +306,20 @@ def share_of(settings: Settings) -> processes.Share:
 def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
     """Weights [B] expanded to [B, 1, …], over the places of latents [B, C, …]."""
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
+
+
+def timestep_weights(levels: int, settings: Settings) -> Tensor | None:
+    """How often each of so many levels is drawn beside the others [levels]; None where all are drawn alike.
+
+    As diffusers' scripts have it: a portion of the last levels, which are the noisiest, or of the first.
+    """
+    if settings.timestep_bias_strategy == "none":
+        return None
+    portion = max(1, round(settings.timestep_bias_portion * levels))
+    often = slice(levels - portion, None) if settings.timestep_bias_strategy == "later" else slice(portion)
+    weights = torch.ones(levels)
+    weights[often] = settings.timestep_bias_multiplier
+    return weights
 
 
 def level_weight(level: Level, kind: PredictionType, weighting: str, snr_gamma: float = 5.0) -> Tensor:

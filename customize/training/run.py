@@ -22,7 +22,7 @@ from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
-from customize.data.dataset import SubjectGroup, prepare
+from customize.data.dataset import SubjectGroup, prepare, preserves
 from customize.data.folders import read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
@@ -68,7 +68,7 @@ def train_concept(
     if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
-    settings = resolve_settings(asked | fields_of_subjects(subjects), opened.defaults)
+    settings = settings_for(asked | fields_of_subjects(subjects), opened.defaults, pictures)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
@@ -84,6 +84,21 @@ def train_concept(
         if writes:
             begin_record(run, settings, model, pictures)
         return carry_on(run, settings, model, concept, groups, began=began)
+
+
+def settings_for(
+    asked: Mapping[str, Any], usual: Mapping[str, Any], pictures: Sequence[list[ImageRecord]]
+) -> Settings:
+    """The settings of a run on these images; says where the model's prior prompts are left out for want of captions."""
+    captioned = all((picture.caption or "").strip() for folder in pictures for picture in folder)
+    settings = resolve_settings(asked, usual, captioned=captioned)
+    further = usual.get("prior_prompts") and not asked.get("prior_prompts")
+    if further and not captioned and preserves(settings) and settings.prior == "base":
+        notify(
+            "Not every image has a caption, so the model's further prior prompts are left out. Captions that say where "
+            "the subject stands would let them keep places and what it wears."
+        )
+    return settings
 
 
 def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:

@@ -49,6 +49,7 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(("metrics", "film"), bool),
     **dict.fromkeys(("condition", "controlnet", "source_condition"), list[str]),
     **dict.fromkeys(("condition_scale", "condition_start", "condition_stop"), list[float]),
+    "condition_rows": str,
     "guess_mode": bool,
     "blend": list[str] | None,
     "swaps": list[tuple[str, str]],

@@ -185,6 +185,25 @@ def test_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, count: in
     assert float((ours - drawn(nets.model, [], steps=steps)).abs().max()) > 0.01
 
 
+def test_on_prompted_rows_alone_guidance_amplifies_control(nets: Nets) -> None:
+    """The unconditional prediction is the base's bit for bit, and the guided one goes from there to the controlled."""
+    text, empty = (encode_prompts_cached(nets.model, [one]) for one in (PROMPT, ""))
+    noisy = torch.randn(1, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    level = nets.model.path.levels[500]
+    for name in (nets.controlnets[0], nets.adapters[0]):
+        control = Control.of(open_control(nets.model, name).network, maps(1), prompted=True)
+        told = replace(text, controls=(control,))
+        off = replace(empty, controls=(control.unprompted(),))
+        guided = nets.model.guided_predictor(told, empty, 3.0)(noisy, level)
+        some, none = (nets.model.predictor(one)(noisy, level) for one in (told, empty))
+        torch.testing.assert_close(guided.noise, none.noise + 3 * (some.noise - none.noise))
+        assert torch.equal(nets.model.predictor(off)(noisy, level).noise, none.noise)
+        both = replace(told, controls=(replace(control, prompted=False),))
+        assert not torch.allclose(
+            nets.model.guided_predictor(both, empty, 3.0)(noisy, level).noise, guided.noise
+        )
+
+
 def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
     """Alone, and for one of two rows in a batch: the other row's control does not reach it."""
     controls, _ = controls_of(nets.model, (nets.controlnets[0], nets.adapters[0]), 2, {"scale": [0.0, 0.0]})

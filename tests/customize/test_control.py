@@ -72,7 +72,8 @@ def test_the_map_stands_beside_the_images_and_in_the_record(place: Path, tmp_pat
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     first, second = record["conditions"]
     place_of = {"kind": "edges", "map": f"{place}/ring.png", "network": f"{place}/run"}
-    assert first == place_of | {"scale": 1.0, "start": 0.0, "stop": 0.7, "guess": False}
+    how = {"scale": 1.0, "start": 0.0, "stop": 0.7, "rows": "both", "guess": False}
+    assert first == place_of | how
     assert second["how"] == "auto" and second["network"] == f"{place}/controlnet"
     assert np.array_equal(pixels(tmp_path / "out" / "condition-0-edges.png"), np.array(ring()))
     assert (tmp_path / "out" / "condition-1-edges.png").exists()
@@ -113,6 +114,14 @@ def test_the_model_s_own_network_is_taken_with_its_own_strength(place: Path, tmp
         (("--condition", "sketch=auto"), "nothing is edited here"),
         (("--condition", "sketch={}/ring.png", "--width", "96"), "another shape"),
         (("--condition", "sketch={}/ring.png", "--guess-mode"), "guess mode has no effect"),
+        (("--condition-rows", "both"), "condition"),
+        (
+            (
+                *("--condition", "edges={}/ring.png", "--controlnet", "{}/controlnet", "--guess-mode"),
+                *("--condition-rows", "both"),
+            ),
+            "acts on prompted rows alone",
+        ),
         (("--condition", "sketch={}/ring.png", "--controlnet", "net.pth"), "is a pickle"),
         (("--condition", "sketch={}/ring.png", "--controlnet", "{}/other"), "its width of the text is 24"),
         (("--condition", "sketch={}/ring.png", "--controlnet", "{}/model/unet"), "is a UNet2DConditionModel"),

@@ -92,8 +92,16 @@ class PrepareSettings(WorkSettings):
 class TrainSettings(WorkSettings):
     """What `train` is asked for."""
 
-    kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", WHAT, choices=KINDS)] = KINDS
+    kinds: Annotated[
+        tuple[str, ...],
+        Option(
+            "Kinds of maps; repeatable, and one named twice is drawn twice as often.", WHAT, choices=KINDS
+        ),
+    ] = KINDS
     network: Annotated[str, Option("What is trained.", WHAT, choices=NETWORKS)] = ADAPTER
+    begin_from: Annotated[
+        str, Option("Start from a network's weights.", WHAT, default_text="a new one", metavar="FOLDER")
+    ] = ""
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 12_000
     batch: Annotated[int, Option("Images in a batch.", TRAINING, min=1)] = 24
     learning_rate: Annotated[float, Option("Learning rate of AdamW.", TRAINING)] = 1e-3
@@ -238,7 +246,7 @@ class WorldTraining(ControlTraining):
 
     def record(self) -> ControlRecord:
         return ControlRecord(
-            kinds=tuple(self.data.kinds),
+            kinds=tuple(dict.fromkeys(self.data.kinds)),
             palette=load_labels() if "labels" in self.data.kinds else {},
             base=self.model.fingerprint,
             model="moji",
@@ -267,7 +275,7 @@ def train_network(settings: TrainSettings) -> None:
     training = WorldTraining(model, make_network(model, asked), data, asked)
     training.average = Average(training.parameters, decay=0.998)
     training.sources = {"model": model.fingerprint, "kinds": " ".join(settings.kinds)}
-    held = WorldData(model, [held_path(settings.workdir, model)], settings.kinds)
+    held = WorldData(model, [held_path(settings.workdir, model)], tuple(dict.fromkeys(settings.kinds)))
     previews = Previews(model, training, shown_of(held))
     validation = Validation(run, training, held_out(model, held))
     model.free("text_encoder", "autoencoder")
@@ -315,6 +323,7 @@ def as_run(settings: TrainSettings) -> ControlSettings:
             "condition": settings.kinds[0],
             "model": settings.model,
             "kind": settings.network,
+            **({"begin_from": settings.begin_from} if settings.begin_from else {}),
             "steps": settings.steps,
             "batch": settings.batch,
             "learning_rate": settings.learning_rate,

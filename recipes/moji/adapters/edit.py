@@ -39,7 +39,7 @@ from recipes.moji.training.run import make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
-HARD = ("one of two", "accessory removed", "style")  # kinds of edits that are learned last
+HARD = ("one of two", "thing removed")  # kinds of edits that are learned last: of which thing decides early
 CARD = """# moji-edit
 
 By this adapter `{model}` does what an instruction says: further input channels for the image that is edited
@@ -61,6 +61,7 @@ TOLD = (
     "rank",
     "learning_rate",
     "text_encoder_lr",
+    "timestep_bias_multiplier",
     "held_out",
     "device",
 )  # to `customize train`
@@ -75,14 +76,14 @@ class EditorSettings:
 
     out: Annotated[Path, Option("The run folder.", OUTPUT)]
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
-    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 18_000
+    pairs: Annotated[int, Option("Pairs to learn from and to hold out.", DATA, min=20)] = 24_000
     aligned: Annotated[
         int, Option("Of these, how many whose things stand on the autoencoder's grid.", DATA, min=0)
-    ] = 9_000
+    ] = 12_000
     hard: Annotated[
         int, Option("Of these, how many are of the kinds that are learned last.", DATA, min=0)
-    ] = 6_000
-    steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 3_200
+    ] = 12_000
+    steps: Annotated[int, Option("Optimiser steps.", "Training", min=1)] = 4_400
     batch: Annotated[int, Option("Pairs in a batch.", "Training", min=1)] = 16
     rank: Annotated[int, Option("Rank of the adapter.", "Training", min=1)] = 48
     learning_rate: Annotated[
@@ -91,6 +92,10 @@ class EditorSettings:
     text_encoder_lr: Annotated[
         float, Option("Learning rate of the text encoder's adapter.", "Training", min=0)
     ] = 5e-4
+    timestep_bias_multiplier: Annotated[
+        float,
+        Option("How many times as often the noisier quarter of the levels is drawn.", "Training", min=0),
+    ] = 4.0
     begin_from: Annotated[
         str,
         Option(
@@ -116,6 +121,7 @@ def train(wanted: EditorSettings) -> None:
     asked: dict[str, Any] = {
         "pairs": str(folder), "lora_layers": "all", "train_text_encoder": True, "lr_warmup_steps": min(200, steps),
         "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "skip_bad": True,
+        "timestep_bias_strategy": "later",
         **{name: getattr(wanted, name) for name in TOLD},
         **({"begin_from": wanted.begin_from} if wanted.begin_from else {}),
     }  # fmt: skip

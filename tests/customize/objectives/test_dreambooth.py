@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from backbone.models.model import Backbone, Posterior
 from backbone.training.base_predictions import base_predictions, stratified_levels
 from backbone.training.run import take_steps
 from customize.data.dataset import Bucket, SubjectGroup, TrainingData, prepare
-from customize.objectives.dreambooth import DreamBooth
+from customize.objectives.dreambooth import DreamBooth, timestep_weights
 from customize.settings import Settings, as_command
 
 
@@ -263,3 +264,32 @@ def test_the_repeating_command_names_what_was_chosen(subject: Path) -> None:
     assert "--seed 7" in command
     assert "--token '[V]'" in command
     assert command.endswith("--out runs/x")
+
+
+def test_levels_of_a_bias_are_drawn_so_many_times_as_often(subject: Path) -> None:
+    asked = settings(
+        subject,
+        timestep_bias_strategy="later",
+        timestep_bias_portion=0.25,
+        timestep_bias_multiplier=3.0,
+    )
+    weights = timestep_weights(1000, asked)
+    levels = stratified_levels(1200, 1000, generator(1), weights)
+    assert (
+        sorted(levels.tolist())[599] < 750 <= sorted(levels.tolist())[600]
+    )  # half of them in the last quarter
+    earlier = timestep_weights(1000, replace(asked, timestep_bias_strategy="earlier"))
+    assert int((stratified_levels(1200, 1000, generator(1), earlier) < 250).sum()) == 600
+    assert timestep_weights(1000, settings(subject)) is None
+
+
+def test_levels_that_all_weigh_alike_are_those_without_weights() -> None:
+    plain = stratified_levels(64, 1000, generator(2))
+    assert torch.equal(plain, stratified_levels(64, 1000, generator(2), torch.full((1000,), 7.0)))
+
+
+def test_levels_without_weight_are_never_drawn() -> None:
+    weights = torch.zeros(1000)
+    weights[400:403] = 1
+    drawn = stratified_levels(30, 1000, generator(3), weights)
+    assert dict(Counter(drawn.tolist())) == {400: 10, 401: 10, 402: 10}

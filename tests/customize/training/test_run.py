@@ -19,10 +19,12 @@ from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import append_jsonl, read_json, read_jsonl
 from backbone.media.sources import record
 from backbone.media.sources.decode import open_as
+from backbone.media.sources.record import ImageRecord
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
 from customize.settings import read_settings, resolve_settings
 from customize.training.reporting.report import RunReport
+from customize.training.run import settings_for
 from tests.customize.evaluation.test_metrics import FILE
 from tests.tiny import tiny_eye, tiny_flux2_klein
 
@@ -199,3 +201,25 @@ def test_a_run_is_measured_against_references_without_training(subject: Path, tm
         apart = figures[name] - figures[f"{name}, from references"]
         assert figures[f"{name}, the run minus references"] == pytest.approx(apart, abs=1e-6)
     assert (tmp_path / "t" / "references.png").is_file()
+
+
+@pytest.mark.parametrize("captions", [("a [V] dog on the beach", None), ("a [V] dog on the beach", " ")])
+def test_a_model_s_prior_prompts_are_kept_where_every_image_has_a_caption(
+    captions: tuple[str, str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"images": "x", "token": "[V]", "class_noun": "dog"}
+    usual = {"prior_prompts": ["a {class} wearing a hat"]}
+    told, untold = (ImageRecord(Path("a.png"), caption) for caption in captions)
+    assert settings_for(asked, usual, [[told], [told, told]]).further_prompts == ("a {class} wearing a hat",)
+    assert capsys.readouterr().err == ""
+    assert settings_for(asked, usual, [[told], [told, untold]]).prior_prompts == ()
+    assert "Not every image has a caption" in capsys.readouterr().err
+
+
+def test_prior_prompts_that_were_asked_for_need_no_captions(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"images": "x", "token": "[V]", "class_noun": "dog"}
+    usual, untold = {"prior_prompts": ["a {class} wearing a hat"]}, [[ImageRecord(Path("a.png"))]]
+    own = settings_for({**asked, "prior_prompts": ("a {class} in a park",)}, usual, untold)
+    assert own.further_prompts == ("a {class} in a park",)
+    assert settings_for({**asked, "prior": "off"}, usual, untold).further_prompts == ()
+    assert capsys.readouterr().err == ""
