@@ -45,6 +45,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from backbone.cli.commands import script_app
+from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import own_sampler
 from backbone.conditions.control import Control, ControlNetwork
@@ -53,7 +54,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import list_embedded_controls, open_control
+from backbone.models.control import OpenedControl, list_embedded_controls, open_control
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -106,6 +107,10 @@ class ControlSettings:
         tuple[float, ...], Option("Scales of the first kind's maps under another noun.", WHAT)
     ] = ()
     scale: Annotated[float, Option("Conditioning scale of the control network.", HOW)] = 1.0
+    rows: Annotated[
+        str,
+        Option("Rows of guidance on which maps act.", HOW, choices=ROWS, default_text="the network's own"),
+    ] = ""
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
     batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
@@ -162,7 +167,7 @@ def run(settings: ControlSettings) -> None:
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
-        "sampler": own_sampler(model.defaults),
+        "sampler": own_sampler(model.defaults), "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     drawn = draw_by_hand(gallery, settings) if "sketch" in settings.kinds else []
@@ -210,24 +215,35 @@ def with_other_noun(case: Case) -> Case:
     return replace(case, scene=replace(case.scene, things=(replace(thing, noun=other),)))
 
 
+class KindNetwork(NamedTuple):
+    """The network that reads a kind, what tells it from others on disk, and whether it acts on prompted rows alone."""
+
+    network: ControlNetwork
+    key: str
+    prompted: bool
+
+
 class Gallery:
     """Pictures drawn under maps, on disk by network, kind and scale; what is missing is drawn."""
 
     def __init__(self, settings: ControlSettings, model: Backbone) -> None:
         self.settings, self.model = settings, model
-        self.opened: dict[str, ControlNetwork] = {}
+        self.opened: dict[str, OpenedControl] = {}
 
-    def network(self, kind: str) -> tuple[ControlNetwork, str]:
-        """The network that reads a kind, and what tells it from others."""
+    def network(self, kind: str) -> KindNetwork:
+        """The network that reads a kind."""
         name = self.settings.network or str(list_embedded_controls(self.model).get(kind, ""))
         if not name:
             raise UserError(
                 f"{self.settings.model} has no control network for {kind}. Name one with --network."
             )
         if name not in self.opened:
-            self.opened[name] = open_control(self.model, name).network
+            self.opened[name] = open_control(self.model, name)
         weights = sorted(Path(name).expanduser().rglob("diffusion_pytorch_model.safetensors"))
-        return self.opened[name], content_hash(weights[0])[:10] if weights else name.replace("/", "-")
+        key = content_hash(weights[0])[:10] if weights else name.replace("/", "-")
+        opened = self.opened[name]
+        rows = self.settings.rows or opened.record.defaults.get("rows", "both")
+        return KindNetwork(opened.network, key if rows == "both" else f"{key}-{rows}", rows == "prompted")
 
     def draw(
         self, cases: Sequence[Case], kind: str, scale: float, *, stop: float = 1.0, noted: str = ""
@@ -254,7 +270,7 @@ class Gallery:
         """A picture of each (prompt, key of its noise, a map of each kind)."""
         settings, model = self.settings, self.model
         found = [self.network(one) for one in (kind.split("+") if kind else [])]
-        which = "+".join(dict.fromkeys(name for _, name in found)) or "none"
+        which = "+".join(dict.fromkeys(one.key for one in found)) or "none"
         how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{settings.steps}-{settings.guidance:g}"
         sampler = own_sampler(model.defaults)
         how += "" if sampler == "ddim" else f"-{sampler}"
@@ -265,8 +281,9 @@ class Gallery:
             for first in range(0, len(missing), settings.batch):
                 some = missing[first : first + settings.batch]
                 for (prompt, key, drawn), path in some:
-                    maps = [(network, one) for (network, _), one in zip(found, drawn, strict=True)]
-                    save_png(path, self.draw_one(prompt, key, maps, scale, stop))
+                    save_png(
+                        path, self.draw_one(prompt, key, list(zip(found, drawn, strict=True)), scale, stop)
+                    )
                     bar.advance(images=1)
         return [Image.open(path).convert("RGB") for path in paths]
 
@@ -275,15 +292,21 @@ class Gallery:
         self,
         prompt: str,
         key: int,
-        maps: Sequence[tuple[ControlNetwork, Image.Image]],
+        maps: Sequence[tuple[KindNetwork, Image.Image]],
         scale: float,
         stop: float,
     ) -> Image.Image:
         """One picture, from noise of its own key."""
         with self.model.autocast():
             controls = [
-                Control.of(network, as_hints(drawn).to(self.model.device), scale=scale, stop=stop)
-                for network, drawn in maps
+                Control.of(
+                    read.network,
+                    as_hints(drawn).to(self.model.device),
+                    scale=scale,
+                    stop=stop,
+                    prompted=read.prompted,
+                )
+                for read, drawn in maps
             ]
         settings = self.settings
         found = sample(
@@ -618,7 +641,7 @@ def format_markdown(
     counts = [f"{head}, n = {table[FLOOR][name][3]:.0f}" for name, head in heads.items()]
     lines = [
         f"`{facts['model']}`, control network {facts['network']}: {facts['scenes']} posed scenes, {facts['steps']} "
-        f"steps, guidance {facts['guidance']:g}, scale {facts['scale']:g}",
+        f"steps, guidance {facts['guidance']:g}, scale {facts['scale']:g}, rows of guidance: {facts['condition_rows']}",
         "",
         f"| drawn by | {' | '.join(counts)} |",
         "|---" * (len(heads) + 1) + "|",

@@ -57,7 +57,9 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
     "windows": dict[str, tuple[float, float]],
     "toward": list[tuple[str, float]],
 }
-UNSAID: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}  # what older records leave out
+# What older records leave out
+UNSAID: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}
+UNSAID_OF_CONDITIONS = {"condition_rows": "both"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ def replay(record: Path, *, out: Path | None) -> Path:
             )
         if content_hash(Path(name)) != digest:
             raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
-    wishes = {**UNSAID.get(recorded.command, {}), **recorded.settings, "precision": recorded.precision}
+    unsaid = UNSAID.get(recorded.command, {})
+    if recorded.settings.get("condition"):
+        unsaid = {**unsaid, **UNSAID_OF_CONDITIONS}
+    wishes = {**unsaid, **recorded.settings, "precision": recorded.precision}
 
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}

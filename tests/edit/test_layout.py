@@ -251,6 +251,15 @@ def test_every_command_edits_under_maps_and_records_them(name: str, place: Path,
         again = CliRunner().invoke(app, ["replay", str(tmp_path / "under"), "--out", str(tmp_path / "again")])
         assert again.exit_code == 0, again.output
         assert np.array_equal(np.array(Image.open(tmp_path / "again" / middle)), images[1])
+        # an older record, of a network that acts on prompted rows alone by now, meant both
+        write_json(place / "controlnet" / "condition.json", {"defaults": {"rows": "prompted"}})
+        del record["settings"]["condition_rows"]
+        write_json(tmp_path / "under" / "run.json", record)
+        again = CliRunner().invoke(app, ["replay", str(tmp_path / "under"), "--out", str(tmp_path / "older")])
+        (place / "controlnet" / "condition.json").unlink()
+        assert again.exit_code == 0, again.output
+        assert np.array_equal(np.array(Image.open(tmp_path / "older" / middle)), images[1])
+        assert json.loads((tmp_path / "older" / "run.json").read_text())["conditions"][0]["rows"] == "both"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.commands import script_app
+from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
@@ -362,6 +363,7 @@ class ExportSettings(WorkSettings):
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
     scale: Annotated[float, Option("The scale that works well.", OUTPUT)] = 1.0
     stop: Annotated[float, Option("Share of the steps after which control ends.", OUTPUT)] = 1.0
+    rows: Annotated[str, Option("Rows of guidance on which control acts.", OUTPUT, choices=ROWS)] = "prompted"
 
 
 @settled_command(app, ExportSettings)
@@ -386,7 +388,7 @@ def export_network(settings: ExportSettings) -> None:
     write_tensors(
         folder / part / WEIGHTS, {name: value.half() for name, value in tensors.items()}, {"format": "pt"}
     )
-    defaults = {"scale": settings.scale, "start": 0.0, "stop": settings.stop}
+    defaults = {"scale": settings.scale, "start": 0.0, "stop": settings.stop, "rows": settings.rows}
     write_json(folder / RECORD, {**record, "base": model.fingerprint, "defaults": defaults})
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     step = read_metadata(run / CHECKPOINT)["step"]
