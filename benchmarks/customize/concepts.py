@@ -6,16 +6,18 @@
     python -m benchmarks.customize rates             learning rates of two of them, on one concept
     python -m benchmarks.customize script --script train_dreambooth_lora.py       beside diffusers' script
 
-Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places; the
-real commands `customize train` and `customize sample` then draw it in the other seven, wearing each of five things, in
-each of four styles, and draw its class without the token. The classifier names the glyph among all that it knows, the
-place, the accessory and the style. The baseline is the untrained base model, with the same words from the same noise.
-Wilson 95 % intervals over the pictures, and a bootstrap over concepts, which differ more than pictures do.
+Every concept is a glyph that the base has never seen. Its five training pictures are plain renders in five places, with
+captions that say where (`a {token} {class} on the beach`); the real commands `customize train` and `customize sample`
+then draw it in the other seven, wearing each of five things, in each of four styles, and draw its class without the
+token. The classifier names the glyph among all that it knows, the place, the accessory and the style. The baseline is
+the untrained base model, with the same words from the same noise. Wilson 95 % intervals over the pictures, and a
+bootstrap over concepts, which differ more than pictures do.
 
-`script` is diffusers' own file, run as it is on the same pictures and words with its prior preservation (100 class
-pictures, drawn by `customize sample`, which is faster than its own way), our rank, batch and schedule, and the learning
-rate that is best for it among those of `script-rates`; its weights come in by `customize import`. Its seconds are of
-training alone; “as many seconds” are as many steps as are left of our run's time once the class pictures are drawn.
+`script` is diffusers' own file, which takes one prompt for all pictures, run as it is on the same ones with its prior
+preservation (100 class pictures, drawn by `customize sample`, which is faster than its own way), our rank, batch and
+schedule, and the learning rate that is best for it among those of `script-rates`; its weights come in by `customize
+import`. Its seconds are of training alone; “as many seconds” are as many steps as are left of our run's time once the
+class pictures are drawn.
 
 Runs and pictures that `--out` holds are not made again, and predictions always are, from the pictures on disk: a better
 classifier renews the tables in a minute, with `--known` also those of work in progress. Several processes can share one
@@ -24,6 +26,7 @@ classifier renews the tables in a minute, with `--known` also those of work in p
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,6 +89,7 @@ RATES = {
 SECONDS = "seconds.json"  # of a run that the script made
 SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on
 OURS = "--rank 16 --train_batch_size 3 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16"
+SHOWN = 64  # pixels of an image in the overview
 CLASS_PICTURES = 100  # as many as the script takes
 SCRIPTED = {
     "the script, as many steps": f"{OURS} --learning_rate 4e-3 --max_train_steps 500",
@@ -224,6 +228,8 @@ def main(settings: TableSettings) -> None:
             f"{trial.name}: {', '.join(f'{k} {format_percent(t.share)}' for k, t in results[-1].after.items())}"
         )
     results.sort(key=lambda result: chosen.index(result.trial))
+    if asked == "concepts" and results:
+        save_overview(out, [result.trial for result in results])
     text = format_table(results) if asked == "concepts" else format_comparison(results)
     facts = {
         "model": settings.model,
@@ -330,7 +336,7 @@ def train_by_command(trial: Trial, out: Path, model: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
     images = ["--images", str(write_training_images(trial.concept, out))]
     named = ["--token", TOKEN, "--class", trial.noun, "--model", model, "--seed", str(trial.seed)]
-    run_customize("train", *images, *named, "--out", str(folder), *trial.flags.split())
+    run_customize("train", *images, *named, "--out", str(folder), *shlex.split(trial.flags))
 
 
 def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) -> None:
@@ -347,7 +353,7 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     backbone = Backbone.open(model, device="cpu")
     asked: dict[str, object] = {
         "pretrained_model_name_or_path": backbone.location.source,
-        "instance_data_dir": write_training_images(trial.concept, out),
+        "instance_data_dir": write_training_images(trial.concept, out, captions=False),
         "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,
@@ -355,7 +361,7 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     command = [sys.executable, "-m", "benchmarks.speed.script", "alone", str(script), "--"]
     began = time.perf_counter()
     subprocess.run(
-        [*command, "--with_prior_preservation", *to_flags(asked), *trial.flags.split()], check=True
+        [*command, "--with_prior_preservation", *to_flags(asked), *shlex.split(trial.flags)], check=True
     )
     seconds = time.perf_counter() - began
     names = ["--token", TOKEN, "--token_words", words, "--class", trial.noun, "--model", model]
@@ -389,13 +395,14 @@ def training_scenes(concept: str) -> list[Scene]:
     return concept_scenes(concept, first_seed=1_900_000 + 10 * number)
 
 
-def write_training_images(concept: str, out: Path) -> Path:
-    """The folder of a concept's five training pictures, each with a caption that says where it stands."""
-    folder = out / "pictures" / concept.replace(" ", "-")
+def write_training_images(concept: str, out: Path, *, captions: bool = True) -> Path:
+    """The folder of a concept's five training pictures, with or without captions that say where it stands."""
+    folder = out / ("pictures" if captions else "pictures-alone") / concept.replace(" ", "-")
     for k, scene in enumerate(training_scenes(concept)):
         if not (folder / f"{k}.png").exists():
             save_png(folder / f"{k}.png", render(scene).image)
-        write_text(folder / f"{k}.txt", f"a {{token}} {{class}} {scene.place}\n")
+        if captions:
+            write_text(folder / f"{k}.txt", f"a {{token}} {{class}} {scene.place}\n")
     return folder
 
 
@@ -516,6 +523,27 @@ def save_sheet(out: Path, trial: Trial, classifier: Classifier) -> None:
         out / "sheets" / f"{trial.name}.png",
         draw_sheet(split_rows(cells, 11), title=title, note=note, cell=112),
     )
+
+
+def save_overview(out: Path, trials: Sequence[Trial]) -> None:
+    """A row of each trial: one of its images, and the first one drawn of every prompt in a place or of a thing worn."""
+    shown: tuple[Kind, ...] = ("places", "accessories")
+    rows: list[list[Cell | Image.Image | None]] = []
+    for trial in trials:
+        paths = [write_training_images(trial.concept, out) / "0.png"]
+        paths += [
+            path for kind in shown for path in sorted(tuned_folder(trial, kind, out).glob("p??-s00.png"))
+        ]
+        rows.append([Image.open(path).convert("RGB") for path in paths])
+    asked = [question.wanted for kind in shown for question in make_questions(kind, "dog", "dog")]
+    page = draw_sheet(
+        rows,
+        title="Subjects that the model had never seen",
+        note="customize train, five captioned images each; the first image of every prompt, none chosen",
+        column_titles=["one of the five", *asked],
+        cell=SHOWN,
+    )
+    save_png(out / "subjects.png", page)
 
 
 # Tables -----------------------------------------------------------------------------------------------------

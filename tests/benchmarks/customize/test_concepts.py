@@ -35,6 +35,7 @@ from benchmarks.customize.concepts import (
     run_trials,
     train_and_draw,
     try_claim,
+    write_training_images,
 )
 from benchmarks.judges.classifier import Classifier, Prediction
 from benchmarks.judges.tables import bootstrap, concept_interval
@@ -82,7 +83,9 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
         (folder / "sheet.png").touch()
 
     monkeypatch.setattr(bench, "run_customize", customize)
-    monkeypatch.setattr(bench, "write_training_images", lambda concept, out: out / "pictures" / concept)
+    monkeypatch.setattr(
+        bench, "write_training_images", lambda concept, out, **how: out / "pictures" / concept
+    )
     return ran
 
 
@@ -122,6 +125,15 @@ def test_what_is_on_disk_is_not_made_again(commands: list[tuple[str, ...]], tmp_
     train_and_draw(TRIAL, tmp_path, COUNTS, "moji")
     assert [arguments[0] for arguments in commands] == ["sample"]
     assert "a pixel art of a rkh elephant in a park" in commands[0]
+
+
+def test_captions_say_where_a_concept_stands_and_the_script_is_given_images_alone(tmp_path: Path) -> None:
+    told, alone = (write_training_images("mammoth", tmp_path, captions=some) for some in (True, False))
+    assert [path.read_text() for path in sorted(told.glob("*.txt"))] == [
+        f"a {{token}} {{class}} {place}\n" for place in TRAINING_PLACES
+    ]
+    assert sorted(path.name for path in alone.iterdir()) == [f"{k}.png" for k in range(5)]
+    assert all((told / path.name).read_bytes() == path.read_bytes() for path in alone.iterdir())
 
 
 def test_other_methods_share_the_base_s_pictures(commands: list[tuple[str, ...]], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
         (folder / "sheet.png").touch()
 
     monkeypatch.setattr(learning, "run_customize", customize)
-    monkeypatch.setattr(learning, "write_training_images", lambda concept, out: out / concept)
+    monkeypatch.setattr(learning, "write_training_images", lambda concept, out, **how: out / concept)
     return ran
 
 
