@@ -259,8 +259,7 @@ def _open(
 def _condition(
     model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
-    usual: dict[str, Any] = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
-    usual |= {**model.defaults.get("condition", {}), **opened.record.defaults}
+    usual = usual_condition(model, opened.record)
     how: dict[str, Any] = {
         name: usual[name] if getattr(asked, name) in (None, "") else getattr(asked, name) for name in usual
     }
@@ -275,6 +274,12 @@ def _condition(
     control = make_control(network, hints, {**how, "guess": asked.guess})
     facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
+
+
+def usual_condition(model: Backbone, record: ControlRecord) -> dict[str, Any]:
+    """How a control network is heard where nothing is said: scale, start, stop, and rows of guidance."""
+    usual = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
+    return {**usual, **model.defaults.get("condition", {}), **record.defaults}
 
 
 def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> None:

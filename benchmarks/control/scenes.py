@@ -54,7 +54,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import OpenedControl, list_embedded_controls, open_control
+from backbone.models.control import OpenedControl, list_embedded_controls, open_control, usual_condition
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -242,7 +242,7 @@ class Gallery:
         weights = sorted(Path(name).expanduser().rglob("diffusion_pytorch_model.safetensors"))
         key = content_hash(weights[0])[:10] if weights else name.replace("/", "-")
         opened = self.opened[name]
-        rows = self.settings.rows or opened.record.defaults.get("rows", "both")
+        rows = self.settings.rows or usual_condition(self.model, opened.record)["rows"]
         return KindNetwork(opened.network, key if rows == "both" else f"{key}-{rows}", rows == "prompted")
 
     def draw(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
-from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.io.files import read_json, read_jsonl, read_tensors, write_json
 from backbone.memory.planner import MemoryEstimator
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
@@ -146,6 +146,29 @@ def test_a_network_is_measured_on_pairs_beside_no_condition_and_the_true_images(
     assert zero[UNDER] == zero[FLOOR] == rows[FLOOR], "at scale 0 it is the base"
     assert zero[f"{UNDER}, scale 1"] == rows[UNDER]
     assert "not between 0 and 2" in str(invoked(*asked, "--sweep", 3, "--out", tmp_path / "much").exception)
+
+
+def test_a_network_is_measured_on_the_rows_of_guidance_that_it_is_drawn_with(
+    trained: Trained, pairs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.run, tmp_path / "run")
+    record = read_json(tmp_path / "run" / "condition.json")
+    write_json(tmp_path / "run" / "condition.json", {**record, "defaults": {"rows": "prompted"}})
+    asked = ("evaluate-control", tmp_path / "run", "--images", pairs, "--most", 2, "--steps", 2, *HERE[:4])
+    tables = {}
+    for name, more in (
+        ("own", ()),
+        ("prompted", ("--condition-rows", "prompted")),
+        ("both", ("--condition-rows", "both")),
+    ):
+        done = invoked(*asked, *more, "--guidance", 4, "--out", tmp_path / name)
+        assert done.exit_code == 0, (done.output, done.exception)
+        tables[name] = read_json(tmp_path / name / "table.json")
+    assert tables["own"] == tables["prompted"] and tables["own"]["condition_rows"] == "prompted"
+    sheets = {name: np.asarray(Image.open(tmp_path / name / "sheet.png")) for name in tables}
+    assert np.array_equal(sheets["own"], sheets["prompted"]) and not np.array_equal(
+        sheets["own"], sheets["both"]
+    )
 
 
 def test_what_cannot_be_measured_is_refused_and_leaves_nothing(

@@ -13,6 +13,7 @@ from backbone.cli.commands import print_json
 from backbone.cli.conditions import (
     KINDS,
     LINE_KINDS,
+    ROWS,
     SYNONYMS,
     AskedControl,
     AskedMap,
@@ -224,6 +225,15 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
             min=0,
         ),
     ] = 1.0
+    condition_rows: Annotated[
+        str,
+        Option(
+            "Where control acts in guidance: on both predictions, or on the prompted one alone.",
+            DRAWING,
+            choices=ROWS,
+            default_text="the network's own",
+        ),
+    ] = ""
     sweep: Annotated[
         tuple[float, ...],
         Option("Further scales, a row of the table and a column of the sheet each; repeatable.", DRAWING),
@@ -258,7 +268,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     if not asked.images:
         raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
     from backbone.evaluation.clip import load_scorer
-    from backbone.models.control import find_control, open_control
+    from backbone.models.control import find_control, open_control, refuse_rows, usual_condition
     from backbone.models.locate import OWN
     from backbone.models.model import Backbone
     from backbone.world.rendering.record import load_labels
@@ -276,16 +286,19 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     palette = record.palette or (load_labels() if kind == "labels" and model.location.name in OWN else None)
     check_control_pairs(pairs, kind, (model.resolution, model.resolution), palette=palette, wordless=True)
     scorer = asked.scorer or model.location.local("scorer")
-    drawing = ControlDrawing(
-        kind,
-        asked.scale,
-        asked.steps or int(model.defaults["steps"]),
-        float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
-        asked.seed,
-        tuple(asked.sweep),
-    )
     with fill_new_folder(asked.out, FIDELITY) as (folder, unfinished):
         opened = open_control(model, asked.network)
+        if asked.condition_rows:
+            refuse_rows(model, AskedControl(AskedMap(kind, ""), rows=asked.condition_rows), opened)
+        drawing = ControlDrawing(
+            kind,
+            asked.scale,
+            asked.steps or int(model.defaults["steps"]),
+            float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
+            asked.seed,
+            asked.condition_rows or usual_condition(model, opened.record)["rows"],
+            tuple(asked.sweep),
+        )
         read = None if scorer is None else load_scorer(scorer)
         found = measure(model, opened, pairs, drawing, scorer=read, out=unfinished)
     if asked.as_json:

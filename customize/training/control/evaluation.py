@@ -43,7 +43,8 @@ SHOWN = 12  # pairs on the sheet
 class ControlDrawing:
     """How pairs are drawn: under which kind of map, how strongly, and with which settings of the sampler.
 
-    sweep  further scales
+    condition_rows  rows of guidance on which the map acts
+    sweep           further scales
     """
 
     kind: str
@@ -51,6 +52,7 @@ class ControlDrawing:
     steps: int
     guidance: float
     seed: int
+    condition_rows: str = "both"
     sweep: tuple[float, ...] = ()
 
 
@@ -114,7 +116,8 @@ def draw_pairs(
                 network = opened.network.for_kind(drawing.kind)
                 with model.autocast():
                     hints = maps[number : number + 1].to(model.device)
-                    controls = [Control.of(network, hints, scale=drawing.scale)]
+                    prompted = drawing.condition_rows == "prompted"
+                    controls = [Control.of(network, hints, scale=drawing.scale, prompted=prompted)]
             drawn += sample(
                 model,
                 [Request(pair.caption, (number, 0))],
@@ -189,7 +192,7 @@ def format_table(facts: dict[str, Any], rows: dict[str, dict[str, dict[str, floa
     columns = [name for name in COLUMNS if name in rows[UNDER]]
     lines = [
         f"{facts['network']} on {facts['model']}: {facts['pairs']} pairs by {facts['kind']}, {facts['steps']} steps, "
-        f"guidance {facts['guidance']:g}, scale {facts['scale']:g}",
+        f"guidance {facts['guidance']:g}, scale {facts['scale']:g}, rows of guidance: {facts['condition_rows']}",
         "",
         f"| | {' | '.join(COLUMNS[name] for name in columns)} |",
         "|---" * (1 + len(columns)) + "|",
