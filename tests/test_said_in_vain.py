@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,34 @@ def test_an_option_that_takes_one_value_is_not_given_twice(name: str) -> None:
 )
 def test_the_doors_answer_so(words: tuple[str, ...]) -> None:
     assert "given 2 times and counts once" in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("align", "sample", "a dog"),
+            'reads nothing without a flag, and “a dog” has none.*--prompts "a dog"',
+        ),
+        (("align", "sample", "a", "dog", "--out", "x"), '--prompts "a dog"'),
+        (("customize", "train", "photos"), "For the images, write --images photos"),
+        (
+            ("edit", "instruct", "make it snow", "cat.png"),
+            '“cat.png” is too much.*--instruction "make it snow"',
+        ),
+        (("edit", "sdedit", "cat.png", "a dog"), 'takes IMAGE without a flag.*--prompt "a dog"'),
+        (
+            ("customize", "info", "a.safetensors", "b.safetensors"),
+            "“b.safetensors” is too much. Leave it out",
+        ),
+        (("align", "label", "a dog"), 'reads as a prompt.*align sample --prompts "a dog" --out FOLDER'),
+        (("align", "train", "a dog"), 'reads as a prompt.*align sample --prompts "a dog" --out FOLDER'),
+        (("align", "evaluate", "a dog"), "A run folder is wanted, and “a dog” reads as a prompt"),
+        (("customize", "evaluate", "runs/my dog"), "There is no run folder runs/my dog"),
+    ],
+)
+def test_words_without_a_flag_are_told_theirs(words: tuple[str, ...], said: str) -> None:
+    assert re.search(said, refused(*words)), refused(*words)
 
 
 # Given in vain -----------------------------------------------------------------------------------------------

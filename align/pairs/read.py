@@ -38,7 +38,7 @@ from align.pairs.tables import (
     load_saved_table,
     load_tar_table,
 )
-from backbone.io.console import UserError, quote
+from backbone.io.console import UserError, looks_like_prompt, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
@@ -89,6 +89,11 @@ def read_preferences(
     elif could_be_dataset(str(source)):
         preferences = _read_table(load_hub_table(str(source), split or "train", limit), str(source), limit)
     else:
+        if looks_like_prompt(str(source)):
+            raise UserError(
+                f"Pairs are wanted, and “{source}” reads as a prompt. Draw its images first: align sample --prompts "
+                f"{quote_text(str(source))} --out FOLDER"
+            )
         raise UserError(
             f"{path} does not exist. Give pairs: a folder, a .jsonl, .parquet, .arrow or .tar file, or a dataset."
         )

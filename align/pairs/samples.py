@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from align.pairs.records import SAMPLES, SamplesRecord
-from backbone.io.console import UserError
+from backbone.io.console import UserError, looks_like_prompt, quote_text
 from backbone.io.files import read_json
 from backbone.io.prompts import Prompt
 
@@ -49,6 +49,11 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
     Raises `UserError` for a folder that `align sample` did not write, or where no prompt has two images yet.
     """
     path = folder / SAMPLES
+    if not folder.exists() and looks_like_prompt(folder):
+        raise UserError(
+            f"A folder of images is wanted, and “{folder}” reads as a prompt. Draw its images first: align sample "
+            f"--prompts {quote_text(str(folder))} --out FOLDER"
+        )
     if not folder.exists():
         raise UserError(
             f"There is no folder {folder}. Check the spelling, and the folder that it is named from."

@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote, quote_text
 
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
@@ -30,6 +30,7 @@ SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
 # Panels that stand first or last; the others as they come
 ENDS = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
+UsageError: Any = typer.BadParameter.__base__  # click's, which typer has within
 DASHES = "–—―−"
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
 OPENING = tuple("“”„‘«")
@@ -57,6 +58,8 @@ class Command(TyperCommand):
         words = list(args)
         if not ctx.resilient_parsing:
             refuse_typography(words)
+        if not ctx.resilient_parsing:
+            self._refuse_extra_words(ctx, words)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             values, _, order = self.make_parser(ctx).parse_args(words)
@@ -65,6 +68,14 @@ class Command(TyperCommand):
                 if isinstance(value, Path):
                     ctx.params[name] = expand_path(value, values.get(name), name)
         return rest
+
+    def _refuse_extra_words(self, ctx: Any, words: Sequence[str]) -> None:
+        try:
+            values, extra, _ = self.make_parser(ctx).parse_args(list(words))
+        except UsageError:
+            return  # an option that there is none of, which is said where it is parsed in earnest
+        if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
+            raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))
@@ -151,6 +162,43 @@ def refuse_typography(words: Iterable[str]) -> None:
             raise UserError(
                 f"{word} has quotation marks that a shell does not read. Type straight ones: \" or '."
             )
+
+
+# What a plain word may have been meant for, the first that a command has: of pictures, and of words
+PICTURE_FLAGS = ("--images", "--image")
+WORD_FLAGS = ("--prompts", "--prompt", "--instruction")
+
+
+def _asks_for_help(ctx: Any, words: Sequence[str]) -> bool:
+    return bool(set(words) & set(ctx.help_option_names))
+
+
+def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra: Sequence[str]) -> str:
+    """The sentence about words without a flag, of which a command takes none or fewer: the flag that they want."""
+    arguments = [one for one in command.get_params(ctx) if one.param_type_name == "argument"]
+    options = [one for one in command.get_params(ctx) if one.param_type_name == "option"]
+    flags = {flag: one.opts[0] for one in options for flag in one.opts}  # as each is called in the help
+    taken = [str(values[one.name]) for one in arguments if values.get(one.name)]
+    plain = [word for word in (*taken, *extra) if not _is_path(word)]
+    words = next((flags[flag] for flag in WORD_FLAGS if flag in flags), None)
+    pictures = next((flags[flag] for flag in PICTURE_FLAGS if flag in flags), None)
+    if words and plain:
+        meant = plain[0] if " " in plain[0] else " ".join(plain)
+        what = "an instruction" if words == "--instruction" else "a prompt"
+        remedy = f"For {what}, write {words} {quote_text(meant)}."
+    elif pictures:
+        remedy = f"For the images, write {pictures} {quote(extra[0])}."
+    else:
+        remedy = f"Leave {'it' if len(extra) == 1 else 'them'} out, or put one text in quotation marks."
+    shown = " ".join(extra)
+    if not arguments:
+        return f"{ctx.command_path} reads nothing without a flag, and “{shown}” has none. {remedy}"
+    names = " and ".join((one.metavar or one.name.upper()) for one in arguments)
+    return f"{ctx.command_path} takes {names} without a flag, and “{shown}” is too much. {remedy}"
+
+
+def _is_path(word: str) -> bool:
+    return Path(word).exists() or "/" in word or bool(re.fullmatch(r"\.\w{2,12}", Path(word).suffix))
 
 
 def refuse_repeats(order: Sequence[Any]) -> None:

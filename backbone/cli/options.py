@@ -64,6 +64,7 @@ class Option:
     default_text  the default in words, where the value itself says little
     by_model      the default depends on the model, so the repeating command always names the value
     choices       the allowed values
+    understood    turns another tool's word for one of the choices into it; what it does not know it gives back
     needs         the other settings without which this one has no effect, each with the values that it needs (none:
                   any that is set); a tuple of such mappings for alternatives
     implies       other settings that this one sets, unless they are given
@@ -83,6 +84,7 @@ class Option:
     default_text: str = ""
     by_model: bool = False
     choices: tuple[str, ...] = ()
+    understood: Callable[[str], str] | None = None
     min: float | None = None
     max: float | None = None
     needs: Mapping[str, tuple[Any, ...]] | tuple[Mapping[str, tuple[Any, ...]], ...] = ()
@@ -563,8 +565,9 @@ def _number(one: Field, value: Any, where: str) -> Any:
 
 
 def _choice(one: Field, value: str, where: str) -> str:
+    meant = one.option.understood(value) if one.option.understood else value
     for word in one.option.choices:
-        if value.lower().replace("_", "-") == word:
+        if meant.lower().replace("_", "-") == word:
             return word
     raise UserError(
         f"{where} is {value}, which is none of {', '.join(one.option.choices)}."
@@ -581,11 +584,14 @@ def find_nearest(word: str, known: Sequence[str]) -> str:
 def check_values(settings: Any) -> None:
     """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow.
 
-    A default is allowed that cannot be asked for: it stands for nothing said.
+    A choice in another spelling becomes the choice. A default is allowed that cannot be asked for: it stands for
+    nothing said.
     """
     for one in fields_of(type(settings)).values():
         if getattr(settings, one.name) != one.default:
-            convert_value(one, getattr(settings, one.name), one.name)
+            value = convert_value(one, getattr(settings, one.name), one.name)
+            if one.option.choices:
+                object.__setattr__(settings, one.name, value)
 
 
 def read_settings(declared: Callable[..., Made], path: Path) -> Made:

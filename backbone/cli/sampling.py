@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
@@ -18,11 +19,57 @@ ALL_STEPS = (0.0, 1.0)
 Size: TypeAlias = tuple[int | None, int | None]
 """(width, height) in pixels; None for the model's own."""
 MODELS_OWN: Size = (None, None)
+# Other tools' names of each: webui's, ComfyUI's, kohya's and diffusers' classes. Without regard to case and marks.
+# Euler's step of the ODE over σ is DDIM's, and DDPM's is the ancestral one.
+SAMPLERS_ELSEWHERE: Mapping[Sampler, tuple[str, ...]] = {
+    "ddim": (
+        *("DDIM", "Euler", "k_euler"),
+        *("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    ),
+    "heun": ("Heun", "k_heun", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "dpmpp-2m": ("DPM++ 2M", "k_dpmpp_2m", "dpmsolver++", "DPMSolverMultistepScheduler"),
+    "ancestral": (
+        *("Euler a", "k_euler_a", "euler_ancestral", "k_euler_ancestral", "DDPM"),
+        *("EulerAncestralDiscreteScheduler", "DDPMScheduler"),
+    ),
+    "consistency": ("LCM", "LCMScheduler"),
+}
+SPACINGS_ELSEWHERE = ("karras", "exponential", "polyexponential", "sgm_uniform", "beta", "simple", "normal")
 OWN_SIZE = "as the concept's images, else the model's own"
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+
+
+_BY_LETTERS = {
+    _letters(name): sampler for sampler, names in SAMPLERS_ELSEWHERE.items() for name in (sampler, *names)
+}
+
+
+def name_sampler(said: str) -> str:
+    """Our name of a sampler that another tool calls so; what is of none stays as it is.
+
+    Raises `UserError` for a name that asks for a spacing of the steps too, as "DPM++ 2M Karras": the model has its own.
+    """
+    letters = _letters(said)
+    if letters in _BY_LETTERS:
+        return _BY_LETTERS[letters]
+    for spacing in map(_letters, SPACINGS_ELSEWHERE):
+        sampler = _BY_LETTERS.get(letters.removesuffix(spacing)) if letters.endswith(spacing) else None
+        if sampler is not None:
+            raise UserError(
+                f"The sampler {said} asks for another spacing of the steps, and here they are as the model's scheduler "
+                f"spaces them. Write {sampler} to have its steps."
+            )
+    return said
+
+
 SAMPLER = Option(
     "Sampler: the method of the steps from noise to image.",
     SAMPLING,
     choices=get_args(Sampler),
+    understood=name_sampler,
     default_text="ddim, or by model",
 )
 

@@ -115,6 +115,12 @@ def quote_text(text: str) -> str:
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
+def looks_like_prompt(said: str | os.PathLike[str]) -> bool:
+    """Whether a word that names nothing on the disk reads as a prompt: several words, and no path's signs."""
+    text = os.fspath(said)
+    return " " in text.strip() and not set(text) & set("/\\") and not os.path.splitext(text)[1][1:].isalnum()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python, torch or its kernels says that the memory is used up."""
     return isinstance(error, MemoryError) or (

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
-from backbone.io.console import UserError, notify, quote
+from backbone.io.console import UserError, looks_like_prompt, notify, quote
 from backbone.io.files import (
     fill_folder,
     json_text,
@@ -90,6 +90,10 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
 
 def no_run_folder(folder: Path) -> UserError:
     """The error of a run folder that is not there."""
+    if looks_like_prompt(folder):
+        return UserError(
+            f"A run folder is wanted, and “{folder}” reads as a prompt. Name the folder that a training wrote."
+        )
     return UserError(
         f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
     )

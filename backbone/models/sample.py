@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.keywords import takes
+from backbone.cli.options import check_values
 from backbone.cli.sampling import (
     ALL_STEPS,
     MODELS_OWN,
+    SAMPLER,
     Sampler,
     SamplingSettings,
     Size,
@@ -87,10 +89,13 @@ class SamplerArguments:
     steps: int
     guidance: float
     seed: int
-    sampler: Sampler | None = None
+    sampler: Annotated[Sampler | None, SAMPLER] = None
     batch: int = 8
     guided: tuple[float, float] = ALL_STEPS
     size: Size = MODELS_OWN
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @takes(SamplerArguments)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, convert_value, fields_of, find_nearest
-from backbone.cli.sampling import Sampler
+from backbone.cli.sampling import Sampler, name_sampler
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import read_as
@@ -34,7 +34,9 @@ class Usual:
 
     steps: Annotated[int, _number("Steps of the sampler.", 1)] = 30
     guidance: Annotated[float, _number("Scale of classifier-free guidance.", 0)] = 7.5
-    sampler: Annotated[str, Option("Sampler.", "Usual", choices=get_args(Sampler))] = "ddim"
+    sampler: Annotated[
+        str, Option("Sampler.", "Usual", choices=get_args(Sampler), understood=name_sampler)
+    ] = "ddim"
     train_steps: Annotated[int, _number("Steps of a training.", 1)] = 500
     evaluation_steps: Annotated[int, _number("Steps between two evaluations.", 1)] = 50
     learning_rate: Annotated[float, _number("Learning rate.", 0)] = 1e-4

@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 from customize.formats.factors import LayerUpdate
 from customize.formats.layers.known import DENOISERS, UNETS, Network, is_known
+from customize.formats.layers.relatives import PUBLISHED, find_relatives, has_published_size
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal[
@@ -41,7 +42,7 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "chroma": "Chroma",
     "qwen21": "Qwen-Image 2.1",
     "svd": "Stable Video Diffusion",
-    "other": "another architecture",
+    "other": "a model that is not known here",
 }
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
 _FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -68,6 +69,7 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("qwen", "qwen"),
     ("krea", "krea2"),
     ("chroma", "chroma"),
+    ("pixart", "pixart"),
     *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
     ("flux", "flux"),
 )
@@ -110,13 +112,47 @@ class AdapterFile:
 
     @property
     def base(self) -> BaseFamily:
-        """Family of the base model: from layer names and widths, else from the metadata, else `other`."""
+        """Family of the base model: from layer names and sizes, else from the metadata, else `other`."""
+        named, shapes = self._named_family, self._transformer_shapes
+        if self._is_sized_as(named) or not find_relatives(named, shapes):
+            return named
+        return "other"
+
+    @property
+    def base_name(self) -> str:
+        """The base model in words: all that have such layers, or that it is unknown where none has."""
+        named, shapes = self._named_family, self._transformer_shapes
+        models = [BASE_NAMES[named]] if self._is_sized_as(named) else []
+        if _family_from_metadata(self.metadata) != named:
+            models += find_relatives(named, shapes)
+            if models == [BASE_NAMES["flux"]] and all(is_known("chroma", name) for name in shapes):
+                models.append(BASE_NAMES["chroma"])
+        if models:
+            return " or ".join(models)
+        return f"unknown (its layers are called as {BASE_NAMES[named]}'s, but have another size)"
+
+    @property
+    def _named_family(self) -> BaseFamily:
         said = _family_from_metadata(self.metadata)
         if self.network not in (None, "unet", "clip"):
             found = cast(BaseFamily, self.network)
         else:
             found = _family_from_layers(self.layers, self.metadata) or said or "other"
         return "chroma" if (found, said) == ("flux", "chroma") else found  # whose layers FLUX.1 has, and more
+
+    @property
+    def _transformer_shapes(self) -> dict[str, tuple[int, ...]]:
+        start = "transformer."
+        return {
+            name.removeprefix(start): layer.shape
+            for name, layer in self.layers.items()
+            if name.startswith(start)
+        }
+
+    def _is_sized_as(self, family: BaseFamily) -> bool:
+        if family not in PUBLISHED or _family_from_metadata(self.metadata) == family:
+            return True
+        return has_published_size(family, self._transformer_shapes)
 
 
 def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str]) -> BaseFamily | None:

@@ -383,7 +383,7 @@ def inspect_adapter(source: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "format": adapter.file_format,
         "algorithms": list(adapter.algorithms),
-        "base": BASE_NAMES[adapter.base],
+        "base": adapter.base_name,
         "ranks": _count_values(layer.rank for layer in adapter.layers.values()),
         "alphas": _count_values(layer.alpha for layer in adapter.layers.values()),
         "layers": dict(counts),

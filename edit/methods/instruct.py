@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
 from backbone.cli.options import build
-from backbone.cli.sampling import Sampler, own_sampler
+from backbone.cli.sampling import SAMPLER, Sampler, own_sampler
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
@@ -63,7 +63,7 @@ class InstructSettings:
     steps: int = 50
     guidance: float | None = None
     image_guidance: float = IMAGE_GUIDANCE
-    sampler: Sampler | None = None
+    sampler: Annotated[Sampler | None, SAMPLER] = None
     negative: str = ""
     mask: ImageLike | None = None
     seed: int = 0

@@ -75,6 +75,25 @@ def test_what_is_drawn_with_the_mouse_is_drawn_by_the_model_and_kept(
     assert abs(ink(tab) - black) < 0.5 * black, "the lines are there again"
 
 
+def test_the_newest_drawing_is_asked_for_again_where_an_older_one_overtook_it(
+    browser: Browser, address: str
+) -> None:
+    tab = open_pad(browser, address)
+    tab.run(
+        """(() => {
+          const others = window.fetch, answers = [[300, 200, 1], [0, 409, null], [0, 200, 3]];
+          window.fetch = (where, how) => {
+            if (where !== "draw") return others(where, how);
+            const [wait, status, value] = answers.shift();
+            const answer = new Response(JSON.stringify(value), { status });
+            return new Promise(done => setTimeout(() => done(answer), wait));
+          };
+        })()"""
+    )
+    assert tab.run("Promise.all([asking.ask('draw', {}), asking.ask('draw', {})])") == [None, 3]
+    assert tab.run("asking.running") == 0
+
+
 def test_lines_are_taken_back_erased_and_cleared(browser: Browser, address: str) -> None:
     tab = open_pad(browser, address)
     tab.run("document.getElementById('live').checked = false")

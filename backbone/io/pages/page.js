@@ -103,23 +103,24 @@ class Asking {
 
   /* The answer, or nothing where a newer request has come or the server refused, which is said. */
   async ask(where, body) {
-    const mine = ++this.newest;
+    const mine = ++this.newest, besideOlder = this.running > 0;
+    let answer = null;
     this.running += 1;
     say("");
     try {
-      const answer = await fetch(where, {
+      answer = await fetch(where, {
         method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
       });
-      if (mine !== this.newest || answer.status === 409) return null;
-      if (answer.ok) return await answer.json();
-      say(await answer.text());
+      if (mine === this.newest && answer.ok) return await answer.json();
+      if (mine === this.newest && answer.status !== 409) say(await answer.text());
     } catch {
       say("The server does not answer. Everything so far is kept; start it again and open its new address.");
     } finally {
       this.running -= 1;
       if (!this.running) at("progress").value = 0;
     }
-    return null;
+    /* The server may turn to this request first, and then takes the older one for the newest. */
+    return besideOlder && mine === this.newest && answer?.status === 409 ? this.ask(where, body) : null;
   }
 
   async watch() {

@@ -28,6 +28,7 @@ from customize.formats.layers.known import (
 )
 from customize.formats.layers.names import TEXT_MODEL_PREFIX
 from customize.formats.layers.originals import Swap, original_layers
+from customize.formats.layers.relatives import PUBLISHED, find_relatives, has_published_size, name_model
 
 TRANSFORMERS = tuple(network for network in DENOISERS if network not in UNETS)
 # What names of layers begin with → the component, and the networks that it may be; the longest prefix counts.
@@ -154,7 +155,12 @@ def translate(
         targets[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
     unknown += [stem for stem in denoiser if stem not in explained[network]]
     if unknown:
-        raise _unknown_names(path, unknown, network if explained[network] else None)
+        others = {
+            target.layers[0]: sized[stem]
+            for stem, target in explained[network].items()
+            if stem in sized and len(target.layers) == 1
+        }
+        raise _unknown_names(path, unknown, network if explained[network] else None, others)
     possible = [
         network
         for network in DENOISERS
@@ -232,8 +238,10 @@ def _entries(network: Network) -> dict[str, _Entry]:
     return entries
 
 
-def _unknown_names(path: Path, unknown: list[str], network: Network | None) -> UserError:
-    """The sentence about names that no network has."""
+def _unknown_names(
+    path: Path, unknown: list[str], network: Network | None, others: Mapping[str, tuple[int, ...]]
+) -> UserError:
+    """The sentence about names that no network has; `others` are shapes of the layers that `network` explains."""
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     if all(_T5.search(stem) for stem in unknown):
         return UserError(
@@ -249,8 +257,13 @@ def _unknown_names(path: Path, unknown: list[str], network: Network | None) -> U
             f"{path} is a motion LoRA, of an AnimateDiff adapter ({shown}). Draw clips with it: customize clip "
             f"--motion ADAPTER --lora {quote(path)}"
         )
-    others = f", though its others are of {NETWORK_NAMES[network]}" if network else ""
+    if model := name_model(unknown) or " or ".join(find_relatives(network, others) if network else ()):
+        return UserError(
+            f"{path} adapts {model} ({shown}), which is not supported. Give a LoRA of a supported model."
+        )
+    ours = network is not None and (network not in PUBLISHED or has_published_size(network, others))
+    beside = f", though its others are of {NETWORK_NAMES[network]}" if network and ours else ""
     return UserError(
-        f"{path} adapts {len(unknown)} layers that no supported model has ({shown}){others}. "
+        f"{path} adapts {len(unknown)} layers that no supported model has ({shown}){beside}. "
         "Export it again from the tool that wrote it, in diffusers' or kohya's names."
     )

@@ -22,7 +22,7 @@ from backbone.adapters.config import check_tensors
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
-from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily
+from customize.formats.adapter import AdapterFile, BaseFamily
 from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_loras, truncate_lora
 from customize.formats.layers.names import split_component
 from customize.formats.metadata import read_run_concept
@@ -131,7 +131,7 @@ def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
     bases = first.adapter.base, second.adapter.base
     if first.adapter.layers and second.adapter.layers and bases[0] != bases[1]:
         raise UserError(
-            f"{names} are for {BASE_NAMES[bases[0]]} and {BASE_NAMES[bases[1]]}. Merge adapters of one model."
+            f"{names} are for {first.adapter.base_name} and {second.adapter.base_name}. Merge adapters of one model."
         )
     for name in sorted(set(first.adapter.layers) & set(second.adapter.layers)):
         shapes = first.adapter.layers[name].shape, second.adapter.layers[name].shape

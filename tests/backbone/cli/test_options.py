@@ -33,8 +33,10 @@ from backbone.cli.options import (
     refuse_idle,
     settled_command,
 )
+from backbone.cli.sampling import SAMPLERS_ELSEWHERE, SamplingSettings, name_sampler
 from backbone.io.console import UserError
 from backbone.io.files import write_json
+from backbone.media.parameters import SAMPLERS
 from backbone.training.settings import PANELS, RunOptions
 from customize.control_settings import ControlSettings
 
@@ -526,6 +528,17 @@ def page() -> str:
                     not in ("customize train", "customize train-control", "align train")
                 }
             ),
+            "A sampler may be called as webui, ComfyUI, kohya's scripts or diffusers' classes call it, in any case,",
+            "with spaces, hyphens or underscores. A spacing of the steps in such a name (Karras) is refused: it is the",
+            "model's own.",
+            "",
+            "| `--sampler` | is understood too |",
+            "| --- | --- |",
+            *(
+                f"| `{ours}` | {', '.join(f'`{name}`' for name in names)} |"
+                for ours, names in SAMPLERS_ELSEWHERE.items()
+            ),
+            "",
         ]
     )
 
@@ -564,6 +577,45 @@ def other_spellings(commands: Mapping[str, Any]) -> str:
 
 def test_the_page_of_spellings_is_what_the_code_understands() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *(("Euler a", "ancestral"), ("euler_ancestral", "ancestral"), ("k_euler_a", "ancestral")),
+        *(("DPM++ 2M", "dpmpp-2m"), ("dpmpp_2m", "dpmpp-2m"), ("DPMSolverMultistepScheduler", "dpmpp-2m")),
+        *(
+            ("Euler", "ddim"),
+            ("DDIM", "ddim"),
+            ("DPMPP-2M", "dpmpp-2m"),
+            ("Heun", "heun"),
+            ("lcm", "consistency"),
+        ),
+    ],
+)
+def test_samplers_are_understood_as_other_tools_call_them(said: str, meant: str) -> None:
+    assert SamplingSettings(sampler=said).sampler == meant  # type: ignore[arg-type]
+    assert convert_value(fields_of(SamplingSettings)["sampler"], said, "--sampler") == meant
+
+
+def test_what_our_pictures_say_of_their_sampler_is_understood() -> None:
+    assert {name_sampler(said) for said in SAMPLERS.values()} == set(SAMPLERS)
+    assert [name_sampler(said) for said in SAMPLERS.values()] == list(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("UniPC", "sampler is UniPC, which is none of ddim, heun, dpmpp-2m, ancestral, consistency"),
+        ("DPM++ 2M SDE", "which is none of ddim"),
+        ("DPM++ SDE Karras", "which is none of ddim"),
+        ("DPM++ 2M Karras", "asks for another spacing of the steps.* Write dpmpp-2m"),
+        ("dpmpp_2m_sgm_uniform", "Write dpmpp-2m"),
+    ],
+)
+def test_samplers_that_are_not_here_are_refused_with_those_that_are(said: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        SamplingSettings(sampler=said)  # type: ignore[arg-type]
 
 
 def test_help_of_train_answers_in_less_than_two_fifths_of_a_second(tmp_path: Path) -> None:

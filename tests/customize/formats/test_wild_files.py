@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
-from customize.formats.convert import export_adapter, fit_to_model, import_adapter
+from customize.formats.convert import export_adapter, fit_to_model, import_adapter, inspect_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.merging.merge import read_input
 from customize.formats.model_weights import ModelWeights
@@ -257,6 +257,103 @@ def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str
         with pytest.raises(UserError, match=re.escape(said)):
             door()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+ATTENTION = tuple(f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v"))
+PIXART_S = "transformer.transformer_blocks.{}."
+
+
+def lora_of(stems: Iterable[str], width: int, *, text: int | None = None) -> Tensors:
+    """A LoRA of rank 1 on layers [width, width], on those that read words [width, text]."""
+    columns = {stem: text or width if re.search(r"attn2\.to_[kv]$", stem) else width for stem in stems}
+    return {
+        f"{stem}.{end}": value
+        for stem, count in columns.items()
+        for end, value in {
+            "lora_A.weight": torch.ones(1, count),
+            "lora_B.weight": torch.ones(width, 1),
+        }.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layers", "width", "text", "said"),
+    [
+        (20, ATTENTION, 2240, 2240, "Sana"),
+        (28, ATTENTION, 1152, 1152, "PixArt or Sana 0.6B"),
+        (28, (*ATTENTION, "ff.net.2"), 1152, 1152, "PixArt"),
+        (28, ATTENTION, 2048, 2048, "LTX-Video"),
+        (48, ATTENTION, 4096, 4096, "LTX-Video"),
+        (28, ATTENTION, 2048, 1024, "Cosmos"),
+        (30, ATTENTION[:3], 1920, None, "CogVideoX 2B"),
+        (42, ATTENTION[:3], 3072, None, "CogVideoX 5B or Mochi 1"),
+        (48, ATTENTION[:3], 3072, None, "Mochi 1"),
+        (28, ATTENTION[:3], 4096, None, "LTX-Video or CogView 4 or Cosmos"),
+        (32, ATTENTION, 2304, 2304, "Allegro"),
+        (20, ("attn.to_q", "attn.add_q_proj"), 3072, None, "Qwen-Image"),
+        (28, ATTENTION, 24, 24, "unknown (its layers are called as PixArt's, but have another size)"),
+    ],
+)
+def test_models_whose_layers_are_called_alike_are_told_apart_by_their_sizes(
+    blocks: int, layers: Sequence[str], width: int, text: int | None, said: str, tmp_path: Path
+) -> None:
+    stems = [PIXART_S.format(block) + layer for block in (0, blocks - 1) for layer in layers]
+    write_tensors(tmp_path / "a.safetensors", lora_of(stems, width, text=text))
+    assert inspect_adapter(tmp_path / "a.safetensors")["base"] == said
+
+
+@pytest.mark.parametrize(
+    ("stems", "width", "said"),
+    [
+        (["transformer.single_transformer_blocks.39.attn.to_q"], 3072, "HunyuanVideo"),
+        (["transformer.single_transformer_blocks.37.attn.to_q"], 3072, "FLUX or Chroma"),
+        (["transformer.single_transformer_blocks.37.norm.linear"], 3072, "FLUX"),
+        (["diffusion_model.layers.0.attention.out"], 2304, "Lumina 2"),
+        (["transformer.layers.33.attention.to_q"], 4608, "Ideogram 4"),
+        (["transformer.layers.29.attention.to_q"], 3840, "Z-Image"),
+    ],
+)
+def test_relatives_of_flux_and_z_image_are_not_called_so(
+    stems: list[str], width: int, said: str, tmp_path: Path
+) -> None:
+    write_tensors(tmp_path / "a.safetensors", lora_of(stems, width))
+    assert inspect_adapter(tmp_path / "a.safetensors")["base"] == said
+
+
+def test_a_header_that_names_the_model_decides_whatever_its_size(tmp_path: Path) -> None:
+    tensors = lora_of([PIXART_S.format(0) + layer for layer in ATTENTION], 24)
+    write_tensors(tmp_path / "a.safetensors", tensors, {"modelspec.architecture": "pixart-sigma/lora"})
+    assert inspect_adapter(tmp_path / "a.safetensors")["base"] == "PixArt"
+
+
+@pytest.mark.parametrize(
+    ("stem", "said"),
+    [
+        ("transformer.transformer_blocks.0.ff.conv_inverted", "Sana"),
+        ("transformer.joint_transformer_blocks.0.attn.to_q", "AuraFlow"),
+        ("transformer.layers.0.attn.to_q", "Lumina 2"),
+        ("transformer.double_stream_blocks.0.block.attn1.to_q", "HiDream"),
+        ("transformer.transformer_blocks.0.attn1.add_q_proj", "Mochi 1"),
+        ("transformer.transformer_blocks.0.audio_attn1.to_q", "LTX-2"),
+        ("diffusion_model.blocks.0.self_attn.q", "Wan, or a model made of it"),
+        ("transformer.blocks.0.ffn.net.2", "Wan, or a model made of it"),
+        ("lora_unet_blocks_0_cross_attn_q_proj", "Cosmos, or Anima"),
+    ],
+)
+def test_models_that_are_not_supported_are_refused_by_their_names(
+    stem: str, said: str, tmp_path: Path
+) -> None:
+    beside = [PIXART_S.format(0) + "attn1.to_q"] * stem.startswith("transformer.transformer_blocks")
+    write_tensors(tmp_path / "a.safetensors", lora_of([stem, *beside], 2240))
+    with pytest.raises(UserError, match=re.escape(f"adapts {said}")):
+        inspect_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_layer_of_ltx_that_has_no_counterpart_is_refused_as_ltx_s(tmp_path: Path) -> None:
+    stems = ["transformer.proj_in", *(PIXART_S.format(0) + layer for layer in ATTENTION)]
+    write_tensors(tmp_path / "a.safetensors", lora_of(stems, 2048))
+    with pytest.raises(UserError, match=r"adapts LTX-Video \(transformer\.proj_in\), which is not supported"):
+        inspect_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
