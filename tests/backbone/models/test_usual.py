@@ -56,7 +56,7 @@ def test_the_embedded_models_say_what_can_be_read(name: str) -> None:
         ({"steps": 1.5}, "steps in FILE is 1.5, which is not a whole number"),
         ({"steps": None}, "steps in FILE is None, which is not a whole number"),
         ({"sampler": None}, "sampler in FILE is None, which is no text"),
-        ({"sampler": "euler a"}, "sampler in FILE is euler a, which is none of ddim, heun"),
+        ({"sampler": "euler z"}, "sampler in FILE is euler z, which is none of ddim, heun"),
         ({"guidance": -1}, "guidance in FILE is -1"),
         ({"sheet_prompts": []}, "sheet_prompts in FILE is empty"),
         ({"sheet_prompts": [5, {}]}, "sheet_prompts in FILE is not a list of texts"),
