@@ -55,27 +55,22 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
         words = list(args)
-        if not ctx.resilient_parsing:
-            refuse_typography(words)
-        if not ctx.resilient_parsing:
-            self._refuse_extra_words(ctx, words)
-        rest = super().parse_args(ctx, args)
-        if not ctx.resilient_parsing:
-            values, _, order = self.make_parser(ctx).parse_args(words)
-            refuse_repeats(order)
-            for name, value in ctx.params.items():
-                if isinstance(value, Path):
-                    ctx.params[name] = expand_path(value, values.get(name), name)
-        return rest
-
-    def _refuse_extra_words(self, ctx: Any, words: Sequence[str]) -> None:
+        refuse_typography(words)
         try:
-            values, extra, _ = self.make_parser(ctx).parse_args(list(words))
+            values, extra, order = self.make_parser(ctx).parse_args(list(words))
         except UsageError:
-            return  # an option that there is none of, which is said where it is parsed in earnest
+            return super().parse_args(ctx, args)  # which says the same of an option that there is none of
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
+        rest = super().parse_args(ctx, args)
+        refuse_repeats(order)
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):
+                ctx.params[name] = expand_path(value, values.get(name), name)
+        return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(page(self, ctx))

@@ -170,9 +170,13 @@ class Control:
 
     def is_like(self, other: Control) -> bool:
         """Whether rows of both can stand in one batch."""
-        return self.network is other.network and all(
-            getattr(self, name) == getattr(other, name)
-            for name in ("start", "stop", "prompted", "guess", "frames", "times")
+        same = self.network is other.network and self.acts_like(other)
+        return same and (self.frames, self.times) == (other.frames, other.times)
+
+    def acts_like(self, other: Control) -> bool:
+        """Whether both act at the same steps and on the same rows of guidance."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("start", "stop", "prompted", "guess")
         )
 
 

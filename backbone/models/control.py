@@ -317,9 +317,7 @@ def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
 
 def _fit_in_one_call(one: Control, other: Control) -> bool:
     same = one.network.module is other.network.module and float(one.scale[0]) > 0
-    return same and all(
-        getattr(one, name) == getattr(other, name) for name in ("start", "stop", "prompted", "guess")
-    )
+    return same and one.acts_like(other)
 
 
 def with_map(condition: Condition, image: Image.Image) -> Condition:
