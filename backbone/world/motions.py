@@ -127,7 +127,7 @@ def find_moves(prompt: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class SaidMotion:
-    """What a prompt says of a motion, of `MOTIONS` and `SPEEDS`, and the prompt without these words.
+    """What a prompt says of a motion, of `MOTIONS` (or `CAMERAS`) and `SPEEDS`, and the prompt without these words.
 
     whose  the thing that moves, where the words name one (“the dog moving left”)
     """
@@ -146,10 +146,9 @@ def cut_motion(prompt: str) -> SaidMotion:
     return _cut(prompt, MOTIONS)
 
 
-def cut_camera(prompt: str) -> tuple[str, str]:
-    """Take the words of the camera out of a prompt: `a dog, camera zooming in` → `a dog`, zoom-in."""
-    said = _cut(prompt, CAMERAS)
-    return said.rest, said.move
+def cut_camera(prompt: str) -> SaidMotion:
+    """Take the words of the camera out of a prompt: `a dog, camera zooming in slowly` → `a dog`, zoom-in, slowly."""
+    return _cut(prompt, CAMERAS)
 
 
 def _cut(prompt: str, known: Collection[str]) -> SaidMotion:

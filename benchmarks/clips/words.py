@@ -55,7 +55,7 @@ from backbone.media.transforms import to_image, to_tensor
 from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, open_camera
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.sparse import open_sparsectrl
-from backbone.models.control import condition_clips, list_embedded_controls
+from backbone.models.control import list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, render_clip, trace_camera, trace_thing
@@ -63,7 +63,7 @@ from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.rendering.render import find_font, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
-from customize.clips.plan import POSE, plan_motion
+from customize.clips.plan import POSE, aim_camera, plan_clip
 
 PLANNED = "planned from the words"
 SLIDES, PACES = ("left", "right", "up", "down"), ("", "slowly", "fast")
@@ -289,12 +289,17 @@ def draw(
 
 
 def draw_planned(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
-    """A clip as `customize clip` draws it without a motion adapter: by a pose in each frame, under noise they share."""
-    said, _, maps = plan_motion(replace(clip, camera="").caption(), clip.frames)
-    planned = [condition_clips(model, POSE, maps, (SIDE, SIDE)).control] if maps else []
-    frames = Frames(clip.frames, shared=1.0)
-    with link_frames(model, clip.frames):
-        return draw_frames(model, Request(said, (number, 0)), frames, planned, steps, guidance)
+    """A clip as `customize clip` draws it without a motion adapter: by a pose in each frame, under noise they share,
+    and where the camera moves as its views of a larger drawing."""
+    shot = aim_camera(clip.caption(), clip.frames, (SIDE, SIDE), 4 * model.factor, None)
+    plan = plan_clip(model, shot, clip.frames, (SIDE, SIDE), {})
+    frames, size = Frames(plan.frames, shared=1.0), (SIDE, SIDE) if plan.views is None else plan.views.canvas
+    with link_frames(model, plan.frames):
+        return plan.look_at(
+            draw_frames(
+                model, Request(plan.prompt, (number, 0)), frames, plan.controls, steps, guidance, size=size
+            )
+        )
 
 
 def draw_frames(
@@ -304,10 +309,12 @@ def draw_frames(
     controls: Sequence[Control],
     steps: int,
     guidance: float,
+    *,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> list[Image.Image]:
-    """The frames of one clip."""
+    """The frames of one clip, of `size` (width, height)."""
     (latents,) = sample_latents(
-        model, [request], steps=steps, guidance=guidance, seed=0, frames=frames, controls=controls
+        model, [request], steps=steps, guidance=guidance, seed=0, frames=frames, controls=controls, size=size
     )
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 

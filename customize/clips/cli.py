@@ -56,10 +56,8 @@ def clip(asked: ClipOptions) -> None:
         asked = replace(
             asked, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
         )
-    if not asked.motion and asked.camera:
-        raise UserError(
-            "A camera's path is followed by a motion adapter. Name one with --motion, or leave --camera out."
-        )
+    if not asked.motion:
+        refuse_camera_adapter(asked)
     if not asked.motion and asked.sparsectrl:
         raise UserError(
             "SparseCtrl works beside a motion adapter. Name one with --motion, or leave --sparsectrl out."
@@ -73,6 +71,20 @@ def clip(asked: ClipOptions) -> None:
     from customize.clips.draw import draw_clips
 
     report_clips(draw_clips(prompts, asked, concepts=concepts), len(prompts) * asked.count, asked)
+
+
+def refuse_camera_adapter(asked: ClipOptions) -> None:
+    """`UserError` for what a camera has beside a motion adapter alone: without one it looks over a drawing."""
+    for name, given in (
+        ("--camera-adapter", asked.camera_adapter),
+        ("--camera-scale", asked.camera_scale != 1),
+    ):
+        if given:
+            raise UserError(f"{name} has no effect without --motion: the camera then moves over one drawing.")
+    if asked.camera and asked.condition:
+        raise UserError(
+            "Without --motion the camera moves over one drawing, and --condition gives maps of frames. Leave one out."
+        )
 
 
 def clip_of_pictures(asked: ClipOptions) -> None:

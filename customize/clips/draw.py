@@ -23,7 +23,7 @@ from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.evaluation.motion import draw_track
-from backbone.io.console import UserError, notify_once, progress
+from backbone.io.console import UserError, notify, notify_once, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
@@ -54,7 +54,8 @@ from backbone.models.sample import (
     resolve_sampling,
     sample_latents,
 )
-from customize.clips.plan import POSE, PlannedClip, plan_clip
+from backbone.world.motions import cut_motion
+from customize.clips.plan import POSE, PlannedClip, Shot, aim_camera, describe_plan, plan_clip
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (
     describe_given_frames,
@@ -88,35 +89,38 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
     rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
+    size = (columns * model.factor, rows * model.factor)
     what = describe_clips(model, prompts, asked, concepts)
     refuse_new_folder(asked.out, CLIPS, what)
-    model = fit_clips(model, asked, (rows, columns), len(prompts) * asked.count, concepts)
+    path = read_camera(asked.camera, asked.frames, size) if asked.camera else None
+    shots = aim_cameras(model, prompts, asked, size, path)
+    model = fit_clips(model, asked, largest_places(model, shots, size), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = frames_of(asked)
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
-    size = (columns * model.factor, rows * model.factor)
     conditions = open_clip_conditions(model, controls, size, asked.frames)
     conditions += open_sparse_condition(model, sparse, asked)
-    path, camera = follow_camera(model, asked, size)
+    camera = follow_camera(model, asked, size, path)
     given = open_given_frames(model, pictures, places, asked)
     held = (*gather_controls(conditions), *camera, *given)
-    plans = plan_clips(model, prompts, asked, concepts, size)
+    plans = plan_clips(model, prompts, shots, asked, concepts, size)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
     requests = [
         [Request(words, (i, j), negative) for j in range(asked.count)] for i, words in enumerate(said)
     ]
-    scenes = [(some, (*held, *plan.controls)) for some, plan in zip(requests, plans, strict=True)]
     every = [request for some in requests for request in some]
     with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
-        films = write_films(folder, every, sample_films(model, scenes, asked, frames), asked)
+        drawn = sample_films(model, list(zip(requests, plans, strict=True)), held, asked, frames)
+        films = write_films(folder, every, drawn, asked)
         record = {
             **what,
             **describe_given_frames(asked, places),
             **describe_conditions(conditions),
+            **describe_drawings(plans),
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
@@ -152,16 +156,37 @@ def fit_clips(
     return fit_drawing(model, drawn, asked.vram)
 
 
-def follow_camera(
-    model: Backbone, asked: ClipOptions, size: tuple[int, int]
-) -> tuple[CameraPath | None, tuple[Control, ...]]:
-    """The camera's path that was asked for, and the control by which clips follow it.
+def aim_cameras(
+    model: Backbone,
+    prompts: Sequence[str],
+    asked: ClipOptions,
+    size: tuple[int, int],
+    path: CameraPath | None,
+) -> list[Shot]:
+    """The shot of each prompt: the prompt alone where an adapter, or maps, say what moves.
 
-    Raises `UserError` as `read_camera` and `open_camera`, and for a path that leaves the world of the adapter.
+    Raises `UserError` for a path that leaves what can be drawn, and a drawing for which the network has no places.
     """
-    if not asked.camera:
-        return None, ()
-    path = read_camera(asked.camera, asked.frames, size)
+    if asked.motion or asked.condition:
+        return [Shot(prompt) for prompt in prompts]
+    return [aim_camera(prompt, asked.frames, size, 4 * model.factor, path) for prompt in prompts]
+
+
+def largest_places(model: Backbone, shots: Sequence[Shot], size: tuple[int, int]) -> tuple[int, int]:
+    """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
+    sizes = [latent_size(model, size if shot.views is None else shot.views.canvas) for shot in shots]
+    return max(sizes, key=lambda sides: sides[0] * sides[1])
+
+
+def follow_camera(
+    model: Backbone, asked: ClipOptions, size: tuple[int, int], path: CameraPath | None
+) -> tuple[Control, ...]:
+    """The control by which clips of a motion adapter follow the camera's path; none of other clips.
+
+    Raises `UserError` as `open_camera`, and for a path that leaves the world of the adapter.
+    """
+    if path is None or not asked.motion:
+        return ()
     beside = Path(asked.motion).expanduser() / CAMERA_WEIGHTS
     file = asked.camera_adapter or beside
     if asked.camera_adapter is None and not beside.is_file():
@@ -173,8 +198,7 @@ def follow_camera(
     if camera.settings.reach is not None:
         refuse_beyond(path, camera.settings.reach, str(file))
     with torch.no_grad():
-        control = Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip()
-    return path, (control,)
+        return (Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip(),)
 
 
 def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
@@ -198,51 +222,62 @@ def refuse_longer(asked: ClipOptions, longest: int) -> None:
 def plan_clips(
     model: Backbone,
     prompts: Sequence[str],
+    shots: Sequence[Shot],
     asked: ClipOptions,
     concepts: Sequence[Concept],
     size: tuple[int, int],
 ) -> list[PlannedClip]:
-    """The picture model's text for each prompt: the prompt alone where an adapter or maps say what moves.
+    """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
 
     Elsewhere the words of motion become maps of poses, if the model has a network that reads them.
     """
     if asked.motion or asked.condition:
-        return [PlannedClip(prompt) for prompt in prompts]
-    if POSE not in list_embedded_controls(model):
+        return [PlannedClip(shot.words, asked.frames) for shot in shots]
+    unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
+    if unread and POSE not in list_embedded_controls(model):
         notify_once(
             f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
-        return [PlannedClip(prompt) for prompt in prompts]
     known = {token: "" for concept in concepts for token in concept.tokens}
-    return [plan_clip(model, prompt, asked.frames, size, known) for prompt in prompts]
+    plans = [plan_clip(model, shot, asked.frames, size, known) for shot in shots]
+    for prompt, plan in zip(prompts, plans, strict=True):
+        if plan.views is not None or POSE in list_embedded_controls(model):
+            for sentence in describe_plan(prompt, plan):
+                notify(sentence)
+    return plans
 
 
 def sample_films(
     model: Backbone,
-    scenes: Sequence[tuple[Sequence[Request], Sequence[Control]]],
+    scenes: Sequence[tuple[Sequence[Request], PlannedClip]],
+    held: Sequence[Control],
     asked: ClipOptions,
     frames: Frames,
 ) -> Iterator[list[Image.Image]]:
-    """The requested clips of each scene under its controls, in order, as their frames.
+    """The requested clips of each scene under `held` and its own controls, in order, as their frames.
 
     Without a motion adapter the frames look at one another through the picture model's own attention.
     """
-    count = sum(len(requests) for requests, _ in scenes) * frames.count
-    with progress(count, "drawing frames") as bar, link_frames(model, frames.count):
-        for requests, controls in scenes:
-            for latents in sample_latents(
-                model,
-                requests,
-                **asked.for_sampler(),
-                frames=frames,
-                controls=controls,
-                advance=lambda clips: bar.advance_images(clips * frames.count),
-            ):
-                for clip in latents:
-                    yield [
-                        to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()
-                    ]
+    count = sum(len(requests) * plan.frames for requests, plan in scenes)
+    with progress(count, "drawing frames") as bar:
+        for requests, plan in scenes:
+            how = asked.for_sampler()
+            if plan.views is not None:
+                how["size"] = plan.views.canvas
+            some = frames if plan.frames == frames.count else Frames(plan.frames)
+            with link_frames(model, plan.frames):
+                for latents in sample_latents(
+                    model,
+                    requests,
+                    **how,
+                    frames=some,
+                    controls=(*held, *plan.controls),
+                    advance=lambda clips, each=some.count: bar.advance_images(clips * each),
+                ):
+                    for clip in latents:
+                        decoded = model.decode_clip(clip, asked.decode_chunk_size).cpu()
+                        yield plan.look_at([to_image(frame) for frame in decoded])
 
 
 def write_films(
@@ -277,6 +312,12 @@ def describe_clips(
         "guided": list(asked.guided),
         "scale": asked.scale,
     }
+
+
+def describe_drawings(plans: Sequence[PlannedClip]) -> dict[str, Any]:
+    """The size of the drawing that each prompt's camera moves over, none where it stands; {} where all stand."""
+    sizes = [None if plan.views is None else list(plan.views.canvas) for plan in plans]
+    return {"drawings": sizes} if any(sizes) else {}
 
 
 def describe_motion(asked: ClipOptions) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 
 The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses then places the
 thing in every frame, noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike.
+Where the camera moves, all that is drawn is larger than a frame, and the frames are its views of it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from backbone.conditions.control import Control
-from backbone.io.console import UserError, notify
-from backbone.models.control import Condition, condition_clips
+from backbone.io.console import UserError
+from backbone.media.control.camera import CameraPath, flat_path
+from backbone.media.control.views import Views, plan_views
+from backbone.models.control import Condition, condition_clips, list_embedded_controls
 from backbone.models.model import Backbone
-from backbone.world.clip import Clip, trace_thing
+from backbone.world.clip import Clip, trace_camera, trace_thing
 from backbone.world.maps import draw_sticks
-from backbone.world.motions import MOTIONS, cut_camera, cut_motion
+from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion
 from backbone.world.parse import parse_scene
 from backbone.world.rendering.record import Stick
-from backbone.world.rendering.render import Figure, place_figures, span_stick
+from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 
@@ -32,32 +35,88 @@ SLENDER = 0.9  # width over height of a thing that nothing is known of
 
 
 @dataclass(frozen=True, eq=False)
+class Shot:
+    """A prompt without the words of the camera, and what the camera sees of what is drawn; None where it stands."""
+
+    words: str
+    views: Views | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class PlannedClip:
-    """What the picture model reads, and where the thing is in each frame; no condition where no words say a motion."""
+    """What the picture model reads, where the thing is in each frame, and what the camera sees of it.
+
+    frames     that are drawn: one for all where only the camera moves
+    move       of `MOTIONS`, "" where no words say one
+    """
 
     prompt: str
+    frames: int
+    move: str = ""
     condition: Condition | None = None
+    views: Views | None = None
 
     @property
     def controls(self) -> tuple[Control, ...]:
         """What it is drawn under."""
         return () if self.condition is None else (self.condition.control,)
 
+    def look_at(self, drawn: list[Image.Image]) -> list[Image.Image]:
+        """The clip's frames, from those that were drawn."""
+        return drawn if self.views is None else self.views.look_at(drawn)
+
+
+def aim_camera(prompt: str, frames: int, size: tuple[int, int], unit: int, path: CameraPath | None) -> Shot:
+    """The shot of a prompt: its camera goes along `path`, or as its own words say.
+
+    size  (width, height) of a frame in pixels
+    unit  pixels of which the sides of what is drawn are multiples
+
+    Raises `UserError` as `plan_views`.
+    """
+    said = cut_camera(prompt)
+    if path is None and not said.move:
+        return Shot(prompt)
+    if path is None:
+        clip = Clip(ANYTHING, camera=said.move, speed=said.speed, frames=frames)
+        path = flat_path(trace_camera(clip), SIZE, size[0] / size[1], CAMERAS[said.move][0])
+    return Shot(said.rest, plan_views(path, size, unit=unit))
+
 
 def plan_clip(
-    model: Backbone, prompt: str, frames: int, size: tuple[int, int], known: Mapping[str, str]
+    model: Backbone, shot: Shot, frames: int, size: tuple[int, int], known: Mapping[str, str]
 ) -> PlannedClip:
-    """The clip of a prompt by a model that has a network for poses; what is planned, and what is not, is said."""
-    without_camera, camera = cut_camera(prompt)
-    if camera:
-        notify(f"“{prompt}”: the camera stands still without a motion adapter (--motion).")
-    rest, move, maps = plan_motion(without_camera, frames, known=known)
-    if not move:
-        if not camera:
-            notify(f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still.")
-        return PlannedClip(rest)
-    notify(f"“{prompt}”: drawn as “{rest}”, {MOTIONS[move][0]} by a pose in each frame.")
-    return PlannedClip(rest, condition_clips(model, POSE, maps, size))
+    """The clip of a shot by a model whose motions are planned if it has a network for poses.
+
+    Under a camera poses also hold what stands still, which a drawing larger than a frame would else show twice.
+    """
+    poses, views = POSE in list_embedded_controls(model), shot.views
+    rest, move, maps = plan_motion(shot.words, frames, known=known) if poses else (shot.words, "", ())
+    if views is not None:
+        maps = maps or ((draw_pose(shot.words, known),) if poses else ())
+        maps = tuple(views.lay_out(one) for one in maps)
+    condition = condition_clips(model, POSE, maps, size if views is None else views.canvas) if maps else None
+    return PlannedClip(rest, frames if move or views is None else 1, move, condition, views)
+
+
+def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
+    """What is planned for a prompt, as sentences."""
+    said = []
+    if plan.views is not None:
+        width, height = plan.views.canvas
+        said.append(f"the camera moves over one drawing of {width} × {height} pixels, without parallax.")
+    if plan.move:
+        said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} by a pose in each frame.")
+    return [f"“{prompt}”: {one}" for one in said] or [
+        f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
+    ]
+
+
+def draw_pose(prompt: str, known: Mapping[str, str]) -> Image.Image:
+    """The map of poses [128 × 128] of the things of a prompt where they stand."""
+    scene = imagine(prompt, known)
+    figures = place_figures(scene, scene.horizon)
+    return draw_sticks([_stick(one, one.x, one.foot - one.size / 2, 1.0, 0.0) for one in figures])
 
 
 def plan_motion(

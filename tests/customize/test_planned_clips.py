@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from backbone.evaluation.motion import TRACK
 from backbone.io.files import read_json
 from backbone.media.clips import read_film, write_film
+from backbone.media.control.camera import read_camera
+from backbone.media.control.views import plan_views
 from backbone.models.control import Condition
 from backbone.models.sample import Request
 from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
 from customize.cli import app
 from customize.clips.draw import publish, write_maps
-from customize.clips.plan import plan_motion
+from customize.clips.plan import draw_pose, plan_motion
 from customize.clips.settings import ClipOptions
 from tests.customize.test_evaluate_clip import walking
 
@@ -125,9 +127,41 @@ def test_moji_follows_the_words_by_a_pose_in_each_frame(tmp_path: Path) -> None:
     assert record["clips"][0]["model_reads"] == "a dog in a park"
     assert record["conditions"][0]["kind"] == "pose" and record["shared_noise"] == 1
     assert "moving left by a pose in each frame" in said.output
-    assert "the camera stands still without a motion adapter" in said.output
+    assert "the camera moves over one drawing of 128 × 128 pixels" in said.output
+    assert record["drawings"] == [[128, 128]]
     poses = [middle(frame)[0] for frame in read_film(tmp_path / "clip" / "condition-0-pose.webp").frames]
     assert poses[0] > poses[1] > poses[2]
+
+
+def test_a_camera_looks_over_one_drawing_of_any_model(tiny_folder: Path, tmp_path: Path) -> None:
+    for words, name in (
+        (("a dog, camera panning right",), "said"),
+        (("a dog", "--camera", "pan-right"), "path"),
+    ):
+        said = call(*words, "--model", tiny_folder, "--out", tmp_path / name)
+        assert said.exit_code == 0, said.output or repr(said.exception)
+    record = read_json(tmp_path / "said" / "run.json")
+    assert record["clips"][0]["model_reads"] == "a dog" and "conditions" not in record
+    ((width, height),), size = record["drawings"], Image.open(tmp_path / "said" / "p00-s00" / "0000.png").size
+    assert width > size[0] and height == size[1]
+    clips = [
+        [np.asarray(frame) for frame in read_film(tmp_path / name / "p00-s00.webp").frames]
+        for name in ("said", "path")
+    ]
+    assert np.array_equal(*clips) and len(clips[0]) == 3
+    gone = round(0.3125 * size[0] / 2)  # pixels from frame to frame
+    apart = np.abs(clips[0][0][:, gone:].astype(int) - clips[0][1][:, :-gone]).mean()
+    assert apart < 0.5 * np.abs(clips[0][0].astype(int) - clips[0][1]).mean()
+    assert (tmp_path / "path" / "camera.txt").is_file()
+
+
+def test_a_thing_under_a_camera_stands_where_it_stands_without_one() -> None:
+    path = read_camera("pan-left=20px", 3, (128, 128))
+    views = plan_views(path, (128, 128), unit=32)
+    pose = draw_pose("a dog in a park", {})
+    first, *_, last = views.look_at([views.lay_out(pose)])
+    assert np.array_equal(np.asarray(first), np.asarray(pose))
+    assert middle(last)[0] - middle(first)[0] == pytest.approx(20, abs=0.5)
 
 
 def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path: Path) -> None:
@@ -154,7 +188,11 @@ def test_the_maps_of_two_prompts_are_both_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--camera", "pan-left"), "followed by a motion adapter"),
+        (("--camera", "pan-left", "--camera-scale", "0.5"), "--camera-scale has no effect without --motion"),
+        (("--camera", "pan-left", "--camera-adapter", "a.safetensors"), "--camera-adapter has no effect"),
+        (("--camera", "pan-left", "--condition", "pose=a.png"), "Leave one out"),
+        (("--camera", "pan-left=2000px"), "needs a drawing of"),
+        (("--camera", "pan-sideways"), "there is no pan-sideways"),
         (("--context-length", "8"), "--context-length has no effect without --motion"),
         (("--model", "moji-flow"), "is a transformer"),
     ],

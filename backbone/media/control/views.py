@@ -1,0 +1,109 @@
+"""A camera that moves over one drawing: what each frame of a clip sees of it, for models that no camera was taught.
+
+    views = plan_views(read_camera("pan-left", 16, (128, 128)), (128, 128), unit=32)
+    frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128
+
+The drawing is the plane of a flat picture's camera, at depth 1, so a frame is the drawing under a homography, exactly,
+and nothing has a parallax. Where the camera pans the drawing is larger; where it zooms out or rolls, the drawing is
+seen from nearer, by as much as keeps every frame inside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from backbone.io.console import UserError
+from backbone.media.control.camera import CORNERS, CameraPath
+
+LARGEST = 4.0  # times a frame's area
+Floats = NDArray[np.float64]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What a camera sees of a drawing.
+
+    size    (width, height) of a frame, in pixels
+    canvas  (width, height) of the drawing
+    corner  (x, y) of the drawing at which the picture stands that the same words draw without a camera
+    seen    [F, 3, 3]: from pixels of a frame to pixels of the drawing, as homogeneous coordinates
+    """
+
+    size: Size
+    canvas: Size
+    corner: tuple[int, int]
+    seen: Floats
+
+    def look_at(self, drawn: Sequence[Image.Image]) -> list[Image.Image]:
+        """The frames that the camera sees of a drawing, or of one for each frame."""
+        frames = drawn if len(drawn) == len(self.seen) else [drawn[0]] * len(self.seen)
+        return [
+            frame.transform(
+                self.size, Image.Transform.PERSPECTIVE, tuple((view / view[2, 2]).flat)[:8], Image.Resampling.BICUBIC
+            )
+            for frame, view in zip(frames, self.seen, strict=True)
+        ]  # fmt: skip
+
+    def lay_out(self, image: Image.Image) -> Image.Image:
+        """A map of the picture without a camera, on black, where that picture stands in the drawing."""
+        canvas = Image.new(image.mode, self.canvas)
+        canvas.paste(image.resize(self.size) if image.size != self.size else image, self.corner)
+        return canvas
+
+
+def plan_views(path: CameraPath, size: Size, *, unit: int = 1) -> Views:
+    """The views of a path on a drawing whose sides are multiples of `unit` pixels.
+
+    Raises `UserError` for a path that looks past the drawing, or that needs one more than 4 times as large as a frame.
+    """
+    scale = np.array([*size, 1.0])
+    seen = np.linalg.inv(find_homographies(path)) * scale[:, None] / scale  # in pixels
+    boxes = np.stack([_box(view, size, path.name) for view in seen])  # [F, 2, 2]
+    middle = np.array(size) / 2
+    nearer = max(1.0, float(((boxes[:, 1] - boxes[:, 0]) / size).max()))
+    boxes = (boxes - middle) / nearer + middle
+    low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
+    # What a picture without a camera would show is kept in the drawing whole.
+    low, high = np.floor(np.minimum(low, 0) + 1e-6), np.ceil(np.maximum(high, size) - 1e-6)
+    sides = [math.ceil(side / unit) * unit for side in high - low]
+    if sides[0] * sides[1] > LARGEST * size[0] * size[1]:
+        raise UserError(
+            f"--camera {path.name} goes so far that it needs a drawing of {sides[0]} × {sides[1]} pixels, more than "
+            f"{LARGEST:g} times a frame of {size[0]} × {size[1]}. Give a shorter path."
+        )
+    corner = (np.array(sides) - (high - low)) // 2 - low
+    shift = middle - middle / nearer + corner
+    into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
+    return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ seen)
+
+
+def find_homographies(path: CameraPath) -> Floats:
+    """[F, 3, 3]: from the first picture to each frame's, both in shares of width and height, of the plane at depth 1.
+
+    A point r = K₀⁻¹p of the plane before the first camera lies at R_t R₀ᵀ (r − T₀) + T_t before camera t.
+    """
+    turns, moved = path.poses[:, :, :3], path.poses[:, :, 3]
+    relative = turns @ turns[0].T
+    shift = moved - relative @ moved[0]
+    onto = relative + shift[:, :, None] * np.array([0.0, 0.0, 1.0])
+    lenses = np.tile(np.eye(3), (len(path), 1, 1))
+    lenses[:, 0, 0], lenses[:, 1, 1] = path.intrinsics[:, 0], path.intrinsics[:, 1]
+    lenses[:, :2, 2] = path.intrinsics[:, 2:]
+    found: Floats = lenses @ onto @ np.linalg.inv(lenses[0])
+    return found
+
+
+def _box(view: Floats, size: Size, name: str) -> Floats:
+    """The box [2, 2] around what a frame sees, in pixels of the first picture."""
+    corners = np.concatenate([CORNERS * size, np.ones((4, 1))], axis=1) @ view.T
+    if (corners[:, 2] <= 1e-6).any():
+        raise UserError(f"--camera {name} looks past what is drawn. Give a path that turns less.")
+    points = corners[:, :2] / corners[:, 2:]
+    return np.stack([points.min(0), points.max(0)])
