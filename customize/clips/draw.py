@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -84,8 +85,6 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     name = asked.model or (concepts[0].model if concepts else "moji")
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    if not asked.motion:
-        refuse_transformer(model)
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
     rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
@@ -94,6 +93,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     refuse_new_folder(asked.out, CLIPS, what)
     path = read_camera(asked.camera, asked.frames, size) if asked.camera else None
     shots = aim_cameras(model, prompts, asked, size, path)
+    if not asked.motion and not all(shot.views for shot in shots):
+        refuse_transformer(model)
     model = fit_clips(model, asked, largest_places(model, shots, size), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = frames_of(asked)
@@ -266,7 +267,7 @@ def sample_films(
             if plan.views is not None:
                 how["size"] = plan.views.canvas
             some = frames if plan.frames == frames.count else Frames(plan.frames)
-            with link_frames(model, plan.frames):
+            with link_frames(model, plan.frames) if plan.frames > 1 else nullcontext():
                 for latents in sample_latents(
                     model,
                     requests,

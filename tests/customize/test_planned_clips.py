@@ -155,6 +155,12 @@ def test_a_camera_looks_over_one_drawing_of_any_model(tiny_folder: Path, tmp_pat
     assert (tmp_path / "path" / "camera.txt").is_file()
 
 
+def test_a_transformer_s_camera_moves_too_where_nothing_else_does(tmp_path: Path) -> None:
+    said = call("a dog, camera panning right", "--model", "moji-flow", "--out", tmp_path / "clip")
+    assert said.exit_code == 0, said.output or repr(said.exception)
+    assert read_json(tmp_path / "clip" / "run.json")["drawings"] == [[192, 128]]
+
+
 def test_a_thing_under_a_camera_stands_where_it_stands_without_one() -> None:
     path = read_camera("pan-left=20px", 3, (128, 128))
     views = plan_views(path, (128, 128), unit=32)
