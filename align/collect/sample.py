@@ -33,6 +33,7 @@ from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.models.sample import (
+    GivenLatents,
     Request,
     count_skipped_steps,
     refuse_negative,
@@ -171,7 +172,9 @@ def _sample_variations(
             clean = torch.stack([latents[start] for start in starts])
             redrawn = torch.cat(
                 list(
-                    sample_latents(model, variations, clean=clean, share=strength, **options, advance=advance)
+                    sample_latents(
+                        model, variations, given=GivenLatents(clean, strength), **options, advance=advance
+                    )
                 )
             )
             latents |= dict(zip(variations, redrawn, strict=True))

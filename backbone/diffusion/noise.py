@@ -283,6 +283,21 @@ def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estim
     return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
 
 
+def keep(predict: Predict, known: Tensor, kept: Tensor) -> Predict:
+    """The same estimates, in which x̂0 is `known` [B, ...] where `kept` (bool, broadcast to it) says so.
+
+    ε̂ there is what makes the noisy sample of it, so samplers end with what is known, and what is drawn around it is
+    predicted beside it (as diffusers' inpainting, at every level of noise above 0).
+    """
+
+    def predict_around(noisy: Tensor, level: Level) -> Estimate:
+        a, b = level.broadcast_like(noisy)
+        clean, noise = predict(noisy, level)
+        return Estimate(torch.where(kept, known, clean), torch.where(kept, (noisy - a * known) / b, noise))
+
+    return predict_around
+
+
 # Randomness -------------------------------------------------------------------------------------------------
 
 

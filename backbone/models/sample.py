@@ -27,7 +27,7 @@ from backbone.cli.sampling import (
 )
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
-from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator, keep
 from backbone.diffusion.samplers import ancestral, consistency, ddim, dpmpp_2m, heun
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
@@ -98,6 +98,21 @@ class SamplerArguments:
         check_values(self)
 
 
+@dataclass(frozen=True, eq=False)
+class GivenLatents:
+    """Latents with which sampling begins, noised by the noise of each sample's own key.
+
+    latents  [R, C, H, W], one a request, or of clips [R, C, F, H, W]
+    share    only this share of the steps is taken, the last one: SDEdit (Meng et al. 2022, algorithm 1). A smaller one
+             keeps more of their layout
+    kept     bool [H, W]: where the latents are known, and stay as they are
+    """
+
+    latents: Tensor
+    share: float = 1.0
+    kept: Tensor | None = None
+
+
 @takes(SamplerArguments)
 @torch.no_grad()
 def sample(
@@ -128,19 +143,15 @@ def sample_latents(
     *,
     references: Sequence[ReferenceImage] = (),
     controls: Sequence[Control] = (),
-    clean: Tensor | None = None,
-    share: float = 1.0,
+    given: GivenLatents | None = None,
     frames: Frames | None = None,
     advance: Callable[[float], Any] | None = None,
     **how: Any,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
 
-    `how` is by the fields of `SamplerArguments`. `references` are images beside every prompt.
-
-    With `clean`, latents [R, C, H, W] one a request, each sample starts from these, noised by the noise of its own key,
-    and takes the last `share` of the steps only: SDEdit (Meng et al. 2022, algorithm 1). A smaller share keeps more of
-    their layout.
+    `how` is by the fields of `SamplerArguments`. `references` are images beside every prompt; `given` are latents with
+    which sampling begins.
     """
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None else own_sampler_of_clips
@@ -148,7 +159,7 @@ def sample_latents(
     places = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=places)
     batch = 1 if model.placement.one_by_one else asked.batch
-    rest = schedule if clean is None else schedule[count_skipped_steps(share, asked.steps) :]
+    rest = schedule if given is None else schedule[count_skipped_steps(given.share, asked.steps) :]
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
@@ -161,10 +172,11 @@ def sample_latents(
             [initial_noise(model, asked.seed, *request.key, places, frames=frames) for request in some]
         )
         noise = send(noise, model.device)
-        if clean is None:
+        if given is None:
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
-            start = add_noise(clean[first : first + batch].to(model.device), noise, rest[0])
+            clean = given.latents[first : first + batch].to(model.device)
+            start = add_noise(clean, noise, rest[0])
         guide = partial(
             guide_steps, model, empty=empty, guidance=asked.guidance, guided=asked.guided, schedule=schedule
         )
@@ -173,6 +185,8 @@ def sample_latents(
             predict = in_windows(parts, frames.window, frames.stride)
         else:
             predict = guide(text)
+        if given is not None and given.kept is not None:
+            predict = keep(predict, clean, given.kept.to(model.device))
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]

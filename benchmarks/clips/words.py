@@ -291,7 +291,7 @@ def draw(
 def draw_planned(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
     """A clip as `customize clip` draws it without a motion adapter: by a pose in each frame, under noise they share,
     and where the camera moves as its views of a larger drawing."""
-    shot = aim_camera(clip.caption(), clip.frames, (SIDE, SIDE), 4 * model.factor, None)
+    shot = aim_camera(clip.caption(), clip.frames, (SIDE, SIDE), model.factor)
     plan = plan_clip(model, shot, clip.frames, (SIDE, SIDE), {})
     frames, size = Frames(plan.frames, shared=1.0), (SIDE, SIDE) if plan.views is None else plan.views.canvas
     with link_frames(model, plan.frames):

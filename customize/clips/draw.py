@@ -32,7 +32,8 @@ from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.transforms import to_image
+from backbone.media.sources.decode import open_named
+from backbone.media.transforms import crop_and_resize, to_image
 from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.clips.frames import link_frames, refuse_transformer
@@ -63,8 +64,10 @@ from customize.clips.sparse import (
     frames_of,
     open_given_frames,
     open_sparse_condition,
+    say_crop,
     split_controls,
 )
+from customize.clips.surroundings import give_picture
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -97,7 +100,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
         refuse_transformer(model)
     model = fit_clips(model, asked, largest_places(model, shots, size), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
-    pictures, places = frames_of(asked)
+    pictures, places = frames_of(asked) if asked.sparsectrl else ([], [])
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
@@ -107,7 +110,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     camera = follow_camera(model, asked, size, path)
     given = open_given_frames(model, pictures, places, asked)
     held = (*gather_controls(conditions), *camera, *given)
-    plans = plan_clips(model, prompts, shots, asked, concepts, size)
+    picture = open_picture(asked, size) if asked.over_picture else None
+    plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
     requests = [
@@ -170,7 +174,8 @@ def aim_cameras(
     """
     if asked.motion or asked.condition:
         return [Shot(prompt) for prompt in prompts]
-    return [aim_camera(prompt, asked.frames, size, 4 * model.factor, path) for prompt in prompts]
+    around = asked.over_picture
+    return [aim_camera(prompt, asked.frames, size, model.factor, path, around=around) for prompt in prompts]
 
 
 def largest_places(model: Backbone, shots: Sequence[Shot], size: tuple[int, int]) -> tuple[int, int]:
@@ -202,6 +207,14 @@ def follow_camera(
         return (Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip(),)
 
 
+def open_picture(asked: ClipOptions, size: tuple[int, int]) -> Image.Image:
+    """The picture that the camera moves over, cropped to a frame's shape, which is said; `UserError` for none."""
+    (file,) = asked.images
+    picture = open_named(file)
+    say_crop(file.name, picture.size, size)
+    return crop_and_resize(picture, size)
+
+
 def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
     """The frames of a clip; `UserError` for more at once than the adapter has positions for."""
     if motion is not None:
@@ -227,6 +240,7 @@ def plan_clips(
     asked: ClipOptions,
     concepts: Sequence[Concept],
     size: tuple[int, int],
+    picture: Image.Image | None = None,
 ) -> list[PlannedClip]:
     """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
 
@@ -234,14 +248,14 @@ def plan_clips(
     """
     if asked.motion or asked.condition:
         return [PlannedClip(shot.words, asked.frames) for shot in shots]
-    unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
+    unread = picture is None and any(shot.views is None or cut_motion(shot.words).move for shot in shots)
     if unread and POSE not in list_embedded_controls(model):
         notify_once(
             f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
     known = {token: "" for concept in concepts for token in concept.tokens}
-    plans = [plan_clip(model, shot, asked.frames, size, known) for shot in shots]
+    plans = [plan_clip(model, shot, asked.frames, size, known, picture) for shot in shots]
     for prompt, plan in zip(prompts, plans, strict=True):
         if plan.views is not None or POSE in list_embedded_controls(model):
             for sentence in describe_plan(prompt, plan):
@@ -260,18 +274,25 @@ def sample_films(
 
     Without a motion adapter the frames look at one another through the picture model's own attention.
     """
-    count = sum(len(requests) * plan.frames for requests, plan in scenes)
+    count = sum(len(requests) * plan.frames for requests, plan in scenes if not plan.is_drawn)
     with progress(count, "drawing frames") as bar:
         for requests, plan in scenes:
+            if plan.is_drawn:
+                yield from ([*plan.look_at([])] for _ in requests)
+                continue
             how = asked.for_sampler()
             if plan.views is not None:
                 how["size"] = plan.views.canvas
+            given = None
+            if plan.views is not None and plan.picture is not None:
+                given = give_picture(model, plan.views, plan.picture, count=len(requests))
             some = frames if plan.frames == frames.count else Frames(plan.frames)
             with link_frames(model, plan.frames) if plan.frames > 1 else nullcontext():
                 for latents in sample_latents(
                     model,
                     requests,
                     **how,
+                    given=given,
                     frames=some,
                     controls=(*held, *plan.controls),
                     advance=lambda clips, each=some.count: bar.advance_images(clips * each),

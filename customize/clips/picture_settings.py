@@ -84,13 +84,23 @@ class PictureOptions:
         Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
 
-    def check_pictures(self, *, words: bool) -> None:
-        """`UserError` for frames without a picture each, and for what has no effect with `words`, or without."""
+    def check_pictures(self, *, words: bool, camera: bool) -> None:
+        """`UserError` for frames without a picture each, and for what has no effect with `words`, or without.
+
+        camera  whether one moves that no motion adapter follows
+        """
         if words and self.images and not self.sparsectrl:
-            raise UserError(
-                "Beside words a picture is read by a SparseCtrl network. Name one with --sparsectrl, or leave the "
-                "words out and take a model that reads a picture alone: --model svd."
-            )
+            if not camera:
+                raise UserError(
+                    "Beside words a picture is read by a SparseCtrl network (--sparsectrl), or without --motion a "
+                    "camera moves over it (“…, camera panning left”, or --camera). Say one, or leave the words out and "
+                    "take a model that reads a picture alone: --model svd."
+                )
+            if len(self.images) > 1 or self.image_at:
+                what = "--image-at" if self.image_at else f"{len(self.images)} --image"
+                raise UserError(
+                    f"A camera moves over one picture, from its first frame on: {what} is too much."
+                )
         for name in ALONE:
             if words and getattr(self, name) != getattr(PictureOptions, name):
                 raise UserError(

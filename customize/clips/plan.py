@@ -28,6 +28,7 @@ from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
+from customize.clips.surroundings import lay_into
 
 POSE = "pose"
 ANYTHING = Scene((Thing("dog"),), "in a park")  # stands where a thing of moji's world stands
@@ -48,6 +49,7 @@ class PlannedClip:
 
     frames     that are drawn: one for all where only the camera moves
     move       of `MOTIONS`, "" where no words say one
+    picture    the first frame, where there is one: what is drawn goes on around it
     """
 
     prompt: str
@@ -55,41 +57,73 @@ class PlannedClip:
     move: str = ""
     condition: Condition | None = None
     views: Views | None = None
+    picture: Image.Image | None = None
 
     @property
     def controls(self) -> tuple[Control, ...]:
         """What it is drawn under."""
         return () if self.condition is None else (self.condition.control,)
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a picture is all that the camera sees, so that nothing is to be drawn."""
+        return self.picture is not None and self.views is not None and self.views.canvas == self.views.size
+
     def look_at(self, drawn: list[Image.Image]) -> list[Image.Image]:
         """The clip's frames, from those that were drawn."""
-        return drawn if self.views is None else self.views.look_at(drawn)
+        if self.views is None:
+            return drawn
+        if self.picture is not None:
+            drawn = [self.picture] if self.is_drawn else [lay_into(drawn[0], self.views, self.picture)]
+        return self.views.look_at(drawn)
 
 
-def aim_camera(prompt: str, frames: int, size: tuple[int, int], unit: int, path: CameraPath | None) -> Shot:
+def aim_camera(
+    prompt: str,
+    frames: int,
+    size: tuple[int, int],
+    factor: int,
+    path: CameraPath | None = None,
+    *,
+    around: bool = False,
+) -> Shot:
     """The shot of a prompt: its camera goes along `path`, or as its own words say.
 
-    size  (width, height) of a frame in pixels
-    unit  pixels of which the sides of what is drawn are multiples
+    size    (width, height) of a frame in pixels
+    factor  pixels of a latent's side
+    around  whether the first frame is a picture that there is
 
-    Raises `UserError` as `plan_views`.
+    Raises `UserError` as `plan_views`, and for words of motion beside a picture.
     """
     said = cut_camera(prompt)
+    if around and (moving := cut_motion(said.rest).move):
+        raise UserError(
+            f"“{prompt}” says {MOTIONS[moving][0]}, and what is in a picture stands still while the camera moves. "
+            "Leave the words out."
+        )
     if path is None and not said.move:
         return Shot(prompt)
     if path is None:
         clip = Clip(ANYTHING, camera=said.move, speed=said.speed, frames=frames)
         path = flat_path(trace_camera(clip), SIZE, size[0] / size[1], CAMERAS[said.move][0])
-    return Shot(said.rest, plan_views(path, size, unit=unit))
+    return Shot(said.rest, plan_views(path, size, multiple=4 * factor, grid=factor, around=around))
 
 
 def plan_clip(
-    model: Backbone, shot: Shot, frames: int, size: tuple[int, int], known: Mapping[str, str]
+    model: Backbone,
+    shot: Shot,
+    frames: int,
+    size: tuple[int, int],
+    known: Mapping[str, str],
+    picture: Image.Image | None = None,
 ) -> PlannedClip:
     """The clip of a shot by a model whose motions are planned if it has a network for poses.
 
-    Under a camera poses also hold what stands still, which a drawing larger than a frame would else show twice.
+    Under a camera poses also hold what stands still, which a drawing larger than a frame would else show twice. Around
+    a `picture` nothing is planned.
     """
+    if picture is not None:
+        return PlannedClip(shot.words, 1, views=shot.views, picture=picture)
     poses, views = POSE in list_embedded_controls(model), shot.views
     rest, move, maps = plan_motion(shot.words, frames, known=known) if poses else (shot.words, "", ())
     if views is not None:
@@ -104,7 +138,8 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     said = []
     if plan.views is not None:
         width, height = plan.views.canvas
-        said.append(f"the camera moves over one drawing of {width} × {height} pixels, without parallax.")
+        what = "drawing" if plan.picture is None else "drawing around the picture"
+        said.append(f"the camera moves over one {what} of {width} × {height} pixels, without parallax.")
     if plan.move:
         said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} by a pose in each frame.")
     return [f"“{prompt}”: {one}" for one in said] or [

@@ -158,7 +158,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_pictures(words=not self.by_picture_alone)
+        self.check_pictures(words=not self.by_picture_alone, camera=self.over_picture)
         if not self.by_picture_alone:
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
             object.__setattr__(self, "fps", self.fps or USUAL_FPS)
@@ -206,6 +206,14 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         if self.shared_noise is not None:
             return self.shared_noise
         return 0.0 if self.motion else 1.0
+
+    @property
+    def over_picture(self) -> bool:
+        """Whether a camera moves over a picture, which words go on around."""
+        if not self.images or self.sparsectrl or self.motion:
+            return False
+        said = (*self.words, *self.prompts)
+        return bool(said) and (bool(self.camera) or any(find_moves(prompt)[1] for prompt in said))
 
     @property
     def by_picture_alone(self) -> bool:

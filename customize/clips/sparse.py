@@ -205,6 +205,8 @@ def describe_given_frames(asked: ClipOptions, places: Sequence[int]) -> dict[str
     """The facts, for the record."""
     if not asked.images:
         return {}
+    if not asked.sparsectrl:
+        return {"images": [str(path) for path in asked.images]}
     return {
         "images": [str(path) for path in asked.images],
         "image_at": list(places),

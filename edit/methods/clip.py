@@ -31,7 +31,7 @@ from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, refuse_negative, sample_latents
+from backbone.models.sample import Frames, GivenLatents, Request, refuse_negative, sample_latents
 from backbone.world.motions import find_moves
 from edit import checks
 from edit.attention.alignment import Alignment
@@ -340,8 +340,7 @@ def redraw_film(
             guidance=guidance,
             sampler="ddim",
             seed=settings.seed,
-            clean=encoded.latent,
-            share=settings.strength,
+            given=GivenLatents(encoded.latent, settings.strength),
             size=(encoded.pixels.shape[-1], encoded.pixels.shape[-2]),
             frames=Frames(len(film.frames)),
             controls=layout.of_targets(),

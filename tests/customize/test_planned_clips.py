@@ -161,9 +161,43 @@ def test_a_transformer_s_camera_moves_too_where_nothing_else_does(tmp_path: Path
     assert read_json(tmp_path / "clip" / "run.json")["drawings"] == [[192, 128]]
 
 
+def test_a_camera_begins_with_a_picture_and_the_drawing_goes_on_around_it(tmp_path: Path) -> None:
+    picture = Image.effect_mandelbrot((96, 128), (-2, -1, 1, 1), 60).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    said = call(
+        "in a park, camera panning left",
+        "--image",
+        tmp_path / "photo.png",
+        "--out",
+        tmp_path / "clip",
+        "--width",
+        "96",
+    )
+    assert said.exit_code == 0, said.output or repr(said.exception)
+    record = read_json(tmp_path / "clip" / "run.json")
+    assert record["drawings"] == [[128, 128]] and record["images"] == [str(tmp_path / "photo.png")]
+    first, *_, last = (
+        np.asarray(Image.open(tmp_path / "clip" / "p00-s00" / f"{k:04d}.png").convert("RGB"), int)
+        for k in range(3)
+    )
+    assert (
+        np.abs(first - np.asarray(picture))[:, 8:].max() <= 1
+    )  # but for the border at which the drawing goes on
+    assert np.abs(last[:, 38:] - np.asarray(picture)[:, 8:-30]).max() <= 1
+
+
+def test_a_zoom_into_a_picture_draws_nothing(tmp_path: Path) -> None:
+    Image.effect_mandelbrot((128, 128), (-2, -1, 1, 1), 60).convert("RGB").save(tmp_path / "photo.png")
+    said = call("a dog, camera zooming in", "--image", tmp_path / "photo.png", "--out", tmp_path / "clip")
+    assert said.exit_code == 0, said.output or repr(said.exception)
+    frames = [Image.open(tmp_path / "clip" / "p00-s00" / f"{k:04d}.png").convert("RGB") for k in range(3)]
+    picture = Image.open(tmp_path / "photo.png")
+    assert np.array_equal(np.asarray(frames[0]), np.asarray(picture)) and frames[1] != frames[0]
+
+
 def test_a_thing_under_a_camera_stands_where_it_stands_without_one() -> None:
     path = read_camera("pan-left=20px", 3, (128, 128))
-    views = plan_views(path, (128, 128), unit=32)
+    views = plan_views(path, (128, 128), multiple=32)
     pose = draw_pose("a dog in a park", {})
     first, *_, last = views.look_at([views.lay_out(pose)])
     assert np.array_equal(np.asarray(first), np.asarray(pose))
@@ -198,6 +232,10 @@ def test_the_maps_of_two_prompts_are_both_shown(tmp_path: Path) -> None:
         (("--camera", "pan-left", "--camera-adapter", "a.safetensors"), "--camera-adapter has no effect"),
         (("--camera", "pan-left", "--condition", "pose=a.png"), "Leave one out"),
         (("--camera", "pan-left=2000px"), "needs a drawing of"),
+        (("--image", "photo.png"), "or without --motion a camera moves over it"),
+        (("--image", "photo.png", "--camera", "pan-left"), "what is in a picture stands still"),
+        (("--image", "a.png", "--image", "b.png", "--camera", "pan-left"), "2 --image is too much"),
+        (("--image", "a.png", "--image-at", "1", "--camera", "pan-left"), "--image-at is too much"),
         (("--camera", "pan-sideways"), "there is no pan-sideways"),
         (("--context-length", "8"), "--context-length has no effect without --motion"),
         (("--model", "moji-flow"), "is a transformer"),

@@ -1,11 +1,12 @@
 """A camera that moves over one drawing: what each frame of a clip sees of it, for models that no camera was taught.
 
-    views = plan_views(read_camera("pan-left", 16, (128, 128)), (128, 128), unit=32)
+    views = plan_views(read_camera("pan-left", 16, (128, 128)), (128, 128), multiple=32)
     frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128
 
 The drawing is the plane of a flat picture's camera, at depth 1, so a frame is the drawing under a homography, exactly,
 and nothing has a parallax. Where the camera pans the drawing is larger; where it zooms out or rolls, the drawing is
-seen from nearer, by as much as keeps every frame inside it.
+seen from nearer, by as much as keeps every frame inside it. If the first frame is a picture that there is, nothing is
+seen from nearer, and the drawing goes on around it.
 """
 
 from __future__ import annotations
@@ -58,8 +59,14 @@ class Views:
         return canvas
 
 
-def plan_views(path: CameraPath, size: Size, *, unit: int = 1) -> Views:
-    """The views of a path on a drawing whose sides are multiples of `unit` pixels.
+def plan_views(
+    path: CameraPath, size: Size, *, multiple: int = 1, grid: int = 1, around: bool = False
+) -> Views:
+    """The views of a path on a drawing.
+
+    multiple  the drawing's sides are multiples of so many pixels
+    grid      the picture without a camera stands in it at multiples of so many pixels
+    around    the drawing goes on around that picture, however far the camera zooms out or rolls
 
     Raises `UserError` for a path that looks past the drawing, or that needs one more than 4 times as large as a frame.
     """
@@ -67,18 +74,17 @@ def plan_views(path: CameraPath, size: Size, *, unit: int = 1) -> Views:
     seen = np.linalg.inv(find_homographies(path)) * scale[:, None] / scale  # in pixels
     boxes = np.stack([_box(view, size, path.name) for view in seen])  # [F, 2, 2]
     middle = np.array(size) / 2
-    nearer = max(1.0, float(((boxes[:, 1] - boxes[:, 0]) / size).max()))
+    nearer = 1.0 if around else max(1.0, float(((boxes[:, 1] - boxes[:, 0]) / size).max()))
     boxes = (boxes - middle) / nearer + middle
-    low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
-    # What a picture without a camera would show is kept in the drawing whole.
-    low, high = np.floor(np.minimum(low, 0) + 1e-6), np.ceil(np.maximum(high, size) - 1e-6)
-    sides = [math.ceil(side / unit) * unit for side in high - low]
+    low, high = np.minimum(boxes[:, 0].min(0), 0), np.maximum(boxes[:, 1].max(0), size)
+    low, high = np.floor(low / grid + 1e-6) * grid, np.ceil(high / grid - 1e-6) * grid
+    sides = [math.ceil(side / multiple) * multiple for side in high - low]
     if sides[0] * sides[1] > LARGEST * size[0] * size[1]:
         raise UserError(
             f"--camera {path.name} goes so far that it needs a drawing of {sides[0]} × {sides[1]} pixels, more than "
             f"{LARGEST:g} times a frame of {size[0]} × {size[1]}. Give a shorter path."
         )
-    corner = (np.array(sides) - (high - low)) // 2 - low
+    corner = (np.array(sides) - (high - low)) // (2 * grid) * grid - low
     shift = middle - middle / nearer + corner
     into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
     return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ seen)

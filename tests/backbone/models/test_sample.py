@@ -19,6 +19,7 @@ from backbone.models.clips.frames import link_frames
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Frames,
+    GivenLatents,
     Request,
     count_skipped_steps,
     initial_noise,
@@ -99,14 +100,14 @@ def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
     tiny = Backbone.open(str(build(tmp_path / "model")), device="cpu", precision="fp32")
     clean = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(1))
     how: dict[str, Any] = {"steps": 4, "guidance": 3.0, "seed": 5}
-    (ours,) = sample_latents(tiny, ASKED, clean=clean, share=0.5, **how)
+    (ours,) = sample_latents(tiny, ASKED, given=GivenLatents(clean, 0.5), **how)
     text = tiny.encode_prompts([request.prompt for request in ASKED])
     rest = tiny.schedule(4)[2:]
     noise = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
     start = rest.a[0].float() * clean + rest.b[0].float() * noise
     expected = ddim(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
     assert torch.allclose(ours, expected, atol=1e-5)
-    alone = torch.cat(list(sample_latents(tiny, ASKED, clean=clean, share=0.5, batch=1, **how)))
+    alone = torch.cat(list(sample_latents(tiny, ASKED, given=GivenLatents(clean, 0.5), batch=1, **how)))
     assert torch.allclose(ours, alone, atol=1e-4)
 
 
@@ -178,3 +179,19 @@ def test_a_size_that_the_model_cannot_draw_is_refused_with_the_reason(tmp_path: 
         UserError, match=f"places for {most * model.factor} pixels a side at most, and the height"
     ):
         latent_size(model, (None, (most + 2) * model.factor))
+
+
+def test_what_is_known_of_a_sample_stays_and_the_rest_is_drawn_beside_it(tiny_folder: Path) -> None:
+    tiny = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    random = torch.Generator().manual_seed(0)
+    clean = torch.randn(len(ASKED), *tiny.latent_shape, generator=random)
+    kept = torch.zeros(tiny.latent_shape[-2:], dtype=torch.bool)
+    kept[:, : kept.shape[1] // 2] = True
+    for sampler in ("ddim", "ancestral", "heun", "dpmpp-2m"):
+        how: dict[str, Any] = {"steps": 3, "guidance": 2.0, "seed": 1, "sampler": sampler}
+        (drawn,) = sample_latents(tiny, ASKED, given=GivenLatents(clean, kept=kept), **how)
+        (other,) = sample_latents(tiny, ASKED, given=GivenLatents(clean), **how)
+        left = 5 * float(tiny.schedule(3).b[-1])  # a schedule may end before the clean sample
+        assert (drawn[..., kept] - clean[..., kept]).abs().max() < left + 1e-5
+        assert (drawn[..., ~kept] - clean[..., ~kept]).abs().mean() > 0.1
+        assert (drawn - other)[..., ~kept].abs().max() > 1e-4

@@ -44,7 +44,7 @@ def test_homographies_take_the_corners_where_the_path_takes_them(move: dict[str,
 
 @pytest.mark.parametrize("move", MOVES)
 def test_every_frame_lies_inside_of_the_drawing(move: dict[str, float]) -> None:
-    views = plan_views(flat_path(path_of(move), SIZE[0], SIZE[0] / SIZE[1]), SIZE, unit=16)
+    views = plan_views(flat_path(path_of(move), SIZE[0], SIZE[0] / SIZE[1]), SIZE, multiple=16)
     assert all(side % 16 == 0 for side in views.canvas)
     corners = np.concatenate([CORNERS * SIZE, np.ones((4, 1))], axis=1)
     points = np.einsum("fij,cj->fci", views.seen, corners)
@@ -63,7 +63,7 @@ def test_every_frame_lies_inside_of_the_drawing(move: dict[str, float]) -> None:
     ],
 )
 def test_a_pan_cuts_frames_out_of_the_drawing(words: str, crops: list[tuple[int, int]]) -> None:
-    views = plan_views(read_camera(words, 3, SIZE), SIZE, unit=8)
+    views = plan_views(read_camera(words, 3, SIZE), SIZE, multiple=8)
     drawn = dotted(views.canvas)
     for frame, (x, y) in zip(views.look_at([drawn]), crops, strict=True):
         cut = drawn.crop((x, y, x + SIZE[0], y + SIZE[1]))
@@ -81,7 +81,7 @@ def test_a_camera_that_stands_shows_the_drawing_itself() -> None:
 def test_zooming_out_ends_at_the_whole_drawing_and_zooming_in_begins_there() -> None:
     drawn = dotted(SIZE)
     for words, whole in (("zoom-out=1.5", -1), ("zoom-in=1.5", 0)):
-        views = plan_views(read_camera(words, 4, SIZE), SIZE, unit=16)
+        views = plan_views(read_camera(words, 4, SIZE), SIZE, multiple=16)
         assert views.canvas == SIZE
         assert np.abs(np.asarray(views.look_at([drawn])[whole], int) - np.asarray(drawn)).max() <= 1
 
