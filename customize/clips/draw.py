@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -295,11 +295,15 @@ def sample_films(
                     given=given,
                     frames=some,
                     controls=(*held, *plan.controls),
-                    advance=lambda clips, each=some.count: bar.advance_images(clips * each),
+                    advance=_counted(bar.advance_images, some.count),
                 ):
                     for clip in latents:
                         decoded = model.decode_clip(clip, asked.decode_chunk_size).cpu()
                         yield plan.look_at([to_image(frame) for frame in decoded])
+
+
+def _counted(advance: Callable[[float], None], frames: int) -> Callable[[float], None]:
+    return lambda clips: advance(clips * frames)
 
 
 def write_films(

@@ -75,7 +75,7 @@ def test_a_camera_that_stands_shows_the_drawing_itself() -> None:
         flat_path(path_of({"x": 0, "y": 0, "zoom": 1, "roll": 0}), SIZE[0], SIZE[0] / SIZE[1]), SIZE
     )
     drawn = dotted(SIZE)
-    assert views.canvas == SIZE and all(np.array_equal(frame, drawn) for frame in views.look_at([drawn] * 3))
+    assert views.canvas == SIZE and all(frame == drawn for frame in views.look_at([drawn] * 3))
 
 
 def test_zooming_out_ends_at_the_whole_drawing_and_zooming_in_begins_there() -> None:
