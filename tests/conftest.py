@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,12 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> None:
+    """No power fails in a test: fifteen thousand files need not reach the disk before the next line runs."""
+    pytest.MonkeyPatch().setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
