@@ -18,7 +18,8 @@ ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance")  # of models 
 class PictureOptions:
     """Of a clip that a picture is in.
 
-    images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip
+    images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip,
+                             or the one over which a camera moves
     image_at                 at which frames these are
     motion_bucket_id …       of a model that reads a picture and no words (Stable Video Diffusion)
     sparsectrl …             the network that reads frames beside words (SparseCtrl)
@@ -27,7 +28,8 @@ class PictureOptions:
     images: Annotated[
         tuple[Path, ...],
         Option(
-            "A picture that begins to move (repeatable); beside words, a frame that --sparsectrl reads.",
+            "A picture that begins to move (repeatable); beside words, a frame that --sparsectrl reads, or the first "
+            "that a moving camera sees.",
             PICTURE,
             flag="image",
             metavar="PICTURE",

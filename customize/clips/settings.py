@@ -92,7 +92,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         str,
         Option(
             "The camera's path: words (pan-left, zoom-in=1.3, roll-left=20deg, ease), a .json, or a .txt of "
-            "RealEstate10K's lines.",
+            "RealEstate10K's lines; without --motion over one drawing.",
             MOTION,
             aliases=("camera-path", "trajectory-file", "pose-file"),
             metavar="PATH",
