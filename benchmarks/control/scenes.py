@@ -15,7 +15,7 @@ on white. Each is drawn from its caption under its true map, a kind at a time, b
 *floor*) and the true picture through the autoencoder (the *bound*). What is compared:
 
     edges     F1 of Canny's edges with those of the true picture, within a pixel
-    things    intersection over union of what is not white, on white
+    things    intersection over union of what is not the ground, on a white one
     order     which of two things is in front where they overlap: the drawn pixels are nearer to the scene as it was
               asked for than to the scene with the two depths exchanged
     pose      the true glyph registered over place, size, angle and mirroring: medians of the errors
@@ -78,7 +78,8 @@ FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 MANY, FEW = 300, 24  # scenes
 FLOOR, BOUND = "no condition", "true, round trip"
-WHITE = 238  # of 255: what is darker in any channel is a thing's
+APART = 17  # of 255: what differs by more from the white ground, in any channel, is a thing's
+TINTED = 215  # of 255: the darkest channel of a ground that still is white
 LEAST_OVERLAP = 60  # pixels, from which an order can be told
 ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coarse registration
 KEPT = 6  # of its poses, around which it is finer
@@ -374,8 +375,8 @@ def edge_f1(true: Image.Image, drawn: Image.Image) -> float:
 
 
 def thing_iou(true: Image.Image, drawn: Image.Image) -> float:
-    """Intersection over union of what is not white."""
-    return iou(not_white(true), not_white(drawn))
+    """Intersection over union of what is not the ground."""
+    return iou(not_ground(true), not_ground(drawn))
 
 
 def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
@@ -384,10 +385,16 @@ def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return int((one & other).sum()) / union if union else 1.0
 
 
-def not_white(image: Image.Image) -> NDArray[np.bool_]:
-    """Where a picture is darker than white in any channel [H, W]."""
-    dark: NDArray[np.bool_] = np.asarray(image.convert("RGB")).min(2) < WHITE
-    return dark
+def not_ground(image: Image.Image) -> NDArray[np.bool_]:
+    """Where a picture differs in any channel from its white ground [H, W].
+
+    The ground may have a tint as a whole: it is the median of the picture's border, where that is white enough.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.maximum(np.median(border, axis=0), TINTED)
+    apart: NDArray[np.bool_] = np.abs(pixels - ground).max(2) > APART
+    return apart
 
 
 def label_accuracies(
@@ -574,7 +581,7 @@ def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, 
     asked = [(one.prompt, number, (one.image(),)) for number, one in enumerate(drawings)]
     images = gallery.draw_all(asked, "sketch", settings.scale)
     found = [
-        {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_white(image))}
+        {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_ground(image))}
         for one, image in zip(drawings, images, strict=True)
     ]
     cells = [

@@ -69,6 +69,11 @@ def test_masks_agree_by_what_they_share() -> None:
     assert iou(one, other) == pytest.approx(1 / 3)
     white, black = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
     assert thing_iou(white, white) == 1 and thing_iou(white, black) == 0
+    tinted = [Image.new("RGB", white.size, (245, 240, 230)) for _ in range(2)]
+    tinted[1].paste((200, 30, 20), (10, 10, 30, 30))
+    thing = white.copy()
+    thing.paste((200, 30, 20), (10, 10, 30, 30))
+    assert thing_iou(white, tinted[0]) == thing_iou(thing, tinted[1]) == 1
     assert edge_f1(white, white) == 1
 
 
