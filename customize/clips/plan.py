@@ -93,7 +93,7 @@ def aim_camera(
     factor  pixels of a latent's side
     around  whether the first frame is a picture that there is
 
-    Raises `UserError` as `plan_views`, and for words of motion beside a picture.
+    Raises `UserError` as `plan_views`, and beside a picture for words of motion, and for none of a camera.
     """
     said = cut_camera(prompt)
     if around and (moving := cut_motion(said.rest).move):
@@ -102,6 +102,10 @@ def aim_camera(
             "Leave the words out."
         )
     if path is None and not said.move:
+        if around:
+            raise UserError(
+                f"“{prompt}” moves no camera over the picture. Say how (“camera panning left”), or give --camera."
+            )
         return Shot(prompt)
     if path is None:
         clip = Clip(ANYTHING, camera=said.move, speed=said.speed, frames=frames)

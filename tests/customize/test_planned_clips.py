@@ -186,6 +186,16 @@ def test_a_camera_begins_with_a_picture_and_the_drawing_goes_on_around_it(tmp_pa
     assert np.abs(last[:, 38:] - np.asarray(picture)[:, 8:-30]).max() <= 1
 
 
+def test_every_prompt_beside_a_picture_moves_the_camera(tmp_path: Path) -> None:
+    said = call(
+        "a dog", "a dog, camera zooming in", "--image", tmp_path / "photo.png", "--out", tmp_path / "clip"
+    )
+    assert (
+        said.exit_code != 0
+        and "“a dog” moves no camera over the picture" in str(said.exception) + said.output
+    )
+
+
 def test_a_zoom_into_a_picture_draws_nothing(tmp_path: Path) -> None:
     Image.effect_mandelbrot((128, 128), (-2, -1, 1, 1), 60).convert("RGB").save(tmp_path / "photo.png")
     said = call("a dog, camera zooming in", "--image", tmp_path / "photo.png", "--out", tmp_path / "clip")
