@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
-from backbone.cli.sampling import Sampler
+from backbone.cli.sampling import Sampler, name_sampler
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
@@ -96,7 +96,8 @@ class MeasureSettings:
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale; 1 is without.", HOW)] = 4.0
     sampler: Annotated[
-        Sampler | None, Option("Sampler.", HOW, choices=get_args(Sampler), default_text="by model")
+        Sampler | None,
+        Option("Sampler.", HOW, choices=get_args(Sampler), understood=name_sampler, default_text="by model"),
     ] = None
     also: Annotated[
         tuple[str, ...], Option("STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, compared on other prompts.", HOW)
@@ -240,14 +241,22 @@ def write_card(folder: Path, table: str, worst: Path) -> None:
 def parse_setting(text: str) -> Setting:
     """`25:4` → 25 steps, guidance 4; `25:4:ddim` by this sampler. Raises `UserError` for anything else."""
     try:
-        steps, guidance, *rest = text.split(":")
-        if rest and rest not in [[name] for name in get_args(Sampler)]:
-            raise ValueError
-        return Setting(int(steps), float(guidance), *rest)  # type: ignore[arg-type]  # one of the names above
+        steps, guidance, *rest = text.split(":", 2)
+        return Setting(int(steps), float(guidance), read_sampler(rest[0]) if rest else None)
     except ValueError:
         raise UserError(
             f"--also wants STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, such as 25:4:ddim, not {text!r}."
         ) from None
+
+
+def read_sampler(said: str | None) -> Sampler | None:
+    """The sampler of this name, ours or another tool's; none where none is said. Raises `UserError` for other names."""
+    if said is None:
+        return None
+    name = name_sampler(said)
+    if name in get_args(Sampler):
+        return cast(Sampler, name)
+    raise UserError(f"There is no sampler {said!r}. Choose one of: {', '.join(get_args(Sampler))}.")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.commands import run_main
-from backbone.cli.sampling import Sampler
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
 from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
@@ -39,7 +38,7 @@ from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from benchmarks.judges.classifier import prepare_images
-from benchmarks.moji import Gallery, Setting, select_scenes
+from benchmarks.moji import Gallery, Setting, read_sampler, select_scenes
 
 SIZES = {"small": range(26, 46, 4), "one": range(52, 92, 5), "two": range(38, 66, 4)}  # longest sides, pixels
 NEARBY = (-2, -1, 1, 2)  # sizes that are tried around the best of these
@@ -55,7 +54,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
-    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; by model where none is named.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; by model where none is named.")] = None,
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 10,
     grades: Annotated[
         Path | None, typer.Option(help="JSON of seeds with a grade by eye: the rank correlation is added.")
@@ -66,9 +65,9 @@ def main(
     ),
 ) -> None:
     """Draws what is missing, registers the true glyphs, writes the table and the sheet."""
+    setting = Setting(steps, guidance, read_sampler(sampler))
     backbone = Backbone.open(model, device=device)
     scenes = select_scenes(prompts)
-    setting = Setting(steps, guidance, sampler)
     pictures = Gallery(out / "pictures", batch).pictures(backbone, scenes, setting)
     exact = Backbone.open(model, device=device, precision="fp32")
     drawn = measure_all(scenes, pictures, "drawn")

@@ -21,13 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.commands import run_main
-from backbone.cli.sampling import Sampler
 from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from benchmarks.judges.classifier import Classifier, load_classifier
-from benchmarks.moji import Gallery, Setting, select_scenes
+from benchmarks.moji import Gallery, Setting, read_sampler, select_scenes
 
 
 def main(
@@ -35,16 +34,16 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Pictures of each set.")] = 3000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
-    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; by model where none is named.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; by model where none is named.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
     """Draws, renders, and writes the distance and its floor."""
+    setting = Setting(steps, guidance, read_sampler(sampler))
     find_font()
     classifier = load_classifier(device=device)
     scenes = select_scenes(2 * count)
     backbone = Backbone.open(model, device=device)
-    setting = Setting(steps, guidance, sampler)
     drawn = Gallery(out / "pictures", 10).pictures(backbone, scenes[:count], setting)
     with progress(len(scenes), "rendering") as bar:
         rendered: list[Image.Image] = []

@@ -41,6 +41,7 @@ from benchmarks.moji import (
     format_markdown,
     log_likelihood,
     parse_setting,
+    read_sampler,
     score_predictions,
     select_scenes,
     write_card,
@@ -276,9 +277,25 @@ def test_the_worst_picture_is_the_one_that_shows_least_of_what_was_asked() -> No
 def test_a_setting_is_read_from_steps_and_guidance() -> None:
     assert parse_setting("15:2.5") == Setting(15, 2.5)
     assert parse_setting("15:2.5:heun") == Setting(15, 2.5, "heun")
-    for wrong in ("15", "a:b", "15:4:2"):
+    assert parse_setting("15:2.5:Euler a") == Setting(15, 2.5, "ancestral")
+    with pytest.raises(UserError, match="There is no sampler '2'"):
+        parse_setting("15:4:2")
+    for wrong in ("15", "a:b"):
         with pytest.raises(UserError, match="STEPS:GUIDANCE"):
             parse_setting(wrong)
+
+
+def test_a_benchmark_takes_every_name_of_a_sampler_that_the_doors_take() -> None:
+    assert read_sampler(None) is None
+    assert [read_sampler(said) for said in ("ddim", "k_euler_a", "LCMScheduler")] == [
+        "ddim",
+        "ancestral",
+        "consistency",
+    ]
+    with pytest.raises(UserError, match="There is no sampler 'best'"):
+        read_sampler("best")
+    with pytest.raises(UserError, match="Write dpmpp-2m"):
+        read_sampler("DPM++ 2M Karras")
 
 
 def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> None:
