@@ -46,7 +46,7 @@ def test_moji_follows_an_instruction_without_being_told_how(tmp_path: Path) -> N
     assert "moji follows instructions with moji-edit" in said.output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [one["folder"] for one in record["concepts"]] == [str(OWN_EDITOR)]
-    assert record["sampler"] == "ancestral"
+    assert record["sampler"] == "ancestral" and record["guidance"] == 3.0  # its usual one for instructions
     again = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output or repr(again.exception)
     first, second = (Image.open(tmp_path / name / "edit_0.png").tobytes() for name in ("run", "again"))
@@ -62,9 +62,11 @@ def test_a_record_from_before_samplers_is_repeated_by_deterministic_steps(tmp_pa
     )
     record = json.loads((run / "run.json").read_text())
     del record["settings"]["sampler"]
+    record["guidance"] = 4.0  # which was the usual one, and was not asked for
     (run / "run.json").write_text(json.dumps(record))
     assert CliRunner().invoke(app, ["replay", str(run), "--out", str(again)]).exit_code == 0
-    assert json.loads((again / "run.json").read_text())["sampler"] == "ddim"
+    repeated = json.loads((again / "run.json").read_text())
+    assert repeated["sampler"] == "ddim" and repeated["guidance"] == 4.0
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ class Usual:
 
     steps: Annotated[int, _number("Steps of the sampler.", 1)] = 30
     guidance: Annotated[float, _number("Scale of classifier-free guidance.", 0)] = 7.5
+    instruct_guidance: Annotated[float, _number("The same of edits by instruction; 0: guidance.", 0)] = 0.0
     sampler: Annotated[
         str, Option("Sampler.", "Usual", choices=get_args(Sampler), understood=name_sampler)
     ] = "ddim"

@@ -50,7 +50,7 @@ class InstructSettings:
     references      further images, for a model that reads several
     keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
                     `auto`: its own pixels, and what is drawn where nearly everything has changed
-    guidance        how closely the instruction is followed; the model's usual one if None
+    guidance        how closely the instruction is followed; the model's usual one for instructions if None
     image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
     sampler         the model's own if None
     negative        what to stay away from
@@ -95,7 +95,9 @@ def instruct(
     checks.opened(model)
     instructions = checks.prompts(instructions, "instruction")
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
-    guidances = Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative)
+    usual = model.defaults.get("instruct_guidance") or None
+    guidance = guidance_of(model, usual if asked.guidance is None else asked.guidance)
+    guidances = Guidances(guidance, image_guidance, asked.negative)
     refuse_unread(model, 1 + len(asked.references), guidances)
     say_captions(instructions)
     encoded = encode_image(model, image)

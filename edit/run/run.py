@@ -72,6 +72,7 @@ class EditRecord:
     precision: str
     identity: str
     files: dict[str, str] = field(default_factory=dict)
+    guidance: float | None = None  # that was edited with, whatever the model's usual one is by now
 
 
 def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
@@ -119,6 +120,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
     if recorded.settings.get("condition"):
         unsaid = {**unsaid, **UNSAID_OF_CONDITIONS}
     wishes = {**unsaid, **recorded.settings, "precision": recorded.precision}
+    if COMMANDS[recorded.command].by_instruction and wishes.get("guidance") is None:
+        wishes["guidance"] = recorded.guidance
 
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}
