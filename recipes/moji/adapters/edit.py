@@ -103,8 +103,8 @@ class EditorSettings:
         ),
     ] = ""
     held_out: Annotated[
-        int, Option("Held-out pairs, by which the best checkpoint is chosen.", DATA, min=0)
-    ] = 10
+        int, Option("Held-out pairs, by which the best checkpoint is chosen; ten choose badly.", DATA, min=0)
+    ] = 60
     device: Annotated[str, Option("cpu or cuda.", MODEL)] = "cpu"
     workdir: Annotated[Path, Option("Where the pairs are kept.", OUTPUT)] = Path("build/moji")
     tiny: Annotated[bool, Option("Few pairs and steps.", "Training")] = False
