@@ -14,10 +14,6 @@ from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
 from backbone.models.sample import GivenLatents
 
-BORDER = (
-    1  # latents of the picture's edge that are drawn anew where the drawing goes on, so that no seam is seen
-)
-
 
 def give_picture(model: Backbone, views: Views, picture: Image.Image, *, count: int) -> GivenLatents:
     """Latents [count, C, 1, H, W] of a drawing that are known where the picture stands in it, and the place that is."""
