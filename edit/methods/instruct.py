@@ -95,8 +95,7 @@ def instruct(
     checks.opened(model)
     instructions = checks.prompts(instructions, "instruction")
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
-    usual = model.defaults.get("instruct_guidance") or None
-    guidance = guidance_of(model, usual if asked.guidance is None else asked.guidance)
+    guidance = guidance_of(model, asked.guidance, instructed=True)
     guidances = Guidances(guidance, image_guidance, asked.negative)
     refuse_unread(model, 1 + len(asked.references), guidances)
     say_captions(instructions)

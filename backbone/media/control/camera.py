@@ -147,13 +147,27 @@ def trace_corners(path: CameraPath) -> Floats:
 
     They lie on a plane at depth 1 before the first camera; one that comes behind a camera is no number.
     """
-    focus, middle = path.intrinsics[:, None, :2], path.intrinsics[:, None, 2:]
-    rays = np.concatenate([(CORNERS - middle[0]) / focus[0], np.ones((4, 1))], axis=1)
-    first, poses = path.poses[0], path.poses
-    points = (rays - first[:, 3]) @ first[:, :3]  # in the world
-    seen = np.einsum("fij,cj->fci", poses[:, :, :3], points) + poses[:, None, :, 3]
+    seen = np.einsum(
+        "fij,cj->fci", find_homographies(path), np.concatenate([CORNERS, np.ones((4, 1))], axis=1)
+    )
     depth = np.where(seen[..., 2:] > 1e-6, seen[..., 2:], np.nan)
-    found: Floats = seen[..., :2] / depth * focus + middle
+    found: Floats = seen[..., :2] / depth
+    return found
+
+
+def find_homographies(path: CameraPath) -> Floats:
+    """[F, 3, 3]: from the first picture to each frame's, both in shares of width and height, of the plane at depth 1.
+
+    A point r = K₀⁻¹p of the plane before the first camera lies at R_t R₀ᵀ (r − T₀) + T_t before camera t.
+    """
+    turns, moved = path.poses[:, :, :3], path.poses[:, :, 3]
+    relative = turns @ turns[0].T
+    shift = moved - relative @ moved[0]
+    onto = relative + shift[:, :, None] * np.array([0.0, 0.0, 1.0])
+    lenses = np.tile(np.eye(3), (len(path), 1, 1))
+    lenses[:, 0, 0], lenses[:, 1, 1] = path.intrinsics[:, 0], path.intrinsics[:, 1]
+    lenses[:, :2, 2] = path.intrinsics[:, 2:]
+    found: Floats = lenses @ onto @ np.linalg.inv(lenses[0])
     return found
 
 

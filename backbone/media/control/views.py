@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.media.control.camera import CORNERS, CameraPath
+from backbone.media.control.camera import CORNERS, CameraPath, find_homographies
 
 LARGEST = 4.0  # times a frame's area
 Floats = NDArray[np.float64]
@@ -88,22 +88,6 @@ def plan_views(
     shift = middle - middle / nearer + corner
     into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
     return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ seen)
-
-
-def find_homographies(path: CameraPath) -> Floats:
-    """[F, 3, 3]: from the first picture to each frame's, both in shares of width and height, of the plane at depth 1.
-
-    A point r = K₀⁻¹p of the plane before the first camera lies at R_t R₀ᵀ (r − T₀) + T_t before camera t.
-    """
-    turns, moved = path.poses[:, :, :3], path.poses[:, :, 3]
-    relative = turns @ turns[0].T
-    shift = moved - relative @ moved[0]
-    onto = relative + shift[:, :, None] * np.array([0.0, 0.0, 1.0])
-    lenses = np.tile(np.eye(3), (len(path), 1, 1))
-    lenses[:, 0, 0], lenses[:, 1, 1] = path.intrinsics[:, 0], path.intrinsics[:, 1]
-    lenses[:, :2, 2] = path.intrinsics[:, 2:]
-    found: Floats = lenses @ onto @ np.linalg.inv(lenses[0])
-    return found
 
 
 def _box(view: Floats, size: Size, name: str) -> Floats:

@@ -7,8 +7,15 @@ import pytest
 from PIL import Image
 
 from backbone.io.console import UserError
-from backbone.media.control.camera import CORNERS, flat_path, read_camera, relative_values, trace_corners
-from backbone.media.control.views import find_homographies, plan_views
+from backbone.media.control.camera import (
+    CORNERS,
+    find_homographies,
+    flat_path,
+    read_camera,
+    relative_values,
+    trace_corners,
+)
+from backbone.media.control.views import plan_views
 
 SIZE = (64, 48)
 PIXELS = np.array([*SIZE, 1.0])
