@@ -254,6 +254,11 @@ def pan_rate(y: Any, horizon: float, clip: Clip) -> Any:
     return FAR + (1 - FAR) * np.clip((np.asarray(y) - horizon) / (SIZE - horizon), 0, 1)
 
 
+def thing_rate(figure: Figure, horizon: float, clip: Clip) -> float:
+    """The share of a sideways pan by which a thing moves: as its foot, wholly where it floats."""
+    return 1.0 if clip.scene.place in FLOATING else float(pan_rate(figure.foot, horizon, clip))
+
+
 def _look_through(
     camera: Floats, things: Floats, figures: list[Figure], clip: Clip, horizon: float
 ) -> Floats:
@@ -261,9 +266,7 @@ def _look_through(
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
     seen = things.copy()
     for i, figure in enumerate(figures):
-        floats = clip.scene.place in FLOATING
-        rate = 1.0 if floats else float(pan_rate(figure.foot, horizon, clip))
-        seen[i, 0] -= pan_x * rate
+        seen[i, 0] -= pan_x * thing_rate(figure, horizon, clip)
         seen[i, 1] -= pan_y
     turn = math.radians(roll)
     x, y = seen[:, 0] - SIZE / 2, seen[:, 1] - SIZE / 2

@@ -1,6 +1,6 @@
 """A motion that is planned from a prompt's words, where no motion adapter was trained to hear them.
 
-    plan_motion("a dog in a park, moving left", frames=16)    # "a dog in a park", "left", 16 maps of poses
+    plan_motion("a dog in a park, moving left", frames=16).maps    # of "a dog in a park": 16 maps of poses
 
 The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses then places the
 thing in every frame, noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike.
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.conditions.control import Control
@@ -28,6 +30,7 @@ from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
+from customize.clips.parallax import find_nearness
 from customize.clips.surroundings import lay_into
 
 POSE = "pose"
@@ -128,13 +131,18 @@ def plan_clip(
     """
     if picture is not None:
         return PlannedClip(shot.words, 1, views=shot.views, picture=picture)
-    poses, views = POSE in list_embedded_controls(model), shot.views
-    rest, move, maps = plan_motion(shot.words, frames, known=known) if poses else (shot.words, "", ())
-    if views is not None:
-        maps = maps or ((draw_pose(shot.words, known),) if poses else ())
-        maps = tuple(views.lay_out(one) for one in maps)
-    condition = condition_clips(model, POSE, maps, size if views is None else views.canvas) if maps else None
-    return PlannedClip(rest, frames if move or views is None else 1, move, condition, views)
+    views = shot.views
+    if POSE not in list_embedded_controls(model):
+        return PlannedClip(shot.words, frames if views is None else 1, views=views)
+    motion = plan_motion(shot.words, frames, known=known)
+    if views is None:
+        condition = condition_clips(model, POSE, motion.maps, size) if motion.move else None
+        return PlannedClip(motion.rest, frames, motion.move, condition)
+    tracks = motion.tracks if motion.move else motion.tracks[:1]
+    views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
+    maps = [views.lay_out(one) for one in motion.maps[: len(tracks)]]
+    condition = condition_clips(model, POSE, maps, views.canvas)
+    return PlannedClip(motion.rest, len(maps), motion.move, condition, views)
 
 
 def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
@@ -143,7 +151,8 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     if plan.views is not None:
         width, height = plan.views.canvas
         what = "drawing" if plan.picture is None else "drawing around the picture"
-        said.append(f"the camera moves over one {what} of {width} × {height} pixels, without parallax.")
+        how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
+        said.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
     if plan.move:
         said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} by a pose in each frame.")
     return [f"“{prompt}”: {one}" for one in said] or [
@@ -151,35 +160,45 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     ]
 
 
-def draw_pose(prompt: str, known: Mapping[str, str]) -> Image.Image:
-    """The map of poses [128 × 128] of the things of a prompt where they stand."""
-    scene = imagine(prompt, known)
-    figures = place_figures(scene, scene.horizon)
-    return draw_sticks([_stick(one, one.x, one.foot - one.size / 2, 1.0, 0.0) for one in figures])
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """What a prompt's words of motion mean.
+
+    rest     the prompt without them
+    move     of `MOTIONS`, "" where there are none
+    scene    that the rest describes, and `figures` its things where they stand
+    tracks   [F, N, 4]: x, y of each thing's middle, its growth, its turn in degrees
+    """
+
+    rest: str
+    move: str
+    scene: Scene
+    figures: tuple[Figure, ...]
+    tracks: NDArray[np.float32]
+
+    @property
+    def maps(self) -> list[Image.Image]:
+        """A map of poses [128 × 128] for each frame."""
+        return [
+            draw_sticks([_stick(figure, *track) for figure, track in zip(self.figures, frame, strict=True)])
+            for frame in self.tracks
+        ]
 
 
-def plan_motion(
-    prompt: str, frames: int, *, known: Mapping[str, str] | None = None
-) -> tuple[str, str, tuple[Image.Image, ...]]:
-    """(the prompt without its words of motion, the motion, a map of poses for each frame); "" and no maps without one.
+def plan_motion(prompt: str, frames: int, *, known: Mapping[str, str] | None = None) -> Motion:
+    """The motion that a prompt's words mean; without such words all stand still.
 
-    Maps are 128 × 128. `known` says what stands for words that moji's world does not have, as for a concept's token. Of
-    two things the first one moves, or the one that the words name (“the dog moving left”); of a pair both.
+    `known` says what stands for words that moji's world does not have, as for a concept's token. Of two things the
+    first one moves, or the one that the words name (“the dog moving left”); of a pair both.
     """
     said = cut_motion(prompt)
-    if not said.move:
-        return prompt, "", ()
     scene = imagine(said.rest, known or {})
     figures = place_figures(scene, scene.horizon)
     named = next((k for k, one in enumerate(scene.things) if one.noun == said.whose), 0)
     moving = range(len(figures)) if scene.pair else (named,)
     clip = Clip(scene, said.move, speed=said.speed, frames=frames)
-    tracks = [trace_thing(clip, figure, k in moving) for k, figure in enumerate(figures)]
-    maps = [
-        draw_sticks([_stick(one, *track[frame]) for one, track in zip(figures, tracks, strict=True)])
-        for frame in range(frames)
-    ]
-    return said.rest, said.move, tuple(maps)
+    tracks = np.stack([trace_thing(clip, figure, k in moving) for k, figure in enumerate(figures)], axis=1)
+    return Motion(said.rest, said.move, scene, tuple(figures), tracks)
 
 
 def imagine(words: str, known: Mapping[str, str]) -> Scene:

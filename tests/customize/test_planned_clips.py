@@ -17,10 +17,13 @@ from backbone.media.control.camera import read_camera
 from backbone.media.control.views import plan_views
 from backbone.models.control import Condition
 from backbone.models.sample import Request
+from backbone.world.clip import FAR, Clip, pan_rate, thing_rate
 from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
+from backbone.world.rendering.render import SIZE
 from customize.cli import app
 from customize.clips.draw import publish, write_maps
-from customize.clips.plan import draw_pose, plan_motion
+from customize.clips.parallax import find_nearness
+from customize.clips.plan import SLENDER, plan_motion
 from customize.clips.settings import ClipOptions
 from tests.customize.test_evaluate_clip import walking
 
@@ -99,15 +102,15 @@ def test_every_way_to_say_a_motion_is_understood() -> None:
     [("moving left", (-1, 0)), ("moving right", (1, 0)), ("rising", (0, -1)), ("sinking", (0, 1))],
 )
 def test_a_planned_thing_goes_the_way_that_is_said(words: str, way: tuple[int, int]) -> None:
-    rest, _, maps = plan_motion(f"a dog in a park, {words}", 5)
-    path = np.diff([middle(one) for one in maps], axis=0)
-    assert rest == "a dog in a park"
+    motion = plan_motion(f"a dog in a park, {words}", 5)
+    path = np.diff([middle(one) for one in motion.maps], axis=0)
+    assert motion.rest == "a dog in a park"
     assert (path @ way > 3).all() and (abs(path @ way[::-1]) < 1).all()
 
 
 def test_of_two_things_the_named_one_moves_and_of_a_pair_both() -> None:
-    _, _, one = plan_motion("a cat next to a dog, the dog moving down", 2)
-    _, _, pair = plan_motion("two cats in space, moving down", 2)
+    one = plan_motion("a cat next to a dog, the dog moving down", 2).maps
+    pair = plan_motion("two cats in space, moving down", 2).maps
     moved = [
         np.abs(np.diff(np.stack([np.asarray(m, np.int16) for m in maps]), axis=0))[0] for maps in (one, pair)
     ]
@@ -116,8 +119,8 @@ def test_of_two_things_the_named_one_moves_and_of_a_pair_both() -> None:
 
 
 def test_what_moji_s_world_does_not_know_is_one_thing() -> None:
-    assert plan_motion("a [V] dog in the snow, moving left", 2, known={"[V]": ""})[2]
-    assert plan_motion("a steam locomotive near Verona, moving left", 2)[1] == "left"
+    assert len(plan_motion("a [V] dog in the snow, moving left", 2, known={"[V]": ""}).figures) == 1
+    assert plan_motion("a steam locomotive near Verona, moving left", 2).move == "left"
 
 
 def test_moji_follows_the_words_by_a_pose_in_each_frame(tmp_path: Path) -> None:
@@ -208,10 +211,38 @@ def test_a_zoom_into_a_picture_draws_nothing(tmp_path: Path) -> None:
 def test_a_thing_under_a_camera_stands_where_it_stands_without_one() -> None:
     path = read_camera("pan-left=20px", 3, (128, 128))
     views = plan_views(path, (128, 128), multiple=32)
-    pose = draw_pose("a dog in a park", {})
+    pose = plan_motion("a dog in a park", 1).maps[0]
     first, *_, last = views.look_at([views.lay_out(pose)])
     assert np.array_equal(np.asarray(first), np.asarray(pose))
     assert middle(last)[0] - middle(first)[0] == pytest.approx(20, abs=0.5)
+
+
+@pytest.mark.parametrize("place", ["in a park", "in space", "on a white background"])
+@pytest.mark.parametrize("way", ["left", "right"])
+def test_what_is_near_passes_a_pan_faster_and_nothing_is_folded(place: str, way: str) -> None:
+    views = plan_views(read_camera(f"pan-{way}=40px", 3, (128, 128)), (128, 128), multiple=32)
+    motion = plan_motion(f"a dog {place}", 1)
+    near = find_nearness(motion.scene, motion.figures, motion.tracks, views, slender=SLENDER)
+    assert near.shape == (1, 128, 192) and near.min() >= FAR - 1e-9 and near.max() <= 1
+    clip = Clip(motion.scene)
+    assert near[0, 0] == pytest.approx(FAR)  # the sky
+    ground = float(pan_rate(SIZE, motion.scene.horizon, clip))
+    assert near[0, -1, [0, -1]] == pytest.approx(ground, abs=0.02)  # in the corners, far from the thing
+    (figure,), ((x, y, *_),) = motion.figures, motion.tracks[0]
+    middle = near[0, round(float(y)), views.corner[0] + round(float(x))]
+    assert middle == pytest.approx(thing_rate(figure, motion.scene.horizon, clip))
+    assert (np.abs(np.diff(near[0], axis=1)) * 40).max() < 0.75  # of 1, at which the drawing folds
+
+
+@pytest.mark.parametrize("way", ["left", "right"])
+def test_a_thing_before_a_pan_moves_as_its_foot_does(way: str) -> None:
+    views = plan_views(read_camera(f"pan-{way}=40px", 3, (128, 128)), (128, 128), multiple=32)
+    motion = plan_motion("a dog in a park", 1)
+    seen = views.near(find_nearness(motion.scene, motion.figures, motion.tracks, views, slender=SLENDER))
+    first, *_, last = seen.look_at([views.lay_out(motion.maps[0])])
+    rate = thing_rate(motion.figures[0], motion.scene.horizon, Clip(motion.scene))
+    gone = (middle(last) - middle(first)) * (-1 if way == "right" else 1)
+    assert gone == pytest.approx([40 * rate, 0], abs=0.6) and rate < 0.95
 
 
 def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path: Path) -> None:
@@ -224,7 +255,7 @@ def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path
 
 
 def test_the_maps_of_two_prompts_are_both_shown(tmp_path: Path) -> None:
-    planned = [plan_motion(f"a dog, moving {way}", 2)[2] for way in ("left", "right")]
+    planned = [tuple(plan_motion(f"a dog, moving {way}", 2).maps) for way in ("left", "right")]
     facts = {"kind": "pose", "scale": 1.0}
     conditions = [Condition(cast(Any, None), maps[0], facts, maps) for maps in planned]
     shown = write_maps(tmp_path, conditions, ClipOptions(words=("a dog",), frames=2))

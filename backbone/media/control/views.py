@@ -4,23 +4,26 @@
     frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128
 
 The drawing is the plane of a flat picture's camera, at depth 1, so a frame is the drawing under a homography, exactly,
-and nothing has a parallax. Where the camera pans the drawing is larger; where it zooms out or rolls, the drawing is
-seen from nearer, by as much as keeps every frame inside it. If the first frame is a picture that there is, nothing is
-seen from nearer, and the drawing goes on around it.
+and nothing has a parallax unless it is said how near each pixel is (`Views.near`). Where the camera pans the drawing is
+larger; where it zooms out or rolls, the drawing is seen from nearer, by as much as keeps every frame inside it. If the
+first frame is a picture that there is, nothing is seen from nearer, and the drawing goes on around it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.io.console import UserError
 from backbone.media.control.camera import CORNERS, CameraPath, find_homographies
+from backbone.media.transforms import to_image, to_tensor
 
 LARGEST = 4.0  # times a frame's area
 Floats = NDArray[np.float64]
@@ -35,22 +38,38 @@ class Views:
     canvas  (width, height) of the drawing
     corner  (x, y) of the drawing at which the picture stands that the same words draw without a camera
     seen    [F, 3, 3]: from pixels of a frame to pixels of the drawing, as homogeneous coordinates
+    pans    [F]: how far the camera has gone to the right, in pixels of the drawing
+    nearness  [F or 1, H, W] of the drawing, as 1/depth: the share of such a pan by which each pixel moves; None: all
+            of it
     """
 
     size: Size
     canvas: Size
     corner: tuple[int, int]
     seen: Floats
+    pans: Floats
+    nearness: Floats | None = None
+
+    def near(self, nearness: Floats) -> Views:
+        """The same views of a drawing [H, W] whose pixels are so near, or of one for each frame."""
+        return replace(self, nearness=nearness.reshape(-1, *self.canvas[::-1]))
 
     def look_at(self, drawn: Sequence[Image.Image]) -> list[Image.Image]:
         """The frames that the camera sees of a drawing, or of one for each frame."""
         frames = drawn if len(drawn) == len(self.seen) else [drawn[0]] * len(self.seen)
-        return [
-            frame.transform(
-                self.size, Image.Transform.PERSPECTIVE, tuple((view / view[2, 2]).flat)[:8], Image.Resampling.BICUBIC
-            )
-            for frame, view in zip(frames, self.seen, strict=True)
-        ]  # fmt: skip
+        if self.nearness is None or not self.pans.any():
+            return [
+                frame.transform(
+                    self.size,
+                    Image.Transform.PERSPECTIVE,
+                    tuple((view / view[2, 2]).flat)[:8],
+                    Image.Resampling.BICUBIC,
+                )
+                for frame, view in zip(frames, self.seen, strict=True)
+            ]
+        near = np.broadcast_to(self.nearness, (len(frames), *self.nearness.shape[1:]))
+        seen = zip(frames, self.seen, self.pans, near, strict=True)
+        return [_look_past(frame, view, pan, one, self.size) for frame, view, pan, one in seen]
 
     def lay_out(self, image: Image.Image) -> Image.Image:
         """A map of the picture without a camera, on black, where that picture stands in the drawing."""
@@ -87,7 +106,28 @@ def plan_views(
     corner = (np.array(sides) - (high - low)) // (2 * grid) * grid - low
     shift = middle - middle / nearer + corner
     into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
-    return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ seen)
+    pans = path.positions[:, 0] * path.intrinsics[0, 0] * size[0] / nearer
+    return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ seen, pans)
+
+
+def _look_past(drawing: Image.Image, view: Floats, pan: float, near: Floats, size: Size) -> Image.Image:
+    """What is seen of a drawing whose pixels move by `near` [H, W] times a sideways pan, where a plane moves by 1.
+
+    What a plane shows at x + pan lies at s with s − near(s)·pan = x: a row's own equation, solved on its pixels.
+    """
+    width, height = drawing.size
+    columns = np.arange(width) + 0.5
+    source = np.stack([np.interp(columns - pan, columns - pan * row, columns) for row in near])
+    y, x = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5, indexing="ij")
+    points = np.stack([x, y, np.ones_like(x)], axis=-1) @ view.T
+    flat = torch.from_numpy(points[..., :2] / points[..., 2:] * 2 / (width, height) - 1)[None]
+    x_seen = F.grid_sample(
+        torch.from_numpy(source)[None, None], flat, padding_mode="border", align_corners=False
+    )
+    flat[..., 0] = x_seen[:, 0] * 2 / width - 1
+    pixels = to_tensor(drawing)[None].double()
+    seen = F.grid_sample(pixels, flat, mode="bicubic", padding_mode="border", align_corners=False)
+    return to_image(seen[0].float())
 
 
 def _box(view: Floats, size: Size, name: str) -> Floats:

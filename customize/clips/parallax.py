@@ -1,0 +1,58 @@
+"""How near every pixel of a drawing of `moji`'s world is, so that a pan passes what is near faster than what is far.
+
+The ground is nearer row by row from the horizon on, and a thing is as near as its foot (`backbone.world.clip`). Around a
+thing the nearness goes over into the ground's, gently enough that no pan folds the drawing: what is behind a thing's
+sides is stretched where it comes out and pressed where it goes in, since nothing is drawn behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backbone.media.control.views import Views
+from backbone.world.clip import Clip, pan_rate, thing_rate
+from backbone.world.rendering.render import SIZE, Figure
+from backbone.world.scene import Scene
+
+STEEP = 1.5  # of a smooth step, its steepest over its mean
+FOLDED = 0.7  # of a pan's length times its slope: 1 would fold the drawing
+LEAST = 12.0  # pixels of the world over which a thing's nearness goes over into the ground's
+Floats = NDArray[np.float64]
+
+
+def find_nearness(
+    scene: Scene, figures: Sequence[Figure], places: Sequence[Floats], views: Views, *, slender: float
+) -> Floats:
+    """[F, H, W] of the views' drawing, for things at `places` [N, 2 or more]: x, y of their middles and their growth.
+
+    slender  width over height of a thing
+    """
+    scale = views.size[0] / SIZE  # pixels of the drawing to one of the world
+    left, top = views.corner
+    columns, rows = (
+        (np.arange(side) + 0.5 - at) / scale for side, at in zip(views.canvas, (left, top), strict=True)
+    )
+    clip, far = Clip(scene), float(np.abs(views.pans).max()) / scale
+    ground = np.asarray(pan_rate(rows, scene.horizon, clip))[:, None]
+    frames = []
+    for place in places:
+        near = np.broadcast_to(ground, (len(rows), len(columns)))
+        for figure, (x, y, grown, *_) in zip(figures, place, strict=True):
+            own, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
+            ramp = max(LEAST, STEEP / FOLDED * far * float(np.abs(own - ground).max()))
+            beside = np.maximum(np.abs(columns - x) - slender * height / 2, 0)[None]
+            above = np.maximum(np.abs(rows - y) - height / 2, 0)[:, None]
+            share = _step(1 - np.hypot(beside, above) / ramp)
+            near = near + share * (own - near)
+        frames.append(near)
+    return np.stack(frames)
+
+
+def _step(share: Floats) -> Floats:
+    """Smoothly from 0 to 1."""
+    inside = share.clip(0, 1)
+    stepped: Floats = inside * inside * (3 - 2 * inside)
+    return stepped
