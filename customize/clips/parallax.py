@@ -1,7 +1,7 @@
 """How near every pixel of a drawing of `moji`'s world is, so that a pan passes what is near faster than what is far.
 
-The ground is nearer row by row from the horizon on, and a thing is as near as its foot (`backbone.world.clip`). Around a
-thing the nearness goes over into the ground's, gently enough that no pan folds the drawing: what is behind a thing's
+The ground is nearer row by row from the horizon on, and a thing is as near as its foot (`backbone.world.clip`). Around
+a thing the nearness goes over into the ground's, gently enough that no pan folds the drawing: what is behind a thing's
 sides is stretched where it comes out and pressed where it goes in, since nothing is drawn behind it.
 """
 
