@@ -8,6 +8,7 @@ sides is stretched where it comes out and pressed where it goes in, since nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,9 @@ Floats = NDArray[np.float64]
 
 
 def find_nearness(
-    scene: Scene, figures: Sequence[Figure], places: Sequence[Floats], views: Views, *, slender: float
+    scene: Scene, figures: Sequence[Figure], tracks: NDArray[Any], views: Views, *, slender: float
 ) -> Floats:
-    """[F, H, W] of the views' drawing, for things at `places` [N, 2 or more]: x, y of their middles and their growth.
+    """[F, H, W] of the views' drawing, for things on `tracks` [F, N, 4]: x, y of their middles, their growth, their turn.
 
     slender  width over height of a thing
     """
@@ -38,9 +39,9 @@ def find_nearness(
     clip, far = Clip(scene), float(np.abs(views.pans).max()) / scale
     ground = np.asarray(pan_rate(rows, scene.horizon, clip))[:, None]
     frames = []
-    for place in places:
+    for places in tracks:
         near = np.broadcast_to(ground, (len(rows), len(columns)))
-        for figure, (x, y, grown, *_) in zip(figures, place, strict=True):
+        for figure, (x, y, grown, *_) in zip(figures, places, strict=True):
             own, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
             ramp = max(LEAST, STEEP / FOLDED * far * float(np.abs(own - ground).max()))
             beside = np.maximum(np.abs(columns - x) - slender * height / 2, 0)[None]
