@@ -241,7 +241,7 @@ def test_a_thing_before_a_pan_moves_as_its_foot_does(way: str) -> None:
     seen = views.near(find_nearness(motion.scene, motion.figures, motion.tracks, views, slender=SLENDER))
     first, *_, last = seen.look_at([views.lay_out(motion.maps[0])])
     rate = thing_rate(motion.figures[0], motion.scene.horizon, Clip(motion.scene))
-    gone = (middle(last) - middle(first)) * (-1 if way == "right" else 1)
+    gone = np.subtract(middle(last), middle(first)) * (-1 if way == "right" else 1)
     assert gone == pytest.approx([40 * rate, 0], abs=0.6) and rate < 0.95
 
 
