@@ -397,14 +397,10 @@ def compare(asked: CompareOptions) -> None:
     from align.comparison.report import format_summary
     from align.comparison.sides import Side
 
-    start, stop = asked.tuned_guidance_start, asked.tuned_guidance_stop
     tuned = replace(
         Side.from_name(asked.tuned),
         guidance=asked.tuned_guidance,
-        guided=(
-            asked.guidance_start if start is None else start,
-            asked.guidance_stop if stop is None else stop,
-        ),
+        guided=(asked.tuned_guidance_start, asked.tuned_guidance_stop),
     )
     result = compare_models(Side.from_name(asked.base), tuned, prompts, out, asked)
     found = read_json(out / RESULT)

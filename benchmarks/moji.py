@@ -31,7 +31,7 @@ from torch import Tensor
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
-from backbone.cli.sampling import Sampler, name_sampler
+from backbone.cli.sampling import ALL_STEPS, Sampler, describe_guidance_interval, name_sampler
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
@@ -73,14 +73,20 @@ WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a picture is drawn; without a sampler by the model's own."""
+    """How a picture is drawn; without a sampler by the model's own, without a stop of guidance by the model's too."""
 
     steps: int
     guidance: float
     sampler: Sampler | None = None
+    guidance_stop: float | None = None
 
     def __str__(self) -> str:
         return f"{self.steps}, {self.guidance:g}" + (f", {self.sampler}" if self.sampler else "")
+
+    def guided_of(self, model: Backbone) -> tuple[float, float]:
+        """The share of the steps in which a model is guided."""
+        own = usual_drawing(model).guided
+        return own if self.guidance_stop is None else (0.0, self.guidance_stop)
 
     def sampler_of(self, model: Backbone) -> Sampler:
         """The sampler that a model is drawn with."""
@@ -99,6 +105,10 @@ class MeasureSettings:
         Sampler | None,
         Option("Sampler.", HOW, choices=get_args(Sampler), understood=name_sampler, default_text="by model"),
     ] = None
+    guidance_stop: Annotated[
+        float | None,
+        Option("Share of the steps after which guidance ends.", HOW, default_text="by model", min=0, max=1),
+    ] = None
     also: Annotated[
         tuple[str, ...], Option("STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, compared on other prompts.", HOW)
     ] = ()
@@ -113,8 +123,8 @@ class MeasureSettings:
 
     @property
     def setting(self) -> Setting:
-        """Steps, guidance and sampler of the table."""
-        return Setting(self.steps, self.guidance, self.sampler)
+        """How the table's pictures are drawn."""
+        return Setting(self.steps, self.guidance, self.sampler, self.guidance_stop)
 
 
 @settled_command(app, MeasureSettings)
@@ -132,6 +142,7 @@ def main(settings: MeasureSettings) -> None:
     facts: dict[str, Any] = {
         "model": settings.model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0],
         "steps": settings.steps, "guidance": settings.guidance, "sampler": settings.setting.sampler_of(model),
+        "guided": settings.setting.guided_of(model),
         "rows": score_predictions(scenes, predictions),
         "true_pictures": score_predictions(scenes, classifier.classify(truth)) if truth else [],
         "beside": compare_models(settings, gallery, classifier, scenes),
@@ -269,7 +280,10 @@ class Gallery:
     def pictures(self, model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
         """In the order of the scenes."""
         sampler = setting.sampler_of(model)
+        start, stop = setting.guided_of(model)
         drawn_by = "" if sampler == "ddim" else f"-{sampler}"
+        if setting.guidance != 1 and (start, stop) != ALL_STEPS:
+            drawn_by += f"-{start:g}-{stop:g}"
         folder = self.folder / f"{model.fingerprint[:12]}-{setting.steps}-{setting.guidance:g}{drawn_by}"
         paths = [folder / f"{scene.seed}.png" for scene in scenes]
         missing = [pair for pair in zip(scenes, paths, strict=True) if not pair[1].exists()]
@@ -288,7 +302,7 @@ def sample_images(model: Backbone, scenes: Sequence[Scene], setting: Setting) ->
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
     drawn = sample(
         model, requests, steps=setting.steps, guidance=setting.guidance, sampler=setting.sampler,
-        seed=0, batch=len(requests),
+        guided=setting.guided_of(model), seed=0, batch=len(requests),
     )  # fmt: skip
     return list(drawn)
 
@@ -485,7 +499,7 @@ def format_markdown(facts: Mapping[str, Any]) -> str:
     reference = facts["true_pictures"]
     lines = [
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps "
-        f"({facts['sampler']}), guidance {facts['guidance']:g}",
+        f"({facts['sampler']}), guidance {facts['guidance']:g}{describe_guidance_interval(facts['guided'])}",
         "",
         "| attribute | right | 95 % | n | true pictures |",
         "|---|---|---|---|---|",

@@ -1,4 +1,7 @@
-"""`moji` is drawn by ancestral steps, wherever nothing else is asked for, and as diffusers draws it with `eta=1`."""
+"""`moji` is drawn by ancestral steps, guided in the noisier ones, wherever nothing else is asked for.
+
+Guided in all of them it is what diffusers draws with `eta=1`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
+from backbone.cli.sampling import ALL_STEPS, own_guided
 from backbone.diffusion.noise import generator
+from backbone.io.files import read_json
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
@@ -44,5 +49,22 @@ def test_diffusers_draws_the_same_latents_with_eta_1_and_the_same_noise() -> Non
     theirs, by_ddim = by_both(
         pipeline, model, prompt, steps=4, guidance=4.0, seed=3, eta=1.0, generator=fresh
     )
-    (ours,) = sample_latents(model, [Request(prompt, (0, 0))], steps=4, guidance=4.0, seed=3)
+    asked = [Request(prompt, (0, 0))]
+    (ours,) = sample_latents(model, asked, steps=4, guidance=4.0, seed=3, guided=ALL_STEPS)
     assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(by_ddim, theirs, atol=0.1)
+
+
+def test_guidance_ends_where_moji_s_own_ends_unless_another_share_is_asked_for(tmp_path: Path) -> None:
+    start, stop = own_guided(DEFAULTS)
+    drawn, facts = {}, {}
+    for asked in ((), ("--guidance-stop", str(stop)), ("--guidance-stop", "1"), ("--guidance", "1")):
+        out = tmp_path / "-".join(("by", *asked))
+        words = ["sample", "a dog in the snow", "--steps", "5", "--device", "cpu", "--out", str(out)]
+        said = CliRunner().invoke(app, [*words, *asked])
+        assert said.exit_code == 0, said.output or repr(said.exception)
+        drawn[asked] = (out / "p00-s00.png").read_bytes()
+        facts[asked] = read_json(out / "samples.json")["guided"]
+    usual, own, always, never = drawn
+    assert (start, stop) == (0.0, 0.6) and facts[usual] == facts[own] == [start, stop]
+    assert facts[always] == facts[never] == list(ALL_STEPS)
+    assert drawn[usual] == drawn[own] and len(set(drawn.values())) == 3

@@ -31,12 +31,14 @@ class Side:
     concepts: tuple[Path, ...] = ()
     scale: float = 1.0
     guidance: float | None = None
-    guided: tuple[float, float] | None = None
+    guided: tuple[float | None, float | None] = (None, None)
 
     def override(self, sampling: SamplingSettings) -> SamplingSettings:
         """The comparison's sampling settings with this side's guidance."""
         guidance = sampling.guidance if self.guidance is None else self.guidance
-        start, stop = self.guided or sampling.guided
+        start, stop = self.guided
+        start = sampling.guidance_start if start is None else start
+        stop = sampling.guidance_stop if stop is None else stop
         return dataclasses.replace(sampling, guidance=guidance, guidance_start=start, guidance_stop=stop)
 
     @classmethod

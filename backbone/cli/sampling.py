@@ -131,11 +131,25 @@ class SamplingSettings(GuidanceOption):
         ),
     ] = None
     guidance_start: Annotated[
-        float, Option("Share of the steps before guidance begins.", SAMPLING, min=0, max=1)
-    ] = 0.0
+        float | None,
+        Option(
+            "Share of the steps before guidance begins.",
+            SAMPLING,
+            default_text="0, or by model",
+            min=0,
+            max=1,
+        ),
+    ] = None
     guidance_stop: Annotated[
-        float, Option("Share of the steps after which guidance ends.", SAMPLING, min=0, max=1)
-    ] = 1.0
+        float | None,
+        Option(
+            "Share of the steps after which guidance ends.",
+            SAMPLING,
+            default_text="1, or by model",
+            min=0,
+            max=1,
+        ),
+    ] = None
     sampler: Annotated[Sampler | None, SAMPLER] = None
     seed: Annotated[int, Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING)] = 0
     batch: Annotated[
@@ -163,8 +177,12 @@ class SamplingSettings(GuidanceOption):
 
     @property
     def guided(self) -> tuple[float, float]:
-        """(start, stop): the share of the steps with guidance."""
-        return self.guidance_start, self.guidance_stop
+        """(start, stop): the share of the steps with guidance, all of them where neither end is known."""
+        start, stop = ALL_STEPS
+        return (
+            start if self.guidance_start is None else self.guidance_start,
+            stop if self.guidance_stop is None else self.guidance_stop,
+        )
 
     def at_resolution(self, resolution: int) -> Self:
         """With this width and height where none was asked for; 0 is the model's own."""
@@ -175,9 +193,10 @@ class SamplingSettings(GuidanceOption):
         return replace(self, width=self.width or resolution, height=self.height or resolution)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """With a model's usual steps, guidance and sampler where none were asked for.
+        """With a model's usual steps, guidance, its share of the steps, and sampler where none were asked for.
 
-        Raises `UserError` for no guidance in a share of the steps.
+        Where one end of the share is asked for, the other is that of all steps. Raises `UserError` for no guidance in a
+        share of the steps.
         """
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
@@ -186,7 +205,11 @@ class SamplingSettings(GuidanceOption):
                 "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
                 "--guidance-stop."
             )
-        return replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
+        found = replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
+        own = own_guided(defaults)
+        if guidance == 1 or own == ALL_STEPS or (self.guidance_start, self.guidance_stop) != (None, None):
+            return found
+        return replace(found, guidance_start=own[0], guidance_stop=own[1])
 
     def for_sampler(self) -> dict[str, Any]:
         """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
@@ -206,7 +229,7 @@ class SamplingSettings(GuidanceOption):
         width, height = self.size
         facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}
         if self.guided != ALL_STEPS:
-            facts |= {"guidance_start": self.guidance_start, "guidance_stop": self.guidance_stop}
+            facts |= dict(zip(("guidance_start", "guidance_stop"), self.guided, strict=True))
         sides = {"width": width, "height": height}
         return facts | {side: pixels for side, pixels in sides.items() if pixels is not None}
 
@@ -252,6 +275,12 @@ def own_sampler(defaults: Mapping[str, Any]) -> Sampler:
     """The sampler that a model with these `defaults` draws images with."""
     sampler: Sampler = defaults.get("sampler", "ddim")
     return sampler
+
+
+def own_guided(defaults: Mapping[str, Any]) -> tuple[float, float]:
+    """(start, stop): the share of the steps in which a model with these `defaults` is guided."""
+    start, stop = ALL_STEPS
+    return float(defaults.get("guidance_start", start)), float(defaults.get("guidance_stop", stop))
 
 
 def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:

@@ -22,6 +22,7 @@ from backbone.cli.sampling import (
     Sampler,
     SamplingSettings,
     Size,
+    own_guided,
     own_sampler,
     own_sampler_of_clips,
 )
@@ -82,7 +83,7 @@ class SamplerArguments:
     sampler  None: the model's own, which its `limner.json` names; of clips never fresh noise, unless it is named
     batch    so many together, which changes none of them
     guided   the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
-             at half the price (Kynkäänniemi et al. 2024)
+             at half the price (Kynkäänniemi et al. 2024); None: the model's own, which its `limner.json` names
     size     (width, height) in pixels
     """
 
@@ -91,11 +92,15 @@ class SamplerArguments:
     seed: int
     sampler: Annotated[Sampler | None, SAMPLER] = None
     batch: int = 8
-    guided: tuple[float, float] = ALL_STEPS
+    guided: tuple[float, float] | None = None
     size: Size = MODELS_OWN
 
     def __post_init__(self) -> None:
         check_values(self)
+
+    def guided_of(self, model: Backbone) -> tuple[float, float]:
+        """The share of the steps that are guided."""
+        return self.guided or own_guided(model.defaults)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +183,12 @@ def sample_latents(
             clean = given.latents[first : first + batch].to(model.device)
             start = add_noise(clean, noise, rest[0])
         guide = partial(
-            guide_steps, model, empty=empty, guidance=asked.guidance, guided=asked.guided, schedule=schedule
+            guide_steps,
+            model,
+            empty=empty,
+            guidance=asked.guidance,
+            guided=asked.guided_of(model),
+            schedule=schedule,
         )
         if frames is not None and frames.windows("network"):
             parts = partial(_cut_to_window, guide, text)

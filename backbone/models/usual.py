@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, convert_value, fields_of, find_nearest
-from backbone.cli.sampling import Sampler, name_sampler
+from backbone.cli.sampling import Sampler, name_sampler, own_guided
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import read_as
@@ -34,6 +34,8 @@ class Usual:
 
     steps: Annotated[int, _number("Steps of the sampler.", 1)] = 30
     guidance: Annotated[float, _number("Scale of classifier-free guidance.", 0)] = 7.5
+    guidance_start: Annotated[float, _number("Share of the steps before guidance begins.", 0, 1)] = 0.0
+    guidance_stop: Annotated[float, _number("Share of the steps after which guidance ends.", 0, 1)] = 1.0
     instruct_guidance: Annotated[float, _number("The same of edits by instruction; 0: guidance.", 0)] = 0.0
     sampler: Annotated[
         str, Option("Sampler.", "Usual", choices=get_args(Sampler), understood=name_sampler)
@@ -115,6 +117,11 @@ def read_section(declared: type, said: Any, file: str | Path, section: str = "")
             found[name] = convert_value(known[name], value, key, file)
     if "sheet_prompts" in found and not found["sheet_prompts"]:
         raise UserError(f"sheet_prompts in {file} is empty. Leave it out, or name a prompt.")
+    start, stop = own_guided(found)
+    if declared is Usual and not start < stop:
+        raise UserError(
+            f"{file} has guidance from {start:g} to {stop:g} of the steps. Let it end behind its beginning."
+        )
     return found
 
 

@@ -42,6 +42,7 @@ from backbone.cli.commands import script_app
 from backbone.cli.conditions import AskedControl, parse_map
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
 from backbone.cli.options import Option, settled_command
+from backbone.cli.sampling import ALL_STEPS
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
@@ -547,6 +548,7 @@ def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | No
             requests,
             steps=asked.steps,
             guidance=guidance,
+            guided=ALL_STEPS,
             sampler="ddim",
             seed=0,
             batch=max(1, len(requests)),

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.commands import run_main
+from backbone.cli.sampling import describe_guidance_interval
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
 from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
@@ -55,6 +56,10 @@ def main(
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
     sampler: Annotated[str | None, typer.Option(help="Sampler; by model where none is named.")] = None,
+    guidance_stop: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps after which guidance ends; by model.", min=0, max=1),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 10,
     grades: Annotated[
         Path | None, typer.Option(help="JSON of seeds with a grade by eye: the rank correlation is added.")
@@ -65,7 +70,7 @@ def main(
     ),
 ) -> None:
     """Draws what is missing, registers the true glyphs, writes the table and the sheet."""
-    setting = Setting(steps, guidance, read_sampler(sampler))
+    setting = Setting(steps, guidance, read_sampler(sampler), guidance_stop)
     backbone = Backbone.open(model, device=device)
     scenes = select_scenes(prompts)
     pictures = Gallery(out / "pictures", batch).pictures(backbone, scenes, setting)
@@ -74,7 +79,7 @@ def main(
     bound = measure_all(scenes, decode_renderings(exact, scenes), "bound")
     facts: dict[str, Any] = {
         "model": model, "prompts": len(scenes), "steps": steps, "guidance": guidance,
-        "sampler": setting.sampler_of(backbone),
+        "sampler": setting.sampler_of(backbone), "guided": setting.guided_of(backbone),
         "rows": [row(name, scenes, drawn, bound) for name in GROUPS],
         "each": [
             {"seed": scene.seed, "prompt": scene.caption(), **asdict(one)}
@@ -327,7 +332,7 @@ def markdown(facts: dict[str, Any]) -> str:
     """The table."""
     lines = [
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps "
-        f"({facts['sampler']}), guidance {facts['guidance']:g}",
+        f"({facts['sampler']}), guidance {facts['guidance']:g}{describe_guidance_interval(facts['guided'])}",
         "",
         "| glyph fidelity | correlation | bound | ratio | SSIM | bound | PSNR dB | bound | n |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -35,11 +35,15 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
     sampler: Annotated[str | None, typer.Option(help="Sampler; by model where none is named.")] = None,
+    guidance_stop: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps after which guidance ends; by model.", min=0, max=1),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
 ) -> None:
     """Draws, renders, and writes the distance and its floor."""
-    setting = Setting(steps, guidance, read_sampler(sampler))
+    setting = Setting(steps, guidance, read_sampler(sampler), guidance_stop)
     find_font()
     classifier = load_classifier(device=device)
     scenes = select_scenes(2 * count)

@@ -22,6 +22,7 @@ from diffusers import AnimateDiffPipeline, DDPMScheduler, MotionAdapter, UNetMot
 from torch import Tensor, nn
 
 from backbone.cli.commands import run_main
+from backbone.cli.sampling import ALL_STEPS
 from backbone.diffusion.noise import add_noise, target
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
@@ -107,7 +108,14 @@ def our_clip(model: Backbone, frames: int, steps: int) -> Side:
     def draw() -> Tensor:
         return next(
             sample_latents(
-                model, asked, steps=steps, guidance=GUIDANCE, sampler="ddim", seed=0, frames=Frames(frames)
+                model,
+                asked,
+                steps=steps,
+                guidance=GUIDANCE,
+                guided=ALL_STEPS,
+                sampler="ddim",
+                seed=0,
+                frames=Frames(frames),
             )
         )
 

@@ -28,6 +28,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from backbone.cli.commands import run_main
+from backbone.cli.sampling import ALL_STEPS
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.diffusion.noise import add_noise
 from backbone.io.files import write_json, write_text
@@ -91,7 +92,16 @@ def partial_draw(model: Backbone, controls: list[Control], steps: int) -> Side:
 
     def draw() -> Tensor:
         return next(
-            sample_latents(model, asked, steps=steps, guidance=4.0, sampler="ddim", seed=0, controls=controls)
+            sample_latents(
+                model,
+                asked,
+                steps=steps,
+                guidance=4.0,
+                guided=ALL_STEPS,
+                sampler="ddim",
+                seed=0,
+                controls=controls,
+            )
         )
 
     return draw

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 def find_nearness(
     scene: Scene, figures: Sequence[Figure], tracks: NDArray[Any], views: Views, *, slender: float
 ) -> Floats:
-    """[F, H, W] of the views' drawing, for things on `tracks` [F, N, 4]: x, y of their middles, their growth, their turn.
+    """[F, H, W] of the views' drawing, for things on `tracks` [F, N, 4]: x, y of their middles, growth, turn.
 
     slender  width over height of a thing
     """

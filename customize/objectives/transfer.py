@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.lora import lora_parameters, save_lora
+from backbone.cli.sampling import ALL_STEPS
 from backbone.conditions.conditions import Conditions
 from backbone.data.ahead import Movable, Steps
 from backbone.diffusion.losses import squared_error
@@ -83,6 +84,7 @@ def draw_subject(
             requests,
             steps=drawing.steps,
             guidance=drawing.guidance,
+            guided=ALL_STEPS,
             sampler="ddim",
             seed=seed,
             batch=AT_ONCE,

@@ -99,7 +99,11 @@ class FidelitySettings(RecipeSettings):
     @property
     def own_guidance(self) -> tuple[object, ...]:
         """Flags of align compare for guidance of the tuned model alone."""
-        start = ("--tuned-guidance-start", self.guidance_start) if self.guidance_start else ()
+        start = (
+            ("--tuned-guidance-start", self.guidance_start, "--tuned-guidance-stop", 1)
+            if self.guidance_start
+            else ()
+        )
         return ("--tuned-guidance", self.guidance, *start)
 
     @property

@@ -108,8 +108,8 @@ def animate(
         start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         together = Conditions.cat(conditions[first : first + asked.batch])
         predict = guide_over_frames(model, together, scales)
-        if asked.guided != ALL_STEPS:
-            predict = limit_guidance(asked.guided, predict, model.predictor(together), schedule)
+        if (guided := asked.guided_of(model)) != ALL_STEPS:
+            predict = limit_guidance(guided, predict, model.predictor(together), schedule)
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
         randoms = [generator(asked.seed, *key, "steps") for key in some]

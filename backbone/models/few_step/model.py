@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backbone.cli.sampling import Sampler, own_sampler
+from backbone.cli.sampling import ALL_STEPS, Sampler, own_guided, own_sampler
 from backbone.io.console import UserError
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone
@@ -25,17 +25,19 @@ class SamplingDefaults:
     steps: int
     guidance: float
     sampler: Sampler
+    guided: tuple[float, float] = ALL_STEPS
 
 
 def usual_drawing(
     model: Backbone, *, steps: int | None = None, guidance: float | None = None
 ) -> SamplingDefaults:
-    """A model's own steps, guidance and sampler, with these steps and this guidance where they are given."""
+    """A model's own steps, guidance, its share of the steps, and sampler; these steps and guidance where given."""
     usual = model.defaults
     return SamplingDefaults(
         int(usual["steps"]) if steps is None else steps,
         float(usual["guidance"]) if guidance is None else guidance,
         own_sampler(usual),
+        own_guided(usual),
     )
 
 

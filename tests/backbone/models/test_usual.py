@@ -58,6 +58,8 @@ def test_the_embedded_models_say_what_can_be_read(name: str) -> None:
         ({"sampler": None}, "sampler in FILE is None, which is no text"),
         ({"sampler": "euler z"}, "sampler in FILE is euler z, which is none of ddim, heun"),
         ({"guidance": -1}, "guidance in FILE is -1"),
+        ({"guidance_stop": 7}, "guidance_stop in FILE is 7 and must lie between 0 and 1"),
+        ({"guidance_start": 0.5, "guidance_stop": 0.5}, "FILE has guidance from 0.5 to 0.5 of the steps"),
         ({"sheet_prompts": []}, "sheet_prompts in FILE is empty"),
         ({"sheet_prompts": [5, {}]}, "sheet_prompts in FILE is not a list of texts"),
         ({"learning_rates": {"lorra": 1e-3}}, "learning_rates of lorra, and there are those of lora, full"),

@@ -244,12 +244,12 @@ def test_two_of_another_kind_are_not_two_of_a_kind() -> None:
 def test_the_table_prints_every_row_also_an_empty_one() -> None:
     rows = [Row("noun", 3, 4, *wilson_interval(3, 4)[1:]), Row("colour", 0, 0, *wilson_interval(0, 0)[1:])]
     facts = {
-        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "sampler": "heun", "gradient": 0.93,
+        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "sampler": "heun", "guided": [0.0, 0.6], "gradient": 0.93,
         "rows": rows, "true_pictures": [], "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
     table = format_markdown(facts)
-    assert "4 held-out prompts, 25 steps (heun), guidance 3" in table
+    assert "4 held-out prompts, 25 steps (heun), guidance 3 from 0% to 60% of the steps" in table
     assert "| noun | 75.0 % | 30.1–95.4 % | 4 | – |" in table
     assert "| colour | – | 0.0–100.0 % | 0 | – |" in table
     assert "| textures | 24.50 | 2 |" in table
