@@ -21,7 +21,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import SAMPLER, GuidanceOption, Sampler
+from backbone.cli.sampling import SAMPLER, GuidanceOption, GuidedShare, Sampler
 
 # Sections of the help
 WORDS = "Words"
@@ -419,7 +419,7 @@ class FlowEditOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructOptions(StepOptions, GuidanceOptions, ReportOptions, MaskOption, ImageArgument):
+class InstructOptions(StepOptions, GuidedShare, GuidanceOptions, ReportOptions, MaskOption, ImageArgument):
     """Options of `edit instruct`."""
 
     instruction: Annotated[

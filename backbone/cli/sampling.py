@@ -106,30 +106,9 @@ class GuidanceOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(GuidanceOption):
-    """How images are sampled; None for the model's default.
+class GuidedShare:
+    """The share of the steps, noisy to clean, that follow the guidance; None where the model's own decides."""
 
-    guidance_start, guidance_stop   guidance is applied between these shares of the steps, noisy to clean
-
-    Raises `UserError`, naming the argument, for what does not fit.
-    """
-
-    negative: Annotated[str, negative_option(DRAWING)] = ""
-    width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
-    height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
-    resolution: Annotated[
-        int | None, Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1)
-    ] = None
-    steps: Annotated[
-        int | None,
-        Option(
-            "Steps of the sampler.",
-            SAMPLING,
-            aliases=("num-inference-steps", "sample-steps"),
-            default_text="by model",
-            min=1,
-        ),
-    ] = None
     guidance_start: Annotated[
         float | None,
         Option(
@@ -148,6 +127,46 @@ class SamplingSettings(GuidanceOption):
             default_text="1, or by model",
             min=0,
             max=1,
+        ),
+    ] = None
+
+    @property
+    def guided(self) -> tuple[float, float]:
+        """(start, stop): the share of the steps with guidance, all of them where neither end is known."""
+        start, stop = ALL_STEPS
+        return (
+            start if self.guidance_start is None else self.guidance_start,
+            stop if self.guidance_stop is None else self.guidance_stop,
+        )
+
+    def guided_of(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
+        """The same of a model with these `defaults`; where one end is asked for, the other is that of all steps."""
+        if (self.guidance_start, self.guidance_stop) == (None, None):
+            return own_guided(defaults)
+        return self.guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(GuidedShare, GuidanceOption):
+    """How images are sampled; None for the model's default.
+
+    Raises `UserError`, naming the argument, for what does not fit.
+    """
+
+    negative: Annotated[str, negative_option(DRAWING)] = ""
+    width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    resolution: Annotated[
+        int | None, Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1)
+    ] = None
+    steps: Annotated[
+        int | None,
+        Option(
+            "Steps of the sampler.",
+            SAMPLING,
+            aliases=("num-inference-steps", "sample-steps"),
+            default_text="by model",
+            min=1,
         ),
     ] = None
     sampler: Annotated[Sampler | None, SAMPLER] = None
@@ -175,15 +194,6 @@ class SamplingSettings(GuidanceOption):
         """(width, height) in pixels."""
         return (self.width, self.height) if self.resolution is None else (self.resolution, self.resolution)
 
-    @property
-    def guided(self) -> tuple[float, float]:
-        """(start, stop): the share of the steps with guidance, all of them where neither end is known."""
-        start, stop = ALL_STEPS
-        return (
-            start if self.guidance_start is None else self.guidance_start,
-            stop if self.guidance_stop is None else self.guidance_stop,
-        )
-
     def at_resolution(self, resolution: int) -> Self:
         """With this width and height where none was asked for; 0 is the model's own."""
         if not resolution or self.resolution is not None:
@@ -195,8 +205,7 @@ class SamplingSettings(GuidanceOption):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """With a model's usual steps, guidance, its share of the steps, and sampler where none were asked for.
 
-        Where one end of the share is asked for, the other is that of all steps. Raises `UserError` for no guidance in a
-        share of the steps.
+        Raises `UserError` for no guidance in a share of the steps.
         """
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
@@ -206,10 +215,10 @@ class SamplingSettings(GuidanceOption):
                 "--guidance-stop."
             )
         found = replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
-        own = own_guided(defaults)
-        if guidance == 1 or own == ALL_STEPS or (self.guidance_start, self.guidance_stop) != (None, None):
+        start, stop = guided = self.guided_of(defaults)
+        if guidance == 1 or guided == self.guided:
             return found
-        return replace(found, guidance_start=own[0], guidance_stop=own[1])
+        return replace(found, guidance_start=start, guidance_stop=stop)
 
     def for_sampler(self) -> dict[str, Any]:
         """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""

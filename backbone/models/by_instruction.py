@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.cli.sampling import Sampler, own_sampler
+from backbone.cli.sampling import ALL_STEPS, Sampler, own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
-from backbone.diffusion.noise import Estimate, Level, Predict, generator
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
-from backbone.models.sample import get_sampler
+from backbone.models.sample import count_guided, get_sampler, limit_guidance
 
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
@@ -34,12 +34,14 @@ IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 class Guidances:
     """How closely the instruction is followed, and how closely the image (eq. 3 of Brooks et al. 2023).
 
-    `negative` is what stands in the instruction's place where there is none: what to stay away from.
+    `negative` is what stands in the instruction's place where there is none: what to stay away from. `guided` is the
+    share of the steps, from noisy to clean, in which there is guidance (Kynkäänniemi et al. 2024).
     """
 
     text: float
     image: float = IMAGE_GUIDANCE
     negative: str = ""
+    guided: tuple[float, float] = ALL_STEPS
 
 
 def instructed_predictor(
@@ -89,12 +91,15 @@ def refuse_image_guidance(model: Backbone) -> None:
         )
 
 
-def evaluations_of(model: Backbone, text: Conditions, guidance: float) -> int:
-    """Number of function evaluations of one guided prediction of one sample."""
+def count_evaluations(
+    model: Backbone, text: Conditions, guidances: Guidances, sampler: Sampler, schedule: Schedule
+) -> int:
+    """Number of function evaluations of one edit."""
+    inside, outside = count_guided(guidances.guided, sampler, schedule)
     if model.reads_as_channels:
-        return 3
-    distilled = model.family.embed_guidance(model.denoiser, text, guidance) is not None
-    return 1 if distilled or guidance == 1 else 2
+        return 3 * inside + outside
+    distilled = model.family.embed_guidance(model.denoiser, text, guidances.text) is not None
+    return (1 if distilled or guidances.text == 1 else 2) * inside + outside
 
 
 @torch.no_grad()
@@ -122,7 +127,11 @@ def draw_edit(
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
     text = replace(text, controls=tuple(one.during(schedule).to(model.device) for one in controls))
-    predict = instructed_predictor(model, text, empty, latents_of(references), guidances)
+    shown = latents_of(references)
+    predict = instructed_predictor(model, text, empty, shown, guidances)
+    if guidances.guided != ALL_STEPS:
+        alone = model.predictor(replace(text, references=tuple(shown)))
+        predict = limit_guidance(guidances.guided, predict, alone, schedule)
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
     asked = count()
     predictions_per_step = 2 if sampler == "heun" else 1

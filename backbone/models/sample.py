@@ -271,16 +271,29 @@ def limit_guidance(
     share: tuple[float, float], inside: Predict, outside: Predict, schedule: Schedule
 ) -> Predict:
     """`inside` at the levels of this share of a schedule's steps, from its noisy end, `outside` at the others."""
+
+    def predict(noisy: Tensor, level: Level) -> Estimate:
+        return (inside if is_guided(share, level, schedule) else outside)(noisy, level)
+
+    return predict
+
+
+def is_guided(share: tuple[float, float], level: Level, schedule: Schedule) -> bool:
+    """Whether a level is among this share of a schedule's steps, counted from its noisy end."""
     start, stop = share
     steps = len(schedule) - 1
     noisiest = schedule.b[round(start * steps)]
     cleanest = schedule.b[round(stop * steps)] if stop < 1 else -1.0
+    return bool(cleanest < level.b.max() <= noisiest)
 
-    def predict(noisy: Tensor, level: Level) -> Estimate:
-        chosen = inside if cleanest < level.b.max() <= noisiest else outside
-        return chosen(noisy, level)
 
-    return predict
+def count_guided(share: tuple[float, float], sampler: Sampler, schedule: Schedule) -> tuple[int, int]:
+    """How many of a sampler's predictions are in this share of the steps, and how many outside of it."""
+    asked = [*range(len(schedule) - 1)]
+    if sampler == "heun":  # which asks at a step's end too
+        asked += range(1, count_predictions(sampler, schedule) - len(asked) + 1)
+    inside = sum(is_guided(share, schedule[step], schedule) for step in asked)
+    return inside, len(asked) - inside
 
 
 def get_sampler(

@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.cli.sampling import own_guided
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.image_metrics import background_metrics, mean_of_defined, psnr, structure_distance
 from backbone.io.console import progress
@@ -67,7 +68,7 @@ def draw_held_out(
     model: Backbone, pairs: HeldOutEdits, settings: Settings, *, label: str, steps: int = 0
 ) -> list[Tensor]:
     """The model's edit of each held-out source [3, H, W], always from the same noise."""
-    guidances = Guidances(settings.guidance, settings.image_guidance)
+    guidances = Guidances(settings.guidance, settings.image_guidance, guided=own_guided(model.defaults))
     steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
     drawn: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:

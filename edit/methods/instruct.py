@@ -17,21 +17,21 @@ from torch import Tensor
 
 from backbone.cli.keywords import takes
 from backbone.cli.options import build
-from backbone.cli.sampling import SAMPLER, Sampler, own_sampler
+from backbone.cli.sampling import SAMPLER, GuidedShare, Sampler, check_guidance_interval, own_sampler
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
     IMAGE_GUIDANCE,
     Guidances,
+    count_evaluations,
     draw_edit,
-    evaluations_of,
     refuse_image_guidance,
 )
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, refuse_too_many
-from backbone.models.sample import count_predictions, refuse_negative
+from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import load_pixel_mask
@@ -44,8 +44,8 @@ Keep = Literal["auto", "pixels", "latents", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InstructSettings:
-    """How an image is edited by instructions.
+class InstructSettings(GuidedShare):
+    """How an image is edited by instructions. The share of the steps with guidance is the model's own if none is given.
 
     references      further images, for a model that reads several
     keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
@@ -96,7 +96,9 @@ def instruct(
     instructions = checks.prompts(instructions, "instruction")
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
     guidance = guidance_of(model, asked.guidance, instructed=True)
-    guidances = Guidances(guidance, image_guidance, asked.negative)
+    guided = asked.guided_of(model.defaults)
+    check_guidance_interval(guided)
+    guidances = Guidances(guidance, image_guidance, asked.negative, guided)
     refuse_unread(model, 1 + len(asked.references), guidances)
     say_captions(instructions)
     encoded = encode_image(model, image)
@@ -115,7 +117,7 @@ def instruct(
             after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
         text = encode_prompts_cached(model, [instruction], shown)
-        nfe += count_predictions(sampler, schedule) * evaluations_of(model, text, guidances.text)
+        nfe += count_evaluations(model, text, guidances, sampler, schedule)
         drawn = model.decode(state)[0].cpu()
         if asked.keep != "none":
             found = keep_drawn(model, drawn, now, asked, changed, instructions=instructions, number=number)
@@ -125,6 +127,7 @@ def instruct(
         finished.append(drawn)
         now = EncodedImage(drawn, model.encode(drawn[None]).mean, encoded.facts)
     how: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
+    how |= dict(zip(("guidance_start", "guidance_stop"), guidances.guided, strict=True))
     how |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
     facts = {**how, "drift": [one.figures for one in backgrounds], **layout.facts()}
     return Result(

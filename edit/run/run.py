@@ -44,6 +44,7 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
         ("vram", "scale", "strength", "guidance", "image_guidance", "source_guidance", "threshold"),
         float | None,
     ),
+    **dict.fromkeys(("guidance_start", "guidance_stop"), float | None),
     **dict.fromkeys(("cross", "self_attention", "colour_self_attention"), float | None),
     **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then", "references"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
@@ -73,6 +74,8 @@ class EditRecord:
     identity: str
     files: dict[str, str] = field(default_factory=dict)
     guidance: float | None = None  # that was edited with, whatever the model's usual one is by now
+    guidance_start: float = 0.0  # the same of the share of the steps with guidance
+    guidance_stop: float = 1.0
 
 
 def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
@@ -122,6 +125,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
     wishes = {**unsaid, **recorded.settings, "precision": recorded.precision}
     if COMMANDS[recorded.command].by_instruction and wishes.get("guidance") is None:
         wishes["guidance"] = recorded.guidance
+    if COMMANDS[recorded.command].by_instruction:
+        wishes |= {"guidance_start": recorded.guidance_start, "guidance_stop": recorded.guidance_stop}
 
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}

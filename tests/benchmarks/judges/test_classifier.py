@@ -244,7 +244,8 @@ def test_two_of_another_kind_are_not_two_of_a_kind() -> None:
 def test_the_table_prints_every_row_also_an_empty_one() -> None:
     rows = [Row("noun", 3, 4, *wilson_interval(3, 4)[1:]), Row("colour", 0, 0, *wilson_interval(0, 0)[1:])]
     facts = {
-        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "sampler": "heun", "guided": [0.0, 0.6], "gradient": 0.93,
+        "model": "m", "prompts": 4, "steps": 25, "guidance": 3.0, "sampler": "heun",
+        "guided": [0.0, 0.6], "gradient": 0.93,
         "rows": rows, "true_pictures": [], "psnr_db": {"textures": {"db": 24.5, "n": 2}},
         "seconds_per_picture": {"one at a time": 1.25}, "machine": "cpu",
     }  # fmt: skip
