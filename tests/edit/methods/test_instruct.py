@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from backbone.cli.sampling import Sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
+from backbone.diffusion.samplers import ddim
 from backbone.io.console import UserError
 from backbone.media.registration import Registration
 from backbone.media.transforms import to_image, to_tensor
@@ -154,6 +156,54 @@ def test_guidance_is_over_three_predictions(model: Backbone) -> None:
         noisy, schedule[0]
     ).noise
     torch.testing.assert_close(guided, none + 1.3 * (seen - none) + 5 * (told - seen), atol=1e-4, rtol=1e-4)
+
+
+def test_outside_of_the_guided_steps_image_and_instruction_are_followed_alone(model: Backbone) -> None:
+    from edit.pictures import encode_image
+
+    image, schedule = encode_image(model, photo()), model.schedule(4)
+    text, empty = (model.encode_prompts([words]) for words in ("make it red", ""))
+    shown = [model.encode_reference(image.pixels[None])]
+    noise = torch.randn((1, *model.latent_shape), generator=generator(0, 0, "instruct"))
+    guided = instructed_predictor(model, text, empty, shown, Guidances(5.0, 1.3))
+    half = ddim(noise, guided, schedule[:3])
+    expected = ddim(half, model.predictor(replace(text, references=tuple(shown))), schedule[2:])
+    how: dict[str, Any] = {
+        "steps": 4,
+        "guidance": 5.0,
+        "image_guidance": 1.3,
+        "keep": "none",
+        "sampler": "ddim",
+    }
+    ours = instruct(model, photo(), "make it red", guidance_stop=0.5, **how)
+    torch.testing.assert_close(ours.latents, expected, atol=1e-4, rtol=1e-4)
+    assert ours.nfe == 3 * 2 + 2 and (ours.facts["guidance_start"], ours.facts["guidance_stop"]) == (0.0, 0.5)
+    assert (
+        instruct(model, photo(), "make it red", **{**how, "sampler": "heun"}, guidance_stop=0.5).nfe
+        == 3 * 3 + 5
+    )
+    with pytest.raises(UserError, match="Guidance from 0.5 to 0.2 of the steps"):
+        instruct(model, photo(), "make it red", guidance_start=0.5, guidance_stop=0.2, **how)
+
+
+def test_a_record_is_repeated_by_its_own_share_and_an_older_one_guided_in_all_steps(
+    folder: Path, tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "photo.png")
+
+    def drawn(name: str, *words: str) -> bytes:
+        said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / name)])
+        assert said.exit_code == 0, said.output or repr(said.exception)
+        return Image.open(tmp_path / name / "edit_0.png").tobytes()
+
+    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it snow", "--model", str(folder)]
+    words += ["--steps", "4", "--background", "none", "--no-metrics"]
+    always, part = drawn("always", *words), drawn("part", *words, "--guidance-stop", "0.5")
+    assert drawn("again", "replay", str(tmp_path / "part")) == part != always
+    record = json.loads((tmp_path / "part" / "run.json").read_text())
+    assert (record.pop("guidance_start"), record.pop("guidance_stop")) == (0.0, 0.5)
+    (tmp_path / "part" / "run.json").write_text(json.dumps(record))
+    assert drawn("older", "replay", str(tmp_path / "part")) == always
 
 
 def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: Path) -> None:
