@@ -182,7 +182,7 @@ def test_outside_of_the_guided_steps_image_and_instruction_are_followed_alone(mo
         instruct(model, photo(), "make it red", **{**how, "sampler": "heun"}, guidance_stop=0.5).nfe
         == 3 * 3 + 5
     )
-    with pytest.raises(UserError, match="Guidance from 0.5 to 0.2 of the steps"):
+    with pytest.raises(UserError, match=r"Guidance from 0.5 to 0.2 of the steps"):
         instruct(model, photo(), "make it red", guidance_start=0.5, guidance_stop=0.2, **how)
 
 
