@@ -17,6 +17,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
+from backbone.io.run_folder import CHECKPOINT
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed
@@ -256,6 +257,15 @@ def test_a_checkpoint_that_is_not_there_is_said(
 ) -> None:
     said = TrainOptions(resume=Path(resume), out=None if out is None else Path(out))
     with pytest.raises(UserError, match=complaint):
+        find_resumed(said, "customize train", None)
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_not_begun_anew_over_its_weights(saved: Settings) -> None:
+    run, said = Path("runs/old"), TrainOptions(resume=Path("runs/old"))
+    (run / CHECKPOINT).unlink()
+    assert find_resumed(said, "customize train", None) == run  # no step was saved: it begins
+    (run / "concept.json").write_text("{}")
+    with pytest.raises(UserError, match=r"runs/old is finished and its checkpoint.*--begin-from runs/old"):
         find_resumed(said, "customize train", None)
 
 
