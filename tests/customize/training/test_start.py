@@ -105,6 +105,9 @@ def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> N
         ({"instance_prompt": SKS, "token": "[V]"}, r"lacks the token \[V\]"),
         ({"class_prompt": "a photo of [V] dog"}, r"class prompt .* holds the token \[V\]"),
         ({"prior_prompts": ("a dog", "a [V] dog")}, r"prior prompt “a \[V\] dog” holds the token \[V\]"),
+        ({"prior_prompts": ("a [W] cat",), "subject": ("dog:[W]:cat",)}, r"holds the token \[W\]"),
+        ({"instance_prompt": ""}, "The instance prompt is empty"),
+        ({"class_prompt": " "}, "The class prompt is empty"),
     ],
 )
 def test_prompts_that_would_train_another_word_are_refused(
@@ -194,6 +197,8 @@ def test_a_captions_bracket_does_not_take_the_folder_and_a_prompt_s_stranger_is_
     asked = {**FEW, "images": "dog", "model": str(tiny_folder), "class_noun": "dog"}
     with pytest.raises(UserError, match=r"\[W\]"):
         start({**asked, "sheet_prompts": ("a [W] dog",)}, out=Path("runs/r1"))
+    with pytest.raises(UserError, match=r"\[W\] in the prompt “a \[W\] dog”"):
+        start({**asked, "prior": "base", "class_prompt": "a [W] {class}"}, out=Path("runs/r1"))
     assert not Path("runs").exists()
 
 
