@@ -331,8 +331,8 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
 
 def refuse_lost_checkpoint(run: Path, program: str) -> None:
     """`UserError` for a finished run without its checkpoint: it would begin anew, and replace what it has learned."""
-    lost = (run / FILE).is_file() and not (run / CHECKPOINT).is_file()
-    if lost and any((run / name).is_file() for name in FINISHED):
+    finished = any((run / name).is_file() for name in FINISHED)
+    if finished and not (run / CHECKPOINT).is_file() and _is_run_of(program, run):
         on = f" (--begin-from {quote(run)} learns on from them)" if program == "customize train" else ""
         raise UserError(
             f"{run} is finished and its {CHECKPOINT} is gone, so going on would begin anew and replace its weights. "
@@ -344,10 +344,17 @@ def _newest_run(folder: Path, program: str) -> Path | None:
     """The run of a program in a folder that saved a step last; a damaged one is passed over."""
     runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):
-        with suppress(UserError, OSError):
-            if " ".join(read_json(path.parent / FILE, RunRecord).command.split()[:2]) == program:
+        with suppress(OSError):
+            if _is_run_of(program, path.parent):
                 runs.append((path.stat().st_mtime, path.parent))
     return max(runs)[1] if runs else None
+
+
+def _is_run_of(program: str, run: Path) -> bool:
+    """Whether a folder's record says that this program wrote it; no where it cannot be read."""
+    with suppress(UserError, OSError):
+        return " ".join(read_json(run / FILE, RunRecord).command.split()[:2]) == program
+    return False
 
 
 def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:
