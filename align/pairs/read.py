@@ -42,6 +42,7 @@ from backbone.io.console import UserError, looks_like_prompt, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
+from backbone.media.sources.columns import column_of
 from backbone.media.sources.names import find_spelled
 from backbone.media.sources.pictures import list_by_name, read_image_list
 from backbone.media.sources.record import DatasetRow, ImageRecord
@@ -223,7 +224,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
     if path.suffix.lower() in SPREADSHEETS:
         for where, row in read_image_list(path):
             cells = {
-                name.strip().lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
+                column_of(name).lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
             }
             yield (
                 where[0].lower() + where[1:],
@@ -236,7 +237,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
             said = str(value).removesuffix(". Repair or delete it.")
             preferences.problems.append(said[0].lower() + said[1:])
         elif isinstance(value, dict):
-            yield where, {name.strip().lower(): cell for name, cell in value.items()}
+            yield where, {column_of(name).lower(): cell for name, cell in value.items()}
         else:
             preferences.problems.append(f"{where} is not a JSON object")
 

@@ -128,8 +128,7 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
     rank = value("r", _is_rank, _RANK, None)
     if rank is None:
         raise wrong("r", "is missing")
-    alpha_key = "lora_alpha" if settings.get("lora_alpha") is not None else "alpha"
-    alpha = value(alpha_key, _is_alpha, _ALPHA, None)
+    alpha = value("lora_alpha" if "lora_alpha" in settings else "alpha", _is_alpha, _ALPHA, None)
     targets = value("target_modules", _is_targets, "is no list of layer names", ())
     ranks = value("rank_pattern", _pattern_of(_is_rank), f"holds a layer whose rank {_RANK}", {})
     alphas = value("alpha_pattern", _pattern_of(_is_alpha), f"holds a layer whose α {_ALPHA}", {})
@@ -144,7 +143,7 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
         )
     return AdapterConfig(
         rank=rank,
-        alpha=float(rank if alpha is None else alpha),
+        alpha=float(UNSAID_ALPHA if alpha is None else alpha),
         rank_pattern=ranks,
         alpha_pattern=alphas,
         target_modules=targets if isinstance(targets, str) else tuple(targets) or None,
@@ -174,6 +173,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+UNSAID_ALPHA = 8.0  # peft's default, whatever the rank
 _FLAGS = ("use_dora", "use_rslora")
 _RANK = f"is no whole number from 1 to {LARGEST_RANK}"
 _ALPHA = "is no finite number other than 0"

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.records import join_once, parse_json, plain, read_as
+from backbone.io.records import join_once, parse_json, plain
 
 # 010 is no 8, and 1:30 no 90, as YAML 1.1 has them: texts, which are read as on the command line
 OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
+# Files of other trainers that are no list of their options: keys that such a file has → what it is
+FOREIGN = {
+    ("datasets",): "a list of images of kohya's scripts or musubi-tuner",
+    ("directory",): "a list of images of diffusion-pipe",
+    ("dataset", "model"): "a configuration of diffusion-pipe",
+    ("job", "config"): "a job of ai-toolkit",
+    ("training_method", "concept_file_name"): "a configuration of OneTrainer",
+    ("data_backend_config",): "a configuration of SimpleTuner",
+    ("--data_backend_config",): "a configuration of SimpleTuner",
+}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -21,13 +31,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == ".json":
-            return read_as(dict[str, Any], parse_json(text, path, join=join_once), path)
-        data = _toml(text) if kind == ".toml" else _yaml(text)
+            data = parse_json(text, path, join=join_once)
+        else:
+            data = _toml(text) if kind == ".toml" else _yaml(text)
     except (ValueError, RecursionError) as error:  # also what is no UTF-8, and what is nested too deeply
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
+    for keys, what in FOREIGN.items():
+        if set(keys) <= data.keys():
+            raise UserError(
+                f"{path} is {what}, and its keys mean other things than options here. Give what it says as options: "
+                "--help lists them, other trainers' spellings among them."
+            )
     return plain(data, f"{path} is not {kind[1:].upper()}")
 
 

@@ -33,8 +33,9 @@ from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 CHECKPOINT = "checkpoint.safetensors"
+FINISHED = ("concept.json", "condition.json")  # written at the end of a run, each of its kinds
 # With any of these a folder holds a run
-SAVED = (CHECKPOINT, "concept.json", "best/concept.json", "condition.json")
+SAVED = (CHECKPOINT, "best/concept.json", *FINISHED)
 BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
 LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "condition_fidelity.jsonl", "report.html"),

@@ -22,7 +22,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sheet import save_png
-from backbone.media.sources.decode import Convert, flatten_on_white
+from backbone.media.sources.decode import Convert, count_frames, flatten_on_white
 from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
@@ -67,7 +67,12 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
                 "these."
             )
         if records[0].row is None:
-            _look_at_numbers([record.path for record in records], path)
+            files = [record.path for record in records]
+            if moving := [
+                one.name for one in files if one.suffix.lower() in ANIMATED and count_frames(one) > 1
+            ]:
+                raise UserError(f"{source} holds clips ({moving[0]} moves) and no frames. Give one of them.")
+            _look_at_numbers(files, path)
         see_through: list[bool] = []
 
         def noted(frame: Image.Image) -> Image.Image:

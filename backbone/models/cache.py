@@ -10,16 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.io.console import UserError
+from backbone.families.components.tokenization import noting_cuts
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
 
 VARIABLE = "LIMNER_CACHE"
+CUTS = "cuts"  # beside a prompt's encoding: what was said of its end that the model does not see, in UTF-8
 TEXT = 3  # counts up when a family makes something else of a prompt
 
 
@@ -71,4 +74,16 @@ def _encode_prompt(model: Backbone, prompt: str, seen: Sequence[Image]) -> Text:
     facts = [model.fingerprint, prompt, model.dtype, TEXT]
     facts += [content_hash(f"{one.size}".encode() + one.tobytes()) for one in seen]
     key = content_hash("\n".join(map(str, facts)).encode())
-    return load_or_compute("text", key, lambda: model.encode_prompts([prompt], seen).text)
+
+    def encode() -> Text:
+        with noting_cuts() as cuts:
+            text = model.encode_prompts([prompt], seen).text
+        return text | (
+            {CUTS: torch.tensor(list("\n".join(cuts).encode()), dtype=torch.uint8)} if cuts else {}
+        )
+
+    text = load_or_compute("text", key, encode)
+    if CUTS in text:
+        for sentence in bytes(text.pop(CUTS).tolist()).decode().split("\n"):
+            notify_once(sentence)
+    return text

@@ -14,7 +14,7 @@ from backbone.cli.options import Option, build, check_values, drop_ineffective, 
 from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json, read_metadata
 from backbone.io.records import RunRecord
-from backbone.io.run_folder import CHECKPOINT, make_absolute, no_run_folder
+from backbone.io.run_folder import CHECKPOINT, FINISHED, make_absolute, no_run_folder
 
 FILE = "settings.json"
 NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
@@ -306,6 +306,7 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
     named = said.resume
     assert named is not None
     if (named / FILE).is_file() or not NAMES_A_CHECKPOINT.fullmatch(named.name):
+        refuse_lost_checkpoint(named, program)
         return named
     outer = named.parent if named.parent != Path() else None
     if outer is None:
@@ -328,14 +329,32 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
     return run
 
 
+def refuse_lost_checkpoint(run: Path, program: str) -> None:
+    """`UserError` for a finished run without its checkpoint: it would begin anew, and replace what it has learned."""
+    finished = any((run / name).is_file() for name in FINISHED)
+    if finished and not (run / CHECKPOINT).is_file() and _is_run_of(program, run):
+        on = f" (--begin-from {quote(run)} learns on from them)" if program == "customize train" else ""
+        raise UserError(
+            f"{run} is finished and its {CHECKPOINT} is gone, so going on would begin anew and replace its weights. "
+            f"Put that file back, or give the command another --out{on}."
+        )
+
+
 def _newest_run(folder: Path, program: str) -> Path | None:
     """The run of a program in a folder that saved a step last; a damaged one is passed over."""
     runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):
-        with suppress(UserError, OSError):
-            if " ".join(read_json(path.parent / FILE, RunRecord).command.split()[:2]) == program:
+        with suppress(OSError):
+            if _is_run_of(program, path.parent):
                 runs.append((path.stat().st_mtime, path.parent))
     return max(runs)[1] if runs else None
+
+
+def _is_run_of(program: str, run: Path) -> bool:
+    """Whether a folder's record says that this program wrote it; no where it cannot be read."""
+    with suppress(UserError, OSError):
+        return " ".join(read_json(run / FILE, RunRecord).command.split()[:2]) == program
+    return False
 
 
 def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:

@@ -10,16 +10,24 @@ Names are of files or folders beside their list, and never outside of its folder
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json
 from backbone.io.records import read_as, resolve_inside
-from backbone.media.clips import Film, read_film
+from backbone.media.clips import FILMS, STACK, Film, read_film
 from backbone.media.sources.columns import join_lines
-from backbone.media.sources.pictures import read_captions, read_listed
+from backbone.media.sources.names import list_visible, normalize_name
+from backbone.media.sources.pictures import (
+    CAPTION_SUFFIXES,
+    MASK_STEM,
+    METADATA,
+    SYSTEM_FILES,
+    read_captions,
+    read_listed,
+)
 
 LISTS = (".jsonl", ".json", ".csv")
 SEVERAL = "captions.json"
@@ -50,7 +58,8 @@ class Captioned:
 def list_films(source: str) -> list[Captioned]:
     """The clips of a folder (animated files, films and folders of frames, captioned as images are) or of a list.
 
-    A folder that holds frames alone is one clip. Raises `UserError` for a folder or a list without any.
+    A folder that holds frames alone is one clip; what a folder holds beside its clips is said. Raises `UserError` for a
+    folder or a list without any.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() in LISTS:
@@ -64,19 +73,76 @@ def list_films(source: str) -> list[Captioned]:
                 raise UserError(
                     f"{source} names {place.relative_to(path.parent)}, and there is none. Put it beside the list."
                 )
-        return [Captioned(read_film(place), caption) for place, caption in captions.items()]
+        return [
+            Captioned(film, caption)
+            for film, caption in zip(read_films(list(captions)), captions.values(), strict=True)
+        ]
     if not path.is_dir():
         what = f"{source} is a file" if path.is_file() else f"There is no folder {source}"
         raise UserError(f"{what}. Name a folder that holds clips, or a list of them ({', '.join(LISTS)}).")
-    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    inside = list_visible(path)
     places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
     stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if places and len(stills) == len(places):
         return [Captioned(read_film(path), "")]
+    places = once_each(places, path)
     if not places:
         raise UserError(f"{source} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
     captions = read_captions(path, places) | read_several(path / SEVERAL, places)
-    return [Captioned(read_film(place), captions[place]) for place in places]
+    captioned = {normalize_name(place.name if place.is_dir() else place.stem) for place in places}
+    unused = [
+        one.name
+        for one in inside
+        if one.is_file()
+        and one not in places
+        and one.name.lower() not in (*METADATA, SEVERAL, *SYSTEM_FILES)
+        and not (one.suffix.lower() in CAPTION_SUFFIXES and normalize_name(one.stem) in captioned)
+    ]
+    if unused:
+        more = f" and {len(unused) - 5} more" if unused[5:] else ""
+        notify(f"Not used in {source}: {', '.join(unused[:5])}{more}.")
+    return [Captioned(film, captions[place]) for place, film in zip(places, read_films(places), strict=True)]
+
+
+def read_films(places: Sequence[Path]) -> list[Film]:
+    """The clips at these places; one `UserError` says what is wrong with each that cannot be read."""
+    films, wrong = [], []
+    for place in places:
+        try:
+            films.append(read_film(place))
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return films
+
+
+def once_each(places: Sequence[Path], folder: Path) -> list[Path]:
+    """The clips of a folder without the frames of those that are there as a file too, as `customize clip` writes them.
+
+    Masks are left out. Raises `UserError` for two files of one clip, and for a folder that holds films.
+    """
+    files: dict[str, Path] = {}
+    for place in [one for one in places if one.is_file() and not MASK_STEM.fullmatch(one.stem)]:
+        name = normalize_name(place.stem)
+        if name in files:
+            raise UserError(f"{files[name]} and {place.name} are one clip by their names. Keep one of them.")
+        files[name] = place
+    folders = [one for one in places if one.is_dir() and one.name.lower() not in SYSTEM_FILES]
+    frames = [one.name for one in folders if normalize_name(one.name) in files]
+    if frames:
+        also = f" and so are those of {count_of(len(frames) - 1, 'other clip')}" if frames[1:] else ""
+        notify(
+            f"The frames in {folder / frames[0]}/ are those of a file beside it, and not learned twice{also}."
+        )
+    apart = [one for one in folders if one.name not in frames]
+    for one in apart:
+        if films := [file.name for file in list_visible(one) if file.suffix.lower() in (*FILMS, STACK)]:
+            raise UserError(
+                f"{one} holds clips ({films[0]}), and clips are read from one folder. Move them to {folder}, or give "
+                f"{one}."
+            )
+    return [one for one in places if one in files.values() or one in apart]
 
 
 def read_several(listed: Path, places: Iterable[Path]) -> dict[Path, str]:

@@ -35,7 +35,7 @@ from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
 from backbone.io.console import UserError, count_of, notify, progress
-from backbone.io.files import write_json
+from backbone.io.files import content_hash, write_json
 from backbone.io.run_folder import (
     CHECKPOINT,
     hold_folder,
@@ -67,6 +67,12 @@ from backbone.training.run import Objective, drive
 from backbone.training.settings import RunFolderOptions, changed_settings, find_resumed, read_run_settings
 from customize.clips.films import Captioned, list_films
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
+from customize.data.captions import (
+    TrainingPrompt,
+    describe_brackets,
+    describe_foreign_syntax,
+    describe_truncated,
+)
 
 PROGRAM = "customize train-motion"
 RESUMED = ("device", "clips", "motion", "model")  # what may be said anew beside --resume: it may have moved
@@ -92,17 +98,15 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
         raise UserError(
             f"{least.name} has {len(least.frames)} frames, and --frames is {asked.frames}. Ask for fewer."
         )
+    refuse_stills(films)
     # Latents and prompts once, then only the denoiser is needed
     model, settled = open_model(asked)
     if not whole:
         check_token(asked.token, model.text_encoder.tokenizer.get_vocab())
     concept = Concept(MOTION, asked.model, model.fingerprint, {asked.token: asked.token_words}, "")
     latents = encode_films(model, films)
-    captions = [one.caption or asked.prompt for one in films]
-    if whole:
-        prompts = [without_token(caption, asked.token) for caption in captions]
-    else:
-        prompts = [replace_tokens(with_token(caption, asked.token), [concept]) for caption in captions]
+    told = write_prompts(films, asked, concept, model)
+    captions, prompts = [one.written for one in told], [one.resolved for one in told]
     conditions = encode_prompts_cached(model, [*prompts, ""])
     kept = draw_prior(model, captions, asked)
     model.free("autoencoder", "text_encoder")
@@ -112,6 +116,7 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
         learning.sources = {
             "model": model.fingerprint,
             "clips": " ".join(one.film.content for one in films),
+            "set of captions": content_hash("\n".join(prompts).encode()),
             **({} if whole else {"motion adapter": hash_motion(model.denoiser)}),
         }
         learning.resume(run)
@@ -219,9 +224,45 @@ def draw_prior(model: Backbone, prompts: Sequence[str], asked: TrainMotionOption
     return Prior(found, encode_prompts_cached(model, chosen))
 
 
+def write_prompts(
+    films: Sequence[Captioned], asked: TrainMotionOptions, concept: Concept, model: Backbone
+) -> list[TrainingPrompt]:
+    """What each clip is learned under: its caption or the prompt, with the token, or without where none is learned.
+
+    Says what of them is read as plain text, and which are cut off.
+    """
+    prompts = []
+    for one in films:
+        source = f"{one.film.name}'s caption" if one.caption else "--prompt"
+        said = (one.caption or asked.prompt).replace("{token}", asked.token)
+        if asked.method == "full":
+            said = without_token(said, asked.token)
+            prompts.append(TrainingPrompt(said, said, source))
+        else:
+            said = with_token(said, asked.token)
+            prompts.append(TrainingPrompt(said, replace_tokens(said, [concept]), source))
+    for sentence in (
+        describe_brackets(prompts, concept),
+        *describe_foreign_syntax(prompts),
+        *describe_truncated(prompts, asked.token_words, asked.token, model.text_encoder),
+    ):
+        if sentence:
+            notify(sentence)
+    return prompts
+
+
+def refuse_stills(films: Sequence[Captioned]) -> None:
+    """`UserError` for clips in which nothing moves: all their frames are equal."""
+    for film in [one.film for one in films]:
+        if len({frame.tobytes() for frame in film.frames}) == 1:
+            raise UserError(f"All frames of {film.name} are equal, so there is no motion in it. Take it out.")
+
+
 def with_token(prompt: str, token: str) -> str:
     """A prompt with the token behind it, where it does not hold it."""
-    return prompt if mentions(prompt, token) else f"{prompt}, {token}"
+    if mentions(prompt, token):
+        return prompt
+    return f"{prompt}, {token}" if prompt.strip() else token
 
 
 def without_token(prompt: str, token: str) -> str:

@@ -21,6 +21,7 @@ from customize.settings import Subject
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder
 
+FIELD = re.compile(r"\{\w+\}")  # what is filled in, or was meant to be: {token}, {class}
 LONG = 50  # pieces from which a caption may be longer than the 77 tokens that CLIP reads
 # What is a token or more: a word, a digit, a mark, and each character of scripts without spaces
 PIECES = re.compile(r"[A-Za-z]+|\d|[^\sA-Za-z\d]")
@@ -59,10 +60,10 @@ def write_prompt(
 
 
 def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> str:
-    """A sentence on what looks like a token in captions and is none; "" where there is nothing of the kind."""
+    """A sentence on what looks like a token or a field in captions and is none; "" where there is none of the kind."""
     sources: dict[str, str] = {}
     for prompt in prompts:
-        for word in PLACEHOLDER.findall(prompt.written):
+        for word in [*PLACEHOLDER.findall(prompt.written), *FIELD.findall(prompt.written)]:
             if word not in concept.tokens:
                 sources.setdefault(word, prompt.source)
     if not sources:

@@ -36,7 +36,7 @@ from backbone.media.control.maps import (
     refuse_wrong_kind,
     resize_map,
 )
-from backbone.media.sources.columns import CAPTION_COLUMNS
+from backbone.media.sources.columns import CAPTION_COLUMNS, Columns
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.names import normalize_name
 from backbone.media.sources.pictures import (
@@ -57,6 +57,7 @@ from customize.data.edit_pairs import (
     list_partners,
     plain_name,
     read_edit_pairs,
+    say_unused,
 )
 
 MAP_COLUMNS = (
@@ -143,7 +144,7 @@ def read_control_pairs(
     path = Path(source).expanduser()
     listed = find_lists(path, (*METADATA, PROMPT_LIST))
     if path.is_dir() and listed:
-        pairs = _from_list(listed[0], columns)
+        pairs = _from_list(listed[0], kind, columns)
     elif path.is_dir() and _has_two_folders(path):
         pairs = [
             ControlPair(replace(one.target, caption=one.instruction or None), one.source)
@@ -162,22 +163,36 @@ def read_control_pairs(
         )
     if bare:
         notify(f"{source} has no maps, so its {kind} are found in the images themselves.")
+    if path.is_dir() and pairs[0].image.row is None:
+        say_unused(
+            path, [one for pair in pairs for one in (pair.image, pair.map) if one], (*METADATA, PROMPT_LIST)
+        )
     return pairs
 
 
-def _from_list(path: Path, columns: ControlColumns) -> list[ControlPair]:
-    """The pairs of metadata.jsonl, metadata.csv or prompt.json."""
+def _words_of(kind: str) -> list[str]:
+    """A kind of maps and what else it is called."""
+    return [kind, *(word for word, meant in SYNONYMS.items() if meant == kind)]
+
+
+def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
+    """The pairs of metadata.jsonl, metadata.csv or prompt.json.
+
+    Raises `UserError` where no map is named and other columns name files, which may be maps.
+    """
     pairs, beside = [], ListedImages()
+    words: dict[str, str] = {}  # what else the lines say, an example of each
+    usual = (*MAP_COLUMNS, *SOURCES, *map(plain_name, _words_of(kind)))
     for where, entry in read_image_list(path):
         image = _value(
             entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, where
         )
         if not isinstance(image, str) or not image:
             raise UserError(
-                f'{where} names no image. Write it as {{"file_name": "1.png", "conditioning_image": "map-1.png", '
-                '"text": "a dog in the snow"}.'
+                f"{where} names no image (its keys are {', '.join(entry)}). Write it as "
+                '{"file_name": "1.png", "conditioning_image": "map-1.png", "text": "a dog in the snow"}.'
             )
-        drawn = _value(entry, columns.map, (*MAP_COLUMNS, *SOURCES), where)
+        drawn = _value(entry, columns.map, usual, where)
         caption = _value(entry, columns.caption, CAPTION_COLUMNS, where)
         for what, value in (("map", drawn), ("caption", caption)):
             if value is not None and not isinstance(value, str):
@@ -185,8 +200,20 @@ def _from_list(path: Path, columns: ControlColumns) -> list[ControlPair]:
         record = beside.record(find_listed(path, image, where))
         record = replace(record, caption=" ".join((caption or "").split()) or record.caption)
         pairs.append(ControlPair(record, ImageRecord(find_listed(path, drawn, where)) if drawn else None))
+        words |= {
+            key: one for key, one in entry.items() if isinstance(one, str) and one not in (image, drawn)
+        }
     if not pairs:
         raise UserError(f"{path} names no image. Write a line for each.")
+    files = [key for key, one in words.items() if Path(one).suffix.lower() in IMAGE_SUFFIXES]
+    if files and all(pair.map is None for pair in pairs):
+        raise UserError(
+            f"{path} names no maps under a name that is known, but files as {', '.join(files)}. If these are the maps, "
+            f"give --conditioning-image-column {files[0]}; else take the column out."
+        )
+    Columns(columns.caption or None, None).say_of_captions(
+        [key for key in words if key not in files], str(path)
+    )
     return pairs
 
 
@@ -208,7 +235,7 @@ def _has_two_folders(folder: Path) -> bool:
 def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     """The folders of images and of their maps, which is called after maps or the kind; None where there are none."""
     below = {plain_name(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    words = (*SOURCES, "map", "hint", kind, *(word for word, meant in SYNONYMS.items() if meant == kind))
+    words = (*SOURCES, "map", "hint", *_words_of(kind))
     images, drawn = (
         next((below[plain_name(name)] for name in names if plain_name(name) in below), None)
         for names in (IMAGE_FOLDERS, words)
@@ -230,7 +257,8 @@ def _from_images(source: str, kind: str, columns: ControlColumns) -> list[Contro
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:
         names = images[0].row.table.column_names
-        column = columns.map or next((one for one in names if plain_name(one) in MAP_COLUMNS), "")
+        usual = (*MAP_COLUMNS, *map(plain_name, _words_of(kind)))
+        column = columns.map or next((one for one in names if plain_name(one) in usual), "")
         maps = list_images(source, image_column=column) if column else [None] * len(images)
         if len(maps) != len(images):
             raise UserError(

@@ -20,17 +20,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
+from backbone.media.sources.columns import column_of
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.names import find_spelled
 from backbone.media.sources.pictures import (
     METADATA,
     PROMPT_LIST,
     ListedImages,
+    describe_unused,
     find_lists,
     list_by_name,
     read_image_list,
@@ -88,12 +90,22 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
             f"{folder} is no folder. Name one with source/ and target/, or with a metadata.jsonl."
         )
     pairs = _read_folder(folder)
-    masks = [one.mask for pair in pairs for one in (pair.source, pair.target) if one.mask]
+    say_unused(folder, [one for pair in pairs for one in (pair.source, pair.target, *pair.references)], LISTS)
+    return pairs
+
+
+def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]) -> None:
+    """Says which masks of pairs are not used, and what else a folder of pairs holds beside its list and images."""
+    masks = [one.mask for one in images if one.mask]
     if masks:
         notify(
             f"Pairs are learned from as a whole: {count_of(len(masks), 'mask')} not used (first: {masks[0]})."
         )
-    return pairs
+    listed = [ImageRecord(path) for path in find_lists(folder, lists)]
+    if (folder / RECORD).is_file() or any(folder.glob(f"*/{RECORD}")):
+        return  # runs of `edit` hold more than their images
+    for sentence in describe_unused(folder, [*listed, *images]):
+        notify(sentence)
 
 
 def _read_folder(folder: Path) -> list[EditPair]:
@@ -110,10 +122,12 @@ def _read_folder(folder: Path) -> list[EditPair]:
 
 
 def plain_name(name: str) -> str:
-    """A column's or folder's name in lower case and the singular, without separators and the number behind it."""
-    return (
-        "".join(letter for letter in name.lower() if letter.isalnum()).rstrip("0123456789").removesuffix("s")
-    )
+    """A column's or folder's name in lower case and the singular, without separators and the number behind it.
+
+    `control_image_file_name` is `control_image`.
+    """
+    word = column_of(name.strip().rstrip("0123456789")).lower()
+    return "".join(letter for letter in word if letter.isalnum()).rstrip("0123456789").removesuffix("s")
 
 
 def _from_list(path: Path) -> Iterator[EditPair]:
@@ -133,12 +147,19 @@ def _from_list(path: Path) -> Iterator[EditPair]:
         for image, what, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
             if not isinstance(image, str) or not image:
                 raise UserError(
-                    f"{where} names no {what} image. Write it as "
+                    f"{where} names no {what} image (its keys are {', '.join(entry)}). Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
         before, after = (listed.record(find_listed(path, name, where)) for name in (source, target))
         told = read_as(str, _first(named, INSTRUCTIONS) or after.caption or "", where, "instruction")
         further = [read_as(str, name, where, "references") for name in references]
+        files = {*SOURCES, *TARGETS, *REFERENCES}
+        others = [key for key in entry if plain_name(key) not in files and isinstance(entry[key], str)]
+        if not told and others:
+            notify_once(
+                f"{path} has no instruction, prompt, caption or text, so no words come from it. It has "
+                f"{', '.join(others)}: call one of them instruction."
+            )
         yield EditPair(
             before,
             after,

@@ -88,6 +88,7 @@ def read_subjects(
     `UserError` where a token or class is missing, one is given for several subjects, or the prompts differ.
     """
     concepts = read_concepts(path)
+    _refuse_parts_of_one(concepts)
     for flag, value in (("--token", token), ("--class", class_noun), ("--token-words", token_words)):
         if value and len(concepts) > 1:
             raise UserError(
@@ -135,6 +136,18 @@ def read_subjects(
     return subjects, asked
 
 
+def _refuse_parts_of_one(concepts: Sequence[ConceptFolder]) -> None:
+    """`UserError` for two folders of one token: one subject's images lie in one folder."""
+    first: dict[str, ConceptFolder] = {}
+    for entry in concepts:
+        before = first.setdefault(entry.token_words, entry)
+        if before is not entry and entry.token_words:
+            raise UserError(
+                f"{before.folder} and {entry.folder} have one token, {entry.token_words}. If they show one subject, "
+                "put their images into one folder, where all count equally; else give each a token of its own."
+            )
+
+
 def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
     """Says which images of a folder of concepts no concept uses."""
     if not path.is_dir() or path in used:
@@ -158,7 +171,7 @@ def is_concept_source(path: str | Path, *, token: str = "", class_noun: str = ""
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return path.name == "concepts_list.json"
+        return path.suffix.lower() == ".json"  # what is no concepts_list.json is told so
     if not path.is_dir():
         return False
     if _has_images(path):
@@ -186,8 +199,14 @@ def _parse_folder(folder: Path) -> ConceptFolder:
 
 def _read_list(path: Path) -> list[ConceptFolder]:
     entries = read_json(path, Any)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …}}, …].')
+    is_one = isinstance(entries, list) and bool(entries)
+    if is_one and path.name != "concepts_list.json":
+        is_one = all(isinstance(entry, dict) and "instance_data_dir" in entry for entry in entries)
+    if not is_one:
+        raise UserError(
+            f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …, "instance_prompt": …}}, …], or '
+            "give the folder of the images."
+        )
     return [
         _parse_entry(entry, f"Entry {number} of {path}", path.parent)
         for number, entry in enumerate(entries, 1)

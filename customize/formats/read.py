@@ -37,7 +37,7 @@ from backbone.adapters.config import (
     read_peft_config,
 )
 from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, count_of, notify, notify_once
 from backbone.io.files import read_tensors
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
@@ -134,6 +134,8 @@ def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
             if name in layers:
                 raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
             layers[name] = layer
+    if not any(layer.magnitude is not None or layer.squared_norm() for layer in layers.values()):
+        notify_once(f"{path} changes nothing: the factors of all its layers give zero. Was it trained?")
     return AdapterFile(layers, metadata, _describe_format(tensors), translation.network)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from backbone.io.console import count_of, notify
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.record import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from customize.settings import Settings
 
 SHARP = 100.0  # variance of the Laplacian (8-bit grey levels) below which a picture is called blurred, by convention
+SAID = 6  # sentences on captions at most
 SHARP_SIDE = 512  # pixels a side at which sharpness is judged
 DIFFERENT_SHAPES = 1.5  # largest over smallest aspect ratio
 SMALL_MODEL = 100_000_000  # parameters up to which a step is timed
@@ -108,6 +110,15 @@ def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[s
         prompt for prompt in prompts if len(PIECES.findall(prompt.written)) > LONG * (4 if with_t5 else 1)
     ]
     return sentences + (describe_truncated(long, "[V]", "[V]", model.text_encoder) if long else [])
+
+
+def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
+    """Say what is plain text in captions or instructions, and which are truncated, a few of them by name."""
+    sentences = caption_warnings(pictures, model)
+    for sentence in sentences[:SAID]:
+        notify(sentence)
+    if sentences[SAID:]:
+        notify(f"So it is of {count_of(len(sentences) - SAID, 'other caption')}.")
 
 
 def sharpness(image: Image.Image) -> float:

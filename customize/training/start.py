@@ -193,7 +193,7 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
     if "instance_prompt" in rest:
         first = subjects[0]
         rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)
-    refuse_prompts(subjects[0], rest)
+    refuse_prompts(subjects, rest)
     if "scorer" in rest:
         rest["scorer"] = make_absolute(rest["scorer"])
     if "preview_on" in rest:
@@ -248,16 +248,22 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
     )
 
 
-def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
-    """`UserError` for an instance prompt without the token, or a class prompt with it: nothing would be learned.
+def refuse_prompts(subjects: Sequence[Subject], rest: Mapping[str, Any]) -> None:
+    """`UserError` for an instance prompt without the token, or a class prompt with one: nothing would be learned.
 
-    So is a class that is the token, and a placeholder that nothing fills.
+    So are an empty one of both, a class that is the token, and a placeholder that nothing fills.
     """
+    first = subjects[0]
     if first.class_noun and mentions(first.class_noun, first.token):
         raise UserError(
             f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. Say what kind "
             "of thing it is: --class dog."
         )
+    for name, example in (("instance_prompt", f"a photo of {first.called()}"), ("class_prompt", "a dog")):
+        if name in rest and not rest[name].strip():
+            raise UserError(
+                f"The {name.replace('_', ' ')} is empty. Say what there is, as in “{example}”, or leave it out."
+            )
     general_prompts = [("class prompt", rest.get("class_prompt") or "")]
     general_prompts += [("prior prompt", one) for one in rest.get("prior_prompts") or ()]
     for what, said in [("instance prompt", rest.get("instance_prompt") or ""), *general_prompts]:
@@ -272,9 +278,11 @@ def refuse_prompts(first: Subject, rest: Mapping[str, Any]) -> None:
             f"{first.called()}”, or {{token}} in its place."
         )
     for what, general in general_prompts:
-        if "{token}" in general or mentions(general, first.token):
+        own = [one.token for one in subjects if mentions(general, one.token)]
+        if own or "{token}" in general:
             raise UserError(
-                f"The {what} “{general}” holds the token {first.token}, which is the subject's alone. Leave it out."
+                f"The {what} “{general}” holds the token {(own or [first.token])[0]}, which is the subject's alone. "
+                "Leave it out."
             )
 
 

@@ -7,7 +7,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from backbone.adapters.concept import Concept, check_token, choose_rare_word
+from backbone.adapters.concept import (
+    Concept,
+    check_token,
+    choose_rare_word,
+    resolve_placeholder_tokens,
+)
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.run_folder import run_name
@@ -75,7 +80,8 @@ def group_of(
 ) -> SubjectGroup:
     """A subject's images with their prompts, as the model reads them.
 
-    Prints what the token stands for, unknown tokens in captions, and captions that are truncated.
+    Prints what the token stands for, unknown tokens in captions, and captions that are truncated. Raises `UserError`
+    for a prompt of the class with a token that is none of the run's.
     """
     instance = subject.filled(settings.instance_prompt)
     noun = subject.class_noun
@@ -92,8 +98,10 @@ def group_of(
         else f"stands for “{subject.token_words}”"
     )
     notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
-    class_prompt = subject.filled(settings.class_prompt)
-    further = tuple(map(subject.filled, settings.further_prompts))
+    class_prompt, *further = [
+        resolve_placeholder_tokens(subject.filled(said), [concept], runs=None)
+        for said in (settings.class_prompt, *settings.further_prompts)
+    ]
     return SubjectGroup(
         folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images, further
     )

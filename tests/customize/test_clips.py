@@ -31,7 +31,7 @@ from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.clips.cli import call_of_motion
-from customize.clips.films import list_films
+from customize.clips.films import Captioned, list_films
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 from customize.clips.train import (
     MotionLearning,
@@ -40,6 +40,7 @@ from customize.clips.train import (
     with_token,
     without_looks,
     without_token,
+    write_prompts,
 )
 from tests.tiny import tiny_motion_adapter
 
@@ -289,6 +290,24 @@ def test_a_token_counts_as_a_whole_word_and_stands_in_every_prompt() -> None:
     assert without_token("a dog moving, mov", "mov") == "a dog moving"
     assert with_token("a dog moving", "mov") == "a dog moving, mov"
     assert with_token("mov, a dog", "mov") == "mov, a dog"
+    assert with_token(" ", "mov") == "mov"
+
+
+def test_what_captions_of_clips_say_to_other_programs_is_plain_text_and_said(
+    tiny: Backbone, walks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = list_films(str(walks))[0].film
+    told = [Captioned(first, one) for one in ("{token}, a (red:1.3) dog in {place}", "", "a dog " * 60)]
+    asked = TrainMotionOptions(clips="walks", motion="adapter", prompt="a clip")
+    motion = Concept("motion", "tiny", "f", {"[M]": asked.token_words}, "")
+    prompts = write_prompts(told, asked, motion, tiny)
+    assert (
+        prompts[0].written.startswith("[M], a (red")
+        and prompts[1].resolved == "a clip, moving in its own way"
+    )
+    lines = capsys.readouterr().err
+    for line in ("hold {place}", "hold “(red:1.3)", "reads 77, the token [M] not among them"):
+        assert line in lines
 
 
 def test_captions_of_clips_are_read_as_those_of_images(walks: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from backbone.io.console import UserError
 from backbone.media.clips import encode_webp
 from customize.cli import app
 from customize.clips.films import list_films
+from customize.clips.train import refuse_stills
 
 COLOURS = {"one": "red", "two": "blue"}
 
@@ -85,6 +86,8 @@ def test_of_several_captions_the_first_is_learned_and_that_is_said(
         ("train.jsonl", "", "names no clips"),
         ("train.toml", "[[datasets]]", "train.toml is a file.*jsonl"),
         ("captions.json", '{"four.webp": "a dog"}', "no such clip"),
+        ("metadata.csv", "video,text\nfour.webp,a dog\n", "four.webp, and there is no such clip"),
+        ("train.csv", "clip,text\none.webp,a dog\n", r"names no image \(its keys are clip, text\)"),
         ("captions.json", '{"one.webp": 3}', "captions.json"),
         ("captions.json", '["one.webp"]', "captions.json"),
     ],
@@ -92,7 +95,7 @@ def test_of_several_captions_the_first_is_learned_and_that_is_said(
 def test_lists_that_cannot_be_read_are_a_sentence(folder: Path, name: str, text: str, complaint: str) -> None:
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=complaint):
-        list_films(str(folder if name == "captions.json" else folder / name))
+        list_films(str(folder if name in ("captions.json", "metadata.csv") else folder / name))
 
 
 def test_the_command_refuses_a_list_and_leaves_nothing(folder: Path) -> None:
@@ -102,3 +105,42 @@ def test_the_command_refuses_a_list_and_leaves_nothing(folder: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, UserError) and "gone.webp" in str(done.exception)
     assert not out.exists()
+
+
+def test_a_clip_that_is_there_as_a_file_and_as_its_frames_is_learned_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "three").rename(folder / "one")  # as `customize clip` writes them
+    (folder / "two.mask.webp").write_bytes((folder / "two.webp").read_bytes())
+    for name in ("two.txt", "four.txt", "two.flv"):
+        (folder / name).write_text("a blue square")
+    assert said(folder) == {"one.webp": "", "two.webp": "a blue square"}
+    told = capsys.readouterr().err
+    assert f"frames in {folder}/one/ are those of a file" in told
+    assert f"Not used in {folder}: four.txt, two.flv, two.mask.webp." in told
+    (folder / "two.gif").write_bytes(b"")
+    with pytest.raises(UserError, match=r"two\.gif and two\.webp are one clip"):
+        list_films(str(folder))
+
+
+@pytest.mark.parametrize("name", ["one.webp", "four.mp4"])
+def test_a_folder_of_clips_inside_of_one_of_clips_is_no_folder_of_frames(folder: Path, name: str) -> None:
+    (folder / "more").mkdir()
+    (folder / "more" / name).write_bytes((folder / "one.webp").read_bytes())
+    with pytest.raises(UserError, match=rf"more holds clips \({name}"):
+        list_films(str(folder))
+
+
+def test_every_clip_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "four.webp").write_bytes(b"RIFF")
+    (folder / "three" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"four\.webp cannot be read.*\n.*three has one frame"):
+        list_films(str(folder))
+
+
+def test_a_clip_in_which_nothing_moves_teaches_no_motion(folder: Path) -> None:
+    refuse_stills(list_films(str(folder)))
+    for number in range(2):
+        Image.new("RGB", (16, 16), "green").save(folder / "three" / f"{number}.png")
+    with pytest.raises(UserError, match=r"frames of .*three are equal"):
+        refuse_stills(list_films(str(folder)))

@@ -433,6 +433,34 @@ def test_a_list_s_captions_may_lie_beside_its_images(pairs: Path, tmp_path: Path
         read_control_pairs(str(path.parent), "sketch")
 
 
+@pytest.mark.parametrize("name", ["conditioning_image_file_name", "scribble", "Sketch"])
+def test_a_list_s_maps_may_be_called_as_datasets_or_their_kind_calls_them(
+    name: str, pairs: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    listed = folder / "metadata.jsonl"
+    listed.write_text(listed.read_text().replace("conditioning_image", name))
+    found = read_control_pairs(str(folder), "sketch")
+    assert [one.map and one.map.path.name for one in found[:2]] == ["0.png", "1.png"]
+
+
+def test_columns_that_no_list_of_pairs_has_are_named_and_what_is_not_used_is_said(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    listed = folder / "metadata.jsonl"
+    lines = listed.read_text().replace('"text"', '"description"').splitlines()
+    listed.write_text("\n".join(lines[1:]))
+    shutil.copy(folder / "maps" / "1.png", folder / "1.mask.png")
+    assert len(read_control_pairs(str(folder), "sketch")) == PAIRS - 1
+    said = capsys.readouterr().err
+    for words in ("It has description: name", "1 mask not used", f"Not used in {folder}: 0.png, maps/0.png"):
+        assert words in said
+    listed.write_text(listed.read_text().replace("conditioning_image", "drawing"))
+    with pytest.raises(UserError, match=r"files as drawing.*give --conditioning-image-column drawing"):
+        read_control_pairs(str(folder), "sketch")
+
+
 def test_named_columns_win_and_a_missing_one_is_named(pairs: Path) -> None:
     found = read_control_pairs(str(pairs), "sketch", ControlColumns(caption="file_name"))
     assert found[3].caption == "3.png"

@@ -20,7 +20,7 @@ from backbone.conditions.conditions import Text
 from backbone.families.base import ModuleSpec, TextEncoderSlot, TextSegment
 from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
-from backbone.io.console import UserError, notify_once, shorten
+from backbone.io.console import UserError, shorten
 from backbone.io.weights import refuse_damaged
 
 MARK = "\ue000"  # stands for the prompt while its place in a template is looked up
@@ -116,7 +116,7 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
             words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
             if before + len(words) > length:
                 dropped = self.tokenizer.decode(words[length - before :])
-                notify_once(
+                tokenization.say_cut(
                     f"The prompt has {len(words)} tokens and this model reads {length - before}: it will not see "
                     f"“{shorten(dropped)}”."
                 )

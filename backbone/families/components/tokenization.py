@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -93,7 +95,28 @@ def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int |
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
         if len(tokens) > length:
             dropped = slot.tokenizer.decode(tokens[length - 1 : -1])
-            notify_once(
+            say_cut(
                 f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see "
                 f"“{shorten(dropped)}”."
             )
+
+
+_heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
+
+
+def say_cut(sentence: str) -> None:
+    """Say once what a model will not see of a prompt, and note it where `noting_cuts` listens."""
+    if (heard := _heard.get()) is not None:
+        heard.append(sentence)
+    notify_once(sentence)
+
+
+@contextmanager
+def noting_cuts() -> Iterator[list[str]]:
+    """Inside it, what is said of prompts that are cut off is listed: who keeps their encodings keeps that too."""
+    heard: list[str] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)

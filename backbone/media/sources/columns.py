@@ -9,7 +9,7 @@ from backbone.io.console import UserError, notify_once
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
-NAME_COLUMNS = ("image_path", "video_path", "video")
+NAME_COLUMNS = ("image_file_name", "image_path", "video_path", "video")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class Columns:
                     f"{where} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, so no captions "
                     f"come from it. It has {', '.join(others[:6])}: name the one with caption_column."
                 )
+
+
+def column_of(key: str) -> str:
+    """The column whose files a key names, as `datasets` has them: `chosen_file_name` are the images of `chosen`."""
+    word = key.strip()
+    return word[: -len("_file_name")] if word.lower().endswith("_file_name") else word
 
 
 def join_lines(caption: str | None) -> str | None:

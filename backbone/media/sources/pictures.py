@@ -13,7 +13,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -137,13 +137,20 @@ class ListedImages:
         return _read_companions(path, self._beside[path.parent])
 
 
-def read_captions(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
+def read_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     """The captions of a folder's files, or of folders in it: in its metadata, or beside them; "" where there is none.
 
-    Raises `UserError` for text that cannot be read, and for two captions of one file.
+    Raises `UserError` for text that cannot be read, for two captions of one file, and for one of a file that is not
+    among them.
     """
     metadata, beside = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
     by_name = {normalize_name(name): caption for name, (caption, _) in metadata.items()}
+    known = {normalize_name(path.name) for path in paths}
+    for name, (_, listed) in metadata.items():
+        if normalize_name(name) not in known:
+            raise UserError(
+                f"{listed} names {name}, and there is no such clip. Take it out, or put it there."
+            )
     found = {}
     for path in paths:
         told = by_name.get(normalize_name(path.name))
@@ -295,7 +302,11 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         name_column = columns.find("image", list(entry), where)
         name = entry.get(name_column) if name_column else None
         if not isinstance(name, str) or not name:
-            raise UserError(f'{where} names no image. Write it as {{"file_name": "1.jpg", "text": "…"}}.')
+            named = f"its keys are {', '.join(entry)}" if entry else "it is empty"
+            raise UserError(
+                f"{where} names no image ({named}). Call the key of the files file_name, as in "
+                '{"file_name": "1.jpg", "text": "…"}.'
+            )
         caption_column = columns.find("caption", list(entry), where)
         caption = entry.get(caption_column) if caption_column else None
         if caption is not None and not isinstance(caption, str):

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from backbone.families.unet.original import from_original, to_original
-from backbone.io.console import UserError, quote
+from backbone.io.console import UserError, count_of, quote
 from customize.formats.layers.known import (
     DENOISERS,
     LISTS,
@@ -264,6 +264,6 @@ def _unknown_names(
     ours = network is not None and (network not in PUBLISHED or has_published_size(network, others))
     beside = f", though its others are of {NETWORK_NAMES[network]}" if network and ours else ""
     return UserError(
-        f"{path} adapts {len(unknown)} layers that no supported model has ({shown}){beside}. "
+        f"{path} adapts {count_of(len(unknown), 'layer')} that no supported model has ({shown}){beside}. "
         "Export it again from the tool that wrote it, in diffusers' or kohya's names."
     )

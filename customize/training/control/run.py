@@ -53,6 +53,7 @@ from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
+from customize.training.preflight import say_of_captions
 from customize.training.record import describe_changes, hash_images, write_record
 
 FIDELITY = "condition_fidelity.jsonl"
@@ -86,6 +87,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
+    say_of_captions([pair.image for pair in pairs], model)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))

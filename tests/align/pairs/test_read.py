@@ -244,6 +244,10 @@ def test_an_unlabelled_row_is_none_however_its_no_is_written(tmp_path: Path) -> 
 def test_a_spreadsheet_says_what_json_lines_say(tmp_path: Path) -> None:
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "c.csv").write_text("prompt,chosen_file_name,Rejected_File_Name\na dog,1.png,0.png\n")
+    (named,) = read_preferences(tmp_path / "c.csv").pairs  # as an imagefolder of `datasets` calls them
+    assert (named.first.path.name, named.label) == ("1.png", 1)
+    (tmp_path / "c.csv").unlink()
     (tmp_path / "p.csv").write_text(
         "\ufeffPrompt;image_0;image_1;label_0;label_1\na dog;0.png;1.png;1;0\na cat;2.png;3.png;0.0;1.0\n"
         "a cow;0.png;2.png;0.5;\na pig;0.png;3.png;left;\n",

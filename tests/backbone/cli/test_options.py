@@ -198,6 +198,9 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
             "v2: false\nsteps: 5\nxformers: true",
             r"2 unknown keys \(v2, xformers\), which would have no",
         ),
+        ("a.json", "[1]", "does not hold settings"),
+        ("a.toml", "[general]\n[[datasets]]\nresolution = 512\n", "a.toml is a list of images of kohya"),
+        ("a.yaml", "job: extension\nconfig: {name: dog}", "a.yaml is a job of ai-toolkit"),
         ("a.yaml", "steps: many", "steps in .*a.yaml is many"),
         ("a.yaml", "images: 5", "images in .*a.yaml is 5, which is no text"),
         ("a.yaml", "flip: 1", "flip in .*a.yaml is 1. Write true or false"),
@@ -304,7 +307,7 @@ CUSTOMIZE: list[dict[str, Any]] = [
         "resolution": 96,
     },
     {
-        "class_prompt": "",
+        "class_prompt": 'a "{class}", $5',
         "mask": "auto",
         "cpu_offload": 0.5,
         "caption_column": "words",

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from backbone.models.cache import VARIABLE, cache_folder, load_or_compute
+from backbone.io.console import notify_once
+from backbone.models.cache import VARIABLE, cache_folder, encode_prompts_cached, load_or_compute
+from backbone.models.model import Backbone
 
 
 def computed(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -28,6 +30,20 @@ def test_what_is_known_is_read_again_and_a_damaged_file_is_made_anew(cache: Path
     (file,) = cache.rglob("*.safetensors")
     file.write_bytes(b"cut off")
     assert computed(3.0)["x"].tolist() == computed(4.0)["x"].tolist() == [3.0, 3.0]
+
+
+def test_what_a_model_will_not_see_of_a_prompt_is_said_of_a_remembered_one_too(
+    cache: Path, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for prompt in ("a dog in the snow", "a red dog " * 60):
+        first = encode_prompts_cached(tiny, [prompt]).text
+        assert len(list(cache.rglob("*.safetensors"))) == 1
+        notify_once.cache_clear()  # as in another process
+        capsys.readouterr()
+        again = encode_prompts_cached(tiny, [prompt]).text
+        assert ("it will not see" in capsys.readouterr().err) == (len(prompt) > 100)
+        assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+        next(cache.rglob("*.safetensors")).unlink()
 
 
 @pytest.mark.parametrize("what", ["unlink", "open"])

@@ -71,10 +71,11 @@ def test_brackets_that_no_concept_owns_are_named_once_with_their_file_and_refuse
 ):
     prompts = [
         write_prompt(picture(text), "a [V] dog", "[V]", concept())
-        for text in ("[trigger] dog", "<o>_<o>, [V]")
+        for text in ("[trigger] dog in {place}", "<o>_<o>, [V], {token}", "{Token}")
     ]
     line = describe_brackets(prompts, concept())
-    assert line == "Captions hold [trigger], <o> (first in dog/1.txt), read as plain text; the token is [V]."
+    named = "[trigger], {place}, <o>, {Token}"
+    assert line == f"Captions hold {named} (first in dog/1.txt), read as plain text; the token is [V]."
     assert describe_brackets(prompts[:0], concept()) == ""
     with pytest.raises(UserError, match=r"\[W\]"):
         write_prompt(picture(None), "a [W] dog", "[V]", concept())

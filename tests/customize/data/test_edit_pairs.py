@@ -175,8 +175,10 @@ def test_masks_beside_pairs_are_said_to_have_no_effect(
 ) -> None:
     two_folders("source", "target")(tmp_path)
     write(tmp_path / "target" / "0.mask.png", 0)
+    (tmp_path / "notes.jsonl").write_text("{}")
     assert len(read_edit_pairs(tmp_path)) == 2
-    assert "1 mask not used" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 mask not used" in said and f"Not used in {tmp_path}: notes.jsonl." in said
 
 
 def test_a_run_of_edit_is_pairs_as_it_lies(tmp_path: Path) -> None:
@@ -199,9 +201,27 @@ def test_a_run_of_edit_is_pairs_as_it_lies(tmp_path: Path) -> None:
     ]
 
 
+def test_columns_of_files_are_called_as_datasets_calls_them_and_others_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LAYOUTS["our own"](tmp_path)
+    listed = tmp_path / "metadata.jsonl"
+    wanted = read_edit_pairs(tmp_path)
+    for old, new in (("source", "original_image_file_name"), ("target", "edited_image_file_name")):
+        listed.write_text(listed.read_text().replace(f'"{old}"', f'"{new}"'))
+    assert read_edit_pairs(tmp_path) == wanted
+    listed.write_text(listed.read_text().replace('"instruction"', '"words"'))
+    assert {pair.instruction for pair in read_edit_pairs(tmp_path)} == {""}
+    assert "It has words: call one of them instruction" in capsys.readouterr().err
+    listed.write_text(listed.read_text().replace('"original_image', '"old'))
+    with pytest.raises(UserError, match=r"no source image \(its keys are old_file_name, edited"):
+        read_edit_pairs(tmp_path)
+
+
 def test_a_name_is_read_without_case_separators_numbers_and_plural() -> None:
     assert plain_name("Conditioning_Images") == plain_name("conditioning_image_2")
     assert plain_name("Control_Path_2") == plain_name("controlPath") == "controlpath"
+    assert plain_name("control_image_file_name") == "controlimage" and plain_name("file_name") == "filename"
 
 
 def changed(tmp_path: Path, change: Callable[[Path], object]) -> tuple[list[str], list[str]]:

@@ -225,3 +225,26 @@ def test_a_subject_without_a_class_is_refused(tmp_path: Path) -> None:
     folder = pictures_in(tmp_path / "10_sks")
     with pytest.raises(UserError, match=re.escape(f"{folder} does not say its token and its class")):
         read_subjects(tmp_path)
+
+
+def test_a_list_of_concepts_may_have_any_name_and_other_json_is_told_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    entry = {
+        "instance_data_dir": "dog",
+        "instance_prompt": "photo of zwx dog",
+        "class_prompt": "photo of dog",
+    }
+    source = tmp_path / "my concepts.json"
+    source.write_text(json.dumps([entry]))
+    assert is_concept_source(source) and read_concepts(source)[0].token_words == "zwx"
+    for other in ([{"path": "dog", "name": ""}], {"a": 1}, []):  # OneTrainer's
+        source.write_text(json.dumps(other))
+        with pytest.raises(UserError, match=r"is not a list of concepts.*or give the folder"):
+            read_subjects(source)
+
+
+def test_two_folders_of_one_token_are_told_to_be_one_subject(tmp_path: Path) -> None:
+    for name in ("10_sks dog", "5_sks dog"):
+        pictures_in(tmp_path / name)
+    with pytest.raises(UserError, match=r"have one token, sks\. If they show one subject, put"):
+        read_subjects(tmp_path)

@@ -228,7 +228,7 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
     [
         (["lora_unet_blocks_0_new_kind_q", "lora_unet_blocks_0_new_kind_k"], "lora_unet_blocks_0_new_kind_k"),
         (["transformer.layers.0.attention.to_p"], "transformer.layers.0.attention.to_p"),
-        (["lora_unet_conv_in", "lora_unet_conv_inn"], "1 layers that no supported model has"),
+        (["lora_unet_conv_in", "lora_unet_conv_inn"], "1 layer that no supported model has"),
         (
             ["unet.input_blocks.1.1.time_stack.0.attn1.to_q"],
             "adapts Stable Video Diffusion in 1 layers that are not read here",
@@ -642,7 +642,12 @@ def test_peft_s_folder_is_read_with_its_strength(
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"peft_type": "OFT"}, "OFT"), ({"init_lora_weights": "pissa_niter_4"}, "pissa"), ({"r": 9}, "rank 9")],
+    [
+        ({"peft_type": "OFT"}, "OFT"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"r": 9}, "rank 9"),
+        ({"lora_alpha": None}, "lora_alpha is no finite"),
+    ],
 )
 def test_a_peft_folder_whose_settings_say_something_else_is_refused(
     change: dict[str, Any], said: str, tmp_path: Path
@@ -659,6 +664,9 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["time_emb_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     assert next(iter(read_adapter(tmp_path).layers.values())).scale == 2
+    unsaid = {name: value for name, value in settings.items() if name != "lora_alpha"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(unsaid))
+    assert next(iter(read_adapter(tmp_path).layers.values())).scale == 4  # peft's own default is 8
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=said):
         read_adapter(tmp_path)
@@ -935,6 +943,18 @@ def test_magnitudes_that_are_there_twice_or_not_at_all_are_no_dora(tmp_path: Pat
     write_tensors(tmp_path / "a.safetensors", stored, {CONFIG_KEY: json.dumps(says)})
     with pytest.raises(UserError, match=r"says DoRA, and unet\.conv_in has no magnitudes"):
         read_adapter(tmp_path / "a.safetensors")
+
+
+def test_an_adapter_that_changes_nothing_is_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, _ = lora(torch.empty(4, 4), alpha=False)
+    for name, factor in (("whole", 1), ("zero", 0)):
+        path = tmp_path / f"{name}.safetensors"
+        tensors["lora_up.weight"] *= factor
+        write_tensors(path, {f"lora_unet_conv_in.{key}": value for key, value in tensors.items()})
+        read_adapter(path)
+        assert ("changes nothing" in capsys.readouterr().err) == (factor == 0)
 
 
 def test_an_alpha_that_metadata_alone_says_is_not_taken_and_that_is_said(

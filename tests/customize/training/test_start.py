@@ -17,6 +17,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
+from backbone.io.run_folder import CHECKPOINT
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed
@@ -104,6 +105,9 @@ def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> N
         ({"instance_prompt": SKS, "token": "[V]"}, r"lacks the token \[V\]"),
         ({"class_prompt": "a photo of [V] dog"}, r"class prompt .* holds the token \[V\]"),
         ({"prior_prompts": ("a dog", "a [V] dog")}, r"prior prompt “a \[V\] dog” holds the token \[V\]"),
+        ({"prior_prompts": ("a [W] cat",), "subject": ("dog:[W]:cat",)}, r"holds the token \[W\]"),
+        ({"instance_prompt": ""}, "The instance prompt is empty"),
+        ({"class_prompt": " "}, "The class prompt is empty"),
     ],
 )
 def test_prompts_that_would_train_another_word_are_refused(
@@ -193,6 +197,8 @@ def test_a_captions_bracket_does_not_take_the_folder_and_a_prompt_s_stranger_is_
     asked = {**FEW, "images": "dog", "model": str(tiny_folder), "class_noun": "dog"}
     with pytest.raises(UserError, match=r"\[W\]"):
         start({**asked, "sheet_prompts": ("a [W] dog",)}, out=Path("runs/r1"))
+    with pytest.raises(UserError, match=r"\[W\] in the prompt “a \[W\] dog”"):
+        start({**asked, "prior": "base", "class_prompt": "a [W] {class}"}, out=Path("runs/r1"))
     assert not Path("runs").exists()
 
 
@@ -256,6 +262,15 @@ def test_a_checkpoint_that_is_not_there_is_said(
 ) -> None:
     said = TrainOptions(resume=Path(resume), out=None if out is None else Path(out))
     with pytest.raises(UserError, match=complaint):
+        find_resumed(said, "customize train", None)
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_not_begun_anew_over_its_weights(saved: Settings) -> None:
+    run, said = Path("runs/old"), TrainOptions(resume=Path("runs/old"))
+    (run / CHECKPOINT).unlink()
+    assert find_resumed(said, "customize train", None) == run  # no step was saved: it begins
+    (run / "concept.json").write_text("{}")
+    with pytest.raises(UserError, match=r"runs/old is finished and its checkpoint.*--begin-from runs/old"):
         find_resumed(said, "customize train", None)
 
 
