@@ -17,12 +17,12 @@ from statistics import median_low
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sheet import save_png
-from backbone.media.sources.decode import Convert, flatten_on_white
+from backbone.media.sources.decode import DECODER_ERRORS, Convert, flatten_on_white
 from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
@@ -142,7 +142,7 @@ def _read_animation(path: Path, convert: Convert) -> Film:
                 clear |= is_see_through(frame)
                 frames.append(convert(frame))
                 lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
-    except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
+    except DECODER_ERRORS as error:
         kind = "a film of an unknown kind" if path.suffix.lower() not in ANIMATED else "damaged"
         raise UserError(
             f"{path} cannot be read as a clip ({kind}: {str(error)[:80]}). Take an animated WebP or GIF, or a folder "
