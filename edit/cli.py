@@ -15,7 +15,7 @@ from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
-from backbone.io.prompts import one_prompt, prompts_of
+from backbone.io.prompts import one_prompt, prompts_of, words_of
 from backbone.io.run_folder import hold_new_folder
 from edit import checks
 from edit.settings import (
@@ -143,7 +143,7 @@ def instruct(asked: InstructOptions) -> None:
     """Do what an instruction says to an image, with a model that reads both; the background stays."""
     image = readable(asked.image)
     instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
-    then = [checks.prompt(one, "instruction") for one in asked.then]
+    then = in_words(asked.then, "instruction") if asked.then else []
     wishes = with_concepts(asked, [instruction, *then, asked.negative])
     wishes |= {"references": [readable(one) for one in asked.references]}
     finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
@@ -165,6 +165,7 @@ def compose(asked: ComposeOptions) -> None:
     weighted = [checks.split_weight(prompt, "--toward") for prompt in asked.toward]
     away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
+    weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
     if not weighted:
         raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
     wishes = begins(asked, [prompt for prompt, _ in weighted])

@@ -95,6 +95,11 @@ def one_prompt(given: str, option: str) -> str:
     return found[0].text
 
 
+def words_of(given: str) -> str:
+    """The words of one prompt, which may stand in a file; `UserError` for a file with several."""
+    return one_prompt(given, "this option")
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in order, each once. Lines that begin with # and empty ones are passed over.
 
