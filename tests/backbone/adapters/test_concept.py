@@ -74,6 +74,12 @@ def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place
     ):
         resolve_placeholder_tokens(prompt, [])
         assert capsys.readouterr().err == ""
+    assert resolve_placeholder_tokens("[a red dog:a cat:0.5]", []) == "[a red dog:a cat:0.5]"
+    assert "words that change on the way" in capsys.readouterr().err
+    for switched in ("[red:blue:0.5]", "[red::8]", "[red:0.3]", "[red|blue]"):
+        with pytest.raises(UserError, match=r"change on the way, or by turns, .* write one of them"):
+            resolve_placeholder_tokens(f"a {switched} dog", [])
+        assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--concept RUN and --scale"):
         resolve_placeholder_tokens("a dog <lora:x:1>", [])
 
