@@ -22,7 +22,7 @@ from PIL import Image, ImageSequence
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sheet import save_png
-from backbone.media.sources.decode import DECODER_ERRORS, Convert, flatten_on_white
+from backbone.media.sources.decode import DECODER_ERRORS, Convert, flatten_on_white, is_see_through
 from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
@@ -151,14 +151,6 @@ def _read_animation(path: Path, convert: Convert) -> Film:
     if clear:
         notify(f"{path}: its transparent parts are white.")
     return Film(*_even(tuple(frames), lasting, path), str(path), content_hash(path))
-
-
-def is_see_through(frame: Image.Image) -> bool:
-    """Whether a frame has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
-    if not frame.has_transparency_data:
-        return False
-    lowest, _ = frame.convert("RGBA").getchannel("A").getextrema()
-    return lowest != 255
 
 
 def _even(

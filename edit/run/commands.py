@@ -22,7 +22,7 @@ from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.remove import STRENGTH, remove
 from edit.methods.sdedit import sdedit
 from edit.phrases import without
-from edit.pictures import ImageLike
+from edit.pictures import ImageLike, read_image, refuse_other_shape
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
 
@@ -221,6 +221,7 @@ def run_interpolate(
     **starting: Any,
 ) -> Result:
     """`edit interpolate`."""
+    refuse_other_shape(loaded.model, read_image(first), read_image(second))
     ends = [
         Start(image, prompt, **starting).open(loaded)
         for image, prompt in ((first, first_prompt), (second, second_prompt))

@@ -55,10 +55,16 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
 
 
 def open_named(path: str | Path) -> Image.Image:
-    """`open_rgb` of a picture that the user has named; that the file holds more than what is read is said."""
+    """`open_rgb` of a picture that the user has named; that it is see-through, or holds more than is read, is said."""
     if further := describe_further_frames(Path(path)):
         notify_once(further)
-    return open_rgb(path)
+
+    def flatten(image: Image.Image) -> Image.Image:
+        if is_see_through(image):
+            notify_once(f"{path}: its transparent parts are white.")
+        return flatten_on_white(image)
+
+    return open_as(path, flatten)
 
 
 def open_mask(path: str | Path) -> Image.Image:
@@ -236,6 +242,14 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
     background = Image.new("RGB", image.size, "white")
     background.paste(_to_srgb(opaque, stored), mask=rgba.getchannel("A"))
     return background
+
+
+def is_see_through(image: Image.Image) -> bool:
+    """Whether an image has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
+    if not image.has_transparency_data:
+        return False
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return lowest != 255
 
 
 def mask_from_image(image: Image.Image) -> Image.Image:

@@ -339,6 +339,17 @@ def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, name: str) -> Non
         open_named(tmp_path / name)
 
 
+def test_a_see_through_picture_that_is_named_is_said_to_be_white_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene(8, 8).convert("RGBA").save(tmp_path / "opaque.png")
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    open_named(tmp_path / "opaque.png")
+    assert not capsys.readouterr().err
+    assert open_named(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert "clear.png: its transparent parts are white" in capsys.readouterr().err
+
+
 def test_much_packed_text_beside_the_pixels_is_no_damage(tmp_path: Path) -> None:
     notes, limit = PngImagePlugin.PngInfo(), PngImagePlugin.MAX_TEXT_CHUNK
     notes.add_text("workflow", "a node " * 200_000, zip=True)
