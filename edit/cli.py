@@ -217,8 +217,8 @@ def clip(asked: ClipOptions) -> None:
             if asked.clip is None
             else "A clip and an --inversion are both given. Give one of them."
         )
-    if asked.inversion is not None and not Path(asked.inversion).is_file():
-        raise UserError(f"{asked.inversion} does not exist. Make it with edit clip, or edit invert --clip.")
+    if asked.inversion is not None:
+        refuse_no_file(asked.inversion, "edit clip, or edit invert --clip")
     if source is not None:
         checks.prompt(source, "source prompt")
     elif len(targets) > 1 and asked.inversion is None:
@@ -253,8 +253,10 @@ def paint(asked: PaintOptions) -> None:
 @settled_command(app, ReplayOptions)
 def replay(asked: ReplayOptions) -> None:
     """Repeat an edit exactly."""
-    if not asked.record.exists():
-        raise UserError(f"{asked.record} does not exist. Name the run.json of an edit, or its folder.")
+    record = asked.record / "run.json" if asked.record.is_dir() else asked.record
+    if not record.is_file() or record.suffix != ".json":
+        wrong = "is no run.json" if record.is_file() else "does not exist"
+        raise UserError(f"{record} {wrong}. Name the run.json of an edit, or its folder.")
     from edit.run.run import replay as again
 
     notify(f"{again(asked.record, out=asked.out)}/sheet.png shows it again.")
@@ -269,6 +271,15 @@ def refuse_idle_of_clips(asked: InvertOptions) -> None:
         raise UserError("--check is of pictures, and --clip inverts a clip. Leave out one of the two.")
 
 
+def refuse_no_file(inversion: str, made_by: str) -> None:
+    """`UserError` for an inversion that is no file; of a run folder, its own is named."""
+    path = Path(inversion)
+    if path.is_dir():
+        raise UserError(f"{inversion} is a folder. Name the file: {quote(path / 'inversion.safetensors')}.")
+    if not path.is_file():
+        raise UserError(f"{inversion} does not exist. Make it with {made_by}.")
+
+
 def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
     """The wishes, with the image read. `prompts` are those beside the source's.
 
@@ -278,8 +289,7 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
     if asked.inversion is not None:
         if asked.image is not None:
             raise UserError("An image and an --inversion are both given. Give one of them.")
-        if not Path(asked.inversion).is_file():
-            raise UserError(f"{asked.inversion} does not exist. Make it with edit invert.")
+        refuse_no_file(asked.inversion, "edit invert")
     elif asked.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
