@@ -32,7 +32,7 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7a3\uf
 LETTER = rf"[^\W{UNSPACED}]"
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (red hat)1.2; --w 512; {red|blue} …
     re.compile(
-        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}|\([^()]+\)(?:\++|--+|\d*\.\d+)"
+        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}|\([^()]+\)(?:\++|--+|\d*\.\d+)|\w* ?::-?\d*\.?\d+"
     ): "weights of words",
     re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",
     SWITCH: "words that change on the way, or by turns,",
@@ -192,6 +192,8 @@ def resolve_placeholder_tokens(
             if token in trained
             else "Train it first, or leave it out."
         )
+        if token.startswith("[") and token not in trained:
+            remedy = "Train it first, or leave the brackets out, which weaken no word here."
         if SWITCH.fullmatch(token):
             remedy = (
                 "Words that change on the way, or by turns, are not understood in prompts: write one of them."

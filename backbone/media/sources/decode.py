@@ -313,7 +313,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise ValueError("floating-point values outside 0…1")
+            raise BadImageError("The image", "has floating-point values outside 0…1: save it in 8 or 16 bits")
         white = 1.0
     else:
         # 16-bit values have 65535; what is kept in 32 bits has the smallest full scale that holds it
