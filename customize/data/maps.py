@@ -62,7 +62,8 @@ def maps_of_picture(
     if lost > CROPPED:
         notify(
             f"{path} is {opened.width} × {opened.height} pixels and a map square: {min(lost, 0.99):.0%} of it is "
-            f"cropped off, at both ends alike. Beside --condition, KIND={path}:auto finds the map in the shape that is drawn."
+            f"cropped off, at both ends alike. Beside --condition, KIND={path}:auto finds the map in the shape that "
+            "is drawn."
         )
     picture = crop_square(opened, resolution or _resolution(model))
     return picture, {kind: compute_map(kind, picture) for kind in kinds or COMPUTED}
