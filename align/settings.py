@@ -342,6 +342,11 @@ class Settings(TrainingSettings):
             raise UserError(
                 f"With --beta 0 {self.loss} compares nothing, so nothing would be learned. Give a positive --beta."
             )
+        if self.label_smoothing == 0.5:
+            raise UserError(
+                "With --label-smoothing 0.5 as many labels are taken for wrong as for right, so nothing would be "
+                "learned from them. Give less."
+            )
         if self.least_noise == 1:
             raise UserError(
                 "With --least-noise 1 no noise is left to train at. Give a share of the path below 1."

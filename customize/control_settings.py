@@ -11,6 +11,7 @@ from backbone.cli import options
 from backbone.cli.conditions import KINDS, SYNONYMS
 from backbone.cli.options import Option
 from backbone.io.console import UserError
+from backbone.io.prompts import words_of
 from backbone.io.run_folder import run_name
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
@@ -148,6 +149,7 @@ class ControlSettings(TrainingSettings):
             "Evaluation",
             needs={"validation_image": ()},
             metavar="PROMPT",
+            understood=words_of,
         ),
     ] = ()
     report_to: ReportTo = "jsonl"

@@ -12,6 +12,7 @@ from backbone.cli import options
 from backbone.cli.flags import DATA, JsonOptions
 from backbone.cli.options import Option
 from backbone.io.console import UserError
+from backbone.io.prompts import words_of
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,
@@ -455,6 +456,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             metavar="PROMPT",
+            understood=words_of,
         ),
     ] = ()
     class_images: Annotated[
@@ -613,6 +615,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs=A_CONCEPT,
             metavar="PROMPT",
+            understood=words_of,
         ),
     ] = ()
     report_to: ReportTo = "jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,14 @@ def share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise UserError(f"{name} is {value:g} and must lie between 0 and 1, a share of the whole.")
     return value
+
+
+def between(name: str, start: float, end: float) -> tuple[float, float]:
+    """Both, if they are shares of the whole, and the first is not after the second."""
+    found = share(name, start), share(name, end)
+    if start > end:
+        raise UserError(f"{name} begins at {start:g} and ends before, at {end:g}. Write {end:g}:{start:g}.")
+    return found
 
 
 def strength(value: float, steps: int) -> float:
@@ -71,7 +80,10 @@ def weighted(toward: Mapping[str, float] | Sequence[tuple[str, float]], what: st
         raise UserError(f"Each {what} needs its weight. Write [(“a painting”, 1.0)].")
     texts = prompts([text for text, _ in pairs], what)
     try:
-        return [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
+        found = [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
+        if not all(math.isfinite(weight) for _, weight in found):
+            raise ValueError
+        return found
     except (TypeError, ValueError) as error:
         raise UserError(f"The weight of a {what} is a number, as in [(“a painting”, 1.0)].") from error
 
@@ -80,8 +92,8 @@ def split_weight(asked: str, option: str) -> tuple[str, float]:
     """`word=2` as a word and a number."""
     word, separator, number = asked.rpartition("=")
     try:
-        if separator and word.strip():
-            return word.strip(), float(number)
+        if separator and word.strip() and math.isfinite(weight := float(number)):
+            return word.strip(), weight
     except ValueError:
         pass
     raise UserError(f"{option} {asked} is not a word and a number. Write {option} word=2.")
@@ -102,11 +114,7 @@ def window(asked: str, option: str) -> tuple[str, tuple[float, float]]:
     start, colon, end = numbers.rpartition(":")
     try:
         if separator and word.strip():
-            between = (float(start) if colon else 0.0, float(end))
-            return word.strip(), (
-                share(f"{option} {word}", between[0]),
-                share(f"{option} {word}", between[1]),
-            )
+            return word.strip(), between(f"{option} {word}", float(start) if colon else 0.0, float(end))
     except ValueError:
         pass
     raise UserError(f"{option} {asked} is not a word and its window. Write {option} word=0.2:0.8.")

@@ -15,7 +15,7 @@ from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
-from backbone.io.prompts import one_prompt, prompts_of
+from backbone.io.prompts import one_prompt, prompts_of, words_of
 from backbone.io.run_folder import hold_new_folder
 from edit import checks
 from edit.settings import (
@@ -143,7 +143,7 @@ def instruct(asked: InstructOptions) -> None:
     """Do what an instruction says to an image, with a model that reads both; the background stays."""
     image = readable(asked.image)
     instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
-    then = [checks.prompt(one, "instruction") for one in asked.then]
+    then = in_words(asked.then, "instruction") if asked.then else []
     wishes = with_concepts(asked, [instruction, *then, asked.negative])
     wishes |= {"references": [readable(one) for one in asked.references]}
     finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
@@ -165,6 +165,7 @@ def compose(asked: ComposeOptions) -> None:
     weighted = [checks.split_weight(prompt, "--toward") for prompt in asked.toward]
     away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
+    weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
     if not weighted:
         raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
     wishes = begins(asked, [prompt for prompt, _ in weighted])
@@ -216,8 +217,8 @@ def clip(asked: ClipOptions) -> None:
             if asked.clip is None
             else "A clip and an --inversion are both given. Give one of them."
         )
-    if asked.inversion is not None and not Path(asked.inversion).is_file():
-        raise UserError(f"{asked.inversion} does not exist. Make it with edit clip, or edit invert --clip.")
+    if asked.inversion is not None:
+        refuse_no_file(asked.inversion, "edit clip, or edit invert --clip")
     if source is not None:
         checks.prompt(source, "source prompt")
     elif len(targets) > 1 and asked.inversion is None:
@@ -252,8 +253,10 @@ def paint(asked: PaintOptions) -> None:
 @settled_command(app, ReplayOptions)
 def replay(asked: ReplayOptions) -> None:
     """Repeat an edit exactly."""
-    if not asked.record.exists():
-        raise UserError(f"{asked.record} does not exist. Name the run.json of an edit, or its folder.")
+    record = asked.record / "run.json" if asked.record.is_dir() else asked.record
+    if not record.is_file() or record.suffix != ".json":
+        wrong = "is no run.json" if record.is_file() else "does not exist"
+        raise UserError(f"{record} {wrong}. Name the run.json of an edit, or its folder.")
     from edit.run.run import replay as again
 
     notify(f"{again(asked.record, out=asked.out)}/sheet.png shows it again.")
@@ -268,6 +271,15 @@ def refuse_idle_of_clips(asked: InvertOptions) -> None:
         raise UserError("--check is of pictures, and --clip inverts a clip. Leave out one of the two.")
 
 
+def refuse_no_file(inversion: str, made_by: str) -> None:
+    """`UserError` for an inversion that is no file; of a run folder, its own is named."""
+    path = Path(inversion)
+    if path.is_dir():
+        raise UserError(f"{inversion} is a folder. Name the file: {quote(path / 'inversion.safetensors')}.")
+    if not path.is_file():
+        raise UserError(f"{inversion} does not exist. Make it with {made_by}.")
+
+
 def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
     """The wishes, with the image read. `prompts` are those beside the source's.
 
@@ -277,8 +289,7 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
     if asked.inversion is not None:
         if asked.image is not None:
             raise UserError("An image and an --inversion are both given. Give one of them.")
-        if not Path(asked.inversion).is_file():
-            raise UserError(f"{asked.inversion} does not exist. Make it with edit invert.")
+        refuse_no_file(asked.inversion, "edit invert")
     elif asked.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:

@@ -13,6 +13,7 @@ from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.clips import Film
 from backbone.media.sources.decode import (
+    describe_further_frames,
     mask_from_image,
     open_loaded,
     open_mask,
@@ -80,6 +81,8 @@ def read_mask(mask: ImageLike) -> SourceImage:
         content = content_hash(grey.tobytes())
     else:
         _refuse_other_kinds(mask)
+        if further := describe_further_frames(Path(mask)):
+            notify_once(further)
         grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():
@@ -132,6 +135,17 @@ def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int
             "cropped off, at both ends alike. Edit a part of it, where that matters."
         )
     return size
+
+
+def refuse_other_shape(model: Backbone, first: SourceImage, second: SourceImage) -> None:
+    """`UserError` for two images that a model is not shown in one size."""
+    sizes = [_working_size(model, one.image.size, one.name or "The image") for one in (first, second)]
+    if sizes[0] != sizes[1]:
+        one, other = (f"{image.image.width} × {image.image.height}" for image in (first, second))
+        raise UserError(
+            f"{first.name or 'The first image'} is {one} pixels and {second.name or 'the second'} {other}: other "
+            "shapes. Crop one as the other is."
+        )
 
 
 def encode_film(model: Backbone, film: Film) -> EncodedImage:

@@ -22,6 +22,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option
 from backbone.cli.sampling import SAMPLER, GuidanceOption, GuidedShare, Sampler
+from backbone.io.prompts import words_of
 
 # Sections of the help
 WORDS = "Words"
@@ -433,7 +434,7 @@ class InstructOptions(StepOptions, GuidedShare, GuidanceOptions, ReportOptions, 
     ]
     then: Annotated[
         tuple[str, ...],
-        Option("What to do after that; repeatable.", WORDS, metavar="INSTRUCTION"),
+        Option("What to do after that, in words or in a file; repeatable.", WORDS, metavar="INSTRUCTION"),
     ] = ()
     references: Annotated[
         tuple[str, ...],
@@ -606,10 +607,14 @@ class PaintOptions(SamplerOptions, InversionOptions, GuidanceOptions, PageOption
     """Options of `edit paint`."""
 
     source: Annotated[
-        str, Option("What the image shows; the page begins with it.", WORDS, metavar="PROMPT")
+        str,
+        Option(
+            "What the image shows; the page begins with it.", WORDS, metavar="PROMPT", understood=words_of
+        ),
     ] = ""
     target: Annotated[
-        str, Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT")
+        str,
+        Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT", understood=words_of),
     ] = ""
     out: Annotated[
         Path | None, out_option("The folder that keeps every edit, new or empty.", "edits, edits-2 …")

@@ -504,6 +504,8 @@ def _labelled_pair(
     first, second = pictures
     if label is None and votes is not None:
         return f"{where} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
+    if label is None and not {"label_0", "label_1"} & set(row):
+        return f"{where} has {', '.join(row)}, and no label_0 that says which image is preferred (1: the first one)"
     if label is None:
         labels = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
         return f"{where} has labels that are no choice ({labels})"
@@ -534,6 +536,8 @@ def _labelled_single(
     is_good = _parse_single_label(row.get("label"))
     if picture is None:
         return f"{where} names no picture"
+    if is_good is None and "label" not in row:
+        return f"{where} has {', '.join(row)}, and no label that says whether the image is good"
     if is_good is None:
         return f"{where} has the label {row.get('label')!r}, which is neither good nor bad"
     return Single(prompt, picture, is_good, where, user)

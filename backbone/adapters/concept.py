@@ -26,14 +26,16 @@ EDITS = "edits"  # the kind of what was learned from pairs: an image and an inst
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
+SWITCH = re.compile(r"\[[^\[\]]*(?::\s*\d*\.?\d+|\|[^\[\]]*)\]")  # webui's [red:blue:0.5], [red|blue]
 # Letters of writing without spaces between words (Thai to Khmer, Chinese, Japanese), or with endings joined on (Korean)
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"
 LETTER = rf"[^\W{UNSPACED}]"
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (red hat)1.2; --w 512; {red|blue} …
     re.compile(
-        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}|\([^()]+\)(?:\++|--+|\d*\.\d+)"
+        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}|\([^()]+\)(?:\++|--+|\d*\.\d+)|\w* ?::-?\d*\.?\d+"
     ): "weights of words",
     re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",
+    SWITCH: "words that change on the way, or by turns,",
     re.compile(r"\{[^{}|]*\|[^{}]*\}"): "alternatives",
     re.compile(r"(?<!\S)BREAK(?![^\s,])|(?<=[a-z,.)] )AND(?= [a-z(])|\|\|\|"): "joints of prompts",
     re.compile(r"(?<!\w)__[\w/*-]*[A-Za-z*][\w/*-]*__(?!\w)"): "lists of words to draw from",
@@ -178,8 +180,6 @@ def resolve_placeholder_tokens(
     """
     _refuse_two_meanings(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
-    for found, what in find_foreign_syntax(prompt):
-        notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
     own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
     trained = {
@@ -192,9 +192,17 @@ def resolve_placeholder_tokens(
             if token in trained
             else "Train it first, or leave it out."
         )
+        if token.startswith("[") and token not in trained:
+            remedy = "Train it first, or leave the brackets out, which weaken no word here."
+        if SWITCH.fullmatch(token):
+            remedy = (
+                "Words that change on the way, or by turns, are not understood in prompts: write one of them."
+            )
         if token.startswith(("<lora:", "<lyco:")):
             remedy = "A LoRA is given with --concept RUN and --scale here; customize import makes a run of its file."
         raise UserError(f"No given concept owns the token {token} in the prompt “{resolved}”. {remedy}")
+    for found, what in find_foreign_syntax(prompt):
+        notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
     return resolved
 
 

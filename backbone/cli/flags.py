@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 from backbone.cli.options import Option
+from backbone.io.prompts import words_of
 
 # The sections of `--help`, in the order in which most commands have them
 DATA = "Data"
@@ -54,10 +55,11 @@ def out_option(text: str, default_text: str, *, metavar: str = "FOLDER") -> Opti
 def negative_option(panel: str) -> Option:
     """The option --negative, in a section of the help."""
     return Option(
-        "Negative prompt: what the image should not show.",
+        "Negative prompt: what the image should not show, in words or in a file.",
         panel,
         aliases=("negative-prompt",),
         metavar="PROMPT",
+        understood=words_of,
     )
 
 

@@ -64,7 +64,8 @@ class Option:
     default_text  the default in words, where the value itself says little
     by_model      the default depends on the model, so the repeating command always names the value
     choices       the allowed values
-    understood    turns another tool's word for one of the choices into it; what it does not know it gives back
+    understood    turns what is said into what is meant: another tool's word into one of the choices (what it does not
+                  know it gives back), a file with a prompt into its words
     needs         the other settings without which this one has no effect, each with the values that it needs (none:
                   any that is set); a tuple of such mappings for alternatives
     implies       other settings that this one sets, unless they are given
@@ -536,6 +537,8 @@ def _convert_one(one: Field, value: Any, where: str) -> Any:
         raise UserError(f"{where} is {SHORT.repr(value)}, which is no text. Put it in quotes.")
     if one.option.choices:
         return _choice(one, str(value), where)
+    if one.option.understood:
+        return one.option.understood(str(value))
     # A shell leaves ~ alone behind `--out=` and in files
     return Path(value).expanduser() if one.kind is Path else one.kind(value)
 
@@ -584,13 +587,13 @@ def find_nearest(word: str, known: Sequence[str]) -> str:
 def check_values(settings: Any) -> None:
     """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow.
 
-    A choice in another spelling becomes the choice. A default is allowed that cannot be asked for: it stands for
-    nothing said.
+    A choice in another spelling becomes the choice, and a file with a prompt its words. A default is allowed that
+    cannot be asked for: it stands for nothing said.
     """
     for one in fields_of(type(settings)).values():
         if getattr(settings, one.name) != one.default:
             value = convert_value(one, getattr(settings, one.name), one.name)
-            if one.option.choices:
+            if one.option.choices or one.option.understood:
                 object.__setattr__(settings, one.name, value)
 
 

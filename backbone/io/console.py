@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeAlias
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 MAIN_PROCESS_GRACE_SECONDS = 5.0
+LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
 OUT_OF_MEMORY = (
     "out of memory",
@@ -148,6 +149,8 @@ def error_message(error: Exception) -> str | None:
         return None
     path = error.filename2 if error.filename2 is not None else error.filename
     where = os.fsdecode(path) if isinstance(path, (str, bytes)) else None
+    if where is not None and error.errno == errno.ENAMETOOLONG and len(where) > LONGEST_NAME:
+        where = f"{where[:LONGEST_NAME]} … ({len(where)} characters)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {where or 'a file'} was not written. Free some space, or write elsewhere."
     if where is None:

@@ -100,6 +100,8 @@ def read_data_url(sent: object, what: str) -> Image.Image:
         if max(image.size) > LARGEST_SIDE:
             raise ValueError(f"the {what} has more than {LARGEST_SIDE} pixels a side")
         return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the {what} has more than {LARGEST_SIDE} pixels a side") from error
     except (binascii.Error, OSError, SyntaxError) as error:
         raise ValueError(f"the {what} is no PNG") from error
 

@@ -54,7 +54,7 @@ def prompts_of(given: str | Sequence[str]) -> list[Prompt]:
             )
         if os.path.isfile(path := os.path.expanduser(words)):
             found += read_prompts(Path(path))
-        elif words.strip().lower().endswith(SUFFIXES):
+        elif words.strip().lower().endswith((*SUFFIXES, *TABLES)):
             if os.path.isdir(path):
                 raise UserError(f"{words} is a folder. Name a file with a prompt on each line.")
             raise UserError(
@@ -95,6 +95,11 @@ def one_prompt(given: str, option: str) -> str:
     return found[0].text
 
 
+def words_of(given: str) -> str:
+    """The words of one prompt, which may stand in a file; `UserError` for a file with several."""
+    return one_prompt(given, "this option")
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in order, each once. Lines that begin with # and empty ones are passed over.
 
@@ -110,6 +115,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        start = path.read_bytes()[:4096]
+        if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 holds zeros too
+            raise UserError(
+                f"{path} is no text. Give words, or a file with a prompt on each line."
+            ) from error
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
     by_text: dict[str, Prompt] = {}
     bad = []

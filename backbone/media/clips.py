@@ -17,12 +17,18 @@ from statistics import median_low
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
 from backbone.media.sheet import save_png
-from backbone.media.sources.decode import Convert, count_frames, flatten_on_white
+from backbone.media.sources.decode import (
+    DECODER_ERRORS,
+    Convert,
+    count_frames,
+    flatten_on_white,
+    is_see_through,
+)
 from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
@@ -147,7 +153,7 @@ def _read_animation(path: Path, convert: Convert) -> Film:
                 clear |= is_see_through(frame)
                 frames.append(convert(frame))
                 lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
-    except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
+    except DECODER_ERRORS as error:
         kind = "a film of an unknown kind" if path.suffix.lower() not in ANIMATED else "damaged"
         raise UserError(
             f"{path} cannot be read as a clip ({kind}: {str(error)[:80]}). Take an animated WebP or GIF, or a folder "
@@ -156,14 +162,6 @@ def _read_animation(path: Path, convert: Convert) -> Film:
     if clear:
         notify(f"{path}: its transparent parts are white.")
     return Film(*_even(tuple(frames), lasting, path), str(path), content_hash(path))
-
-
-def is_see_through(frame: Image.Image) -> bool:
-    """Whether a frame has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
-    if not frame.has_transparency_data:
-        return False
-    lowest, _ = frame.convert("RGBA").getchannel("A").getextrema()
-    return lowest != 255
 
 
 def _even(

@@ -101,14 +101,15 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def to_image(tensor: torch.Tensor) -> Image.Image:
     """[3, H, W] in [−1, 1], any dtype and device → an RGB image, rounded and clipped: the inverse of `to_tensor`.
 
-    Raises `UserError` for NaN, which a half-precision autoencoder gives when it overflows.
+    Raises `UserError` for NaN, which a half-precision autoencoder gives when it overflows, and any of latents with NaN.
     """
     assert tensor.shape[:-2] == (3,), f"expected [3, H, W], got {list(tensor.shape)}"
     values = tensor.detach().float().cpu()
     if torch.isnan(values).any():
         raise UserError(
             "The decoded image holds NaN. In fp16 the autoencoder overflows: give --precision fp32 or bf16. In these, "
-            "weights of the model are damaged: download it again."
+            "a guidance, a weight or a learning rate was too large (lower it), or weights of the model are damaged "
+            "(download it again)."
         )
     bytes_ = values.add(1.0).mul(127.5).round().clamp(0, 255).byte()
     return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().numpy())

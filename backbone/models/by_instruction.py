@@ -23,7 +23,7 @@ from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.model import Backbone
+from backbone.models.model import Backbone, say_weak_guidance
 from backbone.models.references import ReferenceImage, latents_of
 from backbone.models.sample import count_guided, get_sampler, limit_guidance
 
@@ -65,6 +65,7 @@ def instructed_predictor(
     untold = replace(empty, references=shown, controls=unprompted)
     if not model.reads_as_channels:
         return model.guided_predictor(told, untold, guidances.text)
+    say_weak_guidance(guidances.text)
     blind = untold.drop_references(torch.ones(len(untold), dtype=torch.bool))
     predict = model.predictor(Conditions.cat([told, untold, blind]))
 

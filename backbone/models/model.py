@@ -66,6 +66,20 @@ def decode_batch_size(places: Sequence[int], factor: int) -> int:
 Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 
 
+def say_weak_guidance(guidance: float) -> None:
+    """Say that a scale of classifier-free guidance below 1 takes the prompt's effect away; 0 all of it."""
+    if guidance < 1:
+        left = (
+            f"counts for {guidance:g} of what it does without guidance"
+            if guidance
+            else "has no effect at all"
+        )
+        notify_once(
+            f"At guidance {guidance:g} the prompt {left}. Without guidance is --guidance 1 here, where other "
+            "programs take 0 for it too."
+        )
+
+
 class Posterior(NamedTuple):
     """The encoder's posterior: mean and standard deviation [B, …] of latents of about unit variance."""
 
@@ -519,6 +533,7 @@ class Backbone:
         distilled = self.family.embed_guidance(self.denoiser, conditions, guidance)
         if distilled is not None or guidance == 1:
             return self.predictor(conditions if distilled is None else distilled)
+        say_weak_guidance(guidance)
         if not empty.controls:
             unprompted = (control.unprompted() for control in conditions.controls)
             empty = replace(empty, controls=tuple(unprompted))

@@ -25,6 +25,7 @@ from backbone.cli.flags import (
 from backbone.cli.options import Option, check_values
 from backbone.cli.sampling import DrawingOptions, own_sampler_of_clips
 from backbone.io.console import UserError
+from backbone.io.prompts import words_of
 from backbone.world.motions import CAMERAS, find_moves
 from customize.clips.picture_settings import PictureOptions
 
@@ -367,7 +368,9 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
             metavar="CLIPS",
         ),
     ]
-    caption: Annotated[str, Option("Caption of clips without one.", DATA, metavar="PROMPT")] = ""
+    caption: Annotated[
+        str, Option("Caption of clips without one.", DATA, metavar="PROMPT", understood=words_of)
+    ] = ""
     image: Annotated[
         Path | None, Option("The picture that all clips start from.", DATA, metavar="PICTURE")
     ] = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.media.control.maps import COMPUTED, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_named
@@ -15,6 +15,8 @@ from backbone.media.transforms import crop_square
 from backbone.world.maps import draw_maps, look_at
 from backbone.world.rendering.record import SIZE
 from backbone.world.scene import Scene
+
+CROPPED = 0.15  # of a picture: less is due to the sizes that cameras have
 
 PICTURE, SHEET = "picture.png", "sheet.png"
 WHAT = {  # below each map of a sheet
@@ -55,7 +57,15 @@ def maps_of_picture(
             f"A map of {missing[0]} of a photograph is made by a network that is not here. Draw the map, or take "
             f"that of a scene: customize map {missing[0]} --scene 7. Found without one: {', '.join(COMPUTED)}."
         )
-    picture = crop_square(open_named(path), resolution or _resolution(model))
+    opened = open_named(path)
+    lost = 1 - min(opened.size) / max(opened.size)
+    if lost > CROPPED:
+        notify(
+            f"{path} is {opened.width} × {opened.height} pixels and a map square: {min(lost, 0.99):.0%} of it is "
+            f"cropped off, at both ends alike. Beside --condition, KIND={path}:auto finds the map in the shape that "
+            "is drawn."
+        )
+    picture = crop_square(opened, resolution or _resolution(model))
     return picture, {kind: compute_map(kind, picture) for kind in kinds or COMPUTED}
 
 

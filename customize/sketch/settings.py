@@ -10,6 +10,7 @@ from backbone.cli.conditions import CONTROL
 from backbone.cli.flags import DRAWING, OUTPUT, PageOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import DrawingOptions, FewStepOptions
+from backbone.io.prompts import words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class SketchOptions(FewStepOptions, DrawingOptions, PageOptions):
             DRAWING,
             argument=True,
             metavar="PROMPT",
+            understood=words_of,
             default_text="a dog in a park",
         ),
     ] = "a dog in a park"

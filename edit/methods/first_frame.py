@@ -62,10 +62,14 @@ class FirstFrame:
 
 
 def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
-    """An edited first frame at the clip's size; `UserError` for another shape, and for the first frame as it is."""
+    """An edited first frame at the size at which the clip is edited, in its shape there or in the clip's own.
+
+    `UserError` for another shape, and for the first frame as it is.
+    """
     height, width = inversion.image.shape[-2:]
+    own = inversion.facts.get("size") or (width, height)
     name = picture.name or "The first frame"
-    if not is_same_shape(picture.image.size, (width, height)):
+    if not any(is_same_shape(picture.image.size, size) for size in ((width, height), tuple(own))):
         raise UserError(
             f"{name} has {picture.image.width} × {picture.image.height} pixels and the clip's frames {width} × "
             f"{height}: another shape. Edit the clip's own first frame (0000.png)."

@@ -17,12 +17,12 @@ from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
 from edit.methods.interpolate import interpolate
 from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
-from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported
+from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported, refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.remove import STRENGTH, remove
 from edit.methods.sdedit import sdedit
 from edit.phrases import without
-from edit.pictures import ImageLike
+from edit.pictures import ImageLike, read_image, refuse_other_shape
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
 
@@ -66,6 +66,7 @@ def run_replace(
     else:
         prompt = inversion.prompt
     alignments = align_prompts(loaded.model, prompt, resolved, asked)
+    refuse_idle_negative(start.method if inversion is None else inversion.method, asked.negative)
     refuse_ambiguous_auto(settings.get("blend") or (), alignments)
     if inversion is None:
         inversion = start.open(loaded, guidance=asked.guidance)
@@ -206,6 +207,9 @@ def run_compose(
         result = compose(
             inversion, resolved, strength=strength, progress=bar.advance, **_settings(loaded, **settings)
         )
+    for prompt, weight in weighted:
+        if not weight:
+            notify(f"“{prompt}” has the weight 0, so it changes nothing.")
     caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in weighted)
     return replace(result, prompts=(caption,), title=f"composed: {caption}, {_how(inversion)}")
 
@@ -221,6 +225,7 @@ def run_interpolate(
     **starting: Any,
 ) -> Result:
     """`edit interpolate`."""
+    refuse_other_shape(loaded.model, read_image(first), read_image(second))
     ends = [
         Start(image, prompt, **starting).open(loaded)
         for image, prompt in ((first, first_prompt), (second, second_prompt))

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from backbone.evaluation.image_metrics import background_metrics
-from backbone.io.console import UserError
+from backbone.io.console import UserError, quote
 from backbone.io.files import write_json
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import fill_new_folder, package_versions
@@ -78,9 +78,16 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
     """The edit in its source's size; `UserError` where it has another shape."""
     (width, height), (wide, high) = source.image.size, edited.image.size
     if abs(wide * height / (high * width) - 1) > SAME_SHAPE:
+        shown = (
+            Path(edited.name).parent / "source.png"
+        )  # of a run folder: the source as the model was shown it
+        remedy = (
+            f"Name {quote(shown)} in its place, which was cropped as the edit was."
+            if edited.name and shown.is_file()
+            else "Crop one as the other was cropped."
+        )
         raise UserError(
-            f"{edited.name} is {wide} × {high} pixels and {source.name} {width} × {height}: other shapes. "
-            "Crop one as the other was cropped."
+            f"{edited.name} is {wide} × {high} pixels and {source.name} {width} × {height}: other shapes. {remedy}"
         )
     return edited.image if (wide, high) == (width, height) else crop_and_resize(edited.image, (width, height))
 

@@ -23,9 +23,11 @@ from backbone.memory.planner import MemoryEstimator
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
+from backbone.world.rendering.record import SIZE
 from customize.cli import app
 from customize.control_settings import PROGRAM, read_settings, resolve_settings, usual_folder
 from customize.data.control_pairs import ControlColumns, read_control_pairs
+from customize.data.maps import maps_of_picture
 from customize.evaluation.condition_fidelity import Agreement, agreement
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
@@ -649,6 +651,19 @@ def test_the_map_of_a_picture_is_the_one_in_training_whatever_its_format(pairs: 
     own = read_control_pairs(str(tmp_path / "photo.png"), "edges")[0].read_map("edges", (SIDE, SIDE))
     assert all(np.array_equal(one, found[0]) for one in found)
     assert np.array_equal(found[0], own.permute(1, 2, 0).numpy() * 255)
+
+
+def test_what_is_cropped_off_a_long_picture_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, said in (
+        ((40, 36), ""),
+        ((60, 40), "60 × 40 pixels and a map square: 33% of it is cropped off"),
+    ):
+        Image.new("RGB", size, "white").save(tmp_path / "photo.png")
+        assert maps_of_picture(str(tmp_path / "photo.png"), ["edges"])[1]["edges"].width == SIZE
+        err = capsys.readouterr().err
+        assert said in err if said else not err
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,21 @@ def test_prompts_with_weights_are_pairs_or_a_dict() -> None:
             checks.weighted(said, "prompt")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "2,5", ""])
+def test_a_weight_is_a_number(number: str) -> None:
+    with pytest.raises(UserError, match="is not a word and a number"):
+        checks.split_weight(f"a cat={number}", "--toward")
+    if number in ("nan", "inf", "-inf"):
+        with pytest.raises(UserError, match="is a number, as in"):
+            checks.weighted({"a cat": float(number)}, "prompt")
+
+
+def test_a_window_that_ends_before_it_begins_is_refused() -> None:
+    assert checks.window("cat=0.2:0.8", "--window") == ("cat", (0.2, 0.8))
+    with pytest.raises(UserError, match=r"--window cat begins at 0\.8 and ends before, at 0\.2"):
+        checks.window("cat=0.8:0.2", "--window")
+
+
 @pytest.mark.parametrize("name", ["moji", Path("my/model")])
 def test_the_name_of_a_model_is_answered_with_how_it_is_opened(name: Any) -> None:
     with pytest.raises(UserError, match=r"Open it first: backbone\.open\('"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.masks import load_latent_mask
-from edit.pictures import EncodedImage, ImageLike, SourceImage, encode_image, show_image
+from edit.pictures import EncodedImage, ImageLike, SourceImage, encode_image, read_mask, show_image
 from edit.run.run import perform
 from tests.edit.models import photo
 
@@ -83,6 +83,15 @@ def test_the_edge_of_what_is_filled_is_where_half_a_place_is_white() -> None:
     assert float(places(half).sum()) == 5 * 16
     half.paste(255, (0, 0, 8 * 5 + 5, 128))
     assert float(places(half).sum()) == 6 * 16
+
+
+def test_of_a_mask_of_several_frames_it_is_said_that_the_first_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.new("L", (8, 8), grey) for grey in (255, 0)]
+    frames[0].save(tmp_path / "mask.gif", save_all=True, append_images=frames[1:])
+    read_mask(tmp_path / "mask.gif")
+    assert "mask.gif has 2 frames or pages, of which the first counts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
+from edit.run.commands import run_interpolate
+from edit.run.open import ModelWithConcepts
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import PATHS, photo, tiny_on
 
@@ -73,6 +75,17 @@ def test_a_strength_that_is_no_step_is_refused(tiny: Backbone, inversion: Invers
     for edit in edits:
         with pytest.raises(UserError, match="is less than one of"):
             edit()
+
+
+def test_at_less_guidance_than_none_it_is_said_what_becomes_of_the_prompt(
+    tiny: Backbone, inversion: Inversion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdedit(tiny, photo(), SOURCE, steps=2, guidance=1.0)
+    assert not capsys.readouterr().err
+    sdedit(tiny, photo(), SOURCE, steps=2, guidance=0.0)
+    assert "At guidance 0 the prompt has no effect at all" in capsys.readouterr().err
+    prompt_to_prompt(inversion, TARGET, ReplaceSettings(guidance=0.25))
+    assert "At guidance 0.25 the prompt counts for 0.25 of" in capsys.readouterr().err
 
 
 def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbone) -> None:
@@ -353,6 +366,16 @@ def test_inversions_that_do_not_fit_are_refused(tiny: Backbone, inversion: Inver
         interpolate(inversion, invert(tiny, photo(120, 60), SOURCE, steps=STEPS))
     with pytest.raises(UserError, match="three or more"):
         interpolate(inversion, inversion, count=2)
+
+
+def test_images_of_two_shapes_are_refused_before_either_is_inverted(tiny: Backbone) -> None:
+    loaded = ModelWithConcepts(tiny)
+    with pytest.raises(
+        UserError, match=r"The first image is 60 × 60 pixels and the second 120 × 60: other shapes"
+    ):
+        run_interpolate(
+            loaded, first=photo(60, 60), second=photo(120, 60), first_prompt=SOURCE, second_prompt=TARGET
+        )
 
 
 def test_the_great_circle() -> None:

@@ -23,6 +23,7 @@ from edit.paint.board import RECORD, PaintBoard, Wish, make_mask
 from edit.paint.server import build_app
 from edit.pictures import read_image
 from edit.settings import PaintOptions
+from tests.backbone.media.sources.test_pictures import huge
 
 TOKEN, PORT = "secret-token", 4711
 HOST = f"http://127.0.0.1:{PORT}"
@@ -63,10 +64,14 @@ def left_half() -> Image.Image:
 def post(client: TestClient, page: Image.Image, **words: Any) -> Any:
     stream = io.BytesIO()
     page.save(stream, "PNG")
-    painted = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    painted = as_data_url(stream.getvalue())
     return client.post(
         f"/{TOKEN}/edit", json={"source": CAT.source, "target": CAT.target, "painted": painted, **words}
     )
+
+
+def as_data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 # What is edited -----------------------------------------------------------------------------------------------
@@ -162,10 +167,13 @@ def test_the_page_shows_the_image_its_edits_and_their_masks(client: TestClient, 
         assert client.get(f"/{TOKEN}/{where}").status_code == 404
 
 
-def test_posts_that_are_no_wish_and_strangers_are_refused(client: TestClient, board: PaintBoard) -> None:
+def test_posts_that_are_no_wish_and_strangers_are_refused(
+    client: TestClient, board: PaintBoard, tmp_path: Path
+) -> None:
     for words, said in (
         ({"painted": "AAAA"}, "holds no mask"),
         ({"painted": "data:image/png;base64,AAAA"}, "no PNG"),
+        ({"painted": as_data_url(huge(tmp_path / "huge.png", 60_000, 60_000).read_bytes())}, "pixels a side"),
         ({"target": 3}, "target is no text"),
         ({"target": ""}, "target prompt"),
     ):

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from backbone.io.console import UserError, notify_once
 
@@ -55,10 +55,16 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
 
 
 def open_named(path: str | Path) -> Image.Image:
-    """`open_rgb` of a picture that the user has named; that the file holds more than what is read is said."""
+    """`open_rgb` of a picture that the user has named; that it is see-through, or holds more than is read, is said."""
     if further := describe_further_frames(Path(path)):
         notify_once(further)
-    return open_rgb(path)
+
+    def flatten(image: Image.Image) -> Image.Image:
+        if is_see_through(image):
+            notify_once(f"{path}: its transparent parts are white.")
+        return flatten_on_white(image)
+
+    return open_as(path, flatten)
 
 
 def open_mask(path: str | Path) -> Image.Image:
@@ -97,9 +103,9 @@ def open_as(path: str | Path, convert: Convert, *, at_least: int | None = None) 
 def count_frames(path: Path) -> int:
     """Frames of an animated file; 1 for what is none, which whoever reads it as a picture will say."""
     try:
-        with Image.open(path) as opened:
+        with without_pillow_limit(), Image.open(path) as opened:
             return int(getattr(opened, "n_frames", 1))
-    except (OSError, SyntaxError, ValueError, EOFError):
+    except DECODER_ERRORS:
         return 1
 
 
@@ -112,7 +118,7 @@ def describe_further_frames(path: Path) -> str:
 
 def read_size(file: IO[bytes]) -> tuple[int, int]:
     """(width, height) as an image file's header says; nothing is decoded."""
-    with _without_pillow_limit():
+    with without_pillow_limit():
         return Image.open(file, formats=_readable_formats()).size
 
 
@@ -161,7 +167,7 @@ def _find_code_points(start: bytes) -> str:
 # they are of at most so many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000")
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -185,7 +191,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
     if not start:
         raise BadImageError(name, "is empty (0 bytes)")
     try:
-        with _without_pillow_limit():
+        with without_pillow_limit():
             image = Image.open(file, formats=_readable_formats())
         if (space := _find_code_points(start)) and (
             start.startswith(b"\x89PNG") or "icc_profile" not in image.info
@@ -211,7 +217,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         raise BadImageError(name, error.reason) from error
     except MemoryError as error:
         raise BadImageError(name, "needs more memory than there is") from error
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise BadImageError(name, _describe_error(start, error)) from error
 
 
@@ -236,6 +242,14 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
     background = Image.new("RGB", image.size, "white")
     background.paste(_to_srgb(opaque, stored), mask=rgba.getchannel("A"))
     return background
+
+
+def is_see_through(image: Image.Image) -> bool:
+    """Whether an image has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
+    if not image.has_transparency_data:
+        return False
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return lowest != 255
 
 
 def mask_from_image(image: Image.Image) -> Image.Image:
@@ -299,7 +313,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise ValueError("floating-point values outside 0…1")
+            raise BadImageError("The image", "has floating-point values outside 0…1: save it in 8 or 16 bits")
         white = 1.0
     else:
         # 16-bit values have 65535; what is kept in 32 bits has the smallest full scale that holds it
@@ -363,14 +377,19 @@ def _leaves_as_is(transform: ImageCms.ImageCmsTransform) -> bool:
 
 
 @contextmanager
-def _without_pillow_limit() -> Iterator[None]:
-    """Lift Pillow's decompression-bomb limit: a global that warns at 89 megapixels, where MAX_PIXELS is an error."""
+def without_pillow_limit() -> Iterator[None]:
+    """Lift Pillow's limits while a header is read: globals both.
+
+    That on decompression bombs warns at 89 megapixels, where MAX_PIXELS is an error; that on a PNG's packed text calls
+    an image damaged whose program wrote a megabyte of notes about it.
+    """
     with _pillow_limit:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
 
 
 @lru_cache(maxsize=1)

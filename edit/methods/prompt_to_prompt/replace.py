@@ -21,7 +21,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate
 from backbone.diffusion.transfer import send
 from backbone.families.base import AttentionLayout
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
@@ -63,6 +63,11 @@ def replace(
     first = _first_step(inversion, settings)
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
+    if settings.swaps and regions.columns is None and not any(plan.cross):
+        notify(
+            "--swap has no effect here: no word takes the source's attention (--cross is 0), and none is named to "
+            "--blend or to --keep. Raise --cross."
+        )
     text = encode_source_and_targets(inversion, targets)
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
@@ -205,9 +210,20 @@ def target_guidance(inversion: Inversion, asked: float | None) -> float:
 
 def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
     """The encoded prompt [1, ...] of unconditional rows: the negative one; by negative-prompt inversion the source."""
+    refuse_idle_negative(inversion.method, negative)
     if inversion.method == "negative-prompt":
         return text[:1]
     return encode_prompts_cached(inversion.model, [negative])
+
+
+def refuse_idle_negative(method: str, negative: str) -> None:
+    """`UserError` for a negative prompt beside an inversion that puts something of its own in its place."""
+    own = {"null-text": "what it has optimised", "negative-prompt": "the source prompt"}
+    if negative and method in own:
+        raise UserError(
+            f"An inversion by {method} puts {own[method]} in the place of a negative prompt, so nothing stays away "
+            f"from “{negative}”. Leave --negative out, or take another --method."
+        )
 
 
 def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window
 from edit.attention.control import Reach, SelfAttention
-from edit.checks import not_negative, share
+from edit.checks import between, not_negative, share
 from edit.pictures import ImageLike
 
 AUTO = "auto"  # as a word to blend: wherever the prompts differ
@@ -30,7 +32,8 @@ class ReplaceSettings:
                             which rows (`edit.attention.control.Control`)
     features                until when the targets take the source's residual features
     windows                 (from, until) of single words, instead of (0, cross)
-    weights                 how strongly words of the target count, 1 usually
+    weights                 how strongly words of the target count, 1 usually: in their windows, which are all the steps
+                            where `cross` is 0 and no others are given
     swaps                   words that take each other's place, whatever stands around them
     blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
                             stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
@@ -71,8 +74,10 @@ class ReplaceSettings:
             value = getattr(self, name)
             share(name, 0.0 if value is None else value)
         for word, (start, end) in self.windows.items():
-            share(f"the window of “{word}”", start)
-            share(f"the window of “{word}”", end)
+            between(f"the window of “{word}”", start, end)
+        for word, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise UserError(f"The weight of “{word}” is {weight}, which is no number. Give one, as 2.")
         if self.guidance is not None:
             not_negative("guidance", self.guidance)
 
@@ -82,7 +87,11 @@ class ReplaceSettings:
         if self.self_attention is not None:  # asked for, it is every target's
             usual.pop("colour_self_attention", None)
         given = {name: value for name in BY_MODEL if (value := getattr(self, name)) is not None}
-        return replace(self, **{**USUAL, **usual, **given})
+        found = replace(self, **{**USUAL, **usual, **given})
+        if found.cross:
+            return found
+        # A word counts by its weight only where its window is open
+        return replace(found, windows={**dict.fromkeys(self.weights, (0.0, 1.0)), **self.windows})
 
     @property
     def carries_words(self) -> bool:

@@ -603,6 +603,7 @@ def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learne
         ({"loss": "kto", "ties": "model"}, "tie"),
         ({"held_out": 1.0}, "below 1"),
         ({"label_smoothing": 0.7}, "between 0 and 0.5"),
+        ({"label_smoothing": 0.5}, "nothing would be learned from them"),
         ({"safeguard": 2.0}, "at most 1"),
         ({"loss_weighting": "heavy"}, "none, min-snr, debiased"),
         ({"least_noise": 1.0}, "below 1"),

@@ -9,6 +9,7 @@ import pytest
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
 from backbone.io.prompts import Prompt, prompts_of, read_prompts
+from tests.align.conftest import picture
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
 
@@ -91,3 +92,18 @@ def test_a_file_without_prompts_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match="holds no prompts"):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_an_image_in_a_prompt_s_place_is_no_text(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "dog.png")
+    with pytest.raises(UserError, match=r"dog\.png is no text\. Give words"):
+        prompts_of(str(tmp_path / "dog.png"))
+    (tmp_path / "p.txt").write_text("ein Hund", encoding="utf-16")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        prompts_of(str(tmp_path / "p.txt"))
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.yaml"])
+def test_the_name_of_a_list_that_is_not_there_is_no_prompt(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} does not exist"):
+        prompts_of(name)

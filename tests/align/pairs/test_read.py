@@ -277,6 +277,14 @@ def test_a_label_is_good_or_bad_however_it_is_written(tmp_path: Path, label: str
     assert len(found.problems) == (good is None)
 
 
+def test_a_choice_under_another_name_is_told_what_is_missing(tmp_path: Path) -> None:
+    rows = [{"prompt": "a dog", "image_0": "0.png", "image_1": "1.png", "preference": 1}]
+    rows += [{"prompt": "a dog", "image": "0.png", "score": 0.7}]
+    found = read_preferences(write_lines(tmp_path / "p.jsonl", rows))
+    assert "has prompt, image_0, image_1, preference, and no label_0 that says which" in found.problems[0]
+    assert "has prompt, image, score, and no label that says whether" in found.problems[1]
+
+
 def test_a_tie_that_is_neither_yes_nor_no_is_no_choice(tmp_path: Path) -> None:
     row = {"prompt": "a dog", "chosen": "0.png", "rejected": "1.png"}
     found = read_preferences(

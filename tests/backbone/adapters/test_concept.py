@@ -58,7 +58,7 @@ def test_a_token_in_brackets_needs_no_space_and_words_are_not_replaced_again() -
 def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weights = ("(red:1.3)", "((red))", "red++", "(red hat)1.2", "(red hat)--")
+    weights = ("(red:1.3)", "((red))", "red++", "(red hat)1.2", "(red hat)--", "red::2", "red ::-1")
     others = ("--w 512", "--n ugly", "{red|blue}", "BREAK", "|||", "__colors/red__", "embedding:ugly")
     for words in (*weights, *others):
         prompt = f"a dog {words}"
@@ -73,6 +73,14 @@ def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place
         "a __ dog (2)",
     ):
         resolve_placeholder_tokens(prompt, [])
+        assert capsys.readouterr().err == ""
+    assert resolve_placeholder_tokens("[a red dog:a cat:0.5]", []) == "[a red dog:a cat:0.5]"
+    assert "words that change on the way" in capsys.readouterr().err
+    with pytest.raises(UserError, match="leave the brackets out, which weaken no word here"):
+        resolve_placeholder_tokens("a [red] dog", [])
+    for switched in ("[red:blue:0.5]", "[red::8]", "[red:0.3]", "[red|blue]"):
+        with pytest.raises(UserError, match=r"change on the way, or by turns, .* write one of them"):
+            resolve_placeholder_tokens(f"a {switched} dog", [])
         assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--concept RUN and --scale"):
         resolve_placeholder_tokens("a dog <lora:x:1>", [])

@@ -39,6 +39,7 @@ from backbone.io.files import write_json
 from backbone.media.parameters import SAMPLERS
 from backbone.training.settings import PANELS, RunOptions
 from customize.control_settings import ControlSettings
+from edit.settings import PaintOptions
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "spellings.md"
@@ -272,6 +273,20 @@ def test_a_mistake_in_python_names_the_argument() -> None:
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", lr_scheduler="cosin")
     with pytest.raises(UserError, match="rank is 0"):
         align.settings.Settings(rank=0)
+
+
+def test_one_prompt_may_stand_in_a_file_whatever_it_is_of(tmp_path: Path) -> None:
+    one, several = tmp_path / "one.txt", tmp_path / "several.txt"
+    one.write_text("\ufeffblurred, dark\n", encoding="utf-8")
+    several.write_text("blurred\ndark\n")
+    assert SamplingSettings(negative=str(one)).negative == "blurred, dark"
+    assert build(PaintOptions, {"image": "x", "target": str(one)}).target == "blurred, dark"
+    assert convert_value(fields_of(ControlSettings)["validation_prompt"], (str(one),), "x") == (
+        "blurred, dark",
+    )
+    for name, said in ((str(several), "holds 2 prompts"), ("nope.txt", "nope.txt does not exist")):
+        with pytest.raises(UserError, match=said):
+            SamplingSettings(negative=name)
 
 
 def test_importing_the_options_imports_neither_torch_nor_numpy_nor_rich() -> None:

@@ -92,6 +92,10 @@ def test_a_working_folder_that_was_removed_is_said(
         (OSError(28, "No space left on device"), "Error: The disk is full: a file was not written."),
         (NotADirectoryError(20, "Not a directory", "x/y"), "Error: x/y cannot be used (not a directory)."),
         (OSError(18, "Cross-device link", "a", None, "b"), "Error: b cannot be used"),
+        (
+            OSError(36, "File name too long", "iVBOR" * 1000),
+            "Error: " + "iVBOR" * 20 + " … (5000 characters) cannot",
+        ),
     ],
 )
 def test_a_file_error_is_one_line_with_its_path(

@@ -14,6 +14,7 @@ from backbone.io.console import UserError
 from backbone.io.report import film_figure
 from backbone.media.clips import Film, read_film, write_film
 from tests.align.conftest import picture
+from tests.backbone.media.sources.test_pictures import huge
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,12 @@ def test_see_through_frames_are_said_to_be_white(tmp_path: Path, capsys: pytest.
     Image.new("RGBA", (8, 8)).save(tmp_path / "2.png")
     assert read_film(tmp_path).frames[2].getpixel((0, 0)) == (255, 255, 255)
     assert "its transparent parts are white" in capsys.readouterr().err
+
+
+def test_a_header_of_more_pixels_than_any_clip_has_is_a_sentence(tmp_path: Path) -> None:
+    huge(tmp_path / "huge.png", 60_000, 60_000)
+    with pytest.raises(UserError, match=r"huge\.png cannot be read as a clip"):
+        read_film(tmp_path / "huge.png")
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 6, 3), (4, 8, 6)])

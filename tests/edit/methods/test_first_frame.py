@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,3 +167,16 @@ def test_a_first_frame_that_cannot_be_followed_is_said_and_nothing_is_written(
     answer = call(places / "walk.webp", *given, *usual, "--out", tmp_path / "out")
     message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
     assert answer.exit_code != 0 and said in message and not (tmp_path / "out").exists()
+
+
+def test_a_first_frame_may_have_the_clip_s_own_shape() -> None:
+    inversion: Any = SimpleNamespace(
+        image=torch.zeros(3, 3, 48, 80),
+        facts={"size": [96, 64]},
+        model=SimpleNamespace(encode=lambda pixels: SimpleNamespace(mean=pixels)),
+    )
+    for size in ((96, 64), (192, 128), (80, 48)):
+        found = read_first_frame(inversion, read_image(Image.new("RGB", size, "red")))
+        assert found.pixels.shape == (3, 48, 80)
+    with pytest.raises(UserError, match="another shape"):
+        read_first_frame(inversion, read_image(Image.new("RGB", (64, 64), "red")))

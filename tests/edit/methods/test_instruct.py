@@ -208,13 +208,14 @@ def test_a_record_is_repeated_by_its_own_share_and_an_older_one_guided_in_all_st
 
 def test_the_command_follows_an_instruction_and_another(folder: Path, tmp_path: Path) -> None:
     photo().save(tmp_path / "photo.png")
+    (tmp_path / "then.txt").write_text("make it snow\n")
     words = [
         "instruct",
         str(tmp_path / "photo.png"),
         "--instruction",
         "a green dog",
         "--then",
-        "make it snow",
+        str(tmp_path / "then.txt"),
     ]
     out = tmp_path / "run"
     more = ["--model", str(folder), "--steps", "2", "--background", "none", "--no-metrics", "--out", str(out)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,6 @@ def test_mistakes_are_a_sentence_and_leave_nothing(files: tuple[Path, Path], tmp
         found = CliRunner().invoke(app, command)
         assert isinstance(found.exception, UserError) and complaint in str(found.exception), found.output
         assert not (tmp_path / "run").exists()
+    shutil.copy(before, tmp_path / "source.png")
+    found = CliRunner().invoke(app, ["keep-background", str(before), str(tall)])
+    assert "source.png in its place, which was cropped as the edit was" in str(found.exception)

@@ -324,6 +324,8 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
         (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "1 prompts are given for two images"),
         (("replay", "nowhere"), "nowhere does not exist"),
+        (("replay", "photo.png"), "photo.png is no run.json. Name the run.json of an edit"),
+        (("invert-and-replace", "--inversion", ".", "--target", "a"), "Name the file: inversion.safetensors"),
         (("sdedit", "photo.png", "--prompt", "nowhere.txt"), "nowhere.txt does not exist"),
         (("sdedit", "photo.png", "--prompt", "a", "--scale", "2"), "--scale has no effect without --concept"),
         (("invert-and-replace", "photo.png", *WORDS, "--iterations", "2"), "--iterations has no effect"),

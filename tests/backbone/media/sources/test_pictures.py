@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from backbone.io.console import UserError, notify_once
-from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_rgb
+from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_named, open_rgb
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import (
@@ -324,6 +324,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut.webp": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is "),
     "cut.tiff": (lambda path: cut(write(path, scene(400, 300)), 0.5), "is "),
     "huge.png": (lambda path: huge(path, 30_000, 20_000), "400 megapixels are the most"),
+    "bomb.tiff": (lambda path: huge(path, 60_000, 60_000), "400 megapixels are the most"),
     "nothing.png": (lambda path: huge(path, 20, 20), "is "),
     "folder.png": (lambda path: path.mkdir() or path, "is a folder"),  # type: ignore[func-returns-value]
 }
@@ -334,6 +335,27 @@ def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, name: str) -> Non
     make, why = BAD[name]
     assert reason(make(tmp_path / name)).startswith(("is ", "has "))
     assert why in reason(tmp_path / name)
+    with pytest.raises(BadImageError, match=why):
+        open_named(tmp_path / name)
+
+
+def test_a_see_through_picture_that_is_named_is_said_to_be_white_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene(8, 8).convert("RGBA").save(tmp_path / "opaque.png")
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    open_named(tmp_path / "opaque.png")
+    assert not capsys.readouterr().err
+    assert open_named(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert "clear.png: its transparent parts are white" in capsys.readouterr().err
+
+
+def test_much_packed_text_beside_the_pixels_is_no_damage(tmp_path: Path) -> None:
+    notes, limit = PngImagePlugin.PngInfo(), PngImagePlugin.MAX_TEXT_CHUNK
+    notes.add_text("workflow", "a node " * 200_000, zip=True)
+    scene(40, 30).save(tmp_path / "x.png", pnginfo=notes)
+    assert open_named(tmp_path / "x.png").size == (40, 30)
+    assert limit == PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def test_between_178_and_400_megapixels_no_bomb_is_suspected(

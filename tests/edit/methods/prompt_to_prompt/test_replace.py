@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import pytest
@@ -265,6 +266,34 @@ def test_weights_reach_the_picture(inversion: Inversion) -> None:
     assert 1e-5 < deviation(latents[1], latents[0]) < deviation(latents[2], latents[0])
 
 
+@pytest.mark.parametrize("control", PRESETS)
+def test_a_weight_counts_where_no_word_takes_the_source_s_attention(
+    inversion: Inversion, control: str
+) -> None:
+    settings = dataclasses.replace(PRESETS[control], cross=0.0, blend=())
+    latents = [
+        replace(inversion, SOURCE, dataclasses.replace(settings, weights={"cat": weight})).latents[0]
+        for weight in (1.0, 3.0)
+    ]
+    assert deviation(latents[0], latents[1]) > 1e-5
+
+
+def test_a_swap_that_nothing_reads_is_said(inversion: Inversion, capsys: pytest.CaptureFixture[str]) -> None:
+    swaps = (("cat", "dog"),)
+    replace(inversion, TARGET, ReplaceSettings(swaps=swaps))
+    replace(inversion, TARGET, ReplaceSettings(swaps=swaps, cross=0.0, keep=("snow",)))
+    assert not capsys.readouterr().err
+    replace(inversion, TARGET, ReplaceSettings(swaps=swaps, cross=0.0))
+    assert "--swap has no effect here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
+def test_nothing_stays_away_from_what_an_inversion_has_replaced(tiny: Backbone, method: Any) -> None:
+    inversion = invert(tiny, photo(), SOURCE, method=method, steps=2, iterations=1)
+    with pytest.raises(UserError, match=f"inversion by {method} puts .* in the place of a negative prompt"):
+        replace(inversion, TARGET, ReplaceSettings(negative="snow"))
+
+
 def test_strength_0_leaves_the_picture_and_less_strength_changes_less(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
     latents = [
@@ -368,6 +397,12 @@ def test_frames_show_the_way(inversion: Inversion) -> None:
         (TARGET, {"keep": ("hat",)}, "not in any"),
         (TARGET, {"weights": {"cat": 2.0}}, "not in the prompt"),
         (TARGET, {"windows": {"dog": (0.0, 1.5)}}, "between 0 and 1"),
+        (
+            TARGET,
+            {"windows": {"dog": (0.8, 0.2)}},
+            r"begins at 0\.8 and ends before, at 0\.2\. Write 0\.2:0\.8",
+        ),
+        (TARGET, {"weights": {"dog": float("nan")}}, "no number"),
         (TARGET, {"cross": 1.5}, "between 0 and 1"),
         (TARGET, {"strength": -0.1}, "between 0 and 1"),
         (TARGET, {"guidance": -1.0}, "negative"),
