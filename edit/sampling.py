@@ -52,14 +52,10 @@ class KeptEstimates:
 # Guidance ---------------------------------------------------------------------------------------------------
 
 
-def guidance_of(model: Backbone, guidance: float | None, *, instructed: bool = False) -> float:
-    """The guidance scale, the model's usual one for None, which may be another of edits by instruction.
-
-    Raises `UserError` if it is negative.
-    """
+def guidance_of(model: Backbone, guidance: float | None) -> float:
+    """The guidance scale, the model's usual one for None. Raises `UserError` if it is negative."""
     if guidance is None:
-        own = model.defaults.get("instruct_guidance") if instructed else None
-        return float(own or model.defaults["guidance"])
+        return float(model.defaults["guidance"])
     return checks.not_negative("guidance", guidance)
 
 

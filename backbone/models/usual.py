@@ -36,7 +36,6 @@ class Usual:
     guidance: Annotated[float, _number("Scale of classifier-free guidance.", 0)] = 7.5
     guidance_start: Annotated[float, _number("Share of the steps before guidance begins.", 0, 1)] = 0.0
     guidance_stop: Annotated[float, _number("Share of the steps after which guidance ends.", 0, 1)] = 1.0
-    instruct_guidance: Annotated[float, _number("The same of edits by instruction; 0: guidance.", 0)] = 0.0
     sampler: Annotated[
         str, Option("Sampler.", "Usual", choices=get_args(Sampler), understood=name_sampler)
     ] = "ddim"

@@ -50,7 +50,7 @@ class InstructSettings(GuidedShare):
     references      further images, for a model that reads several
     keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
                     `auto`: its own pixels, and what is drawn where nearly everything has changed
-    guidance        how closely the instruction is followed; the model's usual one for instructions if None
+    guidance        how closely the instruction is followed; the model's usual one if None
     image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
     sampler         the model's own if None
     negative        what to stay away from
@@ -95,7 +95,7 @@ def instruct(
     checks.opened(model)
     instructions = checks.prompts(instructions, "instruction")
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
-    guidance = guidance_of(model, asked.guidance, instructed=True)
+    guidance = guidance_of(model, asked.guidance)
     guided = asked.guided_of(model.defaults)
     check_guidance_interval(guided)
     guidances = Guidances(guidance, image_guidance, asked.negative, guided)

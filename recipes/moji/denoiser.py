@@ -74,7 +74,6 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "steps": 25,
     "guidance": 4.0,
     "guidance_stop": 0.6,  # `python -m benchmarks.judges.fidelity --guidance-stop 1`
-    "instruct_guidance": 3.0,  # of moji-edit: `python -m benchmarks.edit --methods "by instruction"`
     "sampler": "ancestral",
     "train_steps": 500,
     "evaluation_steps": 250,
