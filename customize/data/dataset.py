@@ -407,7 +407,7 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
         found = list_images(settings.class_images[subject])[: settings.num_class_images or None]
         views = [View(picture, (model.resolution, model.resolution)) for picture in found]
         own = [*encode_views(model, views)[False].column("mean")[:].split(1)] if views else []
-    missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
+    missing = max(0, (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own))
     generated = [sample_class_latents(model, class_prompt, settings, missing)] if missing else []
     return torch.cat([*(latent.float().cpu() for latent in own), *generated])
 
