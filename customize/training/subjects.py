@@ -44,7 +44,7 @@ def name_classes(
 def choose_words(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
 ) -> list[Subject]:
-    """The subjects, each with the words for its token; `UserError` for a bad token or one that is used twice."""
+    """The subjects, each with the words for its token; `UserError` for a bad token, or one that means another's too."""
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     subjects_with_words: list[Subject] = []
     for subject, folder in zip(subjects, pictures, strict=True):
@@ -56,8 +56,13 @@ def choose_words(
             words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(picture.content_hash for picture in folder)
-            words = choose_rare_word(
-                vocabulary, key, taken=[other.token_words for other in subjects_with_words]
+            taken = [other.token_words for other in (*subjects, *subjects_with_words)]
+            words = choose_rare_word(vocabulary, key, taken=taken)
+        same = [other.token for other in subjects_with_words if other.token_words == words]
+        if same:
+            raise UserError(
+                f"{same[0]} and {subject.token} both stand for “{words}”, so the model could not tell them apart. Give "
+                "each its own words, or leave them out."
             )
         subjects_with_words.append(dataclasses.replace(subject, token_words=words))
     return subjects_with_words

@@ -407,6 +407,10 @@ def test_class_pictures_are_square_and_say_so(tiny: Backbone, subject: Path) -> 
     asked = settings(subject, aspect_buckets=True, prior="class-images")
     with pytest.raises(UserError, match="Class pictures are square"):
         begun(tiny, subject, asked)
+    for path in subject.glob("?.png"):  # all of them of one shape
+        path.unlink()
+    with pytest.raises(UserError, match="Class pictures are square"):
+        begun(tiny, subject, asked)
 
 
 def test_a_layer_pattern_gets_its_own_rank(tiny: Backbone, subject: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
+from customize.training.subjects import choose_words
 
 
 @pytest.fixture
@@ -342,6 +344,16 @@ def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refu
     with pytest.raises(UserError, match=words):
         subjects_of({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
     subjects_of({"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"})
+
+
+def test_two_subjects_stand_for_words_of_their_own(tiny: Backbone, subject: Path) -> None:
+    pictures = [list_images(subject)] * 2
+    asked = Settings(images="", token="[V]", class_noun="dog")
+    chosen, given = Subject("", "[V]", "dog"), Subject("", "[W]", "cat", "qrs")
+    for both in ((chosen, given), (given, chosen)):  # the one that is chosen is another
+        assert len({one.token_words for one in choose_words(tiny, both, pictures, asked)}) == 2
+    with pytest.raises(UserError, match=r"\[V\] and \[W\] both stand for “qrs”"):
+        choose_words(tiny, (replace(chosen, token_words="qrs"), given), pictures, asked)
 
 
 def test_one_pattern_has_one_rank() -> None:
