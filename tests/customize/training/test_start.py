@@ -356,6 +356,23 @@ def test_two_subjects_stand_for_words_of_their_own(tiny: Backbone, subject: Path
         choose_words(tiny, (replace(chosen, token_words="qrs"), given), pictures, asked)
 
 
+def test_a_run_goes_on_under_the_words_of_the_run_that_it_begins_from(
+    tiny: Backbone, subject: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "before").mkdir()
+    Concept("lora", "tiny", "f", {"[V]": "bcd"}, "dog").write(tmp_path / "before")
+    asked = Settings(images="", token="[V]", class_noun="dog", begin_from=str(tmp_path / "before"))
+
+    def words(token: str, given: str = "") -> str:
+        (one,) = choose_words(tiny, [Subject("", token, "dog", given)], [list_images(subject)], asked)
+        return one.token_words
+
+    assert words("[V]") == "bcd" and capsys.readouterr().err == ""
+    assert words("[W]") != "bcd" and "has learned [V], which stands for “bcd”: [W]" in capsys.readouterr().err
+    assert words("[V]", "qrs") == "qrs" and "[V] stands for other words here" in capsys.readouterr().err
+    assert words("[W]", "bcd") == "bcd" and capsys.readouterr().err == ""  # it may be called otherwise
+
+
 def test_one_pattern_has_one_rank() -> None:
     with pytest.raises(UserError, match="gives attn2 the ranks 4 and 8"):
         Settings(images="", token="[V]", class_noun="dog", rank_pattern=("attn2=4", "attn2=8"))
