@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,7 +153,7 @@ def prepare(
     buckets = buckets_of(posteriors)
     class_latents = class_rows = None
     if preserves(settings) and settings.prior == "class-images":
-        class_latents, class_rows = all_class_images(model, classes, settings, buckets)
+        class_latents, class_rows = all_class_images(model, classes, settings, set(posteriors.shapes))
     # only the denoiser is needed from here on
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
@@ -385,10 +385,13 @@ def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]
 
 
 def all_class_images(
-    model: Backbone, classes: Sequence[str], settings: Settings, buckets: Sequence[Bucket]
+    model: Backbone, classes: Sequence[str], settings: Settings, shapes: Iterable[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Latents of all subjects' class images [K, C, H, W], and which class prompt each is under [K]."""
-    if len(buckets) > 1:
+    """Latents of all subjects' class images [K, C, H, W], and which class prompt each is under [K].
+
+    Raises `UserError` where the subjects' own, of these shapes, are not square as they are.
+    """
+    if any(height != width for *_, height, width in shapes):
         raise UserError(
             "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
         )
@@ -407,7 +410,7 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
         found = list_images(settings.class_images[subject])[: settings.num_class_images or None]
         views = [View(picture, (model.resolution, model.resolution)) for picture in found]
         own = [*encode_views(model, views)[False].column("mean")[:].split(1)] if views else []
-    missing = (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own)
+    missing = max(0, (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own))
     generated = [sample_class_latents(model, class_prompt, settings, missing)] if missing else []
     return torch.cat([*(latent.float().cpu() for latent in own), *generated])
 

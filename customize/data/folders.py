@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import word_pattern
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.pictures import IMAGE_SUFFIXES, check_images, describe_unused, list_images
@@ -357,3 +357,28 @@ def read_images(
         for sentence in [] if is_prepared(subject.images) else describe_unused(subject.images, folder):
             notify(sentence)
     return folders
+
+
+def read_class_images(folders: Sequence[str], subjects: Sequence[Sequence[ImageRecord]]) -> None:
+    """Look at the class images of the subjects once; says what of their folders is not used, captions among it.
+
+    Raises `UserError` for images that cannot be used, and for one that is a subject's own: the class would be the
+    subject.
+    """
+    own = {image.path.resolve(): image for pictures in subjects for image in pictures if image.row is None}
+    for folder in folders:
+        images = list_images(folder)
+        check_images(images)
+        if same := [image.path for image in images if image.row is None and image.path.resolve() in own]:
+            raise UserError(
+                f"{same[0]} is an image of the subject and a class image too, so the class would be taught to be the "
+                "subject. Give --class-images other images of the class."
+            )
+        captioned = [image.caption_source for image in images if image.caption]
+        if captioned:
+            notify(
+                f"Class images are kept under the class prompt: {count_of(len(captioned), 'caption')} not used (first: "
+                f"{captioned[0]})."
+            )
+        for sentence in describe_unused(folder, images):
+            notify(sentence)

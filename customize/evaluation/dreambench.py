@@ -20,7 +20,7 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.prompts import prompts_of
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
@@ -78,7 +78,7 @@ def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, 
     """Prompts with `{}` for the subject: words, files with one on each line, or google/dreambooth's two lists.
 
     Of the two lists that for things is taken, or the one for `living` beings. Raises `UserError` for a prompt without
-    {}.
+    {}, and for one with a placeholder that nothing fills.
     """
     templates: list[str] = []
     for words in given:
@@ -92,6 +92,8 @@ def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, 
             raise UserError(
                 f"The prompt “{prompt}” has no {{}} where the subject stands. Write “a {{}} in the snow”."
             )
+        if odd := re.findall(r"\{\w+\}", prompt):
+            raise UserError(f"The prompt “{prompt}” has {odd[0]}, and {{}} alone is filled in. Leave it out.")
     return tuple(templates)
 
 
@@ -132,16 +134,16 @@ def evaluate_run(
         refuse_too_many(model, 1)
     scorers = load_scorers(scorer, model)
     subject_requests = [
-        Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
+        Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
     class_prompt = settings.subjects()[0].filled(settings.class_prompt)
     class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
+    subject = embed_subject(scorers, settings)
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
     base_class_images = sample_images(model, class_requests, settings, seed, "drawing the base's class")
-    texts = [prompt.format(settings.class_noun) for prompt in prompts]
-    subject = embed_subject(scorers, settings)
+    texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     untrained: dict[str, list[float]] = {}
     if against_references:
         drawn = draw_from_references(model, settings, prompts, per_prompt, seed)
@@ -167,7 +169,7 @@ def draw_from_references(
     own = read_stored_images(settings.images)[: min(REFERENCES, model.most_references)]
     references = encode_references(model, [image.open() for image in own])
     requests = [
-        Request(prompt.format(settings.class_noun), (i, j))
+        Request(prompt.replace("{}", settings.class_noun), (i, j))
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
@@ -187,9 +189,16 @@ def evaluate_images(
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(
-            f"{folder} lacks {missing[0]} and {len(missing) - 1} more of {len(names)} pictures. "
+            f"{folder} lacks {missing[0]}{more} of {count_of(len(names), 'picture')}. "
             "Draw all of them, or give other --prompts or --count."
+        )
+    further = sorted({path.name for path in folder.glob("p*-s*.png")} - set(names))
+    if further:
+        notify(
+            f"{folder} holds {count_of(len(further), 'picture')} of other prompts or samples than these, not measured "
+            f"(first: {further[0]}): --prompts and --count say which are."
         )
     images = [open_rgb(folder / name) for name in names]
     metrics = score_images(scorers, settings, images, prompts, per_prompt)
@@ -202,7 +211,7 @@ def score_images(
     scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
 ) -> dict[str, Any]:
     """CLIP-I (or DINO), CLIP-T and DIV, and the subject fidelity of its own images among themselves as a ceiling."""
-    texts = [prompt.format(settings.class_noun) for prompt in prompts]
+    texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     subject = embed_subject(scorers, settings)
     values = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
     return summarize(scorers, subject, values)
@@ -251,7 +260,7 @@ def write_results(
     write_text(out / "table.md", "\n".join([*lines, ""]))
     values = {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in metrics.items()}
     write_json(out / TABLE, {"metrics": values, "prompts": list(prompts), "per_prompt": per_prompt})
-    captions = [prompts[k // per_prompt].format(settings.called()) for k in range(len(images))]
+    captions = [prompts[k // per_prompt].replace("{}", settings.called()) for k in range(len(images))]
     cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
     return {"text": "\n".join(lines), **metrics}

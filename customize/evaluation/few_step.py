@@ -63,7 +63,7 @@ def measure_survival(
     base, concept, few, moved = open_sides(run, on)
     scorers = load_scorers(scorer, base)
     requests = [
-        Request(resolve_placeholder_tokens(prompt.format(settings.called()), [concept]), (i, j))
+        Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
@@ -89,7 +89,7 @@ def measure_survival(
     write_text(out / "table.md", text)
     record = {"survival": survived.record(), "prompts": list(prompts), "per_prompt": per_prompt}
     write_json(out / TABLE, record)
-    captions = [prompts[k // per_prompt].format(settings.called()) for k in range(len(images))]
+    captions = [prompts[k // per_prompt].replace("{}", settings.called()) for k in range(len(images))]
     cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=f"{run} on {name}", cell=112))
     write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
@@ -108,7 +108,7 @@ def mean_fidelities(
     scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
 ) -> Fidelity:
     """The mean subject and prompt fidelity of images, `per_prompt` of each prompt."""
-    texts = [prompt.format(settings.class_noun) for prompt in prompts]
+    texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     metrics = measure_dreambench(
         scorers, embed_subject(scorers, settings), images, texts, per_prompt=per_prompt
     )

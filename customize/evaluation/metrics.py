@@ -120,7 +120,7 @@ class Evaluator:
         if self.scorers.clip is None:
             raise UserError(
                 "The scorer that was named reads no text, and the model has none of its own, so prompt fidelity cannot "
-                "be measured. Name a CLIP folder with --scorer, or train with --evaluate-every 0."
+                "be measured. Name a CLIP folder with --scorer, or train with --evaluation-steps 0."
             )
         return self.scorers.clip
 

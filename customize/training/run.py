@@ -15,7 +15,6 @@ from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import CHECKPOINT, refuse_taken, run_name
 from backbone.media.crops import CropReader
-from backbone.media.sources.pictures import check_images, list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.loop import refuse_other_sources
@@ -23,7 +22,7 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from customize.data.dataset import SubjectGroup, prepare, preserves
-from customize.data.folders import read_images
+from customize.data.folders import read_class_images, read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
@@ -60,8 +59,7 @@ def train_concept(
     pictures = images or read_images(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run, [subject.images for subject in subjects])
-    for folder in asked.get("class_images", ()):
-        check_images(list_images(folder))
+    read_class_images(asked.get("class_images", ()), pictures)
     # The configs first, for the model's usual settings; then the model in the placement that the settings ask for
     opened, asked = open_configs(asked)
     looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]

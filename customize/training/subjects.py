@@ -11,6 +11,7 @@ from backbone.adapters.concept import (
     Concept,
     check_token,
     choose_rare_word,
+    read_concept,
     resolve_placeholder_tokens,
 )
 from backbone.adapters.embeddings import vector_token_names
@@ -44,20 +45,36 @@ def name_classes(
 def choose_words(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
 ) -> list[Subject]:
-    """The subjects, each with the words for its token; `UserError` for a bad token or one that is used twice."""
+    """The subjects, each with the words for its token: its own, those of the run that is begun from, or rare ones.
+
+    Raises `UserError` for a bad token, or one that means another's too.
+    """
     vocabulary = model.text_encoder.tokenizer.get_vocab()
+    learned = read_concept(settings.begin_from).tokens if settings.begin_from else {}
     subjects_with_words: list[Subject] = []
     for subject, folder in zip(subjects, pictures, strict=True):
         check_token(subject.token, vocabulary)
         if any(subject.token == other.token for other in subjects_with_words):
             raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
-        words = subject.token_words
+        words = subject.token_words or learned.get(subject.token, "")
+        if learned and words not in learned.values():
+            known = ", ".join(f"{token}, which stands for “{said}”" for token, said in learned.items())
+            notify(
+                f"{settings.begin_from} has learned {known}: {subject.token} stands for other words here, so it begins "
+                "without what that run knows of it."
+            )
         if settings.method in OWN_WORDS:
             words = " ".join(vector_token_names(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(picture.content_hash for picture in folder)
-            words = choose_rare_word(
-                vocabulary, key, taken=[other.token_words for other in subjects_with_words]
+            taken = [other.token_words for other in (*subjects, *subjects_with_words)]
+            taken += learned.values()
+            words = choose_rare_word(vocabulary, key, taken=taken)
+        same = [other.token for other in subjects_with_words if other.token_words == words]
+        if same:
+            raise UserError(
+                f"{same[0]} and {subject.token} both stand for “{words}”, so the model could not tell them apart. Give "
+                "each its own words, or leave them out."
             )
         subjects_with_words.append(dataclasses.replace(subject, token_words=words))
     return subjects_with_words

@@ -27,6 +27,7 @@ from backbone.training.run import take_steps
 from customize.data.dataset import (
     LEAST_SIDE,
     SubjectGroup,
+    class_images,
     class_prompts_of,
     prepare,
     sample_class_latents,
@@ -206,6 +207,14 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     assert again.class_latents is not None
     assert torch.equal(again.class_latents, first.data.class_latents)
     assert torch.isfinite(next(first.losses(1)))
+
+
+@pytest.mark.parametrize(("count", "kept"), [(0, 3), (2, 2), (3, 3), (4, 4)])
+def test_class_pictures_are_all_of_their_folder_or_as_many_as_are_asked_for(
+    tiny: Backbone, subject: Path, count: int, kept: int
+) -> None:
+    asked = settings(subject, prior="class-images", class_images=(str(subject),), num_class_images=count)
+    assert class_images(tiny, "a dog", asked, 0).shape == (kept, *tiny.latent_shape)
 
 
 def test_class_pictures_are_drawn_by_the_model_s_own_sampler(
@@ -396,6 +405,10 @@ def test_random_crops_are_parts_of_their_images_with_their_prompts_and_masks(
 def test_class_pictures_are_square_and_say_so(tiny: Backbone, subject: Path) -> None:
     Image.new("RGB", (200, 100)).save(subject / "wide.png")
     asked = settings(subject, aspect_buckets=True, prior="class-images")
+    with pytest.raises(UserError, match="Class pictures are square"):
+        begun(tiny, subject, asked)
+    for path in subject.glob("?.png"):  # all of them of one shape
+        path.unlink()
     with pytest.raises(UserError, match="Class pictures are square"):
         begun(tiny, subject, asked)
 

@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from backbone.io.console import UserError
+from backbone.media.sources.pictures import list_images
 from customize.data.folders import (
     ConceptFolder,
     as_template,
     find_token_and_class,
     guess_token_and_class,
     is_concept_source,
+    read_class_images,
     read_concepts,
     read_subjects,
 )
@@ -248,3 +250,17 @@ def test_two_folders_of_one_token_are_told_to_be_one_subject(tmp_path: Path) -> 
         pictures_in(tmp_path / name)
     with pytest.raises(UserError, match=r"have one token, sks\. If they show one subject, put"):
         read_subjects(tmp_path)
+
+
+def test_class_images_are_none_of_the_subject_s_and_what_is_not_used_of_them_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, dogs = pictures_in(tmp_path / "own"), pictures_in(tmp_path / "1_dog")
+    pictures = [list_images(own)]
+    (dogs / "1.txt").write_text("a brown dog")
+    (dogs / "notes.md").write_text("")
+    read_class_images([str(dogs)], pictures)
+    said = capsys.readouterr().err
+    assert "1 caption not used (first: " in said and "notes.md" in said
+    with pytest.raises(UserError, match="is an image of the subject and a class image too"):
+        read_class_images([str(own / ".." / "own")], pictures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,12 @@ from backbone.io.console import UserError
 from backbone.io.report import line_plot, table, write_report
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from customize.evaluation.dreambench import compare_with_references, moji_prompts, read_dreambench_prompts
+from customize.evaluation.dreambench import (
+    compare_with_references,
+    moji_prompts,
+    read_dreambench_prompts,
+    read_templates,
+)
 from customize.evaluation.metrics import (
     ConceptMetrics,
     EarlyStopping,
@@ -139,6 +145,14 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match="google/dreambooth"):
         read_dreambench_prompts(path)
+
+
+def test_a_prompt_to_measure_by_has_places_for_the_subject_alone() -> None:
+    kept = ("a {} beside a {}", "a {} in {red|blue}", "a {} {")
+    assert read_templates(kept) == kept
+    for words, said in (("a dog", "has no {}"), ("a {} in {place}", "has {place}, and {} alone")):
+        with pytest.raises(UserError, match=re.escape(said)):
+            read_templates([words])
 
 
 def test_our_own_prompts_are_twenty_five_different_ones() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
+from customize.training.subjects import choose_words
 
 
 @pytest.fixture
@@ -342,6 +344,33 @@ def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refu
     with pytest.raises(UserError, match=words):
         subjects_of({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
     subjects_of({"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"})
+
+
+def test_two_subjects_stand_for_words_of_their_own(tiny: Backbone, subject: Path) -> None:
+    pictures = [list_images(subject)] * 2
+    asked = Settings(images="", token="[V]", class_noun="dog")
+    chosen, given = Subject("", "[V]", "dog"), Subject("", "[W]", "cat", "qrs")
+    for both in ((chosen, given), (given, chosen)):  # the one that is chosen is another
+        assert len({one.token_words for one in choose_words(tiny, both, pictures, asked)}) == 2
+    with pytest.raises(UserError, match=r"\[V\] and \[W\] both stand for “qrs”"):
+        choose_words(tiny, (replace(chosen, token_words="qrs"), given), pictures, asked)
+
+
+def test_a_run_goes_on_under_the_words_of_the_run_that_it_begins_from(
+    tiny: Backbone, subject: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "before").mkdir()
+    Concept("lora", "tiny", "f", {"[V]": "bcd"}, "dog").write(tmp_path / "before")
+    asked = Settings(images="", token="[V]", class_noun="dog", begin_from=str(tmp_path / "before"))
+
+    def words(token: str, given: str = "") -> str:
+        (one,) = choose_words(tiny, [Subject("", token, "dog", given)], [list_images(subject)], asked)
+        return one.token_words
+
+    assert words("[V]") == "bcd" and capsys.readouterr().err == ""
+    assert words("[W]") != "bcd" and "has learned [V], which stands for “bcd”: [W]" in capsys.readouterr().err
+    assert words("[V]", "qrs") == "qrs" and "[V] stands for other words here" in capsys.readouterr().err
+    assert words("[W]", "bcd") == "bcd" and capsys.readouterr().err == ""  # it may be called otherwise
 
 
 def test_one_pattern_has_one_rank() -> None:
