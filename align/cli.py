@@ -119,9 +119,16 @@ def sample(asked: SampleOptions) -> None:
     drawn = sample_pairs(prompts, out, asked, concepts=concepts)
     whole = len(prompts) * asked.count
     images, asked_of = count_of(whole, "image"), count_of(len(prompts), "prompt")
-    notify(f"{images} of {asked_of} in {out} ({drawn} new). Next: align label {quote(out)}")
+    notify(f"{images} of {asked_of} in {out} ({drawn} new).{describe_next(prompts, asked)}")
     if asked.as_json and is_main_rank():
         print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
+
+
+def describe_next(prompts: list[Prompt], asked: SampleOptions) -> str:
+    """What comes after drawing: choosing, where there is anything to choose between."""
+    if asked.count == 1 and not any(prompt.hard_negatives for prompt in prompts):
+        return " With one image of a prompt there is nothing to choose between: draw more with --count."
+    return f" Next: align label {quote(asked.out)}"
 
 
 @app.command()
