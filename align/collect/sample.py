@@ -229,17 +229,11 @@ def _claim_folder(out: Path, record: dict[str, Any]) -> None:
         return
     stored = read_json(path)
     for name, value in record.items():
-        if (before := stored.get(name)) != value:
-            keys = (
-                [key for key in value if before.get(key) != value[key]]
-                if _are_dicts(before, value)
-                else [name]
-            )
+        before: Any = stored.get(name)
+        if before != value:
+            both = isinstance(before, dict) and isinstance(value, dict)
+            keys = [key for key in value if before.get(key) != value[key]] if both else [name]
             said = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
             raise UserError(
                 f"{out} was begun with another {said or name}. Choose another --out, or repeat what {path} says."
             )
-
-
-def _are_dicts(*values: object) -> bool:
-    return all(isinstance(value, dict) for value in values)
