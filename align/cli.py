@@ -154,9 +154,8 @@ def label(
         serve(session, port=port, browser=browser)
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
-        notify(
-            f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {quote(folder)}"
-        )
+        then = f" Next: align train {quote(folder)}" if session.answered else ""
+        notify(f"{session.answered} of {len(session.pairs)} pairs have an answer.{said}{then}")
 
 
 @app.command()
