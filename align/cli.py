@@ -119,9 +119,16 @@ def sample(asked: SampleOptions) -> None:
     drawn = sample_pairs(prompts, out, asked, concepts=concepts)
     whole = len(prompts) * asked.count
     images, asked_of = count_of(whole, "image"), count_of(len(prompts), "prompt")
-    notify(f"{images} of {asked_of} in {out} ({drawn} new). Next: align label {quote(out)}")
+    notify(f"{images} of {asked_of} in {out} ({drawn} new).{describe_next(prompts, asked)}")
     if asked.as_json and is_main_rank():
         print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
+
+
+def describe_next(prompts: list[Prompt], asked: SampleOptions) -> str:
+    """What comes after drawing: choosing, where there is anything to choose between."""
+    if asked.count == 1 and not any(prompt.hard_negatives for prompt in prompts):
+        return " With one image of a prompt there is nothing to choose between: draw more with --count."
+    return f" Next: align label {quote(asked.out)}"
 
 
 @app.command()
@@ -147,9 +154,8 @@ def label(
         serve(session, port=port, browser=browser)
         agreement, repeats = session.agreement
         said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
-        notify(
-            f"{session.answered} of {len(session.pairs)} pairs have an answer.{said} Next: align train {quote(folder)}"
-        )
+        then = f" Next: align train {quote(folder)}" if session.answered else ""
+        notify(f"{session.answered} of {len(session.pairs)} pairs have an answer.{said}{then}")
 
 
 @app.command()

@@ -314,7 +314,7 @@ def readable(image: str) -> SourceImage:
     try:
         return read_image(image)
     except BadImageError as error:
-        if Path(image).exists():
+        if not error.reason.startswith("does not exist"):
             raise
         remedy = "Check the spelling; `edit example cat/` writes one to try with."
         raise UserError(f"{image} {error.reason}. {remedy}") from error

@@ -66,3 +66,8 @@ def test_it_says_what_it_learned_in() -> None:
     settings = read_json(FOLDER / "scheduler" / "scheduler_config.json")
     assert (settings["num_train_timesteps"], settings["shift"]) == (1000, 1.0)
     assert read_json(FOLDER / "model_index.json")["_class_name"] == "StableDiffusion3Pipeline"
+
+
+def test_no_licence_of_others_weights_is_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Backbone.open("moji-flow", device="cpu").denoiser is not None
+    assert "licence" not in capsys.readouterr().err

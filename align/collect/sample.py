@@ -17,6 +17,7 @@ from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noi
 from align.settings import PairSampling
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import (
+    PLACEHOLDER,
     Concept,
     expand_tokens,
     summarize_concepts,
@@ -24,7 +25,7 @@ from backbone.adapters.concept import (
 )
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions
@@ -56,6 +57,8 @@ def sample_pairs(
     texts = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
     for text in [*texts, asked.negative]:
         expand_tokens(text, concepts)  # mistakes are answered before any weights load
+    if not concepts and (found := next(filter(None, map(PLACEHOLDER.search, texts)), None)):
+        notify(f"“{found[0]}” in a prompt is read as plain text: no --concept is given.")
     name = asked.model or (concepts[0].model if concepts else "moji")
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
@@ -226,8 +229,11 @@ def _claim_folder(out: Path, record: dict[str, Any]) -> None:
         return
     stored = read_json(path)
     for name, value in record.items():
-        if stored.get(name) != value:
+        before: Any = stored.get(name)
+        if before != value:
+            both = isinstance(before, dict) and isinstance(value, dict)
+            keys = [key for key in value if before.get(key) != value[key]] if both else [name]
+            said = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
             raise UserError(
-                f"{out} was begun with another {name.replace('_', ' ')}. Choose another --out, or repeat what "
-                f"{path} says."
+                f"{out} was begun with another {said or name}. Choose another --out, or repeat what {path} says."
             )

@@ -54,6 +54,19 @@ RESULT = "compare.json"
 REPORT = "report.html"
 
 
+def _refuse_one_side(base: Side, tuned: Sequence[Side], sampling: SamplingSettings) -> None:
+    """`UserError` where both sides would draw the same images."""
+    for side in tuned:
+        one, other = (
+            (a.model, a.concepts, a.concepts and a.scale, a.override(sampling)) for a in (base, side)
+        )
+        if one == other:
+            raise UserError(
+                f"Both sides are {base.name} at the same settings, so every image would be a tie. Name another run or "
+                "model, or give --tuned-guidance."
+            )
+
+
 def compare_models(
     base: Side,
     tuned: Side,
@@ -78,6 +91,7 @@ def compare_models(
         )
     keys = [(i, j) for i in range(len(prompts)) for j in range(asked.count)]
     opened, sampling = _open_sides(sides, asked)
+    _refuse_one_side(base, list(tuned_sides.values()), sampling)
     with hold_folder(out):
         _sample_sides(out, opened, prompts, keys, sampling)
         sampled = time.perf_counter()

@@ -12,6 +12,7 @@ from torch import Tensor
 from align.comparison.sides import BASE, Side, side_image_name
 from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.statistics import Interval
+from backbone.io.console import count_of
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, paragraph, table
 from backbone.io.report import image_figure as shown
@@ -27,9 +28,10 @@ def format_summary(result: Mapping[str, Any]) -> str:
     for scorer, by_side in result["wins"].items():
         for name, wins in by_side.items():
             rate = Interval(**wins["rate"])
+            pictures = count_of(wins["wins"] + wins["ties"] + wins["losses"], "picture")
             lines.append(
-                f"{scorer}: {name} wins {rate} of {wins['wins'] + wins['ties'] + wins['losses']} pictures against "
-                f"{BASE} ({wins['ties']} ties), mean gain {_format_gain(wins)}"
+                f"{scorer}: {name} wins {rate} of {pictures} against {BASE} ({wins['ties']} ties), mean gain "
+                f"{_format_gain(wins)}"
             )
     if result["diversity"]:
         before = result["diversity"][BASE]

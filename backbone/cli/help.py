@@ -99,6 +99,13 @@ class ReadLater(Command):
     @params.setter
     def params(self, none: list[Any]) -> None: ...
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the words; beside `--config` what stands without a flag may be in the file, as all else."""
+        if any(str(word).partition("=")[0] == "--config" for word in args):
+            for param in self.params:
+                param.required = param.required and param.param_type_name != "argument"
+        return super().parse_args(ctx, args)
+
     @property
     def callback(self) -> Callable[..., Any] | None:
         called: Callable[..., Any] | None = self._whole.callback

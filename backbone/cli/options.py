@@ -213,7 +213,8 @@ def settled_command(
     def called(function: Callable[..., None], asked: dict[str, Any]) -> None:
         for one in fields_of(declared).values():
             if one.default is MISSING and one.name not in asked:
-                raise UserError(f"{one.flag} is missing. Give it: {one.option.help}")
+                name = one.option.metavar if one.option.argument else one.flag
+                raise UserError(f"{name} is missing. Give it: {one.option.help}")
         settings = build(declared, asked)
         refuse_idle(settings, asked)
         function(settings)

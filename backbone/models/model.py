@@ -179,7 +179,7 @@ class Backbone:
     @cached_property
     def denoiser(self) -> nn.Module:
         """The network that predicts, in the working precision, its weights frozen."""
-        if licence := self.family.licence(self.location):
+        if self.location.name not in OWN and (licence := self.family.licence(self.location)):
             notify_once(licence)
         with progress(None, f"loading {self.location.name}", brief=True):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)

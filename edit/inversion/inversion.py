@@ -227,7 +227,8 @@ def invert(
     """
     asked = build(InversionSettings, settings)
     checks.opened(model)
-    _check_method(model, asked.method, prompt, asked.steps)
+    check_method(model, asked.method, asked.steps)
+    checks.prompt(prompt, "source prompt")
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
@@ -255,11 +256,10 @@ def invert(
     )  # fmt: skip
 
 
-def _check_method(model: Backbone, method: Method, prompt: str, steps: int) -> None:
+def check_method(model: Backbone, method: Method, steps: int) -> None:
     """`UserError` for an unknown method or number of steps, or one that the model cannot do."""
     if method not in METHODS:
         raise UserError(f"There is no inversion called {method}. Choose one of {', '.join(METHODS)}.")
-    checks.prompt(prompt, "source prompt")
     least = 3 if method == "reversible" else 2  # the two-step rule starts from two states
     if 0 < steps < least:
         raise UserError(

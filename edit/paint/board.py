@@ -22,8 +22,10 @@ from backbone.io.local_server import NewestOnly
 from backbone.io.run_folder import package_versions
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
+from backbone.models.sample import refuse_negative
 from edit import checks
-from edit.inversion.inversion import Inversion, count_rounds, invert
+from edit.inversion.inversion import Inversion, check_method, count_rounds, invert
+from edit.methods.prompt_to_prompt.replace import refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import SourceImage, show_image
@@ -74,8 +76,13 @@ class PaintBoard:
     def open(
         cls, asked: PaintOptions, image: SourceImage, wishes: Mapping[str, Any], folder: Path
     ) -> PaintBoard:
-        """Loads the model and the concepts; `UserError` where they do not fit."""
-        return cls(asked, image, load_model(Opening(**pick(wishes, OPENING))), folder)
+        """Loads the model and the concepts; `UserError` where they do not fit, and for what no edit could take."""
+        loaded = load_model(Opening(**pick(wishes, OPENING)))
+        check_method(loaded.model, asked.method, asked.steps)
+        loaded.model.schedule(asked.steps)
+        refuse_negative(loaded.model, asked.negative, asked.guidance)
+        refuse_idle_negative(asked.method, asked.negative)
+        return cls(asked, image, loaded, folder)
 
     def edit(self, painted: Image.Image, wish: Wish) -> Kept:
         """The image as wished, changed where `painted` is bright, or where the words say if it is black all over.
@@ -85,6 +92,7 @@ class PaintBoard:
         """
         source = self.loaded.resolve(checks.prompt(wish.source, "source prompt"))
         target = self.loaded.resolve(checks.prompt(wish.target, "target prompt"))
+        refuse_idle_negative(self.asked.method, wish.negative)
         mask = make_mask(painted, self.shown.size)
         settings = replace_settings(
             self.loaded,

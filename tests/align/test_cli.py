@@ -212,7 +212,7 @@ def test_pictures_drawn_anew_share_the_first_one_s_layout(
     (tmp_path / "0.5" / image_name(3, 1)).unlink()
     align("sample", *two, "--redraw", 0.5, "--out", tmp_path / "0.5")
     assert (tmp_path / "0.5" / image_name(3, 1)).read_bytes() == before
-    assert "another sampling" in refused("sample", *two, "--redraw", 0.6, "--out", tmp_path / "0.5")
+    assert "another redraw" in refused("sample", *two, "--redraw", 0.6, "--out", tmp_path / "0.5")
     assert "redraw" not in read_json(drawn / "samples.json")["sampling"]
     few = (*model, "--steps", 2, "--redraw", 0.1, "--out", tmp_path / "few")
     assert "0.1 of 2 steps is none" in refused("sample", *few) and not (tmp_path / "few").exists()
@@ -413,7 +413,7 @@ def test_pictures_drawn_in_another_way_are_not_mixed(drawn: Path, tiny_folder: P
     said = refused(
         "sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, "--seed", 9, *model
     )
-    assert "another sampling" in said
+    assert "another seed" in said
 
 
 def test_a_mistake_ends_the_script_with_exit_code_2_and_without_torch(tmp_path: Path) -> None:
@@ -466,6 +466,16 @@ def test_results_are_json_and_nothing_else_is_on_stdout(
     compared = json.loads(align(*sides, "--json"))
     assert compared["wins"][str(bright)]["tuned"]["gain"]["value"] is not None
     assert compared == {**read_json(tmp_path / "c" / "compare.json")}
+
+
+def test_one_image_of_a_prompt_and_a_token_of_no_concept_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    how = ("--prompts", "a [V] dog", "--model", tiny_folder, "--steps", 1, "--device", "cpu")
+    said = invoked("sample", *how, "--count", 1, "--out", tmp_path / "one").output
+    assert "“[V]” in a prompt is read as plain text: no --concept is given" in said
+    assert "there is nothing to choose between: draw more with --count" in said and "Next:" not in said
+    for other in (("--count", 2), ("--count", 1, "--seed", 3)):
+        name = str(other[-2])[2:]
+        assert f"begun with another {name}." in refused("sample", *how, *other, "--out", tmp_path / "one")
 
 
 def test_a_comparison_in_another_size_and_with_words_for_prompts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import re
 import struct
 import threading
 import zlib
@@ -134,6 +135,11 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError as error:
         if path.is_symlink():
             raise BadImageError(str(path), f"is a link to {os.readlink(path)}, which is not there") from error
+        if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # of two slashes a path keeps one
+            scheme, _, rest = str(path).partition(":/")
+            remedy = f"name it /{rest}" if scheme == "file" else "download it"
+            named = f"{scheme}://{'/' * (scheme == 'file')}{rest}"
+            raise BadImageError(named, f"is an address, and images are read from files ({remedy})") from error
         near = nearest_path(path)
         raise BadImageError(
             str(path), "does not exist" + (f" (nearest name: {near.name})" if near else "")

@@ -25,6 +25,7 @@ from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
 from backbone.io.prompts import Prompt
+from backbone.models.model import Backbone
 from tests.align.conftest import align, refused
 
 ALIGNED = {"command": "align train pairs"}  # of a run's record
@@ -209,8 +210,24 @@ def test_a_comparison_that_was_drawn_in_another_way_is_not_gone_on_with(tmp_path
 
     with pytest.raises(UserError, match="another --out"):
         compare_models(
-            Side.from_name("moji"), Side.from_name("moji"), [Prompt("a dog")], tmp_path, ComparisonSettings()
+            Side("moji", "moji"),
+            Side("moji", "moji", guidance=2.0),
+            [Prompt("a dog")],
+            tmp_path,
+            ComparisonSettings(),
         )
+
+
+def test_a_side_is_not_compared_with_itself(tmp_path: Path) -> None:
+    from align.comparison.compare import compare_models
+    from align.settings import ComparisonSettings
+
+    usual = Backbone.open("moji", device="cpu").defaults["guidance"]
+    for guidance in (None, usual):
+        tuned = Side("moji", "moji", guidance=guidance)
+        with pytest.raises(UserError, match=r"Both sides are moji .* every image would be a tie"):
+            compare_models(Side("moji", "moji"), tuned, [Prompt("a dog")], tmp_path, ComparisonSettings())
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_side_can_have_its_own_guidance(

@@ -737,6 +737,12 @@ def test_a_settled_command_refuses_what_is_missing_does_not_fit_or_has_no_effect
         edited(*words)
 
 
-def test_a_settled_command_demands_its_plain_words() -> None:
+def test_a_settled_command_demands_its_plain_words(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         edited("--target", "x")
+    look = tmp_path / "look.yaml"
+    look.write_text("image: a.png\ntarget: [x]\n")
+    assert edited("--config", str(look)).image == edited("a.png", f"--config={look}").image == "a.png"
+    look.write_text("target: [x]\n")
+    with pytest.raises(UserError, match="IMAGE is missing"):
+        edited("--config", str(look))

@@ -378,6 +378,13 @@ def test_a_forbidden_file_is_refused_with_its_reason(tmp_path: Path, monkeypatch
     assert reason(tmp_path / "x.png") == "may not be read (permission denied)"
 
 
+@pytest.mark.parametrize("address", ["https://example.org/dog.png", "file:///dog.png", "s3://pets/dog.png"])
+def test_an_address_is_told_to_be_none_of_a_file(address: str) -> None:
+    with pytest.raises(BadImageError, match=f"{address} is an address, and images are read from files"):
+        open_named(address)
+    assert reason(Path("C:/dog.png")).startswith("does not exist")
+
+
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path / "dog 1.jpg")
     assert reason(tmp_path / "dog1.jpg") == "does not exist (nearest name: dog 1.jpg)"
