@@ -31,7 +31,7 @@ from torch import Tensor
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
-from backbone.cli.sampling import ALL_STEPS, Sampler, describe_guidance_interval, name_sampler
+from backbone.cli.sampling import Sampler, describe_guidance_interval, name_sampler
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, progress, run_app
@@ -60,7 +60,7 @@ from benchmarks.judges.classifier import (
     most_likely,
     prepare_images,
 )
-from benchmarks.judges.tables import format_interval, format_percent
+from benchmarks.judges.tables import format_interval, format_percent, name_drawing
 
 TEXTURES = 200
 SHEET, WORST = 64, 16
@@ -279,12 +279,10 @@ class Gallery:
 
     def pictures(self, model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
         """In the order of the scenes."""
-        sampler = setting.sampler_of(model)
-        start, stop = setting.guided_of(model)
-        drawn_by = "" if sampler == "ddim" else f"-{sampler}"
-        if setting.guidance != 1 and (start, stop) != ALL_STEPS:
-            drawn_by += f"-{start:g}-{stop:g}"
-        folder = self.folder / f"{model.fingerprint[:12]}-{setting.steps}-{setting.guidance:g}{drawn_by}"
+        how = name_drawing(
+            setting.steps, setting.guidance, setting.sampler_of(model), setting.guided_of(model)
+        )
+        folder = self.folder / f"{model.fingerprint[:12]}-{how}"
         paths = [folder / f"{scene.seed}.png" for scene in scenes]
         missing = [pair for pair in zip(scenes, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({setting})") as bar:

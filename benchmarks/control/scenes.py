@@ -47,7 +47,7 @@ from torch import Tensor
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, settled_command
-from backbone.cli.sampling import own_sampler
+from backbone.cli.sampling import describe_guidance_interval, own_guided, own_sampler
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError, progress
@@ -72,6 +72,7 @@ from benchmarks.judges.classifier import (
 from benchmarks.judges.fidelity import Template, decode_renderings, make_template, register
 from benchmarks.judges.reader import FOLDER as READER
 from benchmarks.judges.reader import Reader, load_reader
+from benchmarks.judges.tables import name_drawing
 from customize.evaluation.condition_fidelity import agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
@@ -168,7 +169,8 @@ def run(settings: ControlSettings) -> None:
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
-        "sampler": own_sampler(model.defaults), "condition_rows": settings.rows or "the network's own",
+        "sampler": own_sampler(model.defaults), "guided": own_guided(model.defaults),
+        "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     drawn = draw_by_hand(gallery, settings) if "sketch" in settings.kinds else []
@@ -272,9 +274,9 @@ class Gallery:
         settings, model = self.settings, self.model
         found = [self.network(one) for one in (kind.split("+") if kind else [])]
         which = "+".join(dict.fromkeys(one.key for one in found)) or "none"
-        how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{settings.steps}-{settings.guidance:g}"
-        sampler = own_sampler(model.defaults)
-        how += "" if sampler == "ddim" else f"-{sampler}"
+        usual = model.defaults
+        drawn_by = name_drawing(settings.steps, settings.guidance, own_sampler(usual), own_guided(usual))
+        how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{drawn_by}"
         how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
         paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in asked]
         missing = [pair for pair in zip(asked, paths, strict=True) if not pair[1].exists()]
@@ -648,7 +650,8 @@ def format_markdown(
     counts = [f"{head}, n = {table[FLOOR][name][3]:.0f}" for name, head in heads.items()]
     lines = [
         f"`{facts['model']}`, control network {facts['network']}: {facts['scenes']} posed scenes, {facts['steps']} "
-        f"steps, guidance {facts['guidance']:g}, scale {facts['scale']:g}, rows of guidance: {facts['condition_rows']}",
+        f"steps, guidance {facts['guidance']:g}{describe_guidance_interval(facts['guided'])}, "
+        f"scale {facts['scale']:g}, rows of guidance: {facts['condition_rows']}",
         "",
         f"| drawn by | {' | '.join(counts)} |",
         "|---" * (len(heads) + 1) + "|",

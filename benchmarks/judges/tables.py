@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from backbone.cli.sampling import ALL_STEPS
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 
 
@@ -51,3 +52,10 @@ def bootstrap(rows: Any, statistic: Callable[[Any], float], *, draws: int = 4000
     found = [statistic(rows[random.integers(len(rows), size=len(rows))]) for _ in range(draws)]
     low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)
+
+
+def name_drawing(steps: int, guidance: float, sampler: str, guided: tuple[float, float]) -> str:
+    """How images are drawn, as the name of their folder."""
+    stepped = "" if sampler == "ddim" else f"-{sampler}"
+    share = "" if guidance == 1 or guided == ALL_STEPS else "-{:g}-{:g}".format(*guided)
+    return f"{steps}-{guidance:g}{stepped}{share}"
