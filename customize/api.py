@@ -19,7 +19,7 @@ from backbone.io.prompts import some_prompts
 from backbone.io.run import Run
 from backbone.io.run_folder import fill_new_folder
 from backbone.media.gallery import Images
-from customize.settings import Settings, read_settings
+from customize.settings import Settings, read_subject_settings
 from customize.training.start import start
 
 
@@ -145,7 +145,7 @@ def evaluate(
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
     place, prompts = Path(str(run)), moji_prompts()
-    read_settings(place)  # before a folder is made in it
+    read_subject_settings(place)  # before a folder is made in it
     with fill_new_folder(folder_of(out), place / DREAMBENCH) as (_, unfinished):
         evaluate_run(
             place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=unfinished,

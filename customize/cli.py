@@ -33,7 +33,14 @@ from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.formats import cli as files_cli
 from customize.sample_settings import SampleOptions
-from customize.settings import PrepareImages, Settings, TrainOptions, read_settings, resolve_settings
+from customize.settings import (
+    PrepareImages,
+    Settings,
+    TrainOptions,
+    read_settings,
+    read_subject_settings,
+    resolve_settings,
+)
 from customize.sketch.settings import SketchOptions
 from customize.training.control import commands as control_commands
 from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
@@ -309,7 +316,7 @@ class EvaluateOptions(JsonOptions, CountOption):
 def evaluate(asked: EvaluateOptions) -> None:
     """Measure a run by the DreamBench protocol: subject and prompt fidelity, prior preservation, diversity."""
     run = asked.run
-    read_settings(run)  # user errors are raised before torch is imported
+    read_subject_settings(run)  # user errors are raised before torch is imported
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
 
     prompts, count, scorer = _templates(asked), asked.count, asked.scorer

@@ -770,6 +770,17 @@ def read_settings(run: Path) -> Settings:
     return settings
 
 
+def read_subject_settings(run: Path) -> Settings:
+    """The same of a run that learned a subject; `UserError` for one that learned edits from pairs."""
+    settings = read_settings(run)
+    if settings.pairs:
+        raise UserError(
+            f"{run} learned what instructions do to images, and no subject. How near its edits come to the true ones "
+            f"is in {run}/report.html."
+        )
+    return settings
+
+
 def as_command(settings: Settings, out: Path) -> str:
     """The command that repeats a run."""
     return options.as_command("customize train", settings, out=out)

@@ -294,6 +294,15 @@ def test_what_is_not_there_is_said_not_to_be_there(
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_a_run_of_edits_is_measured_and_moved_as_no_subject_is(tmp_path: Path) -> None:
+    settings = customize.settings.Settings(images="", token="", class_noun="", pairs="pairs")
+    write_json(tmp_path / "settings.json", {"settings": settings, "command": "customize train --pairs pairs"})
+    Concept("edits", "moji", "", {}, "", weights="w.safetensors").write(tmp_path)
+    for words in (("evaluate", tmp_path), ("transfer", tmp_path, "--to", "moji-turbo")):
+        assert "learned what instructions do to images, and no subject" in refused("customize", *words)
+    assert not (tmp_path / "dreambench").exists()
+
+
 def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run, half, model, file = (tmp_path / name for name in ("run", "half", "a model", "one lora.safetensors"))

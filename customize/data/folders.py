@@ -198,8 +198,9 @@ def _parse_folder(folder: Path) -> ConceptFolder:
 
 
 def _read_list(path: Path) -> list[ConceptFolder]:
-    entries = read_json(path, Any)
-    is_one = isinstance(entries, list) and bool(entries)
+    found = read_json(path, Any)
+    entries: list[Any] = found if isinstance(found, list) else []
+    is_one = bool(entries)
     if is_one and path.name != "concepts_list.json":
         is_one = all(isinstance(entry, dict) and "instance_data_dir" in entry for entry in entries)
     if not is_one:

@@ -32,7 +32,7 @@ from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
 from customize.data.prepared import read_stored_images
 from customize.evaluation.metrics import Scorers, score_prompts
-from customize.settings import Settings, read_settings
+from customize.settings import Settings, read_subject_settings
 
 TABLE = "table.json"
 REFERENCES = 5  # images of a subject beside a prompt, where the model reads so many
@@ -123,7 +123,7 @@ def evaluate_run(
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
     `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
     """
-    settings, concept = read_settings(run), read_concept(run)
+    settings, concept = read_subject_settings(run), read_concept(run)
     model = Backbone.open(
         settings.model,
         device=settings.device,
@@ -183,7 +183,7 @@ def evaluate_images(
 
     Writes and returns what `evaluate_run` does, without PRES. Raises `UserError` when an image is missing.
     """
-    settings = read_settings(run)
+    settings = read_subject_settings(run)
     read_concept(run)  # refuses a run that is not finished
     scorers = load_scorers(scorer, Backbone.open(settings.model, device="cpu"))
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]

@@ -24,7 +24,7 @@ from backbone.models.sample import Request, sample
 from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers
 from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.evaluation.survival import Fidelity, Survival
-from customize.settings import FILE, Settings, read_settings
+from customize.settings import FILE, Settings, read_subject_settings
 
 
 def open_sides(run: Path, on: str) -> tuple[Backbone, Concept, Backbone, Concept]:
@@ -33,7 +33,7 @@ def open_sides(run: Path, on: str) -> tuple[Backbone, Concept, Backbone, Concept
     `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. Raises
     `UserError` where the two do not go together.
     """
-    settings, concept = read_settings(run), read_concept(run)
+    settings, concept = read_subject_settings(run), read_concept(run)
     base = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, resolution=settings.resolution
     )
@@ -59,7 +59,7 @@ def measure_survival(
 
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
-    settings = read_settings(run)
+    settings = read_subject_settings(run)
     base, concept, few, moved = open_sides(run, on)
     scorers = load_scorers(scorer, base)
     requests = [

@@ -11,7 +11,7 @@ from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import settled_command
 from backbone.io.console import UserError, notify, quote
-from customize.settings import read_settings
+from customize.settings import read_subject_settings
 from customize.training.transfer.settings import TRAINING, TransferOptions
 
 
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
     @settled_command(app, TransferOptions, panels=(DATA, MODEL, TRAINING, OUTPUT))
     def transfer(asked: TransferOptions) -> None:
         """Fit a run's adapter to a few-step model, which keeps its own answers on the class."""
-        settings = read_settings(asked.run)  # mistakes are answered before torch is imported
+        settings = read_subject_settings(asked.run)  # mistakes are answered before torch is imported
         refuse_what_is_no_adapter(asked.run)
         from customize.training.transfer.run import transfer_run
 
