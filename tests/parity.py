@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from backbone.cli.sampling import ALL_STEPS
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 
@@ -31,5 +32,6 @@ def by_both(
         **more,
     ).images
     how: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": "ddim"}
+    how["guided"] = ALL_STEPS  # as diffusers' pipelines are
     ours = next(sample_latents(model, [Request(prompt, (0, 0))], **how))
     return theirs, ours

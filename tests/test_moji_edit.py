@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import EDITS, OWN_EDITOR, read_concept
+from backbone.cli.sampling import own_guided
 from backbone.diffusion.noise import generator
 from backbone.io.files import read_header, read_tensors
 from backbone.media.transforms import to_tensor
@@ -20,6 +21,7 @@ from customize.cli import app as customize
 from edit.cli import app
 from edit.methods.instruct import instruct
 from edit.run.open import Opening, load_model
+from recipes.moji.denoiser import DEFAULTS
 from tests.edit.models import photo
 
 
@@ -46,7 +48,8 @@ def test_moji_follows_an_instruction_without_being_told_how(tmp_path: Path) -> N
     assert "moji follows instructions with moji-edit" in said.output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [one["folder"] for one in record["concepts"]] == [str(OWN_EDITOR)]
-    assert record["sampler"] == "ancestral" and record["guidance"] == 3.0  # its usual one for instructions
+    assert record["sampler"] == "ancestral" and record["guidance"] == 4.0
+    assert (record["guidance_start"], record["guidance_stop"]) == own_guided(DEFAULTS)
     again = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output or repr(again.exception)
     first, second = (Image.open(tmp_path / name / "edit_0.png").tobytes() for name in ("run", "again"))

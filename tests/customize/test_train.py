@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.files import append_jsonl, read_jsonl, read_tensors
@@ -231,10 +231,14 @@ def test_the_example_is_written_once_and_spares_what_lies_there(customize: Comma
 def test_a_run_from_own_class_images_repeats_from_its_record(
     customize: Command, tmp_path: Path, subject: Path, tiny_folder: Path
 ) -> None:
-    flags = ["--images", str(subject), "--model", str(tiny_folder), "--class_data_dir", str(subject)]
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in subject.iterdir():
+        ImageOps.invert(Image.open(path).convert("RGB")).save(others / path.name)
+    flags = ["--images", str(subject), "--model", str(tiny_folder), "--class_data_dir", str(others)]
     customize(*TRAIN, *flags, "--num_class_images", "4", "--resolution", "48", "--steps", "2", "--out", "one")
     kept = json.loads((tmp_path / "one" / "settings.json").read_text())["settings"]
-    assert (kept["prior"], kept["class_images"], kept["resolution"]) == ("class-images", [str(subject)], 48)
+    assert (kept["prior"], kept["class_images"], kept["resolution"]) == ("class-images", [str(others)], 48)
     customize("train", "--config", "one/settings.json", "--out", "two")
     again = json.loads((tmp_path / "two" / "settings.json").read_text())["settings"]
     assert again == kept
