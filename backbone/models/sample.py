@@ -160,7 +160,7 @@ def sample_latents(
     """
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None else own_sampler_of_clips
-    sampler = asked.sampler or own(model.defaults)
+    sampler, guided = asked.sampler or own(model.defaults), asked.guided_of(model)
     places = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=places)
     batch = 1 if model.placement.one_by_one else asked.batch
@@ -183,12 +183,7 @@ def sample_latents(
             clean = given.latents[first : first + batch].to(model.device)
             start = add_noise(clean, noise, rest[0])
         guide = partial(
-            guide_steps,
-            model,
-            empty=empty,
-            guidance=asked.guidance,
-            guided=asked.guided_of(model),
-            schedule=schedule,
+            guide_steps, model, empty=empty, guidance=asked.guidance, guided=guided, schedule=schedule
         )
         if frames is not None and frames.windows("network"):
             parts = partial(_cut_to_window, guide, text)

@@ -94,11 +94,7 @@ def instruct(
     asked = build(InstructSettings, settings)
     checks.opened(model)
     instructions = checks.prompts(instructions, "instruction")
-    image_guidance = checks.not_negative("image guidance", asked.image_guidance)
-    guidance = guidance_of(model, asked.guidance)
-    guided = asked.guided_of(model.defaults)
-    check_guidance_interval(guided)
-    guidances = Guidances(guidance, image_guidance, asked.negative, guided)
+    guidances = guidances_of(model, asked)
     refuse_unread(model, 1 + len(asked.references), guidances)
     say_captions(instructions)
     encoded = encode_image(model, image)
@@ -135,6 +131,14 @@ def instruct(
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(), facts=facts, layout=layout,
     )  # fmt: skip
+
+
+def guidances_of(model: Backbone, asked: InstructSettings) -> Guidances:
+    """What is asked for, and the model's own where nothing is. `UserError` for scales below 0 and a share of no steps."""
+    image_guidance = checks.not_negative("image guidance", asked.image_guidance)
+    guided = asked.guided_of(model.defaults)
+    check_guidance_interval(guided)
+    return Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative, guided)
 
 
 def say_captions(instructions: Sequence[str]) -> None:

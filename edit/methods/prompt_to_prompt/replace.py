@@ -38,6 +38,11 @@ from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.result import Result
 from edit.sampling import KeptEstimates, SourceAndTargets, select
 
+UNREAD_SWAP = (
+    "--swap has no effect here: no word takes the source's attention (--cross is 0), and none is named to --blend or to "
+    "--keep. Raise --cross."
+)
+
 
 @torch.no_grad()
 def replace(
@@ -64,10 +69,7 @@ def replace(
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
     if settings.swaps and regions.columns is None and not any(plan.cross):
-        notify(
-            "--swap has no effect here: no word takes the source's attention (--cross is 0), and none is named to "
-            "--blend or to --keep. Raise --cross."
-        )
+        notify(UNREAD_SWAP)
     text = encode_source_and_targets(inversion, targets)
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
