@@ -134,7 +134,7 @@ def instruct(
 
 
 def guidances_of(model: Backbone, asked: InstructSettings) -> Guidances:
-    """What is asked for, and the model's own where nothing is. `UserError` for scales below 0 and a share of no steps."""
+    """What is asked for, and the model's own where nothing is. `UserError` for scales below 0, a share of no steps."""
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
     guided = asked.guided_of(model.defaults)
     check_guidance_interval(guided)

@@ -39,8 +39,8 @@ from edit.result import Result
 from edit.sampling import KeptEstimates, SourceAndTargets, select
 
 UNREAD_SWAP = (
-    "--swap has no effect here: no word takes the source's attention (--cross is 0), and none is named to --blend or to "
-    "--keep. Raise --cross."
+    "--swap has no effect here: no word takes the source's attention (--cross is 0), and none is named to --blend or "
+    "to --keep. Raise --cross."
 )
 
 
