@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +365,8 @@ def test_of_two_that_draw_into_one_folder_the_second_is_refused(
         elif door == "align sample":
             sample_pairs([Prompt("a dog")], out, align.settings.PairSampling(model=str(tiny_folder), **how))
         else:
-            compare_models(side, side, [Prompt("a dog")], out, align.settings.ComparisonSettings(**how))
+            other = replace(side, guidance=1.0)
+            compare_models(side, other, [Prompt("a dog")], out, align.settings.ComparisonSettings(**how))
 
     with hold_folder(out):
         with pytest.raises(UserError, match="Another process is writing"):
