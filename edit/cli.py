@@ -178,7 +178,9 @@ def interpolate(asked: InterpolateOptions) -> None:
     """Draw the images between two images, and a film of them."""
     both = in_words(asked.prompts, "prompt")
     if len(both) != 2:
-        raise UserError(f"{len(both)} prompts are given for two images. Give --prompts twice.")
+        raise UserError(
+            f"Two images need two prompts, not {count_of(len(both), 'prompt')}. Give --prompts twice."
+        )
     first, second = (readable(path) for path in (asked.first, asked.second))
     wishes = with_concepts(asked, both)
     del wishes["prompts"]

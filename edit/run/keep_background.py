@@ -108,6 +108,9 @@ def describe(kept: KeptBackground, source: SourceImage, edited: SourceImage) -> 
     drift, share = found.drift((height, width)), float((kept.place > 0.5).float().mean())
     lines = [
         f"The edit stands in {share:.0%} of the image; the rest is {source.name} again, pixel for pixel."
+        if kept.place.any()
+        else f"No place of {edited.name} differs enough to be an edit, so what is kept is {source.name} again. Paint "
+        "where it stands, and say --mask PNG."
     ]
     if drift >= NOTICED:
         right, down = found.shift

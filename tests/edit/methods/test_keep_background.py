@@ -154,6 +154,15 @@ def test_the_command_writes_the_edit_on_its_old_background(files: tuple[Path, Pa
     assert kept.crop(corner).tobytes() == before.convert("RGB").crop(corner).tobytes()
 
 
+def test_an_edit_that_is_found_nowhere_is_said_to_be(files: tuple[Path, Path], tmp_path: Path) -> None:
+    saved = tmp_path / "again.jpg"
+    Image.open(files[0]).convert("RGB").save(saved, quality=95)
+    said = CliRunner().invoke(
+        app, ["keep-background", str(files[0]), str(saved), "--out", str(tmp_path / "run")]
+    )
+    assert said.exit_code == 0 and "again.jpg differs enough to be an edit" in said.output, said.output
+
+
 def test_an_edit_of_another_size_is_brought_to_its_source_s(files: tuple[Path, Path], tmp_path: Path) -> None:
     Image.open(files[1]).resize((192, 160), Image.Resampling.BICUBIC).save(files[1])
     said = CliRunner().invoke(app, ["keep-background", *map(str, files), "--out", str(tmp_path / "run")])

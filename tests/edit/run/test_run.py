@@ -322,7 +322,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
         (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
-        (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "1 prompts are given for two images"),
+        (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "need two prompts, not 1 prompt. Give"),
         (("replay", "nowhere"), "nowhere does not exist"),
         (("replay", "photo.png"), "photo.png is no run.json. Name the run.json of an edit"),
         (("invert-and-replace", "--inversion", ".", "--target", "a"), "Name the file: inversion.safetensors"),
