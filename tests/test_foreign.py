@@ -365,11 +365,7 @@ def test_of_two_that_draw_into_one_folder_the_second_is_refused(
         elif door == "align sample":
             sample_pairs([Prompt("a dog")], out, align.settings.PairSampling(model=str(tiny_folder), **how))
         else:
-<<<<<<< HEAD
             other = replace(side, guidance=5.5)
-=======
-            other = replace(side, guidance=1.0)
->>>>>>> s19-h2
             compare_models(side, other, [Prompt("a dog")], out, align.settings.ComparisonSettings(**how))
 
     with hold_folder(out):
