@@ -89,7 +89,7 @@ DEFAULT = "the default"
 EDGES = "the default, edges=auto"
 OUTLINED = ("colour", "accessory added", "accessory removed", "style")  # edits that leave a thing's outline
 BY_INSTRUCTION = "by instruction"
-INSTRUCTED_STEPS = 20  # of three evaluations each
+INSTRUCTED_STEPS = 20  # at most 60 evaluations of the network
 RIVALS = ("DDIM + P2P", "null-text + P2P", "DDIM, our settings", "null-text, our settings")
 PUBLISHED = ReplaceSettings(cross=0.8, self_attention=0.4, threshold=0.3, blend_from=0.2)
 IDENTITY: Mapping[str, tuple[Method, ReplaceSettings]] = {
@@ -116,7 +116,12 @@ class EditBenchmark(PlaceOptions):
         tuple[str, ...], Option("Methods to run; repeatable.", DATA, default_text="all", metavar="NAME")
     ] = ()
     model: Annotated[str, Option("moji, or a diffusers folder of its world.", MODEL)] = "moji"
-    steps: Annotated[int, Option("Steps of every inversion and edit.", SAMPLING, min=1)] = 50
+    steps: Annotated[
+        int,
+        Option(
+            "Steps of every inversion and edit by prompts; by instruction they are fixed.", SAMPLING, min=1
+        ),
+    ] = 50
     guidance: Annotated[
         float | None, Option("Guidance scale of the targets.", SAMPLING, default_text="by model")
     ] = None
