@@ -130,9 +130,8 @@ def draw_edit(
     text = replace(text, controls=tuple(one.during(schedule).to(model.device) for one in controls))
     shown = latents_of(references)
     predict = instructed_predictor(model, text, empty, shown, guidances)
-    if guidances.guided != ALL_STEPS:
-        alone = model.predictor(replace(text, references=tuple(shown)))
-        predict = limit_guidance(guidances.guided, predict, alone, schedule)
+    alone = model.predictor(replace(text, references=tuple(shown)))
+    predict = limit_guidance(guidances.guided, predict, alone, schedule)
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
     asked = count()
     predictions_per_step = 2 if sampler == "heun" else 1

@@ -211,9 +211,7 @@ def guide_steps(
 ) -> Predict:
     """Guided predictions in this share of a schedule's steps, those of the prompt alone in the others."""
     predict = model.guided_predictor(text, empty, guidance)
-    return (
-        predict if guided == ALL_STEPS else limit_guidance(guided, predict, model.predictor(text), schedule)
-    )
+    return limit_guidance(guided, predict, model.predictor(text), schedule)
 
 
 def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:
@@ -266,6 +264,8 @@ def limit_guidance(
     share: tuple[float, float], inside: Predict, outside: Predict, schedule: Schedule
 ) -> Predict:
     """`inside` at the levels of this share of a schedule's steps, from its noisy end, `outside` at the others."""
+    if share == ALL_STEPS:
+        return inside
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         return (inside if is_guided(share, level, schedule) else outside)(noisy, level)

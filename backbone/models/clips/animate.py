@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.sampling import ALL_STEPS, own_sampler_of_clips
+from backbone.cli.sampling import own_sampler_of_clips
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, generator
 from backbone.diffusion.transfer import send
@@ -108,8 +108,7 @@ def animate(
         start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         together = Conditions.cat(conditions[first : first + asked.batch])
         predict = guide_over_frames(model, together, scales)
-        if (guided := asked.guided_of(model)) != ALL_STEPS:
-            predict = limit_guidance(guided, predict, model.predictor(together), schedule)
+        predict = limit_guidance(asked.guided_of(model), predict, model.predictor(together), schedule)
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
         randoms = [generator(asked.seed, *key, "steps") for key in some]
