@@ -10,7 +10,8 @@ Of the two text encoders the first is `moji`'s, as it is; the second, smaller on
 the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so tokens that begin alike
 stay alike, and training carries one for all of them, whose attention weight counts 256 times: the same function for a
 third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the longest caption of the
-world needs fewer. Continues from its last checkpoint, as `recipes.moji.denoiser` does.
+world needs fewer. Continues from its last checkpoint, and begins from another pipeline's weights whatever its latents
+(`--begin-from`), as `recipes.moji.denoiser` does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from backbone.cli.commands import script_app
-from backbone.cli.options import settled_command
+from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, flow, generator
 from backbone.distributed.spawn import run_workers
@@ -41,9 +42,10 @@ from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.models.locate import EMBEDDED
 from recipes.moji.autoencoder import precision
+from recipes.moji.denoiser import CARRIED, WORKDIR, Latents, LatentSettings, LatentTraining
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
-from recipes.moji.denoiser import WORKDIR, Latents, LatentSettings, LatentTraining
-from recipes.moji.training.run import fill, make_readable, read_trained
+from recipes.moji.training.carried import carry_over_transformer
+from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
@@ -70,6 +72,9 @@ class FlowSettings(LatentSettings):
 
     steps: int = 10_000
     simple_steps: int = 6_000
+    begin_from: Annotated[Path | None, Option("A pipeline folder whose weights to begin with.", TRAINING)] = (
+        None
+    )
 
 
 @settled_command(app, FlowSettings)
@@ -90,6 +95,8 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
     )
     for encoder in (first, second):
         nn.Module.to(encoder, settings.device)
+    if settings.begin_from is not None and not (settings.workdir / "flow.safetensors").exists():
+        begin_from(settings.begin_from, network, second, data, settings.workdir)
     training = LatentTraining(
         settings, "flow", list_trained_parameters(network, second), list_inner_matrices(network)
     )
@@ -113,6 +120,26 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
         yield error.mean()
 
     training.follow(losses, rank)
+
+
+@torch.no_grad()
+def begin_from(
+    source: Path,
+    network: SD3Transformer2DModel,
+    second: CLIPTextModelWithProjection,
+    data: Latents,
+    workdir: Path,
+) -> None:
+    """Gives a fresh network and second encoder what those of the pipeline folder `source` know."""
+    known = CLIPTextModelWithProjection.from_pretrained(source / "text_encoder_2", local_files_only=True)
+    second.load_state_dict(known.state_dict())
+    pictures, clean, tokens = data.some(CARRIED, workdir)
+    encoded = [
+        join_encodings(load_first_encoder(), second, some[:, :TOKENS], trained_rows=0)
+        for some in tokens.split(16)
+    ]
+    hidden, pooled = (torch.cat(parts).float() for parts in zip(*encoded, strict=True))
+    carry_over_transformer(network, source, pictures, clean, append_absent(hidden, 1), pooled)
 
 
 @app.command()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
-from backbone.diffusion.noise import add_noise, target, vp
-from recipes.moji.training.carried import carry_over, old_latents
+from backbone.diffusion.noise import add_noise, flow, target, vp
+from recipes.moji.training.carried import carry_over, carry_over_transformer, old_latents
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 20)
 DENSITY = torch.ones(20)
@@ -26,11 +26,20 @@ def network(channels: int) -> UNet2DConditionModel:
     ).eval()  # fmt: skip
 
 
+def transformer(channels: int) -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=channels, out_channels=channels, num_layers=1,
+        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=6,
+        pooled_projection_dim=6, pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two parts of a pipeline folder that matter, with random weights and three latent channels."""
+    """The parts of two pipelines' folders that matter, with random weights and three latent channels."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pipeline")
+    transformer(3).save_pretrained(folder / "transformer")
     network(3).save_pretrained(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -112,3 +121,37 @@ def test_on_its_own_latents_a_network_is_what_it_was(source: Path, pictures: Ten
     )
     old = UNet2DConditionModel.from_pretrained(source / "unet").state_dict()
     assert all(torch.equal(value, old[name]) for name, value in unet.state_dict().items())
+
+
+def test_a_transformer_is_carried_over_by_its_patches(
+    source: Path, pictures: Tensor, latents: Tensor
+) -> None:
+    torch.manual_seed(5)
+    new = transformer(5)
+    carry_over_transformer(new, source, pictures, latents, torch.zeros(48, 2, 6), torch.zeros(48, 6))
+    old = SD3Transformer2DModel.from_pretrained(source / "transformer", local_files_only=True)
+    ends = "pos_embed.proj.", "proj_out."
+    kept = [name for name in old.state_dict() if not name.startswith(ends)]
+    assert all(torch.equal(new.state_dict()[name], old.state_dict()[name]) for name in kept)
+
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(6))
+    level = flow(torch.linspace(0.1, 0.9, 48))
+    with torch.no_grad():
+        seen, shown = old.pos_embed.proj(old_latents(source, pictures)), new.pos_embed.proj(latents)
+        said = new(
+            add_noise(latents, noise, level), torch.zeros(48, 2, 6), torch.zeros(48, 6), 1000 * level.b
+        ).sample
+    assert (shown - seen).square().mean() < 0.3 * seen.var((0, 2, 3)).mean()
+    wanted = target(latents, noise, level, "flow")
+    assert (
+        said - wanted
+    ).square().mean() < 0.7 * wanted.square().mean()  # 1.7 times it if the patches are in another order
+
+
+def test_on_its_own_latents_a_transformer_is_what_it_was(source: Path, pictures: Tensor) -> None:
+    with torch.no_grad():
+        own = old_latents(source, pictures)
+    new = transformer(3)
+    carry_over_transformer(new, source, pictures, own, torch.zeros(48, 2, 6), torch.zeros(48, 6))
+    old = SD3Transformer2DModel.from_pretrained(source / "transformer", local_files_only=True).state_dict()
+    assert all(torch.equal(value, old[name]) for name, value in new.state_dict().items())

@@ -3,7 +3,8 @@
 Its trunk is kept. The first convolution is the one that, in least squares, says of new latents what the old one said of
 the old latents of the same pictures; the last one is the least-squares map from the trunk's features, of noisy new
 latents, to what the network shall predict. Both are solved, not trained, in about a minute. Where the latents are the
-old ones nothing is solved, and the network is the old one.
+old ones nothing is solved, and the network is the old one. A transformer of Stable Diffusion 3's kind is carried over
+alike: its ends are the embedding of patches and the projection back to them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
-from backbone.diffusion.noise import PredictionType, add_noise, generator, target, vp
+from backbone.diffusion.noise import PredictionType, add_noise, flow, generator, target, vp
 from recipes.moji.autoencoder import SCALING_FACTOR, precision
-from recipes.moji.training.linear_start import fit
+from recipes.moji.training.linear_start import RIDGE, fit
 
 NOISE = 0.3  # variance of the noise that the first convolution must bear, in units of a latent's
 BATCH = 16
 SAME = 0.01  # mean squared difference of latents of unit deviation below which they are an autoencoder's own
 ENDS = "conv_in.", "conv_out."
+TRANSFORMER_ENDS = "pos_embed.proj.", "proj_out."
 
 
 @torch.no_grad()
@@ -68,6 +70,69 @@ def carry_over(
     weight, bias = fit(torch.cat(features), torch.cat(wanted))
     unet.conv_out.weight.copy_(weight)
     unet.conv_out.bias.copy_(bias)
+
+
+@torch.no_grad()
+def carry_over_transformer(
+    network: SD3Transformer2DModel,
+    source: Path,
+    pictures: Tensor,
+    latents: Tensor,
+    hidden: Tensor,
+    pooled: Tensor,
+) -> None:
+    """Gives a fresh flow transformer the weights of the pipeline folder `source`.
+
+    `latents` [B, C, h, w] of unit deviation, the encoded texts `hidden` [B, L, D] and `pooled` [B, D] belong to
+    `pictures` [B, 3, H, W].
+    """
+    old = SD3Transformer2DModel.from_pretrained(source / "transformer", local_files_only=True).float()
+    own = old_latents(source, pictures)
+    if own.shape == latents.shape and float((own - latents).square().mean()) < SAME:
+        network.load_state_dict(old.state_dict())
+        return
+    kept = {name: value for name, value in old.state_dict().items() if not name.startswith(TRANSFORMER_ENDS)}
+    network.load_state_dict(kept, strict=False)
+    embedding = network.pos_embed.proj
+    said = old.pos_embed.proj(own).movedim(1, -1)
+    weight, bias = fit_linear(
+        F.unfold(latents, 2, stride=2).mT.flatten(0, 1), said.flatten(0, 2), ridge=NOISE
+    )
+    embedding.weight.copy_(weight.view_as(embedding.weight))
+    embedding.bias.copy_(bias)
+
+    features: list[Tensor] = []
+    hook = network.proj_out.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
+    wanted = []
+    for number, (clean, states, summary) in enumerate(
+        zip(latents.split(BATCH), hidden.split(BATCH), pooled.split(BATCH), strict=True)
+    ):
+        random = generator("carried", number)
+        level = flow(torch.randn(len(clean), generator=random).sigmoid())
+        noise = torch.randn(clean.shape, generator=random)
+        with precision(clean.device):
+            network(add_noise(clean, noise, level), states, summary, 1000 * level.b)
+        patches = F.unfold(
+            target(clean, noise, level, "flow"), 2, stride=2
+        ).mT  # channels, then the places in a patch
+        wanted.append(patches.unflatten(-1, (-1, 4)).mT.flatten(-2))  # the network has places, then channels
+    hook.remove()
+    weight, bias = fit_linear(torch.cat(features).flatten(0, 1), torch.cat(wanted).flatten(0, 1))
+    network.proj_out.weight.copy_(weight)
+    network.proj_out.bias.copy_(bias)
+
+
+def fit_linear(given: Tensor, wanted: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The linear map nearest, in least squares, to wanted [N, m] from given [N, k]: weight [m, k] and bias [m].
+
+    It has to bear white noise on `given`, whose variance is `ridge` of the given one's.
+    """
+    middle, aim = given.mean(0), wanted.mean(0)
+    rows = (given - middle).double()
+    gram = rows.T @ rows
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weight = torch.linalg.solve(gram, rows.T @ (wanted - aim).double()).T.float()
+    return weight, aim - weight @ middle
 
 
 def old_latents(source: Path, pictures: Tensor) -> Tensor:
