@@ -4,7 +4,8 @@
 
 Clips of the world's benchmark seeds are drawn from their captions and measured beside others: the floor, where the
 adapter is left out and every frame is a picture by itself, the bound, the true clip through the autoencoder, and where
-the model has a network for poses, clips whose motion is planned from the words (`customize.clips.plan`). Where
+the model has a network for poses, clips whose motion is planned from the words (`customize.clips.plan`): of a thing
+cut out of one drawing, and of one drawn anew in every frame. Where
 the adapter brings a camera with it (`camera.safetensors`), its clips are drawn once more with the camera's words left
 out and its path in their place. With `--sparsectrl` they also begin from the true clip's first picture. What moves is
 measured from the pixels alone, by a similarity fitted to each pair of frames (Lucas & Kanade 1981): of the whole frame,
@@ -65,7 +66,7 @@ from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
 from customize.clips.plan import POSE, aim_camera, plan_clip
 
-PLANNED = "planned from the words"
+PLANNED, REDRAWN = "planned from the words", "planned, every frame drawn"
 SLIDES, PACES = ("left", "right", "up", "down"), ("", "slowly", "fast")
 SHOWN = 12  # clips of the sheet
 THINGS = (SLIDES, ("grow", "shrink"), ("clockwise", "counterclockwise"))
@@ -240,6 +241,7 @@ def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: 
     ways["without an adapter"] = lambda i, clip: draw(floor, i, clip, steps, guidance)
     if POSE in list_embedded_controls(floor):
         ways[PLANNED] = lambda i, clip: draw_planned(floor, i, clip, steps, guidance)
+        ways[REDRAWN] = lambda i, clip: draw_planned(floor, i, clip, steps, guidance, redraw=True)
     if motion:
         moving = Backbone.open(model, device="cpu")
         set_in_motion(moving, Moves(motion))
@@ -288,11 +290,13 @@ def draw(
     )
 
 
-def draw_planned(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
-    """A clip as `customize clip` draws it without a motion adapter: by a pose in each frame, under noise they share,
-    and where the camera moves as its views of a larger drawing."""
+def draw_planned(
+    model: Backbone, number: int, clip: Clip, steps: int, guidance: float, *, redraw: bool = False
+) -> list[Image.Image]:
+    """A clip as `customize clip` draws it without a motion adapter: what moves is cut out of one drawing, or drawn by a
+    pose in each frame, under noise they share; where the camera moves as its views of a larger drawing."""
     shot = aim_camera(clip.caption(), clip.frames, (SIDE, SIDE), model.factor)
-    plan = plan_clip(model, shot, clip.frames, (SIDE, SIDE), {})
+    plan = plan_clip(model, shot, clip.frames, (SIDE, SIDE), {}, redraw=redraw)
     frames, size = Frames(plan.frames, shared=1.0), (SIDE, SIDE) if plan.views is None else plan.views.canvas
     with link_frames(model, plan.frames):
         return plan.look_at(

@@ -244,7 +244,7 @@ def plan_clips(
 ) -> list[PlannedClip]:
     """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
 
-    Elsewhere the words of motion become maps of poses, if the model has a network that reads them.
+    Elsewhere the words of motion become poses, if the model has a network that reads them.
     """
     if asked.motion or asked.condition:
         return [PlannedClip(shot.words, asked.frames) for shot in shots]
@@ -255,7 +255,11 @@ def plan_clips(
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
     known = {token: "" for concept in concepts for token in concept.tokens}
-    plans = [plan_clip(model, shot, asked.frames, size, known, picture) for shot in shots]
+    plans = [
+        plan_clip(model, shot, asked.frames, size, known, picture, redraw=asked.redraw) for shot in shots
+    ]
+    if asked.redraw and not any(plan.move for plan in plans):
+        notify("--redraw is not used: no words of motion are planned here.")
     for prompt, plan in zip(prompts, plans, strict=True):
         if plan.views is not None or POSE in list_embedded_controls(model):
             for sentence in describe_plan(prompt, plan):
@@ -356,6 +360,7 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
     if asked.context_length:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
         facts |= {"free_noise": True} if asked.free_noise else {}
+    facts |= {"redraw": True} if asked.redraw else {}
     return facts | ({"shared_noise": asked.common_noise} if asked.common_noise else {})
 
 

@@ -1,10 +1,11 @@
 """A motion that is planned from a prompt's words, where no motion adapter was trained to hear them.
 
-    plan_motion("a dog in a park, moving left", frames=16).maps    # of "a dog in a park": 16 maps of poses
+    plan_motion("a dog in a park, moving left", frames=16).tracks    # of the dog of "a dog in a park"
 
-The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses then places the
-thing in every frame, noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike.
-Where the camera moves, all that is drawn is larger than a frame, and the frames are its views of it.
+The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses places the thing in
+one drawing, out of which it is cut, and moves over it (`customize.clips.cut_out`). Or every frame is drawn under its
+own pose: noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike. Where the
+camera moves, all that is drawn is larger than a frame, and the frames are its views of it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
+from customize.clips.cut_out import CutOut
 from customize.clips.parallax import find_nearness
 from customize.clips.surroundings import lay_into
 
 POSE = "pose"
 ANYTHING = Scene((Thing("dog"),), "in a park")  # stands where a thing of moji's world stands
 SLENDER = 0.9  # width over height of a thing that nothing is known of
+ROOM = 8.0  # pixels of the world by which a thing may be drawn beside its pose
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +53,10 @@ class Shot:
 class PlannedClip:
     """What the picture model reads, where the thing is in each frame, and what the camera sees of it.
 
-    frames     that are drawn: one for all where only the camera moves
+    frames     that are drawn: one for all where only the camera moves, or what is cut out
     move       of `MOTIONS`, "" where no words say one
     picture    the first frame, where there is one: what is drawn goes on around it
+    cut_out    what moves over the drawing, where not every frame is drawn
     """
 
     prompt: str
@@ -61,6 +65,7 @@ class PlannedClip:
     condition: Condition | None = None
     views: Views | None = None
     picture: Image.Image | None = None
+    cut_out: CutOut | None = None
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -74,6 +79,8 @@ class PlannedClip:
 
     def look_at(self, drawn: list[Image.Image]) -> list[Image.Image]:
         """The clip's frames, from those that were drawn."""
+        if self.cut_out is not None:
+            drawn = self.cut_out.move(drawn[0])
         if self.views is None:
             return drawn
         if self.picture is not None:
@@ -123,11 +130,13 @@ def plan_clip(
     size: tuple[int, int],
     known: Mapping[str, str],
     picture: Image.Image | None = None,
+    *,
+    redraw: bool = False,
 ) -> PlannedClip:
     """The clip of a shot by a model whose motions are planned if it has a network for poses.
 
     Under a camera poses also hold what stands still, which a drawing larger than a frame would else show twice. Around
-    a `picture` nothing is planned.
+    a `picture` nothing is planned. With `redraw` every frame is drawn by its pose, and nothing is cut out.
     """
     if picture is not None:
         return PlannedClip(shot.words, 1, views=shot.views, picture=picture)
@@ -135,14 +144,17 @@ def plan_clip(
     if POSE not in list_embedded_controls(model):
         return PlannedClip(shot.words, frames if views is None else 1, views=views)
     motion = plan_motion(shot.words, frames, known=known)
-    if views is None:
-        condition = condition_clips(model, POSE, motion.maps, size) if motion.move else None
-        return PlannedClip(motion.rest, frames, motion.move, condition)
-    tracks = motion.tracks if motion.move else motion.tracks[:1]
-    views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
-    maps = [views.lay_out(one) for one in motion.maps[: len(tracks)]]
-    condition = condition_clips(model, POSE, maps, views.canvas)
-    return PlannedClip(motion.rest, len(maps), motion.move, condition, views)
+    if views is None and not motion.move:
+        return PlannedClip(motion.rest, frames)
+    maps, cut_out = motion.maps if redraw and motion.move else [motion.at_rest], None
+    if motion.move and not redraw:
+        cut_out = motion.cut_out(size, (0, 0) if views is None else views.corner)
+    if views is not None:
+        tracks = motion.tracks if motion.move else motion.tracks[:1]
+        views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
+        maps = [views.lay_out(one) for one in maps]
+    condition = condition_clips(model, POSE, maps, size if views is None else views.canvas)
+    return PlannedClip(motion.rest, len(maps), motion.move, condition, views, cut_out=cut_out)
 
 
 def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
@@ -154,7 +166,8 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
         how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
         said.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
     if plan.move:
-        said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} by a pose in each frame.")
+        how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
+        said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} {how}.")
     return [f"“{prompt}”: {one}" for one in said] or [
         f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
     ]
@@ -168,6 +181,7 @@ class Motion:
     move     of `MOTIONS`, "" where there are none
     scene    that the rest describes, and `figures` its things where they stand
     tracks   [F, N, 4]: x, y of each thing's middle, its growth, its turn in degrees
+    home     [N, 4]: the same where nothing moves
     """
 
     rest: str
@@ -175,14 +189,32 @@ class Motion:
     scene: Scene
     figures: tuple[Figure, ...]
     tracks: NDArray[np.float32]
+    home: NDArray[np.float32]
 
     @property
     def maps(self) -> list[Image.Image]:
         """A map of poses [128 × 128] for each frame."""
-        return [
-            draw_sticks([_stick(figure, *track) for figure, track in zip(self.figures, frame, strict=True)])
-            for frame in self.tracks
+        return [self._draw(frame) for frame in self.tracks]
+
+    @property
+    def at_rest(self) -> Image.Image:
+        """The map of poses [128 × 128] where nothing moves."""
+        return self._draw(self.home)
+
+    def _draw(self, places: NDArray[np.float32]) -> Image.Image:
+        return draw_sticks([_stick(figure, *at) for figure, at in zip(self.figures, places, strict=True)])
+
+    def cut_out(self, size: tuple[int, int], corner: tuple[int, int]) -> CutOut:
+        """What moves, out of a drawing at whose `corner` (x, y) the picture of this size (width, height) stands."""
+        scale, at = np.array(size) / SIZE, np.array(corner)
+        halves = [np.array([SLENDER, 1.0]) * figure.size / 2 for figure in self.figures]
+        ends = [
+            np.concatenate([(place[:2] + side * half) * scale + at for side in (-1, 1)])
+            for place, half in zip(self.home, halves, strict=True)
         ]
+        shifts = self.tracks - self.home * np.array([1, 1, 0, 0])
+        shifts[..., :2] *= scale
+        return CutOut([(a, b, c, d) for a, b, c, d in ends], shifts, room=ROOM * float(scale[0]))
 
 
 def plan_motion(prompt: str, frames: int, *, known: Mapping[str, str] | None = None) -> Motion:
@@ -198,7 +230,8 @@ def plan_motion(prompt: str, frames: int, *, known: Mapping[str, str] | None = N
     moving = range(len(figures)) if scene.pair else (named,)
     clip = Clip(scene, said.move, speed=said.speed, frames=frames)
     tracks = np.stack([trace_thing(clip, figure, k in moving) for k, figure in enumerate(figures)], axis=1)
-    return Motion(said.rest, said.move, scene, tuple(figures), tracks)
+    home = np.concatenate([trace_thing(Clip(scene, frames=1), figure, False) for figure in figures])
+    return Motion(said.rest, said.move, scene, tuple(figures), tracks, home)
 
 
 def imagine(words: str, known: Mapping[str, str]) -> Scene:

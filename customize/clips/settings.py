@@ -89,6 +89,14 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         float,
         Option("Scale of the motion LoRAs; 0: without them.", MOTION, needs=({"lora": ()}, {"concepts": ()})),
     ] = 1.0
+    redraw: Annotated[
+        bool,
+        Option(
+            "Where words say how a thing moves, draw every frame under its own pose; else it is cut out of one "
+            "drawing. Without --motion.",
+            MOTION,
+        ),
+    ] = False
     camera: Annotated[
         str,
         Option(
@@ -164,6 +172,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
             object.__setattr__(self, "fps", self.fps or USUAL_FPS)
         self._check_scales()
+        if self.redraw and (self.motion or self.condition or self.images):
+            said = "--motion" if self.motion else "--condition" if self.condition else "--image"
+            raise UserError(
+                f"--redraw is of motions that words alone say, and here is {said}. Leave one out."
+            )
         if self.context_length and self.context_length < SHORTEST:
             raise UserError(
                 f"--context-length {self.context_length} is no clip. Give {SHORTEST} or more, or 0."

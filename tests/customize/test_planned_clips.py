@@ -124,7 +124,7 @@ def test_what_moji_s_world_does_not_know_is_one_thing() -> None:
 
 
 def test_moji_follows_the_words_by_a_pose_in_each_frame(tmp_path: Path) -> None:
-    said = call("a dog in a park, moving left, camera zooming in", "--out", tmp_path / "clip")
+    said = call("a dog in a park, moving left, camera zooming in", "--redraw", "--out", tmp_path / "clip")
     assert said.exit_code == 0, said.output or repr(said.exception)
     record = read_json(tmp_path / "clip" / "run.json")
     assert record["clips"][0]["model_reads"] == "a dog in a park"

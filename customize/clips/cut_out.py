@@ -1,0 +1,282 @@
+"""A thing that moves over one drawing: cut out of it, and laid over what is behind it, frame by frame.
+
+    CutOut(boxes, shifts, room=8).move(drawing)    # boxes of the poses in it; one frame for each row of shifts
+
+Within its box a thing is what differs from its rows' median and from what lies beside the box, and, in rows that are
+not alike on both sides, from what lies above and below it. Behind it goes on, from row to row, what of the row is most
+like the row above, as in `moji`'s world, whose skies and grounds change from top to bottom. Its shadow, ground that is
+darker, goes along with it and stays on the ground.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+LEAST = 0.1  # difference from its rows that makes a pixel a thing's, of 1
+BESIDE = 3  # pixels left and right of a hole that say what goes on in it
+FARTHER = (0, 6, 12)  # pixels from the hole to them
+REACH = 4.0  # pixels over which the nearest ones fade into what goes on
+LEFT_OF_LIGHT = 0.5, 0.985  # of the ground's, in a shadow
+UNDER = 0.93  # and in one that is dark enough to be taken for a thing's
+TINTED = 0.06  # difference from darker ground that is none
+LOW = 0.85  # of a thing's height: from there on, down, its shadow is looked for
+SMALLEST = 0.2  # of a pose's box: what is smaller is no thing
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True, eq=False)
+class CutOut:
+    """Things that are cut out of a drawing, in its pixels, and how they move.
+
+    boxes   where the pose of each thing placed it
+    shifts  [F, N, 4]: how far it has gone to the right and down, its growth and its turn in degrees, clockwise
+    room    around a box, in which the thing may have been drawn too
+    """
+
+    boxes: Sequence[Box]
+    shifts: NDArray[np.floating]
+    room: float
+
+    def move(self, drawing: Image.Image) -> list[Image.Image]:
+        """The frames, of the drawing's size."""
+        pixels = np.asarray(drawing.convert("RGB"), dtype=float) / 255
+        boxes = [
+            (left - self.room, top - self.room, right + self.room, bottom + self.room)
+            for left, top, right, bottom in self.boxes
+        ]
+        things = find_things(
+            pixels, boxes, least=[SMALLEST * (box[2] - box[0]) * (box[3] - box[1]) for box in self.boxes]
+        )
+        shade, dark = find_shadows(pixels, things, boxes)
+        things &= ~dark
+        hole = _grow(things.any(0) | dark, 3)
+        ground = fill_rows(pixels, hole)
+        pieces = [_Piece.of(pixels, thing, shade, box) for thing, box in zip(things, boxes, strict=True)]
+        order = sorted(range(len(pieces)), key=lambda k: pieces[k].foot)
+        frames = []
+        for shift in self.shifts:
+            frame = ground.copy()
+            for k in order:
+                frame *= 1 - pieces[k].shadow_at(*shift[k])[..., None]
+            for k in order:
+                frame = pieces[k].lay_over(frame, *shift[k])
+            frames.append(Image.fromarray((frame.clip(0, 1) * 255).round().astype(np.uint8)))
+        return frames
+
+
+def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float]) -> Bools:
+    """[N, H, W]: the pixels [H, W, 3] of each thing; of two whose boxes overlap each has those nearer to it.
+
+    One of which fewer pixels than its `least` are told from its rows is the ellipse in its box.
+    """
+    inside = np.stack([_within(box, pixels.shape[:2]) for box in boxes])
+    away = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
+    nearest, anywhere = away.argmin(0), inside.any(0)
+    found = []
+    for k, (own, far) in enumerate(zip(inside, away, strict=True)):
+        usual = _medians(pixels, anywhere)[:, None]
+        rows = np.stack([usual, *_beside(pixels, own, anywhere)])  # [S, H, 1, 3]
+        differs = _least_difference(pixels, rows)
+        mixed = np.abs(rows - usual).max((0, 2, 3)) > LEAST
+        columns = _above_and_below(pixels, own, anywhere)
+        if columns:
+            differs[mixed] = np.minimum(differs, _least_difference(pixels, np.stack(columns)))[mixed]
+        solid = (_soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
+        solid &= _grow(~_grow(~solid, 1), 1)
+        solid = fill_holes(reach(solid & (far < 0.5), solid))
+        found.append(solid if solid.sum() > least[k] else (far < 1) & (nearest == k))
+    return np.stack(found)
+
+
+def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[Floats, Bools]:
+    """[H, W]: the share of the ground's light that shadows take, and where they lie, at the feet of things."""
+    ground = fill_rows(pixels, np.any([_within(box, things.shape[1:]) for box in boxes], axis=0))
+    light = (pixels * ground).sum(-1) / np.maximum((ground**2).sum(-1), 1e-6)
+    of_ground = np.abs(pixels - light[..., None] * ground).max(-1) < TINTED
+    low = np.zeros_like(of_ground)
+    for thing, box in zip(things, boxes, strict=True):
+        rows = np.flatnonzero(thing.any(1))
+        top = rows[0] + LOW * (rows[-1] - rows[0]) if len(rows) else box[3]
+        low |= _within((box[0], top, box[2], box[3]), low.shape)
+    least, most = LEFT_OF_LIGHT
+    shadow = low & of_ground & (light > least) & (light < np.where(things.any(0), UNDER, most))
+    shade = np.where(shadow, 1 - light, 0.0)
+    for row in np.flatnonzero(shadow.any(1)):  # on the ground under a thing too
+        under = low[row] & things[:, row].any(0) & ~shadow[row]
+        shade[row, under] = np.median(shade[row][shadow[row]])
+    return _soften(shade, 1.0), shadow
+
+
+def fill_rows(pixels: Floats, hole: Bools) -> Floats:
+    """Pixels [H, W, 3] with what goes on in a hole [H, W], and what lies beside it at its ends."""
+    usual, filled = _go_on(pixels, hole), pixels.copy()
+    columns = np.arange(hole.shape[1])
+    for row in np.flatnonzero(hole.any(1)):
+        inside = columns[hole[row]]
+        for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
+            new = np.repeat(usual[row][None], len(run), 0)
+            ends = (
+                (run[0] - BESIDE, run[0], run - run[0] + 1),
+                (run[-1] + 1, run[-1] + 1 + BESIDE, run[-1] + 1 - run),
+            )
+            for first, last, away in ends:
+                beside = pixels[row, max(first, 0) : last]
+                if len(beside):
+                    new += np.exp(-away / REACH)[:, None] * (beside.mean(0) - usual[row])
+            filled[row, run] = new
+    share = _soften(hole.astype(float), 1.0)[..., None]
+    return filled * (1 - share) + _soften(filled, 1.5) * share
+
+
+def _go_on(pixels: Floats, hole: Bools) -> Floats:
+    """[H, 3]: what every row has in a hole: of its own pixels those most like the row above, its median without one."""
+    chosen = list(_medians(pixels, hole))
+    for row in np.flatnonzero(hole.any(1)):
+        known = pixels[row][~hole[row]]
+        if row and len(known):
+            apart = np.abs(known - chosen[row - 1]).max(-1)
+            chosen[row] = known[np.argsort(apart)[:BESIDE]].mean(0)
+    return np.stack(chosen)
+
+
+def _medians(pixels: Floats, hole: Bools) -> Floats:
+    """[H, 3]: the median of every row's pixels outside a hole; of a row that is all hole, that of the nearest rows."""
+    known = np.flatnonzero(~hole.all(1))
+    if not len(known):
+        return np.broadcast_to(np.median(pixels, axis=(0, 1)), (len(pixels), 3))
+    medians = np.stack([np.median(pixels[row][~hole[row]], axis=0) for row in known])
+    return np.stack([np.interp(np.arange(len(pixels)), known, one) for one in medians.T], axis=-1)
+
+
+def _beside(pixels: Floats, hole: Bools, unknown: Bools) -> list[Floats]:
+    """[H, 1, 3] each: what lies left and right of a hole, near it and farther away, where there is something."""
+    columns = np.flatnonzero(hole.any(0))
+    if not len(columns):
+        return []
+    left, right = columns[0], columns[-1] + 1
+    ends = [(left - away - BESIDE, left - away) for away in FARTHER]
+    ends += [(right + away, right + away + BESIDE) for away in FARTHER]
+    parts = [slice(max(first, 0), max(last, 0)) for first, last in ends]
+    usual = _medians(pixels, unknown)
+    return [
+        np.where(unknown[:, part].any(1)[:, None], usual, pixels[:, part].mean(1))[:, None]
+        for part in parts
+        if pixels[:, part].size
+    ]
+
+
+def _above_and_below(pixels: Floats, hole: Bools, unknown: Bools) -> list[Floats]:
+    """[1, W, 3] each: what lies above and below a hole, where there is something."""
+    return [part.swapaxes(0, 1) for part in _beside(pixels.swapaxes(0, 1), hole.T, unknown.T)]
+
+
+def _least_difference(pixels: Floats, others: Floats) -> Floats:
+    """[H, W]: how far pixels [H, W, 3] are, in their worst colour, from the nearest of others [S, …, 3]."""
+    least: Floats = np.abs(pixels - others).max(-1).min(0)
+    return least
+
+
+def reach(seed: Bools, within: Bools) -> Bools:
+    """What of a mask [H, W] hangs together with a part of it (morphological reconstruction, Vincent 1993)."""
+    grown, before = seed & within, np.zeros_like(seed)
+    while (grown != before).any():
+        before, grown = grown, _grow(grown, 1) & within
+    return grown
+
+
+def fill_holes(mask: Bools) -> Bools:
+    """A mask with all that the border cannot be reached from without crossing it."""
+    outside = np.pad(~mask, 1, constant_values=True)
+    border = np.zeros_like(outside)
+    border[0] = border[-1] = border[:, 0] = border[:, -1] = True
+    filled: Bools = ~reach(border, outside)[1:-1, 1:-1]
+    return filled
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A thing by itself: its pixels times their opacity, that [H, W, 4], its shadow, its middle and its foot."""
+
+    layer: Floats
+    shadow: Floats
+    middle: tuple[float, float]
+    foot: float
+
+    @classmethod
+    def of(cls, pixels: Floats, thing: Bools, shade: Floats, box: Box) -> _Piece:
+        opacity = _soften(thing.astype(float), 0.8)[..., None]
+        rows, columns = (np.flatnonzero(thing.any(axis)) for axis in (1, 0))
+        left, top, right, foot = box
+        if len(rows):
+            left, top, right, foot = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        own = shade * _within(box, thing.shape)
+        layer = np.concatenate([pixels * opacity, opacity], axis=-1)
+        return cls(layer, own, ((left + right) / 2, (top + foot) / 2), float(foot))
+
+    def shadow_at(self, right: float, down: float, grown: float, turn: float) -> Floats:
+        """[H, W]: the share of light that its shadow takes, which neither rises nor turns."""
+        return _transform(self.shadow[..., None], (self.middle[0], self.foot), right, 0.0, grown, 0.0)[..., 0]
+
+    def lay_over(self, frame: Floats, right: float, down: float, grown: float, turn: float) -> Floats:
+        """A frame [H, W, 3] with the thing over it."""
+        moved = _transform(self.layer, self.middle, right, down, grown, turn)
+        return frame * (1 - moved[..., 3:]) + moved[..., :3]
+
+
+def _transform(
+    layer: Floats, middle: tuple[float, float], right: float, down: float, grown: float, turn: float
+) -> Floats:
+    """A layer [H, W, C] of numbers in 0…1, turned and grown about a point, which then moves."""
+    x, y = middle
+    cosine, sine = np.cos(np.deg2rad(turn)) / grown, np.sin(np.deg2rad(turn)) / grown
+    to_x, to_y = x + right, y + down
+    back = (cosine, sine, x - cosine * to_x - sine * to_y, -sine, cosine, y + sine * to_x - cosine * to_y)
+    moved = [
+        Image.fromarray(channel.astype(np.float32)).transform(
+            layer.shape[1::-1], Image.Transform.AFFINE, back, Image.Resampling.BICUBIC
+        )
+        for channel in np.moveaxis(layer, -1, 0)
+    ]
+    return np.stack([np.asarray(one, dtype=float) for one in moved], axis=-1).clip(0, 1)
+
+
+def _within(box: Box, shape: tuple[int, ...]) -> Bools:
+    left, top, right, bottom = box
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    found: Bools = (x + 1 > left) & (x < right) & (y + 1 > top) & (y < bottom)
+    return found
+
+
+def _distance(box: Box, shape: tuple[int, ...]) -> Floats:
+    """[H, W]: how far a pixel is from a box's middle; at the middle of its sides 1."""
+    left, top, right, bottom = box
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    across, along = (
+        (x + 0.5 - (left + right) / 2) / (right - left),
+        (y + 0.5 - (top + bottom) / 2) / (bottom - top),
+    )
+    away: Floats = 2 * np.hypot(across, along)
+    return away
+
+
+def _grow(mask: Bools, times: int) -> Bools:
+    """A mask with the pixels above, below, left and right of it."""
+    for _ in range(times):
+        padded = np.pad(mask, 1)
+        mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return mask
+
+
+def _soften(values: Floats, radius: float) -> Floats:
+    """Values [H, W] or [H, W, C] in 0…1 under a Gaussian blur."""
+    if values.ndim == 3:
+        return np.stack([_soften(channel, radius) for channel in np.moveaxis(values, -1, 0)], axis=-1)
+    picture = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), dtype=float) / 255
