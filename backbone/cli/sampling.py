@@ -222,7 +222,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
 
     def for_sampler(self) -> dict[str, Any]:
         """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
-        assert self.steps is not None and self.guidance is not None and self.sampler is not None
+        assert self.steps is not None and self.guidance is not None
         return {
             "steps": self.steps,
             "guidance": self.guidance,

@@ -159,7 +159,7 @@ def sample_latents(
     which sampling begins.
     """
     asked = SamplerArguments(**how)
-    own = own_sampler if frames is None else own_sampler_of_clips
+    own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
     sampler, guided = asked.sampler or own(model.defaults), asked.guided_of(model)
     places = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=places)

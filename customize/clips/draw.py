@@ -21,6 +21,7 @@ from backbone.adapters.concept import (
 )
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.options import as_command
+from backbone.cli.sampling import own_sampler, own_sampler_of_clips
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.evaluation.motion import draw_track
@@ -125,7 +126,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
             **what,
             **describe_given_frames(asked, places),
             **describe_conditions(conditions),
-            **describe_drawings(plans),
+            **describe_drawings(model, plans, asked),
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
@@ -339,15 +340,22 @@ def describe_clips(
         "concepts": summarize_concepts(concepts),
         **describe_motion(asked),
         **asked.facts(),
+        "sampler": asked.sampler or own_sampler_of_clips(model.defaults),
         "guided": list(asked.guided),
         "scale": asked.scale,
     }
 
 
-def describe_drawings(plans: Sequence[PlannedClip]) -> dict[str, Any]:
-    """The size of the drawing that each prompt's camera moves over, none where it stands; {} where all stand."""
+def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], asked: ClipOptions) -> dict[str, Any]:
+    """The size of the drawing that each prompt's camera moves over, none where it stands; {} where all stand.
+
+    Clips of one drawing are drawn by the model's own sampler of images, unless one is named.
+    """
     sizes = [None if plan.views is None else list(plan.views.canvas) for plan in plans]
-    return {"drawings": sizes} if any(sizes) else {}
+    facts: dict[str, Any] = {"drawings": sizes} if any(sizes) else {}
+    if asked.sampler is None and any(plan.frames == 1 for plan in plans):
+        facts["sampler_of_one_drawing"] = own_sampler(model.defaults)
+    return facts
 
 
 def describe_motion(asked: ClipOptions) -> dict[str, Any]:

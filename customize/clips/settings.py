@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -201,8 +201,9 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """As of images, but by the sampler of clips."""
-        return super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
+        """As of images, but by the sampler of clips; where words say what is drawn, it depends on their frames."""
+        found = super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
+        return found if self.by_picture_alone else replace(found, sampler=self.sampler)
 
     @property
     def together(self) -> int:

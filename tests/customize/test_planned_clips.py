@@ -7,16 +7,20 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageColor
+from torch import Tensor
 from typer.testing import CliRunner
 
+from backbone.cli.sampling import Sampler
 from backbone.evaluation.motion import TRACK
 from backbone.io.files import read_json
 from backbone.media.clips import read_film, write_film
 from backbone.media.control.camera import read_camera
 from backbone.media.control.views import plan_views
 from backbone.models.control import Condition
-from backbone.models.sample import Request
+from backbone.models.model import Backbone
+from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import FAR, Clip, pan_rate, thing_rate
 from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
 from backbone.world.rendering.render import SIZE
@@ -34,13 +38,25 @@ def call(*words: str | Path) -> Any:
     )
 
 
-def test_a_clip_has_no_fresh_noise_in_its_steps_unless_it_is_asked_for() -> None:
-    usual = {"steps": 3, "guidance": 2.0}
-    asked = ClipOptions(words=("a dog",), frames=2)
-    assert asked.with_defaults(usual | {"sampler": "ancestral"}).sampler == "ddim"
-    assert asked.with_defaults(usual | {"sampler": "consistency"}).sampler == "consistency"
-    fresh = ClipOptions(words=("a dog",), frames=2, sampler="ancestral")
-    assert fresh.with_defaults(usual).sampler == "ancestral"
+@pytest.mark.parametrize(("frames", "sampler"), [(1, "ancestral"), (2, "ddim")])
+def test_fresh_noise_is_in_the_steps_of_one_drawing_and_not_of_frames(frames: int, sampler: Sampler) -> None:
+    model = Backbone.open("moji", device="cpu")
+    assert model.defaults["sampler"] == "ancestral"
+
+    def draw(**how: Any) -> Tensor:
+        (latents,) = sample_latents(
+            model, [Request("a dog", (0, 0))], steps=2, guidance=1.0, seed=0, frames=Frames(frames), **how
+        )
+        return latents
+
+    own, ddim, fresh = draw(), draw(sampler="ddim"), draw(sampler="ancestral")
+    assert not torch.equal(ddim, fresh) and torch.equal(own, fresh if sampler == "ancestral" else ddim)
+
+
+def test_a_clip_s_command_names_no_sampler_that_was_not_named() -> None:
+    usual = {"steps": 3, "guidance": 2.0, "sampler": "ancestral"}
+    assert ClipOptions(words=("a dog",)).with_defaults(usual).sampler is None
+    assert ClipOptions(words=("a dog",), sampler="heun").with_defaults(usual).sampler == "heun"
 
 
 def test_a_clip_s_row_of_the_sheet_ends_with_the_way_that_it_goes(tmp_path: Path) -> None:
