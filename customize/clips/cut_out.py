@@ -63,8 +63,8 @@ class CutOut:
         frames = []
         for shift in self.shifts:
             frame = ground.copy()
-            for k in order:
-                frame *= 1 - pieces[k].shadow_at(*shift[k])[..., None]
+            for piece, (right, _, grown, _) in zip(pieces, shift, strict=True):
+                frame *= 1 - piece.shadow_at(right, grown)[..., None]
             for k in order:
                 frame = pieces[k].lay_over(frame, *shift[k])
             frames.append(Image.fromarray((frame.clip(0, 1) * 255).round().astype(np.uint8)))
@@ -78,7 +78,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
     """
     inside = np.stack([_within(box, pixels.shape[:2]) for box in boxes])
     away = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
-    nearest, anywhere = away.argmin(0), inside.any(0)
+    nearest, anywhere = away.argmin(0), np.any(inside, axis=0)
     found = []
     for k, (own, far) in enumerate(zip(inside, away, strict=True)):
         usual = _medians(pixels, anywhere)[:, None]
@@ -166,7 +166,7 @@ def _beside(pixels: Floats, hole: Bools, unknown: Bools) -> list[Floats]:
     parts = [slice(max(first, 0), max(last, 0)) for first, last in ends]
     usual = _medians(pixels, unknown)
     return [
-        np.where(unknown[:, part].any(1)[:, None], usual, pixels[:, part].mean(1))[:, None]
+        np.where(np.any(unknown[:, part], axis=1, keepdims=True), usual, pixels[:, part].mean(1))[:, None]
         for part in parts
         if pixels[:, part].size
     ]
@@ -220,7 +220,7 @@ class _Piece:
         layer = np.concatenate([pixels * opacity, opacity], axis=-1)
         return cls(layer, own, ((left + right) / 2, (top + foot) / 2), float(foot))
 
-    def shadow_at(self, right: float, down: float, grown: float, turn: float) -> Floats:
+    def shadow_at(self, right: float, grown: float) -> Floats:
         """[H, W]: the share of light that its shadow takes, which neither rises nor turns."""
         return _transform(self.shadow[..., None], (self.middle[0], self.foot), right, 0.0, grown, 0.0)[..., 0]
 
