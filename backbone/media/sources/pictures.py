@@ -9,8 +9,6 @@ beside.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -20,10 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, notify, progress
-from backbone.io.records import is_json_list, iterate_entries, plain, resolve_inside
+from backbone.io.records import is_json_list, iterate_entries, iterate_rows, plain, resolve_inside
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
-from backbone.media.sources.names import find_spelled, list_visible, natural_sort_key, normalize_name
+from backbone.media.sources.names import (
+    find_spelled,
+    list_visible,
+    natural_sort_key,
+    normalize_name,
+    refuse_dangling,
+)
 from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
 from backbone.media.sources.tables import (
@@ -251,6 +255,8 @@ class _Companions:
         self.masks: dict[str, list[Path]] = {}
         for file in list_visible(folder) if folder.is_dir() else []:
             stem, suffix = normalize_name(file.stem), file.suffix.lower()
+            if suffix in CAPTION_SUFFIXES:
+                refuse_dangling(file)
             if suffix in CAPTION_SUFFIXES and file.is_file():
                 self.captions.setdefault(stem, []).append(file)
             elif suffix not in IMAGE_SUFFIXES or CONDITION_STEM.fullmatch(stem):
@@ -325,11 +331,15 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
 
     A .json counts where it is a list: other tools keep other records under the same names.
     """
+    named = [
+        path for path in (sorted(folder.iterdir()) if folder.is_dir() else []) if path.name.lower() in names
+    ]
+    for path in named:
+        refuse_dangling(path)
     lists = [
         path
-        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if path.name.lower() in names
-        and path.is_file()
+        for path in named
+        if path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
         and (path.suffix.lower() != ".parquet" or _names_files(path))
     ]
@@ -358,13 +368,7 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     text = _read_text(metadata)
     if metadata.suffix.lower() in (".csv", ".tsv"):
-        heading = text.partition("\n")[0]
-        # Spreadsheets write semicolons where the comma is decimal
-        separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-        for row in table:
-            named = {name: value for name, value in row.items() if name is not None}
-            yield f"Line {table.line_num} of {metadata}", named
+        yield from iterate_rows(text, metadata)
         return
     for where, entry in iterate_entries(text, metadata):
         if isinstance(entry, UserError):
@@ -431,7 +435,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         path
         for folder in folders
         for path in list_visible(folder)
-        if path.is_file() and path not in used and path.name.lower() not in SYSTEM_FILES
+        if not path.is_dir() and path not in used and path.name.lower() not in SYSTEM_FILES
     ]
     kinds: dict[str, list[str]] = {}
     for path in files:

@@ -482,6 +482,59 @@ def test_a_table_is_read_whatever_separates_its_columns(tmp_path: Path, separato
     assert picture.caption == "a dog, sitting"
 
 
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            "1.png,a dog, sitting on grass\n",
+            r"Line 2 of .*metadata\.csv has 3 cells, and the first line names 2",
+        ),
+        (
+            '1.png,"a dog on grass\n2.png,a cat\n',
+            r"Line 2 of .*metadata\.csv: its quotation marks do not close",
+        ),
+        ('1.png,a dog\n2.png,"a cat\n3.png,"a cow"\n', r"Line 3 of .*: its quotation marks do not close"),
+        ('1.png,"a dog\n2.png,a screen of 27"\n', r"goes on over the line “2\.png,a screen of 27”"),
+        (
+            f'1.png,"{"a dog " * 30_000}"\n',
+            r"Line 2 of .*: its quotation marks do not close a cell \(field larger",
+        ),
+    ],
+)
+def test_a_table_s_texts_are_never_cut_short_in_silence(tmp_path: Path, rows: str, says: str) -> None:
+    for name in ("1.png", "2.png", "3.png"):
+        write(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    with pytest.raises(UserError, match=says):
+        list_images(tmp_path)
+
+
+def test_what_spreadsheets_write_around_cells_is_no_part_of_them(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text('\nfile_name, text,,\n1.png, "a dog, sitting",,\n,,,\n')
+    assert [one.caption for one in list_images(tmp_path)] == ["a dog, sitting"]
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n1.png,a dog,a cat\n")
+    with pytest.raises(UserError, match=r"metadata\.csv has two columns 'text'"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "1.caption", "metadata.jsonl", "metadata.csv"])
+def test_a_caption_that_is_a_link_to_nothing_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / name).symlink_to(tmp_path / "moved" / name)
+    with pytest.raises(UserError, match=rf"{name} is a link to .*moved/{name}, which is not there"):
+        list_images(tmp_path)
+
+
+def test_links_to_nothing_among_images_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "more").symlink_to(tmp_path / "moved")
+    assert describe_unused(tmp_path, list_images(tmp_path)) == [f"Not used in {tmp_path}: more."]
+    (tmp_path / "2.png").symlink_to(tmp_path / "moved.png")
+    with pytest.raises(UserError, match=r"2\.png is a link to .*moved\.png, which is not there"):
+        check_images(list_images(tmp_path))
+
+
 def test_a_table_whose_texts_are_no_captions_is_said_to_have_none(
     tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
