@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.records import is_json_list, iterate_entries, iterate_rows, plain, resolve_inside
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
@@ -52,6 +52,13 @@ MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and
 CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
+# What files of that name hold that are no captions, by how these begin
+NO_CAPTION = {
+    r"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
+    r"<!doctype|<html|<\?xml": "a web page",
+    r"\{\\rtf": "an RTF document",
+    r"\{\s*\"[^\"]*\"\s*:": "JSON",
+}
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
@@ -313,7 +320,8 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
                 f"{where} names no image ({named}). Call the key of the files file_name, as in "
                 '{"file_name": "1.jpg", "text": "…"}.'
             )
-        caption_column = columns.find("caption", list(entry), where)
+        told = [key for key, value in entry.items() if columns.caption or value not in (None, "")]
+        caption_column = columns.find("caption", told, where)
         caption = entry.get(caption_column) if caption_column else None
         if caption is not None and not isinstance(caption, str):
             raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
@@ -323,6 +331,10 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption)
     columns.say_of_captions(list(words), str(metadata))
+    if not captions:
+        notify_once(
+            f"{metadata} names no image, so no caption comes from it. Write a line for each, or remove it."
+        )
     return captions
 
 
@@ -381,11 +393,16 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_caption(path: Path, beside: _Companions) -> str:
     """The text of a caption's file; `UserError` for another encoding, with how many beside it have one too."""
     try:
-        return _read_text(path)
+        text = _read_text(path)
     except UserError as error:
         others = [file for files in beside.captions.values() for file in files if file != path]
         more = sum(not _is_text(file) for file in others)
         raise UserError(f"{error}{f' {more} more beside it: no UTF-8 either.' if more else ''}") from error
+    if what := next(
+        (what for begins, what in NO_CAPTION.items() if re.match(begins, text.lstrip(), re.I)), ""
+    ):
+        raise UserError(f"{path} is {what}, and a caption is plain text. Replace or remove it.")
+    return text
 
 
 def _is_text(path: Path) -> bool:
