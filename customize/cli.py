@@ -244,7 +244,8 @@ def sketch(asked: SketchOptions) -> None:
     with hold_new_folder(asked.out, FOLDER) as folder:
         pad = SketchPad.open(asked, concepts, folder)
         serve(pad, port=asked.port, browser=asked.browser)
-        notify(f"{count_of(len(pad.drawings), 'drawing')} in {folder}.")
+    kept = count_of(len(pad.drawings), "drawing")
+    notify(f"{kept} in {folder}." if pad.drawings else "Nothing was drawn, so no folder is kept.")
 
 
 SURVIVAL = "survival"  # in a run folder

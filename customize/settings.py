@@ -511,9 +511,29 @@ class Settings(TrainingSettings):
         Option(
             "Noise levels that are drawn more often: later ones are the noisier.",
             "Loss",
-            choices=("none", "later", "earlier"),
+            choices=("none", "later", "earlier", "range"),
         ),
     ] = "none"
+    timestep_bias_begin: Annotated[
+        int,
+        Option(
+            "First timestep that is drawn more often.",
+            "Loss",
+            needs={"timestep_bias_strategy": ("range",)},
+            min=0,
+            max=1000,
+        ),
+    ] = 0
+    timestep_bias_end: Annotated[
+        int,
+        Option(
+            "The timestep before which this ends.",
+            "Loss",
+            needs={"timestep_bias_strategy": ("range",)},
+            min=0,
+            max=1000,
+        ),
+    ] = 1000
     timestep_bias_portion: Annotated[
         float,
         Option(
@@ -529,7 +549,7 @@ class Settings(TrainingSettings):
         Option(
             "How many times as often.",
             "Loss",
-            needs={"timestep_bias_strategy": ("later", "earlier")},
+            needs={"timestep_bias_strategy": ("later", "earlier", "range")},
             min=0,
         ),
     ] = 2.0
@@ -634,12 +654,30 @@ class Settings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.ranks()
+        self._check_timestep_bias()
         if self.pairs:
             return
         named = len(self.subjects())
         if self.class_images and len(self.class_images) != named:
             raise UserError(
                 f"--class-images names {len(self.class_images)} folders for {named} subjects. Give each one its own."
+            )
+
+    def _check_timestep_bias(self) -> None:
+        """`UserError` for a range of timesteps that is empty or all of them, and for a bias that changes nothing."""
+        if self.timestep_bias_strategy == "none":
+            return
+        first, end = self.timestep_bias_begin, self.timestep_bias_end
+        if self.timestep_bias_strategy == "range" and (first >= end or (first, end) == (0, 1000)):
+            what = "all" if first < end else "none"
+            raise UserError(
+                f"The range of --timestep-bias-strategy, from {first} to {end}, holds {what} of the timesteps 0 to "
+                "1000. Give --timestep-bias-begin and --timestep-bias-end."
+            )
+        if self.timestep_bias_multiplier == 1:
+            raise UserError(
+                "--timestep-bias-multiplier 1 draws all timesteps alike. Give another one, or leave out "
+                "--timestep-bias-strategy."
             )
 
     def subjects(self) -> list[Subject]:

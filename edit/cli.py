@@ -15,7 +15,7 @@ from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
-from backbone.io.prompts import one_prompt, prompts_of, words_of
+from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
 from backbone.io.run_folder import hold_new_folder
 from edit import checks
 from edit.settings import (
@@ -143,7 +143,8 @@ def instruct(asked: InstructOptions) -> None:
     """Do what an instruction says to an image, with a model that reads both; the background stays."""
     image = readable(asked.image)
     instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
-    then = in_words(asked.then, "instruction") if asked.then else []
+    checks.prompts(asked.then, "instruction") if asked.then else None
+    then = [one.text for one in prompts_of(asked.then, read=read_lines)]  # “brighter” twice is brighter still
     wishes = with_concepts(asked, [instruction, *then, asked.negative])
     wishes |= {"references": [readable(one) for one in asked.references]}
     finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
@@ -249,7 +250,8 @@ def paint(asked: PaintOptions) -> None:
     with hold_new_folder(asked.out, FOLDER) as folder:
         board = PaintBoard.open(asked, image, wishes, folder)
         serve(board, port=asked.port, browser=asked.browser)
-        notify(f"{count_of(len(board.edits), 'edit')} in {folder}.")
+    kept = count_of(len(board.edits), "edit")
+    notify(f"{kept} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
 
 
 @settled_command(app, ReplayOptions)

@@ -123,7 +123,15 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
     if mask is None:
         return None
     shown = (image.pixels.shape[-1], image.pixels.shape[-2])
-    original = tuple(image.facts.get("size") or shown)
+    drawn = fit_mask(mask, shown, tuple(image.facts.get("size") or shown))
+    return send(mask_to_tensor(drawn)[0].to(image.latent.dtype), image.latent.device)
+
+
+def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int]) -> Image.Image:
+    """A drawn mask at the size (W, H) in which a model is shown the image of an `original` size.
+
+    Raises `UserError` as `load_pixel_mask` does.
+    """
     drawn = read_mask(mask).image
     if drawn.size not in (shown, original):
         sizes = " or ".join(f"{width} × {height}" for width, height in dict.fromkeys([original, shown]))
@@ -136,7 +144,7 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
             f"What is white in the mask is cropped off, or vanishes, where the model is shown the image as "
             f"{shown[0]} × {shown[1]} pixels. Paint more of it white, or edit a part of the image."
         )
-    return send(mask_to_tensor(drawn)[0].to(image.latent.dtype), image.latent.device)
+    return drawn
 
 
 def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:

@@ -385,6 +385,9 @@ def test_a_new_folder_is_kept_by_who_has_made_it(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="is a file"), hold_folder(out / "a.png"):
         pass
+    with hold_new_folder(None, tmp_path / "empty") as folder:
+        assert folder.is_dir()
+    assert not folder.exists()  # of a page that was closed before anything was drawn
     with pytest.raises(KeyError), hold_new_folder(tmp_path / "failed", out):
         raise KeyError
     assert not (tmp_path / "failed").exists()

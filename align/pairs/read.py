@@ -20,6 +20,7 @@ nothing is ever written into a source.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +39,13 @@ from align.pairs.tables import (
     load_saved_table,
     load_tar_table,
 )
-from backbone.io.console import UserError, looks_like_prompt, quote, quote_text
+from backbone.io.console import UserError, looks_like_prompt, notify_once, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.columns import column_of
-from backbone.media.sources.names import find_spelled
-from backbone.media.sources.pictures import list_by_name, read_image_list
+from backbone.media.sources.names import find_spelled, list_visible
+from backbone.media.sources.pictures import describe_unused, list_by_name, read_image_list
 from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
 from backbone.media.sources.stream import ITEMS, Stream
@@ -59,6 +60,12 @@ VOTES = tuple(
     (name.format(1), name.format(2)) for name in ("weighted_results_image{}_preference", "votes_image{}")
 )
 ORDERED_COLUMNS = (("chosen", "rejected"), ("path1", "path2"))  # the better one first; the latter HPDv3's
+# What is read of any row, and what tells where it comes from
+OF_ALL = frozenset({"user", "user_id", "has_label", "are_different", "prompt_id"})
+OF_ORIGIN = re.compile(
+    r"(^|_)(u?ids?|url|key|model|created_at|date|time|timestamp|source|index|seed|level)(_|\d|$)|^num_",
+    re.IGNORECASE,
+)
 COLUMNS = (
     "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image1, image2, votes_image1 and "
     "votes_image2, image and label, or image_path and rank"
@@ -100,7 +107,16 @@ def read_preferences(
         )
     if user is not None:
         _keep_user(preferences, user)
+    say_idle_columns(list(preferences.columns), preferences.source)
     return preferences
+
+
+def say_idle_columns(names: Sequence[str], source: str) -> None:
+    """Says that columns of preferences are not read, but for those that tell where rows come from."""
+    idle = [name for name in names if not OF_ORIGIN.search(name)]
+    if idle:
+        more = f" and {len(idle) - 6} more" if idle[6:] else ""
+        notify_once(f"Not used of {source}: {', '.join(idle[:6])}{more}. Every choice counts alike.")
 
 
 def _keep_user(preferences: Preferences, user: str) -> None:
@@ -137,11 +153,20 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         or [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SPREADSHEETS]
     )
     if len(lines := leave_out_measured(lines, folder)) == 1:
+        _say_of_other_lists(folder, lines[0])
         return _read_lines(lines[0], limit)
     raise UserError(
         f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl, .json "
         "list or .csv, .parquet, .arrow or .tar files. Make some with `align sample`."
     )
+
+
+def _say_of_other_lists(folder: Path, used: Path | None) -> None:
+    """Says which lists of a folder are not read."""
+    endings = (".jsonl", ".json", *SPREADSHEETS)
+    others = [one.name for one in list_visible(folder) if one.suffix.lower() in endings and one != used]
+    if others:
+        notify_once(f"Not used in {folder}: {', '.join(others[:6])}{' …' if others[6:] else ''}.")
 
 
 def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
@@ -161,6 +186,10 @@ def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
 def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
     preferences = Preferences(str(folder))
     first, second = (list_by_name(folder / side) for side in (better, worse))
+    _say_of_other_lists(folder, None)
+    for side, records in ((better, first), (worse, second)):
+        for sentence in describe_unused(folder / side, list(records.values())):
+            notify_once(sentence)
     for stem, winner in list(first.items())[:limit]:
         if stem not in second:
             preferences.problems.append(f"{winner.path} has no picture of that name in {worse}/")
@@ -216,6 +245,8 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
     for where, entry in islice(_iterate_objects(path, preferences), limit):
         _add_row(preferences, rankings, entry, where, partial(_picture_from, listed=path, where=where))
     rankings.add_to(preferences)
+    if path.name == RANKING:  # whose margins are for whoever looks at it
+        preferences.columns.clear()
     return preferences
 
 
@@ -412,6 +443,7 @@ def stream_preferences(stream: Stream, *, user: str | None = None) -> PairStream
     layouts = (*PAIR_COLUMNS, *ORDERED_COLUMNS, ("image",))
     used = next((columns for columns in layouts if pictures >= {*columns}), tuple(pictures))
     stream.refuse_names(used)
+    say_idle_columns(_idle_columns(dict.fromkeys(names, " ")), stream.source)
     if ranking is not None and ranking[0] not in stream.lists:
         raise UserError(
             f"{stream.source} has a row for each image of a prompt, and a stream is read row by row. Download it, and "
@@ -431,6 +463,7 @@ def _add_row(
     to_picture: ToPicture,
 ) -> None:
     """Add one row as a pair, a single image or part of a ranking, or its problem; `to_picture` reads a column."""
+    preferences.columns.update(dict.fromkeys(_idle_columns(row)))
     if ranking_columns(row):
         rankings.add(preferences, row, Ranking(_prompt_of(row), _user_of(row)), where, to_picture)
         return
@@ -443,6 +476,22 @@ def _add_row(
         preferences.pairs.append(record)
     else:
         preferences.singles.append(record)
+
+
+def _idle_columns(row: Mapping[str, Any]) -> list[str]:
+    """What a row says that its layout does not read."""
+    prompt = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), str) and row[name]), "")
+    used = {*OF_ALL, prompt}
+    if ranking := ranking_columns(row):
+        used |= {*ranking}
+    elif columns := next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None):
+        votes = next((names for names in VOTES if names[0] in row and names[1] in row), ())
+        used |= {*columns, "label_0", "label_1", "both_bad", *(() if "label_0" in row else votes)}
+    elif columns := next((names for names in ORDERED_COLUMNS if names[0] in row and names[1] in row), None):
+        used |= {*columns, "tie", "both_bad"}
+    else:
+        used |= {next((name for name in ("image", "file_name") if name in row), ""), "label"}
+    return [name for name, value in row.items() if name not in used and value not in (None, "")]
 
 
 def _prompt_of(row: Mapping[str, Any]) -> str:

@@ -105,6 +105,7 @@ class Preferences:
     singles: list[Single] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     skipped: int = 0  # rows without a label, skipped pairs
+    columns: dict[str, None] = field(default_factory=dict)  # what rows say and nothing reads
     provenance: dict[str, Any] = field(default_factory=dict)  # the model that drew a folder of `align sample`
 
     @property

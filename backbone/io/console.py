@@ -176,6 +176,20 @@ def notify_once(text: str) -> None:
     notify(text)
 
 
+@cache
+def said_of(predicate: str) -> list[str]:
+    """The file of which it was said, once it was."""
+    return []
+
+
+def notify_first(name: str, predicate: str) -> None:
+    """`notify` what is so of a file, of the first one alone of which it is said in this process."""
+    names = said_of(predicate)
+    if not names:
+        names.append(name)
+        notify(f"{name} {predicate}")
+
+
 def shorten(text: str, most: int = 400) -> str:
     """A text's beginning, where it has more than so many characters."""
     return text if len(text) <= most else f"{text[:most]}…"

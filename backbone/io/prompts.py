@@ -7,12 +7,12 @@ these, or of words.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, count_of, notify_once
 from backbone.io.records import iterate_entries
 
 SUFFIXES = (".txt", ".jsonl", ".json")
@@ -40,8 +40,12 @@ def is_caption(words: str) -> bool:
     return (words.split() or [""])[0].lower() in VERBLESS
 
 
-def prompts_of(given: str | Sequence[str]) -> list[Prompt]:
+def prompts_of(
+    given: str | Sequence[str], *, read: Callable[[Path], list[Prompt]] | None = None
+) -> list[Prompt]:
     """The prompts of what was given, in order: a file that exists is read, other words are a prompt themselves.
+
+    `read` is how: `read_prompts`, each once, where nothing is said, or `read_lines`.
 
     Raises `UserError` for empty words, for what is no text, and for the name of a .txt, .jsonl or .json file that is
     not there.
@@ -53,7 +57,7 @@ def prompts_of(given: str | Sequence[str]) -> list[Prompt]:
                 f"A prompt is text, and {type(words).__name__} is none. Give words, or several in a list."
             )
         if os.path.isfile(path := os.path.expanduser(words)):
-            found += read_prompts(Path(path))
+            found += (read or read_prompts)(Path(path))
         elif words.strip().lower().endswith((*SUFFIXES, *TABLES)):
             if os.path.isdir(path):
                 raise UserError(f"{words} is a folder. Name a file with a prompt on each line.")
@@ -101,7 +105,16 @@ def words_of(given: str) -> str:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, in order, each once. Lines that begin with # and empty ones are passed over.
+    """The prompts of `read_lines`, each once; says how many stand there again."""
+    lines = read_lines(path)
+    unique = unique_prompts(lines)
+    if again := len(lines) - len(unique):
+        notify_once(f"{path} says {count_of(again, 'prompt')} again. Each is taken once.")
+    return unique
+
+
+def read_lines(path: Path) -> list[Prompt]:
+    """The prompts of a file, line by line. Lines that begin with # and empty ones are passed over.
 
     In a text file, what stands before a tab is the prompt's category. `UserError` lists every bad line.
     """
@@ -121,22 +134,21 @@ def read_prompts(path: Path) -> list[Prompt]:
                 f"{path} is no text. Give words, or a file with a prompt on each line."
             ) from error
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
-    by_text: dict[str, Prompt] = {}
-    bad = []
+    found, bad = list[Prompt](), list[str]()
     for where, prompt in (
         _read_entries(text, path) if path.suffix.lower() in (".jsonl", ".json") else _read_text(text)
     ):
         if prompt is None:
             bad.append(f"  {where} holds no prompt")
         else:
-            by_text.setdefault(prompt.text, prompt)
+            found.append(prompt)
     if bad:
         raise UserError(
             "\n".join([f"{path} has {count_of(len(bad), 'bad line')}:", *bad[:20], "Repair or remove them."])
         )
-    if not by_text:
+    if not found:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
-    return list(by_text.values())
+    return found
 
 
 def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:

@@ -7,7 +7,9 @@ Whatever is wrong with the text or with a value is a `UserError` that names the 
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -101,6 +103,56 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
                 yield where, parse_json(line, where, join=join_once)
             except UserError as error:
                 yield where, error
+
+
+def iterate_rows(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """The rows of a table (.csv, .tsv) by the names of its first line, each with where it begins: `Line 3 of PATH`.
+
+    A cell that a short row lacks is None. Raises `UserError` for a row with more cells than there are names, as a text
+    with commas has that stands in no quotation marks, and for marks that are not closed.
+    """
+    heading = text.lstrip("\n").partition("\n")[0]
+    # Spreadsheets write semicolons where the comma is decimal
+    separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")
+    lines = io.StringIO(text, newline="")
+    rows = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator != "\t")
+    names: list[str] = []
+    while True:
+        where = f"Line {rows.line_num + 1} of {path}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{where}: its quotation marks do not close a cell ({error}). Close them, and write those inside of a "
+                "text twice."
+            ) from error
+        if row is None:
+            return
+        if not names:
+            names = row
+            if twice := next((name for name in names if name and names.count(name) > 1), ""):
+                raise UserError(f"{path} has two columns {twice!r}. Rename or remove one.")
+            continue
+        if not any(cell.strip() for cell in row):
+            continue
+        if any(cell.strip() for cell in row[len(names) :]):
+            raise UserError(
+                f"{where} has {len(row)} cells, and the first line names {len(names)}. Put a text that holds "
+                f'“{separator}” in quotation marks: "…".'
+            )
+        if swallowed := next((cell for cell in row if _BEGINS_ROW.search(cell)), ""):
+            line = swallowed.split("\n", 1)[1].split("\n", 1)[0]
+            raise UserError(
+                f"{where} has a text that goes on over the line “{shorten(line, 60)}”. Close its quotation marks."
+            )
+        cells = [*row, *[None] * len(names)]
+        yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name}
+
+
+# What stands at the begin of a line in a table of files, and in no text
+_BEGINS_ROW = re.compile(
+    r"\n\s*\"?[^\s,;]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|mp4|webm|mov)\"?[,;\t]", re.IGNORECASE
+)
 
 
 def is_json_list(path: Path) -> bool:

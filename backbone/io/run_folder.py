@@ -172,9 +172,9 @@ def refuse_finished(folder: Path | None) -> None:
 def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """The folder that a command writes, kept for it: `named`, new or empty, or `usual`, numbered where that exists.
 
-    After a failure that left nothing in it, it is gone again. `what` is all that its files depend on: where a command
-    of the same was stopped, or killed, `named` is taken as it is, and its files, each of them whole, need not be made
-    again. UNFINISHED says so until the end.
+    Where nothing is in it at the end, or after a failure, it is gone again. `what` is all that its files depend on:
+    where a command of the same was stopped, or killed, `named` is taken as it is, and its files, each of them whole,
+    need not be made again. UNFINISHED says so until the end.
     """
     refuse_new_folder(named, usual, what)
     goes_on = named is not None and _is_continued(named, what)
@@ -188,10 +188,9 @@ def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | N
             write_json(folder / UNFINISHED, what)
         try:
             yield folder
-        except BaseException:
+        finally:
             if folder.is_dir() and not {entry.name for entry in folder.iterdir()} - {UNFINISHED}:
                 shutil.rmtree(folder)
-            raise
         (folder / UNFINISHED).unlink(missing_ok=True)
 
 

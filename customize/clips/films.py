@@ -93,7 +93,7 @@ def list_films(source: str) -> list[Captioned]:
     unused = [
         one.name
         for one in inside
-        if one.is_file()
+        if not one.is_dir()
         and one not in places
         and one.name.lower() not in (*METADATA, SEVERAL, *SYSTEM_FILES)
         and not (one.suffix.lower() in CAPTION_SUFFIXES and normalize_name(one.stem) in captioned)

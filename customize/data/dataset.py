@@ -20,7 +20,6 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
-from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import (
     CropPosition,
@@ -35,6 +34,7 @@ from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import BasePredictions, base_predictions
+from customize.data.folders import list_class_images
 from customize.data.masks import predict_mask
 from customize.data.prepared import PreparedImages
 from customize.methods.registry import changes_denoiser
@@ -407,7 +407,7 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
     """
     own: list[Tensor] = []
     if settings.class_images:
-        found = list_images(settings.class_images[subject])[: settings.num_class_images or None]
+        found = list_class_images(settings)[subject]
         views = [View(picture, (model.resolution, model.resolution)) for picture in found]
         own = [*encode_views(model, views)[False].column("mean")[:].split(1)] if views else []
     missing = max(0, (settings.num_class_images or (0 if own else CLASS_IMAGES)) - len(own))

@@ -14,7 +14,7 @@ from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.pictures import IMAGE_SUFFIXES, check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
-from customize.settings import INSTANCE_PROMPT, Subject
+from customize.settings import INSTANCE_PROMPT, Settings, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+(?:\.\d+)?)_(.+)")
 ARTICLES = frozenset({"a", "an", "the"})
@@ -357,7 +357,30 @@ def read_images(
     for subject, folder in zip(subjects, folders, strict=True):
         for sentence in [] if is_prepared(subject.images) else describe_unused(subject.images, folder):
             notify(sentence)
+    if len(folders) > 1 and (shared := describe_shared(subjects, folders)):
+        notify(shared)
     return folders
+
+
+def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[ImageRecord]]) -> str:
+    """A sentence on images that are of two subjects, by their contents; "" where none is."""
+    first: dict[str, tuple[str, ImageRecord]] = {}
+    shared: dict[tuple[str, str], list[Path]] = {}
+    for subject, folder in zip(subjects, folders, strict=True):
+        for image in folder:
+            token, _ = first.setdefault(image.content_hash, (subject.token, image))
+            if token != subject.token:
+                shared.setdefault((token, subject.token), []).append(image.path)
+    return " ".join(
+        f"{count_of(len(paths), 'image')} of {token} {'is' if len(paths) == 1 else 'are'} of {other} too (first: "
+        f"{paths[0]}): what they share is learned for both."
+        for (token, other), paths in shared.items()
+    )
+
+
+def list_class_images(settings: Settings) -> list[list[ImageRecord]]:
+    """Each subject's own class images that are learned, in the order of their names; none where they are drawn."""
+    return [list_images(folder)[: settings.num_class_images or None] for folder in settings.class_images]
 
 
 def read_class_images(folders: Sequence[str], subjects: Sequence[Sequence[ImageRecord]]) -> None:

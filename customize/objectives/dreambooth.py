@@ -311,14 +311,22 @@ def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
 def timestep_weights(levels: int, settings: Settings) -> Tensor | None:
     """How often each of so many levels is drawn beside the others [levels]; None where all are drawn alike.
 
-    As diffusers' scripts have it: a portion of the last levels, which are the noisiest, or of the first.
+    As diffusers' scripts have it: a portion of the last levels, which are the noisiest, or of the first, or a range of
+    timesteps, of which all levels are 1000.
     """
     if settings.timestep_bias_strategy == "none":
         return None
     portion = max(1, round(settings.timestep_bias_portion * levels))
-    often = slice(levels - portion, None) if settings.timestep_bias_strategy == "later" else slice(portion)
+    first, end = {
+        "later": (levels - portion, levels),
+        "earlier": (0, portion),
+        "range": (
+            settings.timestep_bias_begin * levels // 1000,
+            -(-settings.timestep_bias_end * levels // 1000),
+        ),
+    }[settings.timestep_bias_strategy]
     weights = torch.ones(levels)
-    weights[often] = settings.timestep_bias_multiplier
+    weights[first:end] = settings.timestep_bias_multiplier
     return weights
 
 

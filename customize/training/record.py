@@ -27,16 +27,19 @@ def write_record(
     command: str,
     timings: Mapping[str, float] | None = None,
     images: Sequence[Mapping[str, str]] | None = None,
+    class_images: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write a run's `settings.json`: resolved settings, repeating command, image hashes, versions, hardware, timings.
 
-    `timings` are in seconds. `images` are the hashes of each subject's images; None keeps those in the file.
+    `timings` are in seconds. `images` and `class_images` are the hashes of each subject's; images of None keep those in
+    the file.
     """
     known = read_json(run / FILE) if images is None else {}
     record = {
         "settings": settings,
         "command": command,
         "images": known.get("images") if images is None else images,
+        "class_images": known.get("class_images", []) if images is None else class_images,
         "versions": package_versions(),
         "hardware": describe_hardware(model, settings),
         "timings": {name: round(seconds, 2) for name, seconds in (timings or {}).items()},
@@ -71,8 +74,11 @@ def _hash_beside(picture: ImageRecord) -> str:
     return content_hash(f"{picture.caption or ''}\n{mask}".encode())[:8]
 
 
-def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[str]:
-    """A sentence for each subject whose images differ from those that the run started with (`kept` in its record)."""
+def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]], *, what: str = "images") -> list[str]:
+    """A sentence for each subject whose images differ from those that the run started with (`kept` in its record).
+
+    `what` they are: “class images”.
+    """
     sentences = []
     for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
         now = hash_images(folder)
@@ -86,10 +92,9 @@ def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]]) -> list[s
             ("new", sorted(now.keys() - before.keys())),
             ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
         ]
-        what = "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names)
-        if what:
+        if told := "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names):
             sentences.append(
-                f"The images, their captions or masks are not those that the run began with ({what}). It goes on with "
+                f"The {what}, their captions or masks are not those that the run began with ({told}). It goes on with "
                 "those of now."
             )
     return sentences

@@ -22,7 +22,7 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from customize.data.dataset import SubjectGroup, prepare, preserves
-from customize.data.folders import read_class_images, read_images
+from customize.data.folders import list_class_images, read_class_images, read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
@@ -110,7 +110,12 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
     with processes.hold_folder(run):
-        for sentence in describe_changes(read_json(run / FILE).get("images"), pictures):
+        record = read_json(run / FILE)
+        changes = describe_changes(record.get("images"), pictures)
+        changes += describe_changes(
+            record.get("class_images"), list_class_images(settings), what="class images"
+        )
+        for sentence in changes:
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
@@ -240,8 +245,10 @@ def begin_record(
     run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
 ) -> None:
     """Write `settings.json` of a run that begins, or goes on otherwise, with the hashes of each subject's images."""
-    hashes = [hash_images(folder) for folder in pictures]
-    write_record(run, settings, model, command=as_command(settings, run), images=hashes)
+    own, of_class = (
+        [hash_images(part) for part in parts] for parts in (pictures, list_class_images(settings))
+    )
+    write_record(run, settings, model, command=as_command(settings, run), images=own, class_images=of_class)
 
 
 def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:

@@ -17,6 +17,7 @@ from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
 from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
@@ -157,7 +158,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     `UserError` where there is no such place, or no such word.
     """
     source = inversion.prompt
-    rest = _leave_out(inversion, word)
+    rest = leave_out(inversion.model, source, word)
     others = [without(source, thing) for thing in things(source) if thing in things(rest)]
     maps, nfe = difference_maps(inversion, [(source, rest)], sides=(SOURCE, SOURCE))
     size, places = inversion.image.shape[-2:], maps.shape[-2]
@@ -179,13 +180,12 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
 
 def _prompt_without(inversion: Inversion, word: str) -> str:
     """What to see where nobody says it: with a mask alone nobody knows which of the prompt's things it covers."""
-    return _leave_out(inversion, word) if word.strip() else ""
+    return leave_out(inversion.model, inversion.prompt, word) if word.strip() else ""
 
 
-def _leave_out(inversion: Inversion, word: str) -> str:
+def leave_out(model: Backbone, source: str, word: str) -> str:
     """The source prompt without a word; `UserError` for one that is not in it, or in other words alone (“cat-like”)."""
-    source = inversion.prompt
-    require([tokenize_prompt(inversion.model.text_encoder.segments, source)], word)
+    require([tokenize_prompt(model.text_encoder.segments, source)], word)
     rest = without(source, word)
     if rest == source:
         raise UserError(

@@ -19,7 +19,7 @@ from edit.methods.interpolate import interpolate
 from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
 from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported, refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
-from edit.methods.remove import STRENGTH, remove
+from edit.methods.remove import STRENGTH, leave_out, remove
 from edit.methods.sdedit import sdedit
 from edit.phrases import without
 from edit.pictures import ImageLike, read_image, refuse_other_shape
@@ -59,6 +59,7 @@ def run_replace(
     resolved = [loaded.resolve(target) for target in targets]
     asked = replace_settings(loaded, **settings)
     check_supported(loaded.model, asked)
+    start.check_mask(loaded, asked.mask)
     # A mistake in the words is found before an inversion is made
     inversion = None if start.inversion is None else start.open(loaded)
     if inversion is None:
@@ -173,6 +174,9 @@ def run_remove(
     """`edit remove`."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
+    start.check_mask(loaded, mask)
+    if start.inversion is None and word.strip() and start.source:
+        leave_out(loaded.model, loaded.resolve(start.source), loaded.resolve(word))
     inversion = start.open(loaded)
     source = start.source or inversion.prompt
     seen = prompt if prompt is not None else without(source, word) if word.strip() else ""

@@ -27,8 +27,9 @@ from backbone.models.model import Backbone, Task
 from edit import checks
 from edit.inversion.inversion import Inversion, Method, count_rounds, identify, invert, read_inversion
 from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
+from edit.masks import fit_mask
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
-from edit.pictures import ImageLike
+from edit.pictures import ImageLike, read_image, show_image
 
 FRAMES = 12  # of trajectory.gif
 
@@ -147,6 +148,12 @@ class Start:
     seed: int = 0
     iterations: int = 10
     asked: AskedLayout = NOTHING_ASKED
+
+    def check_mask(self, loaded: ModelWithConcepts, mask: ImageLike | None) -> None:
+        """`UserError`, before anything is inverted, for a mask that does not fit the image."""
+        if mask is not None and self.image is not None and self.inversion is None:
+            image = read_image(self.image)
+            fit_mask(mask, show_image(loaded.model, image).size, image.image.size)
 
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
         """Reads or makes the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""

@@ -17,7 +17,7 @@ from backbone.adapters.embeddings import add_tokens, embed_tokens, vector_token_
 from backbone.diffusion.losses import debiased
 from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
-from backbone.io.files import read_tensors
+from backbone.io.files import read_json, read_tensors
 from backbone.media.crops import read_crop
 from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
@@ -33,9 +33,12 @@ from customize.data.dataset import (
     sample_class_latents,
     share_draws,
 )
+from customize.data.folders import list_class_images
 from customize.methods.weights import CROSS_ATTENTION, Weights
 from customize.objectives.dreambooth import DreamBooth
-from customize.settings import METHODS, OWN_WORDS, Settings
+from customize.settings import FILE, METHODS, OWN_WORDS, Settings
+from customize.training.record import describe_changes
+from customize.training.run import begin_record
 from tests.tiny import tiny_stable_diffusion_3
 
 ALL = [
@@ -215,6 +218,18 @@ def test_class_pictures_are_all_of_their_folder_or_as_many_as_are_asked_for(
 ) -> None:
     asked = settings(subject, prior="class-images", class_images=(str(subject),), num_class_images=count)
     assert class_images(tiny, "a dog", asked, 0).shape == (kept, *tiny.latent_shape)
+
+
+def test_class_images_that_are_others_than_a_run_began_with_are_said(
+    tiny: Backbone, subject: Path, tmp_path: Path
+) -> None:
+    asked = settings(subject, prior="class-images", class_images=(str(subject),))
+    begin_record(run := tmp_path / "run", asked, tiny, [])
+    kept = read_json(run / FILE)["class_images"]
+    assert describe_changes(kept, list_class_images(asked), what="class images") == []
+    sorted(subject.glob("*.png"))[0].unlink()
+    (line,) = describe_changes(kept, list_class_images(asked), what="class images")
+    assert line.startswith("The class images, their captions") and "(gone: " in line
 
 
 def test_class_pictures_are_drawn_by_the_model_s_own_sampler(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backbone.io.console import UserError, notify_once
 
+NO_WIDTH = " \ufeff\u200b\u200c\u200d\u2060"  # a byte order mark, and what web pages put between words
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
 NAME_COLUMNS = ("image_file_name", "image_path", "video_path", "video")
@@ -70,5 +71,5 @@ def column_of(key: str) -> str:
 
 
 def join_lines(caption: str | None) -> str | None:
-    """A caption on one line, without the mark of a byte order; None where nothing is left."""
-    return " ".join(caption.removeprefix("\ufeff").split()) or None if caption else None
+    """A caption on one line, without marks of no width around it; None where nothing is left."""
+    return " ".join(caption.split()).strip(NO_WIDTH) or None if caption else None

@@ -20,16 +20,8 @@ from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, Unidentif
 from backbone.io.console import UserError, notify_once
 
 Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
-OF_SEVERAL = (
-    ".gif",
-    ".webp",
-    ".png",
-    ".apng",
-    ".avif",
-    ".tif",
-    ".tiff",
-)  # an .mpo's further frames are views
 MAX_PIXELS = 400_000_000
+DARK_16_BIT = 4096
 # A larger JPEG is decoded at half its size: at 400 MP it would take 1.6 GB
 MAX_FULL_SIZE_PIXELS = 178_000_000
 
@@ -102,17 +94,20 @@ def open_as(path: str | Path, convert: Convert, *, at_least: int | None = None) 
 
 
 def count_frames(path: Path) -> int:
-    """Frames of an animated file; 1 for what is none, which whoever reads it as a picture will say."""
+    """Frames of an animated file, whatever it is called; 1 for what is none, which whoever reads it will say.
+
+    The further frames of an MPO are other views of the first.
+    """
     try:
         with without_pillow_limit(), Image.open(path) as opened:
-            return int(getattr(opened, "n_frames", 1))
+            return 1 if opened.format == "MPO" else int(getattr(opened, "n_frames", 1))
     except DECODER_ERRORS:
         return 1
 
 
 def describe_further_frames(path: Path) -> str:
     """A sentence on the frames or pages of a file that are not read; "" where there is one (or a phone's view)."""
-    if path.suffix.lower() not in OF_SEVERAL or (count := count_frames(path)) < 2:
+    if (count := count_frames(path)) < 2:
         return ""
     return f"{path} has {count} frames or pages, of which the first counts."
 
@@ -248,6 +243,16 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
     background = Image.new("RGB", image.size, "white")
     background.paste(_to_srgb(opaque, stored), mask=rgba.getchannel("A"))
     return background
+
+
+def describe_unused_range(image: Image.Image) -> str:
+    """What of the range of a 16-bit image is not used, where it is nearly black: 12 bits are kept in 16; else ""."""
+    if not image.mode.startswith("I;16") or not 0 < (brightest := image.getextrema()[1]) < DARK_16_BIT:
+        return ""
+    return (
+        f"has 16-bit values up to {brightest} of 65535, so it is nearly black. If they are of 12 bits or less, scale "
+        "them to 16."
+    )
 
 
 def is_see_through(image: Image.Image) -> bool:

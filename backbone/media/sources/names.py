@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from pathlib import Path
+
+from backbone.io.console import UserError
 
 
 def list_visible(folder: Path) -> list[Path]:
@@ -13,6 +16,12 @@ def list_visible(folder: Path) -> list[Path]:
         (path for path in folder.iterdir() if not path.name.startswith(".")),
         key=lambda path: natural_sort_key(path.name),
     )
+
+
+def refuse_dangling(path: Path) -> None:
+    """`UserError` for a link to what is not there, which would else look like no file."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there. Replace or remove it.")
 
 
 def natural_sort_key(name: str) -> tuple[list[str], str]:

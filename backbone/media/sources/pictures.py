@@ -9,8 +9,6 @@ beside.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -19,11 +17,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, notify, progress
-from backbone.io.records import is_json_list, iterate_entries, plain, resolve_inside
+from backbone.io.console import UserError, count_of, notify, notify_once, progress
+from backbone.io.records import is_json_list, iterate_entries, iterate_rows, plain, resolve_inside
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
-from backbone.media.sources.names import find_spelled, list_visible, natural_sort_key, normalize_name
+from backbone.media.sources.names import (
+    find_spelled,
+    list_visible,
+    natural_sort_key,
+    normalize_name,
+    refuse_dangling,
+)
 from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
 from backbone.media.sources.tables import (
@@ -48,6 +52,13 @@ MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and
 CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
+# What files of that name hold that are no captions, by how these begin
+NO_CAPTION = {
+    r"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
+    r"<!doctype|<html|<\?xml": "a web page",
+    r"\{\\rtf": "an RTF document",
+    r"\{\s*\"[^\"]*\"\s*:": "JSON",
+}
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
@@ -251,6 +262,8 @@ class _Companions:
         self.masks: dict[str, list[Path]] = {}
         for file in list_visible(folder) if folder.is_dir() else []:
             stem, suffix = normalize_name(file.stem), file.suffix.lower()
+            if suffix in CAPTION_SUFFIXES:
+                refuse_dangling(file)
             if suffix in CAPTION_SUFFIXES and file.is_file():
                 self.captions.setdefault(stem, []).append(file)
             elif suffix not in IMAGE_SUFFIXES or CONDITION_STEM.fullmatch(stem):
@@ -307,7 +320,8 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
                 f"{where} names no image ({named}). Call the key of the files file_name, as in "
                 '{"file_name": "1.jpg", "text": "…"}.'
             )
-        caption_column = columns.find("caption", list(entry), where)
+        told = [key for key, value in entry.items() if columns.caption or value not in (None, "")]
+        caption_column = columns.find("caption", told, where)
         caption = entry.get(caption_column) if caption_column else None
         if caption is not None and not isinstance(caption, str):
             raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
@@ -317,6 +331,10 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption)
     columns.say_of_captions(list(words), str(metadata))
+    if not captions:
+        notify_once(
+            f"{metadata} names no image, so no caption comes from it. Write a line for each, or remove it."
+        )
     return captions
 
 
@@ -325,11 +343,15 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
 
     A .json counts where it is a list: other tools keep other records under the same names.
     """
+    named = [
+        path for path in (sorted(folder.iterdir()) if folder.is_dir() else []) if path.name.lower() in names
+    ]
+    for path in named:
+        refuse_dangling(path)
     lists = [
         path
-        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if path.name.lower() in names
-        and path.is_file()
+        for path in named
+        if path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
         and (path.suffix.lower() != ".parquet" or _names_files(path))
     ]
@@ -358,13 +380,7 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     text = _read_text(metadata)
     if metadata.suffix.lower() in (".csv", ".tsv"):
-        heading = text.partition("\n")[0]
-        # Spreadsheets write semicolons where the comma is decimal
-        separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-        for row in table:
-            named = {name: value for name, value in row.items() if name is not None}
-            yield f"Line {table.line_num} of {metadata}", named
+        yield from iterate_rows(text, metadata)
         return
     for where, entry in iterate_entries(text, metadata):
         if isinstance(entry, UserError):
@@ -377,11 +393,16 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_caption(path: Path, beside: _Companions) -> str:
     """The text of a caption's file; `UserError` for another encoding, with how many beside it have one too."""
     try:
-        return _read_text(path)
+        text = _read_text(path)
     except UserError as error:
         others = [file for files in beside.captions.values() for file in files if file != path]
         more = sum(not _is_text(file) for file in others)
         raise UserError(f"{error}{f' {more} more beside it: no UTF-8 either.' if more else ''}") from error
+    if what := next(
+        (what for begins, what in NO_CAPTION.items() if re.match(begins, text.lstrip(), re.I)), ""
+    ):
+        raise UserError(f"{path} is {what}, and a caption is plain text. Replace or remove it.")
+    return text
 
 
 def _is_text(path: Path) -> bool:
@@ -431,7 +452,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         path
         for folder in folders
         for path in list_visible(folder)
-        if path.is_file() and path not in used and path.name.lower() not in SYSTEM_FILES
+        if not path.is_dir() and path not in used and path.name.lower() not in SYSTEM_FILES
     ]
     kinds: dict[str, list[str]] = {}
     for path in files:

@@ -12,13 +12,15 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, count_of, notify_first, notify_once
 from backbone.io.files import content_hash
 from backbone.io.records import resolve_inside
 from backbone.media.sources.decode import (
     Convert,
     decode,
+    describe_unused_range,
     flatten_on_white,
+    is_see_through,
     open_as,
     open_bytes,
     open_mask,
@@ -57,10 +59,25 @@ class ImageRecord:
         at_least: int | None = None,
         convert: Convert = flatten_on_white,
     ) -> Image.Image:
-        """Decode as `open_rgb` does, or what is stored as `convert` makes it."""
+        """Decode as `open_rgb` does, or what is stored as `convert` makes it.
+
+        Of the first image that has see-through parts it is said that they are white.
+        """
+        if convert is flatten_on_white:
+            convert = self._flatten
         if self.row is None:
             return open_as(self.path, convert, at_least=at_least)
         return decode(io.BytesIO(self.read()), str(self.path), convert, at_least=at_least)
+
+    def _flatten(self, image: Image.Image) -> Image.Image:
+        if dark := describe_unused_range(image):
+            notify_once(f"{self.path} {dark}")
+        if is_see_through(image):
+            notify_first(
+                str(self.path),
+                "is see-through: its transparent parts are white, and those of others like it.",
+            )
+        return flatten_on_white(image)
 
     def read_size(self) -> tuple[int, int]:
         """(width, height) as the file's header says, for an image that can be decoded."""

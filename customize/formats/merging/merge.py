@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify, progress, quote
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
@@ -83,9 +83,38 @@ class RankReduction:
 def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
     """Read what `PATH` or `PATH:STRENGTH` name; `UserError` where they belong to different base models."""
     parts = [read_input(*parse_strength(argument)) for argument in arguments]
-    for part in parts[1:]:
+    for number, part in enumerate(parts[1:], start=1):
         refuse_other_base(parts[0], part)
+        for before in parts[:number]:
+            if before.source.resolve() == part.source.resolve():
+                whole = f"{quote(part.source)}:{before.strength + part.strength:g}"
+                raise UserError(
+                    f"{part.source} is given twice. Name it once, with all of its strength: {whole}"
+                )
+            if _hold_the_same(before, part):
+                notify(f"{before.source} and {part.source} hold the same weights: their strengths add up.")
     return parts
+
+
+def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
+    """Whether two inputs are equal in all that they change."""
+    held = [
+        {
+            **{
+                f"{name}/{key}": value
+                for name, layer in part.adapter.layers.items()
+                for key, value in layer.factors.items()
+            },
+            **part.weight_deltas,
+            **part.words,
+        }
+        for part in (first, second)
+    ]
+    return (
+        bool(held[0])
+        and held[0].keys() == held[1].keys()
+        and all(torch.equal(held[0][key], held[1][key]) for key in held[0])
+    )
 
 
 def read_input(path: Path, strength: float = 1.0) -> MergeInput:

@@ -8,7 +8,7 @@ import pytest
 
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
-from backbone.io.prompts import Prompt, prompts_of, read_prompts
+from backbone.io.prompts import Prompt, prompts_of, read_lines, read_prompts
 from tests.align.conftest import picture
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
@@ -37,6 +37,17 @@ def test_lines_and_json_lines_say_the_same(tmp_path: Path) -> None:
     lines.write_text('{"prompt": "a dog", "category": "animals"}\n{"prompt": "a cat"}\n')
     assert read_prompts(text) == read_prompts(lines) == [Prompt("a dog", "animals"), Prompt("a cat")]
     assert group_by_category(read_prompts(text)) == {"animals": [0], "": [1]}
+
+
+def test_a_prompt_that_stands_in_a_file_again_is_said_and_is_another_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("brighter\na cat\nbrighter\n")
+    assert [one.text for one in prompts_of([str(tmp_path / "p.txt")])] == ["brighter", "a cat"]
+    assert f"{tmp_path}/p.txt says 1 prompt again" in capsys.readouterr().err
+    each = prompts_of([str(tmp_path / "p.txt")], read=read_lines)
+    assert [one.text for one in each] == ["brighter", "a cat", "brighter"]
+    assert not capsys.readouterr().err
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:

@@ -241,6 +241,45 @@ def test_an_unlabelled_row_is_none_however_its_no_is_written(tmp_path: Path) -> 
     assert (len(found.pairs), found.skipped) == (1, 2)
 
 
+def test_columns_that_nothing_reads_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    row = {
+        "prompt": "a dog",
+        "chosen": "1.png",
+        "rejected": "0.png",
+        "user": "a",
+        "created_at": "2026",
+        "uid": 3,
+    }
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    read_preferences(tmp_path / "p.jsonl")
+    assert not capsys.readouterr().err
+    (tmp_path / "p.jsonl").write_text(json.dumps({**row, "Margin": 0.1, "weight": 3}) + "\n")
+    read_preferences(tmp_path / "p.jsonl")
+    assert f"Not used of {tmp_path}/p.jsonl: margin, weight. Every choice" in capsys.readouterr().err
+    (tmp_path / "p.jsonl").write_text(json.dumps({**row, "label_0": 0, "caption": "a cat", "split": "test"}))
+    read_preferences(tmp_path / "p.jsonl")
+    assert f"Not used of {tmp_path}/p.jsonl: label_0, caption, split. Every" in capsys.readouterr().err
+    (tmp_path / "q.csv").write_text("prompt,chosen,rejected\n")
+    read_preferences(tmp_path)
+    assert f"Not used in {tmp_path}: q.csv.\n" in capsys.readouterr().err
+
+
+def test_what_lies_beside_chosen_and_rejected_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("chosen", "rejected"):
+        (tmp_path / side).mkdir()
+        picture(len(side)).save(tmp_path / side / "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,prompt\n1.png,a dog\n")
+    (tmp_path / "rejected" / "notes.md").write_text("")
+    read_preferences(tmp_path)
+    said = capsys.readouterr().err
+    assert f"Not used in {tmp_path}: metadata.csv." in said
+    assert f"Not used in {tmp_path}/rejected: notes.md." in said
+
+
 def test_a_spreadsheet_says_what_json_lines_say(tmp_path: Path) -> None:
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")

@@ -19,6 +19,7 @@ from customize.data.folders import (
     is_concept_source,
     read_class_images,
     read_concepts,
+    read_images,
     read_subjects,
 )
 from customize.settings import Subject
@@ -250,6 +251,18 @@ def test_two_folders_of_one_token_are_told_to_be_one_subject(tmp_path: Path) -> 
         pictures_in(tmp_path / name)
     with pytest.raises(UserError, match=r"have one token, sks\. If they show one subject, put"):
         read_subjects(tmp_path)
+
+
+def test_images_that_two_subjects_share_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dogs = pictures_in(tmp_path / "dogs")
+    (tmp_path / "cats").mkdir()
+    copied = sorted(dogs.glob("*.png"))[0]
+    (tmp_path / "cats" / "cat.png").write_bytes(copied.read_bytes())
+    named = [Subject(str(dogs), "[V]", "dog"), Subject(str(tmp_path / "cats"), "[W]", "cat")]
+    read_images(named)
+    assert f"1 image of [V] is of [W] too (first: {tmp_path}/cats/cat.png)" in capsys.readouterr().err
+    read_images(named[:1])
+    assert not capsys.readouterr().err
 
 
 def test_class_images_are_none_of_the_subject_s_and_what_is_not_used_of_them_is_said(

@@ -291,6 +291,18 @@ def test_runs_of_different_models_are_not_merged(run: Make) -> None:
         read_inputs([str(first), str(second)])
 
 
+def test_an_adapter_that_is_merged_with_itself_is_told(run: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    first, copy, other = run("a"), run("b"), run("c", seed=1)
+    with pytest.raises(
+        UserError, match=r"a is given twice\. Name it once, with all of its strength: \S+/a:1\.5"
+    ):
+        read_inputs([str(first), f"{first / '..' / 'a'}:0.5"])
+    read_inputs([str(first), str(other)])
+    assert not capsys.readouterr().err
+    read_inputs([str(first), str(copy)])
+    assert "hold the same weights: their strengths add up" in capsys.readouterr().err
+
+
 def test_adapters_of_other_widths_are_not_merged(run: Make, tmp_path: Path) -> None:
     first = run("a", mark="conv_in")
     wide = AdapterFile({"unet.conv_in": random_layer(nn.Conv2d(4, 20, 3), 2, 1.0, torch.Generator())})

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -281,6 +282,27 @@ def test_levels_of_a_bias_are_drawn_so_many_times_as_often(subject: Path) -> Non
     earlier = timestep_weights(1000, replace(asked, timestep_bias_strategy="earlier"))
     assert int((stratified_levels(1200, 1000, generator(1), earlier) < 250).sum()) == 600
     assert timestep_weights(1000, settings(subject)) is None
+    middle = replace(asked, timestep_bias_strategy="range", timestep_bias_begin=200, timestep_bias_end=600)
+    for levels, (first, end) in ((1000, (200, 600)), (50, (10, 30))):
+        weights = timestep_weights(levels, middle)
+        assert weights is not None
+        assert (weights[first:end] == 3).all() and weights.sum() == levels + 2 * (end - first)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ({"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1.0}, "draws all timesteps alike"),
+        ({"timestep_bias_strategy": "range"}, "from 0 to 1000, holds all of the timesteps"),
+        (
+            {"timestep_bias_strategy": "range", "timestep_bias_begin": 300, "timestep_bias_end": 300},
+            "holds none of the timesteps 0 to 1000. Give --timestep-bias-begin",
+        ),
+    ],
+)
+def test_a_bias_that_changes_nothing_is_refused(subject: Path, said: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        settings(subject, **said)
 
 
 def test_levels_that_all_weigh_alike_are_those_without_weights() -> None:

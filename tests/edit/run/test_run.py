@@ -431,3 +431,20 @@ def test_a_target_that_says_what_the_source_says_is_told(
     with pytest.raises(Stopped):
         run_flow_edit(loaded, image=photo(), source="a cat", targets=["A  cat", "a dog"])
     assert "“A  cat” says what the source says" in (told := capsys.readouterr().err) and "a dog" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
+        (("remove", "photo.png", "--source", "a cat", "--mask", "small.png"), "The mask is 5 × 5 pixels"),
+        (("invert-and-replace", "photo.png", *WORDS, "--mask", "small.png"), "The mask is 5 × 5 pixels"),
+    ],
+)
+def test_words_and_masks_are_looked_at_before_an_image_is_inverted(
+    edit: Edit, arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (5, 5), 255).save("small.png")
+    assert edit(*arguments) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and "Inverting" not in said

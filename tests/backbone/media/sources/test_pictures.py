@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify_once, said_of
 from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_named, open_rgb
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
@@ -480,6 +480,119 @@ def test_a_table_is_read_whatever_separates_its_columns(tmp_path: Path, separato
     )
     (picture,) = list_images(tmp_path)
     assert picture.caption == "a dog, sitting"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            "1.png,a dog, sitting on grass\n",
+            r"Line 2 of .*metadata\.csv has 3 cells, and the first line names 2",
+        ),
+        (
+            '1.png,"a dog on grass\n2.png,a cat\n',
+            r"Line 2 of .*metadata\.csv: its quotation marks do not close",
+        ),
+        ('1.png,a dog\n2.png,"a cat\n3.png,"a cow"\n', r"Line 3 of .*: its quotation marks do not close"),
+        ('1.png,"a dog\n2.png,a screen of 27"\n', r"goes on over the line “2\.png,a screen of 27”"),
+        (
+            f'1.png,"{"a dog " * 30_000}"\n',
+            r"Line 2 of .*: its quotation marks do not close a cell \(field larger",
+        ),
+    ],
+)
+def test_a_table_s_texts_are_never_cut_short_in_silence(tmp_path: Path, rows: str, says: str) -> None:
+    for name in ("1.png", "2.png", "3.png"):
+        write(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    with pytest.raises(UserError, match=says):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
+        ("<!DOCTYPE html>\n<p>Not found", "a web page"),
+        (r"{\rtf1\ansi a dog}", "an RTF document"),
+        ('{"caption": "a dog"}', "JSON"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_caption(tmp_path: Path, text: str, what: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text(text)
+    with pytest.raises(UserError, match=rf"1\.txt is {what}.*, and a caption is plain text"):
+        list_images(tmp_path)
+
+
+def test_a_list_or_a_cell_that_says_nothing_takes_no_caption_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("\ufeff \u200b\n")
+    assert list_images(tmp_path)[0].caption is None
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": null, "caption": "a dog"}')
+    assert list_images(tmp_path)[0].caption == "a dog"
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    list_images(tmp_path)
+    assert "metadata.jsonl names no image, so no caption comes from it" in capsys.readouterr().err
+
+
+def test_what_spreadsheets_write_around_cells_is_no_part_of_them(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text('\nfile_name, text,,\n1.png, "a dog, sitting",,\n,,,\n')
+    assert [one.caption for one in list_images(tmp_path)] == ["a dog, sitting"]
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n1.png,a dog,a cat\n")
+    with pytest.raises(UserError, match=r"metadata\.csv has two columns 'text'"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "1.caption", "metadata.jsonl", "metadata.csv"])
+def test_a_caption_that_is_a_link_to_nothing_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / name).symlink_to(tmp_path / "moved" / name)
+    with pytest.raises(UserError, match=rf"{name} is a link to .*moved/{name}, which is not there"):
+        list_images(tmp_path)
+
+
+def test_twelve_bits_kept_in_sixteen_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values * 16).save(tmp_path / "1.png")
+    check_images(list_images(tmp_path))
+    assert not capsys.readouterr().err
+    Image.fromarray(values).save(tmp_path / "1.png")
+    check_images(list_images(tmp_path))
+    assert "1.png has 16-bit values up to 4095 of 65535, so it is nearly black" in capsys.readouterr().err
+
+
+def test_frames_of_a_file_of_another_name_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene().save(tmp_path / "1.jpg", format="WEBP", save_all=True, append_images=[scene().rotate(180)])
+    scene().save(tmp_path / "2.jpg", format="MPO", save_all=True, append_images=[scene()])
+    check_images(list_images(tmp_path))
+    assert capsys.readouterr().err == f"{tmp_path}/1.jpg has 2 frames or pages, of which the first counts.\n"
+
+
+def test_of_see_through_images_it_is_said_once_that_they_are_white(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_of.cache_clear()
+    Image.new("RGBA", (64, 64)).save(tmp_path / "1.png")
+    Image.new("RGBA", (64, 64)).save(tmp_path / "2.png")
+    Image.new("RGBA", (64, 64), "red").save(tmp_path / "0.png")
+    check_images(list_images(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/1.png is see-through: its transparent parts are white")
+
+
+def test_links_to_nothing_among_images_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / "more").symlink_to(tmp_path / "moved")
+    assert describe_unused(tmp_path, list_images(tmp_path)) == [f"Not used in {tmp_path}: more."]
+    (tmp_path / "2.png").symlink_to(tmp_path / "moved.png")
+    with pytest.raises(UserError, match=r"2\.png is a link to .*moved\.png, which is not there"):
+        check_images(list_images(tmp_path))
 
 
 def test_a_table_whose_texts_are_no_captions_is_said_to_have_none(
