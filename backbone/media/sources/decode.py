@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
@@ -247,7 +247,10 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
 
 def describe_unused_range(image: Image.Image) -> str:
     """What of the range of a 16-bit image is not used, where it is nearly black: 12 bits are kept in 16; else ""."""
-    if not image.mode.startswith("I;16") or not 0 < (brightest := image.getextrema()[1]) < DARK_16_BIT:
+    if not image.mode.startswith("I;16"):
+        return ""
+    brightest = cast(tuple[int, int], image.getextrema())[1]
+    if not 0 < brightest < DARK_16_BIT:
         return ""
     return (
         f"has 16-bit values up to {brightest} of 65535, so it is nearly black. If they are of 12 bits or less, scale "

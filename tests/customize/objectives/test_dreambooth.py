@@ -283,10 +283,10 @@ def test_levels_of_a_bias_are_drawn_so_many_times_as_often(subject: Path) -> Non
     assert int((stratified_levels(1200, 1000, generator(1), earlier) < 250).sum()) == 600
     assert timestep_weights(1000, settings(subject)) is None
     middle = replace(asked, timestep_bias_strategy="range", timestep_bias_begin=200, timestep_bias_end=600)
-    for levels, (first, end) in ((1000, (200, 600)), (50, (10, 30))):
-        weights = timestep_weights(levels, middle)
+    for count, (first, end) in ((1000, (200, 600)), (50, (10, 30))):
+        weights = timestep_weights(count, middle)
         assert weights is not None
-        assert (weights[first:end] == 3).all() and weights.sum() == levels + 2 * (end - first)
+        assert (weights[first:end] == 3).all() and weights.sum() == count + 2 * (end - first)
 
 
 @pytest.mark.parametrize(
