@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, notify, progress, quote
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
@@ -87,11 +87,10 @@ def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
         refuse_other_base(parts[0], part)
         for before in parts[:number]:
             if before.source.resolve() == part.source.resolve():
-                whole = f"{quote(part.source)}:{before.strength + part.strength:g}"
-                raise UserError(
-                    f"{part.source} is given twice. Name it once, with all of its strength: {whole}"
+                notify(
+                    f"{part.source} is given twice: its strengths add up to {before.strength + part.strength:g}."
                 )
-            if _hold_the_same(before, part):
+            elif _hold_the_same(before, part):
                 notify(f"{before.source} and {part.source} hold the same weights: their strengths add up.")
     return parts
 
