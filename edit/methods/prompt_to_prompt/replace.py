@@ -68,8 +68,7 @@ def replace(
     first = _first_step(inversion, settings)
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
-    if settings.swaps and regions.columns is None and not any(plan.cross):
-        notify(UNREAD_SWAP)
+    _say_unread_swap(settings, regions, plan)
     text = encode_source_and_targets(inversion, targets)
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
@@ -144,6 +143,11 @@ def align_prompts(
 
 
 # Helpers ----------------------------------------------------------------------------------------------------
+
+
+def _say_unread_swap(settings: ReplaceSettings, regions: Regions, plan: ControlPlan) -> None:
+    if settings.swaps and regions.columns is None and not any(plan.cross):
+        notify(UNREAD_SWAP)
 
 
 def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
