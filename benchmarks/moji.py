@@ -94,11 +94,10 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings:
-    """What the benchmark is asked for."""
+class DrawnSettings:
+    """How the pictures are drawn of which something is measured."""
 
     model: Annotated[str, Option("moji, or a diffusers folder.", WHAT)] = "moji"
-    prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale; 1 is without.", HOW)] = 4.0
     sampler: Annotated[
@@ -109,22 +108,40 @@ class MeasureSettings:
         float | None,
         Option("Share of the steps after which guidance ends.", HOW, default_text="by model", min=0, max=1),
     ] = None
+    batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
+    device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
+    out: Annotated[Path, Option("Where the results go; drawn pictures are shared.", OUTPUT)] = Path(
+        "build/benchmarks/moji"
+    )
+
+    @property
+    def setting(self) -> Setting:
+        """Steps, guidance and sampler of the pictures."""
+        return Setting(self.steps, self.guidance, self.sampler, self.guidance_stop)
+
+    @property
+    def gallery(self) -> Gallery:
+        """The pictures that lie in `out`, which are not drawn again."""
+        return Gallery(self.out / "pictures", self.batch)
+
+    def draw(self, model: Backbone, scenes: Sequence[Scene]) -> list[Image.Image]:
+        """The pictures of scenes."""
+        return self.gallery.pictures(model, scenes, self.setting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings(DrawnSettings):
+    """What the benchmark is asked for."""
+
+    prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
     also: Annotated[
         tuple[str, ...], Option("STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, compared on other prompts.", HOW)
     ] = ()
     also_prompts: Annotated[int, Option("How many prompts the sweep uses.", WHAT, min=1)] = 150
     beside: Annotated[tuple[str, ...], Option("Other models, on the table's prompts.", WHAT)] = ()
-    batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
     classifier: Annotated[Path, Option("The classifier's folder.", WHAT)] = FOLDER
     photographs: Annotated[Path | None, Option("Also measure the autoencoder on these.", WHAT)] = None
     card: Annotated[bool, Option("Renew the figures in the model's README.md.", OUTPUT)] = False
-    device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
-    out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/moji")
-
-    @property
-    def setting(self) -> Setting:
-        """How the table's pictures are drawn."""
-        return Setting(self.steps, self.guidance, self.sampler, self.guidance_stop)
 
 
 @settled_command(app, MeasureSettings)
@@ -133,9 +150,9 @@ def main(settings: MeasureSettings) -> None:
     sweep = [parse_setting(text) for text in settings.also]
     classifier = load_classifier(settings.classifier)
     model = Backbone.open(settings.model, device=settings.device)
-    gallery = Gallery(settings.out / "pictures", settings.batch)
+    gallery = settings.gallery
     scenes = select_scenes(settings.prompts)
-    images = gallery.pictures(model, scenes, settings.setting)
+    images = settings.draw(model, scenes)
     without = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0, settings.sampler))
     predictions = classifier.classify(images)
     truth = render_images(scenes)

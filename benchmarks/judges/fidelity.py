@@ -23,14 +23,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.commands import run_main
+from backbone.cli.commands import script_app
+from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import describe_guidance_interval
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
-from backbone.io.console import progress
+from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
@@ -39,7 +39,7 @@ from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from benchmarks.judges.classifier import prepare_images
-from benchmarks.moji import Gallery, Setting, read_sampler, select_scenes
+from benchmarks.moji import WHAT, DrawnSettings, select_scenes
 
 SIZES = {"small": range(26, 46, 4), "one": range(52, 92, 5), "two": range(38, 66, 4)}  # longest sides, pixels
 NEARBY = (-2, -1, 1, 2)  # sizes that are tried around the best of these
@@ -50,35 +50,31 @@ PADDED = 160  # side of the transforms: a quarter of a glyph may stand outside o
 BATCH = 20
 
 
-def main(
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
-    prompts: Annotated[int, typer.Option(help="How many held-out prompts.")] = 300,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
-    sampler: Annotated[str | None, typer.Option(help="Sampler; by model where none is named.")] = None,
-    guidance_stop: Annotated[
-        float | None,
-        typer.Option(help="Share of the steps after which guidance ends; by model.", min=0, max=1),
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images drawn together.")] = 10,
+app = script_app()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelitySettings(DrawnSettings):
+    """What is measured against the true glyphs."""
+
+    prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
     grades: Annotated[
-        Path | None, typer.Option(help="JSON of seeds with a grade by eye: the rank correlation is added.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Where the results go; drawn images are shared.")] = Path(
-        "build/benchmarks/moji"
-    ),
-) -> None:
+        Path | None, Option("JSON of seeds with a grade by eye: the rank correlation is added.", WHAT)
+    ] = None
+
+
+@settled_command(app, FidelitySettings)
+def main(settings: FidelitySettings) -> None:
     """Draws what is missing, registers the true glyphs, writes the table and the sheet."""
-    setting = Setting(steps, guidance, read_sampler(sampler), guidance_stop)
-    backbone = Backbone.open(model, device=device)
-    scenes = select_scenes(prompts)
-    pictures = Gallery(out / "pictures", batch).pictures(backbone, scenes, setting)
-    exact = Backbone.open(model, device=device, precision="fp32")
+    model, setting, out = settings.model, settings.setting, settings.out
+    backbone = Backbone.open(model, device=settings.device)
+    scenes = select_scenes(settings.prompts)
+    pictures = settings.draw(backbone, scenes)
+    exact = Backbone.open(model, device=settings.device, precision="fp32")
     drawn = measure_all(scenes, pictures, "drawn")
     bound = measure_all(scenes, decode_renderings(exact, scenes), "bound")
     facts: dict[str, Any] = {
-        "model": model, "prompts": len(scenes), "steps": steps, "guidance": guidance,
+        "model": model, "prompts": len(scenes), "steps": setting.steps, "guidance": setting.guidance,
         "sampler": setting.sampler_of(backbone), "guided": setting.guided_of(backbone),
         "rows": [row(name, scenes, drawn, bound) for name in GROUPS],
         "each": [
@@ -86,8 +82,8 @@ def main(
             for scene, one in zip(scenes, drawn, strict=True)
         ],
     }  # fmt: skip
-    if grades is not None:
-        facts["agreement"] = agreement(read_json(grades)["grades"], scenes, drawn)
+    if settings.grades is not None:
+        facts["agreement"] = agreement(read_json(settings.grades)["grades"], scenes, drawn)
     write_json(out / "fidelity.json", facts)
     table = markdown(facts)
     write_text(out / "fidelity.md", table)
@@ -97,9 +93,8 @@ def main(
         for k in order[:: max(1, len(order) // 64)]
     ]
     note = "From the least faithful to the most: correlation of the picture and the true glyph."
-    save_png(
-        out / "fidelity.png", draw_sheet(split_rows(cells, 8), title=f"{model}, {steps} steps", note=note, cell=SIZE)
-    )  # fmt: skip
+    title = f"{model}, {setting.steps} steps"
+    save_png(out / "fidelity.png", draw_sheet(split_rows(cells, 8), title=title, note=note, cell=SIZE))
     print(table)
 
 
@@ -351,4 +346,4 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_app(app)

@@ -12,43 +12,40 @@ falls with the number of pictures, so figures are compared at the same count onl
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.commands import run_main
-from backbone.io.console import progress
+from backbone.cli.commands import script_app
+from backbone.cli.options import Option, settled_command
+from backbone.io.console import progress, run_app
 from backbone.io.files import write_json, write_text
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from benchmarks.judges.classifier import Classifier, load_classifier
-from benchmarks.moji import Gallery, Setting, read_sampler, select_scenes
+from benchmarks.moji import WHAT, DrawnSettings, select_scenes
+
+app = script_app()
 
 
-def main(
-    model: Annotated[str, typer.Option(help="moji, or a diffusers folder.")] = "moji",
-    count: Annotated[int, typer.Option(min=2, help="Pictures of each set.")] = 3000,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
-    sampler: Annotated[str | None, typer.Option(help="Sampler; by model where none is named.")] = None,
-    guidance_stop: Annotated[
-        float | None,
-        typer.Option(help="Share of the steps after which guidance ends; by model.", min=0, max=1),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/moji"),
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FrechetSettings(DrawnSettings):
+    """What is compared as sets."""
+
+    count: Annotated[int, Option("Pictures of each set.", WHAT, min=2)] = 3000
+
+
+@settled_command(app, FrechetSettings)
+def main(settings: FrechetSettings) -> None:
     """Draws, renders, and writes the distance and its floor."""
-    setting = Setting(steps, guidance, read_sampler(sampler), guidance_stop)
     find_font()
-    classifier = load_classifier(device=device)
+    classifier, count, out = load_classifier(device=settings.device), settings.count, settings.out
     scenes = select_scenes(2 * count)
-    backbone = Backbone.open(model, device=device)
-    drawn = Gallery(out / "pictures", 10).pictures(backbone, scenes[:count], setting)
+    backbone = Backbone.open(settings.model, device=settings.device)
+    drawn = settings.draw(backbone, scenes[:count])
     with progress(len(scenes), "rendering") as bar:
         rendered: list[Image.Image] = []
         for scene in scenes:
@@ -60,11 +57,12 @@ def main(
     write_json(
         out / "frechet.json",
         {
-            "model": model,
+            "model": settings.model,
             "count": count,
-            "steps": steps,
-            "guidance": guidance,
-            "sampler": setting.sampler_of(backbone),
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "sampler": settings.setting.sampler_of(backbone),
+            "guided": settings.setting.guided_of(backbone),
             "distance": distance,
             "floor": floor,
         },
@@ -99,4 +97,4 @@ def square_root(matrix: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_app(app)
