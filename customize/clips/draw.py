@@ -261,6 +261,8 @@ def plan_clips(
     ]
     if asked.redraw and not any(plan.move for plan in plans):
         notify("--redraw is not used: no words of motion are planned here.")
+    if asked.shared_noise is not None and all(plan.frames == 1 for plan in plans):
+        notify("--shared-noise is not used: every clip here is of one drawing.")
     for prompt, plan in zip(prompts, plans, strict=True):
         if plan.views is not None or POSE in list_embedded_controls(model):
             for sentence in describe_plan(prompt, plan):

@@ -110,13 +110,14 @@ def test_a_planned_cut_is_where_the_thing_was_placed() -> None:
 
 
 def test_moji_cuts_out_what_moves(tmp_path: Path) -> None:
-    words = ("a red car on the beach, moving left",)
+    words = ("a red car on the beach, moving left", "--shared-noise", "0.5")
     said = CliRunner().invoke(
         app,
         ["clip", *words, "--frames", "3", "--steps", "4", "--out", str(tmp_path / "clip")],
     )
     assert said.exit_code == 0, said.output or repr(said.exception)
     assert "moving left cut out of one drawing" in said.output
+    assert "--shared-noise is not used: every clip here is of one drawing" in said.output
     record = read_json(tmp_path / "clip" / "run.json")
     assert record["clips"][0]["model_reads"] == "a red car on the beach" and "redraw" not in record
     poses = read_film(tmp_path / "clip" / "condition-0-pose.webp").frames
@@ -140,3 +141,12 @@ def test_moji_cuts_out_what_moves(tmp_path: Path) -> None:
 def test_redrawing_is_refused_where_it_would_do_nothing(given: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["clip", "a dog, moving left", "--redraw", *given])
     assert result.exit_code != 0 and said in result.output + str(result.exception)
+
+
+def test_redrawing_says_where_it_does_nothing(tmp_path: Path) -> None:
+    words = ("a dog, camera zooming in",)
+    result = CliRunner().invoke(
+        app,
+        ["clip", *words, "--redraw", "--frames", "2", "--steps", "1", "--out", str(tmp_path / "clip")],
+    )
+    assert result.exit_code == 0 and "--redraw is not used: no words of motion" in result.output
