@@ -79,15 +79,16 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
     inside = np.stack([_within(box, pixels.shape[:2]) for box in boxes])
     away = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
     nearest, anywhere = away.argmin(0), np.any(inside, axis=0)
+    usual, usual_down = _medians(pixels, anywhere), _medians(pixels.swapaxes(0, 1), anywhere.T)
     found = []
     for k, (own, far) in enumerate(zip(inside, away, strict=True)):
-        usual = _medians(pixels, anywhere)[:, None]
-        rows = np.stack([usual, *_beside(pixels, own, anywhere)])  # [S, H, 1, 3]
+        rows = np.stack([usual[:, None], *_beside(pixels, own, anywhere, usual)])  # [S, H, 1, 3]
         differs = _least_difference(pixels, rows)
-        mixed = np.abs(rows - usual).max((0, 2, 3)) > LEAST
-        columns = _above_and_below(pixels, own, anywhere)
+        mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST
+        columns = _beside(pixels.swapaxes(0, 1), own.T, anywhere.T, usual_down)  # above and below
         if columns:
-            differs[mixed] = np.minimum(differs, _least_difference(pixels, np.stack(columns)))[mixed]
+            over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
+            differs[mixed] = np.minimum(differs, over)[mixed]
         solid = (_soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
         solid = fill_holes(reach(solid & (far < 0.5), solid))
@@ -155,8 +156,11 @@ def _medians(pixels: Floats, hole: Bools) -> Floats:
     return np.stack([np.interp(np.arange(len(pixels)), known, one) for one in medians.T], axis=-1)
 
 
-def _beside(pixels: Floats, hole: Bools, unknown: Bools) -> list[Floats]:
-    """[H, 1, 3] each: what lies left and right of a hole, near it and farther away, where there is something."""
+def _beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -> list[Floats]:
+    """[H, 1, 3] each: what lies left and right of a hole, near it and farther away, where there is something.
+
+    Where that is unknown it is what is `usual` in the row [H, 3].
+    """
     columns = np.flatnonzero(hole.any(0))
     if not len(columns):
         return []
@@ -164,17 +168,11 @@ def _beside(pixels: Floats, hole: Bools, unknown: Bools) -> list[Floats]:
     ends = [(left - away - BESIDE, left - away) for away in FARTHER]
     ends += [(right + away, right + away + BESIDE) for away in FARTHER]
     parts = [slice(max(first, 0), max(last, 0)) for first, last in ends]
-    usual = _medians(pixels, unknown)
     return [
         np.where(np.any(unknown[:, part], axis=1, keepdims=True), usual, pixels[:, part].mean(1))[:, None]
         for part in parts
         if pixels[:, part].size
     ]
-
-
-def _above_and_below(pixels: Floats, hole: Bools, unknown: Bools) -> list[Floats]:
-    """[1, W, 3] each: what lies above and below a hole, where there is something."""
-    return [part.swapaxes(0, 1) for part in _beside(pixels.swapaxes(0, 1), hole.T, unknown.T)]
 
 
 def _least_difference(pixels: Floats, others: Floats) -> Floats:

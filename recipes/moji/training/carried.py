@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.diffusion.noise import PredictionType, add_noise, flow, generator, target, vp
 from recipes.moji.autoencoder import SCALING_FACTOR, precision
@@ -45,11 +45,8 @@ def carry_over(
     """
     old = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True).float()
     own = old_latents(source, pictures)
-    if own.shape == latents.shape and float((own - latents).square().mean()) < SAME:
-        unet.load_state_dict(old.state_dict())
+    if take_over(unet, old, own, latents, ends=ENDS):
         return
-    kept = {name: value for name, value in old.state_dict().items() if not name.startswith(ENDS)}
-    unet.load_state_dict(kept, strict=False)
     said = F.conv2d(own, old.conv_in.weight, old.conv_in.bias, padding=1)
     weight, bias = fit(latents, said, ridge=NOISE)
     unet.conv_in.weight.copy_(weight)
@@ -88,11 +85,8 @@ def carry_over_transformer(
     """
     old = SD3Transformer2DModel.from_pretrained(source / "transformer", local_files_only=True).float()
     own = old_latents(source, pictures)
-    if own.shape == latents.shape and float((own - latents).square().mean()) < SAME:
-        network.load_state_dict(old.state_dict())
+    if take_over(network, old, own, latents, ends=TRANSFORMER_ENDS):
         return
-    kept = {name: value for name, value in old.state_dict().items() if not name.startswith(TRANSFORMER_ENDS)}
-    network.load_state_dict(kept, strict=False)
     embedding = network.pos_embed.proj
     said = old.pos_embed.proj(own).movedim(1, -1)
     weight, bias = fit_linear(
@@ -120,6 +114,16 @@ def carry_over_transformer(
     weight, bias = fit_linear(torch.cat(features).flatten(0, 1), torch.cat(wanted).flatten(0, 1))
     network.proj_out.weight.copy_(weight)
     network.proj_out.bias.copy_(bias)
+
+
+def take_over(
+    network: nn.Module, old: nn.Module, own: Tensor, latents: Tensor, *, ends: tuple[str, ...]
+) -> bool:
+    """Gives a network the old one's weights: all of them where the latents are its own (True), else not its ends."""
+    same = own.shape == latents.shape and float((own - latents).square().mean()) < SAME
+    kept = {name: value for name, value in old.state_dict().items() if same or not name.startswith(ends)}
+    network.load_state_dict(kept, strict=same)
+    return same
 
 
 def fit_linear(given: Tensor, wanted: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
