@@ -1,4 +1,4 @@
-"""Beginning with what an earlier run has learned, in place of new weights."""
+"""Beginning with what an earlier run has learned, in place of new weights; going back to what the run itself had."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from backbone.adapters.lora import load_lora, lora_parameters
 from backbone.io.console import UserError, notify
 from backbone.models.model import Backbone
 from customize.methods.lora import ADAPTER, Adapter
+from customize.methods.textual_inversion import Words
 from customize.methods.weights import Weights
 
 BEFORE = "before"  # the earlier run's adapter, while it is copied
@@ -32,8 +33,18 @@ def begin_from(model: Backbone, trained: Sequence[Any], concept: Concept) -> Non
     """
     if concept.fingerprint != model.fingerprint:
         notify(f"{concept.folder} was trained on {concept.model} with other weights than are trained on now.")
-    if any(isinstance(part, Weights) for part in trained):
-        add_weight_differences(model, concept)
+    copy_learned(model, trained, concept)
+
+
+@torch.no_grad()
+def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> None:
+    """Put a concept's adapter, embeddings and changed weights in place of what `trained` holds; errors as above."""
+    for part in trained:
+        if isinstance(part, Weights):
+            part.forget()
+            add_weight_differences(model, concept)
+        if isinstance(part, Words):
+            part.load(concept.folder / concept.words)
     adapters = [part for part in trained if isinstance(part, Adapter)]
     if not adapters:
         return

@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.adapters.embeddings import add_tokens, embed_tokens, save_embeddings, vector_token_names
+from backbone.adapters.embeddings import (
+    add_tokens,
+    embed_tokens,
+    save_embeddings,
+    split_by_encoder,
+    vector_token_names,
+)
+from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
 from customize.settings import Settings
 
@@ -45,3 +53,12 @@ class Words:
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
         save_embeddings(run / WORDS, self.rows, metadata=header)
         return {"words": WORDS}
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """The embeddings that `save` has written, again."""
+        tensors, _ = read_tensors(path)
+        for token, rows in self.rows.items():
+            saved = split_by_encoder(tensors, token)
+            for slot, value in rows.items():
+                value.copy_(saved[slot])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from backbone.io.console import UserError
@@ -67,6 +68,12 @@ class Weights:
     @property
     def learning_rate(self) -> float:
         return self.settings.learning_rate
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """The base model's weights again."""
+        for name, value in self.parameters.items():
+            value.copy_(self.start[name])
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
         moved = {

@@ -36,7 +36,7 @@ from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
-from customize.methods.begin import begin_from
+from customize.methods.begin import begin_from, copy_learned
 from customize.methods.registry import trainable
 from customize.settings import Settings
 
@@ -274,6 +274,11 @@ class DreamBooth(Objective):
             return
         with self.average.applied():
             yield
+
+    def return_to(self, folder: Path) -> None:
+        """Put what was written to a folder back in place, for drawing: nothing is trained after that."""
+        copy_learned(self.model, self.trained, read_concept(folder))
+        self.average = None
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Writes the trained weights; returns the fields of `Concept` that name the files."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from backbone.adapters.concept import BEST, EDITS, Concept
+from backbone.adapters.concept import BEST, CONCEPT_FILE, EDITS, Concept
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
 from backbone.io.console import UserError, count_of, notify, notify_once, quote
@@ -146,7 +146,9 @@ def carry_on(
     if processes.is_main_process():
         header = {"limner_kind": EDITS, "base_model": concept.model}
         replace(concept, **training.write(run, header)).write(run)
-    save_sheet(run / SHEET, training, measured)
+    if (best := validation.earlier_best) is not None:
+        training.return_to(run / BEST)  # as edit instruct draws
+    save_sheet(run / SHEET, training, measured, step=best)
     if processes.is_main_process():
         validation.report_end()
         times |= {
@@ -189,10 +191,13 @@ def pixels_of(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
     return latents.shape[-1] * model.factor, latents.shape[-2] * model.factor
 
 
-def save_sheet(path: Path, training: InstructionEdits, pairs: HeldOutEdits) -> None:
+def save_sheet(
+    path: Path, training: InstructionEdits, pairs: HeldOutEdits, *, step: int | None = None
+) -> None:
     """Writes the source, the model's edit and the true edit of the first pairs, side by side.
 
-    Of several processes the writer does, and the others draw along where the model is sharded.
+    `step` is that of the weights, where they are not the last ones. Of several processes the writer does, and the
+    others draw along where the model is sharded.
     """
     if not processes.is_participant():
         return
@@ -216,6 +221,8 @@ def save_sheet(path: Path, training: InstructionEdits, pairs: HeldOutEdits) -> N
         f"{settings.sample_steps} steps, guidance {settings.guidance:g}, image guidance "
         f"{settings.image_guidance:g}, seed {settings.seed}"
     )
+    if step is not None:
+        how += f"; the best, step {step} of {settings.steps}"
     if processes.is_main_process():
         save_png(path, draw_sheet(rows, title="edits by instruction", note=f"{settings.model}, {how}"))
 
@@ -261,6 +268,15 @@ class EditValidation:
         if settings.patience and self.patience.should_stop:
             return f"{settings.patience} evaluations without a better rating."
         return ""
+
+    @property
+    def earlier_best(self) -> int | None:
+        """The step of `best/`, where a run that is over kept an earlier one than its last; None where it is sharded."""
+        kept = (self.report.run / BEST / CONCEPT_FILE).exists() and self.patience.history
+        if not kept or processes.is_sharded():
+            return None
+        best = self.patience.best.step
+        return best if best < self.training.done else None
 
     def report_end(self) -> None:
         """Finishes the report, and says which step was best."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from backbone.adapters.concept import BEST, Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import BEST, CONCEPT_FILE, Concept, resolve_placeholder_tokens
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
-from backbone.distributed.processes import is_main_process, is_participant
+from backbone.distributed.processes import is_main_process, is_participant, is_sharded
 from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
@@ -102,6 +102,17 @@ class Validation:
     def decides(self) -> EarlyStopping[ConceptMetrics]:
         """The evaluations that choose the best step and stop the run: the few-step model's, where there is one."""
         return self.patience if self.few is None else self.few.patience
+
+    @property
+    def earlier_best(self) -> int | None:
+        """The step of `best/`, where a run that is over kept an earlier one than its last.
+
+        None where the model is sharded: its weights are not read back.
+        """
+        if self.evaluator is None or is_sharded() or not (self.run / BEST / CONCEPT_FILE).exists():
+            return None
+        best = self.decides.best.step
+        return best if best < self.training.done else None
 
     def survival(self) -> Survival | None:
         """The fidelity on the few-step model at the best step, beside the base's; None without evaluations on one."""
@@ -214,10 +225,12 @@ class Previews:
         count: int,
         subject: Sequence[Image] = (),
         few: FewStepSide | None = None,
+        step: int | None = None,
     ) -> list[str]:
         """Writes a sheet of the first `count` prompts, the subject's own images above them; gives the prompts.
 
-        It is drawn by the run's model, or by its few-step model in that one's own way.
+        `step` is that of the weights, where they are not the last ones. It is drawn by the run's model, or by its
+        few-step model in that one's own way.
         Of several processes rank 0 draws; the others take part where the model is sharded.
         """
         if not processes.is_participant():
@@ -247,7 +260,10 @@ class Previews:
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
         how = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
-        trained = f"{describe_training(settings)}, {settings.steps} steps" if subject else path.stem
+        taken = (
+            count_of(settings.steps, "step") if step is None else f"the best, step {step} of {settings.steps}"
+        )
+        trained = f"{describe_training(settings)}, {taken}" if subject else path.stem
         note = f"{trained}; {few.name if few else settings.model}, {how}"
         if processes.is_main_process():
             save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))

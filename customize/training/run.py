@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import Concept, mentions, resolve_placeholder_tokens
+from backbone.adapters.concept import BEST, Concept, mentions, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json, write_json, write_text
@@ -213,7 +213,9 @@ def carry_on(
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
-    prompts = draw_sheets(run, SHEET, training, previews, few, count=8, subject=shown)
+    if (best := validation.earlier_best) is not None:
+        training.return_to(run / BEST)  # as customize sample draws
+    prompts = draw_sheets(run, SHEET, training, previews, few, count=8, subject=shown, step=best)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()

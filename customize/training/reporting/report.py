@@ -92,7 +92,12 @@ class RunReport:
         title = (
             f"{settings.called()}: {describe_training(settings)} on {settings.model}, {settings.steps} steps"
         )
-        parts = [*status, *self._pictures(step), *self._curves(best), *self._along(step)]
+        parts = [
+            *status,
+            *self._pictures(step if best is None else best),
+            *self._curves(best),
+            *self._along(step),
+        ]
         write_report(
             self.run / REPORT,
             title,

@@ -11,12 +11,17 @@ import torch
 from PIL import Image
 
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import read_concept
+from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
+from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
+from customize.evaluation.metrics import EarlyStopping
+from customize.methods.begin import copy_learned
+from customize.methods.registry import trainable
 from customize.methods.weights import CHANGED
+from customize.settings import resolve_settings
 from customize.training.start import start
 from tests.customize.training.test_edits import lay
 
@@ -141,3 +146,64 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_would(learn: Callable[.
     ):
         with pytest.raises(UserError, match=said):
             learn("on", **{"begin_from": str(first), **more})  # the folder is not taken by a failed try
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "textual-inversion", "pivotal", "custom-diffusion"])
+def test_what_was_written_is_put_back_in_place(method: str, tiny_folder: Path, tmp_path: Path) -> None:
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    settings = resolve_settings(
+        {"images": "", "token": "[V]", "class_noun": "dog", "method": method, "model": str(tiny_folder)}, {}
+    )
+    parts = trainable(model, settings)
+    noise = torch.Generator().manual_seed(0)
+
+    def shake() -> None:
+        with torch.no_grad():
+            for part in parts:
+                for value in part.parameters.values():
+                    value.add_(0.1 * torch.randn(value.shape, generator=noise))
+
+    def write(folder: Path) -> Concept:
+        folder.mkdir()
+        files = {field: name for part in parts for field, name in part.save(folder, {}).items()}
+        concept = Concept(
+            kind=method,
+            model=str(tiny_folder),
+            fingerprint=model.fingerprint,
+            tokens={"[V]": "[V]"},
+            class_noun="dog",
+            resolution=model.resolution,
+            **files,
+        )
+        concept.write(folder)
+        return read_concept(folder)
+
+    shake()
+    first = write(tmp_path / "first")
+    shake()
+    write(tmp_path / "other")
+    copy_learned(model, parts, first)
+    write(tmp_path / "again")
+    written = sorted(path.name for path in (tmp_path / "first").glob("*.safetensors"))
+    assert written
+    for name in written:
+        assert same(tmp_path / "again" / name, tmp_path / "first" / name)
+        assert not same(tmp_path / "other" / name, tmp_path / "first" / name)
+
+
+def test_the_sheet_is_drawn_by_the_best_step_as_sampling_is(
+    learn: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"learning_rate": 1.0, "lr_scheduler": "constant", "resolution": 32}
+
+    def pictures(run: Path) -> torch.Tensor:
+        """The lower half of the sheet: above is a note that tells the runs apart."""
+        sheet = Image.open(run / "sheet.png")
+        return torch.tensor(list(sheet.crop((0, sheet.height // 2, sheet.width, sheet.height)).tobytes()))
+
+    short, long = learn("short", **asked), learn("long", steps=3, **asked)
+    first = property(lambda patience: patience.history[min(1, len(patience.history) - 1)])
+    monkeypatch.setattr(EarlyStopping, "best", first)
+    kept = learn("kept", steps=3, evaluation_steps=1, scorer=str(EMBEDDED / "scorer"), **asked)
+    assert torch.equal(pictures(kept), pictures(short)) and not torch.equal(pictures(kept), pictures(long))
+    assert "What the model draws at step 1" in (kept / "report.html").read_text()
