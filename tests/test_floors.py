@@ -64,6 +64,7 @@ INNER_ROOMS: Floors = {
     "backbone.media": (("sources",), ("control",)),
     "backbone.models": (("clips", "few_step"),),
     "backbone.world": (("rendering",),),
+    "customize.clips": (("planned",),),
     "customize.formats": (("layers",), ("merging",)),
     "customize.training": (("reporting",), ("control", "transfer")),
     "edit.methods": (("prompt_to_prompt",),),

@@ -4,17 +4,17 @@
 
 Clips of the world's benchmark seeds are drawn from their captions and measured beside others: the floor, where the
 adapter is left out and every frame is a picture by itself, the bound, the true clip through the autoencoder, and where
-the model has a network for poses, clips whose motion is planned from the words (`customize.clips.plan`): of a thing
-cut out of one drawing, and of one drawn anew in every frame. Where
-the adapter brings a camera with it (`camera.safetensors`), its clips are drawn once more with the camera's words left
-out and its path in their place. With `--sparsectrl` they also begin from the true clip's first picture. What moves is
-measured from the pixels alone, by a similarity fitted to each pair of frames (Lucas & Kanade 1981): of the whole frame,
-weighted by what changes, for things, of its border for the camera. A direction is right where its part is the word's,
-and by more than the least that counts. The track's error is how far what moves is from where it is in the true clip,
-measured alike; the camera's, how far the first frame's corners are. Slides are asked for slowly, as usual and fast:
-their speed is the slope of how far they were to go and went, 1 where all go as far as they say. Flicker is what is left
-of it along the flow. True clips need the emoji font; without it the bound and both errors are left out. Writes
-`table.md`, `table.json` and `sheet.png`, strips of the first clips drawn every way.
+the model has a network for poses, clips whose motion is planned from the words (`customize.clips.planned.plan`): of a
+thing cut out of one drawing, and of one drawn anew in every frame. Where the adapter brings a camera with it
+(`camera.safetensors`), its clips are drawn once more with the camera's words left out and its path in their place. With
+`--sparsectrl` they also begin from the true clip's first picture. What moves is measured from the pixels alone, by a
+similarity fitted to each pair of frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for
+things, of its border for the camera. A direction is right where its part is the word's, and by more than the least that
+counts. The track's error is how far what moves is from where it is in the true clip, measured alike; the camera's, how
+far the first frame's corners are. Slides are asked for slowly, as usual and fast: their speed is the slope of how far
+they were to go and went, 1 where all go as far as they say. Flicker is what is left of it along the flow. True clips
+need the emoji font; without it the bound and both errors are left out. Writes `table.md`, `table.json` and `sheet.png`,
+strips of the first clips drawn every way.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.rendering.render import find_font, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
-from customize.clips.plan import POSE, aim_camera, plan_clip
+from customize.clips.planned.plan import POSE, aim_camera, plan_clip
 
 TRUE, PLANNED, REDRAWN = "true clips, decoded", "planned from the words", "planned, every frame drawn"
 QUICK = (TRUE, PLANNED)  # rows of which a clip takes no more than a picture
@@ -190,7 +190,9 @@ def main(
     clips: Annotated[int, typer.Option(help="How many clips.", min=1)] = 300,
     each_frame_drawn: Annotated[
         int | None,
-        typer.Option(help="Of how many the rows are that draw every frame, which takes long.  [default: all]"),
+        typer.Option(
+            help="Of how many the rows are that draw every frame, which takes long.  [default: all]"
+        ),
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of each.", min=2)] = 16,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 25,

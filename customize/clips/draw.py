@@ -33,8 +33,7 @@ from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.sources.decode import open_named
-from backbone.media.transforms import crop_and_resize, to_image
+from backbone.media.transforms import to_image
 from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
 from backbone.models.clips.frames import link_frames, refuse_transformer
@@ -58,17 +57,24 @@ from backbone.models.sample import (
     sample_latents,
 )
 from backbone.world.motions import cut_motion
-from customize.clips.plan import POSE, PlannedClip, Shot, aim_camera, describe_plan, plan_clip
+from customize.clips.first_picture import plan_pictures, write_masks
+from customize.clips.planned.plan import (
+    POSE,
+    PlannedClip,
+    Shot,
+    aim_camera,
+    describe_plan,
+    plan_clip,
+)
+from customize.clips.planned.surroundings import give_picture
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import (
     describe_given_frames,
     frames_of,
     open_given_frames,
     open_sparse_condition,
-    say_crop,
     split_controls,
 )
-from customize.clips.surroundings import give_picture
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -97,7 +103,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     refuse_new_folder(asked.out, CLIPS, what)
     path = read_camera(asked.camera, asked.frames, size) if asked.camera else None
     shots = aim_cameras(model, prompts, asked, size, path)
-    if not asked.motion and not all(shot.views for shot in shots):
+    if not asked.motion and not asked.over_picture and not all(shot.views for shot in shots):
         refuse_transformer(model)
     model = fit_clips(model, asked, largest_places(model, shots, size), len(prompts) * asked.count, concepts)
     refuse_negative(model, asked.negative, asked.guidance)
@@ -111,8 +117,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     camera = follow_camera(model, asked, size, path)
     given = open_given_frames(model, pictures, places, asked)
     held = (*gather_controls(conditions), *camera, *given)
-    picture = open_picture(asked, size) if asked.over_picture else None
-    plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
+    plans = plan_clips(model, prompts, shots, asked, concepts, size)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
     requests = [
@@ -122,6 +127,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
         drawn = sample_films(model, list(zip(requests, plans, strict=True)), held, asked, frames)
         films = write_films(folder, every, drawn, asked)
+        write_masks(folder, plans)
         record = {
             **what,
             **describe_given_frames(asked, places),
@@ -208,14 +214,6 @@ def follow_camera(
         return (Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip(),)
 
 
-def open_picture(asked: ClipOptions, size: tuple[int, int]) -> Image.Image:
-    """The picture that the camera moves over, cropped to a frame's shape, which is said; `UserError` for none."""
-    (file,) = asked.images
-    picture = open_named(file)
-    say_crop(file.name, picture.size, size)
-    return crop_and_resize(picture, size)
-
-
 def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
     """The frames of a clip; `UserError` for more at once than the adapter has positions for."""
     if motion is not None:
@@ -241,24 +239,24 @@ def plan_clips(
     asked: ClipOptions,
     concepts: Sequence[Concept],
     size: tuple[int, int],
-    picture: Image.Image | None = None,
 ) -> list[PlannedClip]:
     """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
 
-    Elsewhere the words of motion become poses, if the model has a network that reads them.
+    Elsewhere the words of motion become poses, if the model has a network that reads them; or they move what is in a
+    picture.
     """
     if asked.motion or asked.condition:
         return [PlannedClip(shot.words, asked.frames) for shot in shots]
-    unread = picture is None and any(shot.views is None or cut_motion(shot.words).move for shot in shots)
+    if asked.over_picture:
+        return plan_pictures(model, prompts, shots, asked, concepts, size)
+    unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
     if unread and POSE not in list_embedded_controls(model):
         notify_once(
             f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
     known = {token: "" for concept in concepts for token in concept.tokens}
-    plans = [
-        plan_clip(model, shot, asked.frames, size, known, picture, redraw=asked.redraw) for shot in shots
-    ]
+    plans = [plan_clip(model, shot, asked.frames, size, known, redraw=asked.redraw) for shot in shots]
     if asked.redraw and not any(plan.move for plan in plans):
         notify("--redraw is not used: no words of motion are planned here.")
     if asked.shared_noise is not None and all(plan.frames == 1 for plan in plans):
@@ -282,7 +280,7 @@ def sample_films(
     Without a motion adapter the frames look at one another through the picture model's own attention.
     """
     count = sum(len(requests) * plan.frames for requests, plan in scenes if not plan.is_drawn)
-    with progress(count, "drawing frames") as bar:
+    with progress(count or None, "drawing frames" if count else "moving the picture", brief=not count) as bar:
         for requests, plan in scenes:
             if plan.is_drawn:
                 yield from ([*plan.look_at([])] for _ in requests)

@@ -19,7 +19,8 @@ class PictureOptions:
     """Of a clip that a picture is in.
 
     images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip,
-                             or the one over which a camera moves
+                             or the first one, in which a thing moves, or over which a camera does
+    mask, behind             what it is in that one, and that one without it
     image_at                 at which frames these are
     motion_bucket_id …       of a model that reads a picture and no words (Stable Video Diffusion)
     sparsectrl …             the network that reads frames beside words (SparseCtrl)
@@ -28,8 +29,8 @@ class PictureOptions:
     images: Annotated[
         tuple[Path, ...],
         Option(
-            "A picture that begins to move (repeatable); beside words, a frame that --sparsectrl reads, or the first "
-            "that a moving camera sees.",
+            "A picture that begins to move (repeatable); beside words, the first frame, in which moves what they say, "
+            "or one that --sparsectrl reads.",
             PICTURE,
             flag="image",
             metavar="PICTURE",
@@ -45,6 +46,26 @@ class PictureOptions:
             default_text="0, and evenly to the last",
         ),
     ] = ()
+    mask: Annotated[
+        Path | None,
+        Option(
+            "White where the thing of the --image is that words move.",
+            PICTURE,
+            metavar="PICTURE",
+            default_text="where the model sees what they name",
+            needs={"images": ()},
+        ),
+    ] = None
+    behind: Annotated[
+        Path | None,
+        Option(
+            "The --image without that thing, as edit remove draws it.",
+            PICTURE,
+            metavar="PICTURE",
+            default_text="what the image's rows have beside the thing",
+            needs={"images": ()},
+        ),
+    ] = None
     sparsectrl: Annotated[
         str,
         Option(
@@ -86,22 +107,27 @@ class PictureOptions:
         Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
 
-    def check_pictures(self, *, words: bool, camera: bool) -> None:
+    def check_pictures(self, *, words: bool, camera: bool, thing: bool) -> None:
         """`UserError` for frames without a picture each, and for what has no effect with `words`, or without.
 
-        camera  whether one moves that no motion adapter follows
+        camera, thing  whether one moves that no motion adapter follows
         """
         if words and self.images and not self.sparsectrl:
-            if not camera:
+            if not (camera or thing):
                 raise UserError(
-                    "Beside words a picture is read by a SparseCtrl network (--sparsectrl), or without --motion a "
-                    "camera moves over it (“…, camera panning left”, or --camera). Say one, or leave the words out and "
-                    "take a model that reads a picture alone: --model svd."
+                    "Beside words a picture is read by a SparseCtrl network (--sparsectrl), or without --motion what "
+                    "they say moves in it (“a dog, moving left”), or a camera over it (“…, camera panning left”, or "
+                    "--camera). Say one, or leave the words out and take a model that reads a picture alone: --model "
+                    "svd."
                 )
             if len(self.images) > 1 or self.image_at:
                 what = "--image-at" if self.image_at else f"{len(self.images)} --image"
+                raise UserError(f"One picture moves, from its first frame on: {what} is too much.")
+        for name in ("mask", "behind"):
+            if getattr(self, name) is not None and not thing:
                 raise UserError(
-                    f"A camera moves over one picture, from its first frame on: {what} is too much."
+                    f"--{name} is of a thing that words move in an --image, without --motion. Say how (“a dog, moving "
+                    "left”), or leave it out."
                 )
         for name in ALONE:
             if words and getattr(self, name) != getattr(PictureOptions, name):

@@ -167,7 +167,12 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_pictures(words=not self.by_picture_alone, camera=self.over_picture)
+        moves = self.moves_in_picture
+        self.check_pictures(
+            words=not self.by_picture_alone,
+            camera=bool(moves and self.camera) or any(camera for _, camera in moves),
+            thing=any(thing for thing, _ in moves),
+        )
         if not self.by_picture_alone:
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
             object.__setattr__(self, "fps", self.fps or USUAL_FPS)
@@ -223,12 +228,17 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         return 0.0 if self.motion else 1.0
 
     @property
-    def over_picture(self) -> bool:
-        """Whether a camera moves over a picture, which words go on around."""
+    def moves_in_picture(self) -> list[tuple[str, str]]:
+        """The motion and the camera's move, "" for none, that each prompt says of a picture without an adapter."""
         if not self.images or self.sparsectrl or self.motion:
-            return False
-        said = (*self.words, *self.prompts)
-        return bool(said) and (bool(self.camera) or any(find_moves(prompt)[1] for prompt in said))
+            return []
+        return [find_moves(prompt) for prompt in (*self.words, *self.prompts)]
+
+    @property
+    def over_picture(self) -> bool:
+        """Whether the first frame is a picture, in which a thing moves, or over which a camera does."""
+        moves = self.moves_in_picture
+        return bool(moves) and (bool(self.camera) or any(any(said) for said in moves))
 
     @property
     def by_picture_alone(self) -> bool:

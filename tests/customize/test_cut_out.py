@@ -14,8 +14,8 @@ from backbone.io.files import read_json
 from backbone.media.clips import read_film
 from backbone.world.clip import SLIDE
 from customize.cli import app
-from customize.clips.cut_out import CutOut, fill_holes, find_things, reach
-from customize.clips.plan import plan_motion
+from customize.clips.planned.cut_out import CutOut, fill_holes, find_things, reach
+from customize.clips.planned.plan import plan_motion
 
 SIDE = 96
 SKY, GROUND, RED = (150, 190, 240), (90, 160, 70), (200, 40, 30)

@@ -3,14 +3,15 @@
     plan_motion("a dog in a park, moving left", frames=16).tracks    # of the dog of "a dog in a park"
 
 The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses places the thing in
-one drawing, out of which it is cut, and moves over it (`customize.clips.cut_out`). Or every frame is drawn under its
-own pose: noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike. Where the
-camera moves, all that is drawn is larger than a frame, and the frames are its views of it.
+one drawing, out of which it is cut, and moves over it (`customize.clips.planned.cut_out`). Or each frame is drawn under
+its own pose: noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike. Where the
+camera moves, all that is drawn is larger than a frame, and the frames are its views of it. If the first frame is a
+picture that there is, the thing is cut out of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,9 +32,10 @@ from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
-from customize.clips.cut_out import CutOut
-from customize.clips.parallax import find_nearness
-from customize.clips.surroundings import lay_into
+from customize.clips.planned.cut_out import Bools, CutOut, Floats
+from customize.clips.planned.in_picture import box_of, cut_thing, name_thing
+from customize.clips.planned.parallax import find_nearness
+from customize.clips.planned.surroundings import lay_into
 
 POSE = "pose"
 ANYTHING = Scene((Thing("dog"),), "in a park")  # stands where a thing of moji's world stands
@@ -56,7 +58,7 @@ class PlannedClip:
     frames     that are drawn: one for all where only the camera moves, or what is cut out
     move       of `MOTIONS`, "" where no words say one
     picture    the first frame, where there is one: what is drawn goes on around it
-    cut_out    what moves over the drawing, where not every frame is drawn
+    cut_out    what moves over the drawing or the picture, where not every frame is drawn
     """
 
     prompt: str
@@ -75,17 +77,16 @@ class PlannedClip:
     @property
     def is_drawn(self) -> bool:
         """Whether a picture is all that the camera sees, so that nothing is to be drawn."""
-        return self.picture is not None and self.views is not None and self.views.canvas == self.views.size
+        return self.picture is not None and (self.views is None or self.views.canvas == self.views.size)
 
     def look_at(self, drawn: list[Image.Image]) -> list[Image.Image]:
         """The clip's frames, from those that were drawn."""
+        if self.picture is not None:
+            around = None if self.is_drawn else self.views
+            drawn = [self.picture if around is None else lay_into(drawn[0], around, self.picture)]
         if self.cut_out is not None:
             drawn = self.cut_out.move(drawn[0])
-        if self.views is None:
-            return drawn
-        if self.picture is not None:
-            drawn = [self.picture] if self.is_drawn else [lay_into(drawn[0], self.views, self.picture)]
-        return self.views.look_at(drawn)
+        return drawn if self.views is None else self.views.look_at(drawn)
 
 
 def aim_camera(
@@ -103,18 +104,14 @@ def aim_camera(
     factor  pixels of a latent's side
     around  whether the first frame is a picture that there is
 
-    Raises `UserError` as `plan_views`, and beside a picture for words of motion, and for none of a camera.
+    Raises `UserError` as `plan_views`, and beside a picture where nothing moves.
     """
     said = cut_camera(prompt)
-    if around and (moving := cut_motion(said.rest).move):
-        raise UserError(
-            f"“{prompt}” says {MOTIONS[moving][0]}, and what is in a picture stands still while the camera moves. "
-            "Leave the words out."
-        )
     if path is None and not said.move:
-        if around:
+        if around and not cut_motion(prompt).move:
             raise UserError(
-                f"“{prompt}” moves no camera over the picture. Say how (“camera panning left”), or give --camera."
+                f"“{prompt}” moves nothing in the picture and no camera over it. Say how (“a dog, moving left”, "
+                "“camera panning left”), or give --camera."
             )
         return Shot(prompt)
     if path is None:
@@ -129,17 +126,14 @@ def plan_clip(
     frames: int,
     size: tuple[int, int],
     known: Mapping[str, str],
-    picture: Image.Image | None = None,
     *,
     redraw: bool = False,
 ) -> PlannedClip:
     """The clip of a shot by a model whose motions are planned if it has a network for poses.
 
-    Under a camera poses also hold what stands still, which a drawing larger than a frame would else show twice. Around
-    a `picture` nothing is planned. With `redraw` every frame is drawn by its pose, and nothing is cut out.
+    Under a camera poses also hold what stands still, which a drawing larger than a frame would else show twice. With
+    `redraw` every frame is drawn by its pose, and nothing is cut out.
     """
-    if picture is not None:
-        return PlannedClip(shot.words, 1, views=shot.views, picture=picture)
     views = shot.views
     if POSE not in list_embedded_controls(model):
         return PlannedClip(shot.words, frames if views is None else 1, views=views)
@@ -157,6 +151,58 @@ def plan_clip(
     return PlannedClip(motion.rest, len(maps), motion.move, condition, views, cut_out=cut_out)
 
 
+def plan_in_picture(
+    shot: Shot,
+    frames: int,
+    picture: Image.Image,
+    find: Callable[[str, str], Bools],
+    behind: Image.Image | None = None,
+) -> PlannedClip:
+    """The clip of a shot whose first frame is a picture: what its words say moves is cut out of it.
+
+    find    the pixels [H, W] in the picture of the thing that is named, beside another, "" for none
+    behind  the picture without the thing, where there is one
+    """
+    motion, views = cut_motion(shot.words), shot.views
+    if not motion.move:
+        return PlannedClip(shot.words, 1, views=views, picture=picture)
+    thing = find(*name_thing(motion.rest, motion.whose))
+    left, top, right, bottom = box_of(thing)
+    scale, size = np.array(picture.size) / SIZE, max(right - left, bottom - top)
+    figure = Figure(
+        Thing("dog"),
+        size / scale[1],
+        (left + right) / 2 / scale[0],
+        (top + bottom + size) / 2 / scale[1],
+        False,
+        0.0,
+    )
+    track = trace_thing(Clip(ANYTHING, motion.move, speed=motion.speed, frames=frames), figure, True)
+    shifts = (track - track[0]).astype(float)  # the first frame is the picture
+    shifts[:, :2] *= scale
+    shifts[:, 2] = track[:, 2] / track[0, 2]
+    x, y = (0, 0) if views is None else views.corner
+    wide, high = picture.size if views is None else views.canvas
+    beside = [(y, high - picture.height - y), (x, wide - picture.width - x)]
+    cut_out = CutOut(
+        [(left + x, top + y, right + x, bottom + y)],
+        shifts[:, None],
+        room=ROOM * float(scale[0]),
+        things=np.pad(thing, beside)[None],
+        behind=None if behind is None else _lay_on_nothing(behind, beside),
+    )
+    around = (
+        cut_thing(motion.rest) or motion.rest
+    )  # else the thing would be drawn around the picture once more
+    return PlannedClip(around, 1, motion.move, views=views, picture=picture, cut_out=cut_out)
+
+
+def _lay_on_nothing(image: Image.Image, beside: Sequence[tuple[int, int]]) -> Floats:
+    """A picture's pixels [H, W, 3] in 0…1 with so many rows and columns around it of which nothing is known."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
+    return np.pad(pixels, (*beside, (0, 0)), constant_values=np.nan)
+
+
 def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     """What is planned for a prompt, as sentences."""
     said = []
@@ -165,7 +211,9 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
         what = "drawing" if plan.picture is None else "drawing around the picture"
         how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
         said.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
-    if plan.move:
+    if plan.move and plan.picture is not None:
+        said.append(f"{MOTIONS[plan.move][0]}: cut out of the picture, over what is behind it by its rows.")
+    elif plan.move:
         how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
         said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} {how}.")
     return [f"“{prompt}”: {one}" for one in said] or [

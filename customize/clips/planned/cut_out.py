@@ -25,6 +25,7 @@ LEFT_OF_LIGHT = 0.5, 0.985  # of the ground's, in a shadow
 UNDER = 0.93  # and in one that is dark enough to be taken for a thing's
 TINTED = 0.06  # difference from darker ground that is none
 LOW = 0.85  # of a thing's height: from there on, down, its shadow is looked for
+STILL = (0.0, 0.0, 1.0, 0.0)  # a shift that is none
 SMALLEST = 0.2  # of a pose's box: what is smaller is no thing
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -38,30 +39,39 @@ class CutOut:
     boxes   where the pose of each thing placed it
     shifts  [F, N, 4]: how far it has gone to the right and down, its growth and its turn in degrees, clockwise
     room    around a box, in which the thing may have been drawn too
+    things  [N, H, W]: the pixels of each, where they are known
+    behind  [H, W, 3] in 0…1: what is behind them; NaN where that is not known
     """
 
     boxes: Sequence[Box]
     shifts: NDArray[np.floating]
     room: float
+    things: Bools | None = None
+    behind: Floats | None = None
 
     def move(self, drawing: Image.Image) -> list[Image.Image]:
-        """The frames, of the drawing's size."""
+        """The frames, of the drawing's size; those in which nothing has moved are the drawing itself."""
         pixels = np.asarray(drawing.convert("RGB"), dtype=float) / 255
         boxes = [
             (left - self.room, top - self.room, right + self.room, bottom + self.room)
             for left, top, right, bottom in self.boxes
         ]
-        things = find_things(
-            pixels, boxes, least=[SMALLEST * (box[2] - box[0]) * (box[3] - box[1]) for box in self.boxes]
-        )
+        things = self.things
+        if things is None:
+            least = [SMALLEST * (box[2] - box[0]) * (box[3] - box[1]) for box in self.boxes]
+            things = find_things(pixels, boxes, least=least)
         shade, dark = find_shadows(pixels, things, boxes)
-        things &= ~dark
-        hole = _grow(things.any(0) | dark, 3)
-        ground = fill_rows(pixels, hole)
+        things = things & ~dark
+        ground = fill_rows(pixels, _grow(things.any(0) | dark, 3))
+        if self.behind is not None:
+            ground = np.where(np.isnan(self.behind), ground, self.behind)
         pieces = [_Piece.of(pixels, thing, shade, box) for thing, box in zip(things, boxes, strict=True)]
         order = sorted(range(len(pieces)), key=lambda k: pieces[k].foot)
         frames = []
         for shift in self.shifts:
+            if np.array_equal(shift, np.broadcast_to(STILL, shift.shape)):
+                frames.append(drawing.convert("RGB"))
+                continue
             frame = ground.copy()
             for piece, (right, _, grown, _) in zip(pieces, shift, strict=True):
                 frame *= 1 - piece.shadow_at(right, grown)[..., None]

@@ -1,0 +1,115 @@
+"""`customize clip "a dog, moving left" --image PHOTO`: clips whose first frame is a picture that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.io.console import UserError, notify, progress
+from backbone.media.sheet import save_png
+from backbone.media.sources.decode import open_mask, open_named
+from backbone.media.transforms import crop_and_resize
+from backbone.models.model import Backbone
+from customize.clips.planned.cut_out import Bools
+from customize.clips.planned.in_picture import find_named
+from customize.clips.planned.plan import PlannedClip, Shot, describe_plan, plan_in_picture
+from customize.clips.settings import ClipOptions
+from customize.clips.sparse import say_crop
+
+SLANT = 0.02  # share by which two shapes may differ
+
+
+@dataclass(frozen=True, eq=False)
+class FirstPicture:
+    """The first frame of clips.
+
+    thing   [H, W]: the pixels that are to move, where a mask says them
+    behind  the picture without them, where there is one
+    """
+
+    picture: Image.Image
+    thing: Bools | None = None
+    behind: Image.Image | None = None
+
+
+def open_first_picture(asked: ClipOptions, size: tuple[int, int]) -> FirstPicture:
+    """The picture of `--image` in a frame's size (W, H), cropped, which is said, with its `--mask` and `--behind`.
+
+    Raises `UserError` for what is no picture, another shape than the picture's, and a mask of nothing or of all.
+    """
+    (file,) = asked.images
+    picture = open_named(file)
+    say_crop(file.name, picture.size, size)
+    thing = behind = None
+    if asked.mask is not None:
+        mask = open_mask(asked.mask)
+        refuse_other_shape(asked.mask, mask, file, picture)
+        thing = np.asarray(crop_and_resize(mask, size)) >= 128
+        if not thing.any() or thing.all():
+            what = "all of it" if thing.all() else "nothing"
+            raise UserError(
+                f"{asked.mask} is white at {what}. It should be white where the thing is that moves."
+            )
+    if asked.behind is not None:
+        behind = open_named(asked.behind)
+        refuse_other_shape(asked.behind, behind, file, picture)
+        behind = crop_and_resize(behind, size)
+    return FirstPicture(crop_and_resize(picture, size), thing, behind)
+
+
+def refuse_other_shape(path: Path, image: Image.Image, file: Path, picture: Image.Image) -> None:
+    """`UserError` for an image that is not as wide for its height as the picture that it lies over."""
+    (wide, high), (own_wide, own_high) = picture.size, image.size
+    if abs(own_wide * high - wide * own_high) > SLANT * wide * own_high:
+        raise UserError(
+            f"{path} is {own_wide} × {own_high} and {file} {wide} × {high}: they do not lie over one another. Make it "
+            "of the picture's shape."
+        )
+
+
+def write_masks(folder: Path, plans: Sequence[PlannedClip]) -> None:
+    """Write `p00-mask.png` …: white what moves in the picture, of each prompt that moves something."""
+    for number, plan in enumerate(plans):
+        if plan.picture is None or plan.cut_out is None or plan.cut_out.things is None:
+            continue
+        left, top = (0, 0) if plan.views is None else plan.views.corner
+        mask = Image.fromarray(plan.cut_out.things[0]).convert("L")
+        save_png(
+            folder / f"p{number:02d}-mask.png",
+            mask.crop((left, top, left + plan.picture.width, top + plan.picture.height)),
+        )
+
+
+def plan_pictures(
+    model: Backbone,
+    prompts: Sequence[str],
+    shots: Sequence[Shot],
+    asked: ClipOptions,
+    concepts: Sequence[Concept],
+    size: tuple[int, int],
+) -> list[PlannedClip]:
+    """The clip of each shot that begins with the picture of `--image`.
+
+    Raises `UserError` as `open_first_picture`, and where the model does not see what moves.
+    """
+    first = open_first_picture(asked, size)
+
+    def find(said: str, beside: str) -> Bools:
+        if first.thing is not None:
+            return first.thing
+        words = (resolve_placeholder_tokens(one, concepts) if one else "" for one in (said, beside))
+        with progress(None, f"looking for “{said}”", brief=True):
+            return find_named(model, first.picture, next(words), beside=next(words))
+
+    plans = [plan_in_picture(shot, asked.frames, first.picture, find, first.behind) for shot in shots]
+    for prompt, plan in zip(prompts, plans, strict=True):
+        for sentence in describe_plan(prompt, plan):
+            notify(sentence)
+    if asked.shared_noise is not None:
+        notify("--shared-noise is not used: every clip here is of one picture.")
+    return plans

@@ -1,0 +1,118 @@
+"""The thing of a picture that is to move: where the model sees what words name, and which of the pixels there are its.
+
+    said, beside = name_thing("a cat next to a dog in a park", "dog")    # "a dog", "a cat"
+    thing = find_named(model, picture, said, beside=beside)              # [H, W], True where the dog is
+
+Where a thing is, is where its words change the model's prediction (`customize.data.masks`). With another thing beside
+it, it is the one where its words foretell the noise better than the other's.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import add_noise, generator, target
+from backbone.io.console import UserError
+from backbone.media.transforms import to_tensor
+from backbone.models.model import Backbone, Posterior
+from backbone.world.words import BESIDE_WORDS
+from customize.clips.planned.cut_out import Bools, Box, find_things, reach
+from customize.data.masks import NOISE_SAMPLES, SHARES, dilate, otsu, prediction_difference
+
+SMALLEST, LARGEST = 0.003, 0.6  # of a picture: what is less is no thing, what is more is all of it
+LEAST = 0.2  # of the place where it is seen that a thing's own pixels fill
+FLAT = 0.1  # of 1: where colours differ by less there is nothing
+BESIDE = re.compile(rf"\s+(?:{'|'.join(BESIDE_WORDS)})\s+", re.IGNORECASE)
+PLACE = re.compile(
+    r"\s+(?:in|on|at|under|over|before|behind|by|with|through|across)\b.*", re.IGNORECASE | re.DOTALL
+)
+
+
+def cut_thing(words: str) -> str:
+    """What words say of a place, without the thing that is there: “a dog in a park” → “in a park”; "" for nothing."""
+    found = PLACE.search(words)
+    return found[0].strip(" ,") if found else ""
+
+
+def name_thing(words: str, whose: str = "") -> tuple[str, str]:
+    """The words of the thing that moves, and of the one beside it, "" for none, without their place.
+
+    It is the one in which `whose` is said, the first one without that.
+    """
+    parts = [PLACE.sub("", part.strip(" ,")) for part in BESIDE.split(words)]
+    chosen = next((part for part in parts if whose and whose.lower() in part.lower()), parts[0])
+    return chosen, next((part for part in parts if part != chosen), "")
+
+
+@torch.no_grad()
+def find_named(model: Backbone, picture: Image.Image, said: str, *, beside: str = "") -> Bools:
+    """The pixels [H, W] of what is `said`, and not of what is `beside` it; `UserError` where none or all are its.
+
+    Where the thing is seen they are what differs from their rows, as in a drawing (`cut_out.find_things`).
+    """
+    pixels = to_tensor(picture)[None]
+    with model.autocast():
+        posterior = model.encode(pixels)
+        texts = [model.encode_prompts([words]) for words in (said, "", beside)]
+        seen = prediction_difference(model, posterior, texts[0], texts[1])
+        if beside:
+            seen = foretells_better(model, posterior, texts[0], texts[2]).clamp(min=0)
+    blob = choose_blob(dilate(otsu(seen))[0].numpy() > 0, seen[0].numpy())
+    around = np.kron(blob, np.ones((model.factor, model.factor), dtype=bool))
+    colours = (pixels[0].permute(1, 2, 0).numpy() + 1) / 2
+    least = LEAST * float(around.sum())
+    (own,) = find_things(colours, [box_of(around)], least=[least])
+    thing: Bools = own & around & (np.ptp(colours[around], axis=0).max() > FLAT)
+    if not SMALLEST < thing.mean() < LARGEST:
+        raise UserError(
+            f"The model sees no “{said}” in the picture that could be cut out of it. Show it: --mask PICTURE, white "
+            "where it is."
+        )
+    return thing
+
+
+def foretells_better(model: Backbone, posterior: Posterior, said: Conditions, other: Conditions) -> Tensor:
+    """How much less the prediction by words that are `said` errs than by others, about each place [1, H, W]."""
+    path, clean, both = model.path, posterior.mean, Conditions.cat([said, other])
+    better = torch.zeros(clean.shape[-2:])
+    for share in SHARES:
+        index = torch.tensor([int(share * len(path.levels))])
+        for number in range(NOISE_SAMPLES):
+            noise = torch.randn(clean.shape, generator=generator("mask", str(share), number)).to(clean.device)
+            noisy = add_noise(clean, noise, path.levels[index])
+            wanted = target(clean, noise, path.levels[index], path.prediction_type)
+            errors = (
+                (model.predict(noisy.expand(2, *clean.shape[1:]), index.expand(2), both) - wanted)
+                .square()
+                .mean(1)
+            )
+            better += ((errors[1] - errors[0]) / errors.mean()).cpu()
+    return torch.nn.functional.avg_pool2d(better[None], 3, stride=1, padding=1, count_include_pad=False)
+
+
+def choose_blob(places: Bools, scores: NDArray[np.floating]) -> Bools:
+    """Of the parts of a mask [H, W] that hang together the one whose scores add up to most."""
+    left, best = places.copy(), np.zeros_like(places)
+    while left.any():
+        seed = np.zeros_like(left)
+        seed.flat[left.argmax()] = True
+        blob = reach(seed, left)
+        left &= ~blob
+        if not best.any() or scores[blob].sum() > scores[best].sum():
+            best = blob
+    return best
+
+
+def box_of(mask: Bools) -> Box:
+    """The box around a mask [H, W]; a picture's own where it is empty."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return 0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

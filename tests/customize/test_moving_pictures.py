@@ -1,0 +1,167 @@
+"""A picture in which a thing begins to move, as words say: it is found, cut out, and laid over what is behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from backbone.models.model import Backbone
+from backbone.world.maps import look_at
+from backbone.world.parse import parse_scene
+from customize.cli import app
+from customize.clips.planned.in_picture import choose_blob, cut_thing, find_named, name_thing
+
+SIDE = 128
+SKY, GROUND, RED = (150, 190, 240), (90, 160, 70), (200, 40, 30)
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, ["clip", *map(str, words), "--device", "cpu", "--frames", "4"])
+
+
+def drawn(folder: Path) -> list[NDArray[np.int_]]:
+    """The frames of the first clip."""
+    paths = sorted((folder / "p00-s00").glob("*.png"))
+    return [np.asarray(Image.open(path).convert("RGB"), int) for path in paths]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A sky over a ground with a red disc at (80, 70), and its mask beside it."""
+    image, mask = Image.new("RGB", (SIDE, SIDE), SKY), Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(image).rectangle((0, 64, SIDE, SIDE), fill=GROUND)
+    image.save(tmp_path / "behind.png")
+    for one, colour in ((image, RED), (mask, 255)):
+        ImageDraw.Draw(one).ellipse((65, 55, 95, 85), fill=colour)
+    mask.save(tmp_path / "mask.png")
+    image.save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def red(frame: NDArray[np.int_]) -> tuple[float, float]:
+    """The middle (x, y) of what is red."""
+    rows, columns = np.nonzero(np.abs(frame - RED).max(-1) < 40)
+    return float(columns.mean()), float(rows.mean())
+
+
+@pytest.mark.parametrize(
+    ("words", "whose", "named"),
+    [
+        ("a dog in a park", "", ("a dog", "")),
+        ("a red dog wearing a hat on the beach", "", ("a red dog wearing a hat", "")),
+        ("a cat next to a dog in a park", "", ("a cat", "a dog")),
+        ("a cat next to a dog in a park", "dog", ("a dog", "a cat")),
+        ("my friend", "", ("my friend", "")),
+    ],
+)
+def test_the_thing_that_moves_is_named_without_its_place(
+    words: str, whose: str, named: tuple[str, str]
+) -> None:
+    assert name_thing(words, whose) == named
+
+
+def test_what_is_drawn_around_a_picture_is_its_place_without_the_thing() -> None:
+    assert cut_thing("a horse in the city") == "in the city" and cut_thing("a horse") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "beside"),
+    [
+        ("a cat under the sea", "a cat", ""),
+        ("an apple next to a sunflower in a forest", "an apple", "a sunflower"),
+        ("an apple next to a sunflower in a forest", "a sunflower", "an apple"),
+    ],
+)
+def test_moji_sees_where_a_thing_is(words: str, said: str, beside: str) -> None:
+    rendering, layers = look_at(parse_scene(words, seed=3))
+    found = find_named(Backbone.open("moji", device="cpu"), rendering.image, said, beside=beside)
+    noun = said.split()[-1]
+    true = layers.part == next(k for k in layers.things if layers.record.parts[k].label == noun)
+    assert (found & true).sum() > 0.7 * (found | true).sum()
+
+
+def test_of_parts_the_one_that_matters_most_is_chosen() -> None:
+    places = np.zeros((6, 6), dtype=bool)
+    places[0, :2], places[3:5, 3:5] = True, True
+    scores = np.ones((6, 6))
+    assert choose_blob(places, scores).sum() == 4
+    scores[0] = 9.0
+    assert choose_blob(places, scores).sum() == 2
+
+
+def test_a_picture_begins_to_move_and_its_first_frame_is_the_picture(picture: Path, tmp_path: Path) -> None:
+    done = call(
+        "a ball in a park, moving left",
+        "--image",
+        picture,
+        "--mask",
+        tmp_path / "mask.png",
+        "--out",
+        tmp_path / "clip",
+    )
+    assert done.exit_code == 0, done.output or repr(done.exception)
+    first, *_, last = drawn(tmp_path / "clip")
+    assert np.array_equal(first, np.asarray(Image.open(picture)))
+    x, y = red(last)
+    assert x < 55 and y == pytest.approx(70, abs=1)
+    behind = np.asarray(Image.open(tmp_path / "behind.png"), int)
+    assert np.abs(last - behind)[:, 66:].mean() < 1
+    assert np.array_equal(Image.open(tmp_path / "clip" / "p00-mask.png"), Image.open(tmp_path / "mask.png"))
+
+
+def test_under_a_camera_that_moves_too_the_thing_moves_in_the_picture(picture: Path, tmp_path: Path) -> None:
+    words = ("a ball, moving left, camera zooming in", "--image", picture, "--mask", tmp_path / "mask.png")
+    assert call(*words, "--out", tmp_path / "clip").exit_code == 0
+    first, *_, last = drawn(tmp_path / "clip")
+    assert red(first)[0] == pytest.approx(80, abs=1)
+    assert (np.abs(last - RED).max(-1) < 40).sum() > 1.2 * (np.abs(first - RED).max(-1) < 40).sum()
+    assert red(last)[0] < 55
+
+
+def test_what_is_behind_the_thing_can_be_given(picture: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (SIDE, SIDE), "yellow").save(tmp_path / "yellow.png")
+    words = ("a ball, moving left fast", "--image", picture, "--mask", tmp_path / "mask.png")
+    done = call(*words, "--behind", tmp_path / "yellow.png", "--out", tmp_path / "clip")
+    assert done.exit_code == 0, done.output or repr(done.exception)
+    assert tuple(drawn(tmp_path / "clip")[-1][70, 80]) == (255, 255, 0)
+
+
+def test_it_moves_in_a_picture_by_any_model(picture: Path, tmp_path: Path) -> None:
+    words = ("a ball, growing", "--image", picture, "--mask", tmp_path / "mask.png", "--model", "moji-flow")
+    done = call(*words, "--out", tmp_path / "clip")
+    assert done.exit_code == 0, done.output or repr(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "sentence"),
+    [
+        ("a ball, moving left", {"--mask": "wide.png"}, "do not lie over one another"),
+        ("a ball, moving left", {"--behind": "wide.png"}, "do not lie over one another"),
+        ("a ball, moving left", {"--mask": "black.png"}, "is white at nothing"),
+        ("a ball, moving left", {"--mask": "none.png"}, "none.png"),
+        ("a ball, camera panning left", {"--mask": "mask.png"}, "--mask is of a thing that words move"),
+        ("a ball, camera panning left", {"--behind": "behind.png"}, "--behind is of a thing that words move"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_moved_is_refused(
+    picture: Path, tmp_path: Path, words: str, given: dict[str, str], sentence: str
+) -> None:
+    Image.new("L", (SIDE, 40), 255).save(tmp_path / "wide.png")
+    Image.new("L", (SIDE, SIDE)).save(tmp_path / "black.png")
+    more = [part for flag, name in given.items() for part in (flag, tmp_path / name)]
+    done = call(words, "--image", picture, *more, "--out", tmp_path / "clip")
+    assert done.exit_code != 0 and sentence in str(done.exception) + done.output
+    assert not (tmp_path / "clip").exists()
+
+
+def test_a_thing_that_is_not_seen_is_asked_for(tmp_path: Path) -> None:
+    Image.new("RGB", (SIDE, SIDE), "white").save(tmp_path / "white.png")
+    done = call("a dog, moving left", "--image", tmp_path / "white.png", "--out", tmp_path / "clip")
+    assert done.exit_code != 0 and "--mask" in str(done.exception) + done.output
+    assert not (tmp_path / "clip").exists()
