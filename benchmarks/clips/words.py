@@ -6,15 +6,15 @@ Clips of the world's benchmark seeds are drawn from their captions and measured 
 adapter is left out and every frame is a picture by itself, the bound, the true clip through the autoencoder, and where
 the model has a network for poses, clips whose motion is planned from the words (`customize.clips.planned.plan`): of a
 thing cut out of one drawing, and of one drawn anew in every frame. Where the adapter brings a camera with it
-(`camera.safetensors`), its clips are drawn once more with the camera's words left out and its path in their place. With
-`--sparsectrl` they also begin from the true clip's first picture. What moves is measured from the pixels alone, by a
-similarity fitted to each pair of frames (Lucas & Kanade 1981): of the whole frame, weighted by what changes, for
-things, of its border for the camera. A direction is right where its part is the word's, and by more than the least that
-counts. The track's error is how far what moves is from where it is in the true clip, measured alike; the camera's, how
-far the first frame's corners are. Slides are asked for slowly, as usual and fast: their speed is the slope of how far
-they were to go and went, 1 where all go as far as they say. Flicker is what is left of it along the flow. True clips
-need the emoji font; without it the bound and both errors are left out. Writes `table.md`, `table.json` and `sheet.png`,
-strips of the first clips drawn every way.
+(`camera.safetensors`), its clips are drawn once more with the camera's words left out and its path in their place. The
+true clip's first picture is moved as `customize clip --image` moves it, and with `--sparsectrl` clips of the adapter
+begin from it. What moves is measured from the pixels alone, by a similarity fitted to each pair of frames (Lucas &
+Kanade 1981): of the whole frame, weighted by what changes, for things, of its border for the camera. A direction is
+right where its part is the word's, and by more than the least that counts. The track's error is how far what moves is
+from where it is in the true clip, measured alike; the camera's, how far the first frame's corners are. Slides are asked
+for slowly, as usual and fast: their speed is the slope of how far they were to go and went, 1 where all go as far as
+they say. Flicker is what is left of it along the flow. True clips need the emoji font; without it the bound and both
+errors are left out. Writes `table.md`, `table.json` and `sheet.png`, strips of the first clips drawn every way.
 """
 
 from __future__ import annotations
@@ -58,17 +58,21 @@ from backbone.models.clips.frames import link_frames
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.control import list_embedded_controls
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, sample_latents
+from backbone.models.sample import Frames, GivenLatents, Request, sample_latents
 from backbone.world.clip import Clip, render_clip, trace_camera, trace_thing
 from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.rendering.render import find_font, place_figures
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from benchmarks.judges.classifier import Classifier, load_classifier
-from customize.clips.planned.plan import POSE, aim_camera, plan_clip
+from customize.clips.planned.in_picture import cut_thing, find_named
+from customize.clips.planned.plan import POSE, aim_camera, plan_clip, plan_in_picture
+from customize.clips.planned.surroundings import give_picture
 
 TRUE, PLANNED, REDRAWN = "true clips, decoded", "planned from the words", "planned, every frame drawn"
-QUICK = (TRUE, PLANNED)  # rows of which a clip takes no more than a picture
+MOVED = "the true first picture, moved"
+QUICK = (TRUE, PLANNED, MOVED)  # rows of which a clip takes no more than a picture
 SLIDES, PACES = ("left", "right", "up", "down"), ("", "slowly", "fast")
+EXACT = 99.0  # dB, of a first frame that is the true one itself
 SHOWN = 12  # clips of the sheet
 THINGS = (SLIDES, ("grow", "shrink"), ("clockwise", "counterclockwise"))
 Floats = NDArray[np.float64]
@@ -143,7 +147,7 @@ def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: 
         places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in seen])),
         colours=float(np.mean([next(iter(one.colour)) == colour for one in seen])) if colour else None,
         asked=None if way is None else float(np.linalg.norm(way)),
-        first=None if truth.first is None else psnr(to_tensor(frames[0]), to_tensor(truth.first)),
+        first=None if truth.first is None else min(EXACT, psnr(to_tensor(frames[0]), to_tensor(truth.first))),
         went=None if way is None else float(np.dot([moved.x, moved.y], way) / np.linalg.norm(way)),
     )
 
@@ -248,6 +252,7 @@ def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: 
     floor, ways = Backbone.open(model, device="cpu"), dict[str, Way]()
     if true:
         ways[TRUE] = lambda _, clip: through_autoencoder(floor, clip)
+        ways[MOVED] = lambda i, clip: move_picture(floor, i, clip, steps, guidance)
     ways["without an adapter"] = lambda i, clip: draw(floor, i, clip, steps, guidance)
     if POSE in list_embedded_controls(floor):
         ways[PLANNED] = lambda i, clip: draw_planned(floor, i, clip, steps, guidance)
@@ -316,6 +321,27 @@ def draw_planned(
         )
 
 
+def move_picture(model: Backbone, number: int, clip: Clip, steps: int, guidance: float) -> list[Image.Image]:
+    """A clip as `customize clip --image` makes it of the true clip's first picture; still where no thing is found."""
+    picture, words = render_clip(clip).frames[0].resize((SIDE, SIDE)), clip.caption()
+    if not (clip.camera or clip.move):
+        return [picture] * clip.frames
+    if clip.camera:
+        words = cut_thing(words)  # what lies around it
+    try:
+        shot = aim_camera(words, clip.frames, (SIDE, SIDE), model.factor, around=True)
+        plan = plan_in_picture(
+            shot, clip.frames, picture, lambda said, beside: find_named(model, picture, said, beside=beside)
+        )
+    except UserError:
+        return [picture] * clip.frames
+    if plan.is_drawn or plan.views is None:
+        return plan.look_at([])
+    given = give_picture(model, plan.views, picture, count=1)
+    request, size = Request(plan.prompt, (number, 0)), plan.views.canvas
+    return plan.look_at(draw_frames(model, request, Frames(1), (), steps, guidance, size=size, given=given))
+
+
 def draw_frames(
     model: Backbone,
     request: Request,
@@ -325,10 +351,19 @@ def draw_frames(
     guidance: float,
     *,
     size: tuple[int | None, int | None] = (None, None),
+    given: GivenLatents | None = None,
 ) -> list[Image.Image]:
-    """The frames of one clip, of `size` (width, height)."""
+    """The frames of one clip, of `size` (width, height), around latents that are `given`."""
     (latents,) = sample_latents(
-        model, [request], steps=steps, guidance=guidance, seed=0, frames=frames, controls=controls, size=size
+        model,
+        [request],
+        steps=steps,
+        guidance=guidance,
+        seed=0,
+        frames=frames,
+        controls=controls,
+        size=size,
+        given=given,
     )
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
