@@ -212,6 +212,13 @@ def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
             size = 1.25 ** (pace * wave)
         case "zigzag":
             x, y = SLIDE * way, 10 * np.abs((4 * u) % 2 - 1) - 5
+    return follow_path(figure, x, y, size, turn)
+
+
+def follow_path(
+    figure: Figure, x: NDArray[Any], y: NDArray[Any], size: NDArray[Any], turn: NDArray[Any]
+) -> Floats:
+    """[F, 4] of a thing that goes so far [F] from where it stands; the whole path is shifted to stay in the picture."""
     half = figure.size * size / 2
     middle_x, middle_y = figure.x + x, figure.foot - figure.size / 2 + y
     middle_x += _shift_inside(middle_x, half)

@@ -1,12 +1,15 @@
 """How truly a motion that was learned from a few clips comes to other things: eight paths that no words name.
 
-    python -m benchmarks.clips.motions --motion moji-motion                some hours on two cores, with the emoji font
+    python -m benchmarks.clips.motions                                     a quarter of an hour, with the emoji font
+    python -m benchmarks.clips.motions --motion moji-motion                some hours on two cores
     python -m benchmarks.clips.motions --motion moji-motion --concept runs/dog   with a subject in every clip too
 
 For each path clips of three nouns are rendered, `customize train-motion` learns a token `[M]` from them, and clips of
 other nouns are drawn with it, and with the base's own words for it in its place. Compared are the tracks, measured from
 the pixels, with the path itself: their correlation, −1 to 1, with the bootstrap's interval over the clips; the bound is
-that of true clips of those nouns. Runs that `--out` holds are not trained again. Writes `table.md` and `table.json`.
+that of true clips of those nouns. Without `--motion` nothing is trained: other things are drawn along the track of the
+first of those clips (`customize clip --track`). Runs that `--out` holds are not trained again. Writes `table.md` and
+`table.json`.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ def draw(
 
 
 def main(
-    motion: Annotated[str, typer.Option(help="The motion adapter.")],
+    motion: Annotated[str, typer.Option(help="The motion adapter; none: along the track of a clip.")] = "",
     model: Annotated[str, typer.Option(help="The picture model.")] = "moji",
     concept: Annotated[
         Path | None, typer.Option(help="A subject's run, whose token stands for the nouns.")
@@ -137,19 +140,24 @@ def main(
     subject = [] if concept is None else [read_concept(concept)]
     found: dict[str, dict[str, list[float]]] = {}
     for name, path in list(PATHS.items())[:paths]:
-        run = learn(name, motion, model, {"frames": frames, "steps": steps, "seed": seed}, out)
         asked = ClipOptions(model=model, motion=motion, frames=frames, steps=drawn, seed=seed)
         nouns = [token for one in subject for token in one.tokens][:1] * len(OTHERS) or list(OTHERS)
         said = [f"{choose_article(noun)} {noun} {place}" for noun, place in zip(nouns, PLACES, strict=True)]
-        learned = [*subject, read_concept(run)]
         true = [render_path(noun, place, path, frames, 7) for noun, place in zip(OTHERS, PLACES, strict=True)]
-        with_token = replace(asked, out=run.with_name("drawn"))
-        without = replace(asked, out=run.with_name("base"))
-        found[name] = {
-            TOKEN: correlate(draw([f"{one}, {TOKEN}" for one in said], with_token, learned), path),
-            "the base": correlate(draw([f"{one}, {WORDS}" for one in said], without, subject), path),
-            "true clips": correlate(true, path),
-        }
+        if motion:
+            run = learn(name, motion, model, {"frames": frames, "steps": steps, "seed": seed}, out)
+            with_token, without = (replace(asked, out=run.with_name(part)) for part in ("drawn", "base"))
+            learned = [*subject, read_concept(run)]
+            found[name] = {
+                TOKEN: correlate(draw([f"{one}, {TOKEN}" for one in said], with_token, learned), path),
+                "the base": correlate(draw([f"{one}, {WORDS}" for one in said], without, subject), path),
+            }
+        else:
+            folder = out / name.replace(" ", "-")
+            write_lessons(folder / "clips", path, frames)
+            along = replace(asked, track=folder / "clips" / "0.webp", out=folder / "along")
+            found[name] = {"along the track": correlate(draw(said, along, subject), path)}
+        found[name]["true clips"] = correlate(true, path)
     write_json(out / "table.json", {"frames": frames, "steps": steps, "correlation": found})
     write_text(out / "table.md", table_of(found))
     typer.echo((out / "table.md").read_text())

@@ -25,7 +25,7 @@ from backbone.cli.sampling import own_sampler, own_sampler_of_clips
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.evaluation.motion import draw_track
-from backbone.io.console import UserError, notify, notify_once, progress
+from backbone.io.console import UserError, progress
 from backbone.io.files import write_json, write_text
 from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
@@ -43,7 +43,6 @@ from backbone.models.control import (
     Condition,
     describe_conditions,
     gather_controls,
-    list_embedded_controls,
     name_networks,
     open_clip_conditions,
 )
@@ -56,18 +55,10 @@ from backbone.models.sample import (
     resolve_sampling,
     sample_latents,
 )
-from backbone.world.motions import cut_motion
-from customize.clips.first_picture import plan_pictures, write_masks
-from customize.clips.planned.plan import (
-    POSE,
-    PlannedClip,
-    Shot,
-    aim_camera,
-    describe_plan,
-    plan_clip,
-)
+from customize.clips.planned.plan import PlannedClip
 from customize.clips.planned.surroundings import give_picture
 from customize.clips.settings import ClipOptions
+from customize.clips.shots import aim_cameras, largest_places, plan_clips, write_plans
 from customize.clips.sparse import (
     describe_given_frames,
     frames_of,
@@ -127,7 +118,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
         drawn = sample_films(model, list(zip(requests, plans, strict=True)), held, asked, frames)
         films = write_films(folder, every, drawn, asked)
-        write_masks(folder, plans)
+        write_plans(folder, plans, asked)
         record = {
             **what,
             **describe_given_frames(asked, places),
@@ -166,29 +157,6 @@ def fit_clips(
         whole=any(map(needs_whole_base, concepts)),
     )
     return fit_drawing(model, drawn, asked.vram)
-
-
-def aim_cameras(
-    model: Backbone,
-    prompts: Sequence[str],
-    asked: ClipOptions,
-    size: tuple[int, int],
-    path: CameraPath | None,
-) -> list[Shot]:
-    """The shot of each prompt: the prompt alone where an adapter, or maps, say what moves.
-
-    Raises `UserError` for a path that leaves what can be drawn, and a drawing for which the network has no places.
-    """
-    if asked.motion or asked.condition:
-        return [Shot(prompt) for prompt in prompts]
-    around = asked.over_picture
-    return [aim_camera(prompt, asked.frames, size, model.factor, path, around=around) for prompt in prompts]
-
-
-def largest_places(model: Backbone, shots: Sequence[Shot], size: tuple[int, int]) -> tuple[int, int]:
-    """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
-    sizes = [latent_size(model, size if shot.views is None else shot.views.canvas) for shot in shots]
-    return max(sizes, key=lambda sides: sides[0] * sides[1])
 
 
 def follow_camera(
@@ -230,42 +198,6 @@ def refuse_longer(asked: ClipOptions, longest: int) -> None:
             f"{asked.motion} has positions for {longest} frames, and {at_once} are asked for at once. Add "
             f"--context-length {longest} (or less), or ask for fewer --frames."
         )
-
-
-def plan_clips(
-    model: Backbone,
-    prompts: Sequence[str],
-    shots: Sequence[Shot],
-    asked: ClipOptions,
-    concepts: Sequence[Concept],
-    size: tuple[int, int],
-) -> list[PlannedClip]:
-    """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
-
-    Elsewhere the words of motion become poses, if the model has a network that reads them; or they move what is in a
-    picture.
-    """
-    if asked.motion or asked.condition:
-        return [PlannedClip(shot.words, asked.frames) for shot in shots]
-    if asked.over_picture:
-        return plan_pictures(model, prompts, shots, asked, concepts, size)
-    unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
-    if unread and POSE not in list_embedded_controls(model):
-        notify_once(
-            f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
-            "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
-        )
-    known = {token: "" for concept in concepts for token in concept.tokens}
-    plans = [plan_clip(model, shot, asked.frames, size, known, redraw=asked.redraw) for shot in shots]
-    if asked.redraw and not any(plan.move for plan in plans):
-        notify("--redraw is not used: no words of motion are planned here.")
-    if asked.shared_noise is not None and all(plan.frames == 1 for plan in plans):
-        notify("--shared-noise is not used: every clip here is of one drawing.")
-    for prompt, plan in zip(prompts, plans, strict=True):
-        if plan.views is not None or POSE in list_embedded_controls(model):
-            for sentence in describe_plan(prompt, plan):
-                notify(sentence)
-    return plans
 
 
 def sample_films(
@@ -369,6 +301,7 @@ def describe_motion(asked: ClipOptions) -> dict[str, Any]:
         facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
         facts |= {"free_noise": True} if asked.free_noise else {}
     facts |= {"redraw": True} if asked.redraw else {}
+    facts |= {"track": str(asked.track)} if asked.track else {}
     return facts | ({"shared_noise": asked.common_noise} if asked.common_noise else {})
 
 

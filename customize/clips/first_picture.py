@@ -15,7 +15,7 @@ from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_mask, open_named
 from backbone.media.transforms import crop_and_resize
 from backbone.models.model import Backbone
-from customize.clips.planned.cut_out import Bools
+from customize.clips.planned.cut_out import Bools, Floats
 from customize.clips.planned.in_picture import find_named
 from customize.clips.planned.plan import PlannedClip, Shot, describe_plan, plan_in_picture
 from customize.clips.settings import ClipOptions
@@ -92,6 +92,7 @@ def plan_pictures(
     asked: ClipOptions,
     concepts: Sequence[Concept],
     size: tuple[int, int],
+    track: Floats | None,
 ) -> list[PlannedClip]:
     """The clip of each shot that begins with the picture of `--image`.
 
@@ -106,7 +107,7 @@ def plan_pictures(
         with progress(None, f"looking for “{said}”", brief=True):
             return find_named(model, first.picture, next(words), beside=next(words))
 
-    plans = [plan_in_picture(shot, asked.frames, first.picture, find, first.behind) for shot in shots]
+    plans = [plan_in_picture(shot, asked.frames, first.picture, find, first.behind, track) for shot in shots]
     for prompt, plan in zip(prompts, plans, strict=True):
         for sentence in describe_plan(prompt, plan):
             notify(sentence)

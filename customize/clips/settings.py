@@ -97,6 +97,15 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             MOTION,
         ),
     ] = False
+    track: Annotated[
+        Path | None,
+        Option(
+            "A clip, or a track as .json (x, y, growth, turn): what is drawn moves as what moves in it. Without "
+            "--motion.",
+            MOTION,
+            metavar="CLIP",
+        ),
+    ] = None
     camera: Annotated[
         str,
         Option(
@@ -171,8 +180,9 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         self.check_pictures(
             words=not self.by_picture_alone,
             camera=bool(moves and self.camera) or any(camera for _, camera in moves),
-            thing=any(thing for thing, _ in moves),
+            thing=bool(moves and self.track) or any(thing for thing, _ in moves),
         )
+        self._check_track()
         if not self.by_picture_alone:
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
             object.__setattr__(self, "fps", self.fps or USUAL_FPS)
@@ -195,6 +205,20 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             raise UserError(
                 "A camera's path is drawn in one window. Leave --context-length out, or ask for fewer --frames."
             )
+
+    def _check_track(self) -> None:
+        """`UserError` for a track beside what says otherwise how things move."""
+        if self.track is None:
+            return
+        other = "--motion" if self.motion else "--condition" if self.condition else ""
+        if other or self.by_picture_alone or not (self.words or self.prompts):
+            other = other or "no prompt"
+            raise UserError(f"--track moves a thing that a prompt names, and here is {other}. Leave one out.")
+        for prompt in (*self.words, *self.prompts):
+            if move := find_moves(prompt)[0]:
+                raise UserError(
+                    f"“{prompt}” says {move}, and --track {self.track} moves it otherwise. Leave one out."
+                )
 
     def _check_scales(self) -> None:
         """`UserError` for the strength of LoRAs that there are not: motion LoRAs are beside words, others without."""
@@ -238,7 +262,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     def over_picture(self) -> bool:
         """Whether the first frame is a picture, in which a thing moves, or over which a camera does."""
         moves = self.moves_in_picture
-        return bool(moves) and (bool(self.camera) or any(any(said) for said in moves))
+        return bool(moves) and (bool(self.camera or self.track) or any(any(said) for said in moves))
 
     @property
     def by_picture_alone(self) -> bool:

@@ -24,7 +24,7 @@ from backbone.media.control.camera import CameraPath, flat_path
 from backbone.media.control.views import Views, plan_views
 from backbone.models.control import Condition, condition_clips, list_embedded_controls
 from backbone.models.model import Backbone
-from backbone.world.clip import Clip, trace_camera, trace_thing
+from backbone.world.clip import Clip, follow_path, trace_camera, trace_thing
 from backbone.world.maps import draw_sticks
 from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion
 from backbone.world.parse import parse_scene
@@ -38,6 +38,7 @@ from customize.clips.planned.parallax import find_nearness
 from customize.clips.planned.surroundings import lay_into
 
 POSE = "pose"
+TRACK = "track"  # the move of what goes along one that is given
 ANYTHING = Scene((Thing("dog"),), "in a park")  # stands where a thing of moji's world stands
 SLENDER = 0.9  # width over height of a thing that nothing is known of
 ROOM = 8.0  # pixels of the world by which a thing may be drawn beside its pose
@@ -56,7 +57,7 @@ class PlannedClip:
     """What the picture model reads, where the thing is in each frame, and what the camera sees of it.
 
     frames     that are drawn: one for all where only the camera moves, or what is cut out
-    move       of `MOTIONS`, "" where no words say one
+    move       of `MOTIONS`, or `TRACK`; "" where nothing says one
     picture    the first frame, where there is one: what is drawn goes on around it
     cut_out    what moves over the drawing or the picture, where not every frame is drawn
     """
@@ -97,18 +98,20 @@ def aim_camera(
     path: CameraPath | None = None,
     *,
     around: bool = False,
+    tracked: bool = False,
 ) -> Shot:
     """The shot of a prompt: its camera goes along `path`, or as its own words say.
 
     size    (width, height) of a frame in pixels
     factor  pixels of a latent's side
     around  whether the first frame is a picture that there is
+    tracked whether a track says what moves in it
 
     Raises `UserError` as `plan_views`, and beside a picture where nothing moves.
     """
     said = cut_camera(prompt)
     if path is None and not said.move:
-        if around and not cut_motion(prompt).move:
+        if around and not tracked and not cut_motion(prompt).move:
             raise UserError(
                 f"“{prompt}” moves nothing in the picture and no camera over it. Say how (“a dog, moving left”, "
                 "“camera panning left”), or give --camera."
@@ -128,6 +131,7 @@ def plan_clip(
     known: Mapping[str, str],
     *,
     redraw: bool = False,
+    track: Floats | None = None,
 ) -> PlannedClip:
     """The clip of a shot by a model whose motions are planned if it has a network for poses.
 
@@ -137,7 +141,7 @@ def plan_clip(
     views = shot.views
     if POSE not in list_embedded_controls(model):
         return PlannedClip(shot.words, frames if views is None else 1, views=views)
-    motion = plan_motion(shot.words, frames, known=known)
+    motion = plan_motion(shot.words, frames, known=known, track=track)
     if views is None and not motion.move:
         return PlannedClip(motion.rest, frames)
     maps, cut_out = motion.maps if redraw and motion.move else [motion.at_rest], None
@@ -157,14 +161,17 @@ def plan_in_picture(
     picture: Image.Image,
     find: Callable[[str, str], Bools],
     behind: Image.Image | None = None,
+    track: Floats | None = None,
 ) -> PlannedClip:
     """The clip of a shot whose first frame is a picture: what its words say moves is cut out of it.
 
     find    the pixels [H, W] in the picture of the thing that is named, beside another, "" for none
     behind  the picture without the thing, where there is one
+    track   how it moves [F, 4], where words do not say it
     """
     motion, views = cut_motion(shot.words), shot.views
-    if not motion.move:
+    move = motion.move if track is None else TRACK
+    if not move:
         return PlannedClip(shot.words, 1, views=views, picture=picture)
     thing = find(*name_thing(motion.rest, motion.whose))
     left, top, right, bottom = box_of(thing)
@@ -177,10 +184,11 @@ def plan_in_picture(
         False,
         0.0,
     )
-    track = trace_thing(Clip(ANYTHING, motion.move, speed=motion.speed, frames=frames), figure, True)
-    shifts = (track - track[0]).astype(float)  # the first frame is the picture
+    clip = Clip(ANYTHING, motion.move, speed=motion.speed, frames=frames)
+    way = trace_thing(clip, figure, True) if track is None else track
+    shifts = (way - way[0]).astype(float)  # the first frame is the picture
     shifts[:, :2] *= scale
-    shifts[:, 2] = track[:, 2] / track[0, 2]
+    shifts[:, 2] = way[:, 2] / way[0, 2]
     x, y = (0, 0) if views is None else views.corner
     wide, high = picture.size if views is None else views.canvas
     beside = [(y, high - picture.height - y), (x, wide - picture.width - x)]
@@ -194,7 +202,7 @@ def plan_in_picture(
     around = (
         cut_thing(motion.rest) or motion.rest
     )  # else the thing would be drawn around the picture once more
-    return PlannedClip(around, 1, motion.move, views=views, picture=picture, cut_out=cut_out)
+    return PlannedClip(around, 1, move, views=views, picture=picture, cut_out=cut_out)
 
 
 def _lay_on_nothing(image: Image.Image, beside: Sequence[tuple[int, int]]) -> Floats:
@@ -212,13 +220,17 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
         how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
         said.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
     if plan.move and plan.picture is not None:
-        said.append(f"{MOTIONS[plan.move][0]}: cut out of the picture, over what is behind it by its rows.")
+        said.append(f"{_say(plan.move)}: cut out of the picture, over what is behind it by its rows.")
     elif plan.move:
         how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
-        said.append(f"drawn as “{plan.prompt}”, {MOTIONS[plan.move][0]} {how}.")
+        said.append(f"drawn as “{plan.prompt}”, {_say(plan.move)} {how}.")
     return [f"“{prompt}”: {one}" for one in said] or [
         f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
     ]
+
+
+def _say(move: str) -> str:
+    return "moving along the track" if move == TRACK else MOTIONS[move][0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +238,7 @@ class Motion:
     """What a prompt's words of motion mean.
 
     rest     the prompt without them
-    move     of `MOTIONS`, "" where there are none
+    move     of `MOTIONS`, or `TRACK`; "" where there are none
     scene    that the rest describes, and `figures` its things where they stand
     tracks   [F, N, 4]: x, y of each thing's middle, its growth, its turn in degrees
     home     [N, 4]: the same where nothing moves
@@ -265,8 +277,10 @@ class Motion:
         return CutOut([(a, b, c, d) for a, b, c, d in ends], shifts, room=ROOM * float(scale[0]))
 
 
-def plan_motion(prompt: str, frames: int, *, known: Mapping[str, str] | None = None) -> Motion:
-    """The motion that a prompt's words mean; without such words all stand still.
+def plan_motion(
+    prompt: str, frames: int, *, known: Mapping[str, str] | None = None, track: Floats | None = None
+) -> Motion:
+    """The motion that a prompt's words mean, or a `track` [frames, 4] in their place; without both all stand still.
 
     `known` says what stands for words that moji's world does not have, as for a concept's token. Of two things the
     first one moves, or the one that the words name (“the dog moving left”); of a pair both.
@@ -277,9 +291,21 @@ def plan_motion(prompt: str, frames: int, *, known: Mapping[str, str] | None = N
     named = next((k for k, one in enumerate(scene.things) if one.noun == said.whose), 0)
     moving = range(len(figures)) if scene.pair else (named,)
     clip = Clip(scene, said.move, speed=said.speed, frames=frames)
-    tracks = np.stack([trace_thing(clip, figure, k in moving) for k, figure in enumerate(figures)], axis=1)
+    ways = [
+        trace_thing(clip, figure, k in moving)
+        if track is None or k not in moving
+        else follow_path(figure, *_about_the_middle(track).T)
+        for k, figure in enumerate(figures)
+    ]
+    tracks = np.stack(ways, axis=1)
     home = np.concatenate([trace_thing(Clip(scene, frames=1), figure, False) for figure in figures])
-    return Motion(said.rest, said.move, scene, tuple(figures), tracks, home)
+    return Motion(said.rest, said.move if track is None else TRACK, scene, tuple(figures), tracks, home)
+
+
+def _about_the_middle(track: Floats) -> Floats:
+    """A track that goes as far to the left of where it begins as to the right, and as far up as down."""
+    low, high = track[:, :2].min(0), track[:, :2].max(0)
+    return np.concatenate([track[:, :2] - (low + high) / 2, track[:, 2:]], axis=-1)
 
 
 def imagine(words: str, known: Mapping[str, str]) -> Scene:

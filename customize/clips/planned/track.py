@@ -1,0 +1,67 @@
+"""A way that no words name: that of what moves in a clip, or one that is written down.
+
+read_track("bounce.webp", 16)       # [16, 4]: pixels right and down, growth, degrees clockwise
+read_track("zigzag.json", 16)       # {"x": [0, 20, 0, 20]}, {"turn": [0, 90], "growth": [1, 1.5]} …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbone.evaluation.motion import SIDE, trace_moved
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.media.clips import read_film
+from customize.clips.planned.cut_out import Floats
+
+STILL = {"x": 0.0, "y": 0.0, "growth": 1.0, "turn": 0.0}
+LEAST = np.array([1.0, 1.0, 0.02, 1.0])  # of a clip's track from end to end: what is less is no motion
+
+
+def read_track(source: Path, frames: int) -> Floats:
+    """A track [frames, 4] of so many frames: pixels of 128 to the right and down, growth, degrees clockwise.
+
+    A clip is measured as its motion is (`backbone.evaluation.motion.trace_moved`): from its pixels alone, where things
+    move and its camera stands. Raises `UserError` for what is no clip and no track, and where nothing moves.
+    """
+    if source.suffix.lower() == ".json":
+        track = parse_track(source, read_json(source))
+    else:
+        film = [frame.resize((SIDE, SIDE)) for frame in read_film(source).frames]
+        track = trace_moved(film)
+        track[:, 2], track[:, 3] = np.exp(track[:, 2]), np.rad2deg(track[:, 3])
+        if (np.ptp(track, axis=0) < LEAST).all():
+            raise UserError(f"Nothing moves in {source}. Give a clip in which one thing does.")
+    at, here = np.linspace(0, 1, frames), np.linspace(0, 1, len(track))
+    return np.stack([np.interp(at, here, column) for column in track.T], axis=-1)
+
+
+def parse_track(source: Path, written: Any) -> Floats:
+    """The track [F, 4] of a .json; `UserError` where it is none."""
+    columns = written if isinstance(written, Mapping) else {}
+    lengths = {len(column) if isinstance(column, list) else 0 for column in columns.values()}
+    if not columns or not columns.keys() <= STILL.keys() or len(lengths) != 1 or min(lengths) < 2:
+        raise UserError(
+            f"{source} is no track: it needs lists of two numbers or more, as many of each, named {', '.join(STILL)}."
+        )
+    try:
+        listed = [
+            np.array(columns.get(name, [usual] * min(lengths)), dtype=float) for name, usual in STILL.items()
+        ]
+    except (TypeError, ValueError):
+        listed = [np.array([np.nan])]
+    if not all(np.isfinite(column).all() and column.ndim == 1 for column in listed) or (listed[2] <= 0).any():
+        raise UserError(f"{source} is no track: x, y and turn are numbers, and growth is above 0.")
+    return np.stack(listed, axis=-1)
+
+
+def as_json(track: Floats) -> dict[str, list[float]]:
+    """What `read_track` reads again."""
+    return {
+        name: [round(float(value), 3) for value in column]
+        for name, column in zip(STILL, track.T, strict=True)
+    }

@@ -1,0 +1,98 @@
+"""What the clips of `customize clip` are planned to show: the camera's shots, what moves in them, and by what way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backbone.adapters.concept import Concept
+from backbone.io.console import UserError, notify, notify_once
+from backbone.io.files import write_json
+from backbone.media.control.camera import CameraPath
+from backbone.models.control import list_embedded_controls
+from backbone.models.model import Backbone
+from backbone.models.sample import latent_size
+from backbone.world.motions import cut_motion
+from customize.clips.first_picture import plan_pictures, write_masks
+from customize.clips.planned.plan import POSE, PlannedClip, Shot, aim_camera, describe_plan, plan_clip
+from customize.clips.planned.track import as_json, read_track
+from customize.clips.settings import ClipOptions
+
+TRACK_FILE = "track.json"  # how what moves does, where that is given
+
+
+def aim_cameras(
+    model: Backbone,
+    prompts: Sequence[str],
+    asked: ClipOptions,
+    size: tuple[int, int],
+    path: CameraPath | None,
+) -> list[Shot]:
+    """The shot of each prompt: the prompt alone where an adapter, or maps, say what moves.
+
+    Raises `UserError` for a path that leaves what can be drawn, and a drawing for which the network has no places.
+    """
+    if asked.motion or asked.condition:
+        return [Shot(prompt) for prompt in prompts]
+    around, tracked = asked.over_picture, asked.track is not None
+    return [
+        aim_camera(prompt, asked.frames, size, model.factor, path, around=around, tracked=tracked)
+        for prompt in prompts
+    ]
+
+
+def largest_places(model: Backbone, shots: Sequence[Shot], size: tuple[int, int]) -> tuple[int, int]:
+    """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
+    sizes = [latent_size(model, size if shot.views is None else shot.views.canvas) for shot in shots]
+    return max(sizes, key=lambda sides: sides[0] * sides[1])
+
+
+def plan_clips(
+    model: Backbone,
+    prompts: Sequence[str],
+    shots: Sequence[Shot],
+    asked: ClipOptions,
+    concepts: Sequence[Concept],
+    size: tuple[int, int],
+) -> list[PlannedClip]:
+    """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
+
+    Elsewhere the words of motion become poses, if the model has a network that reads them; or they move what is in a
+    picture.
+    """
+    if asked.motion or asked.condition:
+        return [PlannedClip(shot.words, asked.frames) for shot in shots]
+    track = None if asked.track is None else read_track(asked.track, asked.frames)
+    if asked.over_picture:
+        return plan_pictures(model, prompts, shots, asked, concepts, size, track)
+    if track is not None and POSE not in list_embedded_controls(model):
+        raise UserError(
+            f"{model.location.name} brings no network that reads poses, so nothing is drawn along --track. Give a "
+            "picture in which a thing moves so: --image."
+        )
+    unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
+    if unread and POSE not in list_embedded_controls(model):
+        notify_once(
+            f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
+            "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
+        )
+    known = {token: "" for concept in concepts for token in concept.tokens}
+    plans = [
+        plan_clip(model, shot, asked.frames, size, known, redraw=asked.redraw, track=track) for shot in shots
+    ]
+    if asked.redraw and not any(plan.move for plan in plans):
+        notify("--redraw is not used: no words of motion are planned here.")
+    if asked.shared_noise is not None and all(plan.frames == 1 for plan in plans):
+        notify("--shared-noise is not used: every clip here is of one drawing.")
+    for prompt, plan in zip(prompts, plans, strict=True):
+        if plan.views is not None or POSE in list_embedded_controls(model):
+            for sentence in describe_plan(prompt, plan):
+                notify(sentence)
+    return plans
+
+
+def write_plans(folder: Path, plans: Sequence[PlannedClip], asked: ClipOptions) -> None:
+    """Write where things were cut out of a picture (`write_masks`), and the track along which they go."""
+    write_masks(folder, plans)
+    if asked.track is not None:
+        write_json(folder / TRACK_FILE, as_json(read_track(asked.track, asked.frames)))
