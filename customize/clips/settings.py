@@ -211,7 +211,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         if self.track is None:
             return
         other = "--motion" if self.motion else "--condition" if self.condition else ""
-        if other or self.by_picture_alone or not (self.words or self.prompts):
+        if other or self.by_picture_alone:
             other = other or "no prompt"
             raise UserError(f"--track moves a thing that a prompt names, and here is {other}. Leave one out.")
         for prompt in (*self.words, *self.prompts):

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
+from backbone.evaluation.motion import measure_moved
 from backbone.models.model import Backbone
 from backbone.world.maps import look_at
 from backbone.world.parse import parse_scene
 from customize.cli import app
 from customize.clips.planned.in_picture import choose_blob, cut_thing, find_named, name_thing
+from customize.data.example import write_example
 
 SIDE = 128
 SKY, GROUND, RED = (150, 190, 240), (90, 160, 70), (200, 40, 30)
@@ -80,10 +82,21 @@ def test_what_is_drawn_around_a_picture_is_its_place_without_the_thing() -> None
 )
 def test_moji_sees_where_a_thing_is(words: str, said: str, beside: str) -> None:
     rendering, layers = look_at(parse_scene(words, seed=3))
-    found = find_named(Backbone.open("moji", device="cpu"), rendering.image, said, beside=beside)
+    small = rendering.image.resize((64, 64))
+    model = Backbone.open("moji", device="cpu")
+    found = find_named(model, rendering.image, said, beside=beside)
+    assert find_named(model, small, said, beside=beside).mean() == pytest.approx(found.mean(), rel=0.3)
     noun = said.split()[-1]
     true = layers.part == next(k for k in layers.things if layers.record.parts[k].label == noun)
     assert (found & true).sum() > 0.7 * (found | true).sum()
+
+
+def test_in_moji_s_own_example_the_cat_moves(tmp_path: Path) -> None:
+    write_example(tmp_path / "dog")
+    scene = tmp_path / "dog" / "example" / "scene.png"
+    assert call("a cat in a park, moving left", "--image", scene, "--out", tmp_path / "clip").exit_code == 0
+    moved = measure_moved([Image.fromarray(frame.astype(np.uint8)) for frame in drawn(tmp_path / "clip")])
+    assert moved.x < -30 and abs(moved.y) < 3
 
 
 def test_of_parts_the_one_that_matters_most_is_chosen() -> None:

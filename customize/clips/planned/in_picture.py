@@ -57,16 +57,16 @@ def find_named(model: Backbone, picture: Image.Image, said: str, *, beside: str 
 
     Where the thing is seen they are what differs from their rows, as in a drawing (`cut_out.find_things`).
     """
-    pixels = to_tensor(picture)[None]
+    usual = picture.resize(usual_size(model, picture.size), Image.Resampling.LANCZOS)
     with model.autocast():
-        posterior = model.encode(pixels)
+        posterior = model.encode(to_tensor(usual)[None])
         texts = [model.encode_prompts([words]) for words in (said, "", beside)]
         seen = prediction_difference(model, posterior, texts[0], texts[1])
         if beside:
             seen = foretells_better(model, posterior, texts[0], texts[2]).clamp(min=0)
     blob = choose_blob(dilate(otsu(seen))[0].numpy() > 0, seen[0].numpy())
-    around = np.kron(blob, np.ones((model.factor, model.factor), dtype=bool))
-    colours = (pixels[0].permute(1, 2, 0).numpy() + 1) / 2
+    around = np.asarray(Image.fromarray(blob).resize(picture.size, Image.Resampling.NEAREST))
+    colours = np.asarray(picture.convert("RGB"), dtype=float) / 255
     least = LEAST * float(around.sum())
     (own,) = find_things(colours, [box_of(around)], least=[least])
     thing: Bools = own & around & (np.ptp(colours[around], axis=0).max() > FLAT)
@@ -76,6 +76,14 @@ def find_named(model: Backbone, picture: Image.Image, said: str, *, beside: str 
             "where it is."
         )
     return thing
+
+
+def usual_size(model: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+    """The size (W, H) of a picture of this shape that has about as many pixels as the model draws."""
+    scale = model.resolution / (size[0] * size[1]) ** 0.5
+    step = 4 * model.factor
+    wide, high = (max(1, round(side * scale / step)) * step for side in size)
+    return wide, high
 
 
 def foretells_better(model: Backbone, posterior: Posterior, said: Conditions, other: Conditions) -> Tensor:
