@@ -5,8 +5,9 @@
 
 Clips of the world in which one thing moves are edited to the same clip of another thing or colour, whose every frame is
 known. The first frame of that is given; compared are the frames behind it: as they were (the source), edited by words
-alone, and carried from the first frame, without other words and with them, at several strengths, beside the bound, the
-true clip through the autoencoder. PSNR is that of the place where either thing is, and of the rest; the noun is what
+alone, carried from the first frame, without other words and with them, at several strengths, and that frame whose thing
+moves along the source's track (`customize clip --image --track`), beside the bound, the true clip through the
+autoencoder. PSNR is that of the place where either thing is, and of the rest; the noun is what
 the judge of the benchmarks names, of the frames; the track is off by so many pixels from the true edit's, both measured
 alike; flicker is what is left of it along the flow. Writes `table.md`, `table.json`, and strips.
 """
@@ -29,21 +30,25 @@ from backbone.cli.commands import run_main
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import SIDE, trace_moved, track_error
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import progress
+from backbone.io.console import UserError, progress
 from backbone.io.files import write_json, write_text
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.model import Backbone
 from backbone.world.clip import Clip, render_clip
 from backbone.world.edits import sample_edit
-from backbone.world.motions import MOTIONS
+from backbone.world.motions import MOTIONS, cut_motion
 from backbone.world.scene import BENCHMARK_SEEDS
 from benchmarks.judges.classifier import Classifier, load_classifier
+from customize.clips.planned.in_picture import find_named
+from customize.clips.planned.plan import Shot, plan_in_picture
+from customize.clips.planned.track import measure_track
 from edit.inversion.inversion import Inversion
 from edit.methods.clip import ClipEdit, edit_clip, invert_film
 from edit.methods.first_frame import carry_first_frame, read_first_frame
 from edit.pictures import read_image
 
+ALONG = "first frame, moved along the track"
 STRENGTHS = (0.6, 0.8)
 KINDS = ("noun", "colour")
 
@@ -97,6 +102,24 @@ def edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}, strength {strength:g}", result.pixels[0]
 
 
+def move_along(model: Backbone, case: Case) -> Tensor:
+    """The edited first frame, whose thing moves along the source's track; still where the model does not see it."""
+    picture, count = to_image(case.after[0]), len(case.after)
+    shot = Shot(cut_motion(case.target.caption()).rest)
+    track = measure_track([to_image(frame) for frame in case.before])
+    try:
+        plan = plan_in_picture(
+            shot,
+            count,
+            picture,
+            lambda said, other: find_named(model, picture, said, beside=other),
+            track=track,
+        )
+    except UserError:
+        return case.after[:1].expand(count, -1, -1, -1)
+    return torch.stack([to_tensor(frame) for frame in plan.look_at([])])
+
+
 class Figures(NamedTuple):
     """Of the frames behind the first: dB in the place and around it, share with the noun; of all: pixels, of 255."""
 
@@ -120,7 +143,13 @@ def measure(
     inversion = invert_film(model, film, case.source.caption(), steps=steps)
     found, shown = {}, [case.after]
     noun, true = case.target.scene.things[0].noun, trace_moved(list(map(to_image, case.after)))
-    for name, frames in (("source", case.before), ("bound", bound), *edits(inversion, case)):
+    ways = (
+        ("source", case.before),
+        ("bound", bound),
+        *edits(inversion, case),
+        (ALONG, move_along(model, case)),
+    )
+    for name, frames in ways:
         shown.append(frames)
         drawn, truth, place = (value[1:] for value in (frames, case.after, case.place))
         images = [to_image(frame).resize((SIDE, SIDE)) for frame in frames]

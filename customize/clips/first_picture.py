@@ -16,7 +16,7 @@ from backbone.media.sources.decode import open_mask, open_named
 from backbone.media.transforms import crop_and_resize
 from backbone.models.model import Backbone
 from customize.clips.planned.cut_out import Bools, Floats
-from customize.clips.planned.in_picture import find_named
+from customize.clips.planned.in_picture import find_changed, find_named
 from customize.clips.planned.plan import PlannedClip, Shot, describe_plan, plan_in_picture
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import say_crop
@@ -103,6 +103,8 @@ def plan_pictures(
     def find(said: str, beside: str) -> Bools:
         if first.thing is not None:
             return first.thing
+        if first.behind is not None:
+            return find_changed(first.picture, first.behind)
         words = (resolve_placeholder_tokens(one, concepts) if one else "" for one in (said, beside))
         with progress(None, f"looking for “{said}”", brief=True):
             return find_named(model, first.picture, next(words), beside=next(words))

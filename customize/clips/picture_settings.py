@@ -52,7 +52,7 @@ class PictureOptions:
             "White where the thing of the --image is that words move.",
             PICTURE,
             metavar="PICTURE",
-            default_text="where the model sees what they name",
+            default_text="where --behind is otherwise, or the model sees what they name",
             needs={"images": ()},
         ),
     ] = None

@@ -142,10 +142,15 @@ def test_under_a_camera_that_moves_too_the_thing_moves_in_the_picture(picture: P
 
 def test_what_is_behind_the_thing_can_be_given(picture: Path, tmp_path: Path) -> None:
     Image.new("RGB", (SIDE, SIDE), "yellow").save(tmp_path / "yellow.png")
-    words = ("a ball, moving left fast", "--image", picture, "--mask", tmp_path / "mask.png")
-    done = call(*words, "--behind", tmp_path / "yellow.png", "--out", tmp_path / "clip")
+    words = ("a ball, moving left fast", "--image", picture, "--behind")
+    done = call(*words, tmp_path / "yellow.png", "--mask", tmp_path / "mask.png", "--out", tmp_path / "clip")
     assert done.exit_code == 0, done.output or repr(done.exception)
     assert tuple(drawn(tmp_path / "clip")[-1][70, 80]) == (255, 255, 0)
+    assert call(*words, tmp_path / "behind.png", "--out", tmp_path / "told").exit_code == 0
+    found, true = (
+        np.asarray(Image.open(path)) > 0 for path in (tmp_path / "told/p00-mask.png", tmp_path / "mask.png")
+    )
+    assert (found & true).sum() > 0.9 * (found | true).sum()  # what is not the same behind it
 
 
 def test_it_moves_in_a_picture_by_any_model(picture: Path, tmp_path: Path) -> None:
@@ -160,6 +165,7 @@ def test_it_moves_in_a_picture_by_any_model(picture: Path, tmp_path: Path) -> No
         ("a ball, moving left", {"--mask": "wide.png"}, "do not lie over one another"),
         ("a ball, moving left", {"--behind": "wide.png"}, "do not lie over one another"),
         ("a ball, moving left", {"--mask": "black.png"}, "is white at nothing"),
+        ("a ball, moving left", {"--behind": "picture.png"}, "differ at 0% of their pixels"),
         ("a ball, moving left", {"--mask": "none.png"}, "none.png"),
         ("a ball, camera panning left", {"--mask": "mask.png"}, "--mask is of a thing that words move"),
         ("a ball, camera panning left", {"--behind": "behind.png"}, "--behind is of a thing that words move"),

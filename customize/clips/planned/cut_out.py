@@ -99,7 +99,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
         if columns:
             over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
             differs[mixed] = np.minimum(differs, over)[mixed]
-        solid = (_soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
+        solid = (soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
         solid = fill_holes(reach(solid & (far < 0.5), solid))
         found.append(solid if solid.sum() > least[k] else (far < 1) & (nearest == k))
@@ -122,7 +122,7 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
     for row in np.flatnonzero(shadow.any(1)):  # on the ground under a thing too
         under = low[row] & things[:, row].any(0) & ~shadow[row]
         shade[row, under] = np.median(shade[row][shadow[row]])
-    return _soften(shade, 1.0), shadow
+    return soften(shade, 1.0), shadow
 
 
 def fill_rows(pixels: Floats, hole: Bools) -> Floats:
@@ -142,8 +142,8 @@ def fill_rows(pixels: Floats, hole: Bools) -> Floats:
                 if len(beside):
                     new += np.exp(-away / REACH)[:, None] * (beside.mean(0) - usual[row])
             filled[row, run] = new
-    share = _soften(hole.astype(float), 1.0)[..., None]
-    return filled * (1 - share) + _soften(filled, 1.5) * share
+    share = soften(hole.astype(float), 1.0)[..., None]
+    return filled * (1 - share) + soften(filled, 1.5) * share
 
 
 def _go_on(pixels: Floats, hole: Bools) -> Floats:
@@ -219,7 +219,7 @@ class _Piece:
 
     @classmethod
     def of(cls, pixels: Floats, thing: Bools, shade: Floats, box: Box) -> _Piece:
-        opacity = _soften(thing.astype(float), 0.8)[..., None]
+        opacity = soften(thing.astype(float), 0.8)[..., None]
         rows, columns = (np.flatnonzero(thing.any(axis)) for axis in (1, 0))
         left, top, right, foot = box
         if len(rows):
@@ -282,9 +282,9 @@ def _grow(mask: Bools, times: int) -> Bools:
     return mask
 
 
-def _soften(values: Floats, radius: float) -> Floats:
+def soften(values: Floats, radius: float) -> Floats:
     """Values [H, W] or [H, W, C] in 0…1 under a Gaussian blur."""
     if values.ndim == 3:
-        return np.stack([_soften(channel, radius) for channel in np.moveaxis(values, -1, 0)], axis=-1)
+        return np.stack([soften(channel, radius) for channel in np.moveaxis(values, -1, 0)], axis=-1)
     picture = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), dtype=float) / 255

@@ -23,7 +23,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
 from backbone.world.words import BESIDE_WORDS
-from customize.clips.planned.cut_out import Bools, Box, find_things, reach
+from customize.clips.planned.cut_out import Bools, Box, fill_holes, find_things, reach, soften
 from customize.data.masks import NOISE_SAMPLES, SHARES, dilate, otsu, prediction_difference
 
 SMALLEST, LARGEST = 0.003, 0.6  # of a picture: what is less is no thing, what is more is all of it
@@ -74,6 +74,19 @@ def find_named(model: Backbone, picture: Image.Image, said: str, *, beside: str 
         raise UserError(
             f"The model sees no “{said}” in the picture that could be cut out of it. Show it: --mask PICTURE, white "
             "where it is."
+        )
+    return thing
+
+
+def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
+    """The pixels [H, W] of what stands in a picture and not in what is behind it; `UserError` where they are alike."""
+    one, other = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
+    changed = soften(np.abs(one - other).max(-1), 1.0) > FLAT
+    thing = fill_holes(choose_blob(changed, np.ones(changed.shape)))
+    if not SMALLEST < thing.mean() < LARGEST:
+        raise UserError(
+            f"The picture and what --behind shows differ at {changed.mean():.0%} of their pixels, which is no thing. Show "
+            "it: --mask PICTURE, white where it is."
         )
     return thing
 

@@ -6,11 +6,12 @@ read_track("zigzag.json", 16)       # {"x": [0, 20, 0, 20]}, {"turn": [0, 90], "
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from backbone.evaluation.motion import SIDE, trace_moved
 from backbone.io.console import UserError
@@ -31,13 +32,17 @@ def read_track(source: Path, frames: int) -> Floats:
     if source.suffix.lower() == ".json":
         track = parse_track(source, read_json(source))
     else:
-        film = [frame.resize((SIDE, SIDE)) for frame in read_film(source).frames]
-        track = trace_moved(film)
-        track[:, 2], track[:, 3] = np.exp(track[:, 2]), np.rad2deg(track[:, 3])
+        track = measure_track(read_film(source).frames)
         if (np.ptp(track, axis=0) < LEAST).all():
             raise UserError(f"Nothing moves in {source}. Give a clip in which one thing does.")
     at, here = np.linspace(0, 1, frames), np.linspace(0, 1, len(track))
     return np.stack([np.interp(at, here, column) for column in track.T], axis=-1)
+
+
+def measure_track(film: Sequence[Image.Image]) -> Floats:
+    """The track [F, 4] of what moves in a clip."""
+    track = trace_moved([frame.resize((SIDE, SIDE)) for frame in film])
+    return np.concatenate([track[:, :2], np.exp(track[:, 2:3]), np.rad2deg(track[:, 3:])], axis=-1)
 
 
 def parse_track(source: Path, written: Any) -> Floats:
