@@ -150,7 +150,7 @@ def test_what_is_behind_the_thing_can_be_given(picture: Path, tmp_path: Path) ->
     found, true = (
         np.asarray(Image.open(path)) > 0 for path in (tmp_path / "told/p00-mask.png", tmp_path / "mask.png")
     )
-    assert (found & true).sum() > 0.9 * (found | true).sum()  # what is not the same behind it
+    assert (found & true).sum() > 0.8 * (found | true).sum()  # what is not the same behind it
 
 
 def test_it_moves_in_a_picture_by_any_model(picture: Path, tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
     thing = fill_holes(choose_blob(changed, np.ones(changed.shape)))
     if not SMALLEST < thing.mean() < LARGEST:
         raise UserError(
-            f"The picture and what --behind shows differ at {changed.mean():.0%} of their pixels, which is no thing. Show "
-            "it: --mask PICTURE, white where it is."
+            f"The picture and what --behind shows differ at {changed.mean():.0%} of their pixels, which is no thing. "
+            "Show it: --mask PICTURE, white where it is."
         )
     return thing
 
