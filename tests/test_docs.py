@@ -25,6 +25,7 @@ import pytest
 import typer.main
 from PIL import Image
 
+from backbone.cli.commands import script_app
 from backbone.models import locate
 from customize.evaluation import metrics
 from tests import tiny
@@ -153,6 +154,16 @@ CALLS = [
     if block.language == "sh"
     for words in calls_of(block)
 ]
+# What sentences name: `python -m …`, which may go over the end of a line; … stands for what is left open
+INLINE = [
+    list(words)
+    for words in dict.fromkeys(
+        tuple(shlex.split(code.replace("\n", " ")))
+        for path in PAGES.values()
+        for code in re.findall(r"`(python3? -m [^`]+)`", BLOCK.sub("", path.read_text(encoding="utf-8")))
+    )
+    if not words[2].endswith("…")
+]
 ABOUT_BENCHMARKS = ("docs/moji.md", "docs/scale.md", "docs/reproducing.md", "docs/control.md")
 OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that does not run may also call
 
@@ -243,14 +254,54 @@ def test_every_call_is_understood_as_it_is_printed(words: list[str]) -> None:
         command, name, arguments = command_of(own)
         command.make_context(name, list(arguments)).close()
     elif words[:2] == ["python", "-m"]:
-        module, *arguments = words[2:]
-        found = importlib.util.find_spec(module)
-        assert found and found.origin
-        source = Path(found.origin).read_text(encoding="utf-8")
-        for flag in (word for word in arguments if word.startswith("--")):
-            assert flag in source or flag.removeprefix("--").replace("-", "_") in source, flag
+        require_understood(words)
     else:
         assert words[0] in OTHERS
+
+
+@pytest.mark.parametrize("words", INLINE, ids=" ".join)
+def test_every_module_that_a_sentence_names_exists_and_takes_its_options(words: list[str]) -> None:
+    require_understood(words)
+
+
+def require_understood(words: list[str]) -> None:
+    """Asserts that the module of `python -m` exists and that its command has these options; nothing is run."""
+    module, *arguments = words[2:]
+    if module.split(".")[0] not in ("recipes", "benchmarks", "tests"):
+        return
+    assert importlib.util.find_spec(module), module
+    command = script_of(module)
+    if command is None:
+        assert arguments == []
+        return
+    while hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        assert name in command.commands, f"{module} has no command {name}: {', '.join(command.commands)}"
+        command = command.commands[name]
+    context = typer.Context(command, info_name=module, **command.context_settings)
+    command.make_parser(context).parse_args(arguments)
+
+
+def script_of(module: str) -> Any:
+    """The click command that `python -m` runs: of what a module's last lines hand to `run_main` or `run_app`.
+
+    None for one of tests/ that takes no words.
+    """
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "__path__"):
+        loaded = importlib.import_module(f"{module}.__main__")
+    assert loaded.__file__
+    source = Path(loaded.__file__).read_text(encoding="utf-8")
+    _, begun, last = source.partition('if __name__ == "__main__":')
+    assert begun, f"{module} does nothing when it is run"
+    run = re.search(r"run_(main|app)\((\w+)\)", last)
+    if run is None:
+        return None
+    app = getattr(loaded, run[2])
+    if run[1] == "main":
+        app, main = script_app(), app
+        app.command()(main)
+    return typer.main.get_command(app)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -45,6 +45,8 @@ ON_THE_INDEX = {
     "torch",
 }
 
+MAIN = 'if __name__ == "__main__":'
+
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -306,19 +308,42 @@ def test_the_scripts_have_the_programs_help_and_every_option_a_text() -> None:
     assert found == []
 
 
+def scripts_below(*folders: str) -> list[str]:
+    """The modules of these folders that are run: `recipes.moji.flow`, `benchmarks.edit`."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    run = [path.relative_to(ROOT).with_suffix("").parts for path in paths if MAIN in path.read_text("utf-8")]
+    return [".".join(parts[:-1] if parts[-1] == "__main__" else parts) for parts in run]
+
+
+def test_every_script_is_run_by_the_programs_command_line() -> None:
+    other = []
+    for path in (path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        _, begun, last = path.read_text(encoding="utf-8").partition(MAIN)
+        if begun and not re.search(r"^ +run_(main|app)\(\w+\)$", last, re.MULTILINE):
+            other.append(str(path))
+    assert other == []
+
+
 def test_the_scripts_that_users_run_answer_help_and_a_misspelt_flag_without_torch() -> None:
-    folders = [ROOT / "recipes" / name for name in ("edit", "align")]
-    found = sorted(
-        path for folder in folders for path in folder.glob("*.py") if "__main__" in path.read_text()
-    )
-    quick = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+    quick = scripts_below("recipes/edit", "recipes/align")
     quick += ["benchmarks.memory", "benchmarks.speed.large", "benchmarks.speed.scale"]
     quick += ["recipes.moji.data.tokenizer"]
     assert len(quick) >= 11
+    # None of them can be imported then
+    answer_help(quick, 'sys.modules.update(dict.fromkeys(("torch", "diffusers", "transformers")))')
+
+
+@pytest.mark.slow
+def test_every_script_answers_help_and_a_misspelt_flag() -> None:
+    answer_help(scripts_below("recipes", "benchmarks"))
+
+
+def answer_help(scripts: list[str], before: str = "") -> None:
+    """Asserts that each ends with status 0 where it is asked for help, and with 2 for a flag that it does not have."""
     code = f"""
 import runpy, sys
-sys.modules.update(dict.fromkeys(("torch", "diffusers", "transformers")))  # which cannot be imported then
-for script in {quick}:
+{before}
+for script in {scripts}:
     for word, status in (("--help", 0), ("--hlep", 2)):
         sys.argv = [script, word]
         try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import plain_name, read_json
 
 AdapterType = Literal["lora", "dora", "loha", "lokr"]
 ADAPTER_TYPES: tuple[AdapterType, ...] = get_args(AdapterType)
@@ -144,9 +144,11 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
     return AdapterConfig(
         rank=rank,
         alpha=float(UNSAID_ALPHA if alpha is None else alpha),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        target_modules=targets if isinstance(targets, str) else tuple(targets) or None,
+        rank_pattern={plain_name(layer): one for layer, one in ranks.items()},
+        alpha_pattern={plain_name(layer): one for layer, one in alphas.items()},
+        target_modules=plain_name(targets)
+        if isinstance(targets, str)
+        else tuple(map(plain_name, targets)) or None,
         adapter_type="dora" if kind == "lora" and flags["use_dora"] else kind,
         use_rslora=flags["use_rslora"],
     )

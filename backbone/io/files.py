@@ -117,17 +117,19 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read (tensors by name, string metadata) of a safetensors file: the `names`, or all that begin with `prefix`.
 
-    Raises `UserError` for a damaged file and for any other format (a pickle can run code when it is opened, so none is
-    ever read), `FileNotFoundError` if it is missing.
+    Names are without what `torch.compile` puts into them. Raises `UserError` for a damaged file and for any other
+    format (a pickle can run code when it is opened, so none is ever read), `FileNotFoundError` if it is missing.
     """
     from safetensors import SafetensorError, safe_open
 
     path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
+            stored = _by_plain_name(file, path)
             if names is None:
-                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+                names = [name for name in stored if name.startswith(prefix)]
+            tensors = {name: file.get_tensor(stored.get(name, name)) for name in names}
+            return tensors, dict(file.metadata() or {})
     except SafetensorError as error:
         _raise_unreadable(path, error)
 
@@ -153,12 +155,29 @@ def read_header(path: str | Path) -> Header:
     path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            slices = {name: file.get_slice(stored) for name, stored in _by_plain_name(file, path).items()}
             shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
             kinds = {name: one.get_dtype() for name, one in slices.items()}
             return Header(path, shapes, dict(file.metadata() or {}), kinds)
     except SafetensorError as error:
         _raise_unreadable(path, error)
+
+
+COMPILED = re.compile(r"(?:^|(?<=[._]))_orig_mod(?:\\?\.|_)")
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor or layer, or a pattern of names, without what `torch.compile` puts into it."""
+    return COMPILED.sub("", name)
+
+
+def _by_plain_name(file: Any, path: Path) -> dict[str, str]:
+    """Each tensor's plain name → the stored one; `UserError` where two have the same."""
+    stored: dict[str, str] = {}
+    for name in file.keys():  # noqa: SIM118 (no mapping)
+        if (other := stored.setdefault(plain_name(name), name)) != name:
+            raise UserError(f"{path} holds {plain_name(name)} twice ({other}, {name}). Export it again.")
+    return stored
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ these, or of words.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from backbone.io.console import UserError, count_of, notify_once
 from backbone.io.records import iterate_entries
 
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.split` takes for blanks
 SUFFIXES = (".txt", ".jsonl", ".json")
 TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
@@ -169,13 +171,13 @@ def _read_entries(text: str, path: Path) -> Iterator[tuple[str, Prompt | None]]:
 def _from_text(line: str) -> Prompt | None:
     category, tab, text = line.rpartition("\t")
     text = " ".join(text.split())
-    return Prompt(text, category.strip() if tab else "") if text and "\0" not in line else None
+    return Prompt(text, category.strip() if tab else "") if text and not CONTROL.search(line) else None
 
 
 def _from_entry(value: Any) -> Prompt | None:
     value = {"prompt": value} if isinstance(value, str) else value
     text = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text.strip() or CONTROL.search(text):
         return None
     negatives = value.get("hard_negatives") or []
     if not isinstance(negatives, list) or not all(isinstance(n, str) and n.strip() for n in negatives):

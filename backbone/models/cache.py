@@ -79,7 +79,7 @@ def _encode_prompt(model: Backbone, prompt: str, seen: Sequence[Image]) -> Text:
         with noting_cuts() as cuts:
             text = model.encode_prompts([prompt], seen).text
         return text | (
-            {CUTS: torch.tensor(list("\n".join(cuts).encode()), dtype=torch.uint8)} if cuts else {}
+            {CUTS: torch.tensor(list("\n".join(cuts.values()).encode()), dtype=torch.uint8)} if cuts else {}
         )
 
     text = load_or_compute("text", key, encode)

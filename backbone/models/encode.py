@@ -20,10 +20,11 @@ from PIL import ImageOps
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix
+from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix, to_arrow
 from backbone.distributed import processes
 from backbone.families.components.latents import first_width
-from backbone.io.console import progress
+from backbone.families.components.tokenization import noting_cuts
+from backbone.io.console import notify_once, progress
 from backbone.io.files import content_hash
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
@@ -37,6 +38,8 @@ BATCH_PIXELS = 8 * 128 * 128  # of images that a CPU encodes together; more gain
 BATCH_BYTES = 4 << 30  # that a batch may take on a GPU, which is less than a training step takes there
 ACTIVATIONS = 10  # a batch's peak memory in an encoder, in activations of its first layer
 PROMPTS_AT_ONCE = 16
+CUT = "cut"  # beside a prompt's encoding: what there is to say of its end that the model does not see
+SAID = 3  # prompts that are cut off of which it is said, at most; the others are counted
 
 
 class Encoded(NamedTuple):
@@ -271,7 +274,9 @@ class Prompts:
     """The conditions of prompts, row for row, in a table: an index takes rows out, as out of `Conditions`."""
 
     def __init__(self, encoded: Encoded) -> None:
-        self.columns = {name: encoded.column(name) for name in encoded.table.shards[0].fields if name != KEY}
+        self.columns = {
+            name: encoded.column(name) for name in encoded.table.shards[0].fields if name not in (KEY, CUT)
+        }
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -306,18 +311,22 @@ def prompt_keys(prompts: Sequence[str | SeenPrompt]) -> Numbers:
     return keys_of([as_seen(prompt).key for prompt in prompts])
 
 
-def encode_some(model: Backbone, prompts: Sequence[SeenPrompt], read: ReadCrop) -> Conditions:
-    """The conditions of a few prompts: together, or one by one where images are seen with them."""
-    if not any(prompt.views for prompt in prompts):
-        return model.encode_prompts([prompt.prompt for prompt in prompts])
+def encode_some(
+    model: Backbone, prompts: Sequence[SeenPrompt], read: ReadCrop
+) -> tuple[Conditions, list[str]]:
+    """The conditions of a few prompts: together, or one by one where images are seen with them.
 
-    def alone(one: SeenPrompt) -> Conditions:
-        images = [read(*view) for view in one.views]
-        return model.encode_prompts(
-            [one.prompt], [ImageOps.mirror(i) for i in images] if one.flip else images
-        )
-
-    return Conditions.cat([alone(prompt) for prompt in prompts])
+    Beside them what there is to say of each prompt's end that the model does not see, "" where it sees all.
+    """
+    if any(prompt.views for prompt in prompts) and len(prompts) > 1:
+        parts, said = zip(*(encode_some(model, [prompt], read) for prompt in prompts), strict=True)
+        return Conditions.cat(parts), [one for [one] in said]
+    seen = [read(*view) for prompt in prompts for view in prompt.views]
+    if any(prompt.flip for prompt in prompts):
+        seen = [ImageOps.mirror(image) for image in seen]
+    with noting_cuts() as cuts:
+        conditions = model.encode_prompts([prompt.prompt for prompt in prompts], seen)
+    return conditions, [cuts.get(row, "") for row in range(len(prompts))]
 
 
 def encode_texts(
@@ -330,7 +339,8 @@ def encode_texts(
     """The conditions of prompts, row for row, each encoded once, ever.
 
     They lie in a table, in `folder` or in the cache; those of a text encoder that has learned words stay in the
-    CPU's memory. `read` decodes and cuts the images that are seen with them. Call it in all processes of a run.
+    CPU's memory. `read` decodes and cuts the images that are seen with them. Says how many prompts are cut off, also
+    of those that were encoded before. Call it in all processes of a run.
     """
     asked = [as_seen(prompt) for prompt in prompts]
     unlike = list({one.key: one for one in asked}.values())
@@ -341,7 +351,9 @@ def encode_texts(
             encode_some(model, unlike[first : first + PROMPTS_AT_ONCE], read)
             for first in range(0, len(unlike), PROMPTS_AT_ONCE)
         ]
-        return Conditions.cat(parts).to(torch.device("cpu"))[torch.from_numpy(which)]
+        say_cuts([cut for _, cuts in parts for cut in cuts])
+        encoded = Conditions.cat([conditions for conditions, _ in parts])
+        return encoded.to(torch.device("cpu"))[torch.from_numpy(which)]
     table, keys = prompt_table(model, folder), prompt_keys(unlike)
 
     def unknown() -> list[list[int]]:
@@ -354,14 +366,36 @@ def encode_texts(
         writer = ShardWriter(table, fallback=folder is None)
         with progress(sum(map(len, batches)), "encoding prompts", brief=True) as bar:
             for rows in batches:
-                text = encode_some(model, [unlike[row] for row in rows], read).text
-                writer.add({KEY: torch.from_numpy(keys[rows].copy()), **cast_text(model, text)})
+                conditions, cuts = encode_some(model, [unlike[row] for row in rows], read)
+                key = torch.from_numpy(keys[rows].copy())
+                writer.add({KEY: key, CUT: cuts, **cast_text(model, conditions.text)})
                 writer.close_if_due()
                 bar.advance(len(rows))
         writer.close()
 
     _encode_missing(unknown, encode, [table])
-    return Prompts(Encoded(table, table.find(keys)[which]))
+    rows = table.find(keys)
+    say_cuts(read_cuts(table, rows))
+    return Prompts(Encoded(table, rows[which]))
+
+
+def read_cuts(table: Table, rows: Numbers) -> list[str]:
+    """What there is to say of the ends of prompts in these rows of their table, "" where all is seen or not known."""
+    import pyarrow
+
+    none = pyarrow.scalar(None, pyarrow.string())
+    columns = [shard.columns.get(CUT, pyarrow.repeat(none, len(shard))) for shard in table.shards]
+    cuts = pyarrow.chunked_array(columns, pyarrow.string()).take(to_arrow(rows)).to_pylist()
+    return [cut or "" for cut in cuts]
+
+
+def say_cuts(cuts: Sequence[str]) -> None:
+    """Say what a model will not see of prompts, one by one of a few, and how many others there are; "" is nothing."""
+    long = [cut for cut in cuts if cut]
+    for cut in long[:SAID]:
+        notify_once(cut)
+    if long[SAID:]:
+        notify_once(f"So it is of {len(long) - SAID} more of {len(cuts)} prompts.")
 
 
 def _encode_missing(

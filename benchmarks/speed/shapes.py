@@ -25,6 +25,7 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
+from backbone.cli.commands import run_main
 from backbone.conditions.conditions import Conditions
 from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError
@@ -109,8 +110,11 @@ def write_model_folder(shape: str) -> Iterator[str]:
         yield folder
 
 
-def save_random(shape: str, folder: Path) -> None:
-    """A model folder of a shape with random weights, with the embedded model's tokenizer."""
+def save_random(
+    shape: Annotated[str, typer.Argument(help="sd15 or sdxl.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write a model folder of a shape with random weights, with the embedded model's tokenizer."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -292,4 +296,4 @@ def write_section(page: Path, title: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    save_random(sys.argv[1], Path(sys.argv[2]))
+    run_main(save_random)

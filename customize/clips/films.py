@@ -161,7 +161,7 @@ def read_several(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
             )
         captions = [said] if isinstance(said, str) else said
         more += len(captions) > 1
-        found[place] = join_lines(next(iter(captions), "")) or ""
+        found[place] = join_lines(next(iter(captions), ""), f"{name} in {listed}") or ""
     if more:
         notify(f"{listed} has several captions for {count_of(more, 'clip')}: the first of each is learned.")
     return found

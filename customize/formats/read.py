@@ -64,7 +64,7 @@ _FACTOR_BY_SUFFIX = {
     ".down.weight": "down",  # XLabs' processors
     ".up.weight": "up",
 }
-_WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))_orig_mod\.")  # DistributedDataParallel's, torch.compile's
+_WRAPPER = "module."  # DistributedDataParallel's
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?P<name>[^.]+)\.weight$")
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 LEARNED_WORDS = "learned words"
@@ -197,11 +197,11 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
 
 
 def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:
-    """Key → the same without what PyTorch's wrappers (compiled, distributed) and peft (an adapter's name) put into it.
+    """Key → the same without what a distributed training and peft (an adapter's name) put into it.
 
     Raises `UserError` for a file of several adapters.
     """
-    found = {key: _WRAPPERS.sub("", key) for key in keys}
+    found = {key: key.removeprefix(_WRAPPER) for key in keys}
     named = {key: match for key, name in found.items() if (match := _ADAPTER_NAME.search(name))}
     adapters = sorted({match["name"] for match in named.values()})
     if len(adapters) > 1:

@@ -200,8 +200,18 @@ def test_original_names_diffusers_names_and_a_control_lora_are_the_same_net(
         layer = names[name].removesuffix(".weight")
         lora |= {f"{layer}.up": up, f"{layer}.down": down}
     write_tensors(tmp_path / "lora.safetensors", {**lora, "lora_controlnet": torch.zeros(1)})
-    for file in ("net", "diffusers", "lora"):
-        found: Any = open_control(model, str(tmp_path / f"{file}.safetensors")).network.module
+    compiled = {f"_orig_mod.{name.replace('blocks.0.', 'blocks.0._orig_mod.')}": own[name] for name in own}
+    write_tensors(tmp_path / "compiled.safetensors", compiled)
+    module.save_pretrained(tmp_path / "folder")
+    write_tensors(tmp_path / "folder" / "diffusion_pytorch_model.safetensors", compiled)
+    for file in (
+        "net.safetensors",
+        "diffusers.safetensors",
+        "lora.safetensors",
+        "compiled.safetensors",
+        "folder",
+    ):
+        found: Any = open_control(model, str(tmp_path / file)).network.module
         for name, value in found.state_dict().items():
             torch.testing.assert_close(value, own[name], rtol=0, atol=1e-6)
     with pytest.raises(UserError, match=r"was made for another model: its .* is"):

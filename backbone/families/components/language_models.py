@@ -111,14 +111,15 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
     def warn_truncation(self, prompts: Sequence[str], length: int) -> None:
         """Say which prompts are longer than what is read, once per prompt, quoting what is dropped."""
         before = len(self.tokenizer(self.frame[0], add_special_tokens=False, verbose=False)["input_ids"])
-        for prompt in prompts:
+        for row, prompt in enumerate(prompts):
             tokenization.refuse_half_characters([prompt])
             words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
             if before + len(words) > length:
                 dropped = self.tokenizer.decode(words[length - before :])
                 tokenization.say_cut(
+                    row,
                     f"The prompt has {len(words)} tokens and this model reads {length - before}: it will not see "
-                    f"“{shorten(dropped)}”."
+                    f"“{shorten(dropped)}”.",
                 )
 
 

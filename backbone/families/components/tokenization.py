@@ -91,30 +91,35 @@ def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int |
     """Warn of each prompt that is longer than the encoder reads, once per prompt, quoting what is dropped."""
     refuse_half_characters(prompts)
     length = length or slot.tokenizer.model_max_length
-    for prompt in prompts:
+    for row, prompt in enumerate(prompts):
         tokens = slot.tokenizer(prompt, verbose=False)["input_ids"]
         if len(tokens) > length:
             dropped = slot.tokenizer.decode(tokens[length - 1 : -1])
             say_cut(
+                row,
                 f"The prompt has {len(tokens)} tokens and this model reads {length}: it will not see "
-                f"“{shorten(dropped)}”."
+                f"“{shorten(dropped)}”.",
             )
 
 
-_heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
+_heard: ContextVar[dict[int, str] | None] = ContextVar("heard", default=None)
 
 
-def say_cut(sentence: str) -> None:
-    """Say once what a model will not see of a prompt, and note it where `noting_cuts` listens."""
+def say_cut(row: int, sentence: str) -> None:
+    """Say once what a model will not see of a prompt, the one in this row; where `noting_cuts` listens, it is noted."""
     if (heard := _heard.get()) is not None:
-        heard.append(sentence)
-    notify_once(sentence)
+        heard[row] = sentence
+    else:
+        notify_once(sentence)
 
 
 @contextmanager
-def noting_cuts() -> Iterator[list[str]]:
-    """Inside it, what is said of prompts that are cut off is listed: who keeps their encodings keeps that too."""
-    heard: list[str] = []
+def noting_cuts() -> Iterator[dict[int, str]]:
+    """Inside it, what there is to say of prompts that are cut off is listed by row, and not said.
+
+    Who keeps their encodings keeps that too, and says it whenever they are asked for.
+    """
+    heard: dict[int, str] = {}
     token = _heard.set(heard)
     try:
         yield heard

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify_first, notify_once
+from backbone.io.prompts import CONTROL
 
-NO_WIDTH = " \ufeff\u200b\u200c\u200d\u2060"  # a byte order mark, and what web pages put between words
+# A byte order mark, what web pages put into words and between them, marks of the direction of writing, and what other
+# encodings' quotation marks become where they are taken for Latin 1
+NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\u0080-\u009f]")
+JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
 NAME_COLUMNS = ("image_file_name", "image_path", "video_path", "video")
@@ -70,6 +76,18 @@ def column_of(key: str) -> str:
     return word[: -len("_file_name")] if word.lower().endswith("_file_name") else word
 
 
-def join_lines(caption: str | None) -> str | None:
-    """A caption on one line, without marks of no width around it; None where nothing is left."""
-    return " ".join(caption.split()).strip(NO_WIDTH) or None if caption else None
+def join_lines(caption: str | None, where: str | Path) -> str | None:
+    """A caption on one line, without marks of no width, of which it is said; None where nothing is left.
+
+    Raises `UserError`, with `where` it stands, for control characters, which a terminal's output is full of.
+    """
+    text = " ".join((caption or "").split())
+    if odd := CONTROL.search(text):
+        near = text[max(0, odd.start() - 20) : odd.end() + 20]
+        raise UserError(
+            f"{where} holds a control character (in {near!r}), and a caption is plain text. Remove it."
+        )
+    seen = " ".join(NO_WIDTH.sub("", text).split()).strip(JOINERS)
+    if seen not in text:  # they are not around it alone
+        notify_first(str(where), "has marks of no width inside its caption. They are left out.")
+    return seen or None

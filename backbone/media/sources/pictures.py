@@ -236,7 +236,25 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
         picture = listed.record(path)
         caption, file = by_key.get(key, (None, None))
         pictures.append(replace(picture, caption=caption, caption_file=file) if caption else picture)
+    _say_shared(pictures)
     return pictures
+
+
+def _say_shared(pictures: Sequence[ImageRecord]) -> None:
+    """Say of captions and masks that lie beside two images of one name that both have them."""
+    owners: dict[Path, list[str]] = {}
+    for picture in pictures:
+        for file in (picture.caption_file, picture.mask):
+            if file is not None and file.suffix.lower() in (*CAPTION_SUFFIXES, *IMAGE_SUFFIXES):
+                owners.setdefault(file, []).append(picture.path.name)
+    shared = [(file, names) for file, names in owners.items() if len(names) > 1]
+    if shared:
+        (file, names), *more = shared
+        also = f" So it is of {count_of(len(more), 'other file')}." if more else ""
+        notify_once(
+            f"{file} is taken for {' and '.join(names)}, which have one name. Rename one of them, with a file of its "
+            f"own, if it is not so.{also}"
+        )
 
 
 def _refuse_folder_of_masks(pictures: Sequence[ImageRecord]) -> None:
@@ -283,7 +301,7 @@ def _read_companions(path: Path, beside: _Companions) -> ImageRecord:
             raise UserError(
                 f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them."
             )
-    caption = join_lines(_read_caption(captions[0], beside)) if captions else None
+    caption = join_lines(_read_caption(captions[0], beside), captions[0]) if captions else None
     mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
     return ImageRecord(path, caption, mask, caption_file=caption_file)
 
@@ -329,7 +347,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         name = find_spelled(resolve_inside(folder, name, where)).relative_to(folder).as_posix()
         if name in captions:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
-        captions[name] = join_lines(caption)
+        captions[name] = join_lines(caption, where)
     columns.say_of_captions(list(words), str(metadata))
     if not captions:
         notify_once(

@@ -271,7 +271,7 @@ def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | 
         raise UserError(
             f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
         )
-    return join_lines(caption)
+    return join_lines(caption, where)
 
 
 def _count_items(table: Any, column: str) -> list[int | None]:

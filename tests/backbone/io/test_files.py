@@ -118,6 +118,31 @@ def test_tensors_return_with_type_shape_and_metadata(tmp_path: Path) -> None:
         assert torch.equal(back[name], tensor)
 
 
+@pytest.mark.parametrize(
+    ("compiled", "plain"),
+    [
+        ("_orig_mod.down.0.weight", "down.0.weight"),
+        ("unet._orig_mod.down.0._orig_mod.to_q.lora_A.weight", "unet.down.0.to_q.lora_A.weight"),
+        ("lora_unet__orig_mod_down_0_to_q.alpha", "lora_unet_down_0_to_q.alpha"),
+        ("lora_unet_blocks_0__orig_mod_attn_q.alpha", "lora_unet_blocks_0_attn_q.alpha"),
+        ("my_orig_model.weight", "my_orig_model.weight"),
+    ],
+)
+def test_a_compiled_network_s_names_are_those_of_the_network(
+    compiled: str, plain: str, tmp_path: Path
+) -> None:
+    tensors = {compiled: torch.arange(3.0), "other": torch.zeros(2)}
+    write_tensors(path := tmp_path / "t.safetensors", tensors)
+    assert read_header(path).shapes == {plain: (3,), "other": (2,)}
+    for asked in ({}, {"prefix": plain[:6]}, {"names": {plain}}):
+        assert torch.equal(read_tensors(path, **asked)[0][plain], torch.arange(3.0))
+    if compiled != plain:
+        write_tensors(path, {**tensors, plain: torch.zeros(3)})
+        for read in (read_header, read_tensors):
+            with pytest.raises(UserError, match="twice"):
+                read(path)
+
+
 def test_views_of_one_memory_are_stored_each_for_itself(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     whole = torch.arange(12.0).reshape(3, 4).requires_grad_()

@@ -407,6 +407,39 @@ def test_what_wrappers_and_peft_put_into_names_is_no_part_of_them(tmp_path: Path
         read_adapter(write("unet.conv_in.lora_{}.dog.weight", "module.unet.conv_in.lora_{}.dog.weight"))
 
 
+def test_a_file_of_a_compiled_network_is_read_like_the_same_one_of_a_plain_network(tmp_path: Path) -> None:
+    layers = ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1")
+    shapes = {"A": ((2, 4), (2, 4, 3, 3)), "B": ((4, 2), (4, 2, 1, 1))}
+    values = {(n, end): drawn(*shapes[end][n]) for n in range(2) for end in "AB"}
+
+    def updates(prefix: str, sep: str, ends: dict[str, str], settings: dict[str, Any]) -> dict[str, Tensor]:
+        tensors = {
+            f"{prefix}{layers[n].replace('.', sep)}.{ends[end]}.weight": value
+            for (n, end), value in values.items()
+        }
+        header = {CONFIG_KEY: json.dumps(settings)} if settings else {}
+        write_tensors(tmp_path / "a.safetensors", tensors, header)
+        found = read_adapter(tmp_path / "a.safetensors").layers
+        return {name: layer.delta_weight() for name, layer in found.items()}
+
+    def peft(prefix: str) -> dict[str, Any]:
+        targets = [prefix + layer for layer in layers]
+        return {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": targets} | {
+            "unet.alpha_pattern": {f"{prefix}{layers[1]}": 6}
+        }
+
+    kohya, own = {"A": "lora_down", "B": "lora_up"}, {"A": "lora_A", "B": "lora_B"}
+    for plain, compiled in (
+        (("lora_unet_", "_", kohya, {}), ("lora_unet__orig_mod_", "_", kohya, {})),
+        (("unet.", ".", own, peft("")), ("unet._orig_mod.", ".", own, peft("_orig_mod."))),
+        (("unet.", ".", own, peft("")), ("_orig_mod.unet.", ".", own, peft(""))),
+        (("diffusion_model.", ".", kohya, {}), ("diffusion_model._orig_mod.", ".", kohya, {})),
+    ):
+        one, other = updates(*plain), updates(*compiled)
+        assert one.keys() == other.keys() == {f"unet.{layer}" for layer in layers}
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 # Kinds ------------------------------------------------------------------------------------------------------
 
 

@@ -1329,3 +1329,57 @@ def test_fitting_crops_what_is_too_much_and_nothing_else() -> None:
     middle = crop_and_resize(picture, (50, 50))
     assert middle.getpixel((9, 25)) == middle.getpixel((40, 25)) == (0, 0, 255)  # edges blend a little
     assert crop_and_resize(picture, (60, 20)).getpixel((5, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl", "metadata.csv"])
+def test_marks_that_nobody_sees_are_left_out_of_captions_and_said_inside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def caption(text: str) -> str | None:
+        said_of.cache_clear()
+        capsys.readouterr()
+        written = {"1.txt": text, "metadata.csv": f'file_name,text\n1.png,"{text}"\n'}
+        lines = json.dumps({"file_name": "1.png", "text": text}, ensure_ascii=False)
+        (tmp_path / name).write_text(written.get(name, lines), encoding="utf-8")
+        return list_images(tmp_path)[0].caption
+
+    write(tmp_path / "1.png")
+    assert caption("a d\u200bog\ufeff and \u200e \u00ad a cat\u2060") == "a dog and a cat"
+    line = capsys.readouterr().err
+    assert name in line and "has marks of no width inside its caption. They are left out." in line
+    for kept in ("نمی\u200cخواهم", "a family \U0001f468\u200d\U0001f469\u200d\U0001f467", "a dog\u200d"):
+        assert caption(f"\ufeff{kept}\u200b") == kept.rstrip("\u200d")
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("mark", ["\x1b[31m", "\x00", "\x07", "\x7f"])
+def test_a_control_character_in_a_caption_is_refused_with_where_it_stands(
+    tmp_path: Path, name: str, mark: str
+) -> None:
+    write(tmp_path / "1.png")
+    text = f"a {mark}dog"
+    written = {"1.txt": text, "metadata.csv": f"file_name,text\n1.png,{text}\n"}
+    (tmp_path / name).write_text(written.get(name, json.dumps({"file_name": "1.png", "text": text})))
+    with pytest.raises(UserError, match=rf"{name}.*(no text|plain text).*\.") as refused:
+        list_images(tmp_path)
+    assert mark not in str(refused.value)
+
+
+def test_a_caption_or_mask_beside_two_images_of_one_name_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1.png", "1.jpg", "2.png"):
+        write(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a dog")
+    assert [one.caption for one in list_images(tmp_path)] == ["a dog"] * 3
+    line = capsys.readouterr().err
+    assert "1.txt is taken for 1.jpg and 1.png, which have one name." in line and "So it is" not in line
+    write(tmp_path / "1.mask.png", Image.new("L", (48, 32)))
+    list_images(tmp_path)
+    assert "So it is of 1 other file." in capsys.readouterr().err
+    lines = [{"file_name": name, "text": f"a {name}"} for name in ("1.png", "1.jpg")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "1.mask.png").unlink()
+    list_images(tmp_path)
+    assert not capsys.readouterr().err
