@@ -28,6 +28,7 @@ from customize.data.masks import NOISE_SAMPLES, SHARES, dilate, otsu, prediction
 
 SMALLEST, LARGEST = 0.003, 0.6  # of a picture: what is less is no thing, what is more is all of it
 LEAST = 0.2  # of the place where it is seen that a thing's own pixels fill
+COARSE = 128  # pixels a side at which one part of a mask is told from another
 FLAT = 0.1  # of 1: where colours differ by less there is nothing
 BESIDE = re.compile(rf"\s+(?:{'|'.join(BESIDE_WORDS)})\s+", re.IGNORECASE)
 PLACE = re.compile(
@@ -82,7 +83,10 @@ def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
     """The pixels [H, W] of what stands in a picture and not in what is behind it; `UserError` where they are alike."""
     one, other = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
     changed = soften(np.abs(one - other).max(-1), 1.0) > FLAT
-    thing = fill_holes(choose_blob(changed, np.ones(changed.shape)))
+    step = -(-max(changed.shape) // COARSE)
+    coarse = np.asarray(Image.fromarray(changed).convert("L").reduce(step)) > 0
+    blob = np.kron(choose_blob(coarse, np.ones(coarse.shape)), np.ones((step, step), dtype=bool))
+    thing = fill_holes(changed & blob[: changed.shape[0], : changed.shape[1]])
     if not SMALLEST < thing.mean() < LARGEST:
         raise UserError(
             f"The picture and what --behind shows differ at {changed.mean():.0%} of their pixels, which is no thing. "
@@ -109,11 +113,8 @@ def foretells_better(model: Backbone, posterior: Posterior, said: Conditions, ot
             noise = torch.randn(clean.shape, generator=generator("mask", str(share), number)).to(clean.device)
             noisy = add_noise(clean, noise, path.levels[index])
             wanted = target(clean, noise, path.levels[index], path.prediction_type)
-            errors = (
-                (model.predict(noisy.expand(2, *clean.shape[1:]), index.expand(2), both) - wanted)
-                .square()
-                .mean(1)
-            )
+            prediction = model.predict(torch.cat([noisy, noisy]), index.expand(2), both)
+            errors = (prediction - wanted).square().mean(1)
             better += ((errors[1] - errors[0]) / errors.mean()).cpu()
     return torch.nn.functional.avg_pool2d(better[None], 3, stride=1, padding=1, count_include_pad=False)
 

@@ -199,10 +199,9 @@ def plan_in_picture(
         things=np.pad(thing, beside)[None],
         behind=None if behind is None else _lay_on_nothing(behind, beside),
     )
-    around = (
-        cut_thing(motion.rest) or motion.rest
-    )  # else the thing would be drawn around the picture once more
-    return PlannedClip(around, 1, move, views=views, picture=picture, cut_out=cut_out)
+    # Around the picture its place goes on: with its words the thing would be drawn there once more
+    prompt = cut_thing(motion.rest) or motion.rest
+    return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out)
 
 
 def _lay_on_nothing(image: Image.Image, beside: Sequence[tuple[int, int]]) -> Floats:
