@@ -50,7 +50,6 @@ from backbone.models.model import Backbone
 from backbone.models.sample import (
     Frames,
     Request,
-    latent_size,
     refuse_negative,
     resolve_sampling,
     sample_latents,
@@ -58,7 +57,7 @@ from backbone.models.sample import (
 from customize.clips.planned.plan import PlannedClip
 from customize.clips.planned.surroundings import give_picture
 from customize.clips.settings import ClipOptions
-from customize.clips.shots import aim_cameras, largest_places, plan_clips, write_plans
+from customize.clips.shots import aim_cameras, choose_size, largest_places, plan_clips, write_plans
 from customize.clips.sparse import (
     describe_given_frames,
     frames_of,
@@ -87,16 +86,17 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
-    rows, columns = latent_size(model, asked.size)
     controls, sparse = split_controls(asked)
-    size = (columns * model.factor, rows * model.factor)
+    size = choose_size(model, asked)
     what = describe_clips(model, prompts, asked, concepts)
     refuse_new_folder(asked.out, CLIPS, what)
     path = read_camera(asked.camera, asked.frames, size) if asked.camera else None
     shots = aim_cameras(model, prompts, asked, size, path)
     if not asked.motion and not asked.over_picture and not all(shot.views for shot in shots):
         refuse_transformer(model)
-    model = fit_clips(model, asked, largest_places(model, shots, size), len(prompts) * asked.count, concepts)
+    model = fit_clips(
+        model, asked, largest_places(model, asked, shots, size), len(prompts) * asked.count, concepts
+    )
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = frames_of(asked) if asked.sparsectrl else ([], [])
     began = time.perf_counter()

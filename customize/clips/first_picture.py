@@ -113,6 +113,8 @@ def plan_pictures(
     for prompt, plan in zip(prompts, plans, strict=True):
         for sentence in describe_plan(prompt, plan):
             notify(sentence)
-    if asked.shared_noise is not None:
+    if all(plan.is_drawn for plan in plans):
+        notify("Nothing is drawn: --count, --seed and the settings of the sampler change nothing here.")
+    elif asked.shared_noise is not None:
         notify("--shared-noise is not used: every clip here is of one picture.")
     return plans

@@ -182,6 +182,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             camera=bool(moves and self.camera) or any(camera for _, camera in moves),
             thing=bool(moves and self.track) or any(thing for thing, _ in moves),
         )
+        if self.condition and self.over_picture:
+            raise UserError(
+                "--condition is of what is drawn, and a picture that moves (--image) is there already. Leave one out, "
+                "or let a SparseCtrl read the picture: --sparsectrl."
+            )
         self._check_track()
         if not self.by_picture_alone:
             object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)

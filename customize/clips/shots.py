@@ -9,15 +9,18 @@ from backbone.adapters.concept import Concept
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import write_json
 from backbone.media.control.camera import CameraPath
+from backbone.media.sources.decode import open_named
 from backbone.models.control import list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
 from backbone.world.motions import cut_motion
 from customize.clips.first_picture import plan_pictures, write_masks
+from customize.clips.planned.in_picture import usual_size
 from customize.clips.planned.plan import POSE, PlannedClip, Shot, aim_camera, describe_plan, plan_clip
 from customize.clips.planned.track import as_json, read_track
 from customize.clips.settings import ClipOptions
 
+LONGEST = 1024  # pixels a side of a clip of a picture
 TRACK_FILE = "track.json"  # how what moves does, where that is given
 
 
@@ -41,9 +44,33 @@ def aim_cameras(
     ]
 
 
-def largest_places(model: Backbone, shots: Sequence[Shot], size: tuple[int, int]) -> tuple[int, int]:
+def choose_size(model: Backbone, asked: ClipOptions) -> tuple[int, int]:
+    """The size (width, height) of a frame in pixels: as asked for, the model's own, or of the shape of a first picture.
+
+    Where no camera may look past the picture nothing is drawn, and frames are as large as it is, up to `LONGEST`.
+    """
+    rows, columns = latent_size(model, asked.size)
+    if asked.size != (None, None) or not asked.over_picture:
+        return columns * model.factor, rows * model.factor
+    (file,) = asked.images
+    own = open_named(file).size
+    if asked.camera or any(camera for _, camera in asked.moves_in_picture):
+        return usual_size(model, own)
+    scale = min(1.0, LONGEST / max(own))
+    wide, high = (max(1, round(side * scale)) for side in own)
+    if scale < 1:
+        notify(f"{file.name} is {own[0]} × {own[1]}, and the clip {wide} × {high}.")
+    return wide, high
+
+
+def largest_places(
+    model: Backbone, asked: ClipOptions, shots: Sequence[Shot], size: tuple[int, int]
+) -> tuple[int, int]:
     """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
-    sizes = [latent_size(model, size if shot.views is None else shot.views.canvas) for shot in shots]
+    still = (
+        (None, None) if asked.over_picture else size
+    )  # of a picture that no camera looks past nothing is drawn
+    sizes = [latent_size(model, still if shot.views is None else shot.views.canvas) for shot in shots]
     return max(sizes, key=lambda sides: sides[0] * sides[1])
 
 

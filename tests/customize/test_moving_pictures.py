@@ -140,6 +140,19 @@ def test_under_a_camera_that_moves_too_the_thing_moves_in_the_picture(picture: P
     assert red(last)[0] < 55
 
 
+@pytest.mark.parametrize(
+    ("words", "size"), [("a ball, growing", (90, 150)), ("a ball, growing, camera zooming in", (96, 160))]
+)
+def test_a_clip_has_the_picture_s_shape(
+    picture: Path, words: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    for name in ("picture.png", "mask.png"):
+        Image.open(tmp_path / name).resize((90, 150)).save(tmp_path / name)
+    given = ("--image", picture, "--mask", tmp_path / "mask.png")
+    assert call(words, *given, "--out", tmp_path / "clip").exit_code == 0
+    assert Image.open(tmp_path / "clip" / "p00-s00" / "0000.png").size == size
+
+
 def test_what_is_behind_the_thing_can_be_given(picture: Path, tmp_path: Path) -> None:
     Image.new("RGB", (SIDE, SIDE), "yellow").save(tmp_path / "yellow.png")
     words = ("a ball, moving left fast", "--image", picture, "--behind")
@@ -167,6 +180,7 @@ def test_it_moves_in_a_picture_by_any_model(picture: Path, tmp_path: Path) -> No
         ("a ball, moving left", {"--mask": "black.png"}, "is white at nothing"),
         ("a ball, moving left", {"--behind": "picture.png"}, "differ at 0% of their pixels"),
         ("a ball, moving left", {"--mask": "none.png"}, "none.png"),
+        ("a ball, moving left", {"--condition": "sketch=mask.png"}, "is there already"),
         ("a ball, camera panning left", {"--mask": "mask.png"}, "--mask is of a thing that words move"),
         ("a ball, camera panning left", {"--behind": "behind.png"}, "--behind is of a thing that words move"),
     ],
@@ -176,7 +190,7 @@ def test_what_cannot_be_moved_is_refused(
 ) -> None:
     Image.new("L", (SIDE, 40), 255).save(tmp_path / "wide.png")
     Image.new("L", (SIDE, SIDE)).save(tmp_path / "black.png")
-    more = [part for flag, name in given.items() for part in (flag, tmp_path / name)]
+    more = [part for flag, name in given.items() for part in (flag, name if "=" in name else tmp_path / name)]
     done = call(words, "--image", picture, *more, "--out", tmp_path / "clip")
     assert done.exit_code != 0 and sentence in str(done.exception) + done.output
     assert not (tmp_path / "clip").exists()

@@ -206,6 +206,7 @@ def test_a_camera_begins_with_a_picture_and_the_drawing_goes_on_around_it(tmp_pa
 
 
 def test_every_prompt_beside_a_picture_moves_something(tmp_path: Path) -> None:
+    Image.new("RGB", (128, 128)).save(tmp_path / "photo.png")
     said = call(
         "a dog", "a dog, camera zooming in", "--image", tmp_path / "photo.png", "--out", tmp_path / "clip"
     )
