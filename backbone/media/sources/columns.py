@@ -10,9 +10,9 @@ from pathlib import Path
 from backbone.io.console import UserError, notify_first, notify_once
 from backbone.io.prompts import CONTROL
 
-# A byte order mark, what web pages put into words and between them, marks of the direction of writing, and what other
-# encodings' quotation marks become where they are taken for Latin 1
-NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\u0080-\u009f]")
+# A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
+# characters, as which other encodings' quotation marks are taken too
+NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x1b\x7f-\x9f]")
 JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
@@ -77,17 +77,19 @@ def column_of(key: str) -> str:
 
 
 def join_lines(caption: str | None, where: str | Path) -> str | None:
-    """A caption on one line, without marks of no width, of which it is said; None where nothing is left.
-
-    Raises `UserError`, with `where` it stands, for control characters, which a terminal's output is full of.
-    """
+    """A caption on one line, without marks that nobody sees, of which it is said; None where nothing is left."""
     text = " ".join((caption or "").split())
-    if odd := CONTROL.search(text):
-        near = text[max(0, odd.start() - 20) : odd.end() + 20]
-        raise UserError(
-            f"{where} holds a control character (in {near!r}), and a caption is plain text. Remove it."
-        )
     seen = " ".join(NO_WIDTH.sub("", text).split()).strip(JOINERS)
     if seen not in text:  # they are not around it alone
         notify_first(str(where), "has marks of no width inside its caption. They are left out.")
     return seen or None
+
+
+def refuse_control(caption: str, where: str | Path) -> str:
+    """The caption, of a file that can be written anew; `UserError` for control characters, as terminals are sent."""
+    if odd := CONTROL.search(caption):
+        near = caption[max(0, odd.start() - 20) : odd.end() + 20]
+        raise UserError(
+            f"{where} holds a control character (in {near!r}), and a caption is plain text. Remove it."
+        )
+    return caption

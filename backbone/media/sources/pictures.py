@@ -19,7 +19,7 @@ from typing import Any
 
 from backbone.io.console import UserError, count_of, notify, notify_once, progress
 from backbone.io.records import is_json_list, iterate_entries, iterate_rows, plain, resolve_inside
-from backbone.media.sources.columns import Columns, join_lines
+from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
 from backbone.media.sources.names import (
     find_spelled,
@@ -343,6 +343,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         caption = entry.get(caption_column) if caption_column else None
         if caption is not None and not isinstance(caption, str):
             raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
+        refuse_control(caption or "", where)
         folder = metadata.parent
         name = find_spelled(resolve_inside(folder, name, where)).relative_to(folder).as_posix()
         if name in captions:
@@ -420,7 +421,7 @@ def _read_caption(path: Path, beside: _Companions) -> str:
         (what for begins, what in NO_CAPTION.items() if re.match(begins, text.lstrip(), re.I)), ""
     ):
         raise UserError(f"{path} is {what}, and a caption is plain text. Replace or remove it.")
-    return text
+    return refuse_control(text, path)
 
 
 def _is_text(path: Path) -> bool:

@@ -21,6 +21,7 @@ from backbone.io.console import UserError, notify_once, said_of
 from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_named, open_rgb
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
+from backbone.media.sources.tables import caption_at
 from backbone.media.transforms import (
     CROPS,
     CropPosition,
@@ -1364,6 +1365,16 @@ def test_a_control_character_in_a_caption_is_refused_with_where_it_stands(
     with pytest.raises(UserError, match=rf"{name}.*(no text|plain text).*\.") as refused:
         list_images(tmp_path)
     assert mark not in str(refused.value)
+
+
+def test_control_characters_in_a_table_that_others_wrote_are_left_out_and_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said_of.cache_clear()
+    for row, text in enumerate(("a\x07 dog", b"a \x1bdog", "a dog\x00")):
+        assert caption_at(text, None, f"Row {row} of images.parquet") == "a dog"
+    line = "Row 0 of images.parquet has marks of no width inside its caption. They are left out.\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_caption_or_mask_beside_two_images_of_one_name_is_said(
