@@ -15,7 +15,8 @@ from backbone.adapters.concept import EDITS, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, count_of, notify, quote
-from backbone.io.files import atomic_write, fill_folder
+from backbone.io.files import PICKLE_SUFFIXES, atomic_write, fill_folder
+from backbone.io.prompts import CONTROL
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
 from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
@@ -200,8 +201,12 @@ def import_adapter(
 
     A run folder needs the base model, which must have the adapter's layers, and an adapter's trigger words. The token
     is [V], or what a file of a learned word calls it, where none is named.
-    Raises `UserError`, before anything is written, where these are unknown or do not fit.
+    Raises `UserError`, before anything is written, where these are unknown or do not fit, and for options that a file
+    has no use for.
     """
+    if token is not None and not token.strip():
+        raise UserError("The token is empty. Give a word, as in --token sks, or leave it out for [V].")
+    token = token and token.strip()
     if (word_file := find_word_file(file)) is not None:
         if token_words:
             raise UserError(f"{file} holds a learned word, so --token-words has no effect. Leave it out.")
@@ -218,12 +223,15 @@ def import_adapter(
             file, out, model=model, token=token or word.token, class_noun=class_noun, words=word
         )
     adapter = read_adapter(file, beside=BUNDLED)
-    if out.suffix != ".safetensors":
+    if out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
         named = _Named(token or "[V]", token_words, class_noun)
         return _import_run(file, adapter, bundled, out, model=model, named=named)
     if bundled:
         raise UserError(f"{file} holds learned words too ({', '.join(bundled)}). Name a folder with --out.")
     check_output(out)
+    asked = {"model": model, "token": token, "token-words": token_words, "class": class_noun}
+    if idle := [f"--{flag}" for flag, value in asked.items() if value]:
+        raise UserError(f"{out} is a file, on which {idle[0]} has no effect. Leave it out, or name a folder.")
     metadata = build_metadata(adapter, source=file, title=out.stem)
     worst = write_adapter(out, adapter, "peft", metadata=metadata)
     return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
@@ -253,12 +261,12 @@ def _import_run(
             f"it is: customize clip --image PICTURE --model svd --lora {quote(file)}"
         )
     model_name = model or adapter.metadata.get("base_model")
-    if model_name is None:
+    if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     metadata = build_metadata(adapter, source=file, title=out.stem)
     spoken: dict[str, str] = {}
     if named.words or not bundled:
-        spoken = {named.token: named.words or _trigger_words(file, adapter)}
+        spoken = {named.token: _trigger_words(file, adapter, named.words)}
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
@@ -298,9 +306,15 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
     return {token: next(iter(words.values()))}
 
 
-def _trigger_words(file: Path, adapter: AdapterFile) -> str:
-    """What the file's metadata says to write in a prompt; `UserError` where it says nothing."""
-    words = adapter.metadata.get("limner_words") or adapter.metadata.get("modelspec.trigger_phrase")
+def _trigger_words(file: Path, adapter: AdapterFile, said: str | None) -> str:
+    """What was `said`, else what the file's metadata says to write in a prompt; `UserError` where that is no text."""
+    keys = ("limner_words", "modelspec.trigger_phrase")
+    told = [said or "", *(adapter.metadata.get(key, "") for key in keys)]
+    words = next((one for one in (" ".join(text.split()) for text in told) if one), "")
+    if CONTROL.search(words):
+        raise UserError(
+            f"The trigger words {words[:60]!r} hold control characters. Give them anew with --token-words."
+        )
     if not words:
         raise UserError(
             f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks; of one that "

@@ -103,6 +103,17 @@ OTHER_FILES = {
         "Train a concept on the images instead.",
     ),
 }
+# The same of files without any factor
+WHOLE_WEIGHTS = {
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": (
+        "a whole model",
+        "Draw with it: customize sample --model FILE. Or take out how it differs from its base: customize extract.",
+    ),
+    r"^(conv_in|down_blocks|double_blocks|joint_blocks|(single_)?transformer_blocks)\.(.*\.)?(weight|bias)$": (
+        "a model's network",
+        "Take out how it differs from its base, as a LoRA: customize extract.",
+    ),
+}
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "lora": (("down", "up"),),
@@ -114,14 +125,22 @@ _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
 def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
     """Read the adapter of a file, a run folder or peft's folder, whichever tool wrote it.
 
-    Tensors whose names begin with `beside`, where it is given, are the caller's to read. Raises `UserError` where there
-    is no adapter, where a layer lacks factors or is of no supported model, for values that are not finite, and for
-    tensors that belong to no known format.
+    It is said of one that changes nothing. Tensors whose names begin with `beside`, where it is given, are the caller's
+    to read. Raises `UserError` where there is no adapter, where a layer lacks factors or is of no supported model, for
+    values that are not finite, and for tensors that belong to no known format.
     """
     path = find_adapter_file(path)
+    adapter = parse_adapter(path, beside=beside)
+    if not any(layer.magnitude is not None or layer.squared_norm() for layer in adapter.layers.values()):
+        notify_once(f"{path} changes nothing: the factors of all its layers give zero. Was it trained?")
+    return adapter
+
+
+def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
+    """The adapter of a file, as `read_adapter` reads it."""
     tensors, metadata = read_tensors(path)
     tensors = {name: value for name, value in tensors.items() if not (beside and name.startswith(beside))}
-    check_tensors(path, tensors)
+    check_tensors(path, _without_idle_alphas(tensors))
     groups = _group_by_stem(tensors, path)
     shapes = {stem: _stored_shape(group) for stem, group in groups.items()}
     translation = translate(groups, path, shapes)
@@ -134,9 +153,17 @@ def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
             if name in layers:
                 raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
             layers[name] = layer
-    if not any(layer.magnitude is not None or layer.squared_norm() for layer in layers.values()):
-        notify_once(f"{path} changes nothing: the factors of all its layers give zero. Was it trained?")
     return AdapterFile(layers, metadata, _describe_format(tensors), translation.network)
+
+
+def _without_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without α of LoKr's that have no low-rank factors: it says nothing, and may be infinite in fp16."""
+    idle = {
+        f"{stem}.alpha"
+        for name in tensors
+        if (stem := name.removesuffix(".lokr_w1")) != name and f"{stem}.lokr_w2" in tensors
+    }
+    return {name: value for name, value in tensors.items() if name not in idle}
 
 
 def find_adapter_file(path: str | Path) -> Path:
@@ -173,10 +200,15 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
         group, factor = groups.setdefault(plain.removesuffix(suffix), {}), _FACTOR_BY_SUFFIX[suffix]
         if factor in group:
             raise UserError(f"{path} holds {plain.removesuffix(suffix)} twice ({key}). Export it again.")
+        if factor not in _BESIDE_FACTORS and tensors[key].ndim < 2:
+            raise UserError(
+                f"{key} in {path} is of the shape {list(tensors[key].shape)}, and a factor is a matrix or a kernel. "
+                "Export the file again."
+            )
         group[factor] = tensors[key]
     if not unknown:
         return groups
-    for pattern, (what, remedy) in OTHER_FILES.items():
+    for pattern, (what, remedy) in (OTHER_FILES | ({} if groups else WHOLE_WEIGHTS)).items():
         if any(re.search(pattern, key) for key in unknown):
             raise UserError(f"{path} is {what}, and no LoRA. {remedy}")
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")

@@ -30,6 +30,7 @@ from backbone.adapters.embeddings import (
 )
 from backbone.io.console import UserError, count_of, quote
 from backbone.io.files import (
+    PICKLE_SUFFIXES,
     fill_folder,
     read_header,
     read_tensors,
@@ -159,13 +160,13 @@ def import_words(
     Raises `UserError`, before anything is written, where the model is unknown or reads other vectors.
     """
     words = words or read_word_file(file)
-    if out.suffix == ".safetensors":
+    if out.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
         raise UserError(
             f"{file} holds a learned word. Name a folder with --out, or write it for another tool: customize export "
-            f"{quote(file)} --to diffusers --out {quote(out)}"
+            f"{quote(file)} --to diffusers --out {quote(out.with_suffix('.safetensors'))}"
         )
     model_name = model or words.metadata.get("base_model")
-    if model_name is None:
+    if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     opened = Backbone.open(model_name, device="cpu", precision="fp32")
     vectors = fit_to_encoders(words, opened, file)

@@ -29,7 +29,7 @@ from customize.formats.layers.names import (
 )
 from customize.formats.layers.originals import OriginalLayer, find_original
 from customize.formats.layers.split import swap_halves
-from customize.formats.read import read_adapter
+from customize.formats.read import parse_adapter
 
 TOLERANCE = 1e-5  # relative difference of ΔW that rounding in float32 may leave
 
@@ -69,7 +69,7 @@ def write_adapter(
         entries["modelspec.hash_sha256"] = hash_weights(tensors)
     with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, {"format": "pt", **entries})
-        reread = read_adapter(temporary)
+        reread = parse_adapter(temporary)
         worst, where = compare_updates(adapter, reread)
         if worst < math.inf and file_format != "comfyui":  # ComfyUI's DoRA scales are normalised differently
             worst, where = max((worst, where), _compare_magnitudes(adapter, reread))
@@ -210,6 +210,13 @@ def _build_peft_config(layers: Mapping[str, LayerUpdate], start: str) -> dict[st
         raise UserError(
             "peft has no format for layers of several algorithms in one adapter. Make a LoRA "
             "of them with `customize resize`."
+        )
+    plain = [name for name, layer in layers.items() if layer.magnitude is None]
+    if 0 < len(plain) < len(layers):
+        raise UserError(
+            f"peft and diffusers have no format for DoRA scales of some layers alone ({len(plain)} of {len(layers)} "
+            f"have none, as {plain[0]}). Export --to kohya, or put the file into a whole model with "
+            "`customize merge --bake`."
         )
     algorithm = algorithms.pop()
     config: dict[str, Any] = {

@@ -103,6 +103,40 @@ def test_an_import_without_a_trigger_word_asks_for_it(run: Path, tmp_path: Path,
         import_adapter(tmp_path / "bare.safetensors", tmp_path / "again", model=str(tiny_folder))
 
 
+@pytest.mark.parametrize("words", [None, "", " \n"])
+@pytest.mark.parametrize("phrase", ["", "  ", "\t\n"])
+def test_blanks_are_no_trigger_words(
+    words: str | None, phrase: str, run: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    bare = tmp_path / "bare.safetensors"
+    write_adapter(bare, read_adapter(run), "kohya", metadata={"modelspec.trigger_phrase": phrase})
+    with pytest.raises(UserError, match="does not say its trigger words"):
+        import_adapter(bare, tmp_path / "again", model=str(tiny_folder), token_words=words)
+    with pytest.raises(UserError, match=r"'b\\x1b\[31m' hold control characters"):
+        import_adapter(bare, tmp_path / "again", model=str(tiny_folder), token_words="b\x1b[31m")
+    with pytest.raises(UserError, match="The token is empty"):
+        import_adapter(bare, tmp_path / "again", model=str(tiny_folder), token=phrase, token_words="b")
+    assert not (tmp_path / "again").exists()
+    import_adapter(bare, tmp_path / "again", model=str(tiny_folder), token=" [V] ", token_words=" b\n c ")
+    assert read_concept(tmp_path / "again").tokens == {"[V]": "b c"}
+
+
+@pytest.mark.parametrize("flag", ["--model", "--token", "--token-words", "--class"])
+def test_an_import_into_a_file_refuses_what_has_no_effect_there(flag: str, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match=f"is a file, on which {flag} has no effect"):
+        customize("import", run, "--out", out, flag, "moji")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.SAFETENSORS"])
+def test_no_folder_is_made_that_is_called_as_a_file_of_weights(name: str, run: Path, tmp_path: Path) -> None:
+    for command in ("import", "export"):
+        with pytest.raises(UserError, match=rf"{name} must end in \.safetensors"):
+            customize(command, run, "--out", tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
 def test_a_file_that_is_cut_off_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\x10\0\0\0\0\0\0\0{")

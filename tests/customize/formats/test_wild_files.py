@@ -40,7 +40,7 @@ from customize.formats.factors import LayerUpdate
 from customize.formats.merging.merge import read_input
 from customize.formats.model_weights import ModelWeights
 from customize.formats.read import read_adapter
-from customize.formats.write import write_adapter
+from customize.formats.write import compare_updates, write_adapter
 from tests.tiny import (
     tiny_chroma,
     tiny_flux,
@@ -387,6 +387,64 @@ def test_tensors_of_other_methods_are_refused_with_what_they_are(
         read_adapter(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
+@pytest.mark.parametrize("end", ["lora_down.weight", "lora_up.weight", "lokr_w1", "hada_w2_b"])
+def test_a_factor_that_is_no_matrix_is_refused_by_name(
+    end: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    tensors = {f"lora_unet_conv_in.{one}": value for one, value in lora(torch.empty(4, 4))[0].items()}
+    write_tensors(tmp_path / "a.safetensors", tensors | {f"lora_unet_conv_in.{end}": torch.ones(shape)})
+    with pytest.raises(UserError, match=rf"lora_unet_conv_in\.{end} in .* and a factor is a matrix"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.bias"), "a whole model"),
+        (("conditioner.embedders.0.transformer.x.weight",), "a whole model"),
+        (("conv_in.weight", "down_blocks.0.resnets.0.conv1.bias"), "a model's network"),
+        (("double_blocks.0.img_attn.qkv.weight",), "a model's network"),
+        (("down_blocks.0.x.lora_B.bias", "down_blocks.0.x.lora_A.weight"), "beside its factors"),
+    ],
+)
+def test_weights_that_are_taken_for_a_lora_are_said_to_be_some(
+    names: Sequence[str], said: str, tmp_path: Path
+) -> None:
+    write_tensors(tmp_path / "a.safetensors", dict.fromkeys(names, torch.ones(4, 4)))
+    with pytest.raises(UserError, match=said):
+        inspect_adapter(tmp_path / "a.safetensors")
+
+
+def test_an_adapter_that_changes_nothing_is_said_once_and_by_its_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = {end: 0 * value for end, value in lora(torch.empty(4, 4))[0].items() if end != "alpha"}
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, {f"lora_unet_conv_in.{end}": value for end, value in zero.items()})
+    export_adapter(file, tmp_path / "b.safetensors", "diffusers")
+    said = [line for line in capsys.readouterr().err.splitlines() if "changes nothing" in line]
+    assert said == [f"{file} changes nothing: the factors of all its layers give zero. Was it trained?"]
+
+
+def test_dora_scales_of_some_layers_alone_are_kept_or_refused_before_anything_is_written(
+    models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    model, tensors = models["sd"], dict[str, Tensor]()
+    for make, module in zip((lora, with_scale(lora, "out")), list(model.weights)[:2], strict=True):
+        factors, _ = make(model.weights[module])
+        tensors |= {f"lora_unet_{flat(module)}.{end}": value for end, value in factors.items()}
+    write_tensors(file := tmp_path / "a.safetensors", tensors)
+    said = r"no format for DoRA scales of some layers alone \(1 of 2 have none.* --to kohya"
+    with pytest.raises(UserError, match=said):
+        export_adapter(file, tmp_path / "d.safetensors", "diffusers")
+    with pytest.raises(UserError, match=said):
+        import_adapter(file, tmp_path / "run", model=str(model.folder), token_words="bcd")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    export_adapter(file, tmp_path / "k.safetensors", "kohya")
+    assert compare_updates(read_adapter(file), read_adapter(tmp_path / "k.safetensors"))[0] == 0
+
+
 def test_what_wrappers_and_peft_put_into_names_is_no_part_of_them(tmp_path: Path) -> None:
     def write(*names: str) -> Path:
         factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
@@ -574,6 +632,24 @@ def test_an_import_into_a_run_changes_every_layer_exactly(
     write_tensors(tmp_path / "a.safetensors", tensors)
     import_adapter(tmp_path / "a.safetensors", tmp_path / "run", model=str(model.folder), token_words="bcd")
     assert_effective(read_concept(tmp_path / "run").weights_path, model, truth)
+
+
+def test_a_whole_lokr_s_alpha_says_nothing_even_where_fp16_had_no_room_for_it(
+    models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    module, weight = next(iter(models["sd"].weights.items()))
+    factors, truth = KINDS["lokr 4 w1 w2"](weight)
+    tensors = {f"lycoris_{flat(module)}.{end}": value for end, value in factors.items()}
+    endless = torch.tensor(1e5).half()  # of the dimension 100,000, by which LyCORIS keeps both factors whole
+    write_tensors(tmp_path / "a.safetensors", tensors | {f"lycoris_{flat(module)}.alpha": endless})
+    (layer,) = read_adapter(tmp_path / "a.safetensors").layers.values()
+    assert relative(layer.delta_weight().flatten(1), truth) < 1e-5
+    half = {name: value for name, value in tensors.items() if not name.endswith("lokr_w2")}
+    parts = {"lokr_w2_a": drawn(2, 1), "lokr_w2_b": drawn(1, 2), "alpha": endless}
+    half |= {f"lycoris_{flat(module)}.{end}": value for end, value in parts.items()}
+    write_tensors(tmp_path / "a.safetensors", half)
+    with pytest.raises(UserError, match=r"alpha holds values that are not finite"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["dora over inputs", "dora of a loha over inputs"])

@@ -138,6 +138,8 @@ def test_the_second_file_of_diffusers_script_is_the_second_encoder_s(xl_folder: 
         ({"emb_params": rows(1) / 0}, {}, "not finite"),
         ({"clip_l": torch.tensor(1.0)}, {}, r"clip_l of the shape \[\], which is no learned word"),
         ({"emb_params": rows(1)}, {"model": None}, "does not say which model"),
+        ({"emb_params": rows(1)}, {"model": ""}, "does not say which model"),
+        ({"emb_params": rows(1)}, {"token": " "}, "The token is empty"),
     ],
 )  # fmt: skip
 def test_a_word_that_is_none_of_the_model_s_is_refused_and_nothing_is_written(
@@ -147,6 +149,14 @@ def test_a_word_that_is_none_of_the_model_s_is_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=said):
         import_adapter(file, tmp_path / "run", **{"model": str(tiny_folder), **options})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.SAFETENSORS", "a.pt"])
+def test_a_run_of_a_learned_word_is_no_file(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "word.safetensors", {"emb_params": rows(1)})
+    with pytest.raises(UserError, match=r"Name a folder with --out, .* --out .*/a\.safetensors"):
+        import_adapter(file, tmp_path / name, model=str(tiny_folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["word.safetensors"]
 
 
 def test_a_pickled_embedding_is_refused_by_every_door(tmp_path: Path, tiny_folder: Path) -> None:
