@@ -164,7 +164,13 @@ INLINE = [
     )
     if not words[2].endswith("…")
 ]
-ABOUT_BENCHMARKS = ("docs/moji.md", "docs/scale.md", "docs/reproducing.md", "docs/control.md")
+ABOUT_BENCHMARKS = (
+    "docs/moji.md",
+    "docs/scale.md",
+    "docs/reproducing.md",
+    "docs/control.md",
+    "docs/clips.md",
+)
 OTHERS = ("python3", "pip", ".", "python", "pre-commit")  # what a block that does not run may also call
 
 

@@ -199,11 +199,14 @@ def test_the_sheet_is_drawn_by_the_best_step_as_sampling_is(
     def pictures(run: Path) -> torch.Tensor:
         """The lower half of the sheet: above is a note that tells the runs apart."""
         sheet = Image.open(run / "sheet.png")
-        return torch.tensor(list(sheet.crop((0, sheet.height // 2, sheet.width, sheet.height)).tobytes()))
+        return torch.tensor(
+            list(sheet.crop((0, sheet.height // 2, sheet.width, sheet.height)).tobytes())
+        ).float()
 
     short, long = learn("short", **asked), learn("long", steps=3, **asked)
     first = property(lambda patience: patience.history[min(1, len(patience.history) - 1)])
     monkeypatch.setattr(EarlyStopping, "best", first)
     kept = learn("kept", steps=3, evaluation_steps=1, scorer=str(EMBEDDED / "scorer"), **asked)
-    assert torch.equal(pictures(kept), pictures(short)) and not torch.equal(pictures(kept), pictures(long))
+    last, best = ((pictures(kept) - pictures(run)).abs().mean() for run in (long, short))
+    assert best < 0.1 * last
     assert "What the model draws at step 1" in (kept / "report.html").read_text()
