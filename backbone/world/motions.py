@@ -1,4 +1,8 @@
-"""Words of motion and of the camera: what a thing does, what the camera does, how fast, and three ways to say each."""
+"""Words of motion and of the camera: what a thing does, what the camera does, how fast, and four ways to say each.
+
+Beside these, in which clips are captioned, many others are understood: `walking to the left`, `flies up`, `jumping`,
+`the camera pans right`, `dolly in`.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,56 @@ CAMERAS: dict[str, tuple[str, ...]] = {
         "camera tilting over to the right",
     ),
 }
+# What is understood beside them: verbs with a direction, as participle and in the third person …
+GOING = {
+    "moving": "moves", "going": "goes", "sliding": "slides", "gliding": "glides", "drifting": "drifts",
+    "floating": "floats", "flying": "flies", "driving": "drives", "riding": "rides", "sailing": "sails",
+    "swimming": "swims", "racing": "races", "rolling": "rolls", "heading": "heads", "crawling": "crawls",
+}  # fmt: skip
+WALKING = {
+    "walking": "walks", "running": "runs", "trotting": "trots", "strolling": "strolls", "marching": "marches",
+    "galloping": "gallops", "jogging": "jogs", "wandering": "wanders",
+}  # fmt: skip
+PANNING = (
+    "pan", "panning", "camera pans", "the camera pans", "camera panning", "camera moves", "the camera moves",
+    "camera moving", "tilt", "camera tilts", "camera tilting",
+)  # fmt: skip
+WAYS = {
+    "left": ("left", "to the left", "leftwards"),
+    "right": ("right", "to the right", "rightwards"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+}
+# … and others that say by themselves what is meant
+FURTHER: dict[str, tuple[str, ...]] = {
+    "up": ("climbing", "ascending", "taking off", "lifting off"),
+    "down": ("falling", "falling down", "descending", "dropping"),
+    "grow": ("approaching", "coming nearer", "coming towards us", "getting larger", "becoming bigger"),
+    "shrink": ("becoming smaller", "getting tiny"),
+    "clockwise": ("spinning", "spinning around", "rotating", "turning around", "twirling", "whirling"),
+    "bounce": ("jumping", "leaping", "bouncing up and down"),
+    "swing": ("swaying", "swaying from side to side", "waddling"),
+    "shake": ("shivering", "quivering", "vibrating"),
+    "pulse": ("breathing", "breathing in and out"),
+    "zoom-in": (
+        "camera zooms in",
+        "zooming in",
+        "dolly in",
+        "camera dollies in",
+        "push in",
+        "camera moves closer",
+    ),
+    "zoom-out": ("camera zooms out", "zooming out", "dolly out", "camera dollies out", "pull back"),
+    "roll-left": ("camera rolls left", "camera rolling to the left"),
+    "roll-right": ("camera rolls right", "camera rolling to the right"),
+}
 SPEEDS: dict[str, float] = {"": 1.0, "slowly": 0.55, "fast": 1.6}
+PACES = {
+    "slowly": "slowly",
+    "slow": "slowly",
+    "fast": "fast",
+    "quickly": "fast",
+}  # words, and what they are of these
 OPPOSITES = {  # what a clip shows that is played backwards; the others look the same both ways
     "left": "right",
     "up": "down",
@@ -66,8 +119,9 @@ OPPOSITES = {  # what a clip shows that is played backwards; the others look the
     "roll-left": "roll-right",
 }
 # What may stand before words that can be cut (a comma, the thing that moves, or the thing itself), and behind them.
-BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is )?$", re.IGNORECASE)
-BEHIND = re.compile(r"(?: (slowly|fast))?(?=$|[,.]| (?:in|on|at|under|over|through|across)\b)", re.IGNORECASE)
+BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is |that )?(?:(slowly|quickly) )?$", re.IGNORECASE)
+ENDS = r"$|[,.]| (?:in|on|at|under|over|through|across)\b"
+BEHIND = re.compile(rf"(?: ({'|'.join(PACES)}))?(?={ENDS})", re.IGNORECASE)
 OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 
@@ -111,11 +165,26 @@ def find_said(prompt: str) -> list[MoveWords]:
 
 @cache
 def _phrases() -> tuple[dict[str, str], re.Pattern[str]]:
-    """Every phrase with its move, and what finds them as whole words."""
-    phrases = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
-    longest_first = sorted(phrases, key=len, reverse=True)
-    either = "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first)
-    return phrases, re.compile(rf"(?<![\w-])(?:{either})(?![\w-])", re.IGNORECASE)
+    """Every phrase with its move, and what finds them as whole words; `FURTHER` ones only where they could be cut."""
+    captions = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
+    further = {words: move for move, ways in FURTHER.items() for words in ways}
+    for verbs in (GOING, WALKING):
+        for verb in (*verbs, *verbs.values()):
+            further |= {
+                f"{verb}{pace} {to}": way
+                for pace in ("", " slowly", " quickly")
+                for way, tos in WAYS.items()
+                for to in tos
+            }
+            further |= {f"{verb} away": "shrink", f"{verb} in circles": "circle"}
+    further |= {f"{pan} {to}": f"pan-{way}" for pan in PANNING for way, tos in WAYS.items() for to in tos}
+    # Where these end with a further word (“a falling star”), they are no words of motion
+    alone = rf"(?=(?: (?:{'|'.join(PACES)}))?(?:{ENDS}))"
+    ends = dict.fromkeys(further, alone) | dict.fromkeys(captions, "")
+    either = "|".join(
+        re.escape(words).replace(r"\ ", r"\s+") + ends[words] for words in sorted(ends, key=len, reverse=True)
+    )
+    return further | captions, re.compile(rf"(?<![\w-])(?:{either})(?![\w-])", re.IGNORECASE)
 
 
 def find_moves(prompt: str) -> tuple[str, str]:
@@ -130,12 +199,14 @@ class SaidMotion:
     """What a prompt says of a motion, of `MOTIONS` (or `CAMERAS`) and `SPEEDS`, and the prompt without these words.
 
     whose  the thing that moves, where the words name one (“the dog moving left”)
+    walks  whether it is said to go on foot
     """
 
     rest: str
     move: str = ""
     speed: str = ""
     whose: str = ""
+    walks: bool = False
 
 
 def cut_motion(prompt: str) -> SaidMotion:
@@ -158,6 +229,9 @@ def _cut(prompt: str, known: Collection[str]) -> SaidMotion:
         behind = BEHIND.match(prompt, said.end)
         if said.move in known and before and behind:
             rest = (prompt[: before.start()] + prompt[behind.end() :]).strip(" ,")
-            speed, whose = ((match[1] or "").lower() for match in (behind, before))
-            return SaidMotion(rest, said.move, speed, whose)
+            verb, *further = prompt[said.start : said.end].lower().split()
+            paces = [word.lower() for word in (behind[1], before[2], *further) if word]
+            speed = next((PACES[word] for word in paces if word in PACES), "")
+            walks = verb in (*WALKING, *WALKING.values())
+            return SaidMotion(rest, said.move, speed, (before[1] or "").lower(), walks)
     return SaidMotion(prompt)

@@ -22,7 +22,7 @@ from backbone.models.control import Condition
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import FAR, Clip, pan_rate, thing_rate
-from backbone.world.motions import MOTIONS, SaidMotion, cut_motion
+from backbone.world.motions import MOTIONS, SaidMotion, cut_camera, cut_motion
 from backbone.world.rendering.render import SIZE
 from customize.cli import app
 from customize.clips.draw import publish, write_maps
@@ -99,6 +99,13 @@ def middle(pose: Image.Image) -> tuple[float, float]:
         ("a bouncing castle", SaidMotion("a bouncing castle")),
         ("a dog, camera rising", SaidMotion("a dog, camera rising")),
         ("a dog. It is rising fast.", SaidMotion("a dog. It.", "up", "fast")),
+        ("a [V] dog walking left in the snow", SaidMotion("a [V] dog in the snow", "left", walks=True)),
+        ("a dog that runs quickly to the right", SaidMotion("a dog", "right", "fast", walks=True)),
+        ("a rocket in space, slowly flying upwards", SaidMotion("a rocket in space", "up", "slowly")),
+        ("a cat jumping in a park", SaidMotion("a cat in a park", "bounce")),
+        ("a dog running away", SaidMotion("a dog", "shrink", walks=True)),
+        ("a falling star at night", SaidMotion("a falling star at night")),
+        ("a spinning top, a rocking chair", SaidMotion("a spinning top, a rocking chair")),
     ],
 )  # fmt: skip
 def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: SaidMotion) -> None:
@@ -108,9 +115,34 @@ def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: SaidMotion
 def test_every_way_to_say_a_motion_is_understood() -> None:
     for move, ways in MOTIONS.items():
         for words in ways:
-            assert cut_motion(f"a dog in a park, {words} slowly") == SaidMotion(
-                "a dog in a park", move, "slowly"
-            )
+            said = cut_motion(f"a dog in a park, {words} slowly")
+            assert (said.rest, said.move, said.speed) == ("a dog in a park", move, "slowly")
+
+
+@pytest.mark.parametrize(
+    ("words", "move"),
+    [
+        ("the camera pans to the left", "pan-left"),
+        ("camera tilts up", "pan-up"),
+        ("panning right slowly", "pan-right"),
+        ("dolly in", "zoom-in"),
+        ("camera pulling back", ""),
+        ("camera dollies out", "zoom-out"),
+        ("camera rolls left", "roll-left"),
+    ],
+)
+def test_a_camera_s_move_is_understood_as_people_say_it(words: str, move: str) -> None:
+    said = cut_camera(f"a dog walking left, {words}")
+    assert said.move == move and cut_motion(said.rest).move == "left"
+
+
+def test_what_walks_rises_and_leans_at_every_step_and_ends_where_what_slides_does() -> None:
+    slides, walks = (
+        plan_motion(f"a dog in a park, {verb} left", 24).tracks[:, 0] for verb in ("moving", "walking")
+    )
+    assert np.array_equal(slides[:, 0], walks[:, 0]) and np.array_equal(slides[0], walks[0])
+    assert 1 < np.ptp(walks[:, 1]) < 4 and (walks[:, 1] <= slides[:, 1]).all()
+    assert 3 < np.ptp(walks[:, 3]) < 7
 
 
 @pytest.mark.parametrize(

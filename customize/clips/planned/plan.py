@@ -36,6 +36,7 @@ from customize.clips.planned.cut_out import Bools, CutOut, Floats
 from customize.clips.planned.in_picture import box_of, cut_thing, name_thing
 from customize.clips.planned.parallax import find_nearness
 from customize.clips.planned.surroundings import lay_into
+from customize.clips.planned.track import add_gait
 
 POSE = "pose"
 TRACK = "track"  # the move of what goes along one that is given
@@ -186,6 +187,8 @@ def plan_in_picture(
     )
     clip = Clip(ANYTHING, motion.move, speed=motion.speed, frames=frames)
     way = trace_thing(clip, figure, True) if track is None else track
+    if motion.walks and track is None:
+        way = add_gait(way, figure.size)
     shifts = (way - way[0]).astype(float)  # the first frame is the picture
     shifts[:, :2] *= scale
     shifts[:, 2] = way[:, 2] / way[0, 2]
@@ -247,8 +250,8 @@ class Motion:
     move: str
     scene: Scene
     figures: tuple[Figure, ...]
-    tracks: NDArray[np.float32]
-    home: NDArray[np.float32]
+    tracks: NDArray[np.floating]
+    home: NDArray[np.floating]
 
     @property
     def maps(self) -> list[Image.Image]:
@@ -260,7 +263,7 @@ class Motion:
         """The map of poses [128 × 128] where nothing moves."""
         return self._draw(self.home)
 
-    def _draw(self, places: NDArray[np.float32]) -> Image.Image:
+    def _draw(self, places: NDArray[np.floating]) -> Image.Image:
         return draw_sticks([_stick(figure, *at) for figure, at in zip(self.figures, places, strict=True)])
 
     def cut_out(self, size: tuple[int, int], corner: tuple[int, int]) -> CutOut:
@@ -290,13 +293,14 @@ def plan_motion(
     named = next((k for k, one in enumerate(scene.things) if one.noun == said.whose), 0)
     moving = range(len(figures)) if scene.pair else (named,)
     clip = Clip(scene, said.move, speed=said.speed, frames=frames)
-    ways = [
-        trace_thing(clip, figure, k in moving)
-        if track is None or k not in moving
-        else follow_path(figure, *_about_the_middle(track).T)
-        for k, figure in enumerate(figures)
-    ]
-    tracks = np.stack(ways, axis=1)
+
+    def trace(figure: Figure, moves: bool) -> NDArray[np.floating]:
+        if track is not None and moves:
+            return follow_path(figure, *_about_the_middle(track).T)
+        way = trace_thing(clip, figure, moves)
+        return add_gait(way, figure.size) if said.walks and moves else way
+
+    tracks = np.stack([trace(figure, k in moving) for k, figure in enumerate(figures)], axis=1)
     home = np.concatenate([trace_thing(Clip(scene, frames=1), figure, False) for figure in figures])
     return Motion(said.rest, said.move if track is None else TRACK, scene, tuple(figures), tracks, home)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from backbone.evaluation.motion import SIDE, trace_moved
@@ -20,6 +21,7 @@ from backbone.media.clips import read_film
 from customize.clips.planned.cut_out import Floats
 
 STILL = {"x": 0.0, "y": 0.0, "growth": 1.0, "turn": 0.0}
+STRIDE, RISE, LEAN = 0.2, 0.03, 3.0  # of a thing's size, of it, and degrees, at each step
 LEAST = np.array([1.0, 1.0, 0.02, 1.0])  # of a clip's track from end to end: what is less is no motion
 
 
@@ -62,6 +64,19 @@ def parse_track(source: Path, written: Any) -> Floats:
     if not all(np.isfinite(column).all() and column.ndim == 1 for column in listed) or (listed[2] <= 0).any():
         raise UserError(f"{source} is no track: x, y and turn are numbers, and growth is above 0.")
     return np.stack(listed, axis=-1)
+
+
+def add_gait(track: NDArray[np.floating], size: float) -> Floats:
+    """A track [F, 4] of something so large that goes on foot: at every step it rises, and leans to one side.
+
+    The first frame stays as it is.
+    """
+    stride = STRIDE * size
+    steps = np.pi * np.cumsum(np.hypot(*np.diff(track[:, :2], axis=0, prepend=track[:1, :2]).T)) / stride
+    walked = track.astype(float)
+    walked[:, 1] -= RISE * size * np.abs(np.sin(steps))
+    walked[:, 3] += LEAN * np.sin(steps)
+    return walked
 
 
 def as_json(track: Floats) -> dict[str, list[float]]:
