@@ -72,6 +72,11 @@ PANNING = (
     "pan", "panning", "camera pans", "the camera pans", "camera panning", "camera moves", "the camera moves",
     "camera moving", "tilt", "camera tilts", "camera tilting",
 )  # fmt: skip
+# Of these it is no matter which way, where no words say it: to the left, which most of what goes faces
+ANY_WAY = {
+    **WALKING, "driving": "drives", "riding": "rides", "racing": "races", "swimming": "swims", "sailing": "sails",
+    "flying": "flies", "crawling": "crawls",
+}  # fmt: skip
 WAYS = {
     "left": ("left", "to the left", "leftwards"),
     "right": ("right", "to the right", "rightwards"),
@@ -153,9 +158,12 @@ class MoveWords:
     end: int
 
 
-def find_said(prompt: str) -> list[MoveWords]:
-    """The words of motion and of the camera in a prompt, the longest first; none lies in another (“camera rising”)."""
-    phrases, pattern = _phrases()
+def find_said(prompt: str, *, any_way: bool = False) -> list[MoveWords]:
+    """The words of motion and of the camera in a prompt, the longest first; none lies in another (“camera rising”).
+
+    With `any_way` those too that say no direction (“a dog walking in the snow”), as to the left.
+    """
+    phrases, pattern = _phrases(any_way)
     found = [
         MoveWords(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
         for match in pattern.finditer(prompt)
@@ -164,7 +172,7 @@ def find_said(prompt: str) -> list[MoveWords]:
 
 
 @cache
-def _phrases() -> tuple[dict[str, str], re.Pattern[str]]:
+def _phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
     """Every phrase with its move, and what finds them as whole words; `FURTHER` ones only where they could be cut."""
     captions = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
     further = {words: move for move, ways in FURTHER.items() for words in ways}
@@ -177,6 +185,8 @@ def _phrases() -> tuple[dict[str, str], re.Pattern[str]]:
                 for to in tos
             }
             further |= {f"{verb} away": "shrink", f"{verb} in circles": "circle"}
+    if any_way:
+        further |= dict.fromkeys((*ANY_WAY, *ANY_WAY.values()), "left")
     further |= {f"{pan} {to}": f"pan-{way}" for pan in PANNING for way, tos in WAYS.items() for to in tos}
     # Where these end with a further word (“a falling star”), they are no words of motion
     alone = rf"(?=(?: (?:{'|'.join(PACES)}))?(?:{ENDS}))"
@@ -224,7 +234,7 @@ def cut_camera(prompt: str) -> SaidMotion:
 
 def _cut(prompt: str, known: Collection[str]) -> SaidMotion:
     """The longest words of these moves that can be cut, and the prompt without them."""
-    for said in find_said(prompt):
+    for said in find_said(prompt, any_way=True):
         before = BEFORE.search(prompt[: said.start])
         behind = BEHIND.match(prompt, said.end)
         if said.move in known and before and behind:

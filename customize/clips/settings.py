@@ -26,7 +26,7 @@ from backbone.cli.options import Option, check_values
 from backbone.cli.sampling import DrawingOptions, own_sampler_of_clips
 from backbone.io.console import UserError
 from backbone.io.prompts import words_of
-from backbone.world.motions import CAMERAS, find_moves
+from backbone.world.motions import CAMERAS, cut_camera, cut_motion, find_moves
 from customize.clips.picture_settings import PictureOptions
 
 MOTION, TRAINING = "Motion", "Training"
@@ -220,7 +220,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             other = other or "no prompt"
             raise UserError(f"--track moves a thing that a prompt names, and here is {other}. Leave one out.")
         for prompt in (*self.words, *self.prompts):
-            if move := find_moves(prompt)[0]:
+            if move := cut_motion(prompt).move:
                 raise UserError(
                     f"“{prompt}” says {move}, and --track {self.track} moves it otherwise. Leave one out."
                 )
@@ -261,7 +261,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         """The motion and the camera's move, "" for none, that each prompt says of a picture without an adapter."""
         if not self.images or self.sparsectrl or self.motion:
             return []
-        return [find_moves(prompt) for prompt in (*self.words, *self.prompts)]
+        return [(cut_motion(prompt).move, cut_camera(prompt).move) for prompt in (*self.words, *self.prompts)]
 
     @property
     def over_picture(self) -> bool:
