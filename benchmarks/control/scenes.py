@@ -108,6 +108,15 @@ class ControlSettings:
     other_nouns: Annotated[
         tuple[float, ...], Option("Scales of the first kind's maps under another noun.", WHAT)
     ] = ()
+    registered: Annotated[
+        int | None,
+        Option(
+            "Of how many single things the pose is found, which takes seconds each.",
+            WHAT,
+            min=1,
+            default_text="all",
+        ),
+    ] = None
     scale: Annotated[float, Option("Conditioning scale of the control network.", HOW)] = 1.0
     rows: Annotated[
         str,
@@ -161,7 +170,7 @@ def run(settings: ControlSettings) -> None:
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
     rows[BOUND] = [as_image(one) for one in trips]
-    table = {name: measure(cases, images, judges, name) for name, images in rows.items()}
+    table = {name: measure(cases, images, judges, name, settings.registered) for name, images in rows.items()}
     others = [with_other_noun(case) for case in cases if len(case.scene.figures) == 1]
     for scale in settings.other_nouns:
         images = gallery.draw(others, settings.kinds[0], scale, noted="other-nouns")
@@ -334,9 +343,13 @@ class Judges(NamedTuple):
 
 
 def measure(
-    cases: Sequence[Case], images: Sequence[Image.Image], judges: Judges, name: str
+    cases: Sequence[Case],
+    images: Sequence[Image.Image],
+    judges: Judges,
+    name: str,
+    registered: int | None = None,
 ) -> dict[str, Any]:
-    """The row of a column of pictures: each measure as (value, low, high, n)."""
+    """The row of a column of pictures: each measure as (value, low, high, n); poses of so many things, or of all."""
     seen = judges.classifier.classify(list(images))
     ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
     on_white = [
@@ -356,7 +369,7 @@ def measure(
         "place": estimate_share(places),
     }
     if name in ("pose", FLOOR, BOUND):
-        row["pose"] = measure_poses(cases, images, name)
+        row["pose"] = measure_poses(cases, images, name, registered)
     return row
 
 
@@ -458,10 +471,12 @@ class Placed(NamedTuple):
     top: int
 
 
-def measure_poses(cases: Sequence[Case], images: Sequence[Image.Image], name: str) -> dict[str, Any]:
-    """Medians of the errors of single things, and the share that looks the right way."""
+def measure_poses(
+    cases: Sequence[Case], images: Sequence[Image.Image], name: str, most: int | None
+) -> dict[str, Any]:
+    """Medians of the errors of single things, the first `most` or all, and the share that looks the right way."""
     errors = []
-    single = [pair for pair in zip(cases, images, strict=True) if len(pair[0].scene.figures) == 1]
+    single = [pair for pair in zip(cases, images, strict=True) if len(pair[0].scene.figures) == 1][:most]
     with progress(len(single), f"registering ({name})") as bar:
         for case, image in single:
             assert case.scene.poses is not None
