@@ -10,6 +10,7 @@ import errno
 import gc
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -26,6 +27,8 @@ EXIT_INTERRUPTED = 130
 MAIN_PROCESS_GRACE_SECONDS = 5.0
 LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
+LINK_LOOP = "Symlink loop from "
+BROKEN = re.compile('[^"\n]*[\udc80-\udcff][^"\n]*')  # as Python reads bytes that are none of the encoding
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -116,6 +119,20 @@ def quote_text(text: str) -> str:
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
+def refuse_other_encodings(text: str, where: str = "") -> None:
+    """`UserError`, which begins with `where`, for a text with bytes that are no UTF-8, as old names of files have."""
+    if odd := BROKEN.search(text):
+        raise UserError(
+            f"{where}{show_text(odd.group())} is no text in UTF-8. Rename what is called so, or write it in a terminal "
+            "of UTF-8."
+        )
+
+
+def show_text(text: str) -> str:
+    """A text with a mark for each byte that is no UTF-8, cut after 80 characters."""
+    return shorten(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 80)
+
+
 def looks_like_prompt(said: str | os.PathLike[str]) -> bool:
     """Whether a word that names nothing on the disk reads as a prompt: several words, and no path's signs."""
     text = os.fspath(said)
@@ -144,6 +161,10 @@ def error_message(error: Exception) -> str | None:
         return (
             "The memory is used up. Take a smaller --batch or --resolution, --one-by-one, --precision bf16, or give "
             "--vram GIB to plan for what there is; end other programs that use the device."
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):  # Python before 3.13 says it so
+        return (
+            f"{str(error).removeprefix(LINK_LOOP).strip(chr(39))} is a link that leads to itself. Remove it."
         )
     if not isinstance(error, OSError):
         return None

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from backbone.cli.commands import print_json
-from backbone.io import console
+from backbone.io import console, run_folder
 from backbone.io.console import ProgressBar, UserError, notify, progress, run_app
 
 ROOT = Path(__file__).parents[3]
@@ -388,6 +388,18 @@ def test_out_of_memory_is_one_sentence_with_a_remedy(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "--vram" in said and "--batch" in said
+
+
+def test_a_link_that_leads_to_itself_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "me").symlink_to("me")
+    with pytest.raises(SystemExit) as ended:
+        run_app(lambda: console.notify(run_folder.run_name(str(tmp_path / "me"))))
+    assert (
+        ended.value.code == 2
+        and f"{tmp_path / 'me'} is a link that leads to itself" in capsys.readouterr().err
+    )
 
 
 def test_other_runtime_errors_keep_their_traceback() -> None:
