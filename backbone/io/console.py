@@ -74,15 +74,48 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
 
 
 def write_what_the_terminal_can() -> None:
-    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing.
+
+    Nor does a message that nobody can read: of a pipe that was closed, a terminal that is gone, a full disk.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before; the number of its file shall be no other file's
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+    said = sys.stderr
+    if said is sys.__stderr__ and isinstance(said, io.TextIOWrapper):
+        raw = io.BufferedWriter(_Unheard(said.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, said.encoding, said.errors, line_buffering=True)
+
+
+class _Unheard(io.FileIO):
+    """A file of messages: what cannot be written is dropped."""
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def end_signals() -> list[int]:
+    """The signals that ask a command to end: SIGTERM, and a closed terminal's SIGHUP, which nohup keeps away."""
+    known = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]  # one on Windows
+    return [
+        number for number in known if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+    ]
 
 
 @contextmanager
 def stop_on_termination() -> Iterator[None]:
-    """Let SIGTERM, by which machines and schedulers stop a command, end it as Ctrl-C does: nothing is half-written."""
+    """Let SIGTERM and SIGHUP, by which machines, schedulers and terminals stop a command, end it as Ctrl-C does.
+
+    So nothing is half-written.
+    """
     own = os.getpid()
 
     def stop(number: int, frame: object) -> None:
@@ -94,11 +127,12 @@ def stop_on_termination() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in end_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse_lost_folder() -> None:
@@ -174,8 +208,17 @@ def error_message(error: Exception) -> str | None:
         where = f"{where[:LONGEST_NAME]} … ({len(where)} characters)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {where or 'a file'} was not written. Free some space, or write elsewhere."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"Too many files are open at once to open {where or 'another'}. Raise the limit: ulimit -n 1024."
+        )
     if where is None:
         return None
+    if error.errno == errno.EFBIG:
+        return (
+            f"{where} is larger than a file may be here and was not written. Raise the limit (ulimit -f), or write to "
+            "a disk that is not FAT."
+        )
     if isinstance(error, FileNotFoundError):
         start = "" if os.path.isabs(where) else f"; it was looked for from {os.getcwd()}"
         return f"{where} does not exist. Check the spelling{start}."
