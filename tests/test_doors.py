@@ -187,9 +187,11 @@ def test_a_command_that_is_printed_can_be_copied_and_a_tilde_that_was_quoted_is_
         (["train", "–images", "dog"], "Type two hyphens: --images"),
         (["sample", "“a", "dog”"], "Type straight ones"),
         (["example", ""], "FOLDER is empty"),
+        (["sample", "a caf\udce9"], "a caf\ufffd is no text in UTF-8"),
+        (["example", "caf\udce9"], "caf\ufffd is no text in UTF-8"),
     ],
 )
-def test_what_a_text_program_or_an_empty_variable_put_there_is_no_plain_word(
+def test_what_a_text_program_an_empty_variable_or_another_encoding_put_there_is_no_word(
     words: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -179,6 +179,8 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _leave_signals_to_the_first(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that started the others ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and the end of a terminal, reach every process of it; the one that started the others ends them."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

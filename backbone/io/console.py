@@ -10,6 +10,7 @@ import errno
 import gc
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -26,6 +27,8 @@ EXIT_INTERRUPTED = 130
 MAIN_PROCESS_GRACE_SECONDS = 5.0
 LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
+LINK_LOOP = "Symlink loop from "
+BROKEN = re.compile('[^"\n]*[\udc80-\udcff][^"\n]*')  # as Python reads bytes that are none of the encoding
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -71,15 +74,48 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
 
 
 def write_what_the_terminal_can() -> None:
-    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing.
+
+    Nor does a message that nobody can read: of a pipe that was closed, a terminal that is gone, a full disk.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before; the number of its file shall be no other file's
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+    said = sys.stderr
+    if said is sys.__stderr__ and isinstance(said, io.TextIOWrapper):
+        raw = io.BufferedWriter(_Unheard(said.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, said.encoding, said.errors, line_buffering=True)
+
+
+class _Unheard(io.FileIO):
+    """A file of messages: what cannot be written is dropped."""
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def end_signals() -> list[int]:
+    """The signals that ask a command to end: SIGTERM, and a closed terminal's SIGHUP, which nohup keeps away."""
+    known = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]  # one on Windows
+    return [
+        number for number in known if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+    ]
 
 
 @contextmanager
 def stop_on_termination() -> Iterator[None]:
-    """Let SIGTERM, by which machines and schedulers stop a command, end it as Ctrl-C does: nothing is half-written."""
+    """Let SIGTERM and SIGHUP, by which machines, schedulers and terminals stop a command, end it as Ctrl-C does.
+
+    So nothing is half-written.
+    """
     own = os.getpid()
 
     def stop(number: int, frame: object) -> None:
@@ -91,11 +127,12 @@ def stop_on_termination() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in end_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse_lost_folder() -> None:
@@ -114,6 +151,20 @@ def quote(word: str | os.PathLike[str]) -> str:
 def quote_text(text: str) -> str:
     """A text of a command that is printed to be copied: in double quotation marks, unless a shell reads in them."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def refuse_other_encodings(text: str, where: str = "") -> None:
+    """`UserError`, which begins with `where`, for a text with bytes that are no UTF-8, as old names of files have."""
+    if odd := BROKEN.search(text):
+        raise UserError(
+            f"{where}{show_text(odd.group())} is no text in UTF-8. Rename what is called so, or write it in a terminal "
+            "of UTF-8."
+        )
+
+
+def show_text(text: str) -> str:
+    """A text with a mark for each byte that is no UTF-8, cut after 80 characters."""
+    return shorten(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 80)
 
 
 def looks_like_prompt(said: str | os.PathLike[str]) -> bool:
@@ -145,6 +196,10 @@ def error_message(error: Exception) -> str | None:
             "The memory is used up. Take a smaller --batch or --resolution, --one-by-one, --precision bf16, or give "
             "--vram GIB to plan for what there is; end other programs that use the device."
         )
+    if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):  # Python before 3.13 says it so
+        return (
+            f"{str(error).removeprefix(LINK_LOOP).strip(chr(39))} is a link that leads to itself. Remove it."
+        )
     if not isinstance(error, OSError):
         return None
     path = error.filename2 if error.filename2 is not None else error.filename
@@ -153,8 +208,17 @@ def error_message(error: Exception) -> str | None:
         where = f"{where[:LONGEST_NAME]} … ({len(where)} characters)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {where or 'a file'} was not written. Free some space, or write elsewhere."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"Too many files are open at once to open {where or 'another'}. Raise the limit: ulimit -n 1024."
+        )
     if where is None:
         return None
+    if error.errno == errno.EFBIG:
+        return (
+            f"{where} is larger than a file may be here and was not written. Raise the limit (ulimit -f), or write to "
+            "a disk that is not FAT."
+        )
     if isinstance(error, FileNotFoundError):
         start = "" if os.path.isabs(where) else f"; it was looked for from {os.getcwd()}"
         return f"{where} does not exist. Check the spelling{start}."

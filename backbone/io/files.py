@@ -25,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, refuse_other_encodings
 from backbone.io.records import parse_json, read_as
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically, newlines unchanged."""
+    refuse_other_encodings(text, f"{path} was not written: ")
     write_bytes(path, text.encode())
 
 
@@ -186,6 +187,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     A line that a crash truncated is terminated first, so that only that line is lost.
     """
     line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
+    refuse_other_encodings(line, f"{path} was not written: ")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
-from backbone.io.console import UserError, looks_like_prompt, notify, quote
+from backbone.io.console import UserError, end_signals, looks_like_prompt, notify, quote
 from backbone.io.files import (
     fill_folder,
     json_text,
@@ -241,7 +241,7 @@ _stopping: list[list[int]] = []  # the lists of the `stopping` contexts that are
 
 @contextmanager
 def catch_interrupts() -> Iterator[list[int]]:
-    """Yield a list that stays empty until Ctrl-C or SIGTERM arrives; a second signal raises `KeyboardInterrupt`.
+    """Yield a list that stays empty until Ctrl-C, SIGTERM or SIGHUP arrives; a second one raises `KeyboardInterrupt`.
 
     Inside another `catch_interrupts` it is that one's list.
 
@@ -265,7 +265,7 @@ def catch_interrupts() -> Iterator[list[int]]:
         caught.append(number)
         notify("Stopping after this step …")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *end_signals())}
     _stopping.append(caught)
     try:
         yield caught

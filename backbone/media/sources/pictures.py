@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, notify, notify_once, progress
+from backbone.io.console import BROKEN, UserError, count_of, notify, notify_once, progress, show_text
 from backbone.io.records import is_json_list, iterate_entries, iterate_rows, plain, resolve_inside
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
@@ -178,6 +178,8 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
     with progress(len(pictures), "reading", brief=True) as bar:
         for picture in pictures:
             try:
+                if picture.row is None:
+                    refuse_name(picture.path)
                 size = picture.open(at_least=64).size
                 mask = picture.open_mask()
                 if mask is not None:
@@ -192,6 +194,12 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
         notify(
             moving[0] + (f" So it is of {count_of(len(moving) - 1, 'other image')}." if moving[1:] else "")
         )
+
+
+def refuse_name(path: Path) -> None:
+    """`BadImageError` for a file's own name in another encoding, which no record can hold."""
+    if BROKEN.search(path.name):
+        raise BadImageError(show_text(path.name), "has a name that is no text in UTF-8: rename it")
 
 
 def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import typer
 
 from backbone.cli.commands import print_json
-from backbone.io import console
+from backbone.io import console, run_folder
 from backbone.io.console import ProgressBar, UserError, notify, progress, run_app
 
 ROOT = Path(__file__).parents[3]
@@ -152,8 +153,8 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_real_ctrl_c_and_a_scheduler_s_end_print_no_traceback(number: int) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_real_ctrl_c_a_scheduler_s_end_and_a_terminal_s_print_no_traceback(name: str) -> None:
     script = (
         "import signal, time, typer\nfrom backbone.io.console import run_app\napp = typer.Typer()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
@@ -164,9 +165,29 @@ def test_a_real_ctrl_c_and_a_scheduler_s_end_print_no_traceback(number: int) -> 
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "Stopped.\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("to", ["2>/dev/full", "2>&-", ">&- 2>&-"])
+def test_messages_that_nobody_can_read_end_no_command(to: str, tmp_path: Path) -> None:
+    if "full" in to and not Path("/dev/full").exists():
+        pytest.skip("there is no full disk")
+    script = (
+        "import sys\nfrom backbone.io.console import notify, progress, run_app\n"
+        "def command():\n    with progress(1, 'drawing') as bar:\n        bar.advance_images(1)\n"
+        "    notify('done')\n    open(sys.argv[1], 'w').close()\nrun_app(command)\n"
+    )
+    done = ["sh", "-c", f'"$0" -c "$1" "$2" {to}', sys.executable, script, str(tmp_path / "done")]
+    assert subprocess.run(done, cwd=ROOT, check=True).returncode == 0 and (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.EFBIG, "ulimit -f")])
+def test_a_limit_of_the_system_is_named_with_how_it_is_raised(number: int, remedy: str) -> None:
+    said = console.error_message(OSError(number, os.strerror(number), "x"))
+    assert said is not None and remedy in said and "x" in said and "path" not in said
 
 
 def test_importing_the_console_imports_neither_rich_nor_torch() -> None:
@@ -388,6 +409,18 @@ def test_out_of_memory_is_one_sentence_with_a_remedy(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "--vram" in said and "--batch" in said
+
+
+def test_a_link_that_leads_to_itself_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "me").symlink_to("me")
+    with pytest.raises(SystemExit) as ended:
+        run_app(lambda: console.notify(run_folder.run_name(str(tmp_path / "me"))))
+    assert (
+        ended.value.code == 2
+        and f"{tmp_path / 'me'} is a link that leads to itself" in capsys.readouterr().err
+    )
 
 
 def test_other_runtime_errors_keep_their_traceback() -> None:

@@ -57,6 +57,15 @@ def test_what_is_written_is_read_back_and_nothing_else_remains(tmp_path: Path) -
     assert names(tmp_path / "a") == ["b.bin", "j.json", "t.txt"]
 
 
+def test_a_name_in_another_encoding_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    odd = "/home/caf\udce9/dog"
+    with pytest.raises(UserError, match=r"a\.json was not written: /home/caf\ufffd/dog is no text in UTF-8"):
+        write_json(tmp_path / "a.json", {"images": [Path(odd)]})
+    with pytest.raises(UserError, match=r"a\.jsonl was not written: /home/caf\ufffd/dog is no text in UTF-8"):
+        append_jsonl(tmp_path / "a.jsonl", {"image": odd})
+    assert names(tmp_path) == []
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "weights.txt"
     write_text(path, "old")

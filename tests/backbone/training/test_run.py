@@ -198,6 +198,20 @@ def test_rounds_are_driven_one_after_the_other(tmp_path: Path) -> None:
     assert len(read_jsonl(tmp_path / "parts" / LOG)) == 6
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal")
+def test_a_terminal_that_is_closed_stops_a_run_as_ctrl_c_does_unless_nohup_is_there() -> None:
+    with catch_interrupts() as caught:
+        signal.raise_signal(signal.SIGHUP)
+        assert caught
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_interrupts() as caught:
+            signal.raise_signal(signal.SIGHUP)
+            assert not caught
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_inside_two_contexts_is_seen_by_both() -> None:
     with catch_interrupts() as outer:
         with catch_interrupts() as inner:

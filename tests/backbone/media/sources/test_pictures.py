@@ -952,6 +952,16 @@ def test_what_never_ends_is_listed_like_any_bad_file(tmp_path: Path) -> None:
         check_images(list_images(tmp_path))
 
 
+def test_a_name_in_another_encoding_is_listed_like_any_bad_file(tmp_path: Path) -> None:
+    write(tmp_path / "0.png")
+    try:
+        (tmp_path / "0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    except OSError:
+        pytest.skip("this system's names are UTF-8")
+    with pytest.raises(UserError, match="caf\ufffd\\.png has a name that is no text in UTF-8: rename it"):
+        check_images(list_images(tmp_path))
+
+
 def test_further_frames_and_pages_are_said_not_to_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
