@@ -28,7 +28,7 @@ MAIN_PROCESS_GRACE_SECONDS = 5.0
 LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
 LINK_LOOP = "Symlink loop from "
-BROKEN = re.compile('[^"\n]*[\udc80-\udcff][^"\n]*')  # as Python reads bytes that are none of the encoding
+BROKEN = re.compile("[\udc80-\udcff]")  # as Python reads bytes that are none of the encoding
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -156,9 +156,10 @@ def quote_text(text: str) -> str:
 def refuse_other_encodings(text: str, where: str = "") -> None:
     """`UserError`, which begins with `where`, for a text with bytes that are no UTF-8, as old names of files have."""
     if odd := BROKEN.search(text):
+        before, after = re.split('["\n]', text[: odd.start()])[-1], re.split('["\n]', text[odd.start() :])[0]
         raise UserError(
-            f"{where}{show_text(odd.group())} is no text in UTF-8. Rename what is called so, or write it in a terminal "
-            "of UTF-8."
+            f"{where}{show_text(before + after)} is no text in UTF-8. Rename what is called so, or write it in a "
+            "terminal of UTF-8."
         )
 
 

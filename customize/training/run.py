@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from backbone.adapters.concept import BEST, Concept, mentions, resolve_placeholder_tokens
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, notify_once
@@ -213,9 +215,7 @@ def carry_on(
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
-    if (best := validation.earlier_best) is not None:
-        training.return_to(run / BEST)  # as customize sample draws
-    prompts = draw_sheets(run, SHEET, training, previews, few, count=8, subject=shown, step=best)
+    prompts = draw_best_sheet(run, training, previews, few, validation, shown)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
@@ -238,6 +238,20 @@ def draw_sheets(
     if few is not None:
         previews.save(run / ON / name, few=few, **how)
     return prompts
+
+
+def draw_best_sheet(
+    run: Path,
+    training: DreamBooth,
+    previews: Previews,
+    few: FewStepSide | None,
+    validation: Validation,
+    subject: Sequence[Image],
+) -> list[str]:
+    """Draw the sheet as `customize sample` draws, by `best/`, after which nothing is trained; gives the prompts."""
+    if (best := validation.earlier_best) is not None:
+        training.return_to(run / BEST)
+    return draw_sheets(run, SHEET, training, previews, few, count=8, subject=subject, step=best)
 
 
 # The run's files ---------------------------------------------------------------------------------------------

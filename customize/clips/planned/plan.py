@@ -222,7 +222,9 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
         how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
         said.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
     if plan.move and plan.picture is not None:
-        said.append(f"{_say(plan.move)}: cut out of the picture, over what is behind it by its rows.")
+        known = plan.cut_out is not None and plan.cut_out.behind is not None
+        behind = "the picture of --behind" if known else "what its rows have beside it"
+        said.append(f"{_say(plan.move)}: cut out of the picture, over {behind}.")
     elif plan.move:
         how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
         said.append(f"drawn as “{plan.prompt}”, {_say(plan.move)} {how}.")

@@ -9,6 +9,7 @@ import pickle  # noqa: TID251  (to make the files that must be refused)
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -531,3 +532,9 @@ def test_a_disk_that_is_full_during_a_copy_is_said_of_the_copy(tmp_path: Path) -
         copy(tmp_path / "out")
     assert raised.value.filename == "model.safetensors"
     assert raised.value.filename2 == str(tmp_path / "out" / "vae" / "a")
+
+
+def test_a_page_with_large_images_on_one_line_is_written_at_once(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    write_text(tmp_path / "report.html", "a" * 3_000_000)
+    assert time.perf_counter() - began < 2
