@@ -7,7 +7,7 @@ Beside these, in which clips are captioned, many others are understood: `walking
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -73,10 +73,7 @@ PANNING = (
     "camera moving", "tilt", "camera tilts", "camera tilting",
 )  # fmt: skip
 # Of these it is no matter which way, where no words say it: to the left, which most of what goes faces
-ANY_WAY = {
-    **WALKING, "driving": "drives", "riding": "rides", "racing": "races", "swimming": "swims", "sailing": "sails",
-    "flying": "flies", "crawling": "crawls",
-}  # fmt: skip
+ANY_WAY = (*WALKING, "driving", "riding", "racing", "swimming", "sailing", "flying", "crawling")
 WAYS = {
     "left": ("left", "to the left", "leftwards"),
     "right": ("right", "to the right", "rightwards"),
@@ -107,12 +104,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "roll-right": ("camera rolls right", "camera rolling to the right"),
 }
 SPEEDS: dict[str, float] = {"": 1.0, "slowly": 0.55, "fast": 1.6}
-PACES = {
-    "slowly": "slowly",
-    "slow": "slowly",
-    "fast": "fast",
-    "quickly": "fast",
-}  # words, and what they are of these
+# Words of a pace, and which of these each of them is
+PACES = {"slowly": "slowly", "slow": "slowly", "fast": "fast", "quickly": "fast"}
 OPPOSITES = {  # what a clip shows that is played backwards; the others look the same both ways
     "left": "right",
     "up": "down",
@@ -176,25 +169,38 @@ def _phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
     """Every phrase with its move, and what finds them as whole words; `FURTHER` ones only where they could be cut."""
     captions = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
     further = {words: move for move, ways in FURTHER.items() for words in ways}
-    for verbs in (GOING, WALKING):
-        for verb in (*verbs, *verbs.values()):
-            further |= {
-                f"{verb}{pace} {to}": way
-                for pace in ("", " slowly", " quickly")
-                for way, tos in WAYS.items()
-                for to in tos
-            }
-            further |= {f"{verb} away": "shrink", f"{verb} in circles": "circle"}
+    third = GOING | WALKING
     if any_way:
-        further |= dict.fromkeys((*ANY_WAY, *ANY_WAY.values()), "left")
-    further |= {f"{pan} {to}": f"pan-{way}" for pan in PANNING for way, tos in WAYS.items() for to in tos}
-    # Where these end with a further word (“a falling star”), they are no words of motion
-    alone = rf"(?=(?: (?:{'|'.join(PACES)}))?(?:{ENDS}))"
-    ends = dict.fromkeys(further, alone) | dict.fromkeys(captions, "")
-    either = "|".join(
-        re.escape(words).replace(r"\ ", r"\s+") + ends[words] for words in sorted(ends, key=len, reverse=True)
+        further |= {form: "left" for verb in ANY_WAY for form in (verb, third[verb])}
+    verbs, tos = (*third, *third.values()), {to: way for way, tos in WAYS.items() for to in tos}
+    ends = {"away": "shrink", "in circles": "circle"}
+    paced = (f"{verb}{pace}" for verb in verbs for pace in ("", " slowly", " quickly"))
+    phrases = (
+        further
+        | {f"{going} {to}": way for going in paced for to, way in tos.items()}
+        | {f"{verb} {end}": move for verb in verbs for end, move in ends.items()}
+        | {f"{pan} {to}": f"pan-{way}" for pan in PANNING for to, way in tos.items()}
+        | captions
     )
-    return further | captions, re.compile(rf"(?<![\w-])(?:{either})(?![\w-])", re.IGNORECASE)
+    # What is no caption's and goes on with a further word (“a falling star”) is no word of motion
+    alone = rf"(?=(?: (?:{'|'.join(PACES)}))?(?:{ENDS}))"
+    pattern = "|".join(
+        (
+            rf"(?:{_either(verbs)}\s+(?:(?:(?:slowly|quickly)\s+)?{_either(tos)}|{_either(ends)})){alone}",
+            rf"{_either(PANNING)}\s+{_either(tos)}{alone}",
+            *(
+                _either([words]) + ("" if words in captions else alone)
+                for words in sorted({**further, **captions}, key=len, reverse=True)
+            ),
+        )
+    )
+    return phrases, re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE)
+
+
+def _either(phrases: Iterable[str]) -> str:
+    """A pattern of any of these, the longest first, whatever blanks are between their words."""
+    longest_first = sorted(phrases, key=len, reverse=True)
+    return "(?:" + "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first) + ")"
 
 
 def find_moves(prompt: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -108,13 +109,7 @@ def move_along(model: Backbone, case: Case) -> Tensor:
     shot = Shot(cut_motion(case.target.caption()).rest)
     track = measure_track([to_image(frame) for frame in case.before])
     try:
-        plan = plan_in_picture(
-            shot,
-            count,
-            picture,
-            lambda said, other: find_named(model, picture, said, beside=other),
-            track=track,
-        )
+        plan = plan_in_picture(shot, count, picture, partial(find_named, model, picture), track=track)
     except UserError:
         return case.after[:1].expand(count, -1, -1, -1)
     return torch.stack([to_tensor(frame) for frame in plan.look_at([])])

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -330,9 +331,7 @@ def move_picture(model: Backbone, number: int, clip: Clip, steps: int, guidance:
         words = cut_thing(words)  # what lies around it
     try:
         shot = aim_camera(words, clip.frames, (SIDE, SIDE), model.factor, around=True)
-        plan = plan_in_picture(
-            shot, clip.frames, picture, lambda said, beside: find_named(model, picture, said, beside=beside)
-        )
+        plan = plan_in_picture(shot, clip.frames, picture, partial(find_named, model, picture))
     except UserError:
         return [picture] * clip.frames
     if plan.is_drawn or plan.views is None:

@@ -118,7 +118,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
         drawn = sample_films(model, list(zip(requests, plans, strict=True)), held, asked, frames)
         films = write_films(folder, every, drawn, asked)
-        write_plans(folder, plans, asked)
+        write_plans(folder, plans)
         record = {
             **what,
             **describe_given_frames(asked, places),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.io.console import UserError, notify, progress
+from backbone.media.control.maps import is_same_shape
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_mask, open_named
 from backbone.media.transforms import crop_and_resize
@@ -20,8 +21,6 @@ from customize.clips.planned.in_picture import find_changed, find_named
 from customize.clips.planned.plan import PlannedClip, Shot, describe_plan, plan_in_picture
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import say_crop
-
-SLANT = 0.02  # share by which two shapes may differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,7 @@ def open_first_picture(asked: ClipOptions, size: tuple[int, int]) -> FirstPictur
 def refuse_other_shape(path: Path, image: Image.Image, file: Path, picture: Image.Image) -> None:
     """`UserError` for an image that is not as wide for its height as the picture that it lies over."""
     (wide, high), (own_wide, own_high) = picture.size, image.size
-    if abs(own_wide * high - wide * own_high) > SLANT * wide * own_high:
+    if not is_same_shape(picture.size, image.size):
         raise UserError(
             f"{path} is {own_wide} × {own_high} and {file} {wide} × {high}: they do not lie over one another. Make it "
             "of the picture's shape."
@@ -105,9 +104,9 @@ def plan_pictures(
             return first.thing
         if first.behind is not None:
             return find_changed(first.picture, first.behind)
-        words = (resolve_placeholder_tokens(one, concepts) if one else "" for one in (said, beside))
+        words = [resolve_placeholder_tokens(one, concepts) if one else "" for one in (said, beside)]
         with progress(None, f"looking for “{said}”", brief=True):
-            return find_named(model, first.picture, next(words), beside=next(words))
+            return find_named(model, first.picture, *words)
 
     plans = [plan_in_picture(shot, asked.frames, first.picture, find, first.behind, track) for shot in shots]
     for prompt, plan in zip(prompts, plans, strict=True):

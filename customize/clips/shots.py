@@ -67,9 +67,8 @@ def largest_places(
     model: Backbone, asked: ClipOptions, shots: Sequence[Shot], size: tuple[int, int]
 ) -> tuple[int, int]:
     """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
-    still = (
-        (None, None) if asked.over_picture else size
-    )  # of a picture that no camera looks past nothing is drawn
+    # Of a picture that no camera looks past nothing is drawn
+    still = (None, None) if asked.over_picture else size
     sizes = [latent_size(model, still if shot.views is None else shot.views.canvas) for shot in shots]
     return max(sizes, key=lambda sides: sides[0] * sides[1])
 
@@ -118,8 +117,8 @@ def plan_clips(
     return plans
 
 
-def write_plans(folder: Path, plans: Sequence[PlannedClip], asked: ClipOptions) -> None:
+def write_plans(folder: Path, plans: Sequence[PlannedClip]) -> None:
     """Write where things were cut out of a picture (`write_masks`), and the track along which they go."""
     write_masks(folder, plans)
-    if asked.track is not None:
-        write_json(folder / TRACK_FILE, as_json(read_track(asked.track, asked.frames)))
+    if plans[0].track is not None:  # one for all
+        write_json(folder / TRACK_FILE, as_json(plans[0].track))

@@ -8,7 +8,7 @@ samples, is split by Otsu's threshold, and the upper class is dilated by one lat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import add_noise, generator
+from backbone.diffusion.noise import add_noise, generator, target
 from backbone.io.files import content_hash
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.record import ImageRecord
@@ -52,18 +52,25 @@ def prediction_difference(
     model: Backbone, posterior: Posterior, class_prompt: Conditions, empty: Conditions
 ) -> Tensor:
     """How much the class prompt changes the prediction at each place [1, H, W]; of mean about 1."""
-    levels, clean = model.path.levels, posterior.mean
-    both = Conditions.cat([class_prompt, empty])
-    total = torch.zeros(1, *clean.shape[-2:])
+    total = torch.zeros(1, *posterior.mean.shape[-2:])
+    for (conditional, unconditional), _ in predict_both(model, posterior, class_prompt, empty):
+        difference = (conditional - unconditional).abs().mean(0).cpu()
+        total += difference / difference.mean().clamp(min=1e-12)  # every level counts alike
+    return total / (len(SHARES) * NOISE_SAMPLES)
+
+
+def predict_both(
+    model: Backbone, posterior: Posterior, one: Conditions, other: Conditions
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both predictions [2, C, H, W] of an image, noised to each of several levels, and the right one [1, C, H, W]."""
+    path, clean, both = model.path, posterior.mean, Conditions.cat([one, other])
     for share in SHARES:
-        index = torch.tensor([int(share * len(levels))])
+        index = torch.tensor([int(share * len(path.levels))])
         for number in range(NOISE_SAMPLES):
             noise = torch.randn(clean.shape, generator=generator("mask", str(share), number)).to(clean.device)
-            noisy = add_noise(clean, noise, levels[index])
-            conditional, unconditional = model.predict(torch.cat([noisy, noisy]), index.expand(2), both)
-            difference = (conditional - unconditional).abs().mean(0).cpu()
-            total += difference / difference.mean().clamp(min=1e-12)  # every level counts alike
-    return total / (len(SHARES) * NOISE_SAMPLES)
+            noisy = add_noise(clean, noise, path.levels[index])
+            predicted = model.predict(torch.cat([noisy, noisy]), index.expand(2), both)
+            yield predicted, target(clean, noise, path.levels[index], path.prediction_type)
 
 
 def otsu(values: Tensor) -> Tensor:

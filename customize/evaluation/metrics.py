@@ -18,7 +18,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.adapters.concept import Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import BEST, CONCEPT_FILE, Concept, resolve_placeholder_tokens
+from backbone.distributed.processes import is_sharded
 from backbone.evaluation.clip import (
     Scorer,
     VisionEncoder,
@@ -270,6 +271,15 @@ class EarlyStopping(Generic[Measured]):
         """Metrics with the highest rating, the earliest of equals."""
         trained = [metrics for metrics in self.history if metrics.step] or self.history
         return max(trained, key=lambda metrics: (metrics.rating, -metrics.step))
+
+    def earlier_best(self, run: Path, done: int) -> int | None:
+        """The step of a run's `best/`, where that is an earlier one than its last step, `done`.
+
+        None where there is none, and where the model is sharded: its weights are not read back.
+        """
+        if not self.history or is_sharded() or not (run / BEST / CONCEPT_FILE).exists():
+            return None
+        return self.best.step if self.best.step < done else None
 
     def update(self, metrics: Measured) -> bool:
         """Add a validation; returns whether it is the best so far."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from backbone.adapters.concept import BEST, CONCEPT_FILE, EDITS, Concept
+from backbone.adapters.concept import BEST, EDITS, Concept
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
 from backbone.io.console import UserError, count_of, notify, notify_once, quote
@@ -271,12 +271,8 @@ class EditValidation:
 
     @property
     def earlier_best(self) -> int | None:
-        """The step of `best/`, where a run that is over kept an earlier one than its last; None where it is sharded."""
-        kept = (self.report.run / BEST / CONCEPT_FILE).exists() and self.patience.history
-        if not kept or processes.is_sharded():
-            return None
-        best = self.patience.best.step
-        return best if best < self.training.done else None
+        """As `EarlyStopping.earlier_best`."""
+        return self.patience.earlier_best(self.report.run, self.training.done)
 
     def report_end(self) -> None:
         """Finishes the report, and says which step was best."""

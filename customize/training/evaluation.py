@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from backbone.adapters.concept import BEST, CONCEPT_FILE, Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import BEST, Concept, resolve_placeholder_tokens
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
-from backbone.distributed.processes import is_main_process, is_participant, is_sharded
+from backbone.distributed.processes import is_main_process, is_participant
 from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
@@ -105,14 +105,8 @@ class Validation:
 
     @property
     def earlier_best(self) -> int | None:
-        """The step of `best/`, where a run that is over kept an earlier one than its last.
-
-        None where the model is sharded: its weights are not read back.
-        """
-        if self.evaluator is None or is_sharded() or not (self.run / BEST / CONCEPT_FILE).exists():
-            return None
-        best = self.decides.best.step
-        return best if best < self.training.done else None
+        """As `EarlyStopping.earlier_best`, of the evaluations that choose."""
+        return None if self.evaluator is None else self.decides.earlier_best(self.run, self.training.done)
 
     def survival(self) -> Survival | None:
         """The fidelity on the few-step model at the best step, beside the base's; None without evaluations on one."""

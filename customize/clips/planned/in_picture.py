@@ -1,7 +1,7 @@
 """The thing of a picture that is to move: where the model sees what words name, and which of the pixels there are its.
 
     said, beside = name_thing("a cat next to a dog in a park", "dog")    # "a dog", "a cat"
-    thing = find_named(model, picture, said, beside=beside)              # [H, W], True where the dog is
+    thing = find_named(model, picture, said, beside)                     # [H, W], True where the dog is
 
 Where a thing is, is where its words change the model's prediction (`customize.data.masks`). With another thing beside
 it, it is the one where its words foretell the noise better than the other's.
@@ -18,13 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
-from backbone.diffusion.noise import add_noise, generator, target
 from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
 from backbone.world.words import BESIDE_WORDS
 from customize.clips.planned.cut_out import Bools, Box, fill_holes, find_things, reach, soften
-from customize.data.masks import NOISE_SAMPLES, SHARES, dilate, otsu, prediction_difference
+from customize.data.masks import dilate, otsu, predict_both, prediction_difference
 
 SMALLEST, LARGEST = 0.003, 0.6  # of a picture: what is less is no thing, what is more is all of it
 LEAST = 0.2  # of the place where it is seen that a thing's own pixels fill
@@ -53,7 +52,7 @@ def name_thing(words: str, whose: str = "") -> tuple[str, str]:
 
 
 @torch.no_grad()
-def find_named(model: Backbone, picture: Image.Image, said: str, *, beside: str = "") -> Bools:
+def find_named(model: Backbone, picture: Image.Image, said: str, beside: str = "") -> Bools:
     """The pixels [H, W] of what is `said`, and not of what is `beside` it; `UserError` where none or all are its.
 
     Where the thing is seen they are what differs from their rows, as in a drawing (`cut_out.find_things`).
@@ -105,17 +104,10 @@ def usual_size(model: Backbone, size: tuple[int, int]) -> tuple[int, int]:
 
 def foretells_better(model: Backbone, posterior: Posterior, said: Conditions, other: Conditions) -> Tensor:
     """How much less the prediction by words that are `said` errs than by others, about each place [1, H, W]."""
-    path, clean, both = model.path, posterior.mean, Conditions.cat([said, other])
-    better = torch.zeros(clean.shape[-2:])
-    for share in SHARES:
-        index = torch.tensor([int(share * len(path.levels))])
-        for number in range(NOISE_SAMPLES):
-            noise = torch.randn(clean.shape, generator=generator("mask", str(share), number)).to(clean.device)
-            noisy = add_noise(clean, noise, path.levels[index])
-            wanted = target(clean, noise, path.levels[index], path.prediction_type)
-            prediction = model.predict(torch.cat([noisy, noisy]), index.expand(2), both)
-            errors = (prediction - wanted).square().mean(1)
-            better += ((errors[1] - errors[0]) / errors.mean()).cpu()
+    better = torch.zeros(posterior.mean.shape[-2:])
+    for predicted, wanted in predict_both(model, posterior, said, other):
+        errors = (predicted - wanted).square().mean(1)
+        better += ((errors[1] - errors[0]) / errors.mean()).cpu()
     return torch.nn.functional.avg_pool2d(better[None], 3, stride=1, padding=1, count_include_pad=False)
 
 

@@ -61,6 +61,7 @@ class PlannedClip:
     move       of `MOTIONS`, or `TRACK`; "" where nothing says one
     picture    the first frame, where there is one: what is drawn goes on around it
     cut_out    what moves over the drawing or the picture, where not every frame is drawn
+    track      [F, 4]: the way of what moves, where no words say it
     """
 
     prompt: str
@@ -70,6 +71,7 @@ class PlannedClip:
     views: Views | None = None
     picture: Image.Image | None = None
     cut_out: CutOut | None = None
+    track: Floats | None = None
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -153,7 +155,7 @@ def plan_clip(
         views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
         maps = [views.lay_out(one) for one in maps]
     condition = condition_clips(model, POSE, maps, size if views is None else views.canvas)
-    return PlannedClip(motion.rest, len(maps), motion.move, condition, views, cut_out=cut_out)
+    return PlannedClip(motion.rest, len(maps), motion.move, condition, views, cut_out=cut_out, track=track)
 
 
 def plan_in_picture(
@@ -204,7 +206,7 @@ def plan_in_picture(
     )
     # Around the picture its place goes on: with its words the thing would be drawn there once more
     prompt = cut_thing(motion.rest) or motion.rest
-    return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out)
+    return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out, track=track)
 
 
 def _lay_on_nothing(image: Image.Image, beside: Sequence[tuple[int, int]]) -> Floats:
