@@ -16,10 +16,21 @@ from backbone.io.run_folder import run_name
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
 PROGRAM = "customize train-control"
-ADAPTER, CONTROLNET, CONTROL_LORA = NETWORKS = ("t2i-adapter", "controlnet", "control-lora")
-RATES = {ADAPTER: 1e-5, CONTROLNET: 1e-5, CONTROL_LORA: 1e-4}  # where a model says nothing: as published
-WITH_LORA = {"kind": (CONTROL_LORA,)}
-WITH_ADAPTER = {"kind": (ADAPTER,)}
+ADAPTER, ADAPTER_LORA, CONTROLNET, CONTROL_LORA = NETWORKS = (
+    "t2i-adapter",
+    "t2i-adapter-lora",  # with a LoRA of the denoiser beside it
+    "controlnet",
+    "control-lora",
+)
+RATES = {
+    ADAPTER: 1e-5,
+    ADAPTER_LORA: 1e-4,
+    CONTROLNET: 1e-5,
+    CONTROL_LORA: 1e-4,
+}  # where a model says nothing: as published
+ADAPTERS = (ADAPTER, ADAPTER_LORA)
+WITH_ADAPTER = {"kind": ADAPTERS}
+WITHOUT_HOOKS = (ADAPTER, CONTROLNET, CONTROL_LORA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +38,11 @@ class ControlSettings(TrainingSettings):
     """The settings of `customize train-control`. A run is a function of these, the pairs and the model."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("rank", "lora_alpha"), WITH_LORA),
+        "rank": {"kind": (ADAPTER_LORA, CONTROL_LORA)},
+        "lora_alpha": {"kind": (CONTROL_LORA,)},
+        # A LoRA's hooks last for one call: they are not there when it is repeated in the backward pass, nor compiled
+        "gradient_checkpointing": {"kind": WITHOUT_HOOKS},
+        "compile": {"kind": WITHOUT_HOOKS, "quantize": ("",), "cpu_offload": (0.0,)},
         # A ControlNet copies the weights as they are
         **dict.fromkeys(("quantize", "cpu_offload"), WITH_ADAPTER),
         "lora_layers": {"kind": ("none",)},  # its layers are those of the copied encoder, all of them
@@ -186,7 +201,7 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Cont
         "steps": steps,
         "batch": own.get("batch", 4),
         "learning_rate": own.get("learning_rates", {}).get(kind, RATES.get(kind, 1e-5)),
-        "rank": own.get("rank", 32),
+        "rank": own.get("rank", 32 if kind == CONTROL_LORA else 16),
         "flip": False,
         "sample_steps": usual.get("steps", ControlSettings.sample_steps),
         "guidance": usual.get("guidance", ControlSettings.guidance),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ PRELOADED = [
 def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
     """Call `function(rank, *arguments)` in every process; a single process is the calling one.
 
-    Each spawned process has one thread. An error in one of them ends all.
+    Each spawned process has one thread. An error in one of them ends all, and so does the end of the calling process,
+    however it comes.
     """
     if processes == 1:
         function(0, *arguments)
@@ -51,9 +53,18 @@ def _worker(
     environment: dict[str, str],
 ) -> None:
     os.environ.update(environment)  # the fork server has that of its own start
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     try:
         function(rank, *arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the one that asked for it, which may be killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

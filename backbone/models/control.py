@@ -22,6 +22,8 @@ from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
+from backbone.families.unet.row_lora import FILE as LORA
+from backbone.families.unet.row_lora import new_row_lora, read_row_lora
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
 from backbone.io.weights import read_weights_header
@@ -64,12 +66,12 @@ class OpenedControl(NamedTuple):
 
 
 def new_control(
-    model: Backbone, kind: str, *, denoiser: nn.Module | None = None, **config: Any
+    model: Backbone, kind: str, *, denoiser: nn.Module | None = None, lora_rank: int = 0, **config: Any
 ) -> ControlNetwork:
     """A control network to train, fp32: `t2i-adapter`, random, or `controlnet`, a copy of the denoiser's encoder.
 
     `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`. `denoiser` is another network of the same
-    kind, in the place of the model's own: one on `meta`, say.
+    kind, in the place of the model's own: one on `meta`, say. With `lora_rank` a LoRA of it belongs to a T2I-Adapter.
     """
     from diffusers import ControlNetModel, T2IAdapter
 
@@ -90,6 +92,8 @@ def new_control(
                 "adapter_type": "full_adapter_xl",
             }
         module = T2IAdapter(**usual | config)
+        if lora_rank:
+            module.add_module("lora", new_row_lora(network, lora_rank))
     else:
         assert kind == "controlnet"
         module = ControlNetModel.from_unet(network, load_weights_from_unet=device.type != "meta", **config)
@@ -442,7 +446,7 @@ def _fetch(repository: str) -> Path:
 
 @dataclass(frozen=True)
 class ControlOutline:
-    """A control network that is not loaded: how to construct it, or None and how many numbers its file holds."""
+    """A control network that is not loaded: how to construct it if not from a file, and the numbers that files hold."""
 
     spec: ModuleSpec | None
     numbers: int = 0
@@ -455,7 +459,10 @@ def outline_control(model: Backbone, name: str) -> ControlOutline:
         shapes = read_header(network.place).shapes.values()
         return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
     kind, location, part = _class_of(model, require_controlled_family(model).control_classes, network)
-    return ControlOutline(diffusers_spec(kind, location, part, model.dtype))
+    lora = network.place / LORA
+    beside = read_header(lora).shapes if lora.exists() else {}
+    spec = diffusers_spec(kind, location, part, model.dtype)
+    return ControlOutline(spec, sum(math.prod(shape) for shape in beside.values()))
 
 
 def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[tuple[str, str]]:
@@ -489,7 +496,10 @@ def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.
 
 def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
     kind, location, part = _class_of(model, classes, found)
-    return load_network(kind, location, part, model.dtype)
+    network: nn.Module = load_network(kind, location, part, model.dtype)
+    if (found.place / LORA).exists():
+        network.add_module("lora", read_row_lora(found.place / LORA, model.denoiser).to(model.dtype))
+    return network
 
 
 def _class_of(model: Backbone, classes: Sequence[Any], found: FoundControl) -> tuple[Any, Location, str]:

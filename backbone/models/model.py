@@ -42,6 +42,7 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
+from backbone.families.unet.row_lora import has_row_lora
 from backbone.io.console import UserError, notify_once, progress, quote
 from backbone.io.files import content_hash
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
@@ -519,7 +520,9 @@ class Backbone:
             noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
             conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
-        with self.autocast(), clip_of(denoiser, frames, controls), self.compiled_blocks(denoiser):
+        # Hooks that come and go are not seen by what is compiled
+        blocks = nullcontext() if has_row_lora(controls) else self.compiled_blocks(denoiser)
+        with self.autocast(), clip_of(denoiser, frames, controls), blocks:
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction
 

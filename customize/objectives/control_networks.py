@@ -18,11 +18,19 @@ from backbone.adapters.lora import add_lora
 from backbone.conditions.control import ControlNetwork
 from backbone.families.components.loading import WEIGHTS
 from backbone.families.unet.original import to_original
+from backbone.families.unet.row_lora import RowLora, new_row_lora
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors, write_text
 from backbone.models.control import PARTS, new_control, open_control
 from backbone.models.model import Backbone
-from customize.control_settings import ADAPTER, CONTROL_LORA, CONTROLNET, ControlSettings
+from customize.control_settings import (
+    ADAPTER,
+    ADAPTER_LORA,
+    ADAPTERS,
+    CONTROL_LORA,
+    CONTROLNET,
+    ControlSettings,
+)
 
 HINT_WIDTHS = (16, 32, 64, 96, 256)  # of a ControlNet's layers before the copy
 LORA = "control"  # peft's name of the adapter
@@ -45,9 +53,12 @@ def create_network(
     """A new network; for another `denoiser` of the same kind than the model's own where one is given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        if settings.kind == ADAPTER:
-            size = {"adapter_type": "light_adapter"} if settings.adapter_size == "light" else {}
-            return new_control(model, ADAPTER, denoiser=denoiser, **size)
+        if settings.kind in ADAPTERS:
+            size: dict[str, Any] = (
+                {"adapter_type": "light_adapter"} if settings.adapter_size == "light" else {}
+            )
+            rank = settings.rank if settings.kind == ADAPTER_LORA else 0
+            return new_control(model, ADAPTER, denoiser=denoiser, lora_rank=rank, **size)
         widths = hint_widths(model)
         network = new_control(
             model, CONTROLNET, denoiser=denoiser, conditioning_embedding_out_channels=widths
@@ -70,7 +81,7 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
             "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
         )
     network, record, _ = open_control(model, settings.begin_from)
-    wanted = "T2IAdapter" if settings.kind == ADAPTER else "ControlNetModel"
+    wanted = "T2IAdapter" if settings.kind in ADAPTERS else "ControlNetModel"
     found = type(network.module).__name__
     if found != wanted:
         raise UserError(
@@ -81,7 +92,17 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
         raise UserError(
             f"{settings.begin_from} reads {', '.join(record.kinds)} and not {settings.condition}. Begin a new one."
         )
-    network.module.float().requires_grad_(True).train()
+    module = network.module
+    lora = getattr(module, "lora", None)
+    if settings.kind == ADAPTER and lora is not None:
+        raise UserError(
+            f"{settings.begin_from} has a LoRA of the denoiser beside it. Train it on by --kind {ADAPTER_LORA}."
+        )
+    if settings.kind == ADAPTER_LORA and lora is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            module.add_module("lora", new_row_lora(model.denoiser, settings.rank))
+    module.float().requires_grad_(True).train()
     return network
 
 
@@ -93,10 +114,15 @@ def hint_widths(model: Backbone) -> tuple[int, ...]:
 def save_network(module: nn.Module, kind: str, run: Path) -> None:
     """Writes a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file.
 
+    The LoRA of a T2I-Adapter is written into the adapter's folder.
+
     diffusers' own writer would begin with the old file's end.
     """
-    part = run / PARTS[0 if kind == ADAPTER else 1]
+    part = run / PARTS[0 if kind in ADAPTERS else 1]
     weights = merge_weights(module) if kind == CONTROL_LORA else module.state_dict()
+    if kind == ADAPTER_LORA:
+        weights = {name: value for name, value in weights.items() if not name.startswith("lora.")}
+        cast(RowLora, module.lora).write(part)
     write_text(part / "config.json", cast(Any, module).to_json_string())
     write_tensors(part / WEIGHTS, weights, {"format": "pt"})
     if kind == CONTROL_LORA:

@@ -16,6 +16,7 @@ world needs fewer. Continues from its last checkpoint, and begins from another p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,9 @@ class FlowSettings(LatentSettings):
 
     steps: int = 10_000
     simple_steps: int = 6_000
+    shift: Annotated[
+        float, Option("Shift of the noise levels that are drawn; above 1, noisier.", TRAINING, min=0.1)
+    ] = 1.0
     begin_from: Annotated[Path | None, Option("A pipeline folder whose weights to begin with.", TRAINING)] = (
         None
     )
@@ -104,7 +108,8 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
         clean, tokens = data.batch(settings.batch, random, **settings.shares(step))
-        level = flow(torch.randn(settings.batch, generator=random).sigmoid().to(settings.device))
+        drawn = torch.randn(settings.batch, generator=random) + math.log(settings.shift)
+        level = flow(drawn.sigmoid().to(settings.device))
         noise = torch.randn(clean.shape, generator=random).to(settings.device)
         with precision(clean.device):
             hidden, pooled = join_encodings(

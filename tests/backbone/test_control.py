@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,16 @@ from diffusers import (
 )
 from torch import Tensor
 
+from backbone.adapters.lora import add_lora
 from backbone.conditions.control import Control
+from backbone.families.unet.row_lora import FILE, new_row_lora
 from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
+from customize.objectives.control_networks import save_network
 from tests import tiny
 
 STEPS, GUIDANCE, PROMPT, NEGATIVE = 20, 4.0, "a dog in the snow", "a red cat"
@@ -98,7 +103,9 @@ def maps(count: int) -> Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(9))
 
 
-def by_diffusers(nets: Nets, kind: str, modules: Sequence[Any], steps: int, **said: Any) -> Tensor:
+def by_diffusers(
+    nets: Nets, kind: str, modules: Sequence[Any], steps: int, *, lora: Path | None = None, **said: Any
+) -> Tensor:
     """So many guided steps of diffusers' own pipeline from the same noise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,6 +115,8 @@ def by_diffusers(nets: Nets, kind: str, modules: Sequence[Any], steps: int, **sa
         else:
             loaded = {"adapter": MultiAdapter(list(modules)) if len(modules) > 1 else modules[0]}
             pipeline = nets.with_adapter.from_pretrained(nets.model.location.source, **loaded)
+        if lora is not None:
+            pipeline.unet.load_lora_adapter(lora, prefix="unet", weight_name=FILE)
         pipeline.set_progress_bar_config(disable=True)
         found = pipeline(
             prompt=PROMPT,
@@ -218,6 +227,88 @@ def test_at_scale_0_a_picture_is_the_base_s_bit_for_bit(nets: Nets) -> None:
     assert torch.equal(plain[0], under[0]) and not torch.allclose(plain[1], under[1], atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def with_lora(nets: Nets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T2I-Adapter with a LoRA of the denoiser beside it."""
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    shutil.copytree(nets.adapters[0], folder)
+    torch.manual_seed(5)
+    shaken(new_row_lora(nets.model.denoiser, 3), 5).write(folder)
+    return folder
+
+
+@few_or_all
+def test_guided_steps_under_an_adapter_and_its_lora_are_diffusers_own_with_both(
+    nets: Nets, with_lora: Path, steps: int
+) -> None:
+    (control,), hints = controls_of(nets.model, (str(with_lora),), 1, {})
+    network = T2IAdapter.from_pretrained(with_lora)
+    theirs = by_diffusers(nets, "adapter", [network], steps, lora=with_lora, image=hints[0])
+    torch.testing.assert_close(drawn(nets.model, [control], steps=steps), theirs, rtol=0, atol=1e-4)
+    (plain,), _ = controls_of(nets.model, nets.adapters, 1, {})
+    changed = drawn(nets.model, [control], steps=steps) - drawn(nets.model, [plain], steps=steps)
+    assert float(changed.abs().max()) > 0.01
+
+
+def test_the_lora_of_an_adapter_changes_the_rows_that_a_map_controls_at_its_scale(
+    nets: Nets, with_lora: Path
+) -> None:
+    network = open_control(nets.model, str(with_lora)).network
+    text = encode_prompts_cached(nets.model, [PROMPT, PROMPT, PROMPT])
+    noisy = torch.randn(1, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def predicted(scales: list[float], *, features: bool = True) -> Tensor:
+        control = Control.of(network, maps(1).repeat(3, 1, 1, 1), scale=torch.tensor(scales))
+        if not features:
+            control = replace(control, hints=tuple(torch.zeros_like(hint) for hint in control.hints))
+        told = replace(text, controls=(control,))
+        return nets.model.predict(noisy.repeat(3, 1, 1, 1), torch.tensor([500] * 3), told)
+
+    base = nets.model.predict(noisy.repeat(3, 1, 1, 1), torch.tensor([500] * 3), text)
+    some = predicted([1.0, 0.0, 0.5])
+    assert torch.equal(some[1], base[1])
+    torch.testing.assert_close(some[0], predicted([1.0, 1.0, 1.0])[0], rtol=0, atol=1e-5)
+    half, whole = (predicted([0.0, scale, 0.0], features=False)[1] - base[1] for scale in (1e-3, 2e-3))
+    torch.testing.assert_close(2 * half, whole, rtol=0.02, atol=1e-5)  # its scale is the LoRA's own
+    assert half.abs().max() > 1e-5
+    assert not any(module._forward_hooks for module in nets.model.denoiser.modules())  # nothing stays behind
+
+
+def test_a_concept_on_the_same_layers_is_drawn_under_an_adapter_with_a_lora(
+    nets: Nets, with_lora: Path
+) -> None:
+    text = encode_prompts_cached(nets.model, [PROMPT])
+    noisy = torch.randn(1, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([500])
+    denoiser = nets.model.family.denoiser(nets.model.location, torch.float32).eval()
+    network = open_control(nets.model, str(with_lora)).network
+    under = replace(text, controls=(Control.of(network, maps(1)),))
+    apart = nets.model.predict(noisy, index, under, denoiser=denoiser)
+    learned = add_lora(denoiser, "concept", rank=2, alpha=2, targets=("conv1", "conv2"))
+    same = nets.model.predict(noisy, index, under, denoiser=denoiser)
+    torch.testing.assert_close(same, apart, rtol=0, atol=1e-5)  # a new one changes nothing
+    for value in learned.values():
+        torch.nn.init.normal_(value, std=0.3)
+    assert not torch.allclose(nets.model.predict(noisy, index, under, denoiser=denoiser), apart, atol=1e-3)
+
+
+def test_a_lora_of_another_denoiser_beside_an_adapter_is_refused(
+    nets: Nets, with_lora: Path, tmp_path: Path
+) -> None:
+    tensors, header = read_tensors(with_lora / FILE)
+    name = next(key for key in tensors if key.endswith("conv1.lora_A.weight"))
+    wrong: dict[str, tuple[dict[str, Tensor], str]] = {
+        "other": ({f"unet.elsewhere.{key}": value for key, value in tensors.items()}, "another model"),
+        "wide": ({**tensors, name: tensors[name].repeat(1, 2, 1, 1)}, "another model"),
+        "half": ({key: value for key, value in tensors.items() if key != name}, "lora_A and a lora_B"),
+    }
+    for kind, (factors, sentence) in wrong.items():
+        shutil.copytree(with_lora, tmp_path / kind)
+        write_tensors(tmp_path / kind / FILE, factors, header)
+        with pytest.raises(UserError, match=sentence):
+            open_control(nets.model, str(tmp_path / kind))
+
+
 @pytest.mark.parametrize("inner", ["controlnet_cond_embedding", "adapter"])
 def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets, inner: str) -> None:
     name = nets.adapters[0] if inner == "adapter" else nets.controlnets[0]
@@ -273,6 +364,7 @@ def test_rows_joined_with_uncontrolled_ones_keep_their_own_control(nets: Nets) -
     ("kind", "config"),
     [
         ("t2i-adapter", {"num_res_blocks": 1}),
+        ("t2i-adapter", {"num_res_blocks": 1, "lora_rank": 2}),
         ("controlnet", {"conditioning_embedding_out_channels": (4, 8, 8, 16)}),
     ],
 )
@@ -294,7 +386,11 @@ def test_a_new_network_is_trained_through_the_one_prediction_and_opens_again(
     after = nets.model.predict(noisy, index, replace(text, controls=(Control.of(net, maps(2)),)))
     assert not torch.allclose(before, after, atol=1e-4)
     module: Any = net.module
-    module.save_pretrained(tmp_path / "saved")
+    if hasattr(module, "lora"):
+        save_network(module, "t2i-adapter-lora", tmp_path)
+        (tmp_path / "t2i_adapter").rename(tmp_path / "saved")
+    else:
+        module.save_pretrained(tmp_path / "saved")
     again = open_control(nets.model, str(tmp_path / "saved")).network
     found = nets.model.predict(noisy, index, replace(text, controls=(Control.of(again, maps(2)),)))
     torch.testing.assert_close(found, after.detach(), rtol=0, atol=1e-5)

@@ -88,7 +88,9 @@ class Trained:
     said: str
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("controlnet", "control-lora")]
+SLOW = [
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("t2i-adapter-lora", "controlnet", "control-lora")
+]
 
 
 @pytest.fixture(scope="module", params=["t2i-adapter", *SLOW])
@@ -545,6 +547,14 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
         (("--condition", "shadow"), "shadow"),
         ((), "Say --condition sketch"),
         (("--condition", "sketch", "--rank", 4), "--rank has no effect"),
+        (
+            ("--condition", "sketch", "--kind", "t2i-adapter-lora", "--gradient-checkpointing"),
+            "--gradient-checkpointing has no effect",
+        ),
+        (
+            ("--condition", "sketch", "--kind", "t2i-adapter-lora", "--compile"),
+            "--compile has no effect",
+        ),
         (
             ("--condition", "sketch", "--kind", "controlnet", "--adapter-size", "light"),
             "--adapter-size has no effect",

@@ -22,7 +22,7 @@ from backbone.families.base import (
 from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint
-from backbone.families.unet.control import add_controls
+from backbone.families.unet.control import call_unet
 from backbone.families.unet.family import UNetFamily, beside_reference, load_part
 from backbone.io.files import Header
 
@@ -85,7 +85,7 @@ class StableDiffusion(UNetFamily):
                 "timestep": time,
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
             }
-            return cast(Tensor, denoiser(**add_controls(conditions.controls, inputs, dtype)).sample)
+            return call_unet(denoiser, inputs, conditions.controls)
 
         return predict
 

@@ -29,7 +29,7 @@ from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
 from backbone.families.single_file import checkpoint as single_file
-from backbone.families.unet.control import add_controls
+from backbone.families.unet.control import call_unet
 from backbone.families.unet.family import UNetFamily, beside_reference, load_part
 from backbone.io.console import UserError
 from backbone.io.files import Header
@@ -109,7 +109,7 @@ class StableDiffusionXL(UNetFamily):
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
                 "added_cond_kwargs": added,
             }
-            return cast(Tensor, denoiser(**add_controls(conditions.controls, inputs, dtype)).sample)
+            return call_unet(denoiser, inputs, conditions.controls)
 
         return predict
 

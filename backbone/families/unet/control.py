@@ -2,7 +2,8 @@
 
 A ControlNet is a copy of the UNet's encoder with zero convolutions; it hears text and time, and its answer is added to
 the skip connections. Its first layers embed the map alone, so they are asked once for a picture and not at every step.
-A T2I-Adapter hears nothing else, so all of it is asked once, and its features are added inside the encoder.
+A T2I-Adapter hears nothing else, so all of it is asked once, and its features are added inside the encoder; a LoRA may
+belong to it (`backbone.families.unet.row_lora`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork, Residuals
 from backbone.families.control import made_for_another_model, residuals_of
+from backbone.families.unet.row_lora import row_loras
 from backbone.io.console import UserError
 
 SKIPS, MIDDLE, INNER = (
@@ -195,13 +197,13 @@ def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: cast_to(name, value) for name, value in inputs.items()}
 
 
-def add_controls(
-    controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Any]:
-    """A UNet's arguments with what the controls add; lists are new at every call, since the UNet empties them."""
-    found = residuals_of(controls, inputs, dtype)
+def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
+    """A UNet's answer with what the controls add; lists are new at every call, since the UNet empties them."""
+    found = residuals_of(controls, inputs, cast(torch.dtype, denoiser.dtype))
     middle = found.pop(MIDDLE, None)
-    return {**inputs, **found, **({MIDDLE: middle[0]} if middle is not None else {})}
+    given = {**inputs, **found, **({MIDDLE: middle[0]} if middle is not None else {})}
+    with row_loras(controls, denoiser):
+        return cast(Tensor, denoiser(**given).sample)
 
 
 def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwork:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
+from backbone.io.console import UserError
 from backbone.memory.planner import MemorySettings, Workload, fit_to_memory, precision_name
 from backbone.models.control import require_controlled_family
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
-from customize.control_settings import ADAPTER, ControlSettings
+from customize.control_settings import ADAPTER, ADAPTER_LORA, ADAPTERS, ControlSettings
 from customize.objectives.control_networks import create_network
 
 PART = "control"  # of the planned denoiser: the network is counted with it
@@ -37,7 +38,7 @@ def work_of(model: Backbone, settings: ControlSettings) -> Workload:
     return Workload(
         trains,
         batch_size=settings.batch,
-        supports_compressed_base=settings.kind == ADAPTER,
+        supports_compressed_base=settings.kind in ADAPTERS,
         queries_base=False,
         conditioned=conditioned,
     )
@@ -55,4 +56,9 @@ def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tupl
         fixed_optimizer=True,
     )
     smaller, chosen = fit_to_memory(model, work_of(model, settings), size, choice)
+    if chosen.checkpointing and settings.kind == ADAPTER_LORA:
+        raise UserError(
+            f"--kind {ADAPTER_LORA} does not fit into {size:g} GiB without gradient checkpointing, which it does not "
+            f"learn with. Give a smaller --batch, or --kind {ADAPTER}."
+        )
     return smaller, replace(settings, **chosen.settings(), compile=settings.compile and chosen.compilable)

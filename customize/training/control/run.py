@@ -40,7 +40,14 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from backbone.world.rendering.record import load_labels
-from customize.control_settings import PROGRAM, ControlSettings, as_command, read_settings, resolve_settings
+from customize.control_settings import (
+    ADAPTER_LORA,
+    PROGRAM,
+    ControlSettings,
+    as_command,
+    read_settings,
+    resolve_settings,
+)
 from customize.data.control_pairs import ControlColumns, ControlPair, check_control_pairs, read_control_pairs
 from customize.evaluation.condition_fidelity import (
     Agreement,
@@ -80,6 +87,8 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     processes.init_process(asked.get("device") or "auto")
     run = out or Path("runs") / run_name(asked["images"])
     refuse_taken(run, [asked["images"]])
+    if asked.get("kind") == ADAPTER_LORA:
+        asked = {"compile": False, **asked}
     opened, asked = open_configs(asked)
     settings = resolve_settings(asked, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))

@@ -34,6 +34,7 @@ from torch import Tensor
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, settled_command
+from backbone.families.unet.row_lora import FILE as LORA
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
     atomic_write,
@@ -56,7 +57,7 @@ from backbone.world.maps import draw_maps, draw_sketch, look_at, sample_hand
 from backbone.world.rendering.record import load_labels
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS, Scene, sample_posed_scene, sample_scene
-from customize.control_settings import ADAPTER, NETWORKS, ControlSettings, resolve_settings
+from customize.control_settings import ADAPTER, ADAPTER_LORA, NETWORKS, ControlSettings, resolve_settings
 from customize.evaluation.condition_fidelity import HeldOutMaps
 from customize.objectives.control import ControlTraining
 from customize.objectives.control_networks import make_network
@@ -100,6 +101,7 @@ class TrainSettings(WorkSettings):
         ),
     ] = KINDS
     network: Annotated[str, Option("What is trained.", WHAT, choices=NETWORKS)] = ADAPTER
+    rank: Annotated[int, Option("Rank of a T2I-Adapter's LoRA of the denoiser.", WHAT, min=1)] = 16
     begin_from: Annotated[
         str, Option("Start from a network's weights.", WHAT, default_text="a new one", metavar="FOLDER")
     ] = ""
@@ -325,6 +327,7 @@ def as_run(settings: TrainSettings) -> ControlSettings:
             "model": settings.model,
             "kind": settings.network,
             **({"begin_from": settings.begin_from} if settings.begin_from else {}),
+            **({"rank": settings.rank} if settings.network == ADAPTER_LORA else {}),
             "steps": settings.steps,
             "batch": settings.batch,
             "learning_rate": settings.learning_rate,
@@ -385,14 +388,19 @@ def export_network(settings: ExportSettings) -> None:
     tensors, _ = read_tensors(run / part / WEIGHTS)
     (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / part / "config.json").write_bytes((run / part / "config.json").read_bytes())
-    write_tensors(
-        folder / part / WEIGHTS, {name: value.half() for name, value in tensors.items()}, {"format": "pt"}
-    )
+    write_half(folder / part / WEIGHTS, tensors)
+    if (run / part / LORA).exists():
+        write_half(folder / part / LORA, read_tensors(run / part / LORA)[0])
     defaults = {"scale": settings.scale, "start": 0.0, "stop": settings.stop, "rows": settings.rows}
     write_json(folder / RECORD, {**record, "base": model.fingerprint, "defaults": defaults})
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     step = read_metadata(run / CHECKPOINT)["step"]
     print(f"{folder}: step {step}, {size / 1e6:.1f} MB")
+
+
+def write_half(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors in fp16."""
+    write_tensors(path, {name: value.half() for name, value in tensors.items()}, {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""A LoRA of the UNet that belongs to a T2I-Adapter and acts on controlled rows alone.
+
+A T2I-Adapter adds its features to a frozen network, which can draw by them only what it drew before. Low-rank changes
+of the layers that hear the features let it draw more (things that lie, one before the other); as the features do, they
+act on the rows that a map controls and at the map's scale, so that every other row is the base's, bit for bit. Hooks do
+that, for the length of one call: nothing of the denoiser is replaced, and adapters of peft's may be on the same layers.
+The file beside the adapter's is one that diffusers' `UNet2DConditionModel.load_lora_adapter` reads, for which it acts
+on all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from backbone.conditions.control import Control
+from backbone.diffusion.transfer import send
+from backbone.families.control import made_for_another_model
+from backbone.io.console import UserError
+from backbone.io.files import read_tensors, write_tensors
+
+FILE = "pytorch_lora_weights.safetensors"  # in the adapter's folder
+PREFIX = "unet."
+TARGETS = ("conv1", "conv2")  # of the residual blocks
+
+
+class RowLora(nn.Module):
+    """Down and up of every target layer, at α equal to the rank.
+
+    `layers` are the names of the denoiser's layers, in the order of `down` and `up`.
+    """
+
+    def __init__(self, denoiser: nn.Module, ranks: dict[str, int]) -> None:
+        super().__init__()
+        self.layers = tuple(ranks)
+        pairs = [_low_rank(own_layer(denoiser, name), rank) for name, rank in ranks.items()]
+        self.down = nn.ModuleList([down for down, _ in pairs])
+        self.up = nn.ModuleList([up for _, up in pairs])
+
+    @contextmanager
+    def acting(self, denoiser: nn.Module, rows: Tensor, scale: Tensor, count: int) -> Iterator[None]:
+        """Inside the `with`, these rows [N] of a call's `count` are changed, each at its scale [N]."""
+        device = next(self.parameters()).device
+        every = len(rows) == count
+        among = None if every else send(rows, device)
+        strength = None if bool((scale == 1).all()) else send(scale, device)
+        with ExitStack() as held:
+            for name, down, up in zip(self.layers, self.down, self.up, strict=True):
+                hook = _hook(down, up, among, strength)
+                held.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
+            yield
+
+    def write(self, folder: Path) -> None:
+        """Writes the factors beside the adapter's file, named as diffusers names them."""
+        pairs = zip(self.layers, self.down, self.up, strict=True)
+        tensors = {
+            f"{PREFIX}{name}.{factor}.weight": cast(Tensor, module.weight).detach().cpu().contiguous()
+            for name, *both in pairs
+            for factor, module in zip(("lora_A", "lora_B"), both, strict=True)
+        }
+        write_tensors(folder / FILE, tensors, {"format": "pt"})
+
+
+def new_row_lora(denoiser: nn.Module, rank: int) -> RowLora:
+    """A LoRA that changes nothing yet, fp32, on every convolution of the residual blocks."""
+    names = [name for name, _ in denoiser.named_modules() if name.endswith(TARGETS)]
+    lora = RowLora(denoiser, dict.fromkeys(names, rank)).to(next(denoiser.parameters()).device)
+    return cast(RowLora, cast(Any, lora).to(memory_format=torch.channels_last))  # as the denoiser's
+
+
+def read_row_lora(path: Path, denoiser: nn.Module) -> RowLora:
+    """The LoRA of a file, fp32; `UserError` for one that was made for another denoiser or is damaged."""
+    tensors, _ = read_tensors(path)
+    known = {name for name, _ in denoiser.named_modules()}
+    ranks: dict[str, int] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if key.endswith(".lora_A.weight"):
+            if name not in known:
+                raise made_for_another_model(f"layer {name}", "changed", "no such layer")
+            ranks[name] = len(value)
+    if set(tensors) != {f"{PREFIX}{name}.lora_{part}.weight" for name in ranks for part in "AB"}:
+        raise UserError(f"{path} is no LoRA of a control network: each layer has a lora_A and a lora_B.")
+    lora = RowLora(denoiser, ranks)
+    for number, name in enumerate(lora.layers):
+        for factor, module in (("lora_A", lora.down[number]), ("lora_B", lora.up[number])):
+            weight, found = cast(Tensor, module.weight), tensors[f"{PREFIX}{name}.{factor}.weight"]
+            if weight.shape != found.shape:
+                raise made_for_another_model(f"layer {name}", tuple(found.shape), tuple(weight.shape))
+            weight.data.copy_(found)
+    return lora
+
+
+@contextmanager
+def row_loras(controls: Sequence[Control], denoiser: nn.Module) -> Iterator[None]:
+    """Inside the `with`, the LoRAs of the controls act in one call of the denoiser, on the rows that are controlled."""
+    with ExitStack() as held:
+        for control in controls:
+            lora = getattr(control.network.module, "lora", None)
+            rows = control.scale.nonzero().flatten()
+            if isinstance(lora, RowLora) and len(rows):
+                held.enter_context(lora.acting(denoiser, rows, control.scale[rows], len(control)))
+        yield
+
+
+def has_row_lora(controls: Sequence[Control]) -> bool:
+    """Whether a LoRA belongs to one of the controls."""
+    return any(hasattr(control.network.module, "lora") for control in controls)
+
+
+def own_layer(denoiser: nn.Module, name: str) -> nn.Module:
+    """A layer of the denoiser, without an adapter that is on it."""
+    layer = denoiser.get_submodule(name)
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
+    """A down and an up for a layer, whose product is zero."""
+    if isinstance(layer, nn.Conv2d):
+        size: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "bias": False}
+        down: nn.Module = nn.Conv2d(layer.in_channels, rank, cast(Any, layer.kernel_size), **size)
+        up: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+    elif isinstance(layer, nn.Linear):
+        down = nn.Linear(layer.in_features, rank, bias=False)
+        up = nn.Linear(rank, layer.out_features, bias=False)
+    else:
+        raise made_for_another_model("changed layer", type(layer).__name__, "convolutions and linear layers")
+    nn.init.zeros_(cast(Tensor, up.weight))
+    return down, up
+
+
+def _hook(down: nn.Module, up: nn.Module, rows: Tensor | None, scale: Tensor | None) -> Callable[..., Tensor]:
+    """Adds up(down(x)) to a layer's answer, on these rows or on all."""
+
+    def add(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        change = up(down(given[0] if rows is None else given[0][rows]))
+        if scale is not None:
+            change = change * scale.to(change.dtype).reshape(-1, *[1] * (change.ndim - 1))
+        change = change.to(answer.dtype)
+        if rows is None:
+            return answer + change
+        # In place where nothing learns, since a new tensor would have another layout in memory
+        return (
+            answer.index_add(0, rows, change) if answer.requires_grad else answer.index_add_(0, rows, change)
+        )
+
+    return add
