@@ -21,7 +21,7 @@ from backbone.io.records import read_as
 
 FILE = "limner.json"
 LEARNED = ("lora", "full", "textual-inversion", "pivotal", "custom-diffusion", "pairs", "pairs-full")
-NETWORKS = ("t2i-adapter", "controlnet", "control-lora")
+NETWORKS = ("t2i-adapter", "t2i-adapter-lora", "controlnet", "control-lora")
 
 
 def _number(help: str, min: float, max: float | None = None) -> Option:

@@ -104,7 +104,7 @@ def maps(count: int) -> Tensor:
 
 
 def by_diffusers(
-    nets: Nets, kind: str, modules: Sequence[Any], steps: int, *, lora: Path | None = None, **said: Any
+    nets: Nets, kind: str, modules: Sequence[Any], steps: int, lora: Path | None = None, **said: Any
 ) -> Tensor:
     """So many guided steps of diffusers' own pipeline from the same noise."""
     with warnings.catch_warnings():
@@ -183,7 +183,7 @@ def test_guided_steps_under_t2i_adapters_are_diffusers_own(nets: Nets, count: in
     how: dict[str, list[Any]] = {"scale": [0.7, 1.1], "stop": [0.6] * 2}
     controls, hints = controls_of(nets.model, nets.adapters, count, how)
     modules = [control.network.module for control in controls]
-    said = {"adapter_conditioning_scale": how["scale"] if count > 1 else 0.7}
+    said: dict[str, Any] = {"adapter_conditioning_scale": how["scale"] if count > 1 else 0.7}
     if "XL" in nets.with_adapter.__name__:  # the other pipeline has no share of the steps
         said["adapter_conditioning_factor"] = 0.6
     else:

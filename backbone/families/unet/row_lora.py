@@ -139,15 +139,14 @@ def _hook(down: nn.Module, up: nn.Module, rows: Tensor | None, scale: Tensor | N
     """Adds up(down(x)) to a layer's answer, on these rows or on all."""
 
     def add(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
-        change = up(down(given[0] if rows is None else given[0][rows]))
+        change: Tensor = up(down(given[0] if rows is None else given[0][rows]))
         if scale is not None:
             change = change * scale.to(change.dtype).reshape(-1, *[1] * (change.ndim - 1))
         change = change.to(answer.dtype)
         if rows is None:
             return answer + change
-        # In place where nothing learns, since a new tensor would have another layout in memory
-        return (
-            answer.index_add(0, rows, change) if answer.requires_grad else answer.index_add_(0, rows, change)
-        )
+        if answer.requires_grad:
+            return answer.index_add(0, rows, change)
+        return answer.index_add_(0, rows, change)  # a new tensor would have another layout in memory
 
     return add
