@@ -47,8 +47,7 @@ class RowLora(nn.Module):
     def acting(self, denoiser: nn.Module, rows: Tensor, scale: Tensor, count: int) -> Iterator[None]:
         """Inside the `with`, these rows [N] of a call's `count` are changed, each at its scale [N]."""
         device = next(self.parameters()).device
-        every = len(rows) == count
-        among = None if every else send(rows, device)
+        among = _index(rows, count, device)
         strength = None if bool((scale == 1).all()) else send(scale, device)
         with ExitStack() as held:
             for name, down, up in zip(self.layers, self.down, self.up, strict=True):
@@ -135,18 +134,27 @@ def _low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
     return down, up
 
 
-def _hook(down: nn.Module, up: nn.Module, rows: Tensor | None, scale: Tensor | None) -> Callable[..., Tensor]:
+def _index(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | None:
+    """What takes these rows of so many: none for all of them, and of rows in a line a slice, which copies nothing."""
+    if len(rows) == count:
+        return None
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first == len(rows) - 1 else send(rows, device)
+
+
+def _hook(
+    down: nn.Module, up: nn.Module, rows: Tensor | slice | None, scale: Tensor | None
+) -> Callable[..., Tensor]:
     """Adds up(down(x)) to a layer's answer, on these rows or on all."""
 
     def add(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
         change: Tensor = up(down(given[0] if rows is None else given[0][rows]))
         if scale is not None:
             change = change * scale.to(change.dtype).reshape(-1, *[1] * (change.ndim - 1))
-        change = change.to(answer.dtype)
         if rows is None:
-            return answer + change
-        if answer.requires_grad:
-            return answer.index_add(0, rows, change)
-        return answer.index_add_(0, rows, change)  # a new tensor would have another layout in memory
+            return answer + change.to(answer.dtype)
+        changed = answer.clone() if answer.requires_grad else answer  # in place where nothing learns
+        changed[rows] += change.to(answer.dtype)
+        return changed
 
     return add
