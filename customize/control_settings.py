@@ -106,6 +106,14 @@ class ControlSettings(TrainingSettings):
             metavar="FOLDER",
         ),
     ] = ""
+    lora_alone: Annotated[
+        bool,
+        Option(
+            "Learn the LoRA alone: the adapter that --begin-from names stays as it is.",
+            "Method",
+            needs={"kind": (ADAPTER_LORA,), "begin_from": ()},
+        ),
+    ] = False
     adapter_size: Annotated[
         str, Option("Size of a T2I-Adapter.", "Method", choices=("full", "light"), needs=WITH_ADAPTER)
     ] = "full"

@@ -103,6 +103,9 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
             torch.manual_seed(settings.seed)
             module.add_module("lora", new_row_lora(model.denoiser, settings.rank))
     module.float().requires_grad_(True).train()
+    if settings.lora_alone:
+        module.requires_grad_(False)
+        cast(nn.Module, module.lora).requires_grad_(True)
     return network
 
 

@@ -290,6 +290,27 @@ def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, 
     assert sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, whole.state_dict().values()))
 
 
+def test_a_lora_alone_leaves_the_adapter_that_it_belongs_to_as_it_is(tiny: Backbone, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"images": "x", "condition": "sketch", "kind": "t2i-adapter"}
+    save_network(make_network(tiny, resolve_settings(asked, {})).module, "t2i-adapter", tmp_path / "before")
+    more = {"kind": "t2i-adapter-lora", "rank": 2, "begin_from": str(tmp_path / "before"), "lora_alone": True}
+    module = make_network(tiny, resolve_settings(asked | more, {})).module
+    learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    assert learned and all(name.startswith("lora.") for name in learned)
+    for value in learned.values():
+        value.data = torch.randn(value.shape)
+    save_network(module, "t2i-adapter-lora", tmp_path / "after")
+    name = "t2i_adapter/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    again = {**more, "begin_from": str(tmp_path / "after")}
+    with pytest.raises(UserError, match="a LoRA of the denoiser"):
+        make_network(tiny, resolve_settings(asked | {"begin_from": again["begin_from"]}, {}))
+    further = make_network(tiny, resolve_settings(asked | again, {})).module
+    loras: list[Any] = [module.lora, further.lora]
+    first, second = ({name: up.weight for name, up in zip(one.layers, one.up, strict=True)} for one in loras)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_network_is_written_as_diffusers_writes_it_and_a_full_disk_keeps_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Backbone
 ) -> None:
@@ -550,6 +571,10 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
         (
             ("--condition", "sketch", "--kind", "t2i-adapter-lora", "--gradient-checkpointing"),
             "--gradient-checkpointing has no effect",
+        ),
+        (
+            ("--condition", "sketch", "--kind", "t2i-adapter-lora", "--lora-alone"),
+            "--lora-alone has no effect",
         ),
         (
             ("--condition", "sketch", "--kind", "t2i-adapter-lora", "--compile"),

@@ -105,6 +105,7 @@ class TrainSettings(WorkSettings):
     begin_from: Annotated[
         str, Option("Start from a network's weights.", WHAT, default_text="a new one", metavar="FOLDER")
     ] = ""
+    lora_alone: Annotated[bool, Option("Learn the LoRA alone: the adapter stays as it is.", WHAT)] = False
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 12_000
     batch: Annotated[int, Option("Images in a batch.", TRAINING, min=1)] = 24
     learning_rate: Annotated[float, Option("Learning rate of AdamW.", TRAINING)] = 1e-3
@@ -327,7 +328,11 @@ def as_run(settings: TrainSettings) -> ControlSettings:
             "model": settings.model,
             "kind": settings.network,
             **({"begin_from": settings.begin_from} if settings.begin_from else {}),
-            **({"rank": settings.rank} if settings.network == ADAPTER_LORA else {}),
+            **(
+                {"rank": settings.rank, "lora_alone": settings.lora_alone}
+                if settings.network == ADAPTER_LORA
+                else {}
+            ),
             "steps": settings.steps,
             "batch": settings.batch,
             "learning_rate": settings.learning_rate,
