@@ -251,8 +251,8 @@ class Gallery:
             )
         if name not in self.opened:
             self.opened[name] = open_control(self.model, name)
-        weights = sorted(Path(name).expanduser().rglob("diffusion_pytorch_model.safetensors"))
-        key = content_hash(weights[0])[:10] if weights else name.replace("/", "-")
+        weights = "".join(content_hash(path) for path in sorted(Path(name).expanduser().rglob("*.safetensors")))
+        key = content_hash(weights.encode())[:10] if weights else name.replace("/", "-")
         opened = self.opened[name]
         rows = self.settings.rows or usual_condition(self.model, opened.record)["rows"]
         return KindNetwork(opened.network, key if rows == "both" else f"{key}-{rows}", rows == "prompted")
