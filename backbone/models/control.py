@@ -100,15 +100,15 @@ def new_control(
     return family.control_network(module.float().to(device).train(), network, _encode(model))
 
 
-def open_control(model: Backbone, name: str) -> OpenedControl:
-    """A control network by its run, folder or hub id, in the model's precision, frozen.
+def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None) -> OpenedControl:
+    """A control network by its run, folder or hub id, in the model's precision or this one, frozen.
 
     Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
     """
     family = require_controlled_family(model)
     found = find_control(name)
     try:
-        module = _load(model, family, found)
+        module = _load(model, family, found, dtype or model.dtype)
         network = family.control_network(module, model.denoiser, _encode(model))
         _refuse_other_scale(module, model.factor)
     except UserError as error:
@@ -478,13 +478,13 @@ def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[tuple[
     return [(one.map.kind, name) for one, name in zip(known, named, strict=True)]
 
 
-def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.Module:
+def _load(model: Backbone, family: ControlledFamily, found: FoundControl, dtype: torch.dtype) -> nn.Module:
     """The network in a folder, if it is of one of the family's classes, or in a file, if its UNet's files are read."""
     with progress(None, f"loading {found.name}", brief=True):
         if found.place.is_dir():
-            network = _load_folder(model, family.control_classes, found)
+            network = _load_folder(model, family.control_classes, found, dtype)
         elif isinstance(family, FilesFamily):
-            network = family.load_control_file(read_header(found.place), model.denoiser, model.dtype)
+            network = family.load_control_file(read_header(found.place), model.denoiser, dtype)
         else:
             raise UserError(
                 f"{found.name} is one file, and control networks of {model.family.name} are read from diffusers "
@@ -494,11 +494,13 @@ def _load(model: Backbone, family: ControlledFamily, found: FoundControl) -> nn.
     return cast(nn.Module, cast(Any, network).to(memory_format=torch.channels_last))  # as the denoiser's
 
 
-def _load_folder(model: Backbone, classes: Sequence[Any], found: FoundControl) -> nn.Module:
+def _load_folder(
+    model: Backbone, classes: Sequence[Any], found: FoundControl, dtype: torch.dtype
+) -> nn.Module:
     kind, location, part = _class_of(model, classes, found)
-    network: nn.Module = load_network(kind, location, part, model.dtype)
+    network: nn.Module = load_network(kind, location, part, dtype)
     if (found.place / LORA).exists():
-        network.add_module("lora", read_row_lora(found.place / LORA, model.denoiser).to(model.dtype))
+        network.add_module("lora", read_row_lora(found.place / LORA, model.denoiser).to(dtype))
     return network
 
 

@@ -251,7 +251,9 @@ class Gallery:
             )
         if name not in self.opened:
             self.opened[name] = open_control(self.model, name)
-        weights = "".join(content_hash(path) for path in sorted(Path(name).expanduser().rglob("*.safetensors")))
+        weights = "".join(
+            content_hash(path) for path in sorted(Path(name).expanduser().rglob("*.safetensors"))
+        )
         key = content_hash(weights.encode())[:10] if weights else name.replace("/", "-")
         opened = self.opened[name]
         rows = self.settings.rows or usual_condition(self.model, opened.record)["rows"]

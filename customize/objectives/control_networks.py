@@ -80,7 +80,7 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
         raise UserError(
             "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
         )
-    network, record, _ = open_control(model, settings.begin_from)
+    network, record, _ = open_control(model, settings.begin_from, dtype=torch.float32)
     wanted = "T2IAdapter" if settings.kind in ADAPTERS else "ControlNetModel"
     found = type(network.module).__name__
     if found != wanted:
