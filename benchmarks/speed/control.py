@@ -6,7 +6,8 @@
 Pictures are guided samples without decoding; diffusers' are of its own pipelines with the same weights, noise and
 prompts. A training step of theirs is restated from the order of its evaluations in `examples/controlnet/
 train_controlnet.py` (encoding left out on both sides): noise, the ControlNet, the UNet with its residuals, the squared
-error, backward, clipping, AdamW. A T2I-Adapter is asked once for a picture, a ControlNet at every step for every row.
+error, backward, clipping, AdamW. A T2I-Adapter is asked once for a picture, a ControlNet and the LoRA of
+a T2I-Adapter at every step for every row that is controlled.
 Sides are interleaved, medians are shown with the quartiles. Writes `control_speed-SHAPE.md` and `.json`.
 """
 
@@ -39,6 +40,7 @@ from backbone.models.sample import Request, initial_noise, sample_latents
 from benchmarks.speed.shapes import time_in_turns, write_model_folder
 
 PROMPT = "a dog in the snow"
+LORA_RANK = 32  # of moji's own
 Side = Callable[[], Any]
 
 
@@ -72,6 +74,11 @@ def time_sides(
     for name, net in nets.items():
         pictures[name] = partial_draw(model, [Control.of(net, blank(model))], steps)
         pictures[f"{name}, diffusers"] = theirs(model, name, net, steps)
+    with_lora = new_control(model, "t2i-adapter", lora_rank=LORA_RANK)
+    nn.Module.to(with_lora.module, model.dtype).eval().requires_grad_(False)
+    pictures["T2I-Adapter with a LoRA"] = partial_draw(model, [Control.of(with_lora, blank(model))], steps)
+    prompted = Control.of(with_lora, blank(model), prompted=True)
+    pictures["T2I-Adapter with a LoRA, prompted rows alone"] = partial_draw(model, [prompted], steps)
     trained = new_control(model, "controlnet")
     training = {
         "a step": our_step(model, trained, batch),
