@@ -30,6 +30,7 @@ from customize.formats.model_weights import (
     count_components,
     refuse_mismatch,
 )
+from customize.formats.origin import say_other_origin
 from customize.formats.read import find_adapter_file, read_adapter
 from customize.formats.words import (
     WordFile,
@@ -271,6 +272,7 @@ def _import_run(
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
     refuse_mismatch(layers, weights.shapes, str(file), model_name)
+    say_other_origin(file, adapter, opened)
     adapter = fit_to_model(adapter, weights.shapes, file)
     for name in spoken:
         check_token(name, opened.text_encoder.tokenizer.get_vocab())

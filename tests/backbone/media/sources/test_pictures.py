@@ -445,8 +445,13 @@ def test_captions_lie_beside_their_pictures(tmp_path: Path) -> None:
         "a [V] dog",
         "a dog",
     ]
+    write(tmp_path / "e.jpg")
+    (tmp_path / "e.TXT").rename(tmp_path / "e.jpg.txt")  # by the whole name, as some taggers write it
+    (tmp_path / "e.png.txt").write_text("the same dog")
+    captions = {picture.path.name: picture.caption for picture in list_images(tmp_path)}
+    assert (captions["e.jpg"], captions["e.png"]) == ("a dog", "the same dog")
     (tmp_path / "e.caption").write_text("another dog")
-    with pytest.raises(UserError, match=r"e\..* and e\..* are both the caption of e\.png"):
+    with pytest.raises(UserError, match=r"e\..* and e\..* are both the caption of e\.(png|jpg)"):
         list_images(tmp_path)
 
 
@@ -870,6 +875,17 @@ def test_onetrainers_masks_are_masks_and_its_condition_images_are_left_out(tmp_p
     write(tmp_path / "1.mask.png", Image.new("L", (48, 32)))
     with pytest.raises(UserError, match=r"are both the mask of 1\.png"):
         list_images(tmp_path)
+    for name in ("1.mask.png", "1-masklabel.png"):
+        (tmp_path / name).unlink()
+    for name in (
+        "1_masklabel.png",
+        "1.png.mask.png",
+        "1.masklabel.png",
+    ):  # written by hand, or by another tool
+        write(tmp_path / name, Image.new("L", (48, 32), 255))
+        first, second = list_images(tmp_path)
+        assert first.mask == tmp_path / name and second.path.name == "2.jpg"
+        (tmp_path / name).unlink()
 
 
 def test_a_mask_without_picture_or_of_another_shape_is_an_error(tmp_path: Path) -> None:
