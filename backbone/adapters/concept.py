@@ -42,6 +42,7 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (re
     re.compile(r"(?<!\S)BREAK(?![^\s,])|(?<=[a-z,.)] )AND(?= [a-z(])|\|\|\|"): "joints of prompts",
     re.compile(r"(?<!\w)__[\w/*-]{0,99}?[A-Za-z*][\w/*-]{0,99}?__(?!\w)"): "lists of words to draw from",
     re.compile(r"(?<!\w)embedding:\S+"): "names of embeddings",
+    re.compile(r"\\[()\[\]{}]"): "brackets behind a backslash",
 }
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from

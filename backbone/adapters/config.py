@@ -25,6 +25,7 @@ TEXT_MODEL = "text_model."  # a level of CLIP that some versions of transformers
 CONFIG_KEY = "lora_adapter_metadata"  # diffusers' metadata entry: peft's configuration by component, as JSON
 PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
 CONFIG_FILE = "adapter_config.json"  # peft's, beside `adapter_model.safetensors`
+LARGEST_ALPHA = 1e30
 LARGEST_RANK = 1 << 20  # far more than the widest layer holds
 # Variants of peft whose factors are no update B·A of their layer → what they are
 OTHER_VARIANTS = {
@@ -205,7 +206,7 @@ _ALPHA = "is no finite number other than 0"
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_ALPHA
 
 
 def _is_rank(value: Any) -> bool:

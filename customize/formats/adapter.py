@@ -51,8 +51,8 @@ FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048:
 _TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3", 4096: "qwen21"}
 FLUX_BLOCKS = 19  # of text and image apart; Qwen-Image has 60
 _BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
-# What kohya's and ModelSpec's version strings contain; the first match counts.
-_FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
+# What kohya's and ModelSpec's version strings contain, as an expression; the first match counts.
+_FAMILY_BY_VERSION: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),
     ("xl-v1", "sdxl"),
     ("sd_v1", "sd1"),
@@ -64,13 +64,13 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("z-image", "zimage"),
     ("z_image", "zimage"),
     ("zimage", "zimage"),
-    ("qwen-image-2", "qwen21"),
-    ("qwen_image_2", "qwen21"),
+    (r"qwen[-_]image[-_]2(?!\d)", "qwen21"),  # and no Qwen-Image-2512
     ("qwen", "qwen"),
+    (r"flux\S*krea", "flux"),  # FLUX.1 Krea
     ("krea", "krea2"),
     ("chroma", "chroma"),
     ("pixart", "pixart"),
-    *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
+    (r"flux[-._]?2", "flux2"),
     ("flux", "flux"),
 )
 PIPELINES: dict[str, BaseFamily] = {
@@ -203,4 +203,4 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
 def family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
     """The family that a file's metadata says it was made for; None where they say none that is known."""
     text = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
-    return next((family for substring, family in _FAMILY_BY_SUBSTRING if substring in text), None)
+    return next((family for version, family in _FAMILY_BY_VERSION if re.search(version, text)), None)

@@ -31,6 +31,7 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.config import (
     CONFIG_FILE,
     CONFIG_KEY,
+    LARGEST_ALPHA,
     PEFT_PREFIX,
     AdapterConfig,
     check_tensors,
@@ -362,6 +363,10 @@ def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:
         raise UserError(
             f"α of {stem} in {path} is {said}: for some tools that is no change, for others α = rank. "
             "Export the file again with an α of its own."
+        )
+    if abs(float(stored)) >= LARGEST_ALPHA:
+        raise UserError(
+            f"α of {stem} in {path} is {float(stored):g}, which is no strength. Export the file again."
         )
     return float(stored)
 

@@ -66,6 +66,8 @@ def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place
         prompt = f"a dog {words}"
         assert resolve_placeholder_tokens(prompt, []) == prompt
         assert f"“{words}” is read as plain text" in capsys.readouterr().err
+    resolve_placeholder_tokens(r"a dog, name \(series\)", [])
+    assert r"“\(” is read as plain text: brackets behind a backslash" in capsys.readouterr().err
     for prompt in (
         "a (red) dog",
         "a dog -- in a park",

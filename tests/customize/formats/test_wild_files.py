@@ -35,6 +35,7 @@ from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
+from customize.formats.adapter import family_from_metadata
 from customize.formats.convert import export_adapter, fit_to_model, import_adapter, inspect_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.merging.merge import read_input
@@ -318,6 +319,28 @@ def test_relatives_of_flux_and_z_image_are_not_called_so(
 ) -> None:
     write_tensors(tmp_path / "a.safetensors", lora_of(stems, width))
     assert inspect_adapter(tmp_path / "a.safetensors")["base"] == said
+
+
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [
+        ("qwen-image-2512", "qwen"),
+        ("qwen_image_edit_2511", "qwen"),
+        ("qwen-image-2.1", "qwen21"),
+        ("qwen_image_2", "qwen21"),
+        ("flux.1-krea-dev", "flux"),
+        ("krea-2", "krea2"),
+        ("flux-2-klein", "flux2"),
+        ("flux1-kontext", "flux"),
+        ("stable-diffusion-xl-v1-base", "sdxl"),
+        ("sana", None),
+    ],
+)
+def test_a_version_in_a_header_is_that_of_its_model_and_of_no_namesake(
+    architecture: str, family: str | None
+) -> None:
+    assert family_from_metadata({"modelspec.architecture": f"{architecture}/lora"}) == family
+    assert family_from_metadata({"ss_base_model_version": architecture}) == family
 
 
 def test_a_header_that_names_the_model_decides_whatever_its_size(tmp_path: Path) -> None:
@@ -1091,6 +1114,10 @@ def test_an_alpha_of_zero_is_refused_and_any_shape_of_one_is_read(tmp_path: Path
     write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
     with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 0"):
         read_adapter(tmp_path / "a.safetensors")
+    tensors["alpha"] = torch.tensor(1e30)
+    write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
+    with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 1e\+30, which is no strength"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("algorithm", ["loha", "lokr"])
@@ -1155,6 +1182,15 @@ def test_an_alpha_that_metadata_alone_says_is_not_taken_and_that_is_said(
     write_tensors(tmp_path / "renamed.safetensors", flux)
     (layer,) = read_adapter(tmp_path / "renamed.safetensors").layers.values()
     assert layer.scale == 2
+
+
+def test_an_export_for_a_base_of_another_denoiser_is_refused(
+    saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"adapts a UNet, and FLUX has none"):
+        export_adapter(saved[0], tmp_path / "a.safetensors", "kohya", base="flux")
+    assert not (tmp_path / "a.safetensors").exists()
+    export_adapter(saved[0], tmp_path / "a.safetensors", "kohya", base="sdxl")
 
 
 def test_an_export_never_overwrites(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:

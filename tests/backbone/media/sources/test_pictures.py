@@ -238,6 +238,22 @@ def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
         assert f"that their colours are {said}" in told if said else not told
 
 
+@pytest.mark.parametrize(
+    ("space", "index", "said"),
+    [(2, "", True), (0xFFFF, "R03", True), (0xFFFF, "", False), (1, "R98", False)],
+)
+def test_adobe_rgb_that_a_camera_names_without_a_profile_is_said_not_to_be_applied(
+    space: int, index: str, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({0xA001: space} | ({0xA005: {1: index}} if index else {}))
+    exif[0x112] = 6  # on its side
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "a.jpg", exif=exif)
+    notify_once.cache_clear()
+    assert open_rgb(tmp_path / "a.jpg").size == (32, 48)
+    assert ("Adobe RGB" in capsys.readouterr().err) == said
+
+
 def test_a_grey_profile_counts_beside_transparency_and_a_png_s_own_exponent_does(tmp_path: Path) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = srgb(values / 255)[..., None].repeat(3, 2)
