@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
+
+T = TypeVar("T")
 
 
 def share(name: str, value: float) -> float:
@@ -97,6 +100,24 @@ def split_weight(asked: str, option: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise UserError(f"{option} {asked} is not a word and a number. Write {option} word=2.")
+
+
+def weights(asked: Sequence[str]) -> dict[str, float]:
+    """The weights of `--reweight`, by word; `UserError` for a word that has two. That 1 changes nothing is said."""
+    found = by_word([split_weight(one, "--reweight") for one in asked], "--reweight")
+    for word in [word for word, weight in found.items() if weight == 1]:
+        notify(f"--reweight {word}=1 changes nothing: it is the weight that every word has.")
+    return found
+
+
+def by_word(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
+    """What an option says of each word; `UserError` where it says two things of one."""
+    seen: set[str] = set()
+    for word, _ in pairs:
+        if word.lower() in seen:
+            raise UserError(f"{option} is given twice for “{word}”. Say one of them.")
+        seen.add(word.lower())
+    return dict(pairs)
 
 
 def blend(asked: Sequence[str] | None) -> list[str] | None:

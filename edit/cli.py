@@ -99,8 +99,8 @@ def invert_and_replace(asked: ReplaceOptions) -> None:
     words = {
         "targets": targets,
         "swaps": [checks.swap(swap) for swap in asked.swaps],
-        "weights": dict(checks.split_weight(weight, "--reweight") for weight in asked.weights),
-        "windows": dict(checks.window(window, "--window") for window in asked.windows),
+        "weights": checks.weights(asked.weights),
+        "windows": checks.by_word([checks.window(one, "--window") for one in asked.windows], "--window"),
         "blend": checks.blend(asked.blend),
     }
     everywhere = words["blend"] == [] or (words["blend"] is None and asked.control != "prompt-to-prompt")

@@ -22,7 +22,7 @@ import numpy as np
 from align.pairs.records import describe_counts, general_problems, held_out_prompts, normalize_prompt
 from backbone.conditions.conditions import Conditions
 from backbone.data.table import Numbers, Table
-from backbone.io.console import UserError
+from backbone.io.console import UserError, count_of
 from backbone.io.files import content_hash
 from backbone.models.encode import Encoded, Prompts, encode_texts, prompt_keys
 from backbone.models.model import Backbone
@@ -62,6 +62,20 @@ class Prepared(PreparedFolder):
     def describe(self) -> str:
         """“120 pairs (4 ties) of 40 prompts”."""
         return _describe(self, self.is_pair, self.label, self.prompt)
+
+    def describe_left_out(self, *, by_pairs: bool, ties: bool) -> str:
+        """A sentence on what `align prepare` met and a loss does not learn from: bad records, ties, single images."""
+        tied = int((self.is_pair & (self.label == 0.5) & (by_pairs | ~self.both_bad)).sum())
+        bad, single = self.facts.bad, int((~self.is_pair).sum())
+        counts = [
+            f"{count_of(bad, 'record')} that could not be used when it was prepared" if bad else "",
+            count_of(tied, "tie") if tied and not (by_pairs and ties) else "",
+            f"{count_of(single, 'labelled picture')} beside the pairs, which --loss kto learns from"
+            if single and by_pairs
+            else "",
+        ]
+        named = " and ".join(filter(None, counts))
+        return f"Left out of {self.folder}: {named}." if named else ""
 
     # For training ----------------------------------------------------------------------------------------
 

@@ -486,7 +486,7 @@ def _idle_columns(row: Mapping[str, Any]) -> list[str]:
         used |= {*ranking}
     elif columns := next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None):
         votes = next((names for names in VOTES if names[0] in row and names[1] in row), ())
-        used |= {*columns, "label_0", "label_1", "both_bad", *(() if "label_0" in row else votes)}
+        used |= {*columns, "label_0", "label_1", "tie", "both_bad", *(() if "label_0" in row else votes)}
     elif columns := next((names for names in ORDERED_COLUMNS if names[0] in row and names[1] in row), None):
         used |= {*columns, "tie", "both_bad"}
     else:
@@ -551,6 +551,12 @@ def _labelled_pair(
     votes = next((names for names in VOTES if names[0] in row and names[1] in row), None)
     label = _parse_pair_label(row) if votes is None or "label_0" in row else _count_votes(row, votes)
     first, second = pictures
+    if problem := _unclear_tie(row, where):
+        return problem
+    if told := next((name for name in ("tie", "both_bad") if _is_true(row.get(name))), ""):
+        if label not in (None, 0.5):
+            return f"{where} says {told}, and that one of the images is preferred"
+        label = 0.5
     if label is None and votes is not None:
         return f"{where} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
     if label is None and not {"label_0", "label_1"} & set(row):
@@ -570,12 +576,19 @@ def _chosen_pair(
     chosen, rejected = pictures
     if chosen is None or rejected is None:
         return f"{where} names no picture"
+    if problem := _unclear_tie(row, where):
+        return problem
+    tie, both_bad = _is_true(row.get("tie")), _is_true(row.get("both_bad"))
+    return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, where, user, both_bad)
+
+
+def _unclear_tie(row: Mapping[str, Any], where: str) -> str:
+    """The problem with a row whose `tie` or `both_bad` is neither yes nor no; "" where they are clear."""
     for name in ("tie", "both_bad"):
         said = row.get(name)
         if isinstance(said, str) and said.strip().lower() not in (*YES, *NO, ""):
             return f"{where} has {name} = {said!r}, which is neither yes nor no"
-    tie, both_bad = _is_true(row.get("tie")), _is_true(row.get("both_bad"))
-    return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, where, user, both_bad)
+    return ""
 
 
 def _labelled_single(

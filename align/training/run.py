@@ -53,7 +53,11 @@ def train_preferences(
     settings = resolve_settings(asked, model.defaults)
     _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
-    if isinstance(found, Preferences) and (left := describe_left_out(found, by_pairs=settings.by_pairs)):
+    if isinstance(found, Preferences):
+        left = describe_left_out(found, by_pairs=settings.by_pairs)
+    else:
+        left = found.describe_left_out(by_pairs=settings.by_pairs, ties=settings.ties == "model")
+    if left:
         notify(left)
     model = open_model(settings)
     if vram is not None:

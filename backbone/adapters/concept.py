@@ -32,14 +32,17 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7a3\uf
 LETTER = rf"[^\W{UNSPACED}]"
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (red hat)1.2; --w 512; {red|blue} …
     re.compile(
-        r"\([^()]+:\s*\d*\.?\d+\)|\({2,}[^()]+\){2,}|\w+\+{2,}|\([^()]+\)(?:\++|--+|\d*\.\d+)|\w* ?::-?\d*\.?\d+"
+        # Each kind begins where it can begin once, or at its end: a long text without spaces is read in one pass
+        r"\([^()]{1,999}?:\s*\d{0,9}\.?\d{1,9}\)|(?<!\()\({2,9}[^()]{1,999}\){2}|(?<!\w)\w{1,99}\+{2,}"
+        r"|\([^()]{1,999}\)(?:\++|--+|\d{0,9}\.\d+)|(?<!\w)\w{0,99} ?::-?\d{0,9}\.?\d+"
     ): "weights of words",
     re.compile(r"(?<!\S)--(?:n|w|h|d|l|s|ar|seed|steps|neg)\s+\S+"): "options",
     SWITCH: "words that change on the way, or by turns,",
     re.compile(r"\{[^{}|]*\|[^{}]*\}"): "alternatives",
     re.compile(r"(?<!\S)BREAK(?![^\s,])|(?<=[a-z,.)] )AND(?= [a-z(])|\|\|\|"): "joints of prompts",
-    re.compile(r"(?<!\w)__[\w/*-]*[A-Za-z*][\w/*-]*__(?!\w)"): "lists of words to draw from",
+    re.compile(r"(?<!\w)__[\w/*-]{0,99}?[A-Za-z*][\w/*-]{0,99}?__(?!\w)"): "lists of words to draw from",
     re.compile(r"(?<!\w)embedding:\S+"): "names of embeddings",
+    re.compile(r"\\[()\[\]{}]"): "brackets behind a backslash",
 }
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from

@@ -23,8 +23,20 @@ AdapterType = Literal["lora", "dora", "loha", "lokr"]
 ADAPTER_TYPES: tuple[AdapterType, ...] = get_args(AdapterType)
 TEXT_MODEL = "text_model."  # a level of CLIP that some versions of transformers have
 CONFIG_KEY = "lora_adapter_metadata"  # diffusers' metadata entry: peft's configuration by component, as JSON
+PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
 CONFIG_FILE = "adapter_config.json"  # peft's, beside `adapter_model.safetensors`
+LARGEST_ALPHA = 1e30
 LARGEST_RANK = 1 << 20  # far more than the widest layer holds
+# Variants of peft whose factors are no update B·A of their layer → what they are
+OTHER_VARIANTS = {
+    "alora_invocation_tokens": "aLoRA, which works after some words alone",
+    "arrow_config": "Arrow, which chooses between adapters",
+    "kasa_config": "KaSA, which also changes the base's weights",
+    "layer_replication": "an adapter of repeated layers",
+    "monteclora_config": "MonteCLoRA, which draws its factors",
+    "use_bdlora": "BD-LoRA, whose factors are of blocks",
+    "use_qalora": "QA-LoRA, whose inputs are pooled",
+}
 # Initialisations of peft that also change the base's weights: the factors alone are no update of the published ones.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "orthogonal")
 
@@ -74,6 +86,7 @@ class AdapterConfig:
 def read_adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
     """Component (`unet`, `text_encoder_2`) → its settings in a file's metadata; {} where the metadata says nothing.
 
+    A network's own `save_lora_adapter` says them without its name: "" is that component.
     Raises `UserError` that names the file and the key for what is not of its type or bounds.
     """
     if CONFIG_KEY not in metadata:
@@ -84,6 +97,8 @@ def read_adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, A
         raise _damaged(path, CONFIG_KEY, "is no JSON") from error
     if not isinstance(settings, dict) or not settings:
         raise _damaged(path, CONFIG_KEY, "holds no settings")
+    if "peft_type" in settings:
+        return {"": _parse_peft_settings(path, settings)}
     by_component: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         component, _, name = key.partition(".")
@@ -103,6 +118,11 @@ def read_peft_config(path: Path) -> AdapterConfig:
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path} is damaged (it holds no settings). Download or export the adapter again.")
+    return _parse_peft_settings(path, settings)
+
+
+def _parse_peft_settings(path: Path, settings: Mapping[str, Any]) -> AdapterConfig:
+    """peft's settings of one network, whichever file says them."""
     if settings.get("fan_in_fan_out"):
         raise UserError(f"{path} has fan_in_fan_out, which no layer of an image model has. Check the file.")
     kind = settings.get("peft_type")
@@ -135,6 +155,10 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
     flags = {key: value(key, lambda v: isinstance(v, bool), "is not true or false", False) for key in _FLAGS}
     kind = value("kind", lambda v: v in ADAPTER_TYPES, f"is none of {', '.join(ADAPTER_TYPES)}", "lora")
     value("lora_dropout", _is_number, "is no number", 0.0)
+    if other := next((what for key, what in OTHER_VARIANTS.items() if settings.get(key)), None):
+        raise UserError(
+            f"{path} says that it is {other}. Only plain LoRA, DoRA, LoHa and LoKr are read here."
+        )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         raise UserError(
@@ -182,7 +206,7 @@ _ALPHA = "is no finite number other than 0"
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_ALPHA
 
 
 def _is_rank(value: Any) -> bool:

@@ -41,6 +41,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_header, read_tensors, write_tensors
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
 DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
 PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
@@ -195,7 +196,7 @@ def load_lora(
     tensors, header = read_tensors(path)
     check_tensors(path, tensors)
     configs = read_adapter_configs(path, header)
-    if not configs:
+    if not configs or "" in configs:
         raise UserError(
             f"{path} does not say its rank and alpha. Use a file that `customize train` or `customize import` wrote."
         )

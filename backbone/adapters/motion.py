@@ -15,10 +15,18 @@ from torch import Tensor, nn
 
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept
-from backbone.adapters.config import AdapterConfig, check_tensors, read_adapter_configs
+from backbone.adapters.config import (
+    CONFIG_FILE,
+    PEFT_PREFIX,
+    AdapterConfig,
+    check_tensors,
+    read_adapter_configs,
+    read_peft_config,
+)
 from backbone.adapters.lora import (
     LORA_SUFFIXES,
     LORA_WEIGHTS,
+    PEFT_WEIGHTS,
     activate_adapters,
     has_text_encoder_weights,
     load_factors,
@@ -95,7 +103,9 @@ def load_motion_loras(denoiser: nn.Module, sources: Sequence[Path], *, scale: fl
         )
     names = []
     for number, source in enumerate(sources):
-        path = source / LORA_WEIGHTS if source.is_dir() else source
+        path = source
+        if source.is_dir():
+            path = source / (PEFT_WEIGHTS if (source / PEFT_WEIGHTS).is_file() else LORA_WEIGHTS)
         tensors, config = read_motion_lora(path)
         name = f"motion_{number}"
         load_factors(path, denoiser, name, tensors, {"unet": config}, scale=scale)
@@ -125,8 +135,10 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
             f"{path} adapts Stable Video Diffusion and no motion adapter. Name a motion LoRA, or leave it out."
         )
     for name, value in tensors.items():
-        plain = rename_original(name.removeprefix("unet."))
+        plain = rename_original(name.removeprefix(PEFT_PREFIX).removeprefix("unet."))
         if plain.endswith(".alpha"):
+            if value.numel() != 1 or float(value) == 0:
+                raise UserError(f"{name} in {path} is no number other than 0. Export the file again.")
             alphas[plain.removesuffix(".alpha")] = float(value)
             continue
         key = _factor(plain)
@@ -138,7 +150,10 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
                 "import, and give that with --concept."
             )
         found[f"unet.{key}.weight"] = value
-    own = read_adapter_configs(path, header).get("unet")
+    configs = read_adapter_configs(path, header)
+    own = configs.get("unet", configs.get(""))
+    if own is None and not alphas and (path.parent / CONFIG_FILE).is_file():
+        own = read_peft_config(path.parent / CONFIG_FILE)
     return found, own or _settings(path, found, alphas)
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, is_out_of_memory
-from backbone.io.files import Header, read_header, read_json
+from backbone.io.files import COMPILED, Header, read_header, read_json
 
 INDEX = ".safetensors.index.json"
+STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
+NUMBERED = re.compile(r"-\d+-of-\d+\.safetensors$")
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
 REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model and the adapter that it names
 REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file or a module
@@ -47,6 +49,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component's folder: those of its index, or the one with the plainest name."""
     if not folder.is_dir():
         return []
+    refuse_two_sets(folder)
     for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: len(path.name)):
         return sorted({folder / name for name in read_weight_index(index).values()})
     files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
@@ -67,12 +70,48 @@ def check_weights(folder: Path) -> None:
                 f"{folder / 'config.json'} names other files with {key}, which are not read. Remove that key."
             )
     for index in folder.glob(f"*{INDEX}"):
-        for name in sorted(set(read_weight_index(index).values())):
-            read_weights_header(folder / name)
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
+        stored: dict[str, str] = {}
+        for shard in sorted(set(read_weight_index(index).values())):
+            for name in read_weights_header(folder / shard).shapes:
+                if (other := stored.setdefault(name, shard)) != shard:
+                    raise UserError(
+                        f"{folder} holds {name} twice, in {other} and in {shard}. Download the model again."
+                    )
+    refuse_two_sets(folder)
+    _refuse_other_names(folder)
     for path in sorted(folder.glob("*.safetensors")):
         read_weights_header(path)
+
+
+def refuse_two_sets(folder: Path) -> None:
+    """`UserError` for a file of all weights beside shards of them: some loaders take the one, some the others."""
+    for index in folder.glob(f"*{INDEX}"):
+        whole = folder / f"{index.name.removesuffix(INDEX)}.safetensors"
+        if whole.exists():
+            raise UserError(
+                f"{folder} holds its weights twice, whole ({whole.name}) and in shards ({index.name}). Remove the one "
+                "or the other."
+            )
+
+
+def _refuse_other_names(folder: Path) -> None:
+    """`UserError` where the weights are no safetensors, or under names that are not looked for."""
+    if any((folder / f"{stem}{end}").exists() for stem in STEMS for end in (".safetensors", INDEX)):
+        return
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not found:
+        raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
+    stem = next((stem for stem in STEMS if found[0].startswith(stem)), STEMS[1])
+    indices = sorted(path.name for path in folder.glob(f"{stem}*.index*.json"))
+    if indices:
+        remedy = f"Rename {indices[0]} to {stem}{INDEX}"
+    elif NUMBERED.search(found[0]):
+        raise UserError(f"{folder} holds shards, as {found[0]}, without {stem}{INDEX}. Download that too.")
+    else:
+        remedy = f"Rename it to {stem}.safetensors"
+    raise UserError(
+        f"{folder} holds another variant of its weights alone ({found[0]}). {remedy}, or download the usual variant."
+    )
 
 
 def read_weights_header(path: Path) -> Header:
@@ -110,6 +149,11 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
 
 def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:
     """The network, unless some of its weights were not in its files, and are random."""
+    if any(COMPILED.search(str(key)) for key in found.get("unexpected_keys", ())):
+        raise UserError(
+            f"The {part} of {name} was saved as torch.compile wraps it (_orig_mod. in its names). Save the network "
+            "itself, network._orig_mod."
+        )
     missing = sorted({str(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ()))})
     if missing:
         raise UserError(

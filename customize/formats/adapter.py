@@ -45,14 +45,14 @@ BASE_NAMES: dict[BaseFamily, str] = {
     "other": "a model that is not known here",
 }
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
-_FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 # Width of the image tokens where names are of FLUX.1 and of Stable Diffusion 3 alike.
 _TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3", 4096: "qwen21"}
 FLUX_BLOCKS = 19  # of text and image apart; Qwen-Image has 60
 _BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
-# What kohya's and ModelSpec's version strings contain; the first match counts.
-_FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
+# What kohya's and ModelSpec's version strings contain, as an expression; the first match counts.
+_FAMILY_BY_VERSION: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),
     ("xl-v1", "sdxl"),
     ("sd_v1", "sd1"),
@@ -64,13 +64,13 @@ _FAMILY_BY_SUBSTRING: tuple[tuple[str, BaseFamily], ...] = (
     ("z-image", "zimage"),
     ("z_image", "zimage"),
     ("zimage", "zimage"),
-    ("qwen-image-2", "qwen21"),
-    ("qwen_image_2", "qwen21"),
+    (r"qwen[-_]image[-_]2(?!\d)", "qwen21"),  # and no Qwen-Image-2512
     ("qwen", "qwen"),
+    (r"flux\S*krea", "flux"),  # FLUX.1 Krea
     ("krea", "krea2"),
     ("chroma", "chroma"),
     ("pixart", "pixart"),
-    *((f"flux{mark}2", "flux2") for mark in ("", ".", "-", "_")),
+    (r"flux[-._]?2", "flux2"),
     ("flux", "flux"),
 )
 PIPELINES: dict[str, BaseFamily] = {
@@ -89,19 +89,26 @@ PIPELINES: dict[str, BaseFamily] = {
     "QwenImage21Pipeline": "qwen21",
     "StableVideoDiffusionPipeline": "svd",
 }
+# Pipelines of UNets → the families that they may be of
+UNET_PIPELINES: dict[str, tuple[BaseFamily, ...]] = {
+    "StableDiffusionPipeline": ("sd1", "sd2"),
+    "StableDiffusionXLPipeline": ("sdxl",),
+}
 
 
 @dataclass(frozen=True)
 class AdapterFile:
     """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format.
 
-    `network` is the denoiser's kind where the file's names are of one only (`flux` for `double_blocks`).
+    `network` is the denoiser's kind where the file's names are of one only (`flux` for `double_blocks`); `numbered`
+    where it names the first of several text encoders and no denoiser (kohya's `lora_te1_`).
     """
 
     layers: Mapping[str, LayerUpdate]
     metadata: Mapping[str, str] = field(default_factory=dict)
     file_format: str = "peft"
     network: Network | None = None
+    numbered: bool = False
 
     @property
     def algorithms(self) -> list[str]:
@@ -123,7 +130,7 @@ class AdapterFile:
         """The base model in words: all that have such layers, or that it is unknown where none has."""
         named, shapes = self._named_family, self._transformer_shapes
         models = [BASE_NAMES[named]] if self._is_sized_as(named) else []
-        if _family_from_metadata(self.metadata) != named:
+        if family_from_metadata(self.metadata) != named:
             models += find_relatives(named, shapes)
             if models == [BASE_NAMES["flux"]] and all(is_known("chroma", name) for name in shapes):
                 models.append(BASE_NAMES["chroma"])
@@ -133,7 +140,7 @@ class AdapterFile:
 
     @property
     def _named_family(self) -> BaseFamily:
-        said = _family_from_metadata(self.metadata)
+        said = family_from_metadata(self.metadata)
         if self.network not in (None, "unet", "clip"):
             found = cast(BaseFamily, self.network)
         else:
@@ -150,7 +157,7 @@ class AdapterFile:
         }
 
     def _is_sized_as(self, family: BaseFamily) -> bool:
-        if family not in PUBLISHED or _family_from_metadata(self.metadata) == family:
+        if family not in PUBLISHED or family_from_metadata(self.metadata) == family:
             return True
         return has_published_size(family, self._transformer_shapes)
 
@@ -178,7 +185,7 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
             possible.remove("chroma")
         if len(possible) == 1:
             return cast(BaseFamily, possible[0])
-        said = _family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
+        said = family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
         if by_width == "flux" and any(
             int(number) >= FLUX_BLOCKS for number in _BLOCK.findall(" ".join(transformer))
         ):
@@ -186,13 +193,14 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
         return said if said in possible else by_width if by_width in possible else None
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
-            family = _FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])
+            family = FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])
             if family is not None:
                 return family
             return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else "other"
     return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else None
 
 
-def _family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
+def family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
+    """The family that a file's metadata says it was made for; None where they say none that is known."""
     text = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
-    return next((family for substring, family in _FAMILY_BY_SUBSTRING if substring in text), None)
+    return next((family for version, family in _FAMILY_BY_VERSION if re.search(version, text)), None)

@@ -30,6 +30,7 @@ from customize.formats.model_weights import (
     count_components,
     refuse_mismatch,
 )
+from customize.formats.origin import say_other_origin
 from customize.formats.read import find_adapter_file, read_adapter
 from customize.formats.words import (
     WordFile,
@@ -73,6 +74,7 @@ def export_adapter(
         )
     named = model or (concept.model if concept else None)
     family = base or (_family_of_model(named) if named else None) or adapter.base
+    _refuse_other_base(adapter, base, source)
     _say_what_tools_misread(adapter, file_format, family)
     adapter = _shape_projections(adapter, family)
     needs_base = file_format == "comfyui" and "dora" in adapter.algorithms
@@ -94,6 +96,18 @@ def export_adapter(
         f"{out} in {file_format}'s format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
+
+
+def _refuse_other_base(adapter: AdapterFile, base: BaseFamily | None, source: Path) -> None:
+    """`UserError` for a --base whose denoiser is a transformer where a UNet is adapted, or the reverse."""
+    if base is None or base == "other":
+        return
+    reads_unet = base in ("sd1", "sd2", "sdxl", "svd")
+    start, what = ("transformer.", "transformer") if reads_unet else ("unet.", "UNet")
+    if any(name.startswith(start) for name in adapter.layers):
+        raise UserError(
+            f"{source} adapts a {what}, and {BASE_NAMES[base]} has none. Say another --base, or leave it out."
+        )
 
 
 def _weights_of_base(adapter: AdapterFile, model: str | None, source: Path) -> LayerWeights:
@@ -271,6 +285,7 @@ def _import_run(
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
     refuse_mismatch(layers, weights.shapes, str(file), model_name)
+    say_other_origin(file, adapter, opened)
     adapter = fit_to_model(adapter, weights.shapes, file)
     for name in spoken:
         check_token(name, opened.text_encoder.tokenizer.get_vocab())

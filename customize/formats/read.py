@@ -31,21 +31,22 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.config import (
     CONFIG_FILE,
     CONFIG_KEY,
+    LARGEST_ALPHA,
+    PEFT_PREFIX,
     AdapterConfig,
     check_tensors,
     read_adapter_configs,
     read_peft_config,
 )
-from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS
+from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS
 from backbone.io.console import UserError, count_of, notify, notify_once
 from backbone.io.files import read_tensors
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
 from customize.formats.layers.names import add_text_model, split_component
 from customize.formats.layers.split import split_layer
-from customize.formats.layers.translate import PEFT_PREFIX, PREFIXES, translate
+from customize.formats.layers.translate import PREFIXES, translate
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 # Suffix of a tensor's key → which factor of the layer it holds.
 _FACTOR_BY_SUFFIX = {
     **LORA_SUFFIXES,
@@ -133,7 +134,21 @@ def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
     adapter = parse_adapter(path, beside=beside)
     if not any(layer.magnitude is not None or layer.squared_norm() for layer in adapter.layers.values()):
         notify_once(f"{path} changes nothing: the factors of all its layers give zero. Was it trained?")
+    _say_idle_magnitudes(path, adapter)
     return adapter
+
+
+def _say_idle_magnitudes(file: Path, adapter: AdapterFile) -> None:
+    """Say so where DoRA's magnitudes wipe out layers, or turn their rows around, as no training makes them."""
+    stored = {name: layer.magnitude for name, layer in adapter.layers.items() if layer.magnitude is not None}
+    zero = [name for name, value in stored.items() if not value.any()]
+    below = [name for name, value in stored.items() if (value.float() < 0).any()]
+    for names, what in ((zero, "zero, so their weights become zero"), (below, "below zero in part")):
+        if names:
+            notify_once(
+                f"The DoRA scales in {file} are {what}, in {count_of(len(names), 'layer')}, as {names[0]}. Was it "
+                "exported whole?"
+            )
 
 
 def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
@@ -153,7 +168,8 @@ def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
             if name in layers:
                 raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
             layers[name] = layer
-    return AdapterFile(layers, metadata, _describe_format(tensors), translation.network)
+    numbered = all(stem.startswith("lora_te1_") for stem in groups)
+    return AdapterFile(layers, metadata, _describe_format(tensors), translation.network, numbered)
 
 
 def _without_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,6 +198,15 @@ def find_adapter_file(path: str | Path) -> Path:
     for name in (LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS):
         if (path / name).is_file():
             return path / name
+    inner = sorted({file.parent for file in path.glob(f"*/{PEFT_WEIGHTS}")})
+    if inner:
+        named = " and ".join(map(str, inner[:SHOWN]))
+        raise UserError(
+            f"{path} holds no adapter, but {count_of(len(inner), 'folder')} with one: {named}. Import each, and draw "
+            "with both beside one another (--concept, twice), or name the one."
+            if len(inner) > 1
+            else f"{path} holds no adapter, but a folder with one. Name it: {named}"
+        )
     raise UserError(
         f"{path} holds no adapter ({LORA_WEIGHTS} or {PEFT_WEIGHTS} is missing). "
         "Name a run folder, peft's folder or a .safetensors file."
@@ -338,6 +363,10 @@ def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:
         raise UserError(
             f"α of {stem} in {path} is {said}: for some tools that is no change, for others α = rank. "
             "Export the file again with an α of its own."
+        )
+    if abs(float(stored)) >= LARGEST_ALPHA:
+        raise UserError(
+            f"α of {stem} in {path} is {float(stored):g}, which is no strength. Export the file again."
         )
     return float(stored)
 

@@ -28,7 +28,7 @@ from backbone.adapters.embeddings import (
     split_by_encoder,
     vector_token_names,
 )
-from backbone.io.console import UserError, count_of, quote
+from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import (
     PICKLE_SUFFIXES,
     fill_folder,
@@ -57,6 +57,7 @@ WIDTHS: dict[tuple[int, ...], str] = {
     (1024,): "Stable Diffusion 2.x",
     (768, 1280): "Stable Diffusion XL",
 }
+NUMBERED = re.compile(r"_[1-9]\d*$")  # of the second vector and those behind it, as diffusers calls them
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find_word_file(path: Path) -> Path | None:
         return None
     shapes = read_header(path).shapes
     known = {*SLOTS, *ALONE}
-    if known & set(shapes) or (shapes and all(_is_placeholder(name) for name in shapes)):
+    if known & set(shapes) or (shapes and all(_is_placeholder(NUMBERED.sub("", name)) for name in shapes)):
         return path
     alone = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
     return path if alone and not any("." in name for name in shapes) else None
@@ -98,6 +99,7 @@ def read_word_file(path: Path) -> WordFile:
     """
     tensors, metadata = read_tensors(path)
     check_tensors(path, tensors)
+    tensors = _join_numbered(tensors)
     vectors: dict[str, Tensor] = {}
     names: set[str] = set()
     for key, value in tensors.items():
@@ -124,6 +126,21 @@ def read_word_file(path: Path) -> WordFile:
     token = names.pop() if names else ""
     kind = "diffusers" if token else "A1111" if "" in vectors else "ComfyUI"
     return _with_second(WordFile(vectors, token if token != "*" else "", metadata, kind), path)
+
+
+def _join_numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with `<a>`, `<a>_1`, `<a>_2`, the vectors of one word in diffusers, as one tensor [V, width]."""
+    joined = dict(tensors)
+    for name, first in tensors.items():
+        others: list[str] = []
+        while f"{name}_{len(others) + 1}" in tensors:
+            others.append(f"{name}_{len(others) + 1}")
+        rows = [first, *(tensors[other] for other in others)]
+        if others and all(row.ndim and row.numel() == first.shape[-1] for row in rows):
+            joined[name] = torch.stack([row.flatten() for row in rows])
+            for other in others:
+                joined.pop(other, None)
+    return joined
 
 
 def refuse_unlike_counts(vectors: Mapping[str, Tensor], path: Path) -> None:
@@ -173,6 +190,8 @@ def import_words(
     token = token or words.token or "[V]"
     check_word(token, opened, file)
     names = vector_token_names(token, len(next(iter(vectors.values()))))
+    if not any(rows.any() for rows in vectors.values()):
+        notify(f"{file} holds vectors of zeros alone. Was the word trained?")
     add_tokens(opened.text_encoder, vectors, tokens=names)
     with fill_folder(out) as unfinished:
         save_embeddings(

@@ -248,8 +248,21 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_only_when_asked(
     found = prepared(tiny_folder, pairs_file, tmp_path / "out", skip_bad=True)
     assert not counted and found.facts.bad == 2
     assert found.describe() == "6 pairs of 4 prompts"
+    said = "2 records that could not be used when it was prepared"  # which training says once more
+    assert found.describe_left_out(by_pairs=True, ties=False) == f"Left out of {found.folder}: {said}."
     _, data = data_of(tiny_folder, found.folder, settings(held_out=0.0))
     assert len(data.train) == 6
+
+
+def test_ties_of_a_prepared_folder_that_a_loss_does_not_learn_from_are_said(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    lines[0]["tie"] = lines[3]["tie"] = True
+    pairs_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = prepared(tiny_folder, pairs_file, tmp_path / "out")
+    for by_pairs, ties, said in ((True, False, True), (True, True, False), (False, False, True)):
+        assert ("2 ties" in found.describe_left_out(by_pairs=by_pairs, ties=ties)) == said
 
 
 def test_a_choice_that_has_changed_since_is_not_taken_for_prepared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from typer.testing import CliRunner
 import backbone.media.clips
 from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
+from backbone.adapters.config import CONFIG_KEY
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
 from backbone.adapters.motion import Moves, read_motion_lora, set_in_motion
 from backbone.io.console import UserError
-from backbone.io.files import read_json, write_tensors
+from backbone.io.files import read_json, read_tensors, write_tensors
 from backbone.io.run_folder import CHECKPOINT
 from backbone.media.clips import encode_webp, read_film
 from backbone.models.cache import encode_prompts_cached
@@ -139,6 +141,27 @@ def test_motion_loras_are_read_whatever_wrote_them(style: str, ends: tuple[str, 
     tensors, config = read_motion_lora(write_lora(tmp_path / "it.safetensors", style, ends))
     assert set(tensors) == {f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"}
     assert (config.rank, config.layer_alpha(LAYER, rank=2)) == (2, 2.0)
+
+
+@pytest.mark.parametrize("place", ["beside", "header"])
+def test_a_motion_lora_of_peft_has_the_strength_that_its_settings_say(place: str, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "it.safetensors", "base_model.model.{layer}.lora_{end}.weight", ("A", "B"))
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": ["to_q"]}
+    if place == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        write_tensors(file, read_tensors(file)[0], {CONFIG_KEY: json.dumps(settings)})
+    tensors, config = read_motion_lora(file)
+    assert set(tensors) == {f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"}
+    assert config.layer_alpha(LAYER, rank=2) == 16
+
+
+@pytest.mark.parametrize("alpha", [torch.zeros(()), torch.ones(2)])
+def test_a_motion_lora_s_alpha_is_one_number_other_than_zero(alpha: torch.Tensor, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "it.safetensors")
+    write_tensors(file, read_tensors(file)[0] | {f"unet.{LAYER}.alpha": alpha})
+    with pytest.raises(UserError, match=r"alpha in .* is no number other than 0"):
+        read_motion_lora(file)
 
 
 @pytest.mark.parametrize(

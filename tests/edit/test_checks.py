@@ -50,3 +50,16 @@ def test_the_name_of_a_model_is_answered_with_how_it_is_opened(name: Any) -> Non
     with pytest.raises(UserError, match=r"Open it first: backbone\.open\('"):
         checks.opened(name)
     checks.opened(object())
+
+
+def test_a_word_has_one_weight_and_one_window_and_a_weight_of_one_is_said_to_be_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert checks.weights(["dog=2", "cat=3"]) == {"dog": 2, "cat": 3}
+    assert capsys.readouterr().err == ""
+    assert checks.weights(["dog=1"]) == {"dog": 1}
+    assert "--reweight dog=1 changes nothing" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--reweight is given twice for “Dog”"):
+        checks.weights(["dog=2", "Dog=3"])
+    with pytest.raises(UserError, match="--window is given twice for “dog”"):
+        checks.by_word([("dog", (0.0, 0.5)), ("dog", (0.0, 0.8))], "--window")

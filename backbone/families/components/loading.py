@@ -18,7 +18,7 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.io.records import parse_json
-from backbone.io.weights import read_weights_header, refuse_damaged, refuse_missing
+from backbone.io.weights import read_weights_header, refuse_damaged, refuse_missing, refuse_two_sets
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
@@ -68,6 +68,8 @@ def load_network(
             "Name a whole model of one family."
         )
     config.refuse_other_kinds(kind)
+    if location.folder is not None:
+        refuse_two_sets(location.folder / part)
     network = load_casting(kind, location, part, dtype, memory_format)
     if network is None:
         network = cast(nn.Module, load_pretrained(kind, location, part, torch_dtype=dtype))

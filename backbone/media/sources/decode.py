@@ -164,6 +164,15 @@ def _find_code_points(start: bytes) -> str:
     return " in ".join(filter(None, (_PRIMARIES.get(primaries), _CURVES.get(curve))))
 
 
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether a camera says so in its EXIF block, as the DCF standard has it (R03), or by the number 2."""
+    with suppress(*_EXIF_ERRORS):
+        exif = image.getexif()
+        if exif and exif.get_ifd(0x8769).get(0xA001) in (2, 0xFFFF):
+            return exif.get_ifd(0x8769)[0xA001] == 2 or str(exif.get_ifd(0xA005).get(1, "")).startswith("R03")
+    return False
+
+
 # A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
 # they are of at most so many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
@@ -210,6 +219,11 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         elif width * height > MAX_FULL_SIZE_PIXELS:
             image.draft(None, (width // 2, height // 2))
         image.load()
+        if "icc_profile" not in image.info and _is_adobe_rgb(image):
+            notify_once(
+                "Images say by their EXIF block that their colours are Adobe RGB, which is not applied without a "
+                "profile: they are read as sRGB, duller than they are. Convert them to sRGB first."
+            )
         # In place, pixels are turned before the EXIF block is rewritten, where a damaged tag may raise.
         with suppress(*_EXIF_ERRORS):
             ImageOps.exif_transpose(image, in_place=True)

@@ -1,10 +1,10 @@
 """Image sources: list the images of a folder or dataset with their captions and masks, and check that all decode.
 
-A source is a folder of images (captions in `name.txt` or `name.caption` beside `name.jpg`, in `metadata.jsonl`,
-`.json` or `.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a single image, a
-Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub. `list_images` decodes
-nothing, so that `check_images` can report all unusable files at once; `describe_unused` says what a folder holds
-beside.
+A source is a folder of images (captions in `name.txt`, `name.jpg.txt` or `name.caption` beside `name.jpg`, in
+`metadata.jsonl`, `.json` or `.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a
+single image, a Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub.
+`list_images` decodes nothing, so that `check_images` can report all unusable files at once; `describe_unused` says what
+a folder holds beside.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ IMAGE_SUFFIXES = frozenset(
     | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
-MASK_STEM = re.compile(r"(.+)(?:\.mask|-masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
+MASK_STEM = re.compile(r"(.+)(?:\.mask|[-_.]masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
 # OneTrainer's images for a condition: no subject's
-CONDITION_STEM = re.compile(r".+-condlabel", re.IGNORECASE)
+CONDITION_STEM = re.compile(r".+[-_.]condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 # What files of that name hold that are no captions, by how these begin
@@ -227,7 +227,7 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
     own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
     paths = {normalize_name(file.name): file for file in own.images}
-    stems = {normalize_name(file.stem) for file in paths.values()}
+    stems = {normalize_name(name) for file in paths.values() for name in (file.stem, file.name)}
     for stem, masks in own.masks.items():
         if stem not in stems:
             raise UserError(
@@ -302,8 +302,9 @@ class _Companions:
 
 def _read_companions(path: Path, beside: _Companions) -> ImageRecord:
     """The record of an image with its caption and its mask; `UserError` where it has two of one kind."""
-    stem = normalize_name(path.stem)
-    captions, masks = beside.captions.get(stem, []), beside.masks.get(stem, [])
+    stem, name = normalize_name(path.stem), normalize_name(path.name)
+    captions = [*beside.captions.get(stem, []), *(beside.captions.get(name, []) if name != stem else [])]
+    masks = [*beside.masks.get(stem, []), *(beside.masks.get(name, []) if name != stem else [])]
     for what, files in (("caption", captions), ("mask", masks)):
         if len(files) > 1:
             raise UserError(

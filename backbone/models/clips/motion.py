@@ -112,9 +112,20 @@ def read_motion_adapter(source: str) -> MotionAdapter:
     config.refuse_other_kinds(MotionAdapter)
     check_weights(path)
     with refuse_damaged(source, "motion adapter"):
-        loaded, found = cast(Any, MotionAdapter).from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        if (path / loading.WEIGHTS).is_file():  # in whose names torch.compile may have put something
+            loaded = cast(Any, MotionAdapter).from_config(config)
+            tensors, own = read_tensors(path / loading.WEIGHTS)[0], loaded.state_dict()
+            fitting = {
+                name: value
+                for name, value in tensors.items()
+                if name in own and value.shape == own[name].shape
+            }
+            loaded.load_state_dict(fitting, strict=False)
+            found = {"missing_keys": set(own) - set(fitting)}
+        else:
+            loaded, found = cast(Any, MotionAdapter).from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     return _require_whole(refuse_missing(loaded, found, source, "motion adapter"), source)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from backbone.adapters.config import PEFT_PREFIX
 from backbone.families.unet.original import from_original, to_original
 from backbone.io.console import UserError, count_of, quote
 from customize.formats.layers.known import (
@@ -50,7 +51,6 @@ PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
     "text_encoders.clip_l.transformer.": ("text_encoder", ("clip",)),
     "text_encoders.clip_g.transformer.": ("text_encoder_2", ("clip",)),
 }
-PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
 _SVD = re.compile(r"time_stack|time_mix|temporal_res_block")  # its original names, and convolutions over time
 # HunyuanVideo's names are FLUX.1's but for dots, and it has more blocks of text and image apart than FLUX.1's 19
 _HUNYUAN = re.compile(

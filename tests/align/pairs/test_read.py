@@ -335,6 +335,18 @@ def test_a_tie_that_is_neither_yes_nor_no_is_no_choice(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["tie", "both_bad"])
+def test_a_tie_is_no_choice_whatever_columns_its_images_are_in(key: str, tmp_path: Path) -> None:
+    row = {"prompt": "a dog", "image_0": "0.png", "image_1": "1.png", key: True}
+    lines = [row | {"label_0": 0.5}, row, row | {"label_0": 0, "label_1": 0}, row | {"label_0": 1}]
+    found = read_preferences(write_lines(tmp_path / "p.jsonl", [*lines, row | {key: "maybe"}]))
+    assert [(pair.label, pair.both_bad) for pair in found.pairs] == [(0.5, key == "both_bad")] * 3
+    assert [problem.split(".jsonl ")[-1] for problem in found.problems] == [
+        f"says {key}, and that one of the images is preferred",
+        f"has {key} = 'maybe', which is neither yes nor no",
+    ]
+
+
 def test_a_line_is_counted_with_the_empty_and_bad_ones_before_it(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('\n{"prompt": \n{"prompt": "", "caption": "a dog", "chosen": "a.png"}\n')

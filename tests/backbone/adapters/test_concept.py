@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from backbone.adapters.concept import (
     Concept,
     check_token,
     choose_rare_word,
+    find_foreign_syntax,
     list_concept_runs,
     mentions,
     name_call,
@@ -64,6 +66,8 @@ def test_other_programs_weights_are_said_to_be_text_and_their_loras_have_a_place
         prompt = f"a dog {words}"
         assert resolve_placeholder_tokens(prompt, []) == prompt
         assert f"“{words}” is read as plain text" in capsys.readouterr().err
+    resolve_placeholder_tokens(r"a dog, name \(series\)", [])
+    assert r"“\(” is read as plain text: brackets behind a backslash" in capsys.readouterr().err
     for prompt in (
         "a (red) dog",
         "a dog -- in a park",
@@ -233,3 +237,10 @@ def test_a_plain_token_begins_a_sentence_with_a_capital_and_brackets_are_as_they
         kind="lora", model="moji", fingerprint="f", tokens={"sks": "bcd", "SKS": "fgh"}, class_noun=""
     )
     assert resolve_placeholder_tokens("sks SKS", [two], runs=None) == "bcd fgh"
+
+
+@pytest.mark.parametrize("part", ["a", "(", "((a", "__a", " :", "(a:1", "[a:", "{a|", "[", "中"])
+def test_a_long_text_of_marks_or_of_one_word_is_looked_through_at_once(part: str) -> None:
+    began = time.perf_counter()
+    find_foreign_syntax((part * 20_000)[:20_000])
+    assert time.perf_counter() - began < 2  # a minute, where every place is a beginning of every kind

@@ -88,6 +88,57 @@ def test_shards_are_read_by_their_index(model: Path, part: str) -> None:
     assert load(model, part) is not None
 
 
+def split(file: Path, factor: float = 1.0) -> list[Path]:
+    """Two shards beside a file of weights, with their index; their values are times `factor`."""
+    tensors, _ = read_tensors(file)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        shard = file.with_name(f"{file.stem}-0000{number + 1}-of-00002.safetensors")
+        write_tensors(shard, {name: factor * tensors[name] for name in names}, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, shard.name)
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return [file.with_name(name) for name in sorted(set(weight_map.values()))]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_there_twice_or_under_another_name_are_refused_and_nothing_is_chosen(
+    model: Path, part: str
+) -> None:
+    file = model / part / f"{PARTS[part]}.safetensors"
+    shards = split(file, factor=0.0)
+    with pytest.raises(UserError, match="holds its weights twice, whole"):
+        load(model, part)
+    with pytest.raises(UserError, match="holds its weights twice, whole"):
+        list_weight_files(model / part)
+    file.rename(file.with_suffix(".away"))
+    first, _ = read_tensors(shards[0])
+    second, _ = read_tensors(shards[1])
+    name = min(first)
+    write_tensors(shards[1], second | {name: 7 + first[name]}, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} twice, in .*00001.* and in .*00002"):
+        load(model, part)
+    file.with_name(f"{file.name}.index.json").unlink()
+    with pytest.raises(UserError, match=rf"without {file.name}\.index\.json\. Download that too"):
+        load(model, part)
+    for shard in shards:
+        shard.unlink()
+    file.with_suffix(".away").rename(file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(UserError, match=rf"variant .*Rename it to {file.name}"):
+        load(model, part)
+    file.with_suffix(".fp16.safetensors").rename(file)
+    assert load(model, part) is not None
+
+
+def test_a_text_encoder_that_was_saved_as_it_was_compiled_is_told(model: Path) -> None:
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = model / part / f"{name}.safetensors"
+        tensors, _ = read_tensors(file)
+        write_tensors(file, {f"_orig_mod.{key}": value for key, value in tensors.items()}, {"format": "pt"})
+    assert load(model, "unet") is not None
+    with pytest.raises(UserError, match=r"as torch\.compile wraps it"):
+        load(model, "text_encoder")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\x08", bytes(100), EVIL, b"PK\x03\x04" + bytes(60), b"<html>", (2**63).to_bytes(8, "little")],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from backbone.adapters.config import PEFT_PREFIX
 from customize.formats.layers.known import NETWORK_NAMES, known_layers
 from customize.formats.layers.originals import original_layers
-from customize.formats.layers.translate import PEFT_PREFIX, PREFIXES
+from customize.formats.layers.translate import PREFIXES
 from customize.formats.read import OTHER_METHODS
 from customize.formats.words import ALONE, SLOTS
 

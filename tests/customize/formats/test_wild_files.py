@@ -35,6 +35,7 @@ from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
+from customize.formats.adapter import family_from_metadata
 from customize.formats.convert import export_adapter, fit_to_model, import_adapter, inspect_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.merging.merge import read_input
@@ -318,6 +319,28 @@ def test_relatives_of_flux_and_z_image_are_not_called_so(
 ) -> None:
     write_tensors(tmp_path / "a.safetensors", lora_of(stems, width))
     assert inspect_adapter(tmp_path / "a.safetensors")["base"] == said
+
+
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [
+        ("qwen-image-2512", "qwen"),
+        ("qwen_image_edit_2511", "qwen"),
+        ("qwen-image-2.1", "qwen21"),
+        ("qwen_image_2", "qwen21"),
+        ("flux.1-krea-dev", "flux"),
+        ("krea-2", "krea2"),
+        ("flux-2-klein", "flux2"),
+        ("flux1-kontext", "flux"),
+        ("stable-diffusion-xl-v1-base", "sdxl"),
+        ("sana", None),
+    ],
+)
+def test_a_version_in_a_header_is_that_of_its_model_and_of_no_namesake(
+    architecture: str, family: str | None
+) -> None:
+    assert family_from_metadata({"modelspec.architecture": f"{architecture}/lora"}) == family
+    assert family_from_metadata({"ss_base_model_version": architecture}) == family
 
 
 def test_a_header_that_names_the_model_decides_whatever_its_size(tmp_path: Path) -> None:
@@ -682,6 +705,19 @@ def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
         export_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diffusers")
 
 
+def test_dora_scales_that_wipe_out_a_layer_or_turn_it_around_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for scale, said in ((0.0, "are zero"), (-1.0, "are below zero in part"), (1.0, "")):
+        magnitudes = torch.full((6, 1), scale)
+        tensors = lora(torch.empty(6, 6))[0] | {"dora_scale": magnitudes}
+        file = tmp_path / f"{scale}.safetensors"
+        write_tensors(file, {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
+        read_adapter(file)
+        told = capsys.readouterr().err
+        assert said in told and bool(said) == ("DoRA scales" in told)
+
+
 def test_dora_scales_of_neither_axis_are_refused(tmp_path: Path) -> None:
     for scale in (torch.ones(6), torch.ones(1, 5), torch.ones(5, 1)):
         tensors = lora(torch.empty(6, 6))[0] | {"dora_scale": scale}
@@ -756,6 +792,8 @@ def test_peft_s_folder_is_read_with_its_strength(
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"r": 9}, "rank 9"),
         ({"lora_alpha": None}, "lora_alpha is no finite"),
+        ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
+        ({"kasa_config": {"beta": 0.1}}, "KaSA"),
     ],
 )
 def test_a_peft_folder_whose_settings_say_something_else_is_refused(
@@ -779,6 +817,59 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=said):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_what_a_network_of_diffusers_saved_by_itself_has_its_strength(
+    family: str, models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    network: Any = copy.deepcopy(models[family].denoiser)
+    settings: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 32,
+        "target_modules": ["to_q", "to_k"],
+        "rank_pattern": {"to_k": 2},
+    }
+    network.add_adapter(LoraConfig(**settings))
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = drawn(*parameter.shape)
+    network.save_lora_adapter(tmp_path)  # whose header says its settings without the network's name
+    layers = read_adapter(tmp_path).layers
+    for name, module in network.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            layer = layers[f"{models[family].component}.{name}"]
+            assert relative(layer.delta_weight(), module.get_delta_weight("default")) < 1e-6
+    assert {layer.scale for layer in layers.values()} == {8, 16}
+
+
+def test_folders_of_peft_inside_of_a_folder_are_named(tmp_path: Path) -> None:
+    for names, said in (("unet",), "Name it: "), (("text_encoder", "unet"), "2 folders with one"):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_tensors(tmp_path / name / "adapter_model.safetensors", {"a": torch.ones(1)})
+        with pytest.raises(UserError, match=f"{said}.*{names[-1]}"):
+            read_adapter(tmp_path)
+
+
+def test_a_lora_whose_header_or_names_are_of_another_model_is_told_although_its_layers_fit(
+    models: dict[str, Tiny], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "text_model_encoder_layers_1_self_attn_q_proj"
+    for number, (stem, version, said) in enumerate(
+        [
+            (f"lora_te1_{text}", "", "numbers its text encoders (lora_te1_"),
+            (f"lora_te_{text}", "", ""),
+            (f"lora_te_{text}", "sdxl_base_v1-0", "was made for Stable Diffusion XL"),
+            (f"lora_te_{text}", "sd_v1", ""),
+        ]
+    ):
+        tensors = {f"{stem}.{end}": value for end, value in lora(torch.empty(16, 16))[0].items()}
+        file = tmp_path / f"{number}.safetensors"
+        write_tensors(file, tensors, {"ss_base_model_version": version})
+        import_adapter(file, tmp_path / str(number), model=str(models["sd"].folder), token_words="bcd")
+        told = capsys.readouterr().err
+        assert (said or "Its layers fit") in told if said else "Its layers fit" not in told
 
 
 # What diffusers loads ---------------------------------------------------------------------------------------
@@ -1023,6 +1114,10 @@ def test_an_alpha_of_zero_is_refused_and_any_shape_of_one_is_read(tmp_path: Path
     write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
     with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 0"):
         read_adapter(tmp_path / "a.safetensors")
+    tensors["alpha"] = torch.tensor(1e30)
+    write_tensors(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()})
+    with pytest.raises(UserError, match=r"α of lora_unet_conv_in in .* is 1e\+30, which is no strength"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("algorithm", ["loha", "lokr"])
@@ -1087,6 +1182,15 @@ def test_an_alpha_that_metadata_alone_says_is_not_taken_and_that_is_said(
     write_tensors(tmp_path / "renamed.safetensors", flux)
     (layer,) = read_adapter(tmp_path / "renamed.safetensors").layers.values()
     assert layer.scale == 2
+
+
+def test_an_export_for_a_base_of_another_denoiser_is_refused(
+    saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"adapts a UNet, and FLUX has none"):
+        export_adapter(saved[0], tmp_path / "a.safetensors", "kohya", base="flux")
+    assert not (tmp_path / "a.safetensors").exists()
+    export_adapter(saved[0], tmp_path / "a.safetensors", "kohya", base="sdxl")
 
 
 def test_an_export_never_overwrites(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:

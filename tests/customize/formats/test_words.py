@@ -21,6 +21,7 @@ from backbone.models.model import Backbone
 from customize.cli import app
 from customize.formats.adapter import FileFormat
 from customize.formats.convert import export_adapter, import_adapter
+from customize.formats.words import read_word_file
 from tests.parity import by_both
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
 
@@ -319,3 +320,22 @@ def test_a_bundled_word_that_is_an_ordinary_one_is_named_with_its_file(
         import_adapter(file, tmp_path / "run", model=str(tiny_folder))
     import_adapter(file, tmp_path / "run", model=str(tiny_folder), token="[dog]")
     assert read_concept(tmp_path / "run").tokens == {"[dog]": "[dog]"}
+
+
+def test_vectors_of_one_word_under_numbered_names_are_one_word_in_their_order(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = rows(11)
+    names = ["<a>", *(f"<a>_{number}" for number in range(1, 11))]  # as diffusers calls them in its tokenizer
+    file = tmp_path / "a.safetensors"
+    write(file, dict(zip(names, vectors, strict=True)))
+    assert torch.equal(read_word_file(file).vectors[""], vectors)
+    import_adapter(file, tmp_path / "run", model=str(tiny_folder))
+    assert read_concept(tmp_path / "run").tokens == {"<a>": " ".join(names)}
+    assert "zeros" not in capsys.readouterr().err
+    write(file, {"<a>": torch.zeros(1, 16)})
+    import_adapter(file, tmp_path / "nothing", model=str(tiny_folder))
+    assert "holds vectors of zeros alone" in capsys.readouterr().err
+    write(file, {"<a>": vectors[0], "<a>_2": vectors[2]})
+    with pytest.raises(UserError, match="holds 2 learned words"):
+        read_word_file(file)

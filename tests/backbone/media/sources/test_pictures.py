@@ -238,6 +238,22 @@ def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
         assert f"that their colours are {said}" in told if said else not told
 
 
+@pytest.mark.parametrize(
+    ("space", "index", "said"),
+    [(2, "", True), (0xFFFF, "R03", True), (0xFFFF, "", False), (1, "R98", False)],
+)
+def test_adobe_rgb_that_a_camera_names_without_a_profile_is_said_not_to_be_applied(
+    space: int, index: str, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({0xA001: space} | ({0xA005: {1: index}} if index else {}))
+    exif[0x112] = 6  # on its side
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "a.jpg", exif=exif)
+    notify_once.cache_clear()
+    assert open_rgb(tmp_path / "a.jpg").size == (32, 48)
+    assert ("Adobe RGB" in capsys.readouterr().err) == said
+
+
 def test_a_grey_profile_counts_beside_transparency_and_a_png_s_own_exponent_does(tmp_path: Path) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = srgb(values / 255)[..., None].repeat(3, 2)
@@ -445,8 +461,13 @@ def test_captions_lie_beside_their_pictures(tmp_path: Path) -> None:
         "a [V] dog",
         "a dog",
     ]
+    write(tmp_path / "e.jpg")
+    (tmp_path / "e.TXT").rename(tmp_path / "e.jpg.txt")  # by the whole name, as some taggers write it
+    (tmp_path / "e.png.txt").write_text("the same dog")
+    captions = {picture.path.name: picture.caption for picture in list_images(tmp_path)}
+    assert (captions["e.jpg"], captions["e.png"]) == ("a dog", "the same dog")
     (tmp_path / "e.caption").write_text("another dog")
-    with pytest.raises(UserError, match=r"e\..* and e\..* are both the caption of e\.png"):
+    with pytest.raises(UserError, match=r"e\..* and e\..* are both the caption of e\.(png|jpg)"):
         list_images(tmp_path)
 
 
@@ -870,6 +891,17 @@ def test_onetrainers_masks_are_masks_and_its_condition_images_are_left_out(tmp_p
     write(tmp_path / "1.mask.png", Image.new("L", (48, 32)))
     with pytest.raises(UserError, match=r"are both the mask of 1\.png"):
         list_images(tmp_path)
+    for name in ("1.mask.png", "1-masklabel.png"):
+        (tmp_path / name).unlink()
+    for name in (
+        "1_masklabel.png",
+        "1.png.mask.png",
+        "1.masklabel.png",
+    ):  # written by hand, or by another tool
+        write(tmp_path / name, Image.new("L", (48, 32), 255))
+        first, second = list_images(tmp_path)
+        assert first.mask == tmp_path / name and second.path.name == "2.jpg"
+        (tmp_path / name).unlink()
 
 
 def test_a_mask_without_picture_or_of_another_shape_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor
 from backbone.adapters.lora import activate_adapters, add_lora, save_lora
 from backbone.diffusion.noise import Estimate, Level
 from backbone.io.console import UserError
-from backbone.io.files import write_tensors
+from backbone.io.files import read_tensors, write_tensors
 from backbone.models.clips.motion import (
     attach_motion,
     detach_motion,
@@ -280,3 +281,19 @@ def test_the_file_of_a_folder_is_the_folder_s_adapter(adapter_folder: Path) -> N
         for place in (adapter_folder, adapter_folder / "diffusion_pytorch_model.safetensors")
     )
     assert own.keys() == named.keys() and all(torch.equal(own[name], named[name]) for name in own)
+
+
+def test_a_folder_s_adapter_that_was_saved_as_it_was_compiled_is_the_same(
+    adapter_folder: Path, tmp_path: Path
+) -> None:
+    compiled = shutil.copytree(adapter_folder, tmp_path / "compiled")
+    file = compiled / "diffusion_pytorch_model.safetensors"
+    write_tensors(file, {f"_orig_mod.{name}": value for name, value in read_tensors(file)[0].items()})
+    own, named = (read_motion_adapter(str(place)).state_dict() for place in (adapter_folder, compiled))
+    assert own.keys() == named.keys() and all(torch.equal(own[name], named[name]) for name in own)
+    tensors, _ = read_tensors(file)
+    name = min(tensors)
+    for damaged in ({key: tensors[key] for key in tensors if key != name}, tensors | {name: torch.ones(3)}):
+        write_tensors(file, damaged)
+        with pytest.raises(UserError, match=f"1 of its weights are missing or have another shape .{name}"):
+            read_motion_adapter(str(compiled))
