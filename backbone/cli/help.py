@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from backbone.io.console import UserError, quote, quote_text, refuse_other_encodings
+from backbone.io.console import UserError, quote, quote_text, refuse_address, refuse_other_encodings
 
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
@@ -60,6 +60,7 @@ class Command(TyperCommand):
         words = list(args)
         for word in words:
             refuse_other_encodings(word)
+            refuse_address(word)
         refuse_typography(words)
         try:
             values, extra, order = self.make_parser(ctx).parse_args(list(words))
