@@ -207,6 +207,27 @@ def test_what_a_text_program_an_empty_variable_another_encoding_or_a_browser_put
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        (
+            "align",
+            ["train", "--pairs", "p"],
+            "--pairs is no flag here, for PAIRS is read without one. Write: ",
+        ),
+        ("align", ["export", "s", "--out", "o.jsonl"], "export SOURCE FILE"),
+        ("customize", ["example", "--out", "dogs"], "example FOLDER"),
+        ("customize", ["evaluate", "--run", "runs/dog"], "evaluate RUN"),
+        ("edit", ["sdedit", "--images", "cat.png", "--prompt", "a dog"], "sdedit IMAGE"),
+    ],
+)
+def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: list[str], meant: str) -> None:
+    said = CliRunner().invoke(PROGRAMS[program], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+    unknown = CliRunner().invoke(PROGRAMS[program], [words[0], "--no-such"])
+    assert unknown.exit_code == 2 and "No such option" in unknown.output
+
+
 @pytest.mark.parametrize("prompt", ["a dog – at night", "“hello” on a sign", "‘tis the season", "the cats’"])
 def test_dashes_and_quotation_marks_may_stand_in_a_prompt(prompt: str) -> None:
     refuse_typography([prompt, "−3", "-"])

@@ -186,7 +186,7 @@ def describe_changed_settings(kept: Any, settings: RunSettings) -> str:
 
 def _as_kept(settings: RunSettings) -> dict[str, Any]:
     """Settings as JSON has them; {} for those that no record holds."""
-    named = asdict(cast(Any, settings)) if is_dataclass(settings) else {}
+    named: dict[str, Any] = asdict(cast(Any, settings)) if is_dataclass(settings) else {}
     return cast(dict[str, Any], json.loads(json_text(named)))
 
 
