@@ -54,6 +54,7 @@ SAID_ANEW = frozenset(
             "subject",
         ),
         *("scorer", "concepts", "begin_from", "validation_image", "clips", "motion"),
+        *("run", "resume", "out", "vram", "as_json"),  # of the call, where its settings are a run's too
     }
 )
 SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, where a step has them
