@@ -27,7 +27,7 @@ import limner.cli
 from backbone import __version__
 from backbone.cli.commands import program_words
 from backbone.cli.help import hyphens, refuse_typography
-from backbone.io.console import UserError
+from backbone.io.console import UserError, refuse_address
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
@@ -189,9 +189,16 @@ def test_a_command_that_is_printed_can_be_copied_and_a_tilde_that_was_quoted_is_
         (["example", ""], "FOLDER is empty"),
         (["sample", "a caf\udce9"], "a caf\ufffd is no text in UTF-8"),
         (["example", "caf\udce9"], "caf\ufffd is no text in UTF-8"),
+        (
+            ["sample", "a dog", "--out", "https://e.com/x"],
+            "https://e.com/x is an address, and nothing is read",
+        ),
+        (["train", "--images=s3://bucket/dog"], "s3://bucket/dog is an address"),
+        (["sample", "a dog", "--condition", "sketch=file:///tmp/x.png"], "Name what it leads to: /tmp/x.png"),
+        (["sample", "--model", "https://huggingface.co/a/b/tree/main"], "What the hub has is named a/b."),
     ],
 )
-def test_what_a_text_program_an_empty_variable_or_another_encoding_put_there_is_no_word(
+def test_what_a_text_program_an_empty_variable_another_encoding_or_a_browser_put_there_is_no_word(
     words: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -200,9 +207,31 @@ def test_what_a_text_program_an_empty_variable_or_another_encoding_put_there_is_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        (
+            "align",
+            ["train", "--pairs", "p"],
+            "--pairs is no flag here, for PAIRS is read without one. Write: ",
+        ),
+        ("align", ["export", "s", "--out", "o.jsonl"], "export SOURCE FILE"),
+        ("customize", ["example", "--out", "dogs"], "example FOLDER"),
+        ("customize", ["evaluate", "--run", "runs/dog"], "evaluate RUN"),
+        ("edit", ["sdedit", "--images", "cat.png", "--prompt", "a dog"], "sdedit IMAGE"),
+    ],
+)
+def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: list[str], meant: str) -> None:
+    said = CliRunner().invoke(PROGRAMS[program], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+    unknown = CliRunner().invoke(PROGRAMS[program], [words[0], "--no-such"])
+    assert unknown.exit_code == 2 and "No such option" in unknown.output
+
+
 @pytest.mark.parametrize("prompt", ["a dog – at night", "“hello” on a sign", "‘tis the season", "the cats’"])
 def test_dashes_and_quotation_marks_may_stand_in_a_prompt(prompt: str) -> None:
     refuse_typography([prompt, "−3", "-"])
+    refuse_address(f"{prompt} https://e.com/x")
 
 
 # limner ------------------------------------------------------------------------------------------------------

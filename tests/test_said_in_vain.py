@@ -317,6 +317,12 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     assert "is a whole model, not a run. Give it with --model '" in refused(*draw, "--concept", model)
     assert "is a run, not a whole model. Give it with --concept" in refused(*draw, "--model", run)
     assert "is not finished" in refused(*draw, "--concept", half)
+    for door in (("export", half, "--out", "x.safetensors"), ("info", half), ("merge", half, "--out", "m")):
+        assert f"is not finished (concept.json is missing). Go on with it: --resume {half}" in refused(
+            "customize", *door
+        )
+    (half / "log.jsonl").write_text('{"step": 1}\n')
+    assert f"{half} holds no pairs" in refused("align", "check", half)
     assert f"is a file, not a run folder. Make one of it: customize import '{file}' --out" in refused(
         *draw, "--concept", file
     )

@@ -42,7 +42,7 @@ from align.pairs.tables import (
 from backbone.io.console import UserError, looks_like_prompt, notify_once, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
-from backbone.io.run_folder import is_prepared
+from backbone.io.run_folder import LEFT_BEHIND, RECORD, is_prepared
 from backbone.media.sources.columns import column_of
 from backbone.media.sources.names import find_spelled, list_visible
 from backbone.media.sources.pictures import describe_unused, list_by_name, read_image_list
@@ -147,8 +147,9 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
     for place, suffix in product((folder, folder / "data"), TABLES):  # in data/ as on the hub
         if tables := find_tables(place, suffix):
             return _read_table(TABLES[suffix](tables), str(folder), limit)
+    of_a_run = LEFT_BEHIND if (folder / RECORD).is_file() else ()
     lines = (
-        sorted(folder.glob("*.jsonl"))
+        sorted(path for path in folder.glob("*.jsonl") if path.name not in of_a_run)
         or [path for path in sorted(folder.glob("*.json")) if is_json_list(path)]
         or [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SPREADSHEETS]
     )

@@ -61,6 +61,7 @@ from backbone.models.model import Backbone
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
+from backbone.training.settings import refuse_gone
 
 REPORTS = 20  # times that a run on rewards renews its report
 DRAWN_BY = (
@@ -121,6 +122,7 @@ def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str
     anew, with its whole path; `UserError` otherwise.
     """
     settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    refuse_gone(run, settings)
     if is_code(settings.online) and make_absolute(settings.online) != code:
         raise UserError(
             f"{run} scores with the Python file {settings.online}, which would be run. If you trust it, name it: "

@@ -35,6 +35,7 @@ from backbone.training.hardware import describe_hardware
 from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
+from backbone.training.settings import refuse_gone
 
 
 def train_preferences(
@@ -78,6 +79,7 @@ def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path
     """
     began = time.perf_counter()
     settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    refuse_gone(run, settings)
     processes.init_process(settings.device)
     found = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)

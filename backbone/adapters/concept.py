@@ -95,7 +95,7 @@ def read_concept(folder: str | Path) -> Concept:
         folder = OWN_EDITOR
     path = folder / CONCEPT_FILE if folder.is_dir() else folder
     if not path.is_file() or path.name != CONCEPT_FILE:
-        raise UserError(_why_no_run(folder))
+        raise UserError(why_no_run(folder))
     fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Limner.")
@@ -124,7 +124,7 @@ def is_run(folder: Path) -> bool:
     return (folder / CONCEPT_FILE).is_file() or (folder / "settings.json").is_file()
 
 
-def _why_no_run(folder: Path) -> str:
+def why_no_run(folder: Path) -> str:
     """Why no concept can be read from this, and what to do: the same sentence at every door."""
     if not folder.exists():
         name, _, strength = str(folder).rpartition(":")

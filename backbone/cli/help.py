@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from backbone.io.console import UserError, quote, quote_text, refuse_other_encodings
+from backbone.io.console import UserError, quote, quote_text, refuse_address, refuse_other_encodings
 
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
@@ -60,10 +60,13 @@ class Command(TyperCommand):
         words = list(args)
         for word in words:
             refuse_other_encodings(word)
+            refuse_address(word)
         refuse_typography(words)
         try:
             values, extra, order = self.make_parser(ctx).parse_args(list(words))
-        except UsageError:
+        except UsageError as error:
+            if meant := _describe_flag(self, ctx, getattr(error, "option_name", "")):
+                raise UserError(meant) from error
             return super().parse_args(ctx, args)  # which says the same of an option that there is none of
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
@@ -168,6 +171,8 @@ def refuse_typography(words: Iterable[str]) -> None:
             )
 
 
+# Flags that elsewhere name what a command takes as a plain word
+PLAIN = ("input", "file", "path", "folder", "dir", "run", "image", "picture", "pairs", "out", "output")
 # What a plain word may have been meant for, the first that a command has: of pictures, and of words
 PICTURE_FLAGS = ("--images", "--image")
 WORD_FLAGS = ("--prompts", "--prompt", "--instruction")
@@ -199,6 +204,19 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
         return f"{ctx.command_path} reads nothing without a flag, and “{shown}” has none. {remedy}"
     names = " and ".join((one.metavar or one.name.upper()) for one in arguments)
     return f"{ctx.command_path} takes {names} without a flag, and “{shown}” is too much. {remedy}"
+
+
+def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
+    """The sentence about a flag that there is none of, where what it calls is taken without one; "" elsewhere."""
+    arguments = [one for one in command.get_params(ctx) if one.param_type_name == "argument"]
+    called = [name for one in arguments for name in (one.name, one.metavar or "")]
+    if flag.strip("-").lower().rstrip("s") not in {name.lower().rstrip("s") for name in (*called, *PLAIN)}:
+        return ""
+    names = [one.metavar or one.name.upper() for one in arguments]
+    if not names:
+        return ""
+    call = " ".join([ctx.command_path, *names])
+    return f"{flag} is no flag here, for {' and '.join(names)} is read without one. Write: {call}"
 
 
 def _is_path(word: str) -> bool:

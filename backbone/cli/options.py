@@ -35,7 +35,7 @@ import typer
 
 from backbone.cli.config_file import read_mapping
 from backbone.cli.help import ReadLater, hyphens
-from backbone.io.console import UserError, quote
+from backbone.io.console import UserError, quote, refuse_address
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
 
@@ -388,6 +388,9 @@ class _Said(dict[str, Any]):
                 self.put(other, meant, f"{name} {value}")
             return
         values = value if one.many and isinstance(value, (list, tuple)) else [value]
+        for part in values:
+            if isinstance(part, str) and one.option.is_place(one.kind):
+                refuse_address(part)
         empty = any(isinstance(part, str) and not part.strip() for part in values)
         if self.file is None and empty and one.option.is_place(one.kind):
             # An empty path is the working folder, and a variable of the shell that was never set is empty

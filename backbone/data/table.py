@@ -82,7 +82,7 @@ class Table:
     def refresh(self) -> None:
         """Opens what was appended since, by this process or another; rows that are known keep their numbers."""
         known = {shard.name for shard in self.shards}
-        for path in sorted(self.folder.glob(SHARDS)):
+        for path in self._list_shards():
             if path.name in known:
                 continue
             try:
@@ -98,6 +98,15 @@ class Table:
                 with suppress(PermissionError):
                     path.unlink(missing_ok=True)
         self._count()
+
+    def _list_shards(self) -> list[Path]:
+        """The files of the folder; none where it may not be looked into and can be done without."""
+        try:
+            return sorted(self.folder.glob(SHARDS))
+        except PermissionError:
+            if not self.repair:
+                raise
+            return []
 
     def append(self, columns: Mapping[str, Tensor | Sequence[str]], *, fallback: bool = False) -> None:
         """Writes rows as a new shard: `key` [N, 32] and the tensors [N, …] and texts that belong to them.

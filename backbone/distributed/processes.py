@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backbone.io import run_folder
-from backbone.io.console import UserError
+from backbone.io.console import UserError, progress, shorten
 
 Item = TypeVar("Item")
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while the main process samples and evaluates
@@ -41,8 +41,8 @@ def init_process(device: str) -> None:
     """
     if dist.is_initialized():
         return
-    launched = max(int(os.environ.get(name, "1")) for name in WORLD_SIZE_VARIABLES)
-    if launched == 1:
+    launched = max(map(_read_number, WORLD_SIZE_VARIABLES))
+    if launched <= 1:
         if _launcher_started_one_of_several():
             _relaunch_with_torchrun(device)
         return
@@ -59,9 +59,28 @@ def init_process(device: str) -> None:
     from backbone.distributed.device import best_device
 
     on_cpu = (best_device() if device == "auto" else device) == "cpu"
-    state = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        with progress(None, f"waiting for {launched} processes", brief=True):
+            state = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()
+        raise UserError(
+            f"The environment tells of {launched} processes, which did not meet ({shorten(str(error), 200)}). Start "
+            "the command with accelerate launch or torchrun, or unset WORLD_SIZE for a single process."
+        ) from error
     if state.num_processes != launched:
         raise UserError(f"{launched} processes cannot share this machine's device. Add --device cpu.")
+
+
+def _read_number(variable: str) -> int:
+    """A launcher's number of processes; 1 where it says none."""
+    said = os.environ.get(variable) or "1"
+    if not said.isdecimal():
+        raise UserError(
+            f"{variable} of the environment is “{shorten(said, 80)}”, and a number of processes is wanted. Run: unset "
+            f"{variable}"
+        )
+    return int(said)
 
 
 @contextmanager

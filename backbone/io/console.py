@@ -29,9 +29,16 @@ LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
 LINK_LOOP = "Symlink loop from "
 BROKEN = re.compile("[\udc80-\udcff]")  # as Python reads bytes that are none of the encoding
+# A word of a command that is an address, or ends in one (`sketch=https://…`); a page of a model or dataset on the hub
+ADDRESS = re.compile(r"(?:[\w-]+=)?(([a-z][a-z0-9+]+)://(\S+))")
+HUB_PAGE = re.compile(
+    r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/tree/main)?/?"
+)
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
+    "cannot allocate memory",  # the system's own words, as safetensors repeats them
+    "failed to map segment",  # of a library that is loaded
     "not enough memory",
     "could not create a primitive",
 )
@@ -65,7 +72,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
         if exit_.code == EXIT_INTERRUPTED:
             _exit(_interrupt_message(exit_) or "Stopped.", EXIT_INTERRUPTED)
         raise
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, ImportError) as error:
         message = error_message(error)
         if message is None or os.environ.get("LIMNER_TRACEBACK") == "1":
             raise
@@ -163,6 +170,21 @@ def refuse_other_encodings(text: str, where: str = "") -> None:
         )
 
 
+def refuse_address(word: str) -> None:
+    """`UserError` for a word that is an address: no command takes one, and as a path it would lead to `https:/`."""
+    found = ADDRESS.fullmatch(word)
+    if found is None:
+        return
+    scheme, rest = found[2], found[3]
+    if scheme == "file":
+        remedy = f"Name what it leads to: /{rest.lstrip('/')}"
+    elif hub := HUB_PAGE.fullmatch(rest):
+        remedy = f"What the hub has is named {hub[1]}."
+    else:
+        remedy = "Download what it leads to, and name the file or the folder."
+    raise UserError(f"{shorten(found[1], 200)} is an address, and nothing is read from there. {remedy}")
+
+
 def show_text(text: str) -> str:
     """A text with a mark for each byte that is no UTF-8, cut after 80 characters."""
     return shorten(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 80)
@@ -175,9 +197,11 @@ def looks_like_prompt(said: str | os.PathLike[str]) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of Python, torch or its kernels says that the memory is used up."""
+    """Whether an exception of Python, torch or its kernels, or the system says that the memory is used up."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
+        isinstance(error, (RuntimeError, ImportError))
         and (
             type(error).__name__ == "OutOfMemoryError"
             or any(words in str(error).lower() for words in OUT_OF_MEMORY)

@@ -19,7 +19,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,8 @@ def serve_locally(
                 "address there. The port must be the same (--port chooses it)."
             )
         if browser and has_screen():
-            webbrowser.open(address)
+            # One that shows pages in the terminal returns when it is left, and would wait for a server not yet there
+            threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
         quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
         config = uvicorn.Config(
             app, lifespan="off", http=_impatient_protocol(), timeout_graceful_shutdown=LAST_SECONDS, **quiet
@@ -249,6 +250,11 @@ def serve_locally(
             uvicorn.Server(config).run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _open_browser(address: str) -> None:
+    with suppress(webbrowser.Error):  # there is none that runs; the address has been said
+        webbrowser.open(address)
 
 
 def check_port(port: int) -> None:

@@ -26,12 +26,14 @@ from backbone.io.files import (
     read_jsonl,
     refuse_filled,
     remove_abandoned,
+    write_bytes,
     write_json,
     write_text,
 )
 from backbone.io.records import read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
+RECORD = "settings.json"  # of a run
 CHECKPOINT = "checkpoint.safetensors"
 FINISHED = ("concept.json", "condition.json")  # written at the end of a run, each of its kinds
 # With any of these a folder holds a run
@@ -79,7 +81,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
     own = [name for name in (*LEFT_BEHIND, *WRITTEN) if (run / name).exists()]
-    if own and not (run / "settings.json").is_file():
+    if own and not (run / RECORD).is_file():
         raise UserError(
             f"{run} is no run's folder, and a run would replace its {own[0]}. Choose another --out."
         )
@@ -227,13 +229,30 @@ def clear_failed_try(run: Path) -> None:
 
     A folder without its settings is none of a run, and keeps what it holds.
     """
-    if not (run / "settings.json").is_file():
+    if not (run / RECORD).is_file():
         return
     for path in (run / name for name in LEFT_BEHIND):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def read_record(run: Path) -> bytes | None:
+    """The record of a run as it stands, to be put back by `restore_record`; None where there is none."""
+    record = run / RECORD
+    return record.read_bytes() if record.is_file() else None
+
+
+def restore_record(run: Path, record: bytes | None) -> None:
+    """Put a run's record back, and say so, where its folder was moved or removed while it was trained.
+
+    So what is learned is a run's, which goes on and is drawn with.
+    """
+    if record is None or (run / RECORD).is_file():
+        return
+    write_bytes(run / RECORD, record)
+    notify(f"{run} was moved or removed while it was trained. What is learned is written there all the same.")
 
 
 _stopping: list[list[int]] = []  # the lists of the `stopping` contexts that are open
@@ -252,7 +271,7 @@ def catch_interrupts() -> Iterator[list[int]]:
         yield _stopping[-1]
         return
     caught: list[int] = []
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
     next_counts_at = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -8,21 +8,22 @@ and rank 0 writes.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.distributed import processes
-from backbone.io.console import ProgressBar, UserError, notify, progress, quote
-from backbone.io.files import append_jsonl, read_metadata
-from backbone.io.run_folder import CHECKPOINT, catch_interrupts, trim_log
+from backbone.io.console import ProgressBar, UserError, notify, progress, quote, shorten
+from backbone.io.files import append_jsonl, json_text, read_metadata
+from backbone.io.run_folder import CHECKPOINT, catch_interrupts, read_record, restore_record, trim_log
 from backbone.models.compiled import CompiledBlocks
 from backbone.training.loop import (
     Average,
@@ -38,6 +39,24 @@ from backbone.training.loop import (
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
+# Settings that some command takes beside --resume, and says what follows
+SAID_ANEW = frozenset(
+    {
+        *(
+            "steps",
+            "learning_rate",
+            "device",
+            "model",
+            "images",
+            "pairs",
+            "prompts",
+            "class_images",
+            "subject",
+        ),
+        *("scorer", "concepts", "begin_from", "validation_image", "clips", "motion"),
+        *("run", "resume", "out", "vram", "as_json"),  # of the call, where its settings are a run's too
+    }
+)
 SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, where a step has them
 Answer = TypeVar("Answer")
 
@@ -128,16 +147,16 @@ class Objective(ABC):
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 average=self.average,
-                facts=dict(self.sources),
+                facts={**self.sources, "settings": _as_kept(self.settings)},
             )
 
     def resume(self, run: Path) -> None:
         """Continues from the last checkpoint; from the start where there is none.
 
-        Raises `UserError` where the model or the images have changed.
+        Raises `UserError` where the model or the images have changed. Settings that somebody has changed are said.
         """
         if (run / CHECKPOINT).exists():
-            self.done, _ = load_checkpoint(
+            self.done, known = load_checkpoint(
                 run / CHECKPOINT,
                 parameters=self.parameters,
                 optimizer=self.optimizer,
@@ -145,6 +164,31 @@ class Objective(ABC):
                 facts=self.sources,
             )
             self.saved = self.done
+            if said := describe_changed_settings(known.get("settings"), self.settings):
+                notify(
+                    f"{run} was trained up to step {self.done} with other settings than there are now: {said}"
+                )
+
+
+def describe_changed_settings(kept: Any, settings: RunSettings) -> str:
+    """Which settings are not those that a checkpoint was saved with, apart from what a command may say anew; "": none.
+
+    A run's record is a text that anybody may edit. `kept` are the checkpoint's, of an older version None.
+    """
+    now = _as_kept(settings)
+    before = {name: value for name, value in kept.items() if name in now} if isinstance(kept, dict) else {}
+    changed = [name for name, value in before.items() if name not in SAID_ANEW and now[name] != value]
+    told = [
+        f"{name} was {shorten(str(before[name]), 80)} and is {shorten(str(now[name]), 80)}"
+        for name in changed
+    ]
+    return f"{'; '.join(told)}. It goes on with those of now." if told else ""
+
+
+def _as_kept(settings: RunSettings) -> dict[str, Any]:
+    """Settings as JSON has them; {} for those that no record holds."""
+    named: dict[str, Any] = asdict(cast(Any, settings)) if is_dataclass(settings) else {}
+    return cast(dict[str, Any], json.loads(json_text(named)))
 
 
 @dataclass(frozen=True)
@@ -180,6 +224,7 @@ def drive(
     """
     settings, writes = objective.settings, processes.is_main_process()
     last = settings.steps if until is None else until
+    record = read_record(run)
     if writes:
         trim_log(run / LOG, objective.done)
     with (
@@ -208,6 +253,8 @@ def drive(
                 early = _should_stop(validate, step, bar, aloud=not finished)
             # The checkpoint, from which `resume` continues.
             if saves or early:
+                if writes:
+                    restore_record(run, record)
                 objective.save(run)
             if halted:
                 raise KeyboardInterrupt(

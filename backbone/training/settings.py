@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from backbone.io.records import RunRecord
 from backbone.io.run_folder import CHECKPOINT, FINISHED, make_absolute, no_run_folder
 
 FILE = "settings.json"
+LEARNED_FROM = ("images", "pairs", "prompts", "clips")  # settings that name a folder or a file
 NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
 PANELS = (  # as `--help` shows them
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
@@ -287,6 +289,9 @@ def read_run_settings(declared: type[Declared], run: Path, program: str) -> Decl
     path = run / FILE
     if not run.exists():
         raise no_run_folder(run)
+    if run.is_file():
+        near = f" it lies in: {run.parent.absolute()}" if (run.parent / FILE).is_file() else " of a training"
+        raise UserError(f"{run} is a file, and a run's folder is wanted. Name the folder{near}.")
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
     written = " ".join(read_json(path, RunRecord).command.split()[:2])
@@ -308,7 +313,7 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
     if (named / FILE).is_file() or not NAMES_A_CHECKPOINT.fullmatch(named.name):
         refuse_lost_checkpoint(named, program)
         return named
-    outer = named.parent if named.parent != Path() else None
+    outer = named.parent if named.parent != Path() or named.is_file() else None
     if outer is None:
         run = said.out or usual or _newest_run(Path("runs"), program)
     else:
@@ -357,12 +362,24 @@ def _is_run_of(program: str, run: Path) -> bool:
     return False
 
 
+def refuse_gone(run: Path, settings: Any) -> None:
+    """`UserError` where the folder or file that a run learns from lies no longer where it did."""
+    for name in LEARNED_FROM:
+        source = str(getattr(settings, name, None) or "")
+        if source.startswith(os.sep) and not os.path.exists(source):
+            raise UserError(
+                f"{source}, from which {run} learns, is not there any more. Say where it lies now: --resume "
+                f"{quote(run)} --{name} PATH"
+            )
+
+
 def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:
     """The settings of a run that is resumed with those of `anew` in place of its own, and the steps it has taken.
 
     Raises `UserError` for a new number of steps that is not above those.
     """
     settings = replace(own, **(anew or {}))
+    refuse_gone(run, settings)
     done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
     if anew and "steps" in anew and settings.steps <= done:
         raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")

@@ -64,7 +64,13 @@ from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.attention import fast_attention_backward
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective, drive
-from backbone.training.settings import RunFolderOptions, changed_settings, find_resumed, read_run_settings
+from backbone.training.settings import (
+    RunFolderOptions,
+    changed_settings,
+    find_resumed,
+    read_run_settings,
+    refuse_gone,
+)
 from customize.clips.films import Captioned, list_films
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 from customize.data.captions import (
@@ -290,7 +296,9 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
             raise no_run_folder(run)
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     own = read_run_settings(TrainMotionOptions, run, PROGRAM)
-    return run, replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED)), True
+    asked = replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED))
+    refuse_gone(run, asked)
+    return run, asked, True
 
 
 def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
-from backbone.adapters.concept import read_concept
+from backbone.adapters.concept import is_run, read_concept, why_no_run
 from backbone.adapters.config import (
     CONFIG_FILE,
     CONFIG_KEY,
@@ -198,6 +198,8 @@ def find_adapter_file(path: str | Path) -> Path:
     for name in (LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS):
         if (path / name).is_file():
             return path / name
+    if is_run(path):
+        raise UserError(why_no_run(path))
     inner = sorted({file.parent for file in path.glob(f"*/{PEFT_WEIGHTS}")})
     if inner:
         named = " and ".join(map(str, inner[:SHOWN]))

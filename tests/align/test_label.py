@@ -379,6 +379,12 @@ def test_the_page_is_opened_where_there_is_a_screen(
 ) -> None:
     """And when its address is said somebody listens there."""
     opened: list[str] = []
+    served = threading.Event()
+
+    def open_browser(address: str) -> None:
+        """Shows the page in the terminal: it is there until the server has answered."""
+        opened.append(address)
+        assert served.wait(10)
 
     class Server:
         def __init__(self, config: object) -> None:
@@ -389,15 +395,19 @@ def test_the_page_is_opened_where_there_is_a_screen(
             port = int(address.split(":")[2].split("/")[0])
             with socket.create_connection(("127.0.0.1", port), timeout=5):
                 assert opened in ([], [address])
+            served.set()
 
     monkeypatch.setattr("uvicorn.Server", Server)
-    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("webbrowser.open", open_browser)
     monkeypatch.setattr("sys.platform", "linux")
     for screen, wanted, times in ((":0", True, 1), (":0", False, 0), ("", True, 0)):
         monkeypatch.setenv("DISPLAY", screen)
         monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
         opened.clear()
+        served.clear()
         serve(session, browser=wanted)
+        for thread in [one for one in threading.enumerate() if one.daemon and "_open_browser" in one.name]:
+            thread.join(10)
         assert len(opened) == times
 
 

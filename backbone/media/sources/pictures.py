@@ -9,6 +9,7 @@ a folder holds beside.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -59,7 +60,11 @@ NO_CAPTION = {
     r"\{\\rtf": "an RTF document",
     r"\{\s*\"[^\"]*\"\s*:": "JSON",
 }
-SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+SYSTEM_FILES = frozenset(
+    {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
+)
+ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"})
+MOST_FOLDERS = 3000  # that are looked into for a sentence on what they hold
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 
@@ -84,12 +89,12 @@ def list_images(
         if is_dataset_folder(path):
             return list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
-        subfolders = [] if pictures else [folder for folder in list_visible(path) if folder.is_dir()]
+        subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_own_folder(folder)]
         for subfolder in leave_out_measured(subfolders, path):
             pictures += _list_folder(subfolder, columns)
         if pictures:
             _refuse_folder_of_masks(pictures)
-            folders = [path, *(folder for folder in list_visible(path) if folder.is_dir())]
+            folders = [path, *filter(_is_own_folder, list_visible(path))]
             if named and not any(find_lists(folder) for folder in folders):
                 raise UserError(
                     f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
@@ -103,9 +108,14 @@ def list_images(
         if (suffix := path.suffix.lower()) in TABLES:
             return list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
+            packed = path.suffix.lower() in ARCHIVES
+            remedy = (
+                "Unpack it, and give that folder."
+                if packed
+                else "Give a folder with .jpg or .png files in it."
+            )
             raise UserError(
-                f"{path} is a {path.suffix} file, neither an image nor a folder of images. "
-                "Give a folder with .jpg or .png files in it."
+                f"{path} is a {path.suffix} file, neither an image nor a folder of images. {remedy}"
             )
         if named:
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
@@ -448,8 +458,13 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
 
 
+def _is_own_folder(path: Path) -> bool:
+    """Whether a path is a folder of somebody's, and not one that a system keeps on every disk, closed."""
+    return os.path.isdir(path) and path.name.lower() not in SYSTEM_FILES
+
+
 def _describe_empty_folder(folder: Path) -> str:
-    kinds = Counter(path.suffix.lower() or "other" for path in list_visible(folder) if path.is_file())
+    kinds = Counter(path.suffix.lower() or "other" for path in list_visible(folder) if os.path.isfile(path))
     contents = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
     deeper = _count_below(folder, IMAGE_SUFFIXES, levels=5)
     if deeper:
@@ -480,7 +495,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         path
         for folder in folders
         for path in list_visible(folder)
-        if not path.is_dir() and path not in used and path.name.lower() not in SYSTEM_FILES
+        if not os.path.isdir(path) and path not in used and path.name.lower() not in SYSTEM_FILES
     ]
     kinds: dict[str, list[str]] = {}
     for path in files:
@@ -518,15 +533,27 @@ def _describe_other_images(row: DatasetRow, source: str | Path) -> list[str]:
 def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
     """How many files of these endings lie in each of the folders below, `levels` deep, where there are any.
 
-    Forbidden folders are left out.
+    Forbidden folders are left out, and those behind the first MOST_FOLDERS: a whole disk is not looked through.
     """
-    try:
-        visible = list_visible(folder) if levels else []
-    except OSError:
-        return {}
-    images = sum(path.suffix.lower() in endings for path in visible if not path.is_dir())
-    found = {folder: images} if images else {}
-    for below in visible:
-        if below.is_dir() and not below.is_symlink() and below.name.lower() not in SYSTEM_FILES:
-            found |= _count_below(below, endings, levels=levels - 1)
+    found: dict[Path, int] = {}
+    here = [folder]
+    looked_at = 0
+    for _ in range(levels):
+        below: list[Path] = []
+        for place in here[: MOST_FOLDERS - looked_at]:
+            try:
+                entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+            except OSError:
+                continue
+            folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+            below += [place / entry.name for entry in folders if entry.name.lower() not in SYSTEM_FILES]
+            count = sum(
+                Path(entry.name).suffix.lower() in endings for entry in entries if entry not in folders
+            )
+            if count:
+                found[place] = count
+        looked_at += len(here)
+        here = sorted(below, key=lambda path: natural_sort_key(path.name))
+        if looked_at >= MOST_FOLDERS:
+            break
     return found

@@ -50,7 +50,9 @@ TRAINS = {"customize": customize.cli.app, "align": align.cli.app}
 class Parent:
     """A little of everything."""
 
-    images: Annotated[str, Option("Where they are.", "Data", aliases=("instance-data-dir",))]
+    images: Annotated[
+        str, Option("Where they are.", "Data", aliases=("instance-data-dir",), metavar="FOLDER")
+    ]
     steps: Annotated[
         int, Option("How many.", "Training", min=1, words={"auto": {"patience": 3}}, by_model=True)
     ] = 10
@@ -213,6 +215,7 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
         ),
         ("a.yaml", "steps: [", "a.yaml is not YAML"),
         ("a.yaml", "steps: 1:30", "steps in .*a.yaml is 1:30, which is not a whole number"),
+        ("a.yaml", "images: https://e.com/dogs", "https://e.com/dogs is an address"),
         ("a.yaml", 'images: "\\ud800"', "a.yaml is not YAML .*is no text"),
         ("a.yaml", f"steps: {LAUGHS}", "steps in .*a.yaml is .*not a whole number"),
         ("a.yaml", "- steps", "does not hold settings"),

@@ -110,6 +110,18 @@ def test_shards_of_another_user_are_left_alone_where_a_cache_is_repaired(
         Table(tmp_path)
 
 
+def test_a_cache_in_a_closed_home_is_one_without_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(self: Path, pattern: str) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "glob", closed)
+    assert len(Table(tmp_path, repair=True)) == 0
+    with pytest.raises(PermissionError):
+        Table(tmp_path)
+
+
 def test_rows_that_cannot_be_written_stay_in_memory_only_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

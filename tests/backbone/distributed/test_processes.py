@@ -236,6 +236,34 @@ def test_accelerate_reads_the_configurations_of_the_recipes(name: str) -> None:
     assert found.use_cpu == (name == "cpu")
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE of the environment is “two”.*unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "tells of 2 processes, which did not meet.*unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "127.0.0.1"}, "which did not meet"),
+    ],
+)
+def test_an_environment_without_its_launcher_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name in (*processes.WORLD_SIZE_VARIABLES, "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        processes.init_process("cpu")
+
+
+@pytest.mark.parametrize("said", ["", "0", "1"])
+def test_an_empty_number_of_processes_is_one(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", said)
+    processes.init_process("cpu")
+    assert processes.world_size() == 1
+    with catch_interrupts():
+        pass
+
+
 def test_of_several_processes_one_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -395,6 +395,9 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         ),
         RuntimeError("could not create a primitive"),
+        RuntimeError("unable to mmap 52 bytes from file </m.safetensors>: Cannot allocate memory (12)"),
+        OSError(12, "Cannot allocate memory", "/m.safetensors"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )

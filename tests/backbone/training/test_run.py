@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
-from backbone.io.files import read_jsonl
+from backbone.io.files import read_json, read_jsonl, write_json
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts
 from backbone.training.run import LOG, Every, Objective, drive
 
@@ -76,6 +77,26 @@ def test_a_run_that_a_signal_ends_is_saved_and_goes_on_bit_for_bit(tmp_path: Pat
     drive(second, tmp_path / "broken", command="learn")
     assert torch.equal(second.parameters["point"], whole.parameters["point"])
     assert [line["step"] for line in read_jsonl(tmp_path / "broken" / LOG)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_that_goes_away_while_a_run_trains_is_a_run_again(
+    tmp_path: Path, moved: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, training = tmp_path / "run", Nearest(Settings(checkpointing_steps=1))
+    write_json(run / "settings.json", {"command": "learn"})
+
+    def goes_away(step: int) -> str:
+        if step == 3:
+            run.rename(tmp_path / "elsewhere") if moved else shutil.rmtree(run)
+        return ""
+
+    drive(training, run, command="learn", validate=Every(1, goes_away))
+    assert read_json(run / "settings.json") == {"command": "learn"}
+    assert capsys.readouterr().err.count("was moved or removed while it was trained") == 1
+    again = Nearest()
+    again.resume(run)
+    assert again.done == 6
 
 
 class InRounds(Nearest):
@@ -232,6 +253,21 @@ def test_a_run_goes_on_with_the_same_sources_alone(tmp_path: Path, changed: str)
     other.sources = {"model": "m", "images": "i"} | {changed: "another"}
     with pytest.raises(UserError, match=f"another {changed} than there is now"):
         other.resume(tmp_path)
+
+
+def test_settings_that_somebody_has_changed_since_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Nearest()
+    first.done = 3
+    first.save(tmp_path)
+    Nearest(Settings(steps=9)).resume(tmp_path)  # --steps beside --resume
+    assert not capsys.readouterr().err
+    Nearest(Settings(lr_scheduler="constant", max_grad_norm=0.5)).resume(tmp_path)
+    assert capsys.readouterr().err.endswith(
+        "was trained up to step 3 with other settings than there are now: lr_scheduler was cosine and is constant; "
+        "max_grad_norm was 1.0 and is 0.5. It goes on with those of now.\n"
+    )
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_before_anything_changes(tmp_path: Path) -> None:

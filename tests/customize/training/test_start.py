@@ -21,7 +21,7 @@ from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensor
 from backbone.io.run_folder import CHECKPOINT
 from backbone.media.sources.pictures import list_images
 from backbone.models.model import Backbone
-from backbone.training.settings import changed_settings, find_resumed
+from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
 from customize.data.folders import as_template
 from customize.settings import Settings, Subject, TrainOptions, read_settings
@@ -265,6 +265,26 @@ def test_a_checkpoint_that_is_not_there_is_said(
     said = TrainOptions(resume=Path(resume), out=None if out is None else Path(out))
     with pytest.raises(UserError, match=complaint):
         find_resumed(said, "customize train", None)
+
+
+def test_what_a_run_learns_from_and_is_not_there_any_more_is_said_with_how_to_name_it(
+    saved: Settings,
+) -> None:
+    resume_settings(saved, Path("runs/r1"), None)
+    Path("dog").rename("dogs")
+    with pytest.raises(UserError, match=r"dog, from which runs/r1 learns.*--resume runs/r1 --images PATH"):
+        resume_settings(saved, Path("runs/r1"), None)
+    resume_settings(saved, Path("runs/r1"), {"images": str(Path("dogs").absolute())})
+
+
+def test_a_file_of_a_run_is_told_from_its_folder(saved: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match=r"r1/settings.json is a file.*Name the folder it lies in: .*runs/r1\."
+    ):
+        read_settings(Path("runs/r1/settings.json"))
+    monkeypatch.chdir("runs/r1")
+    said = TrainOptions(resume=Path("checkpoint.safetensors"))
+    assert find_resumed(said, "customize train", Path("runs/dog")) == Path()
 
 
 def test_a_finished_run_whose_checkpoint_is_gone_is_not_begun_anew_over_its_weights(saved: Settings) -> None:

@@ -1097,6 +1097,35 @@ def test_pictures_that_lie_deeper_are_named(tmp_path: Path) -> None:
         list_images(tmp_path)
 
 
+def test_what_a_system_keeps_on_a_disk_and_what_is_closed_is_no_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "dog" / "1.png")
+    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN"):
+        write(tmp_path / name / "2.png")
+    assert [picture.path.name for picture in list_images(tmp_path)] == ["1.png"]
+    # A folder may be listed, and its entries not looked at
+    stat = Path.stat
+
+    def refused(self: Path, **more: Any) -> Any:
+        if self == tmp_path / "1.pdf":
+            raise PermissionError(13, "Permission denied", str(self))
+        return stat(self, **more)
+
+    (tmp_path / "dog" / "1.png").rename(tmp_path / "1.pdf")
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(UserError, match="holds no images"):
+        list_images(tmp_path)
+
+
+def test_a_whole_disk_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        write(tmp_path / f"{number:02}" / "a" / "1.png")
+    monkeypatch.setattr("backbone.media.sources.pictures.MOST_FOLDERS", 12)
+    with pytest.raises(UserError, match=r"folders that hold some: 00/a, 01/a\. Give one"):
+        list_images(tmp_path)
+
+
 def test_a_link_to_itself_is_listed_like_any_bad_file(tmp_path: Path) -> None:
     write(tmp_path / "good.png")
     (tmp_path / "bad.png").touch()
@@ -1122,6 +1151,9 @@ def test_sources_without_pictures_say_what_they_are(tmp_path: Path) -> None:
         list_images(tmp_path)
     with pytest.raises(UserError, match=r"is a \.txt file, neither an image nor a folder"):
         list_images(tmp_path / "a.txt")
+    (tmp_path / "dogs.zip").touch()
+    with pytest.raises(UserError, match=r"is a \.zip file.*Unpack it, and give that folder"):
+        list_images(tmp_path / "dogs.zip")
 
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_network(
