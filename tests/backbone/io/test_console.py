@@ -158,6 +158,7 @@ def test_a_real_ctrl_c_a_scheduler_s_end_and_a_terminal_s_print_no_traceback(nam
     script = (
         "import signal, time, typer\nfrom backbone.io.console import run_app\napp = typer.Typer()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
+        "signal.signal(getattr(signal, 'SIGHUP', signal.SIGTERM), signal.SIG_DFL)\n"  # and this under nohup
         "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(30)\nrun_app(app)\n"
     )
     process = subprocess.Popen(
