@@ -42,7 +42,7 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
-from backbone.families.unet.row_lora import has_row_lora
+from backbone.families.unet.row_lora import row_lora_of
 from backbone.io.console import UserError, notify_once, progress, quote
 from backbone.io.files import content_hash
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
@@ -521,7 +521,7 @@ class Backbone:
             conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
         # Hooks that come and go are not seen by what is compiled
-        blocks = nullcontext() if has_row_lora(controls) else self.compiled_blocks(denoiser)
+        blocks = nullcontext() if any(map(row_lora_of, controls)) else self.compiled_blocks(denoiser)
         with self.autocast(), clip_of(denoiser, frames, controls), blocks:
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction

@@ -251,11 +251,8 @@ def drive(
             early = False
             if validate and (finished or validate.due(step)) and not halted:
                 early = _should_stop(validate, step, bar, aloud=not finished)
-            # The checkpoint, from which `resume` continues.
             if saves or early:
-                if writes:
-                    restore_record(run, record)
-                objective.save(run)
+                _save(objective, run, record)
             if halted:
                 raise KeyboardInterrupt(
                     f"{_describe_stop(objective)} Continue with: {command} --resume {quote(run)}"
@@ -266,6 +263,13 @@ def drive(
                 with bar.pause():
                     preview.call(step)
     return False
+
+
+def _save(objective: Objective, run: Path, record: bytes | None) -> None:
+    """Writes the checkpoint, from which `resume` continues, into a folder with the run's `record`."""
+    if processes.is_main_process():
+        restore_record(run, record)
+    objective.save(run)
 
 
 def _log(

@@ -26,7 +26,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"  # in the adapter's folder
-PREFIX = "unet."
+PREFIX, DOWN, UP = "unet.", ".lora_A.weight", ".lora_B.weight"  # of a layer's name
 TARGETS = ("conv1", "conv2")  # of the residual blocks
 
 
@@ -39,7 +39,7 @@ class RowLora(nn.Module):
     def __init__(self, denoiser: nn.Module, ranks: dict[str, int]) -> None:
         super().__init__()
         self.layers = tuple(ranks)
-        pairs = [_low_rank(own_layer(denoiser, name), rank) for name, rank in ranks.items()]
+        pairs = [_low_rank(_own_layer(denoiser, name), rank) for name, rank in ranks.items()]
         self.down = nn.ModuleList([down for down, _ in pairs])
         self.up = nn.ModuleList([up for _, up in pairs])
 
@@ -55,14 +55,15 @@ class RowLora(nn.Module):
                 held.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
             yield
 
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every factor by its name in a file, which is diffusers'."""
+        for name, down, up in zip(self.layers, self.down, self.up, strict=True):
+            yield f"{PREFIX}{name}{DOWN}", cast(Tensor, down.weight)
+            yield f"{PREFIX}{name}{UP}", cast(Tensor, up.weight)
+
     def write(self, folder: Path) -> None:
-        """Writes the factors beside the adapter's file, named as diffusers names them."""
-        pairs = zip(self.layers, self.down, self.up, strict=True)
-        tensors = {
-            f"{PREFIX}{name}.{factor}.weight": cast(Tensor, module.weight).detach().cpu().contiguous()
-            for name, *both in pairs
-            for factor, module in zip(("lora_A", "lora_B"), both, strict=True)
-        }
+        """Writes the factors beside the adapter's file."""
+        tensors = {key: weight.detach().cpu().contiguous() for key, weight in self.named_weights()}
         write_tensors(folder / FILE, tensors, {"format": "pt"})
 
 
@@ -76,23 +77,22 @@ def new_row_lora(denoiser: nn.Module, rank: int) -> RowLora:
 def read_row_lora(path: Path, denoiser: nn.Module) -> RowLora:
     """The LoRA of a file, fp32; `UserError` for one that was made for another denoiser or is damaged."""
     tensors, _ = read_tensors(path)
+    ranks = {
+        key.removeprefix(PREFIX).removesuffix(DOWN): len(value)
+        for key, value in tensors.items()
+        if key.endswith(DOWN)
+    }
     known = {name for name, _ in denoiser.named_modules()}
-    ranks: dict[str, int] = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        if key.endswith(".lora_A.weight"):
-            if name not in known:
-                raise made_for_another_model(f"layer {name}", "changed", "no such layer")
-            ranks[name] = len(value)
-    if set(tensors) != {f"{PREFIX}{name}.lora_{part}.weight" for name in ranks for part in "AB"}:
-        raise UserError(f"{path} is no LoRA of a control network: each layer has a lora_A and a lora_B.")
+    if foreign := next((name for name in ranks if name not in known), None):
+        raise made_for_another_model(f"layer {foreign}", "changed", "no such layer")
     lora = RowLora(denoiser, ranks)
-    for number, name in enumerate(lora.layers):
-        for factor, module in (("lora_A", lora.down[number]), ("lora_B", lora.up[number])):
-            weight, found = cast(Tensor, module.weight), tensors[f"{PREFIX}{name}.{factor}.weight"]
-            if weight.shape != found.shape:
-                raise made_for_another_model(f"layer {name}", tuple(found.shape), tuple(weight.shape))
-            weight.data.copy_(found)
+    weights = dict(lora.named_weights())
+    if tensors.keys() != weights.keys():
+        raise UserError(f"{path} is no LoRA of a control network: each layer has a lora_A and a lora_B.")
+    for key, weight in weights.items():
+        if weight.shape != tensors[key].shape:
+            raise made_for_another_model(key, tuple(tensors[key].shape), tuple(weight.shape))
+        weight.data.copy_(tensors[key])
     return lora
 
 
@@ -101,19 +101,19 @@ def row_loras(controls: Sequence[Control], denoiser: nn.Module) -> Iterator[None
     """Inside the `with`, the LoRAs of the controls act in one call of the denoiser, on the rows that are controlled."""
     with ExitStack() as held:
         for control in controls:
-            lora = getattr(control.network.module, "lora", None)
-            rows = control.scale.nonzero().flatten()
-            if isinstance(lora, RowLora) and len(rows):
+            lora, rows = row_lora_of(control), control.scale.nonzero().flatten()
+            if lora is not None and len(rows):
                 held.enter_context(lora.acting(denoiser, rows, control.scale[rows], len(control)))
         yield
 
 
-def has_row_lora(controls: Sequence[Control]) -> bool:
-    """Whether a LoRA belongs to one of the controls."""
-    return any(hasattr(control.network.module, "lora") for control in controls)
+def row_lora_of(control: Control) -> RowLora | None:
+    """The LoRA that belongs to a control's network, if there is one."""
+    lora = getattr(control.network.module, "lora", None)
+    return lora if isinstance(lora, RowLora) else None
 
 
-def own_layer(denoiser: nn.Module, name: str) -> nn.Module:
+def _own_layer(denoiser: nn.Module, name: str) -> nn.Module:
     """A layer of the denoiser, without an adapter that is on it."""
     layer = denoiser.get_submodule(name)
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
