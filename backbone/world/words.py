@@ -43,10 +43,11 @@ class Vocabulary:
     """The word lists; nouns, accessories and concepts map to glyphs, colours to hues in degrees.
 
     The judge knows the nouns, the development concepts and the demo concept; the example concept, which `customize
-    example` writes, it has never seen.
+    example` writes, it has never seen. The other nouns name glyphs that `moji` sees as things without a name.
     """
 
     nouns: dict[str, str]
+    other_nouns: dict[str, str]
     colours: dict[str, int]
     accessories: dict[str, str]
     places: tuple[str, ...]
@@ -58,7 +59,8 @@ class Vocabulary:
 
     def glyph(self, noun: str) -> str:
         """The glyph of a noun or concept; `KeyError` for an unknown word."""
-        return {**self.nouns, **self.development_concepts, **self.demo_concept, **self.example_concept}[noun]
+        concepts = {**self.development_concepts, **self.demo_concept, **self.example_concept}
+        return {**self.nouns, **concepts, **self.other_nouns}[noun]
 
 
 @cache
@@ -67,6 +69,7 @@ def load_vocabulary() -> Vocabulary:
     lists = json.loads(Path(__file__).with_name("vocabulary.json").read_text(encoding="utf-8"))
     return Vocabulary(
         nouns=lists["nouns"],
+        other_nouns=lists["nouns_for_a_larger_edition"],
         colours=lists["colours"],
         accessories=lists["accessories"],
         places=tuple(lists["places"]),

@@ -1,6 +1,6 @@
 """The denoiser and the text encoder of `moji`, trained together on the autoencoder's latents.
 
-    python -m recipes.moji.data.pictures --scenes 48000
+    python -m recipes.moji.data.pictures --scenes 24000 --askew 6000 --others 6000
     python -m recipes.moji.denoiser encode                 latents of all scenes, once: 5 minutes on two cores
     OMP_NUM_THREADS=1 python -m recipes.moji.denoiser train --processes 2      28 pictures/s on two cores
     python -m recipes.moji.denoiser export                 the whole pipeline folder, fp16
@@ -46,12 +46,12 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import Scene, sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
-from recipes.moji.data.pictures import SCENES, SHARD, load, load_captions
+from recipes.moji.data.pictures import SCENES, list_shards, load_captions
 from recipes.moji.training.carried import carry_over
 from recipes.moji.training.muon import Muon
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training, make_readable, read_trained
 
-HELD_OUT = 2000  # the last shard of scenes is never trained on
+HELD_OUT = 2000  # the last shard of usual scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by
 EMPTY_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
 CARD = """# moji
@@ -135,14 +135,23 @@ class LatentSettings(RecipeSettings):
             max=1,
         ),
     ] = 0.0
+    askew_share: Annotated[
+        float, Option("Share of scenes whose things are held in any way.", TRAINING, min=0, max=1)
+    ] = 0.0
+    other_share: Annotated[
+        float, Option("Share of scenes of things without a name.", TRAINING, min=0, max=1)
+    ] = 0.0
     decay: Annotated[
         int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 600
     warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 300
 
     def shares(self, step: int) -> dict[str, float]:
-        """The shares of simple and of hard scenes in a step's batch, as `Latents.batch` takes them."""
-        return {"simple": max(0.0, 0.8 * (1 - step / self.simple_steps)), "hard": self.hard_share}
+        """The shares of the kinds of scenes in a step's batch, as `Latents.batch` takes them."""
+        simple = max(0.0, 0.8 * (1 - step / self.simple_steps))
+        return {
+            "hard": self.hard_share, "simple": simple, "askew": self.askew_share, "others": self.other_share,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +225,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
     alpha_bar = build_scheduler().alphas_cumprod
     density = timestep_density(alpha_bar)
     if settings.begin_from is not None and not (settings.workdir / "denoiser.safetensors").exists():
-        pictures, clean, tokens = data.some(CARRIED, settings.workdir)
+        pictures, clean, tokens = data.some(CARRIED)
         with torch.no_grad():
             text = torch.cat([text_encoder(some).last_hidden_state for some in tokens.split(16)])
         carry_over(
@@ -233,7 +242,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
-        clean, tokens = data.batch(settings.batch, random, **settings.shares(step))
+        clean, tokens = data.batch(settings.batch, random, settings.shares(step))
         index = torch.multinomial(density, settings.batch, replacement=True, generator=random).to(
             settings.device
         )
@@ -261,17 +270,18 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
 @app.command()
 def encode(
     batch: Annotated[int, typer.Option(help="Scenes encoded together.")] = 50,
-    shards: Annotated[int, typer.Option(help=f"How many, of {SHARD} scenes each.")] = 10**6,
+    shards: Annotated[int, typer.Option(help=f"How many, of {HELD_OUT} scenes each.")] = 10**6,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
     """Encodes all rendered scenes, or the first of them; finished shards are kept."""
     vae = AutoencoderKL.from_pretrained(workdir / "vae").to(device, memory_format=torch.channels_last).eval()
     (workdir / "latents").mkdir(exist_ok=True)
-    for number, shard in enumerate(load(workdir, *SCENES)[:shards]):
-        path = workdir / "latents" / f"{number:03d}.safetensors"
+    for source in list_shards(workdir, *SCENES)[:shards]:
+        path = latents_path(workdir, source)
         if path.exists():
             continue
+        shard = np.load(source, mmap_mode="r")
         means, deviations = [], []
         for first in range(0, len(shard), batch):
             pictures = to_tensor(np.array(shard[first : first + batch])).to(device)
@@ -287,6 +297,11 @@ def encode(
             f"mean {tensors['mean'].float().mean():.3f} std {tensors['mean'].float().std():.3f}",
             flush=True,
         )
+
+
+def latents_path(workdir: Path, shard: Path) -> Path:
+    """Where the latents of a shard of pictures are."""
+    return workdir / "latents" / f"{shard.stem}.safetensors"
 
 
 @app.command()
@@ -341,12 +356,12 @@ def compare(
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:
     """The loss of denoisers on scenes that were held out, with the same noise: all, and the hard ones among them."""
-    shards = sorted((workdir / "latents").glob("*.safetensors"))
-    first = SHARD * (len(shards) - 1)
-    clean = read_tensors(shards[-1])[0]["mean"][:count].float()
-    hard = torch.tensor([is_hard(sample_scene(first + row)) for row in range(count)])
+    shard = list_shards(workdir, "scenes")[-1]
+    first = first_seed(shard)
+    clean = read_tensors(latents_path(workdir, shard))[0]["mean"][:count].float()
+    hard = torch.tensor([is_hard(sample_scene(first + row)) for row in range(len(clean))])
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
-    captions = [pair[0] for pair in load_captions(workdir)[first : first + count]]
+    captions = [pair[0] for pair in load_captions(shard)[:count]]
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")[
         "input_ids"
     ]
@@ -376,34 +391,52 @@ class Latents:
     """Encoded scenes with their captions; `batch` draws some, half of them with the canonical caption."""
 
     def __init__(self, workdir: Path, tokenizer: CLIPTokenizer, device: str) -> None:
-        shards = [read_tensors(path)[0] for path in sorted((workdir / "latents").glob("*.safetensors"))]
-        held_out = min(HELD_OUT, len(shards[-1]["mean"]))
-        self.mean = torch.cat([shard["mean"] for shard in shards])[:-held_out]
-        self.std = torch.cat([shard["std"] for shard in shards])[:-held_out]
-        captions = [caption for pair in load_captions(workdir)[: len(self.mean)] for caption in pair] + [""]
-        encoded = tokenizer(
-            captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        means, stds, captions, rows = [], [], [], 0
+        self.rows: dict[str, Tensor] = {}
+        for kind in SCENES:
+            shards = [path for path in list_shards(workdir, kind) if latents_path(workdir, path).exists()]
+            seeds: list[int] = []
+            for shard in shards:
+                encoded = read_tensors(latents_path(workdir, shard))[0]
+                count = len(encoded["mean"])
+                if kind == "scenes" and shard == shards[-1]:
+                    count -= min(HELD_OUT, count)
+                means.append(encoded["mean"][:count])
+                stds.append(encoded["std"][:count])
+                captions += [caption for pair in load_captions(shard)[:count] for caption in pair]
+                seeds += range(first_seed(shard), first_seed(shard) + count)
+            self.rows[kind] = torch.arange(rows, rows + len(seeds))
+            if kind == "scenes":
+                scenes = [sample_scene(seed) for seed in seeds]
+                self.rows["simple"] = torch.tensor([is_simple(scene) for scene in scenes]).nonzero()[:, 0]
+                self.rows["hard"] = torch.tensor([is_hard(scene) for scene in scenes]).nonzero()[:, 0]
+            rows += len(seeds)
+        self.mean, self.std = torch.cat(means), torch.cat(stds)
+        encoded_captions = tokenizer(
+            [*captions, ""], padding="max_length", truncation=True, max_length=77, return_tensors="pt"
         )
-        self.tokens = encoded["input_ids"].to(torch.int16)
-        scenes = [sample_scene(seed) for seed in range(len(self.mean))]
-        simple = [
-            len(s.things) == 1 and not s.pair and not s.style and not s.things[0].accessory for s in scenes
-        ]
-        self.simple = torch.tensor(simple).nonzero()[:, 0]
-        self.hard = torch.tensor([is_hard(scene) for scene in scenes]).nonzero()[:, 0]
+        self.tokens = encoded_captions["input_ids"].to(torch.int16)
         self.device = device
+        self.shards = list_shards(workdir, *SCENES)
 
     def batch(
-        self, count: int, random: torch.Generator, *, simple: float = 0.0, hard: float = 0.0
+        self, count: int, random: torch.Generator, shares: Mapping[str, float]
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, 16, 16] of unit deviation, drawn from their posteriors, and token ids [B, 77].
 
-        `simple` is the share that is drawn from plain pictures of one thing, `hard` the share from hard scenes.
+        `shares` says which share is drawn from the rows of a kind, "simple" and "hard" ones of the usual scenes among
+        them; what is left is drawn from all usual scenes.
         """
-        chosen = torch.randint(len(self.mean), (count,), generator=random)
-        for share, some in ((hard, self.hard), (simple, self.simple)):
+        usual = self.rows["scenes"]
+        chosen = usual[torch.randint(len(usual), (count,), generator=random)]
+        for kind, share in shares.items():
             if share > 0:
-                among = some[torch.randint(len(some), (count,), generator=random)]
+                rows = self.rows[kind]
+                if not len(rows):
+                    raise UserError(
+                        f"No {kind} scenes: render some by recipes.moji.data.pictures, and encode."
+                    )
+                among = rows[torch.randint(len(rows), (count,), generator=random)]
                 chosen = torch.where(torch.rand(count, generator=random) < share, among, chosen)
         caption = 2 * chosen + torch.randint(2, (count,), generator=random)
         caption[torch.rand(count, generator=random) < EMPTY_SHARE] = len(self.tokens) - 1
@@ -411,10 +444,20 @@ class Latents:
         clean = mean + std * torch.randn(mean.shape, generator=random)
         return clean.to(self.device), self.tokens[caption].long().to(self.device)
 
-    def some(self, count: int, workdir: Path) -> tuple[Tensor, Tensor, Tensor]:
+    def some(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first pictures [B, 3, 128, 128], their mean latents, and the ids of their canonical captions."""
-        pictures = to_tensor(np.array(load(workdir, *SCENES)[0][:count]))
+        pictures = to_tensor(np.array(np.load(self.shards[0], mmap_mode="r")[:count]))
         return pictures, self.mean[:count].float(), self.tokens[: 2 * count : 2].long()
+
+
+def first_seed(shard: Path) -> int:
+    """The seed of a shard's first scene."""
+    return int(shard.stem.rpartition("-")[2])
+
+
+def is_simple(scene: Scene) -> bool:
+    """Whether a scene shows one plain thing."""
+    return len(scene.figures) == 1 and not scene.style and not scene.things[0].accessory
 
 
 def is_hard(scene: Scene) -> bool:

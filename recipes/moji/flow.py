@@ -100,14 +100,14 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
     for encoder in (first, second):
         nn.Module.to(encoder, settings.device)
     if settings.begin_from is not None and not (settings.workdir / "flow.safetensors").exists():
-        begin_from(settings.begin_from, network, second, data, settings.workdir)
+        begin_from(settings.begin_from, network, second, data)
     training = LatentTraining(
         settings, "flow", list_trained_parameters(network, second), list_inner_matrices(network)
     )
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
-        clean, tokens = data.batch(settings.batch, random, **settings.shares(step))
+        clean, tokens = data.batch(settings.batch, random, settings.shares(step))
         drawn = torch.randn(settings.batch, generator=random) + math.log(settings.shift)
         level = flow(drawn.sigmoid().to(settings.device))
         noise = torch.randn(clean.shape, generator=random).to(settings.device)
@@ -133,12 +133,11 @@ def begin_from(
     network: SD3Transformer2DModel,
     second: CLIPTextModelWithProjection,
     data: Latents,
-    workdir: Path,
 ) -> None:
     """Gives a fresh network and second encoder what those of the pipeline folder `source` know."""
     known = CLIPTextModelWithProjection.from_pretrained(source / "text_encoder_2", local_files_only=True)
     second.load_state_dict(known.state_dict())
-    pictures, clean, tokens = data.some(CARRIED, workdir)
+    pictures, clean, tokens = data.some(CARRIED)
     encoded = [
         join_encodings(load_first_encoder(), second, some[:, :TOKENS], trained_rows=0)
         for some in tokens.split(16)

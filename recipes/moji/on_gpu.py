@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,11 @@ from recipes.moji.training.run import RecipeSettings
 
 VAE = EMBEDDED / "vae"
 LARGEST = 15 * 2**20  # bytes of a file that is carried away
+FURTHER = {
+    "askew": 6_000,
+    "others": 8_000,
+}  # scenes of further kinds, and their shares of the denoiser's batches:
+ASKEW_SHARE, OTHER_SHARE = 0.08, 0.1
 SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
 PACE = 0.1  # of a part's time, in which its pace is measured
 ENDLESS = 10**7  # steps of a run that only the clock ends
@@ -92,7 +97,8 @@ def main(settings: GpuSettings) -> None:
 def train_parts(settings: GpuSettings, began: float) -> None:
     """Decoder, latents, denoiser and flow, one after the other; `began` is when the minutes did."""
     minutes, batch, workdir, tiny = settings.minutes, settings.batch, settings.workdir, settings.tiny
-    say(step="pictures", seconds=prepare(workdir, settings.begin, settings.vae, settings.scenes))
+    counts = {} if tiny else {"scenes": settings.scenes, **FURTHER, "textures": 1}
+    say(step="pictures", seconds=prepare(workdir, settings.begin, settings.vae, counts))
     common: dict[str, Any] = {"device": settings.device, "workdir": workdir}
     polish = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
     if tiny:
@@ -102,6 +108,8 @@ def train_parts(settings: GpuSettings, began: float) -> None:
     say(step="latents", seconds=time.monotonic() - began)
     begin = None if tiny else settings.begin
     first = DenoiserSettings(batch=batch, text_rows=batch // 4, begin_from=begin, **common)
+    if not tiny:
+        first = replace(first, askew_share=ASKEW_SHARE, other_share=OTHER_SHARE)
     follow(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
     second = FlowSettings(batch=batch, text_rows=batch // 4, **common)
     left = minutes * 0.95 - (time.monotonic() - began) / 60
@@ -133,8 +141,8 @@ def steps_of(checkpoint: Path) -> int:
 # What is there before ---------------------------------------------------------------------------------------
 
 
-def prepare(workdir: Path, begin: Path, vae: Path, scenes: int) -> float:
-    """Puts the tokenizer, the autoencoder and the pictures in the work directory where they are missing."""
+def prepare(workdir: Path, begin: Path, vae: Path, counts: Mapping[str, int]) -> float:
+    """Puts the tokenizer, the autoencoder and so many pictures of each kind in the work directory where they miss."""
     began = time.monotonic()
     known, wanted = read_json(vae / "config.json"), autoencoder.build().config
     for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
@@ -144,11 +152,11 @@ def prepare(workdir: Path, begin: Path, vae: Path, scenes: int) -> float:
     for source, name in ((begin / "tokenizer", "tokenizer"), (vae, "vae")):
         if not (workdir / name).exists():
             shutil.copytree(source, workdir / name)
-    if not list((workdir / "pictures").glob("scenes-*.npy")):
+    jobs = [(workdir, kind, first) for kind, count in counts.items() for first in range(0, count, SHARD)]
+    if todo := [job for job in jobs if not shard_path(*job).exists()]:
         find_font()
-        jobs = [("scenes", first) for first in range(0, scenes, SHARD)] + [("textures", 0)]
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(write_shard, [(workdir, *job) for job in jobs]))
+            list(pool.map(write_shard, todo))
     return time.monotonic() - began
 
 

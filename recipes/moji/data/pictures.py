@@ -1,10 +1,13 @@
 """Training pictures on disk: rendered scenes with their captions, and textures for the autoencoder.
 
     python -m recipes.moji.data.pictures --scenes 24000 --textures 4000      about 80 s on two cores, 1.4 GB
-    python -m recipes.moji.data.pictures --scenes 12000 --aligned 24000      and some on the autoencoder's grid
+    python -m recipes.moji.data.pictures --askew 6000 --others 6000      and some of the further kinds
 
-Aligned scenes have their things on the autoencoder's grid, at few sizes: a glyph is then the same latents wherever it
-stands, and a small denoiser draws it whole instead of the mean of its offsets.
+Scenes are of four kinds. The usual ones are what prompts ask for. Aligned ones have their things on the autoencoder's
+grid, at few sizes, so that a glyph is the same latents wherever it stands. Askew ones have their things anywhere,
+turned, mirrored, one before the other, and say so at the end of their captions: what a map may ask for, and no prompt
+does by itself. Others show glyphs that have no name ("a thing wearing a crown in a park"), every second one alone with
+something on: what is worn, and places and styles, belong to any thing then, so to a concept too.
 
 Shards of 2,000 pictures (uint8) under build/moji/; finished shards are kept, so the command continues where it was.
 """
@@ -12,6 +15,7 @@ Shards of 2,000 pictures (uint8) under build/moji/; finished shards are kept, so
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,30 +27,42 @@ import typer
 from backbone.cli.commands import run_main
 from backbone.world.rendering.render import find_font, place_figures, render, to_array
 from backbone.world.rendering.textures import Pixels, draw_texture
-from backbone.world.scene import TRAINING_SEEDS, Pose, Scene, sample_scene
+from backbone.world.scene import TRAINING_SEEDS, Pose, Scene, sample_posed_scene, sample_scene
+from backbone.world.words import load_vocabulary
 
 SHARD = 2000
 CELL = 8  # pixels a side of a latent
 LOWEST = 120  # the lowest foot of a thing
 SMALL, ALONE, OF_TWO = (32, 40), (64, 72, 80), (48, 56)  # sizes of aligned things
-SCENES = ("scenes", "aligned")
+ASKEW = ", askew"  # said of things that are held in any way
+THING = "thing"  # the name of glyphs without one
+WORN = 0.5  # share of lone things without a name that wear something
+Told = tuple[Scene, list[str]]
+"""A scene, its canonical caption and another way to say it."""
 
 
 def main(
-    scenes: Annotated[int, typer.Option(help="How many scenes, from seed 0.")] = 24_000,
+    scenes: Annotated[int, typer.Option(help="How many usual scenes, from seed 0.")] = 24_000,
     aligned: Annotated[int, typer.Option(help="How many scenes on the autoencoder's grid, from seed 0.")] = 0,
+    askew: Annotated[int, typer.Option(help="How many scenes with things held in any way, from seed 0.")] = 0,
+    others: Annotated[int, typer.Option(help="How many scenes of things without a name, from seed 0.")] = 0,
     textures: Annotated[int, typer.Option(help="How many texture pictures.")] = 4_000,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Renders scenes and textures into shards."""
     find_font()
-    assert max(scenes, aligned) <= len(TRAINING_SEEDS)
+    counts = {
+        "scenes": scenes,
+        "aligned": aligned,
+        "askew": askew,
+        "others": others,
+        "textures": textures,
+    }
+    assert max(counts.values()) <= len(TRAINING_SEEDS)
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
-    jobs = [("scenes", first) for first in range(0, scenes, SHARD)]
-    jobs += [("aligned", first) for first in range(0, aligned, SHARD)]
-    jobs += [("textures", first) for first in range(0, textures, SHARD)]
-    todo = [(workdir, kind, first) for kind, first in jobs if not shard_path(workdir, kind, first).exists()]
+    jobs = [(workdir, kind, first) for kind, count in counts.items() for first in range(0, count, SHARD)]
+    todo = [job for job in jobs if not shard_path(*job).exists()]
     with ProcessPoolExecutor(workers) as pool:
         for done in pool.map(write_shard, todo):
             print(done, flush=True)
@@ -62,18 +78,47 @@ def write_shard(job: tuple[Path, str, int]) -> str:
     path = shard_path(workdir, kind, first)
     seeds = range(first, first + SHARD)
     if kind in SCENES:
-        values = [sample_scene(seed) for seed in seeds]
-        if kind == "aligned":
-            values = [align_to_grid(scene) for scene in values]
-        batch = np.stack([to_array(render(scene).image) for scene in values])
-        captions = [[scene.caption(), scene.caption_for_training()] for scene in values]
-        path.with_suffix(".json").write_text(json.dumps(captions))
+        told = [SCENES[kind](seed) for seed in seeds]
+        batch = np.stack([to_array(render(scene).image) for scene, _ in told])
+        path.with_suffix(".json").write_text(json.dumps([captions for _, captions in told]))
     else:
         batch = np.stack([draw_texture(seed) for seed in seeds])
     partial = path.with_name(path.name + ".partial.npy")
     np.save(partial, batch)
     partial.rename(path)
     return str(path)
+
+
+def tell_usual(seed: int) -> Told:
+    """A scene, its canonical caption and another way to say it."""
+    return tell(sample_scene(seed))
+
+
+def tell_aligned(seed: int) -> Told:
+    """A scene with its things on the autoencoder's grid."""
+    return tell(align_to_grid(sample_scene(seed)))
+
+
+def tell_askew(seed: int) -> Told:
+    """A scene whose things are held in any way, which is said last."""
+    scene, captions = tell(sample_posed_scene(seed))
+    return scene, [caption + ASKEW for caption in captions]
+
+
+def tell_other(seed: int) -> Told:
+    """A scene of things without a name."""
+    words = load_vocabulary()
+    scene = sample_scene(seed, nouns=tuple(words.other_nouns))
+    random = scene.random("others")
+    if len(scene.figures) == 1 and random.random() < WORN:
+        worn = replace(scene.things[0], accessory=random.choice(tuple(words.accessories)))
+        scene = replace(scene, things=(worn,))
+    _, captions = tell(replace(scene, things=tuple(replace(thing, noun=THING) for thing in scene.things)))
+    return scene, captions
+
+
+def tell(scene: Scene) -> Told:
+    return scene, [scene.caption(), scene.caption_for_training()]
 
 
 def align_to_grid(scene: Scene) -> Scene:
@@ -90,16 +135,29 @@ def align_to_grid(scene: Scene) -> Scene:
     return replace(scene, poses=tuple(poses))
 
 
+SCENES: dict[str, Callable[[int], Told]] = {
+    "scenes": tell_usual,
+    "aligned": tell_aligned,
+    "askew": tell_askew,
+    "others": tell_other,
+}
+"""The kinds of scenes, and how a seed's is told."""
+
+
+def list_shards(workdir: Path, *kinds: str) -> list[Path]:
+    """The shards of these kinds that are there, in the kinds' order."""
+    return [path for kind in kinds for path in sorted((workdir / "pictures").glob(f"{kind}-??????.npy"))]
+
+
 def load(workdir: Path, *kinds: str) -> list[Pixels]:
     """All shards of these kinds, memory-mapped: uint8 [2000, 128, 128, 3] each."""
-    paths = [path for kind in kinds for path in sorted((workdir / "pictures").glob(f"{kind}-??????.npy"))]
-    return [np.load(path, mmap_mode="r") for path in paths]
+    return [np.load(path, mmap_mode="r") for path in list_shards(workdir, *kinds)]
 
 
-def load_captions(workdir: Path) -> list[list[str]]:
-    """Of every rendered scene: its canonical caption and another way to say it."""
-    paths = [path for kind in SCENES for path in sorted((workdir / "pictures").glob(f"{kind}-??????.json"))]
-    return [pair for path in paths for pair in json.loads(path.read_text())]
+def load_captions(shard: Path) -> list[list[str]]:
+    """Of every scene of a shard: its canonical caption and another way to say it."""
+    captions: list[list[str]] = json.loads(shard.with_suffix(".json").read_text())
+    return captions
 
 
 if __name__ == "__main__":
