@@ -39,8 +39,8 @@ from backbone.adapters.config import (
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_header, read_tensors, write_tensors
+from backbone.io.run_folder import LORA_WEIGHTS as LORA_WEIGHTS
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
 DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so

@@ -35,6 +35,7 @@ from backbone.io.records import read_as
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run
 CHECKPOINT = "checkpoint.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
 FINISHED = ("concept.json", "condition.json")  # written at the end of a run, each of its kinds
 # With any of these a folder holds a run
 SAVED = (CHECKPOINT, "best/concept.json", *FINISHED)

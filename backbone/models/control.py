@@ -22,10 +22,10 @@ from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
-from backbone.families.unet.row_lora import FILE as LORA
 from backbone.families.unet.row_lora import new_row_lora, read_row_lora
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
+from backbone.io.run_folder import LORA_WEIGHTS
 from backbone.io.weights import read_weights_header
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
@@ -459,7 +459,7 @@ def outline_control(model: Backbone, name: str) -> ControlOutline:
         shapes = read_header(network.place).shapes.values()
         return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
     kind, location, part = _class_of(model, require_controlled_family(model).control_classes, network)
-    lora = network.place / LORA
+    lora = network.place / LORA_WEIGHTS
     beside = read_header(lora).shapes if lora.exists() else {}
     spec = diffusers_spec(kind, location, part, model.dtype)
     return ControlOutline(spec, sum(math.prod(shape) for shape in beside.values()))
@@ -499,8 +499,8 @@ def _load_folder(
 ) -> nn.Module:
     kind, location, part = _class_of(model, classes, found)
     network: nn.Module = load_network(kind, location, part, dtype)
-    if (found.place / LORA).exists():
-        network.add_module("lora", read_row_lora(found.place / LORA, model.denoiser).to(dtype))
+    if (found.place / LORA_WEIGHTS).exists():
+        network.add_module("lora", read_row_lora(found.place / LORA_WEIGHTS, model.denoiser).to(dtype))
     return network
 
 

@@ -13,12 +13,13 @@ from backbone.training.hardware import use_tensor_cores
 
 
 def open_configs(
-    asked: Mapping[str, Any], *, task: Task = "text-to-image"
+    asked: Mapping[str, Any], *, task: Task = "text-to-image", compilable: bool = True
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read, and the settings that were asked for.
 
     Where the settings do not say whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A path
-    becomes absolute, so that the run finds the model from any folder. `task` is what the model is trained for.
+    becomes absolute, so that the run finds the model from any folder. `task` is what the model is trained for, and
+    `compilable` whether what is asked for can be trained with compiled blocks.
     """
     model = Backbone.open(
         asked.get("model", "moji"),
@@ -27,8 +28,8 @@ def open_configs(
         resolution=asked.get("resolution", 0),
         task=task,
     )
-    held = bool(asked.get("quantize") or asked.get("cpu_offload"))
-    asked = {"compile": model.compiles_usually and not held, **asked}
+    compilable = compilable and not (asked.get("quantize") or asked.get("cpu_offload"))
+    asked = {"compile": model.compiles_usually and compilable, **asked}
     if is_path(model.location.name):
         return model, {**asked, "model": absolute_model(model.location.name)}
     return model, dict(asked)

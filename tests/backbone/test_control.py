@@ -22,9 +22,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from backbone.adapters.lora import add_lora
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.conditions.control import Control
-from backbone.families.unet.row_lora import FILE, new_row_lora
+from backbone.families.unet.row_lora import RowLora, new_row_lora, read_row_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.cache import encode_prompts_cached
@@ -116,7 +116,7 @@ def by_diffusers(
             loaded = {"adapter": MultiAdapter(list(modules)) if len(modules) > 1 else modules[0]}
             pipeline = nets.with_adapter.from_pretrained(nets.model.location.source, **loaded)
         if lora is not None:
-            pipeline.unet.load_lora_adapter(lora, prefix="unet", weight_name=FILE)
+            pipeline.unet.load_lora_adapter(lora, prefix="unet", weight_name=LORA_WEIGHTS)
         pipeline.set_progress_bar_config(disable=True)
         found = pipeline(
             prompt=PROMPT,
@@ -292,10 +292,32 @@ def test_a_concept_on_the_same_layers_is_drawn_under_an_adapter_with_a_lora(
     assert not torch.allclose(nets.model.predict(noisy, index, under, denoiser=denoiser), apart, atol=1e-3)
 
 
+def test_a_lora_of_linear_layers_from_elsewhere_changes_a_call_as_it_does_in_diffusers(
+    nets: Nets, tmp_path: Path
+) -> None:
+    denoiser = nets.model.denoiser
+    names = [name for name, _ in denoiser.named_modules() if name.endswith(("attn2.to_q", "attn2.to_k"))]
+    lora = RowLora(denoiser, dict.fromkeys(names, 2))
+    shaken(lora, 3)
+    lora.write(tmp_path)
+    read = read_row_lora(tmp_path / LORA_WEIGHTS, denoiser)
+    text = encode_prompts_cached(nets.model, [PROMPT, PROMPT])
+    noisy = torch.randn(2, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([500, 500])
+    base = nets.model.predict(noisy, index, text)
+    with read.acting(denoiser, torch.tensor([1]), torch.ones(1), 2):
+        under = nets.model.predict(noisy, index, text)
+    theirs: Any = nets.model.family.denoiser(nets.model.location, torch.float32).eval()
+    theirs.load_lora_adapter(tmp_path, prefix="unet", weight_name=LORA_WEIGHTS)
+    whole = nets.model.predict(noisy, index, text, denoiser=theirs)
+    assert torch.equal(under[0], base[0]) and not torch.allclose(under[1], base[1], atol=1e-3)
+    torch.testing.assert_close(under[1], whole[1], rtol=0, atol=1e-5)
+
+
 def test_a_lora_of_another_denoiser_beside_an_adapter_is_refused(
     nets: Nets, with_lora: Path, tmp_path: Path
 ) -> None:
-    tensors, header = read_tensors(with_lora / FILE)
+    tensors, header = read_tensors(with_lora / LORA_WEIGHTS)
     name = next(key for key in tensors if key.endswith("conv1.lora_A.weight"))
     wrong: dict[str, tuple[dict[str, Tensor], str]] = {
         "other": ({f"unet.elsewhere.{key}": value for key, value in tensors.items()}, "another model"),
@@ -304,7 +326,7 @@ def test_a_lora_of_another_denoiser_beside_an_adapter_is_refused(
     }
     for kind, (factors, sentence) in wrong.items():
         shutil.copytree(with_lora, tmp_path / kind)
-        write_tensors(tmp_path / kind / FILE, factors, header)
+        write_tensors(tmp_path / kind / LORA_WEIGHTS, factors, header)
         with pytest.raises(UserError, match=sentence):
             open_control(nets.model, str(tmp_path / kind))
 

@@ -24,8 +24,8 @@ from backbone.diffusion.transfer import send
 from backbone.families.control import made_for_another_model
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
+from backbone.io.run_folder import LORA_WEIGHTS
 
-FILE = "pytorch_lora_weights.safetensors"  # in the adapter's folder
 PREFIX, DOWN, UP = "unet.", ".lora_A.weight", ".lora_B.weight"  # of a layer's name
 TARGETS = ("conv1", "conv2")  # of the residual blocks
 
@@ -64,7 +64,7 @@ class RowLora(nn.Module):
     def write(self, folder: Path) -> None:
         """Writes the factors beside the adapter's file."""
         tensors = {key: weight.detach().cpu().contiguous() for key, weight in self.named_weights()}
-        write_tensors(folder / FILE, tensors, {"format": "pt"})
+        write_tensors(folder / LORA_WEIGHTS, tensors, {"format": "pt"})
 
 
 def new_row_lora(denoiser: nn.Module, rank: int) -> RowLora:

@@ -87,9 +87,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     processes.init_process(asked.get("device") or "auto")
     run = out or Path("runs") / run_name(asked["images"])
     refuse_taken(run, [asked["images"]])
-    if asked.get("kind") == ADAPTER_LORA:
-        asked = {"compile": False, **asked}
-    opened, asked = open_configs(asked)
+    opened, asked = open_configs(asked, compilable=asked.get("kind") != ADAPTER_LORA)
     settings = resolve_settings(asked, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)

@@ -34,7 +34,6 @@ from torch import Tensor
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option, settled_command
-from backbone.families.unet.row_lora import FILE as LORA
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
     atomic_write,
@@ -45,7 +44,7 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
-from backbone.io.run_folder import CHECKPOINT
+from backbone.io.run_folder import CHECKPOINT, LORA_WEIGHTS
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.transforms import to_tensor
 from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord
@@ -394,8 +393,8 @@ def export_network(settings: ExportSettings) -> None:
     (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / part / "config.json").write_bytes((run / part / "config.json").read_bytes())
     write_half(folder / part / WEIGHTS, tensors)
-    if (run / part / LORA).exists():
-        write_half(folder / part / LORA, read_tensors(run / part / LORA)[0])
+    if (run / part / LORA_WEIGHTS).exists():
+        write_half(folder / part / LORA_WEIGHTS, read_tensors(run / part / LORA_WEIGHTS)[0])
     defaults = {"scale": settings.scale, "start": 0.0, "stop": settings.stop, "rows": settings.rows}
     write_json(folder / RECORD, {**record, "base": model.fingerprint, "defaults": defaults})
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
