@@ -427,7 +427,7 @@ def load_checkpoint(
         for full, saved_value in tensors.items():
             if full.startswith("optimizer/") and full.split("/", 2)[2:] == [name]:
                 key = full.split("/", 2)[1]
-                state[key] = saved_value.clone().to(_state_device(optimizer, key, value))
+                state[key] = _state_like(saved_value, value, _state_device(optimizer, key, value))
         if state:
             optimizer.state[value] = state
     if average is not None:
@@ -480,6 +480,13 @@ def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[st
                 f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
             )
     return known
+
+
+def _state_like(saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """A piece of an optimiser's state, of a parameter's shape in its memory layout: fused kernels go by memory."""
+    if saved.shape != parameter.shape:
+        return saved.clone().to(device)
+    return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False).copy_(saved)
 
 
 def _state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:

@@ -86,8 +86,8 @@ def test_a_batch_has_the_shares_of_kinds_that_are_asked_and_nothing_held_out(tmp
     for number, (kind, first) in enumerate((("scenes", 0), ("scenes", 2000), ("others", 0))):
         shard = shard_path(tmp_path, kind, first)
         shard.touch()
-        shard.with_suffix(".json").write_text(json.dumps([[f"a {kind}", f"one {kind}"]] * 2000))
-        means = torch.full((2000, 1, 1, 1), float(number))
+        shard.with_suffix(".json").write_text(json.dumps([[f"a {kind}", f"one {kind}"]] * 400))
+        means = torch.full((400, 1, 1, 1), float(number))
         write_tensors(latents_path(tmp_path, shard), {"mean": means, "std": torch.zeros_like(means)}, {})
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
     data, random = Latents(tmp_path, tokenizer, "cpu"), torch.Generator().manual_seed(0)

@@ -24,6 +24,7 @@ from backbone.training.loop import (
     warm_constant,
     warm_cosine,
 )
+from backbone.training.optimizer import make_adamw
 
 
 class Bowl:
@@ -81,6 +82,30 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
     assert (done, facts) == (17, {"note": "x"})
     assert torch.equal(second.parameters["w"], whole.parameters["w"])
     assert torch.equal(second.average.values["w"], whole.average.values["w"])
+
+
+def test_weights_in_another_memory_layout_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """A fused step goes by memory, so what a checkpoint restores lies as its weight does."""
+    path = tmp_path / "c.safetensors"
+
+    def stepped(steps: range) -> Tensor:
+        start = torch.randn(4, 3, 3, 3, generator=generator(7, 0)).to(memory_format=torch.channels_last)
+        weight = torch.nn.Parameter(start)
+        optimizer = make_adamw([{"params": [weight], "lr": 0.1}], weight_decay=0.01)
+        assert optimizer.defaults["fused"]
+        if steps.start > 0:
+            load_checkpoint(path, parameters={"w": weight}, optimizer=optimizer)
+        for step in steps:
+            weight.grad = torch.randn(4, 3, 3, 3, generator=generator(7, 1 + step)).to(
+                memory_format=torch.channels_last
+            )
+            optimizer.step()
+        save_checkpoint(path, step=steps.stop, parameters={"w": weight}, optimizer=optimizer)
+        return weight.detach()
+
+    whole = stepped(range(6))
+    stepped(range(3))
+    assert torch.equal(stepped(range(3, 6)), whole)
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
