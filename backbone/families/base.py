@@ -331,6 +331,21 @@ class ModelSpec:
         )
 
 
+def working_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype that a network takes its inputs in: that of its first floating parameter, but for those kept in fp32.
+
+    diffusers' `dtype` says the same after a walk over all modules, which at every call is a tenth of `moji`'s time
+    under a LoRA. It is asked where weights are stored in less than two bytes and cast layer by layer.
+    """
+    kept = getattr(type(network), "_keep_in_fp32_modules", None) or ()
+    for name, value in network.named_parameters():
+        if value.is_floating_point() and not any(part in name for part in kept):
+            if value.dtype.itemsize > 1:
+                return value.dtype
+            break
+    return cast(torch.dtype, network.dtype)
+
+
 def refuse_beside(header: Header, beside: Sequence[Header]) -> dict[str, Path]:
     """No files: of a family whose checkpoints hold all components. `UserError` for any that is named."""
     if beside:

@@ -29,7 +29,9 @@ def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
 def make_adamw(groups: list[dict[str, Any]], *, weight_decay: float) -> torch.optim.AdamW:
     """AdamW, fused where one kernel updates all parameters; on a GPU it can skip an update by a flag on the device."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True if devices in ({"cuda"}, {"cpu"}) else None)
+    return torch.optim.AdamW(
+        groups, weight_decay=weight_decay, fused=True if devices in ({"cuda"}, {"cpu"}) else None
+    )
 
 
 def make_optimizer(name: str, trained: Sequence[Any], *, weight_decay: float) -> Optimizer:

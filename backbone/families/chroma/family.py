@@ -31,6 +31,7 @@ from backbone.families.base import (
     TextSegment,
     diffusers_spec,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import language_models, loading, tokenization
 from backbone.families.flux import family as flux
@@ -137,7 +138,7 @@ class MaskedT5(tokenization.MultiTextEncoder):
 def call(network: Any, noisy: Tensor, time: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
     """The network's velocity [B, C, H, W] at times [B] with text [B, T, D] and its mask [B, T]."""
     _, _, height, width = noisy.shape
-    dtype = cast(torch.dtype, network.dtype)
+    dtype = working_dtype(network)
     latents = flux.pack_latents(noisy)
     whole = None if mask is None else torch.cat([mask, mask.new_ones(latents.shape[:2])], dim=1)
     output = network(

@@ -35,6 +35,7 @@ from backbone.families.base import (
     diffusers_spec,
     refuse_beside,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, loading, noise_paths, tokenization
 from backbone.families.control import residuals_of
@@ -132,7 +133,7 @@ class Flux:
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
         takes_guidance = network.config.guidance_embeds
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:

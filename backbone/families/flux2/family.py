@@ -35,6 +35,7 @@ from backbone.families.base import (
     Network,
     NoisePath,
     diffusers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, language_models, loading, noise_paths
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
@@ -165,7 +166,7 @@ class Flux2(SplitFileFamily):
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
         takes_guidance = network.config.guidance_embeds
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:

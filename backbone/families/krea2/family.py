@@ -27,6 +27,7 @@ from backbone.families.base import (
     NoisePath,
     TextSegment,
     diffusers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, language_models, loading, noise_paths, tokenization
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
@@ -114,7 +115,7 @@ class Krea2(SplitFileFamily):
         )
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             _, _, height, width = noisy.shape

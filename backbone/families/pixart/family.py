@@ -26,6 +26,7 @@ from backbone.families.base import (
     diffusers_spec,
     refuse_beside,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, loading, noise_paths, tokenization
 from backbone.families.location import Location
@@ -87,7 +88,7 @@ class PixArt:
         return noise_paths.vp_path(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
         no_size_condition = {"resolution": None, "aspect_ratio": None}
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:

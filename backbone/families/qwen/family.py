@@ -32,6 +32,7 @@ from backbone.families.base import (
     Network,
     NoisePath,
     diffusers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, language_models, loading, noise_paths
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
@@ -109,7 +110,7 @@ class QwenImage(SplitFileFamily):
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape

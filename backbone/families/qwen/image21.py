@@ -35,6 +35,7 @@ from backbone.families.base import (
     TextEncoderSlot,
     diffusers_spec,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import (
     joint_attention,
@@ -157,7 +158,7 @@ class QwenImage21(SplitFileFamily):
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         network = cast(Any, denoiser)
-        dtype = cast(torch.dtype, network.dtype)
+        dtype = working_dtype(network)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape

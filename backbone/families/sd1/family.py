@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +18,7 @@ from backbone.families.base import (
     diffusers_spec,
     refuse_beside,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
@@ -74,7 +75,7 @@ class StableDiffusion(UNetFamily):
         return {}
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             noisy = beside_reference(noisy.to(dtype), conditions).contiguous(

@@ -35,6 +35,7 @@ from backbone.families.base import (
     diffusers_spec,
     refuse_beside,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, loading, noise_paths, tokenization
 from backbone.families.control import residuals_of
@@ -136,7 +137,7 @@ class StableDiffusion3:
         return noise_paths.flow_path(location, size=(height, width), patch=patch)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             inputs = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -24,6 +24,7 @@ from backbone.families.base import (
     diffusers_spec,
     refuse_beside,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import loading, tokenization
 from backbone.families.location import Location
@@ -92,7 +93,7 @@ class StableDiffusionXL(UNetFamily):
         return {"guidance": 5.0}
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape

@@ -30,6 +30,7 @@ from backbone.families.base import (
     diffusers_spec,
     refuse_beside,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import loading
 from backbone.families.location import Location
@@ -123,7 +124,7 @@ class StableVideo:
         return edm_path(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
         hidden, ids = (conditions.text[name].to(dtype) for name in ("hidden", "ids"))
         (picture,) = conditions.references
 

@@ -18,6 +18,7 @@ from diffusers import ControlNetUnionModel, T2IAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork, Residuals
+from backbone.families.base import working_dtype
 from backbone.families.control import made_for_another_model, residuals_of
 from backbone.families.unet.row_lora import row_loras
 from backbone.io.console import UserError
@@ -199,7 +200,7 @@ def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
     """A UNet's answer with what the controls add; lists are new at every call, since the UNet empties them."""
-    found = residuals_of(controls, inputs, cast(torch.dtype, denoiser.dtype))
+    found = residuals_of(controls, inputs, working_dtype(denoiser))
     middle = found.pop(MIDDLE, None)
     given = {**inputs, **found, **({MIDDLE: middle[0]} if middle is not None else {})}
     with row_loras(controls, denoiser):

@@ -27,6 +27,7 @@ from backbone.families.base import (
     NoisePath,
     diffusers_spec,
     transformers_spec,
+    working_dtype,
 )
 from backbone.families.components import joint_attention, language_models, loading, noise_paths
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
@@ -117,7 +118,7 @@ class ZImage(SplitFileFamily):
         return noise_paths.flow_path(location, size=(height, width), lowest=lambda steps: 1 / steps)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
-        dtype = cast(torch.dtype, denoiser.dtype)
+        dtype = working_dtype(denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             pictures = noisy.to(dtype).unsqueeze(2)  # with one frame
