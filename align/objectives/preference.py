@@ -66,6 +66,7 @@ from backbone.io.files import content_hash, write_tensors
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
+from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
@@ -165,8 +166,8 @@ class PreferenceTraining(Objective):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Attention with a fast backward pass; training mode only where diffusers needs it to checkpoint gradients."""
-        with fast_attention_backward(self.model.denoiser):
+        """Fast steps of the denoiser; training mode only where diffusers needs it to checkpoint gradients."""
+        with fast_steps(self.model.denoiser):
             self.model.denoiser.train(self.settings.gradient_checkpointing)
             try:
                 yield

@@ -32,7 +32,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.models.sample import initial_noise
-from backbone.training.attention import fast_attention_backward
+from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
@@ -72,8 +72,8 @@ class RewardTraining(Objective):
         return self.settings.batch
 
     def learning(self) -> AbstractContextManager[None]:
-        """Attention with a fast backward pass."""
-        return fast_attention_backward(self.model.denoiser)
+        """Fast steps of the denoiser."""
+        return fast_steps(self.model.denoiser)
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
         """Writes the LoRA; gives the fields of `Concept` that name the files."""

@@ -61,7 +61,7 @@ from backbone.models.clips.motion import (
 from backbone.models.locate import absolute_model
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
-from backbone.training.attention import fast_attention_backward
+from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective, drive
 from backbone.training.settings import (
@@ -354,7 +354,7 @@ class MotionLearning(Objective):
         return self.settings.frames * (1 if self.prior is None else 2) + 1
 
     def learning(self) -> AbstractContextManager[None]:
-        return fast_attention_backward(self.model.denoiser)
+        return fast_steps(self.model.denoiser)
 
     def losses(self, step: int) -> Iterator[Tensor]:
         random = generator(self.settings.seed, step)

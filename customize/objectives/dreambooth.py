@@ -30,8 +30,8 @@ from backbone.io.console import UserError
 from backbone.io.run_folder import CHECKPOINT
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.attention import fast_attention_backward
 from backbone.training.base_predictions import stratified_levels
+from backbone.training.fast import fast_steps
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
@@ -115,8 +115,8 @@ class DreamBooth(Objective):
         return self.settings.batch
 
     def learning(self) -> AbstractContextManager[None]:
-        """Attention with a fast backward pass."""
-        return fast_attention_backward(self.model.denoiser)
+        """Fast steps of the denoiser."""
+        return fast_steps(self.model.denoiser)
 
     def rest(self) -> None:
         self.batches.close()

@@ -27,7 +27,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.few_step.model import SamplingDefaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
-from backbone.training.attention import fast_attention_backward
+from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective, RunSettings
 
@@ -183,8 +183,8 @@ class Transfer(Objective):
         return int(self.settings.batch) * self.drawing.steps
 
     def learning(self) -> AbstractContextManager[None]:
-        """Attention with a fast backward pass."""
-        return fast_attention_backward(self.model.denoiser)
+        """Fast steps of the denoiser."""
+        return fast_steps(self.model.denoiser)
 
     def rest(self) -> None:
         self.batches.close()

@@ -1,0 +1,38 @@
+"""The context in which a denoiser's steps of training are fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from backbone.training.attention import fast_attention_backward
+
+
+@contextmanager
+def fast_steps(denoiser: nn.Module) -> Iterator[None]:
+    """Inside the `with`, a denoiser's attention has a fast backward pass, and autocast alone casts a LoRA's inputs."""
+    with fast_attention_backward(denoiser), uncast_inputs(denoiser):
+        yield
+
+
+@contextmanager
+def uncast_inputs(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, layers of a plain LoRA take their inputs as they are, which is for calls under autocast.
+
+    peft casts an input to the factors' fp32, and autocast back: two copies for the same bits, a tenth of a small step.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and not layer.lora_variant and layer.cast_input_dtype_enabled
+    ]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
