@@ -236,5 +236,5 @@ def test_nothing_is_done_inside_an_assert_which_python_O_leaves_out() -> None:
                 function = part.func if isinstance(part, ast.Call) else None
                 changes = isinstance(function, ast.Attribute) and function.attr in changing
                 if changes or isinstance(part, ast.NamedExpr):
-                    found.append(f"{file.relative_to(ROOT)}:{part.lineno}")
+                    found.append(f"{file.relative_to(ROOT)}: {ast.unparse(part)}")
     assert not found
