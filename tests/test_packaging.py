@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -223,3 +224,17 @@ def environment_with(wheel: Path, folder: Path) -> Path:
     packages = subprocess.run(list(map(str, ask)), check=True, capture_output=True, text=True).stdout.strip()
     (Path(packages) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return scripts
+
+
+def test_nothing_is_done_inside_an_assert_which_python_O_leaves_out() -> None:
+    changing = {"setdefault", "pop", "popitem", "add", "append", "update", "remove", "read", "write", "send"}
+    found = []
+    for package in ("backbone", "customize", "edit", "align", "limner", "recipes", "benchmarks"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            asserts = [one for one in ast.walk(ast.parse(file.read_text())) if isinstance(one, ast.Assert)]
+            for part in (part for one in asserts for part in ast.walk(one.test)):
+                function = part.func if isinstance(part, ast.Call) else None
+                changes = isinstance(function, ast.Attribute) and function.attr in changing
+                if changes or isinstance(part, ast.NamedExpr):
+                    found.append(f"{file.relative_to(ROOT)}: {ast.unparse(part)}")
+    assert not found

@@ -19,12 +19,10 @@ from backbone.io.files import read_json
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.clips import FILMS, STACK, Film, read_film
 from backbone.media.sources.columns import join_lines
-from backbone.media.sources.names import list_visible, normalize_name
+from backbone.media.sources.names import CAPTION_SUFFIXES, SYSTEM_FILES, list_visible, normalize_name
 from backbone.media.sources.pictures import (
-    CAPTION_SUFFIXES,
     MASK_STEM,
     METADATA,
-    SYSTEM_FILES,
     read_captions,
     read_listed,
 )

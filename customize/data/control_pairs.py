@@ -38,9 +38,8 @@ from backbone.media.control.maps import (
 )
 from backbone.media.sources.columns import CAPTION_COLUMNS, Columns
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.names import normalize_name
+from backbone.media.sources.names import IMAGE_SUFFIXES, normalize_name
 from backbone.media.sources.pictures import (
-    IMAGE_SUFFIXES,
     METADATA,
     PROMPT_LIST,
     ListedImages,

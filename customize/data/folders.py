@@ -12,7 +12,8 @@ from backbone.adapters.concept import word_pattern
 from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
-from backbone.media.sources.pictures import IMAGE_SUFFIXES, check_images, describe_unused, list_images
+from backbone.media.sources.names import IMAGE_SUFFIXES
+from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
 from customize.settings import INSTANCE_PROMPT, Settings, Subject
 

@@ -411,6 +411,8 @@ def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
     units: list[_Unit] = [((word,), word.text) for word in prompt.words]
     for number, phrase in enumerate(phrases):
         require([prompt], phrase)
+        if phrase.lower() in (other.lower() for other in phrases[:number]):
+            raise UserError(f"“{phrase}” stands in two swaps. Leave one of them out.")
         words = _first_place(prompt, phrase)
         start = next((k for k, unit in enumerate(units) if unit[0] == words[:1]), None)
         if start is None or tuple(w for unit in units[start : start + len(words)] for w in unit[0]) != words:

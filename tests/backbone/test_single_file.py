@@ -300,6 +300,10 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub() -> None:
         (["down_blocks.0.resnets.0.conv1.weight"], "one part of a diffusers model"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "one part of a diffusers model"),
         (["emb_params"], "an embedding"),
+        (
+            ["model_ema.diffusion_modelinput_blocks00weight", "first_stage_model.encoder.down.0.x.weight"],
+            r"the mean over its training \(EMA\) alone",
+        ),
         (["model.diffusion_model.input_blocks.1.0.in_layers.0.weight"], "without its text encoder"),
         (["something", "else"], "no checkpoint of a known layout"),
     ],
@@ -310,6 +314,20 @@ def test_a_file_that_is_no_stable_diffusion_checkpoint_is_told_for_what_it_is(
     write_tensors(tmp_path / "model.safetensors", {name: torch.zeros(1) for name in names})
     with pytest.raises(UserError, match=rf"{said}.*works with Stable Diffusion"):
         Backbone.open(str(tmp_path / "model.safetensors"))
+
+
+def test_a_checkpoint_with_the_mean_of_its_weights_is_read_by_the_plain_ones_and_says_so(
+    tmp_path: Path, tiny_folder: Path, checkpoint: Tensors, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = "model.diffusion_model."
+    means = {
+        f"model_ema.diffusion_model{name.removeprefix(unet).replace('.', '')}": torch.zeros_like(tensor)
+        for name, tensor in checkpoint.items()
+        if name.startswith(unet)
+    }
+    whole = {**checkpoint, **means, "model_ema.decay": torch.tensor(0.9999)}
+    assert_same_model(opened(written(tmp_path / "ema.safetensors", whole, settings=tiny_folder)), tiny)
+    assert "ema.safetensors also holds the mean" in capsys.readouterr().err
 
 
 def test_an_inpainting_checkpoint_is_told_for_what_it_is(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import torch
 
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
-from backbone.io.console import UserError
-from backbone.io.files import Header, content_hash, read_json, read_tensors
+from backbone.io.console import UserError, notify_once
+from backbone.io.files import Header, content_hash, read_header, read_json, read_tensors
 from backbone.io.weights import refuse_damaged
 
 CONFIG_FILES = (
@@ -32,6 +32,7 @@ CONFIG_FILES = (
     *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
     *("image_encoder/config.json", "feature_extractor/preprocessor_config.json"),
 )
+MEAN = "model_ema.diffusion_model"  # CompVis': names below without their dots
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
 TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
@@ -86,12 +87,17 @@ def load_single_file_part(
 ) -> Any:
     """Load a component that diffusers converts (`unet`, `vae`) from the tensors whose names begin with `prefix`.
 
-    Where a file also holds an EMA (`model_ema`), the plain weights are loaded, as diffusers does. Raises `UserError` if
-    the tensors do not fit the component's config.
+    Where a file also holds an EMA (`model_ema`), the plain weights are loaded, as diffusers does, and it is said.
+    Raises `UserError` if the tensors do not fit the component's config.
     """
     settings = location.local(f"{part}/config.json")
     assert settings is not None
     tensors, _ = read_tensors(location.source, prefix=prefix)
+    if prefix == UNET and _holds_mean(read_header(location.source)):
+        notify_once(
+            f"{location.source} also holds the mean of the weights over their training (EMA). The plain weights are "
+            "read, as diffusers does."
+        )
     tensors = {name: tensor for name, tensor in tensors.items() if not re.match(TRAINING_LEFTOVERS, name)}
     with refuse_damaged(location.name, part), without_weights():
         expected = kind.from_config(location.config(part)).state_dict()
@@ -163,12 +169,22 @@ def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:
     return (takes[1] if len(takes) == 4 else None), (latents[1] if len(latents) == 4 else None)
 
 
+def _holds_mean(header: Header) -> bool:
+    """Whether a checkpoint holds the mean of the UNet's weights over their training."""
+    return any(name.startswith(MEAN) for name in header.shapes)
+
+
 def describe_unknown_file(header: Header) -> str:
     """What a file of no known family seems to be, and the remedy."""
     takes, latents = unet_and_latent_channels(header)
     if takes is not None and latents is not None and takes != latents:
         what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
         return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
+    if not any(name.startswith(UNET) for name in header.shapes) and _holds_mean(header):
+        return (
+            f"{header.path} holds the UNet as the mean over its training (EMA) alone, under names without their dots. "
+            "Take the file with the plain weights, or the model's diffusers folder."
+        )
     for pattern, what, remedy in UNKNOWN_FILES:
         if any(re.search(pattern, name) for name in header.shapes):
             return f"{header.path} seems to be {what}. {remedy}"

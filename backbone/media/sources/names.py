@@ -9,6 +9,15 @@ from pathlib import Path
 
 from backbone.io.console import UserError
 
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
+)
+CAPTION_SUFFIXES = (".txt", ".caption")
+SYSTEM_FILES = frozenset(
+    {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
+)
+
 
 def list_visible(folder: Path) -> list[Path]:
     """The entries of a folder that are not hidden, in natural order."""

@@ -23,6 +23,9 @@ from backbone.io.records import is_json_list, iterate_entries, iterate_rows, pla
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
 from backbone.media.sources.names import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    SYSTEM_FILES,
     find_spelled,
     list_visible,
     natural_sort_key,
@@ -43,11 +46,6 @@ from backbone.media.sources.tables import (
     load_saved,
 )
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
-    | {".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif"}
-)
-CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_STEM = re.compile(r"(.+)(?:\.mask|[-_.]masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
 # OneTrainer's images for a condition: no subject's
 CONDITION_STEM = re.compile(r".+[-_.]condlabel", re.IGNORECASE)
@@ -60,9 +58,6 @@ NO_CAPTION = {
     r"\{\\rtf": "an RTF document",
     r"\{\s*\"[^\"]*\"\s*:": "JSON",
 }
-SYSTEM_FILES = frozenset(
-    {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
-)
 ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"})
 MOST_FOLDERS = 3000  # that are looked into for a sentence on what they hold
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")

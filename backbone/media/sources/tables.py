@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify
-from backbone.io.files import read_json
+from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import plain, resolve_inside
-from backbone.media.sources.columns import CAPTION_COLUMNS, Columns, join_lines
+from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
 from backbone.media.sources.splits import choose_table, leave_out_measured
+from backbone.media.sources.tars import TAR_COLUMNS, Stored, read_tars, refuse_dots
 
 
 def find_tables(folder: Path, suffix: str) -> list[Path]:
@@ -76,47 +77,53 @@ class SavedSplits:
     splits: list[str] = field(default_factory=list)
 
 
-TAR_COLUMNS = {"txt": "text", "cls": "label", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}
+TAR_FORM = 1  # of the tables that tars are unpacked into
 
 
 def load_tars(files: Sequence[Path]) -> Any:
-    """The samples of webdataset shards (.tar) as a table; images stay encoded.
+    """The samples of webdataset shards, or of packed folders (.tar), as a table; images stay encoded.
 
     What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
-    `text`, and the keys of `0001.json` are columns themselves.
+    `text`, and the keys of `0001.json` are columns themselves. `UserError`: see `read_tars`.
     """
+    import pyarrow
+
     datasets = import_datasets()
+    tars = read_tars(files)
+    features = {}
+    for name, image in tars.columns.items():
+        values = tars.values(name)
+        try:
+            stored = pyarrow.binary() if _has_files(values) else pyarrow.infer_type(values)
+        except pyarrow.ArrowException as error:
+            raise UserError(
+                f"{files[0]} has values of several kinds in {name} ({first_line(error)}). Write one kind."
+            ) from error
+        kind = datasets.Image(decode=False) if image else None
+        features[name] = kind or datasets.features.features.generate_from_arrow_type(stored)
+    # The same files are unpacked once
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:
-        table = datasets.load_dataset(
-            "webdataset", data_files={"train": [str(file) for file in files]}, split="train"
+        return datasets.Dataset.from_generator(
+            tars.rows,
+            features=datasets.Features(features),
+            fingerprint=content_hash(json.dumps([TAR_FORM, facts, list(features)]).encode()),
         )
-    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         refuse_closed_cache(error)
         raise UserError(
             f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
         ) from error
-    table = table.flatten()
-    names = name_tar_columns(table.column_names)
-    table = table.rename_columns({old: new for old, new in names.items() if old != new})
-    for name, kind in table.features.items():
-        if isinstance(kind, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        # Of .caption, which it does not know
-        elif name in CAPTION_COLUMNS and kind == datasets.Value("binary"):
-            with suppress(ValueError):
-                table = table.cast_column(name, datasets.Value("string"))
-    return table
+
+
+def _has_files(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, Stored) for value in values)
 
 
 def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
     """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
     names: dict[str, str] = {}
-    numbered = [re.sub(r"\d+", "#", name) for name in found if re.search(r"\d.*\..*\.|\..*\d.*\.", name)]
-    if odd := [name for name in numbered if numbered.count(name) > 1]:
-        raise UserError(
-            f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
-            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
-        )
+    refuse_dots(found)
     for name in found:
         plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
         new = TAR_COLUMNS.get(plain.lower(), plain)

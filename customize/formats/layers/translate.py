@@ -215,7 +215,8 @@ def _entries(network: Network) -> dict[str, _Entry]:
 
     def add(name: str, entry: _Entry) -> None:
         key = _FLAT_NUMBER.sub(r"\1_#", name.replace(".", "_"))
-        assert entries.setdefault(key, entry) == entry, key
+        known = entries.setdefault(key, entry)
+        assert known == entry, key
 
     for name in layer_names(network):
         general = generalize(name)

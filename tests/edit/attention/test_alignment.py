@@ -275,6 +275,12 @@ def test_a_word_that_is_missing_is_answered_with_the_nearest() -> None:
         aligned("a cat in the snow", "a dog in the snow", ("car", "dog"))
 
 
+def test_a_word_that_stands_in_two_swaps_is_named() -> None:
+    for second in (("dog", "cat"), ("dog", "beach"), ("beach", "Cat")):
+        with pytest.raises(UserError, match=r"^“(dog|Cat)” stands in two swaps"):
+            aligned("a dog on a beach", "a cat on a beach", ("dog", "cat"), second)
+
+
 def test_swaps_that_cross_or_overlap_are_refused() -> None:
     with pytest.raises(UserError, match="another order"):
         aligned("a cat in a hat", "a ship in a dog", ("cat", "dog"), ("hat", "ship"))

@@ -8,7 +8,7 @@ import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -685,6 +685,41 @@ def test_captions_of_tars_are_read_however_their_files_are_called(
     assert "no captions" not in capsys.readouterr().err
     with pytest.raises(UserError, match="names have dots"):
         list_images(pack("dots.tar", "i.v1.01.jpg", "i.v1.01.txt", "i.v1.02.jpg", "i.v1.02.txt"))
+
+
+def test_a_folder_that_was_packed_as_it_is_gives_its_images_with_their_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captions behind all images, other formats, one caption alone, a member twice, and what a system leaves."""
+
+    def pack(name: str, files: Mapping[str, bytes]) -> Path:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for file, content in files.items():
+                member = tarfile.TarInfo(file)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return tmp_path / name
+
+    stored = {}
+    for kind in ("JPEG", "PNG", "TIFF"):
+        buffer = io.BytesIO()
+        scene().save(buffer, kind)
+        stored[kind] = buffer.getvalue()
+    folder = dict.fromkeys(("./._dog", "dog/._1.jpg", "__MACOSX/dog/1.jpg", "dog/Thumbs.db"), b"Mac OS X")
+    folder |= {"dog/README.md": b"My dog.", "dog/1.jpg": stored["JPEG"], "dog/2.png": stored["PNG"]}
+    folder |= {"dog/3.tiff": stored["TIFF"]} | {f"dog/{n}.jpg": stored["JPEG"] for n in range(4, 12)}
+    folder |= {"dog/1.txt": b"a dog", "dog/11.jpg.txt": b"another dog"}
+    found = list_images(pack("dog.tar", folder))
+    assert [one.caption for one in found] == ["a dog", *[None] * 9, "another dog"]
+    assert all(difference(one.open(), scene()) < 5 for one in found)
+    assert "Not used in" in (said := capsys.readouterr().err) and "beside: dog/README.md." in said
+    images = {name: content for name, content in folder.items() if name[-3:] != "txt"}
+    with pytest.raises(UserError, match=r"holds dog/metadata\.jsonl, .*Unpack it, and give that folder"):
+        list_images(
+            pack("list.tar", {**images, "dog/metadata.jsonl": b'{"file_name": "1.jpg", "text": "a"}'})
+        )
+    with pytest.raises(UserError, match="names have dots"):  # of which one was read, and the other was not
+        list_images(pack("dots.tar", {f"v1.{part} dog.jpg": stored["JPEG"] for part in (5, 6)}))
 
 
 def test_metadata_may_be_parquet_and_its_names_of_splits_count(tmp_path: Path) -> None:

@@ -1,0 +1,220 @@
+"""The files of .tar archives, sorted into samples: webdataset's shards, and folders of images that somebody has packed.
+
+What stands before the first dot of a file's name is its sample, with its folder, and what stands behind it is a column:
+`0001.chosen.jpg` is `chosen` of 0001. Files of a sample may lie anywhere in their archive, and samples need not have
+the same columns. What systems leave in folders (`._1.jpg`, `__MACOSX/`) is no file of anybody's.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from backbone.io.console import UserError, count_of, notify_once, show_text
+from backbone.io.records import plain
+from backbone.media.sources.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, SYSTEM_FILES
+
+TAR_COLUMNS = {
+    "txt": "text",
+    "cls": "label",
+    **dict.fromkeys((suffix[1:] for suffix in IMAGE_SUFFIXES), "image"),
+}
+TEXTS = frozenset({"txt", "text", "transcript", "caption"})  # these three are webdataset's own names
+NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file that is not read yet: where its bytes stand in an archive."""
+
+    offset: int
+    size: int
+
+
+@dataclass
+class Sample:
+    """The files of a sample by what stands behind its name, of which texts, numbers and JSON are read."""
+
+    archive: Path
+    name: str
+    files: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether one of its files is an image."""
+        return any(is_image(ending) for ending in self.files)
+
+
+@dataclass(frozen=True)
+class Tars:
+    """The samples of archives as rows of columns.
+
+    columns  their names here, in the order in which they are met; True for those that hold images
+    """
+
+    columns: Mapping[str, bool]
+    cells: Sequence[tuple[Path, Mapping[str, Any]]]
+
+    def values(self, column: str) -> list[Any]:
+        """A column, in which files are not read."""
+        return [cells.get(column) for _, cells in self.cells]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows, with bytes for files, and for images what `datasets` stores of them."""
+        for archive, samples in groupby(self.cells, key=lambda sample: sample[0]):
+            with tarfile.open(archive) as tar:
+                for _, cells in samples:
+                    yield {name: self._cell(tar, name, cells.get(name)) for name in self.columns}
+
+    def _cell(self, tar: tarfile.TarFile, column: str, value: Any) -> Any:
+        if not isinstance(value, Stored):
+            return value
+        assert tar.fileobj is not None  # it is open
+        tar.fileobj.seek(value.offset)
+        content = tar.fileobj.read(value.size)
+        return {"bytes": content, "path": None} if self.columns[column] else content
+
+
+def is_image(ending: str) -> bool:
+    """Whether a file of this ending is an image."""
+    return f".{ending.rsplit('.')[-1].lower()}" in IMAGE_SUFFIXES
+
+
+def read_tars(files: Sequence[Path]) -> Tars:
+    """The samples of archives, in the order in which they are met; the bytes of images stay where they are.
+
+    Where there are images, samples without one are passed over, which is said. Raises `UserError` for archives that
+    cannot be read, texts that are none, names with dots, and captions in a list of a packed folder.
+    """
+    samples = [sample for file in files for sample in _read_tar(file)]
+    if any(sample.has_image for sample in samples):
+        _say_passed_over([sample for sample in samples if not sample.has_image], samples)
+        samples = [sample for sample in samples if sample.has_image]
+    if not samples:
+        raise UserError(
+            f"{files[0]} is no readable tar file of samples (it holds none). Pack images, and captions as .txt."
+        )
+    endings = {ending: is_image(ending) for sample in samples for ending in sample.files}
+    refuse_dots(list(endings))
+    named = _name_columns(endings, samples)
+    cells = []
+    for sample in samples:
+        row: dict[str, Any] = {}
+        for ending, value in sample.files.items():
+            if isinstance(value, dict):  # a .json's keys
+                row |= {
+                    key if key not in named.values() else f"json.{key}": one for key, one in value.items()
+                }
+            else:
+                row[named[ending]] = value
+        cells.append((sample.archive, row))
+    columns = {name: False for _, row in cells for name in row}
+    return Tars(columns | {named[ending]: True for ending, image in endings.items() if image}, cells)
+
+
+def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dict[str, str]:
+    """The columns of endings: those that one sample has beside each other are never one column, and others may be."""
+    wanted = {ending: _column_of(ending) for ending in endings}
+    beside: set[str] = set()
+    for sample in samples:
+        seen: set[str] = set()
+        for ending in sample.files:
+            if wanted[ending] in seen:
+                beside.add(ending)
+            seen.add(wanted[ending])
+    return {ending: ending if ending in beside else column for ending, column in wanted.items()}
+
+
+def _column_of(ending: str) -> str:
+    first, last = (parts := ending.split("."))[0], parts[-1]
+    if len(parts) > 1 and f".{last.lower()}" in CAPTION_SUFFIXES and f".{first.lower()}" in IMAGE_SUFFIXES:
+        first = last  # 1.jpg.txt, the caption of 1.jpg
+    return TAR_COLUMNS.get(first.lower(), first)
+
+
+def refuse_dots(endings: Sequence[str]) -> None:
+    """`UserError` for files of one sample that only numbers, or words with blanks, behind a dot tell apart."""
+    odd = [re.sub(r"\d+", "#", one) for one in endings if re.search(r"\d.*\..*\.|\..*\d.*\.|\s.*\.", one)]
+    if odd := [one for one in odd if odd.count(one) > 1 or " " in one]:
+        raise UserError(
+            f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
+            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
+        )
+
+
+def _say_passed_over(without: Sequence[Sample], samples: Sequence[Sample]) -> None:
+    """Says of samples without an image that they are not used; `UserError` for a list that has all captions."""
+    if not without:
+        return
+    told = any(
+        _column_of(ending) in ("text", "caption") or isinstance(value, dict)
+        for sample in samples
+        if sample.has_image
+        for ending, value in sample.files.items()
+    )
+    names = [f"{one.name}.{ending}" for one in without for ending in one.files]
+    lists = [name for name in names if posixpath.basename(name).lower().startswith("metadata.")]
+    if lists and not told:
+        raise UserError(
+            f"{without[0].archive} holds {lists[0]}, and captions of a tar are read beside its images, as 1.txt beside "
+            "1.jpg. Unpack it, and give that folder."
+        )
+    more = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
+    notify_once(f"Not used in {without[0].archive}, where no image is beside: {', '.join(names[:3])}{more}.")
+
+
+def _read_tar(file: Path) -> list[Sample]:
+    """The samples of an archive."""
+    samples: dict[str, Sample] = {}
+    try:
+        with tarfile.open(file) as tar:
+            for name, member in _members(tar).items():
+                if match := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name, re.DOTALL):
+                    sample = samples.setdefault(match[1], Sample(file, show_text(match[1])))
+                    sample.files[show_text(match[2])] = _read_member(
+                        tar, member, match[2], f"{name} in {file}"
+                    )
+    except (OSError, EOFError, tarfile.TarError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is no readable tar file of samples ({reason}). Pack it again.") from error
+    return list(samples.values())
+
+
+def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """An archive's files by their names, the last of each name; hard links as the files that they are of."""
+    found: dict[str, tarfile.TarInfo] = {}
+    known: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        name = posixpath.normpath(member.name)
+        member = known.get(posixpath.normpath(member.linkname), member) if member.islnk() else member
+        known[name] = member
+        parts = name.split("/")
+        if member.isreg() and not any(
+            part[0] == "." or part.lower() in SYSTEM_FILES for part in parts if part
+        ):
+            found[name] = member
+    return found
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, where: str) -> Any:
+    """What is small: a text, a number, an object; else where its bytes stand."""
+    kind = ending.rsplit(".")[-1].lower()
+    if kind not in (*TEXTS, *NUMBERS, "json"):
+        return Stored(member.offset_data, member.size)
+    opened = tar.extractfile(member)
+    assert opened is not None  # it is a file
+    try:
+        text = plain(opened.read().decode("utf-8-sig"), f"{where} is not UTF-8 text")
+        return text if kind in TEXTS else int(text) if kind in NUMBERS else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text. Save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        what = "JSON" if kind == "json" else "a whole number"
+        raise UserError(f"{where} is not {what}. Mend it, or leave it out.") from error
