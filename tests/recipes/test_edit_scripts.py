@@ -18,7 +18,9 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "inversions" else []) for name in SCRIPTS]
+)
 def test_a_script_of_a_method_runs(
     name: str,
     tiny_folder: Path,

@@ -31,6 +31,7 @@ def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 def test_learning_brings_the_samples_nearer_to_the_data() -> None:
     fresh = spiral_and_blob(600, torch.Generator().manual_seed(1))
     before, after = (after_learning(steps, fresh) for steps in (10, 800))

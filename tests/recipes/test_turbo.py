@@ -112,6 +112,7 @@ def test_the_export_is_a_few_step_model_of_its_base(
     assert sum(float(value.abs().sum()) for value in stored.values()) == pytest.approx(sum(average), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_errors_of_base_and_student_stand_below_each_other(
     settings: Callable[..., TurboSettings],
 ) -> None:
