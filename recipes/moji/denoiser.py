@@ -53,6 +53,7 @@ from recipes.moji.training.run import TRAINING, RecipeSettings, Training, make_r
 
 HELD_OUT = 2000  # the last shard of usual scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by
+COMPARED = (60, 250, 450, 650, 850)  # timesteps at which losses are compared
 EMPTY_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
 CARD = """# moji
 
@@ -350,7 +351,7 @@ def export(
 @torch.no_grad()
 def compare(
     models: Annotated[
-        list[Path], typer.Argument(help="Pipeline folders of one text encoder, or their unet/.")
+        list[Path], typer.Argument(help="Pipeline folders, or their unet/; without a text encoder moji's.")
     ],
     count: Annotated[int, typer.Option(min=1, help="How many of the held-out scenes.")] = 240,
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
@@ -365,24 +366,28 @@ def compare(
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")[
         "input_ids"
     ]
-    text_encoder = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True).float()
-    text = torch.cat([text_encoder(some).last_hidden_state for some in ids.split(24)])
     scheduler = build_scheduler()
-    for folder in models:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder if folder.name == "unet" else folder / "unet"
-        ).float()
+    for model in models:
+        folder = model.parent if model.name == "unet" else model
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).float()
+        taught = folder if (folder / "text_encoder").is_dir() else EMBEDDED
+        encoder = CLIPTextModel.from_pretrained(taught / "text_encoder", local_files_only=True).float()
+        text = torch.cat([encoder(some).last_hidden_state for some in ids.split(24)])
         rows = []
-        for number, time in enumerate((60, 250, 450, 650, 850)):
+        for number, time in enumerate(COMPARED):
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
             level, index = vp(scheduler.alphas_cumprod[time]), torch.tensor(time)
             noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, "v_prediction")
             parts = zip(noisy.split(24), text.split(24), strict=True)
             predicted = torch.cat([unet(some, index, words).sample for some, words in parts])
             rows.append((predicted - wanted).square().mean((1, 2, 3)))
-        loss = torch.stack(rows).mean(0)
+        losses = torch.stack(rows)
+        by_time = ", ".join(
+            f"{time}: {loss:.4f}" for time, loss in zip(COMPARED, losses.mean(1).tolist(), strict=True)
+        )
         print(
-            f"{folder}: {loss.mean():.4f}, hard {loss[hard].mean():.4f}, others {loss[~hard].mean():.4f}",
+            f"{folder}: {losses.mean():.4f}, hard {losses[:, hard].mean():.4f}, "
+            f"others {losses[:, ~hard].mean():.4f}; at timestep {by_time}",
             flush=True,
         )
 
