@@ -23,6 +23,7 @@ def uncast_inputs(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, layers of a plain LoRA take their inputs as they are, which is for calls under autocast.
 
     peft casts an input to the factors' fp32, and autocast back: two copies for the same bits, a tenth of a small step.
+    Its own `disable_input_dtype_casting` would leave DoRA's inputs too, whose norms are computed in their precision.
     """
     layers = [
         layer

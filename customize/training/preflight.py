@@ -200,7 +200,8 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     import torch
 
     from backbone.diffusion.losses import squared_error
-    from backbone.training.attention import fast_attention_backward
+    from backbone.training.fast import fast_steps
+    from backbone.training.optimizer import make_adamw
 
     device, work = model.device.type, work_of(model, settings)
     outline = model.family.spec(model.location, model.dtype)
@@ -210,11 +211,11 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     if not trained:  # the words learn
         trained = [value.requires_grad_(True) for value in conditions.tensors() if value.is_floating_point()]
     noisy = torch.zeros(work.batch_size, *model.latent_shape, device=device)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = make_adamw([{"params": trained, "lr": 1e-4}], weight_decay=0.01)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        with fast_attention_backward(network):
+        with fast_steps(network):
             cleanest = torch.zeros(work.batch_size, dtype=torch.long)
             prediction = model.predict(noisy, cleanest, conditions, denoiser=network)
         squared_error(prediction, noisy).mean().backward()

@@ -46,7 +46,7 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import Scene, sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
-from recipes.moji.data.pictures import SCENES, list_shards, load_captions
+from recipes.moji.data.pictures import SCENES, SHARD, list_shards, load_captions
 from recipes.moji.training.carried import carry_over
 from recipes.moji.training.muon import Muon
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training, make_readable, read_trained
@@ -271,7 +271,7 @@ def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
 @app.command()
 def encode(
     batch: Annotated[int, typer.Option(help="Scenes encoded together.")] = 50,
-    shards: Annotated[int, typer.Option(help=f"How many, of {HELD_OUT} scenes each.")] = 10**6,
+    shards: Annotated[int, typer.Option(help=f"How many, of {SHARD} scenes each.")] = 10**6,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workdir: Annotated[Path, WORKDIR] = Path("build/moji"),
 ) -> None:

@@ -21,7 +21,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
@@ -35,22 +34,18 @@ from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from backbone.models.locate import EMBEDDED
-from backbone.world.rendering.render import find_font
 from backbone.world.rendering.textures import draw_texture
 from recipes.moji import autoencoder, denoiser, flow
 from recipes.moji.autoencoder import AutoencoderSettings
-from recipes.moji.data.pictures import SHARD, shard_path, write_shard
+from recipes.moji.data.pictures import shard_path, write_missing
 from recipes.moji.denoiser import DenoiserSettings
 from recipes.moji.flow import FlowSettings
 from recipes.moji.training.run import RecipeSettings
 
 VAE = EMBEDDED / "vae"
 LARGEST = 15 * 2**20  # bytes of a file that is carried away
-FURTHER = {
-    "askew": 6_000,
-    "others": 8_000,
-}  # scenes of further kinds, and their shares of the denoiser's batches:
-ASKEW_SHARE, OTHER_SHARE = 0.08, 0.1
+FURTHER = {"askew": 6_000, "others": 8_000}  # scenes of further kinds
+ASKEW_SHARE, OTHER_SHARE = 0.08, 0.1  # of the denoiser's batches
 SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the rest is encoding and writing
 PACE = 0.1  # of a part's time, in which its pace is measured
 ENDLESS = 10**7  # steps of a run that only the clock ends
@@ -148,15 +143,11 @@ def prepare(workdir: Path, begin: Path, vae: Path, counts: Mapping[str, int]) ->
     for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
         if json.dumps(known.get(key)) != json.dumps(wanted[key]):
             raise UserError(f"{vae} is no autoencoder of this recipe ({key} differs). Name another --vae.")
-    (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     for source, name in ((begin / "tokenizer", "tokenizer"), (vae, "vae")):
         if not (workdir / name).exists():
             shutil.copytree(source, workdir / name)
-    jobs = [(workdir, kind, first) for kind, count in counts.items() for first in range(0, count, SHARD)]
-    if todo := [job for job in jobs if not shard_path(*job).exists()]:
-        find_font()
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(write_shard, todo))
+    list(write_missing(workdir, counts, os.cpu_count()))
     return time.monotonic() - began
 
 

@@ -6,8 +6,8 @@
 Scenes are of four kinds. The usual ones are what prompts ask for. Aligned ones have their things on the autoencoder's
 grid, at few sizes, so that a glyph is the same latents wherever it stands. Askew ones have their things anywhere,
 turned, mirrored, one before the other, and say so at the end of their captions: what a map may ask for, and no prompt
-does by itself. Others show glyphs that have no name ("a thing wearing a crown in a park"), every second one alone with
-something on: what is worn, and places and styles, belong to any thing then, so to a concept too.
+does by itself. Others show glyphs that have no name ("a thing wearing a crown in a park"), more than half of those
+that are alone with something on: what is worn, and places and styles, belong to any thing then, so to a concept too.
 
 Shards of 2,000 pictures (uint8) under build/moji/; finished shards are kept, so the command continues where it was.
 """
@@ -15,7 +15,7 @@ Shards of 2,000 pictures (uint8) under build/moji/; finished shards are kept, so
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ LOWEST = 120  # the lowest foot of a thing
 SMALL, ALONE, OF_TWO = (32, 40), (64, 72, 80), (48, 56)  # sizes of aligned things
 ASKEW = ", askew"  # said of things that are held in any way
 THING = "thing"  # the name of glyphs without one
-WORN = 0.5  # share of lone things without a name that wear something
+WORN = 0.5  # share of lone things without a name that are given something to wear
 Told = tuple[Scene, list[str]]
 """A scene, its canonical caption and another way to say it."""
 
@@ -51,21 +51,23 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Renders scenes and textures into shards."""
-    find_font()
-    counts = {
-        "scenes": scenes,
-        "aligned": aligned,
-        "askew": askew,
-        "others": others,
-        "textures": textures,
-    }
+    counts = {"scenes": scenes, "aligned": aligned, "askew": askew, "others": others, "textures": textures}
     assert max(counts.values()) <= len(TRAINING_SEEDS)
+    for done in write_missing(workdir, counts, workers):
+        print(done, flush=True)
+
+
+def write_missing(workdir: Path, counts: Mapping[str, int], workers: int | None) -> Iterator[str]:
+    """Draws the shards of so many pictures of each kind that are not there, and names each; None: all cores.
+
+    `UserError` where one has to be drawn and the emoji font is missing.
+    """
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
     jobs = [(workdir, kind, first) for kind, count in counts.items() for first in range(0, count, SHARD)]
-    todo = [job for job in jobs if not shard_path(*job).exists()]
-    with ProcessPoolExecutor(workers) as pool:
-        for done in pool.map(write_shard, todo):
-            print(done, flush=True)
+    if todo := [job for job in jobs if not shard_path(*job).exists()]:
+        find_font()
+        with ProcessPoolExecutor(workers) as pool:
+            yield from pool.map(write_shard, todo)
 
 
 def shard_path(workdir: Path, kind: str, first: int) -> Path:
