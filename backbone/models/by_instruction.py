@@ -23,6 +23,7 @@ from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone, say_weak_guidance
 from backbone.models.references import ReferenceImage, latents_of
 from backbone.models.sample import count_guided, get_sampler, limit_guidance
@@ -143,4 +144,5 @@ def draw_edit(
             after_step(step, estimate.clean)
         return estimate
 
-    return get_sampler(sampler, [generator(*key, "steps")])(state, predict_and_tell, schedule)
+    with fast_draws(model):
+        return get_sampler(sampler, [generator(*key, "steps")])(state, predict_and_tell, schedule)

@@ -35,6 +35,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.windows import Windows, attention_in_windows, in_windows
+from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
 
@@ -195,7 +196,7 @@ def sample_latents(
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
-        with _over_time(model, frames):
+        with _over_time(model, frames), fast_draws(model):
             drawn = get_sampler(sampler, randoms)(start, predict, rest)
         yield drawn
 

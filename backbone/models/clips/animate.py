@@ -23,6 +23,7 @@ from backbone.cli.sampling import own_sampler_of_clips
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, generator
 from backbone.diffusion.transfer import send
+from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
 from backbone.models.sample import (
     Frames,
@@ -112,7 +113,9 @@ def animate(
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
         randoms = [generator(asked.seed, *key, "steps") for key in some]
-        yield get_sampler(sampler, randoms)(start, predict, schedule)
+        with fast_draws(model):
+            drawn = get_sampler(sampler, randoms)(start, predict, schedule)
+        yield drawn
 
 
 def drop_picture(conditions: Conditions) -> Conditions:

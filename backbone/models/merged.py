@@ -1,0 +1,69 @@
+"""LoRAs inside the weights while something is drawn: a layer's factors are multiplied once, not in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from backbone.distributed import processes
+from backbone.models.model import Backbone
+
+LARGEST = 1 << 30  # bytes of weights that are held twice
+
+
+def fast_draws(model: Backbone) -> AbstractContextManager[None]:
+    """The context in which a model draws fast: on a CPU its LoRAs are merged, where the denoiser lies there whole."""
+    held = model.placement.quantize or model.placement.offload or processes.is_sharded()
+    if model.device.type != "cpu" or model.compiles or held:
+        return nullcontext()
+    return merged_loras(model.denoiser)
+
+
+@contextmanager
+def merged_loras(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, layers of plain LoRAs have W + Σ scale · B A as their weight, and one product each.
+
+    They are added in fp32 and rounded once to the weights' precision, which is nearer to fp32's pictures than a sum
+    of products that are rounded each. Afterwards the very tensors from before are back. Inside, no adapter may be
+    switched on or off. Does nothing for DoRA, LoHa, LoKr and quantised layers, and for a model whose adapted weights
+    have more than a GiB: there the factors are a small part of a step, and memory is scarce.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_merge(layer)]
+    if sum(_weight(layer).nbytes for layer in layers) > LARGEST:
+        layers = []
+    kept = [(layer, _weight(layer), _weight(layer).data) for layer in layers]
+    try:
+        for layer, weight, before in kept:
+            weight.data = _merge(layer, before)
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, weight, before in kept:
+            weight.data = before
+            layer._disable_adapters = False
+
+
+def _weight(layer: LoraLayer) -> Tensor:
+    weight: Tensor = layer.get_base_layer().weight
+    return weight
+
+
+def _can_merge(layer: LoraLayer) -> bool:
+    """Whether a layer adds nothing but low-rank products to a plain weight."""
+    plain = type(layer.get_base_layer()) in (nn.Linear, nn.Conv2d) and _weight(layer).is_floating_point()
+    works = bool(layer.active_adapters) and not layer.disable_adapters and not layer.merged
+    return plain and works and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+@torch.no_grad()
+def _merge(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """The weight with the products of the layer's active adapters, in its precision and memory format."""
+    merged = weight.float()
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            merged = merged + layer.get_delta_weight(name).float()
+    return torch.empty_like(weight).copy_(merged)
