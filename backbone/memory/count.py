@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from backbone.training.attention import fast_attention_backward
+from backbone.training.fast import uncast_inputs
 
 Forward = Callable[[], Tensor]
 AUTOCAST_LOWER = frozenset(
@@ -66,6 +67,7 @@ def training_step_bytes(
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
         fast_attention_backward(network, device=device),
+        uncast_inputs(network),
         _enable_checkpointing(network, device, autocast, checkpointing),
         LiveStorageTracker(weights, inputs) as alive,
     ):
