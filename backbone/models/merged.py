@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -48,8 +49,7 @@ def merged_loras(model: nn.Module) -> Iterator[None]:
 
 
 def _weight(layer: LoraLayer) -> Tensor:
-    weight: Tensor = layer.get_base_layer().weight
-    return weight
+    return cast(Tensor, layer.get_base_layer().weight)
 
 
 def _can_merge(layer: LoraLayer) -> bool:
@@ -65,5 +65,5 @@ def _merge(layer: LoraLayer, weight: Tensor) -> Tensor:
     merged = weight.float()
     for name in layer.active_adapters:
         if name in layer.lora_A:
-            merged = merged + layer.get_delta_weight(name).float()
+            merged = merged + cast(Any, layer).get_delta_weight(name).float()
     return torch.empty_like(weight).copy_(merged)
