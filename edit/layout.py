@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone.cli.conditions import LINE_KINDS, AskedControl, ControlOptions, parse_map
 from backbone.conditions.conditions import Conditions
-from backbone.conditions.control import Control
+from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import Schedule
 from backbone.io.console import UserError
 from backbone.media.control.maps import as_hints
@@ -119,13 +119,21 @@ class Layout:
         """The conditions that hold for the source, or for the targets."""
         return tuple(one for one, sides in zip(self.conditions, self.sides, strict=True) if sides[side])
 
+    def under_without(self, text: Conditions, schedule: Schedule, places: Sequence[Tensor]) -> Conditions:
+        """As `under`, of the source and of a target for each place [h, w] in which its found maps are blank."""
+        blank = [self.without(place) for place in places]
+        rows = [blank[0].under(text[:1], schedule, [SOURCE])]
+        rows += [one.under(text[1 + n : 2 + n], schedule, [TARGET]) for n, one in enumerate(blank)]
+        return replace(text, controls=join_controls([(row.controls, 1) for row in rows]))
+
     def without(self, place: Tensor) -> Layout:
-        """The same with nothing drawn in a place [H, W] of the targets' maps that were found in the source."""
+        """The same with the maps that targets have of the source blank in a place [h, w], which is scaled to them."""
         conditions, sides = list(self.conditions), list(self.sides)
         for number, (condition, both) in enumerate(zip(self.conditions, self.sides, strict=True)):
             if both == (True, True):
                 drawn = as_hints(condition.map)[0]
-                blank = with_map(condition, to_image(2 * drawn * (place.cpu() == 0) - 1))
+                free = F.interpolate(place.cpu().float()[None, None], drawn.shape[-2:])[0, 0] == 0
+                blank = with_map(condition, to_image(2 * drawn * free - 1))
                 sides[number] = (True, False)
                 conditions.append(blank)
                 sides.append((False, True))

@@ -83,6 +83,23 @@ def test_a_map_from_the_source_holds_for_both_and_a_drawn_one_for_the_targets(
     assert NO_LAYOUT.under(text, model.schedule(4), [0, 1, 1]) is text
 
 
+def test_each_target_s_map_from_the_source_is_blank_in_a_place_of_its_own(
+    model: Backbone, place: Path
+) -> None:
+    layout = opened(model, place, "edges=auto", f"sketch={place}/moved.png")
+    text = encode_prompts_cached(model, [PROMPT, OTHER, OTHER])
+    size = model.latent_shape[-2:]
+    under = layout.under_without(text, model.schedule(4), [torch.zeros(size), torch.ones(size)])
+    usual = layout.under(text, model.schedule(4), [SOURCE, TARGET, TARGET])
+    empty = layout.without(torch.ones(size)).under(text, model.schedule(4), [SOURCE, TARGET, TARGET])
+    level = model.schedule(4)[0]
+    noisy = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    said, as_usual, blank = (model.predictor(one)(noisy, level).clean for one in (under, usual, empty))
+    torch.testing.assert_close(said[:2], as_usual[:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(said[2], blank[2], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(said[2], as_usual[2], atol=1e-4)
+
+
 EXACT = ("edit-friendly", "reversible")  # the others miss by more on a random network
 
 

@@ -70,6 +70,19 @@ class Regions:
         self.differences = dict(zip(self.pairs, maps, strict=True))
         return nfe
 
+    def freed(self) -> list[Tensor] | None:
+        """Where each target is not held by maps of the source [N, H, W], 0 or 1: what is put on or taken off it.
+
+        That has outlines of its own. None where no target has anything put on or taken off, or its place is unknown.
+        """
+        places = [
+            (self.differences[n] > self.settings.threshold).float()
+            if n in self.differences and only_adds(alignment)
+            else torch.zeros(self.size, device=self.device)
+            for n, alignment in enumerate(self.alignments)
+        ]
+        return places if any(bool(place.any()) for place in places) else None
+
     def masks(self, maps: Maps | None) -> Tensor | None:
         """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
 
@@ -173,6 +186,13 @@ def only_colours(alignment: Alignment) -> bool:
     changed = {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
     words = changed - ARTICLES
     return bool(words) and words <= COLOURS
+
+
+def only_adds(alignment: Alignment) -> bool:
+    """Whether what differs are words that were added or removed, and some of them name more than colours."""
+    changes = list(alignment.changes())
+    words = {word.text.lower() for span in changes for word in (*span.source, *span.target)}
+    return all(span.change in ("added", "removed") for span in changes) and bool(words - COLOURS - ARTICLES)
 
 
 def _words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:

@@ -69,7 +69,9 @@ def replace(
     plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
     _say_unread_swap(settings, regions, plan)
-    text = encode_source_and_targets(inversion, targets)
+    # Where the targets may differ, as far as that is known before the first step
+    nfe, masks = regions.compare_predictions(first), regions.masks(None)
+    text = encode_source_and_targets(inversion, targets, regions.freed())
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
     predict = guide_source_and_targets(inversion, text, guidance)
@@ -78,8 +80,6 @@ def replace(
     last_with_source = _last_step_with_source(inversion, settings, plan, control.maps)
     # Every row begins at the state of the trajectory at that step
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
-    # Where the targets may differ, as far as that is known before the first step
-    nfe, masks = regions.compare_predictions(first), regions.masks(None)
     trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
         controlling.enter_context(control_attention(model.denoiser, control, attention))
@@ -185,9 +185,16 @@ def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLa
     )
 
 
-def encode_source_and_targets(inversion: Inversion, targets: Sequence[str]) -> Conditions:
-    """The encoded prompts [1 + N, ...], the source's first, with the layout's controls."""
+def encode_source_and_targets(
+    inversion: Inversion, targets: Sequence[str], freed: Sequence[Tensor] | None = None
+) -> Conditions:
+    """The encoded prompts [1 + N, ...], the source's first, with the layout's controls.
+
+    `freed` are places [H, W] of the targets in which maps that were found in the source do not hold.
+    """
     text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
+    if freed is not None and inversion.layout.conditions:
+        return inversion.layout.under_without(text, inversion.schedule, freed)
     return inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
 
 

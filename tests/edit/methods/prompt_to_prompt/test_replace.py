@@ -17,12 +17,14 @@ from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
 from edit.inversion.inversion import Inversion, Method, invert, reconstruct
 from edit.methods.prompt_to_prompt.regions import (
+    Regions,
     blended_words,
+    only_adds,
     only_colours,
     prompts_to_compare,
     refuse_ambiguous_auto,
 )
-from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.replace import align_prompts, replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from tests.edit.models import PATHS, photo, tiny_on
 
@@ -173,6 +175,37 @@ def test_a_target_of_another_colour_alone_may_keep_the_source_s_layout_for_longe
 def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, alone: bool) -> None:
     tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
     assert only_colours(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+
+
+@pytest.mark.parametrize(
+    ("target", "free"),
+    [
+        ("a dog wearing a crown in a park", True),
+        ("a dog", True),  # without the park
+        ("a red dog in a park", False),
+        ("a cat wearing a crown in a park", False),
+        ("a dog in a park", False),
+        ("a watercolor of a dog in a park", True),  # whose place is unknown, so that nothing is freed
+    ],
+)
+def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(target: str, free: bool) -> None:
+    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+    source = read_prompt(tokenizer, "a dog in a park")
+    assert only_adds(align(source, read_prompt(tokenizer, target))) is free
+
+
+def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion: Inversion) -> None:
+    source = inversion.prompt
+    targets = [f"{source} wearing a crown", f"a watercolor of {source}"]
+    settings = ReplaceSettings(threshold=0.5).resolve(inversion.model)
+    regions = Regions(inversion, align_prompts(inversion.model, source, targets, settings), settings)
+    assert regions.freed() is None
+    assert list(regions.pairs) == [0]
+    differs = torch.zeros(regions.size)
+    differs[0, :2] = torch.tensor([1.0, 0.4])
+    regions.differences[0] = differs
+    crown, watercolor = regions.freed() or ()
+    assert crown.nonzero().tolist() == [[0, 0]] and not watercolor.any()
 
 
 def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
