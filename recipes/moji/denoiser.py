@@ -100,7 +100,12 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
         "reward_steps": 5,
         "sample_steps": 15,
     },
-    "edit": {"cross": 0.0, "self_attention": 0.2, "colour_self_attention": 0.5},
+    "edit": {
+        "cross": 0.0,
+        "self_attention": 0.2,
+        "colour_self_attention": 0.5,
+        "style_self_attention": 0.8,
+    },
     "sheet_prompts": [
         "a {} in the snow",
         "a {} in a park",

@@ -9,7 +9,7 @@ import torch
 
 from edit.attention.alignment import Alignment, steps_inside, token_weights, token_windows
 from edit.attention.control import AttentionControl, Cross, SelfAttention, cross_of
-from edit.methods.prompt_to_prompt.regions import only_colours
+from edit.methods.prompt_to_prompt.regions import only_colours, only_styles
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
 
@@ -56,6 +56,8 @@ def plan_control(
         until = settings.self_attention
         if settings.colour_self_attention is not None and only_colours(alignment):
             until = settings.colour_self_attention
+        if settings.style_self_attention is not None and only_styles(alignment):
+            until = settings.style_self_attention
         assert until is not None, "settings are resolved"
         window = (until, 1.0) if settings.attention == "contents" else (0.0, until)
         controlled.append(steps_inside(steps, window).bool().tolist())

@@ -32,6 +32,7 @@ COLOURS = frozenset([  # words that change how a thing looks and leave its shape
 
 
 ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
+LINKS = ARTICLES | {"of", "in", "as", "the"}  # which follow words of how a picture is made
 
 
 class Regions:
@@ -186,6 +187,12 @@ def only_colours(alignment: Alignment) -> bool:
     changed = {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
     words = changed - ARTICLES
     return bool(words) and words <= COLOURS
+
+
+def only_styles(alignment: Alignment) -> bool:
+    """Whether something differs, and nothing but words that say how a picture is made."""
+    changed = {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
+    return bool(changed & EVERYWHERE) and changed <= EVERYWHERE | LINKS
 
 
 def only_adds(alignment: Alignment) -> bool:

@@ -16,7 +16,8 @@ from edit.pictures import ImageLike
 
 AUTO = "auto"  # as a word to blend: wherever the prompts differ
 USUAL: Mapping[str, float] = {"cross": 0.8, "self_attention": 0.4}
-BY_MODEL = ("cross", "self_attention", "colour_self_attention")
+BY_MODEL = ("cross", "self_attention", "colour_self_attention", "style_self_attention")
+BY_CHANGE = BY_MODEL[2:]  # of targets in which one kind of words alone differs
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ReplaceSettings:
                             the model (`edit` in its `limner.json`), or 0.8 and 0.4
     colour_self_attention   that of targets in which nothing but colours differs; None: what works with the model
                             where `self_attention` is None too, else `self_attention`
+    style_self_attention    the same of targets in which nothing but how the image is made differs
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.control.Control`)
@@ -51,6 +53,7 @@ class ReplaceSettings:
     cross: float | None = None
     self_attention: float | None = None
     colour_self_attention: float | None = None
+    style_self_attention: float | None = None
     attention: SelfAttention = "layout"
     layers: Literal["all", "late"] = "all"
     reach: Reach = "prompted"
@@ -85,7 +88,7 @@ class ReplaceSettings:
         """With numbers in place of the None that stand for what works with the model, guidance excepted."""
         usual: dict[str, Any] = dict(model.defaults.get("edit", {}))
         if self.self_attention is not None:  # asked for, it is every target's
-            usual.pop("colour_self_attention", None)
+            usual = {name: value for name, value in usual.items() if name not in BY_CHANGE}
         given = {name: value for name in BY_MODEL if (value := getattr(self, name)) is not None}
         found = replace(self, **{**USUAL, **usual, **given})
         if found.cross:
@@ -96,8 +99,8 @@ class ReplaceSettings:
     @property
     def carries_words(self) -> bool:
         """Whether the edit needs to know which word became which."""
-        by_colour = self.colour_self_attention not in (None, self.self_attention)
-        return bool(self.cross or self.windows or self.weights or self.swaps or self.blend or by_colour)
+        by_change = any(getattr(self, name) not in (None, self.self_attention) for name in BY_CHANGE)
+        return bool(self.cross or self.windows or self.weights or self.swaps or self.blend or by_change)
 
 
 PRESETS: Mapping[str, ReplaceSettings] = {

@@ -21,6 +21,7 @@ from edit.methods.prompt_to_prompt.regions import (
     blended_words,
     only_adds,
     only_colours,
+    only_styles,
     prompts_to_compare,
     refuse_ambiguous_auto,
 )
@@ -161,6 +162,14 @@ def test_a_target_of_another_colour_alone_may_keep_the_source_s_layout_for_longe
     assert asked.nfe == 2 * 3 + 8 * 2
 
 
+def test_a_target_of_another_style_alone_may_keep_the_source_s_layout_for_longer(tiny: Backbone) -> None:
+    inversion = invert(tiny, photo(), SOURCE, steps=10)
+    shares = {"cross": 0.0, "self_attention": 0.2, "style_self_attention": 0.8}
+    tiny.__dict__["defaults"] = {**tiny.defaults, "edit": shares}
+    assert replace(inversion, f"a watercolor of {SOURCE}", EVERYWHERE).nfe == 8 * 3 + 2 * 2
+    assert replace(inversion, f"a watercolor of {TARGET}", EVERYWHERE).nfe == 2 * 3 + 8 * 2
+
+
 @pytest.mark.parametrize(
     ("source", "target", "alone"),
     [
@@ -206,6 +215,24 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     regions.differences[0] = differs
     crown, watercolor = regions.freed() or ()
     assert crown.nonzero().tolist() == [[0, 0]] and not watercolor.any()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "alone"),
+    [
+        ("a dog in a park", "a watercolor of a dog in a park", True),
+        ("a pencil sketch of a dog", "a neon drawing of a dog", True),
+        ("a photo of a dog", "a dog", True),
+        ("a dog", "a dog in pixel art style", True),
+        ("a dog", "a watercolor of a cat", False),
+        ("a dog in a park", "a watercolor of a red dog in a park", False),
+        ("a dog", "a dog", False),
+        ("a dog", "a dog in a park", False),
+    ],
+)
+def test_a_target_says_nothing_but_how_it_is_made_otherwise(source: str, target: str, alone: bool) -> None:
+    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+    assert only_styles(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
 def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
