@@ -188,8 +188,12 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if value.numel() == 0:
             raise UserError(f"{path} is damaged: {name} is empty. Train or download it again.")
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise UserError(
+                f"{path} is damaged: {name} is {dtype}, as no weight is. Train or download it again."
+            )
         if value.numel() > 1 and not value.is_floating_point():
-            dtype = str(value.dtype).removeprefix("torch.")
             raise UserError(
                 f"{path} is quantised: {name} holds whole numbers ({dtype}). Take the file in bf16, fp16 or fp32."
             )
