@@ -302,11 +302,15 @@ def progress(
 
     On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds and a last
     one. `total` None: length unknown. `done`: steps that a resumed run took earlier, which count for n/total and
-    not for the rates. A `brief` one leaves nothing behind unless it took longer than PATIENCE_SECONDS.
+    not for the rates. A `brief` one leaves nothing behind unless it took longer than PATIENCE_SECONDS. Where there is
+    nothing to do, nothing is shown.
 
     Inside another one it stands below it while it lasts, and the outer one's clock stands still (`pause`).
     """
     bar = ProgressBar(total, done=done)
+    if total == 0:
+        yield bar
+        return
     with _open_bars[-1].pause() if _open_bars else nullcontext():
         _open_bars.append(bar)
         try:

@@ -215,6 +215,16 @@ def test_away_from_a_terminal_progress_is_sparse_lines(capsys: pytest.CaptureFix
     assert "images/s" in final
 
 
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_nothing_to_do_shows_no_progress(on_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: on_terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    with progress(0, "preparing") as bar:
+        assert bar.seconds_left is None
+    assert shown.getvalue() == ""
+
+
 def test_progress_that_fails_claims_no_end(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         with progress(50, "training") as bar:
