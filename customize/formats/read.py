@@ -115,6 +115,8 @@ WHOLE_WEIGHTS = {
         "Take out how it differs from its base, as a LoRA: customize extract.",
     ),
 }
+PEFT_WHOLE = "weights that were trained as a whole (peft's modules_to_save, or its bias)"
+_WHOLE = re.compile(r"^(?!.*lora).*\.(weight|bias)$")
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "lora": (("down", "up"),),
@@ -248,9 +250,12 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
             raise UserError(f"{path} is {what}, and no LoRA. {remedy}")
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
-    what = " and ".join(kinds) or "tensors of no kind that is known here"
+    trained_whole = not kinds and all(_WHOLE.search(key) for key in unknown)
+    what = " and ".join(kinds) or (PEFT_WHOLE if trained_whole else "tensors of no kind that is known here")
     if any(set(group) - set(_BESIDE_FACTORS) for group in groups.values()):
         remedy = "Export it again as LoRA, LoHa or LoKr alone."
+        if trained_whole:
+            remedy = "Merge it into its model in peft (merge_and_unload), and take the difference: customize extract."
         if kinds == [LEARNED_WORDS]:
             remedy = "Make a run of both: customize import."
         raise UserError(

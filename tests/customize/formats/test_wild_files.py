@@ -859,6 +859,9 @@ def test_peft_s_folder_is_read_with_its_strength(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"modules_to_save": ["conv_out"]}, r"modules_to_save: conv_out\), which no adapter holds"),
+        ({"modules_to_save": 7}, "modules_to_save is no list of layer names"),
+        ({"bias": 3}, "bias is none of none, lora_only, all"),
         ({"peft_type": "OFT"}, "OFT"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"r": 9}, "rank 9"),
@@ -887,6 +890,17 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
     assert next(iter(read_adapter(tmp_path).layers.values())).scale == 4  # peft's own default is 8
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=said):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["conv_out"]}, {"bias": "all"}])
+def test_what_peft_trained_as_a_whole_beside_a_lora_is_named(
+    whole: dict[str, Any], models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    network = copy.deepcopy(models["sd"].denoiser)
+    settings = LoraConfig(r=2, target_modules=["to_q"], **whole)
+    get_peft_model(network, settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"trained as a whole .*merge_and_unload.*customize extract"):
         read_adapter(tmp_path)
 
 
