@@ -256,7 +256,15 @@ def error_message(error: Exception) -> str | None:
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     if is_main_rank():
-        print(text, file=sys.stderr, flush=True)
+        print(show_controls(text), file=sys.stderr, flush=True)
+
+
+def show_controls(text: str) -> str:
+    """A text in which control characters are written out: what a file says is nothing for a terminal to obey."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 
 
 @cache
@@ -599,5 +607,5 @@ def _exit(message: str, code: int) -> NoReturn:
         time.sleep(MAIN_PROCESS_GRACE_SECONDS)
         message = f"Process {os.environ.get('RANK')}: {message}"
     if is_main_rank() or code == EXIT_USER_ERROR:
-        print(message, file=sys.stderr, flush=True)
+        print(show_controls(message), file=sys.stderr, flush=True)
     raise SystemExit(code) from None

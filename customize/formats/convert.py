@@ -93,7 +93,7 @@ def export_adapter(
             for path in export_beside(concept, out, file_format):
                 notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
-        f"{out} in {file_format}'s format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
+        f"{out} in {_genitive(file_format)} format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
 
@@ -249,6 +249,11 @@ def import_adapter(
     metadata = build_metadata(adapter, source=file, title=out.stem)
     worst = write_adapter(out, adapter, "peft", metadata=metadata)
     return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
+
+
+def _genitive(name: str) -> str:
+    """“kohya's”, “diffusers'”."""
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
 class _Named(NamedTuple):

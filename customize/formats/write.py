@@ -63,9 +63,12 @@ def write_adapter(
         }
     for name, value in tensors.items():
         if not bool(torch.isfinite(value.float()).all()):
-            raise UserError(
-                f"Nothing was written: {name} is not finite in that precision. Leave out --precision."
+            remedy = (
+                "is not finite in that precision. Leave out --precision."
+                if dtype is not None
+                else "is larger than numbers can be. Lower its strength, or take another adapter."
             )
+            raise UserError(f"Nothing was written: {name} {remedy}")
     entries = {**(metadata or {}), **format_metadata}
     if file_format in ("kohya", "comfyui"):
         entries["modelspec.hash_sha256"] = hash_weights(tensors)
@@ -76,6 +79,10 @@ def write_adapter(
         if worst < math.inf and file_format != "comfyui":  # ComfyUI's DoRA scales are normalised differently
             worst, where = max((worst, where), _compare_magnitudes(adapter, reread))
         limit = TOLERANCE if dtype is None else 8 * torch.finfo(dtype).eps
+        if math.isnan(worst):
+            raise UserError(
+                f"Nothing was written: the change of {where} is larger than numbers can be. Take another adapter."
+            )
         if not worst <= limit:
             raise UserError(
                 f"Nothing was written: read back, ΔW of {where} differs by {worst:.1e} of its size. "

@@ -45,6 +45,18 @@ def test_a_command_that_succeeds_ends_with_zero_and_says_nothing(
     assert ending(command(lambda: None, monkeypatch), capsys) == (0, "")
 
 
+def test_what_a_file_says_is_shown_to_a_terminal_and_not_obeyed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        notify("\x1b]0;title\x07 and a\ttab")
+        raise UserError("the layer \x1b[31mred\nis\x9b not there")
+
+    code, said = ending(command(body, monkeypatch), capsys)
+    assert code == 2
+    assert said == "\\x1b]0;title\\x07 and a\ttab\nError: the layer \\x1b[31mred\nis\\x9b not there\n"
+
+
 def test_a_user_error_is_its_sentence_and_exit_code_two(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

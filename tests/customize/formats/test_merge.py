@@ -317,6 +317,26 @@ def test_an_adapter_of_another_model_is_not_baked(run: Make, tmp_path: Path, tin
     assert not (tmp_path / "baked").exists()
 
 
+def test_strengths_that_add_nothing_or_too_much_are_told(
+    run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = run("a"), run("b", token="[W]")
+    with pytest.raises(UserError, match="All strengths are 0"):
+        read_inputs([f"{first}:0", f"{second}:0"])
+    read_inputs([f"{first}:0", str(second)])
+    read_inputs([f"{first}:0.5", f"{first}:-0.5"])
+    said = capsys.readouterr().err
+    assert f"{first} has the strength 0, so it adds nothing." in said
+    assert "its strengths add up to 0, so it adds nothing." in said
+    parts = read_inputs([f"{first}:1e39", str(second)])
+    with pytest.raises(UserError, match=r"larger than numbers can be\. Lower its strength"):
+        save_merged(tmp_path / "m.safetensors", merge_exact(parts), parts)
+    layer = LayerUpdate("lora", {"down": torch.full((1, 4), 1e30), "up": torch.full((4, 1), 1e30)}, 1, 1.0)
+    with pytest.raises(UserError, match=r"the change of unet\.conv_in is larger than numbers can be"):
+        write_adapter(tmp_path / "m.safetensors", AdapterFile({"unet.conv_in": layer}), "peft")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 def test_a_merge_is_not_written_into_what_it_is_made_of(run: Make, tmp_path: Path, tiny_folder: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)
