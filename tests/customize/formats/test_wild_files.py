@@ -899,7 +899,7 @@ def test_what_peft_trained_as_a_whole_beside_a_lora_is_named(
 ) -> None:
     network = copy.deepcopy(models["sd"].denoiser)
     settings = LoraConfig(r=2, target_modules=["to_q"], **whole)
-    get_peft_model(network, settings).save_pretrained(tmp_path)
+    get_peft_model(network, settings).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=r"trained as a whole .*merge_and_unload.*customize extract"):
         read_adapter(tmp_path)
 
