@@ -240,7 +240,6 @@ def check(
     from align.pairs.records import (
         check_preferences,
         describe_doubts,
-        describe_left_out,
         describe_records,
         describe_shared_images,
         refuse_another_model,
@@ -256,8 +255,8 @@ def check(
     by_pairs = bool(found.pairs)
     records = select_records(found, by_pairs=by_pairs, ties=False)
     learn, out = split_held_out(records, share=0.1, seed=0)
-    notify(f"{found.source} holds {describe_records(found.records)}; {found.skipped} more have no label.")
-    left, shared = describe_left_out(found, by_pairs=by_pairs), describe_shared_images(learn, out)
+    notify(f"{found.source} holds {describe_records(found.records)}.")
+    left, shared = found.describe_left_out(by_pairs=by_pairs, ties=False), describe_shared_images(learn, out)
     for sentence in filter(None, (*describe_doubts(found.records), left, shared)):
         notify(sentence)
     notify(

@@ -348,11 +348,13 @@ def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, An
 
 def finish(name: str, wishes: dict[str, Any]) -> None:
     """Runs the command and says where its sheet is."""
+    from edit.run.commands import COMMANDS
     from edit.run.run import perform
 
     out = wishes.pop("out")
     folder = perform(name, wishes, out=out, said=shlex.join(program_words("edit")))
-    notify(f"{folder}/sheet.png shows it; {folder}/report.html measures it.")
+    measures = COMMANDS[name].compared and wishes.get("metrics", True)
+    notify(f"{folder}/sheet.png shows it; {folder}/report.html {'measures it' if measures else 'says how'}.")
 
 
 if __name__ == "__main__":

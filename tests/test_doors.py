@@ -228,6 +228,18 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
     assert unknown.exit_code == 2 and "No such option" in unknown.output
 
 
+def test_a_file_that_is_called_as_flags_are_is_told_how_to_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-dog").mkdir()
+    for word in ("-dog", "-dog:0.5"):
+        said = CliRunner().invoke(PROGRAMS["customize"], ["merge", word, "--out", "m"])
+        assert f"write ./{word}" in str(said.exception)
+    usage = CliRunner().invoke(PROGRAMS["customize"], ["merge", "-d"]).output
+    assert "merge [OPTIONS] ADAPTERS..." in usage
+
+
 @pytest.mark.parametrize("prompt", ["a dog – at night", "“hello” on a sign", "‘tis the season", "the cats’"])
 def test_dashes_and_quotation_marks_may_stand_in_a_prompt(prompt: str) -> None:
     refuse_typography([prompt, "−3", "-"])

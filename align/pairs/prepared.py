@@ -18,11 +18,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from align.pairs.records import describe_counts, general_problems, held_out_prompts, normalize_prompt
+from align.pairs.records import LeftOut, describe_counts, general_problems, held_out_prompts, normalize_prompt
 from backbone.conditions.conditions import Conditions
 from backbone.data.table import Numbers, Table
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError
 from backbone.io.files import content_hash
 from backbone.models.encode import Encoded, Prompts, encode_texts, prompt_keys
 from backbone.models.model import Backbone
@@ -63,19 +64,19 @@ class Prepared(PreparedFolder):
         """“120 pairs (4 ties) of 40 prompts”."""
         return _describe(self, self.is_pair, self.label, self.prompt)
 
-    def describe_left_out(self, *, by_pairs: bool, ties: bool) -> str:
-        """A sentence on what `align prepare` met and a loss does not learn from: bad records, ties, single images."""
-        tied = int((self.is_pair & (self.label == 0.5) & (by_pairs | ~self.both_bad)).sum())
-        bad, single = self.facts.bad, int((~self.is_pair).sum())
-        counts = [
-            f"{count_of(bad, 'record')} that could not be used when it was prepared" if bad else "",
-            count_of(tied, "tie") if tied and not (by_pairs and ties) else "",
-            f"{count_of(single, 'labelled picture')} beside the pairs, which --loss kto learns from"
-            if single and by_pairs
-            else "",
-        ]
-        named = " and ".join(filter(None, counts))
-        return f"Left out of {self.folder}: {named}." if named else ""
+    def describe_left_out(
+        self, *, by_pairs: bool, ties: bool, user: str | None = None, limit: int | None = None
+    ) -> str:
+        """What a loss does not learn from of what was asked for, as `LeftOut.describe` says it.
+
+        Records that could not be used, or had no label, when the folder was made are counted whoever is asked for.
+        """
+        asked = self._asked(user, limit)
+        tied = asked & self.is_pair & (self.label == 0.5) & (by_pairs | ~self.both_bad)
+        counts = int(tied.sum()), int((asked & ~self.is_pair).sum())
+        return LeftOut(self.facts.bad, self.facts.unlabelled, *counts).describe(
+            str(self.folder), by_pairs=by_pairs, ties=ties
+        )
 
     # For training ----------------------------------------------------------------------------------------
 
@@ -106,18 +107,7 @@ class Prepared(PreparedFolder):
         self, *, by_pairs: bool, ties: bool, user: str | None = None, limit: int | None = None
     ) -> PreparedRecords:
         """What is learned from: pairs, with or without ties, or single images (`records.to_singles`)."""
-        asked = np.ones(len(self.order), bool)
-        if user is not None:
-            names, which = self.words("user")
-            if user not in names:
-                known = (
-                    f"It has {', '.join(sorted(filter(None, names))[:10])}"
-                    if any(names)
-                    else "It names no users"
-                )
-                raise UserError(f"{self.folder} has no choices by {user}. {known}.")
-            asked = which == names.index(user)
-        asked[limit if limit is not None else len(asked) :] = False
+        asked = self._asked(user, limit)
         pairs, tie = self.is_pair & asked, self.label == 0.5
         counts = (int(pairs.sum()), int((pairs & tie).sum()), int((asked & ~self.is_pair).sum()))
         good = int((self.label[asked & ~self.is_pair] > 0).sum())
@@ -140,6 +130,22 @@ class Prepared(PreparedFolder):
             np.concatenate([np.zeros(len(singles), np.int64), sides]),
             np.concatenate([self.label[singles], wanted]),
         )
+
+    def _asked(self, user: str | None, limit: int | None) -> NDArray[np.bool_]:
+        """Which records are one person's, or the first so many [N]; `UserError` for nobody's."""
+        asked = np.ones(len(self.order), bool)
+        if user is not None:
+            names, which = self.words("user")
+            if user not in names:
+                known = (
+                    f"It has {', '.join(sorted(filter(None, names))[:10])}"
+                    if any(names)
+                    else "It names no users"
+                )
+                raise UserError(f"{self.folder} has no choices by {user}. {known}.")
+            asked = which == names.index(user)
+        asked[limit if limit is not None else len(asked) :] = False
+        return asked
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from PIL.Image import Image
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, count_of
 from backbone.io.files import content_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.record import ImageRecord
@@ -105,6 +105,7 @@ class Preferences:
     singles: list[Single] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     skipped: int = 0  # rows without a label, skipped pairs
+    bad: int = 0  # records that cannot be used and were left out
     columns: dict[str, None] = field(default_factory=dict)  # what rows say and nothing reads
     provenance: dict[str, Any] = field(default_factory=dict)  # the model that drew a folder of `align sample`
 
@@ -112,6 +113,49 @@ class Preferences:
     def records(self) -> list[Record]:
         """Pairs, then single images."""
         return [*self.pairs, *self.singles]
+
+    def describe_left_out(self, *, by_pairs: bool, ties: bool) -> str:
+        """What a loss does not learn from, as `LeftOut.describe` says it."""
+        tied = sum(pair.is_tie and (by_pairs or not pair.both_bad) for pair in self.pairs)
+        return LeftOut(self.bad, self.skipped, tied, len(self.singles)).describe(
+            self.source, by_pairs=by_pairs, ties=ties
+        )
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many records of a source are of the kinds that not every loss, or none, learns from.
+
+    bad         that cannot be used             unlabelled  of which nobody said anything
+    ties        where neither side was preferred; those that are bad on both sides are none for single images
+    singles     single images
+    """
+
+    bad: int
+    unlabelled: int
+    ties: int
+    singles: int
+
+    def describe(self, source: str, *, by_pairs: bool, ties: bool) -> str:
+        """A sentence on those that a loss of pairs or of single images leaves out; "" where it learns from all.
+
+        `ties` says whether a loss of pairs learns from them.
+        """
+        counts = [
+            f"{count_of(self.bad, 'record')} that cannot be used" if self.bad else "",
+            f"{count_of(self.unlabelled, 'record')} without a label" if self.unlabelled else "",
+            count_of(self.ties, "tie") if self.ties and not (by_pairs and ties) else "",
+            f"{count_of(self.singles, 'labelled picture')} beside the pairs, which --loss kto learns from"
+            if self.singles and by_pairs
+            else "",
+        ]
+        named = list(filter(None, counts))
+        all_but_last = ", ".join(named[:-1])
+        return (
+            f"Left out of {source}: {' and '.join(filter(None, [all_but_last, *named[-1:]]))}."
+            if named
+            else ""
+        )
 
 
 class Records(list[Record]):
@@ -165,6 +209,7 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
         pairs=[record for record in good if isinstance(record, Pair)],
         singles=[record for record in good if isinstance(record, Single)],
         problems=problems,
+        bad=len(preferences.problems) + len(preferences.records) - len(good),
     )
     general = list(_find_general_problems(kept))
     if general or (problems and not skip_bad):
@@ -397,14 +442,6 @@ def describe_shared_images(learn: Iterable[Record], out: Iterable[Record]) -> st
         f"{' …' if shared[1:] else ''}) show images that are learned from too, under other prompts: what is measured "
         "on them is better than on new images."
     )
-
-
-def describe_left_out(preferences: Preferences, *, by_pairs: bool) -> str:
-    """A sentence on single images beside pairs, from which a loss of pairs does not learn; "" for none."""
-    if not by_pairs or not preferences.singles:
-        return ""
-    count = len(preferences.singles)
-    return f"{count} labelled {_pluralize('picture', count)} beside the pairs: left out, which --loss kto learns from."
 
 
 def describe_records(records: Iterable[Record]) -> str:

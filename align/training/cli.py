@@ -13,7 +13,7 @@ from align.training.start import as_kept, start
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
 from backbone.cli.options import command, settled_command
-from backbone.io.console import is_main_rank, notify, quote
+from backbone.io.console import count_of, is_main_rank, notify, quote
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 
@@ -35,12 +35,17 @@ def prepare(asked: PreparePairs) -> None:
     if not is_main_rank():
         return
     facts = prepared.facts
-    left_out = f"; {facts.bad} records that cannot be used are left out" if facts.bad else ""
+    left = [
+        f"{count_of(facts.bad, 'record')} that cannot be used" if facts.bad else "",
+        f"{count_of(facts.unlabelled, 'record')} without a label" if facts.unlabelled else "",
+    ]
+    left_out = f"; left out: {' and '.join(filter(None, left))}" if any(left) else ""
     notify(
         f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {quote(prepared.folder)}"
     )
     if asked.as_json:
-        print_json({"folder": prepared.folder, "records": len(prepared.order), "bad": facts.bad})
+        counts = {"records": len(prepared.order), "bad": facts.bad, "without_label": facts.unlabelled}
+        print_json({"folder": prepared.folder, **counts})
 
 
 def train(asked: dict[str, Any], run: RunOptions) -> None:

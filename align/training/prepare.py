@@ -181,7 +181,7 @@ def prepare_pairs(
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")
         if processes.is_main_process():
-            finish(out, replace(facts, bad=len(bad)))
+            finish(out, replace(facts, bad=len(bad), unlabelled=records.passed_over))
         processes.barrier()
     return Prepared(out)
 

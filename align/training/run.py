@@ -15,7 +15,6 @@ from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import (
     Preferences,
     Records,
-    describe_left_out,
     describe_shared_images,
     refuse_another_model,
 )
@@ -54,11 +53,7 @@ def train_preferences(
     settings = resolve_settings(asked, model.defaults)
     _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
-    if isinstance(found, Preferences):
-        left = describe_left_out(found, by_pairs=settings.by_pairs)
-    else:
-        left = found.describe_left_out(by_pairs=settings.by_pairs, ties=settings.ties == "model")
-    if left:
+    if left := _describe_left_out(found, settings):
         notify(left)
     model = open_model(settings)
     if vram is not None:
@@ -70,6 +65,15 @@ def train_preferences(
         if writes:
             write_record(run, settings, model)
         return carry_on(run, settings, model, records, began=began)
+
+
+def _describe_left_out(found: Preferences | Prepared, settings: Settings) -> str:
+    by_pairs, ties = settings.by_pairs, settings.ties == "model"
+    if isinstance(found, Preferences):
+        return found.describe_left_out(by_pairs=by_pairs, ties=ties)
+    return found.describe_left_out(
+        by_pairs=by_pairs, ties=ties, user=settings.user or None, limit=settings.limit or None
+    )
 
 
 def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path:

@@ -159,6 +159,14 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
         raise UserError(
             f"{path} says that it is {other}. Only plain LoRA, DoRA, LoHa and LoKr are read here."
         )
+    saved = value("modules_to_save", _is_names, "is no list of layer names", ())
+    if saved:
+        raise UserError(
+            f"{path} says that layers were trained as a whole beside the adapter (modules_to_save: "
+            f"{', '.join(saved[:3])}), which no adapter holds here. Merge it into its model in peft "
+            "(merge_and_unload), and take the difference: customize extract."
+        )
+    value("bias", lambda v: v in _BIASES, f"is none of {', '.join(_BIASES)}", "none")
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         raise UserError(
@@ -188,8 +196,12 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if value.numel() == 0:
             raise UserError(f"{path} is damaged: {name} is empty. Train or download it again.")
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise UserError(
+                f"{path} is damaged: {name} is {dtype}, as no weight is. Train or download it again."
+            )
         if value.numel() > 1 and not value.is_floating_point():
-            dtype = str(value.dtype).removeprefix("torch.")
             raise UserError(
                 f"{path} is quantised: {name} holds whole numbers ({dtype}). Take the file in bf16, fp16 or fp32."
             )
@@ -201,6 +213,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 UNSAID_ALPHA = 8.0  # peft's default, whatever the rank
 _FLAGS = ("use_dora", "use_rslora")
+_BIASES = ("none", "lora_only", "all")  # those that were trained lie in the file, where they are refused
 _RANK = f"is no whole number from 1 to {LARGEST_RANK}"
 _ALPHA = "is no finite number other than 0"
 
@@ -224,6 +237,10 @@ def _is_targets(value: Any) -> bool:
         and all(isinstance(name, str) for name in names)
         and (not isinstance(value, str) or _is_expression(value))
     )
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _pattern_of(is_right: Any) -> Any:

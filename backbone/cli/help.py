@@ -7,6 +7,7 @@ command or a group asks for it by its class: `typer.Typer(cls=Group, rich_markup
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import textwrap
@@ -51,7 +52,7 @@ class Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What stands behind the command in its usage: arguments as they are called, without typer's braces."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
@@ -67,6 +68,10 @@ class Command(TyperCommand):
         except UsageError as error:
             if meant := _describe_flag(self, ctx, getattr(error, "option_name", "")):
                 raise UserError(meant) from error
+            if path := next((word for word in words if word[:1] == "-" and _is_there(word)), None):
+                raise UserError(
+                    f"{path} begins as flags do. For the file or folder of that name write ./{path}."
+                ) from error
             return super().parse_args(ctx, args)  # which says the same of an option that there is none of
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
@@ -217,6 +222,11 @@ def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
         return ""
     call = " ".join([ctx.command_path, *names])
     return f"{flag} is no flag here, for {' and '.join(names)} is read without one. Write: {call}"
+
+
+def _is_there(word: str) -> bool:
+    """Whether a word, without a strength behind a colon, is a file or folder that is there."""
+    return any(os.path.lexists(one) for one in (word, word.rpartition(":")[0]) if one)
 
 
 def _is_path(word: str) -> bool:

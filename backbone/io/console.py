@@ -256,7 +256,15 @@ def error_message(error: Exception) -> str | None:
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     if is_main_rank():
-        print(text, file=sys.stderr, flush=True)
+        print(show_controls(text), file=sys.stderr, flush=True)
+
+
+def show_controls(text: str) -> str:
+    """A text in which control characters are written out: what a file says is nothing for a terminal to obey."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 
 
 @cache
@@ -302,11 +310,15 @@ def progress(
 
     On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds and a last
     one. `total` None: length unknown. `done`: steps that a resumed run took earlier, which count for n/total and
-    not for the rates. A `brief` one leaves nothing behind unless it took longer than PATIENCE_SECONDS.
+    not for the rates. A `brief` one leaves nothing behind unless it took longer than PATIENCE_SECONDS. Where there is
+    nothing to do, nothing is shown.
 
     Inside another one it stands below it while it lasts, and the outer one's clock stands still (`pause`).
     """
     bar = ProgressBar(total, done=done)
+    if total == 0:
+        yield bar
+        return
     with _open_bars[-1].pause() if _open_bars else nullcontext():
         _open_bars.append(bar)
         try:
@@ -595,5 +607,5 @@ def _exit(message: str, code: int) -> NoReturn:
         time.sleep(MAIN_PROCESS_GRACE_SECONDS)
         message = f"Process {os.environ.get('RANK')}: {message}"
     if is_main_rank() or code == EXIT_USER_ERROR:
-        print(message, file=sys.stderr, flush=True)
+        print(show_controls(message), file=sys.stderr, flush=True)
     raise SystemExit(code) from None

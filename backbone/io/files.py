@@ -295,6 +295,21 @@ def _move_up(whole: Path) -> None:
     _flush_folder(whole.parent)
 
 
+def list_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, those of linked folders too (which `Path.rglob` passes over)."""
+    return sorted(_walk(folder, ()))
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    if (here := os.path.realpath(folder)) in above:  # a link to what it lies in
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _walk(path, (*above, here))
+        elif path.is_file():
+            yield path
+
+
 def content_hash(content: bytes | str | Path) -> str:
     """SHA-256 (64 hex digits) of bytes, or of the file at a path."""
     if isinstance(content, bytes):

@@ -44,7 +44,7 @@ from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.families.unet.row_lora import row_lora_of
 from backbone.io.console import UserError, notify_once, progress, quote
-from backbone.io.files import content_hash
+from backbone.io.files import content_hash, list_files
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.few_step.adapter import fuse_lora, hash_few_step, read_few_step
@@ -273,10 +273,10 @@ class Backbone:
             return content_hash(self.location.source.encode())
         parts = []
         own = {"model_index.json", *self.location.index}
-        for path in sorted(folder.rglob("*")):
+        for path in list_files(folder):
             if path.relative_to(folder).parts[0] not in own:
                 continue
-            if path.suffix in (".json", ".txt", ".jinja", ".safetensors") and path.is_file():
+            if path.suffix in (".json", ".txt", ".jinja", ".safetensors"):
                 with path.open("rb") as file:
                     start = file.read(1 << 18)
                     file.seek(max(0, path.stat().st_size - (1 << 18)))

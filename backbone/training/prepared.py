@@ -63,6 +63,7 @@ class PreparedFacts:
     rows      which rows of the source were asked for
     listing   the hash of what was listed (`hash_listing`), "" of a stream
     records   of the source, of which `bad` cannot be used; 0: not counted yet
+    unlabelled  rows of the source beside them, of which nobody said anything
     """
 
     kind: str
@@ -80,6 +81,7 @@ class PreparedFacts:
     seed: int = 0  # of the random crops
     aspect_buckets: bool = False
     bad: int = 0
+    unlabelled: int = 0
     finished: bool = False
 
     def describe(self) -> str:
@@ -216,7 +218,7 @@ def _begin(out: Path, facts: PreparedFacts) -> None:
 def _refuse_other_preparation(before: PreparedFacts, now: PreparedFacts, out: Path) -> None:
     """`UserError` where a folder was begun with other settings, or the source is not what it was then."""
     same_listing = bool(now.listing) and now.listing == before.listing
-    ignored = {"bad", "finished", "records", "listing"}  # the last two are compared below
+    ignored = {"bad", "unlabelled", "finished", "records", "listing"}  # the last two are compared below
     if same_listing:
         ignored.add("source")  # it has moved, or is named from another folder
     if now.encoder == before.encoder:

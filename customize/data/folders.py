@@ -329,10 +329,13 @@ def _has_images(folder: Path) -> bool:
 
 
 def open_prepared(source: str) -> list[ImageRecord]:
-    """The images of a folder of `customize prepare`, which has looked at them."""
+    """The images of a folder of `customize prepare`, which has looked at them; says which it left out."""
     from customize.data.prepared import PreparedImages  # which imports torch
 
-    return PreparedImages(Path(source)).pictures
+    prepared = PreparedImages(Path(source))
+    if left := prepared.describe_left_out():
+        notify(left)
+    return prepared.pictures
 
 
 def read_images(

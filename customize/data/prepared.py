@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.data.table import Table, keys_of
-from backbone.io.console import UserError
+from backbone.io.console import UserError, count_of
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import DatasetRow, ImageRecord
@@ -43,6 +43,11 @@ class PreparedImages(PreparedFolder):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "images", "customize")
+
+    def describe_left_out(self) -> str:
+        """A sentence on the images that could not be used when the folder was made; "" where all could."""
+        bad = self.facts.bad
+        return f"Left out of {self.folder}: {count_of(bad, 'image')} that cannot be used." if bad else ""
 
     @cached_property
     def pictures(self) -> list[ImageRecord]:

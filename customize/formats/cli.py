@@ -11,7 +11,7 @@ import typer
 from backbone.cli import flags
 from backbone.cli.commands import print_json
 from backbone.cli.flags import OUTPUT, option
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.console import UserError, count_of, notify, quote, show_controls
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -181,7 +181,7 @@ def info(file: File, as_json: flags.Json = False) -> None:
     if as_json:
         print_json(facts)
     else:
-        typer.echo(describe_words(words) if words else describe_adapter(facts))
+        typer.echo(show_controls(describe_words(words) if words else describe_adapter(facts)))
 
 
 def merge(
@@ -223,14 +223,15 @@ def merge(
         return
     if model is not None:
         raise UserError("--model has no effect without --bake. Leave it out.")
+    from customize.formats.merging.merged_run import check_place, save_merged
+
+    check_place(out, parts)
     weight_deltas: Any = {}
     if rank is None:
         result, weight_deltas = merging.merge_exact(parts), merging.sum_weight_deltas(parts)
     else:
         result, reduction = merging.merge_to_rank(parts, rank)
         notify(str(reduction))
-    from customize.formats.merging.merged_run import save_merged
-
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     called = f" It answers to {', '.join(tokens)}." if tokens else ""
     notify(f"{out} holds {count_of(len(parts), 'adapter')} in one.{called}")
@@ -248,10 +249,11 @@ def extract(
     """Take the difference of two models out as a LoRA."""
     from customize.formats.merging.merge import extract_lora
     from customize.formats.metadata import build_metadata
-    from customize.formats.write import check_output, write_adapter
+    from customize.formats.write import check_output, refuse_inside, write_adapter
 
     rank = require_rank_or_energy(rank, energy)
     check_output(out)
+    refuse_inside(out, (tuned, base))
     adapter, reduction = extract_lora(tuned, base, rank=rank, energy=energy)
     write_adapter(out, adapter, "peft", metadata=build_metadata(adapter, title=out.stem))
     notify(f"{out}: {reduction}")

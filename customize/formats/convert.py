@@ -15,7 +15,7 @@ from backbone.adapters.concept import EDITS, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, count_of, notify, quote
-from backbone.io.files import PICKLE_SUFFIXES, atomic_write, fill_folder
+from backbone.io.files import PICKLE_SUFFIXES, atomic_write
 from backbone.io.prompts import CONTROL
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
@@ -40,7 +40,7 @@ from customize.formats.words import (
     import_words,
     read_words,
 )
-from customize.formats.write import check_output, write_adapter
+from customize.formats.write import check_folder, check_output, fill_output, write_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYERS_SHOWN = 8  # layers that `describe_adapter` lists
@@ -93,7 +93,7 @@ def export_adapter(
             for path in export_beside(concept, out, file_format):
                 notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
-        f"{out} in {file_format}'s format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
+        f"{out} in {_genitive(file_format)} format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
 
@@ -251,6 +251,11 @@ def import_adapter(
     return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
 
 
+def _genitive(name: str) -> str:
+    """“kohya's”, “diffusers'”."""
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
+
+
 class _Named(NamedTuple):
     """What an import is called: the token in prompts, the words that it was trained with, the class."""
 
@@ -274,6 +279,7 @@ def _import_run(
             f"{file} adapts {BASE_NAMES['svd']}, which reads no words, so no run is made of it. Draw clips with it as "
             f"it is: customize clip --image PICTURE --model svd --lora {quote(file)}"
         )
+    check_folder(out, [file])
     model_name = model or adapter.metadata.get("base_model")
     if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
@@ -301,7 +307,7 @@ def _import_run(
         words=EMBEDDINGS_FILE if vectors else "",
         folder=out,
     )
-    with fill_folder(out) as unfinished:
+    with fill_output(out) as unfinished:
         if vectors:
             entries = {"format": "pt", "base_model": model_name}
             save_embeddings(unfinished / EMBEDDINGS_FILE, vectors, metadata=entries)

@@ -63,7 +63,10 @@ class LayerUpdate:
             product = f["up"].flatten(1) @ f["down"].flatten(1)
         elif self.algorithm == "loha":
             first = _multiply_factors(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
-            product = first * _multiply_factors(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+            second = _multiply_factors(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+            if first.shape != second.shape:  # which would be repeated
+                raise RuntimeError(f"LoHa's products are {list(first.shape)} and {list(second.shape)}")
+            product = first * second
         else:
             left, right = _compose_kronecker_factors(f)
             product = torch.kron(left, right.flatten(1))

@@ -115,12 +115,22 @@ WHOLE_WEIGHTS = {
         "Take out how it differs from its base, as a LoRA: customize extract.",
     ),
 }
+PEFT_WHOLE = "weights that were trained as a whole (peft's modules_to_save, or its bias)"
+_WHOLE = re.compile(r"^(?!.*lora).*\.(weight|bias)$")
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "lora": (("down", "up"),),
     "loha": FACTORS["loha"],
     "lokr": FACTORS["lokr"],
 }
+# Factors → the kernels that may lie beside them
+_KERNELS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("down", "up"): ("mid",),
+    FACTORS["loha"][0]: ("hada_t1", "hada_t2"),
+    **{names: ("lokr_t2",) for names in FACTORS["lokr"] if "lokr_w2_a" in names},
+}
+# Factors that no kernel size can be in
+_MATRICES = frozenset(name for names in FACTORS["loha"] + FACTORS["lokr"] for name in names) - {"lokr_w2"}
 
 
 def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
@@ -240,9 +250,12 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
             raise UserError(f"{path} is {what}, and no LoRA. {remedy}")
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
-    what = " and ".join(kinds) or "tensors of no kind that is known here"
+    trained_whole = not kinds and all(_WHOLE.search(key) for key in unknown)
+    what = " and ".join(kinds) or (PEFT_WHOLE if trained_whole else "tensors of no kind that is known here")
     if any(set(group) - set(_BESIDE_FACTORS) for group in groups.values()):
         remedy = "Export it again as LoRA, LoHa or LoKr alone."
+        if trained_whole:
+            remedy = "Merge it into its model in peft (merge_and_unload), and take the difference: customize extract."
         if kinds == [LEARNED_WORDS]:
             remedy = "Make a run of both: customize import."
         raise UserError(
@@ -311,10 +324,7 @@ def _build_layer(
         raise UserError(
             f"The layer {stem} in {path} is not whole (it has {present}). Download or export it again."
         )
-    # LoCon's kernel between two 1 × 1 convolutions: multiplied into `down` it is the same
-    if "mid" in factors:
-        kernel, down = factors.pop("mid"), factors["down"].flatten(1)
-        factors["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
+    factors = _shape_factors(factors, stem, path)
     component, module = split_component(name)
     config = configs.get(component, configs.get(""))
     if configs and config is None:
@@ -341,6 +351,35 @@ def _build_layer(
     layer = LayerUpdate(algorithm, factors, rank, alpha)
     _check_shapes(layer, stem, path)
     return replace(layer, magnitude=_read_magnitude(group, layer, stem, path))
+
+
+def _shape_factors(factors: dict[str, Tensor], stem: str, path: Path) -> dict[str, Tensor]:
+    """A layer's factors, those that are matrices as such, and LoCon's kernel in the middle multiplied into `down`.
+
+    Raises `UserError` for a kernel where a matrix belongs, or a kernel that does not fit.
+    """
+    shaped = {
+        name: value.flatten(1) if name in _MATRICES and value[0][0].numel() == 1 else value
+        for name, value in factors.items()
+    }
+    if wrong := next((name for name in shaped if name in _MATRICES and shaped[name].ndim != 2), None):
+        raise UserError(
+            f"{stem}.{wrong} in {path} is of the shape {list(factors[wrong].shape)}, and this factor is a matrix. "
+            "Export the file again."
+        )
+    if "mid" in shaped:  # between two 1 × 1 convolutions
+        kernel, down = shaped.pop("mid"), shaped["down"].flatten(1)
+        if kernel.ndim != 4 or kernel.shape[1] != len(down):
+            raise _misfit(factors, stem, path)
+        shaped["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
+    return shaped
+
+
+def _misfit(factors: Mapping[str, Tensor], stem: str, path: Path) -> UserError:
+    shapes = ", ".join(f"{name} {' × '.join(map(str, value.shape))}" for name, value in factors.items())
+    return UserError(
+        f"The factors of {stem} in {path} do not fit one another ({shapes}). Export the file again."
+    )
 
 
 def _stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -374,22 +413,21 @@ def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:
 
 
 def _check_shapes(layer: LayerUpdate, stem: str, path: Path) -> None:
-    """Raise `UserError` for factors that cannot be multiplied."""
+    """Raise `UserError` for factors that cannot be multiplied, or only if one of them were repeated."""
     try:
         shape = layer.on_meta().delta_weight().shape
     except (RuntimeError, IndexError) as error:
-        raise UserError(
-            f"The factors of {stem} in {path} do not fit one another. Export the file again."
-        ) from error
-    assert tuple(shape) == layer.shape
+        raise _misfit(layer.factors, stem, path) from error
+    if tuple(shape) != layer.shape:
+        raise _misfit(layer.factors, stem, path)
 
 
 def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:
     """Which algorithm these factors are of; None where they are incomplete or mixed."""
-    required = set(factors) - {"mid", "hada_t1", "hada_t2", "lokr_t2"}  # without the optional ones
     for algorithm, factor_sets in _REQUIRED_FACTORS.items():
-        if any(required == set(names) for names in factor_sets):
-            return algorithm
+        for names in factor_sets:
+            if set(factors) in (set(names), {*names, *_KERNELS.get(names, ())}):
+                return algorithm
     return None
 
 
@@ -423,7 +461,7 @@ def _read_magnitude(group: Mapping[str, Tensor], layer: LayerUpdate, stem: str, 
         if value.ndim > 1 and value.shape[0] == 1 and value.numel() == value.shape[1] > 1:
             if columns % value.numel() == 0:
                 return value.reshape(1, -1)
-        elif value.numel() == rows == len(value) and (value.ndim > 1 or rows != columns):
+        elif value.ndim and value.numel() == rows == len(value) and (value.ndim > 1 or rows != columns):
             return value.flatten()
     else:
         return None

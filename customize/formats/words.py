@@ -31,7 +31,6 @@ from backbone.adapters.embeddings import (
 from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import (
     PICKLE_SUFFIXES,
-    fill_folder,
     read_header,
     read_tensors,
     refuse_existing,
@@ -40,6 +39,7 @@ from backbone.io.files import (
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat
 from customize.formats.metadata import describe_import
+from customize.formats.write import check_folder, fill_output
 
 Encoders = Mapping[str, Tensor]  # text encoder (a slot's name) → vectors [W, D]
 SLOTS = {
@@ -182,6 +182,7 @@ def import_words(
             f"{file} holds a learned word. Name a folder with --out, or write it for another tool: customize export "
             f"{quote(file)} --to diffusers --out {quote(out.with_suffix('.safetensors'))}"
         )
+    check_folder(out, [file])
     model_name = model or words.metadata.get("base_model")
     if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
@@ -193,7 +194,7 @@ def import_words(
     if not any(rows.any() for rows in vectors.values()):
         notify(f"{file} holds vectors of zeros alone. Was the word trained?")
     add_tokens(opened.text_encoder, vectors, tokens=names)
-    with fill_folder(out) as unfinished:
+    with fill_output(out) as unfinished:
         save_embeddings(
             unfinished / EMBEDDINGS_FILE,
             {token: vectors},

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from backbone.adapters.config import CONFIG_KEY
 from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, refuse_existing, write_tensors
+from backbone.io.run_folder import fill_new_folder, refuse_new_folder
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
 from customize.formats.layers.names import (
@@ -61,9 +63,12 @@ def write_adapter(
         }
     for name, value in tensors.items():
         if not bool(torch.isfinite(value.float()).all()):
-            raise UserError(
-                f"Nothing was written: {name} is not finite in that precision. Leave out --precision."
+            remedy = (
+                "is not finite in that precision. Leave out --precision."
+                if dtype is not None
+                else "is larger than numbers can be. Lower its strength, or take another adapter."
             )
+            raise UserError(f"Nothing was written: {name} {remedy}")
     entries = {**(metadata or {}), **format_metadata}
     if file_format in ("kohya", "comfyui"):
         entries["modelspec.hash_sha256"] = hash_weights(tensors)
@@ -74,6 +79,10 @@ def write_adapter(
         if worst < math.inf and file_format != "comfyui":  # ComfyUI's DoRA scales are normalised differently
             worst, where = max((worst, where), _compare_magnitudes(adapter, reread))
         limit = TOLERANCE if dtype is None else 8 * torch.finfo(dtype).eps
+        if math.isnan(worst):
+            raise UserError(
+                f"Nothing was written: the change of {where} is larger than numbers can be. Take another adapter."
+            )
         if not worst <= limit:
             raise UserError(
                 f"Nothing was written: read back, ΔW of {where} differs by {worst:.1e} of its size. "
@@ -89,6 +98,29 @@ def check_output(out: Path) -> None:
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name a file in it.")
     refuse_existing(out)
+
+
+def check_folder(out: Path, sources: Iterable[str | Path]) -> None:
+    """Raise `UserError` unless `out` can become a new folder, outside of those that are read for it."""
+    refuse_new_folder(out, out)
+    refuse_inside(out, sources)
+
+
+def refuse_inside(out: Path, sources: Iterable[str | Path]) -> None:
+    """Raise `UserError` for an output inside of a folder that is read for it, of which it would become a part."""
+    for source in map(Path, sources):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{out} lies in {source}, which is read for it. Name a place outside of it.")
+
+
+@contextmanager
+def fill_output(out: Path) -> Iterator[Path]:
+    """A folder to write into, whose files are moved to `out`, new or empty, when all are whole.
+
+    `out` is held meanwhile: of two commands that write it the second gets a `UserError`.
+    """
+    with fill_new_folder(out, out) as (_, unfinished):
+        yield unfinished
 
 
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:

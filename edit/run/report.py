@@ -126,7 +126,7 @@ def publish(
     if strips:
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
     write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(again)])
-    write_text(folder / "README.md", readme(result, again=again, said=record["said"]))
+    write_text(folder / "README.md", readme(result, again=again, said=record["said"], measured=bool(figures)))
 
 
 def save_images(
@@ -279,15 +279,15 @@ def encode_gif(frames: Sequence[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def readme(result: Result, *, again: str, said: str) -> str:
+def readme(result: Result, *, again: str, said: str, measured: bool) -> str:
     """The run's README.md."""
     lines = [f"# {result.title}", "", "The command that repeats this run:", "", f"    {again}", ""]
     if said:
         lines += ["What was typed:", "", f"    {said}", ""]
     lines += [f"- `edit_{number}.png`: {prompt}" for number, prompt in enumerate(result.prompts)]
     lines += [
-        "- `sheet.png`, `report.html`: everything side by side, with figures",
-        f"- `{RECORD}`: settings, versions, figures",
+        f"- `sheet.png`, `report.html`: everything side by side{', with figures' if measured else ''}",
+        f"- `{RECORD}`: settings, versions{', figures' if measured else ''}",
         "",
     ]
     return "\n".join(lines)

@@ -183,7 +183,7 @@ def _run(
             publish(
                 unfinished,
                 result,
-                again=f"edit replay {folder / RECORD}",
+                again=f"edit replay {quote(folder / RECORD)}",
                 frames=frames,
                 figures=figures,
                 counts={**counts, "peak_memory_mb": peak_memory_mb()},

@@ -160,7 +160,7 @@ def test_the_commands_prepare_train_and_go_on(tiny_folder: Path, pairs_file: Pat
     said = align(
         "prepare", pairs_file, "--out", out, "--model", tiny_folder, "--num-proc", 1, "--json", *PLACE
     )
-    assert json.loads(said) == {"folder": str(out), "records": 8, "bad": 0}
+    assert json.loads(said) == {"folder": str(out), "records": 8, "bad": 0, "without_label": 0}
     shutil.rmtree(pairs_file.parent)  # nothing of the source is looked at any more
     align("train", out, "--out", run, "--model", tiny_folder, "--held-out", 0.3, *PLACE, *TRAIN)
     summary = read_json(run / "summary.json")
@@ -248,7 +248,7 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_only_when_asked(
     found = prepared(tiny_folder, pairs_file, tmp_path / "out", skip_bad=True)
     assert not counted and found.facts.bad == 2
     assert found.describe() == "6 pairs of 4 prompts"
-    said = "2 records that could not be used when it was prepared"  # which training says once more
+    said = "2 records that cannot be used"  # which training says once more
     assert found.describe_left_out(by_pairs=True, ties=False) == f"Left out of {found.folder}: {said}."
     _, data = data_of(tiny_folder, found.folder, settings(held_out=0.0))
     assert len(data.train) == 6
@@ -263,6 +263,26 @@ def test_ties_of_a_prepared_folder_that_a_loss_does_not_learn_from_are_said(
     found = prepared(tiny_folder, pairs_file, tmp_path / "out")
     for by_pairs, ties, said in ((True, False, True), (True, True, False), (False, False, True)):
         assert ("2 ties" in found.describe_left_out(by_pairs=by_pairs, ties=ties)) == said
+
+
+def test_rows_without_a_label_are_said_wherever_what_was_prepared_of_them_is_used(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    tables = [{"prompt": one["prompt"], "jpg_0": one["chosen"], "jpg_1": one["rejected"]} for one in lines]
+    rows = [{**row, "label_0": 1.0, "label_1": 0.0} for row in tables]
+    rows[0] |= {"label_0": 0.5, "label_1": 0.5}
+    for row in rows[1:3]:
+        row["has_label"] = False
+    source = write_lines(pairs_file.parent / "some.jsonl", rows)
+    said = "2 records without a label and 1 tie."
+    raw = check_preferences(read_preferences(source))
+    assert raw.describe_left_out(by_pairs=True, ties=False) == f"Left out of {source}: {said}"
+    found = prepared(tiny_folder, source, tmp_path / "out")
+    for again in (found, Prepared(found.folder), prepared(tiny_folder, source, tmp_path / "out")):
+        assert again.describe_left_out(by_pairs=True, ties=False) == f"Left out of {found.folder}: {said}"
+    one = found.describe_left_out(by_pairs=True, ties=False, limit=0)
+    assert "tie" not in one and "2 records without a label" in one
 
 
 def test_a_choice_that_has_changed_since_is_not_taken_for_prepared(

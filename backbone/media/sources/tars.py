@@ -95,8 +95,11 @@ def read_tars(files: Sequence[Path]) -> Tars:
     """
     samples = [sample for file in files for sample in _read_tar(file)]
     if any(sample.has_image for sample in samples):
-        _say_passed_over([sample for sample in samples if not sample.has_image], samples)
-        samples = [sample for sample in samples if sample.has_image]
+        whole = [sample for sample in samples if sample.has_image]
+        without = [sample for sample in samples if not sample.has_image]
+        _refuse_caption_lists(without, whole)
+        _say_passed_over(without)
+        samples = whole
     if not samples:
         raise UserError(
             f"{files[0]} is no readable tar file of samples (it holds none). Pack images, and captions as .txt."
@@ -149,14 +152,11 @@ def refuse_dots(endings: Sequence[str]) -> None:
         )
 
 
-def _say_passed_over(without: Sequence[Sample], samples: Sequence[Sample]) -> None:
-    """Says of samples without an image that they are not used; `UserError` for a list that has all captions."""
-    if not without:
-        return
+def _refuse_caption_lists(without: Sequence[Sample], samples: Sequence[Sample]) -> None:
+    """`UserError` for a list that has all captions, where no sample with an image has its own."""
     told = any(
         _column_of(ending) in ("text", "caption") or isinstance(value, dict)
         for sample in samples
-        if sample.has_image
         for ending, value in sample.files.items()
     )
     names = [f"{one.name}.{ending}" for one in without for ending in one.files]
@@ -166,8 +166,15 @@ def _say_passed_over(without: Sequence[Sample], samples: Sequence[Sample]) -> No
             f"{without[0].archive} holds {lists[0]}, and captions of a tar are read beside its images, as 1.txt beside "
             "1.jpg. Unpack it, and give that folder."
         )
-    more = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
-    notify_once(f"Not used in {without[0].archive}, where no image is beside: {', '.join(names[:3])}{more}.")
+
+
+def _say_passed_over(without: Sequence[Sample]) -> None:
+    """Says of samples without an image that they are not used."""
+    if names := [f"{one.name}.{ending}" for one in without for ending in one.files]:
+        more = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
+        notify_once(
+            f"Not used in {without[0].archive}, where no image is beside: {', '.join(names[:3])}{more}."
+        )
 
 
 def _read_tar(file: Path) -> list[Sample]:

@@ -18,7 +18,7 @@ from backbone.adapters.embeddings import spaces_are_letters, split_by_encoder, v
 from backbone.io.console import UserError, progress
 from backbone.io.files import (
     PICKLE_SUFFIXES,
-    fill_folder,
+    list_files,
     read_header,
     read_json,
     read_tensors,
@@ -36,6 +36,7 @@ from customize.formats.model_weights import (
     canonical_name,
     refuse_mismatch,
 )
+from customize.formats.write import check_folder, fill_output
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 INPUT = "unet.conv_in.weight"
@@ -58,6 +59,7 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
     folder = location.folder
     if folder is None:
         raise UserError(f"{model} is not a diffusers folder on this machine. Save it as one to bake into it.")
+    check_folder(out, [folder, *(part.source for part in parts)])
     weights = ModelWeights(location)
     for part in parts:
         shapes = {name: layer.shape for name, layer in part.adapter.layers.items()}
@@ -68,7 +70,7 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
                     f"{part.source} was trained on another model than {model}. Give the --model of the run."
                 )
     rows = collect_embeddings(parts)
-    with fill_folder(out) as unfinished:
+    with fill_output(out) as unfinished:
         changed = _copy_merged(folder, unfinished, parts)
         if any(_is_wider(weights.shapes[INPUT], part.weight_deltas) for part in parts if part.weight_deltas):
             name_editor(unfinished)
@@ -102,9 +104,10 @@ def _copy_merged(folder: Path, out: Path, parts: Sequence[MergeInput]) -> int:
     names |= {name for part in parts for name in part.weight_deltas}
     touched = {split_component(name)[0] for name in names}
     changed: set[str] = set()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [
-        path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path
+        for path in list_files(folder)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     with progress(len(files), "baking") as bar:
         for path in files:

@@ -83,13 +83,20 @@ class RankReduction:
 def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
     """Read what `PATH` or `PATH:STRENGTH` name; `UserError` where they belong to different base models."""
     parts = [read_input(*parse_strength(argument)) for argument in arguments]
+    if all(part.strength == 0 for part in parts):
+        raise UserError(
+            "All strengths are 0, so nothing would be merged. Give one above it, as runs/dog:0.8."
+        )
+    for part in parts:
+        if part.strength == 0:
+            notify(f"{part.source} has the strength 0, so it adds nothing.")
     for number, part in enumerate(parts[1:], start=1):
         refuse_other_base(parts[0], part)
         for before in parts[:number]:
             if before.source.resolve() == part.source.resolve():
-                notify(
-                    f"{part.source} is given twice: its strengths add up to {before.strength + part.strength:g}."
-                )
+                added = before.strength + part.strength
+                nothing = "" if added else ", so it adds nothing"
+                notify(f"{part.source} is given twice: its strengths add up to {added:g}{nothing}.")
             elif _hold_the_same(before, part):
                 notify(f"{before.source} and {part.source} hold the same weights: their strengths add up.")
     return parts

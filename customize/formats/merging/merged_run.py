@@ -14,12 +14,20 @@ from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.adapters.embeddings import vector_token_names
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError, notify, quote
-from backbone.io.files import fill_folder, write_tensors, write_text
+from backbone.io.files import write_tensors, write_text
 from customize.formats.adapter import AdapterFile
 from customize.formats.merging.merge import MergeInput
 from customize.formats.metadata import build_metadata
-from customize.formats.write import check_output, write_adapter
+from customize.formats.write import check_folder, check_output, fill_output, write_adapter
 from customize.methods.weights import CHANGED
+
+
+def check_place(out: Path, parts: Sequence[MergeInput]) -> None:
+    """Raise `UserError` unless a merge of these can be written to `out`; called before it is computed."""
+    if out.suffix == ".safetensors":
+        check_output(out)
+    else:
+        check_folder(out, [part.source for part in parts])
 
 
 def save_merged(
@@ -38,8 +46,8 @@ def save_merged(
     renamed = resolve_tokens([part.concept for part in parts if part.concept is not None])
     tokens = dict(token_and_words for renaming in renamed for token_and_words in renaming.values())
     metadata = build_merged_metadata(adapter, parts, tokens, title=out.name if is_folder else out.stem)
+    check_place(out, parts)
     if not is_folder:
-        check_output(out)
         if weight_deltas or not adapter.layers:
             raise UserError(f"Whole weights do not fit into {out}. Add --rank for a LoRA of them, or --bake.")
         if any(part.words for part in parts):
@@ -57,7 +65,7 @@ def save_merged(
         "words": WORDS if words else "",
         "changed": CHANGED if weight_deltas else "",
     }
-    with fill_folder(out) as unfinished:
+    with fill_output(out) as unfinished:
         if adapter.layers:
             plain = set(adapter.algorithms) <= {"lora", "dora"}
             fields["weights"] = LORA_WEIGHTS if plain else LYCORIS_WEIGHTS

@@ -36,7 +36,6 @@ from align.pairs.records import (
     Single,
     check_preferences,
     describe_contradictions,
-    describe_left_out,
     describe_records,
     describe_repeats,
     describe_shared_images,
@@ -894,8 +893,9 @@ def test_images_on_both_sides_and_single_ones_beside_pairs_are_told(tmp_path: Pa
     first, second, third = found.pairs
     assert describe_shared_images([first, third], [second]).startswith("1 held-out record (line 2 of")
     assert describe_shared_images([first], [third]) == ""
-    assert describe_left_out(found, by_pairs=True).startswith("1 labelled picture beside the pairs: left out")
-    assert describe_left_out(found, by_pairs=False) == ""
+    said = found.describe_left_out(by_pairs=True, ties=False)
+    assert said.endswith(": 1 labelled picture beside the pairs, which --loss kto learns from.")
+    assert found.describe_left_out(by_pairs=False, ties=False) == ""
 
 
 def test_the_same_choice_twice_is_told_and_two_people_s_is_not(tmp_path: Path) -> None:

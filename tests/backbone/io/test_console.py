@@ -45,6 +45,18 @@ def test_a_command_that_succeeds_ends_with_zero_and_says_nothing(
     assert ending(command(lambda: None, monkeypatch), capsys) == (0, "")
 
 
+def test_what_a_file_says_is_shown_to_a_terminal_and_not_obeyed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        notify("\x1b]0;title\x07 and a\ttab")
+        raise UserError("the layer \x1b[31mred\nis\x9b not there")
+
+    code, said = ending(command(body, monkeypatch), capsys)
+    assert code == 2
+    assert said == "\\x1b]0;title\\x07 and a\ttab\nError: the layer \\x1b[31mred\nis\\x9b not there\n"
+
+
 def test_a_user_error_is_its_sentence_and_exit_code_two(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +225,16 @@ def test_away_from_a_terminal_progress_is_sparse_lines(capsys: pytest.CaptureFix
     assert between == "a word in between"
     assert final.startswith("training 50/50 · loss 0.02 · ")
     assert "images/s" in final
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_nothing_to_do_shows_no_progress(on_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: on_terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    with progress(0, "preparing") as bar:
+        assert bar.seconds_left is None
+    assert shown.getvalue() == ""
 
 
 def test_progress_that_fails_claims_no_end(capsys: pytest.CaptureFixture[str]) -> None:

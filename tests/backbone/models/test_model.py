@@ -120,6 +120,21 @@ def test_what_lies_beside_the_parts_is_not_the_model(tmp_path: Path, tiny_folder
     assert Backbone.open(str(copied)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint
 
 
+def test_the_fingerprint_is_of_linked_parts_too(tmp_path: Path, tiny_folder: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for part in tiny_folder.iterdir():
+        (linked / part.name).symlink_to(part.resolve())
+    (linked / "unet").unlink()
+    shutil.copytree(tiny_folder / "unet", tmp_path / "unet")
+    (linked / "unet").symlink_to(tmp_path / "unet")
+    (tmp_path / "unet" / "again").symlink_to(linked)  # leads to where it lies
+    assert Backbone.open(str(linked)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
+    settings = tmp_path / "unet" / "config.json"
+    write_json(settings, {**read_json(settings), "changed": 1})
+    assert Backbone.open(str(linked)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint
+
+
 def test_the_fingerprint_tells_weights_apart(tmp_path: Path, tiny_folder: Path) -> None:
     from tests.tiny import tiny_pipeline
 

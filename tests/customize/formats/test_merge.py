@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.embeddings import add_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
-from backbone.io.files import read_json, read_tensors, write_tensors
+from backbone.io.files import list_files, read_json, read_tensors, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
@@ -32,9 +33,9 @@ from customize.formats.merging.merge import (
     resize_adapter,
     sum_weight_deltas,
 )
-from customize.formats.merging.merged_run import resolve_tokens, save_merged
+from customize.formats.merging.merged_run import check_place, resolve_tokens, save_merged
 from customize.formats.read import read_adapter
-from customize.formats.write import compare_updates, write_adapter
+from customize.formats.write import compare_updates, fill_output, refuse_inside, write_adapter
 from tests.customize.adapters import (
     modules_of,
     outputs,
@@ -314,6 +315,63 @@ def test_an_adapter_of_another_model_is_not_baked(run: Make, tmp_path: Path, tin
     with pytest.raises(UserError, match=r"unet\.nowhere"):
         bake([MergeInput(Path("s"), 1.0, strange)], str(tiny_folder), tmp_path / "baked")
     assert not (tmp_path / "baked").exists()
+
+
+def test_strengths_that_add_nothing_or_too_much_are_told(
+    run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = run("a"), run("b", token="[W]")
+    with pytest.raises(UserError, match="All strengths are 0"):
+        read_inputs([f"{first}:0", f"{second}:0"])
+    read_inputs([f"{first}:0", str(second)])
+    read_inputs([f"{first}:0.5", f"{first}:-0.5"])
+    said = capsys.readouterr().err
+    assert f"{first} has the strength 0, so it adds nothing." in said
+    assert "its strengths add up to 0, so it adds nothing." in said
+    parts = read_inputs([f"{first}:1e39", str(second)])
+    with pytest.raises(UserError, match=r"larger than numbers can be\. Lower its strength"):
+        save_merged(tmp_path / "m.safetensors", merge_exact(parts), parts)
+    layer = LayerUpdate("lora", {"down": torch.full((1, 4), 1e30), "up": torch.full((4, 1), 1e30)}, 1, 1.0)
+    with pytest.raises(UserError, match=r"the change of unet\.conv_in is larger than numbers can be"):
+        write_adapter(tmp_path / "m.safetensors", AdapterFile({"unet.conv_in": layer}), "peft")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_merge_is_not_written_into_what_it_is_made_of(run: Make, tmp_path: Path, tiny_folder: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    parts = read_inputs([str(run("a")), str(run("b", token="[W]"))])
+    before = list_files(tmp_path)
+    for out, inside in ((model / "new", model), (model / "unet" / "x", model), (parts[1].source / "x", "b")):
+        with pytest.raises(UserError, match=f"lies in .*{inside}, which is read for it"):
+            bake(parts, str(model), out)
+    with pytest.raises(UserError, match=r"lies in .*a, which is read for it"):
+        check_place(parts[0].source / "x", parts)  # which the command asks before it merges
+    with pytest.raises(UserError, match=r"lies in .*model, which is read for it"):
+        refuse_inside(model / "unet" / "x.safetensors", (str(tiny_folder), str(model)))
+    assert list_files(tmp_path) == before
+
+
+def test_of_two_merges_into_one_folder_one_wins_whole(run: Make, tmp_path: Path) -> None:
+    parts, out = read_inputs([str(run("a")), str(run("b", token="[W]"))]), tmp_path / "out"
+    with fill_output(out) as unfinished:
+        (unfinished / "concept.json").write_text("first")
+        with pytest.raises(UserError, match=r"Name another folder|Another process is writing"):
+            save_merged(out, merge_exact(parts), parts)
+    assert [path.name for path in list_files(out)] == ["concept.json"]
+    assert (out / "concept.json").read_text() == "first"
+
+
+def test_a_model_whose_parts_are_linked_is_baked_whole(run: Make, tmp_path: Path, tiny_folder: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for part in tiny_folder.iterdir():
+        (linked / part.name).symlink_to(part.resolve())
+    parts = read_inputs([str(run("a"))])
+    bake(parts, str(linked), tmp_path / "one")
+    bake(parts, str(tiny_folder), tmp_path / "two")
+    first, second = list_files(tmp_path / "one"), list_files(tmp_path / "two")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
 def test_a_strength_is_what_follows_the_last_colon() -> None:

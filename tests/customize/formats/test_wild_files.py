@@ -675,6 +675,77 @@ def test_a_whole_lokr_s_alpha_says_nothing_even_where_fp16_had_no_room_for_it(
         read_adapter(tmp_path / "a.safetensors")
 
 
+MISFITS: dict[str, tuple[Tensors, str]] = {
+    "a LoHa's first product is a row": (
+        {"hada_w1_a": torch.ones(1, 2), "hada_w1_b": torch.ones(2, 6)}
+        | {"hada_w2_a": torch.ones(4, 2), "hada_w2_b": torch.ones(2, 6)},
+        r"conv_in in .* do not fit one another \(hada_w1_a 1 × 2, ",
+    ),
+    "a LoHa's second product is a column": (
+        {"hada_w1_a": torch.ones(4, 2), "hada_w1_b": torch.ones(2, 6)}
+        | {"hada_w2_a": torch.ones(4, 2), "hada_w2_b": torch.ones(2, 1)},
+        "do not fit one another",
+    ),
+    "a LoHa of one kernel": (
+        {"hada_w1_a": torch.ones(2, 4), "hada_w1_b": torch.ones(2, 4)}
+        | {"hada_w2_a": torch.ones(4, 2), "hada_w2_b": torch.ones(2, 4), "hada_t1": torch.ones(2, 2, 1, 1)},
+        "is not whole",
+    ),
+    "a LoKr's matrix is a kernel": (
+        {"lokr_w1": torch.ones(2, 2, 3, 3), "lokr_w2": torch.ones(2, 2)},
+        r"conv_in\.lokr_w1 in .* is of the shape \[2, 2, 3, 3\], and this factor is a matrix",
+    ),
+    "a LoKr's kernel beside the whole": (
+        {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2), "lokr_t2": torch.ones(2, 2, 3, 3)},
+        "is not whole",
+    ),
+    "a LoCon's kernel of another rank": (
+        {"lora_down.weight": torch.ones(2, 4, 1, 1), "lora_up.weight": torch.ones(4, 2, 1, 1)}
+        | {"lora_mid.weight": torch.ones(5, 5, 3, 3)},
+        "do not fit one another",
+    ),
+    "a LoCon's kernel beside a LoHa": (
+        {f"hada_w{number}_{side}": torch.ones(2, 2) for number in (1, 2) for side in "ab"}
+        | {"lora_mid.weight": torch.ones(2, 2, 3, 3)},
+        "is not whole",
+    ),
+    "complex factors": (
+        {"lora_down.weight": torch.ones(2, 4, dtype=torch.complex64), "lora_up.weight": torch.ones(4, 2)},
+        "complex64, as no weight is",
+    ),
+    "a complex α": (
+        {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2)}
+        | {"alpha": torch.tensor(1 + 1j)},
+        "complex64, as no weight is",
+    ),
+    "one DoRA scale of no dimension": (
+        {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(1, 2)}
+        | {"dora_scale": torch.tensor(1.0)},
+        r"The DoRA scales of lora_unet_conv_in .* are \[\] for a layer of 1 × 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("factors", "said"), MISFITS.values(), ids=MISFITS)
+def test_factors_that_are_no_layer_together_are_refused_by_layer_and_shapes(
+    factors: Tensors, said: str, tmp_path: Path
+) -> None:
+    write_tensors(
+        tmp_path / "a.safetensors", {f"lora_unet_conv_in.{end}": value for end, value in factors.items()}
+    )
+    with pytest.raises(UserError, match=said):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_matrices_that_are_stored_as_kernels_of_one_place_are_read_as_matrices(tmp_path: Path) -> None:
+    tensors, change = kron_case(True, True, 2)(torch.empty(4, 6))
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    as_kernels = {f"{stem}.{end}": v[:, :, None, None] if v.ndim else v for end, v in tensors.items()}
+    write_tensors(tmp_path / "a.safetensors", as_kernels)
+    (layer,) = read_adapter(tmp_path / "a.safetensors").layers.values()
+    torch.testing.assert_close(layer.delta_weight(), change)
+
+
 @pytest.mark.parametrize("kind", ["dora over inputs", "dora of a loha over inputs"])
 @pytest.mark.parametrize("square", [True, False])
 def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
@@ -788,6 +859,9 @@ def test_peft_s_folder_is_read_with_its_strength(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"modules_to_save": ["conv_out"]}, r"modules_to_save: conv_out\), which no adapter holds"),
+        ({"modules_to_save": 7}, "modules_to_save is no list of layer names"),
+        ({"bias": 3}, "bias is none of none, lora_only, all"),
         ({"peft_type": "OFT"}, "OFT"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"r": 9}, "rank 9"),
@@ -816,6 +890,17 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
     assert next(iter(read_adapter(tmp_path).layers.values())).scale == 4  # peft's own default is 8
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=said):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["conv_out"]}, {"bias": "all"}])
+def test_what_peft_trained_as_a_whole_beside_a_lora_is_named(
+    whole: dict[str, Any], models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    network = copy.deepcopy(models["sd"].denoiser)
+    settings = LoraConfig(r=2, target_modules=["to_q"], **whole)
+    get_peft_model(network, settings).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=r"trained as a whole .*merge_and_unload.*customize extract"):
         read_adapter(tmp_path)
 
 

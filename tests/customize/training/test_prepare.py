@@ -23,7 +23,7 @@ from backbone.training.prepared import Cuts
 from backbone.training.run import take_steps
 from customize.cli import app
 from customize.data.dataset import SubjectGroup, TrainingData, prepare
-from customize.data.folders import read_images
+from customize.data.folders import open_prepared, read_images
 from customize.data.prepared import PreparedImages
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import Settings, Subject
@@ -86,7 +86,11 @@ def test_a_run_from_a_prepared_folder_is_the_run_from_its_images_bit_for_bit(
 
 
 def test_a_preparation_that_was_killed_goes_on_and_bad_images_are_left_out_only_when_asked(
-    tiny_folder: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(folders, "LEAST", 1)
     monkeypatch.setattr(encode, "BATCH_PIXELS", 1)
@@ -112,6 +116,9 @@ def test_a_preparation_that_was_killed_goes_on_and_bad_images_are_left_out_only_
         assert "1.png is text, not a picture" in str(caught.value) and calls[0] == 2
         found = prepared(tiny_folder, shapes, tmp_path / "out", skip_bad=True)  # encodes nothing more
     assert found.facts.bad == 1 and [one.path.stem for one in found.pictures] == ["0", "2", "3", "4"]
+    capsys.readouterr()
+    open_prepared(str(found.folder))  # as a training does
+    assert capsys.readouterr().err == f"Left out of {found.folder}: 1 image that cannot be used.\n"
     for path in shapes.glob("*.png"):
         path.unlink()
     assert found.pictures[2].open().size == (64, 64), "the first are kept"

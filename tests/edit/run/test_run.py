@@ -97,6 +97,19 @@ def test_an_edit_leaves_everything_that_it_should(edit: Edit, capsys: pytest.Cap
     assert width > height  # a row for each edit, nothing but the source repeated
 
 
+def test_what_was_not_measured_is_not_said_to_be_and_a_folder_with_a_blank_is_quoted(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("sdedit", "photo.png", "--prompt", "a cat")
+    assert edit(*asked, "--no-metrics", "--out", "a cat") == 0
+    err, readme = capsys.readouterr().err, Path("a cat/README.md").read_text()
+    assert "a cat/report.html says how." in err and "measure" not in err and "figures" not in readme
+    assert "    edit replay 'a cat/run.json'\n" in readme
+    assert edit(*asked, "--out", "two") == 0
+    assert "two/report.html measures it." in capsys.readouterr().err
+    assert "with figures" in Path("two/README.md").read_text()
+
+
 def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
     edit: Edit, capsys: pytest.CaptureFixture[str]
 ) -> None:
