@@ -72,6 +72,7 @@ class UsualEdit:
     self_attention: Annotated[float, _number("Self-attention.", 0, 1)] = 0.4
     colour_self_attention: Annotated[float, _number("Self-attention, where a colour changes.", 0, 1)] = 0.4
     style_self_attention: Annotated[float, _number("Self-attention, where a style changes.", 0, 1)] = 0.4
+    place_self_attention: Annotated[float, _number("Self-attention, where most changes.", 0, 1)] = 0.4
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,8 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
         float | None,
     ),
     **dict.fromkeys(("guidance_start", "guidance_stop"), float | None),
-    **dict.fromkeys(
-        ("cross", "self_attention", "colour_self_attention", "style_self_attention"), float | None
-    ),
+    **dict.fromkeys(("cross", "self_attention"), float | None),
+    **dict.fromkeys(("colour_self_attention", "style_self_attention", "place_self_attention"), float | None),
     **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then", "references"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
     **dict.fromkeys(("condition", "controlnet", "source_condition"), list[str]),

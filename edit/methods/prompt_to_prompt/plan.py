@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +48,26 @@ class ControlPlan:
 
 
 def plan_control(
-    alignments: Sequence[Alignment], settings: ReplaceSettings, steps: int, device: torch.device
+    alignments: Sequence[Alignment],
+    settings: ReplaceSettings,
+    steps: int,
+    device: torch.device,
+    *,
+    whole: Set[int] = frozenset(),
 ) -> ControlPlan:
-    """The plan of S steps for the alignments of N targets; `settings` are resolved."""
+    """The plan of S steps for the alignments of N targets; `settings` are resolved.
+
+    `whole` are the numbers of targets that are predicted differently in most of the picture.
+    """
     controlled = []
-    for alignment in alignments:
+    for number, alignment in enumerate(alignments):
         until = settings.self_attention
         if settings.colour_self_attention is not None and only_colours(alignment):
             until = settings.colour_self_attention
         if settings.style_self_attention is not None and only_styles(alignment):
             until = settings.style_self_attention
+        if settings.place_self_attention is not None and number in whole:
+            until = settings.place_self_attention
         assert until is not None, "settings are resolved"
         window = (until, 1.0) if settings.attention == "contents" else (0.0, until)
         controlled.append(steps_inside(steps, window).bool().tolist())

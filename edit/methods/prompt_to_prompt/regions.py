@@ -35,6 +35,9 @@ ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
 LINKS = ARTICLES | {"of", "in", "as", "the"}  # which follow words of how a picture is made
 
 
+MOST = 0.5  # of a picture: what differs in more changes the whole of it
+
+
 class Regions:
     """Where each of N targets may differ from the source.
 
@@ -71,6 +74,14 @@ class Regions:
         self.differences = dict(zip(self.pairs, maps, strict=True))
         return nfe
 
+    def whole(self) -> frozenset[int]:
+        """The numbers of the targets that are predicted differently in most of the picture, as in another place.
+
+        A threshold of the greatest difference is then none between what changes and what does not.
+        """
+        shares = {n: float((d > self.settings.threshold).float().mean()) for n, d in self.differences.items()}
+        return frozenset(n for n, share in shares.items() if share > MOST)
+
     def freed(self) -> list[Tensor] | None:
         """Where each target is not held by maps of the source [N, H, W], 0 or 1: what is put on or taken off it.
 
@@ -78,7 +89,7 @@ class Regions:
         """
         places = [
             (self.differences[n] > self.settings.threshold).float()
-            if n in self.differences and only_adds(alignment)
+            if n in self.differences and n not in self.whole() and only_adds(alignment)
             else torch.zeros(self.size, device=self.device)
             for n, alignment in enumerate(self.alignments)
         ]
@@ -100,7 +111,7 @@ class Regions:
         mask = torch.zeros(self.size, device=self.device, dtype=torch.bool)
         # Where the prompts differ or a word to blend stands, in either image; everywhere if neither is asked for
         if n in self.differences:
-            mask = mask | (self.differences[n] > threshold)
+            mask = mask | (self.differences[n] > threshold) | (n in self.whole())
             if self.moved is not None:
                 mask = mask | (self.moved > 0)
         if blends:

@@ -66,11 +66,11 @@ def replace(
     check_supported(model, settings)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
-    plan = plan_control(alignments, settings, steps, model.device)
     regions = Regions(inversion, alignments, settings)
-    _say_unread_swap(settings, regions, plan)
     # Where the targets may differ, as far as that is known before the first step
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
+    plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
+    _say_unread_swap(settings, regions, plan)
     text = encode_source_and_targets(inversion, targets, regions.freed())
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)

@@ -16,8 +16,14 @@ from edit.pictures import ImageLike
 
 AUTO = "auto"  # as a word to blend: wherever the prompts differ
 USUAL: Mapping[str, float] = {"cross": 0.8, "self_attention": 0.4}
-BY_MODEL = ("cross", "self_attention", "colour_self_attention", "style_self_attention")
-BY_CHANGE = BY_MODEL[2:]  # of targets in which one kind of words alone differs
+BY_MODEL = (
+    "cross",
+    "self_attention",
+    "colour_self_attention",
+    "style_self_attention",
+    "place_self_attention",
+)
+BY_CHANGE = BY_MODEL[2:]  # of some targets alone, by what changes in them
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class ReplaceSettings:
     colour_self_attention   that of targets in which nothing but colours differs; None: what works with the model
                             where `self_attention` is None too, else `self_attention`
     style_self_attention    the same of targets in which nothing but how the image is made differs
+    place_self_attention    the same of those of which more than half is predicted differently, where `blend` is `auto`
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.control.Control`)
@@ -39,7 +46,8 @@ class ReplaceSettings:
     swaps                   words that take each other's place, whatever stands around them
     blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
                             stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
-                            says how the image is made (“a watercolor of”); empty: nowhere
+                            says how the image is made (“a watercolor of”), or more than half of it is predicted
+                            differently; empty: nowhere
     keep                    words in whose place the source stays
     mask                    where the image may change (white); of the image's size, or as it was cropped
     threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from
@@ -54,6 +62,7 @@ class ReplaceSettings:
     self_attention: float | None = None
     colour_self_attention: float | None = None
     style_self_attention: float | None = None
+    place_self_attention: float | None = None
     attention: SelfAttention = "layout"
     layers: Literal["all", "late"] = "all"
     reach: Reach = "prompted"

@@ -16,6 +16,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
 from edit.inversion.inversion import Inversion, Method, invert, reconstruct
+from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import (
     Regions,
     blended_words,
@@ -217,6 +218,27 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     assert crown.nonzero().tolist() == [[0, 0]] and not watercolor.any()
 
 
+@pytest.mark.parametrize(("share", "whole"), [(0.4, False), (0.6, True)])
+def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
+    inversion: Inversion, share: float, whole: bool
+) -> None:
+    target = inversion.prompt.replace("the snow", "a park")
+    settings = ReplaceSettings(place_self_attention=0.8, self_attention=0.2, cross=0.0)
+    alignments = align_prompts(inversion.model, inversion.prompt, [target], settings)
+    regions = Regions(inversion, alignments, settings)
+    differs = torch.zeros(regions.size).flatten()
+    differs[: round(share * differs.numel())] = 0.3
+    regions.differences[0] = differs.view(regions.size)
+    assert regions.whole() == ({0} if whole else set())
+    masks = regions.masks(None)
+    assert masks is not None and masks[0].mean() == pytest.approx(1 if whole else share, abs=0.05)
+    plan = plan_control(alignments, settings, 10, inversion.model.device, whole=regions.whole())
+    assert sum(taken for (taken,) in plan.controlled) == (8 if whole else 2)
+    regions.drawn = torch.zeros(regions.size)  # the user's own mask holds in any case
+    masks = regions.masks(None)
+    assert masks is not None and not masks.any()
+
+
 @pytest.mark.parametrize(
     ("source", "target", "alone"),
     [
@@ -242,7 +264,7 @@ def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -
     assert deviation(edited.latents[0][..., :4], inversion.clean[..., :4]) > 1e-3
 
 
-@pytest.mark.parametrize(("blend", "threshold"), [("auto", 0.5), ("snow", 0.97)])
+@pytest.mark.parametrize(("blend", "threshold"), [("auto", 0.8), ("snow", 0.97)])
 def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
     inversion: Inversion, blend: str, threshold: float
 ) -> None:
