@@ -105,7 +105,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
         "self_attention": 0.2,
         "colour_self_attention": 0.5,
         "style_self_attention": 0.8,
-        "place_self_attention": 0.6,
+        "place_self_attention": 0.4,
     },
     "sheet_prompts": [
         "a {} in the snow",
