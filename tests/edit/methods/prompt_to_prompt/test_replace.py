@@ -214,7 +214,9 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     differs = torch.zeros(regions.size)
     differs[0, :2] = torch.tensor([1.0, 0.4])
     regions.differences[0] = differs
-    crown, watercolor = regions.freed() or ()
+    freed = regions.freed()
+    assert freed is not None
+    crown, watercolor = freed
     assert crown.nonzero().tolist() == [[0, 0]] and not watercolor.any()
 
 
