@@ -75,25 +75,33 @@ class Regions:
         return nfe
 
     def whole(self) -> frozenset[int]:
-        """The numbers of the targets that are predicted differently in most of the picture, as in another place.
-
-        A threshold of the greatest difference is then none between what changes and what does not.
-        """
-        shares = {n: float((d > self.settings.threshold).float().mean()) for n, d in self.differences.items()}
-        return frozenset(n for n, share in shares.items() if share > MOST)
+        """The numbers of the targets that change in all of the picture, as in another place. A GPU is waited for."""
+        found = torch.stack([self._is_whole(n) for n in self.differences]).cpu() if self.differences else ()
+        return frozenset(n for n, all_of_it in zip(self.differences, found, strict=True) if all_of_it)
 
     def freed(self) -> list[Tensor] | None:
         """Where each target is not held by maps of the source [N, H, W], 0 or 1: what is put on or taken off it.
 
-        That has outlines of its own. None where no target has anything put on or taken off, or its place is unknown.
+        That has outlines of its own. None where no target has anything put on or taken off.
         """
+        adds = {
+            n for n, alignment in enumerate(self.alignments) if n in self.differences and only_adds(alignment)
+        }
+        nowhere = torch.zeros(self.size, device=self.device)
         places = [
-            (self.differences[n] > self.settings.threshold).float()
-            if n in self.differences and n not in self.whole() and only_adds(alignment)
-            else torch.zeros(self.size, device=self.device)
-            for n, alignment in enumerate(self.alignments)
+            ((self.differences[n] > self.settings.threshold) & ~self._is_whole(n)).float()
+            if n in adds
+            else nowhere
+            for n in range(self.count)
         ]
-        return places if any(bool(place.any()) for place in places) else None
+        return places if adds else None
+
+    def _is_whole(self, n: int) -> Tensor:
+        """Whether a target is predicted differently in most of the picture [].
+
+        A threshold of the greatest difference is then none between what changes and what does not.
+        """
+        return (self.differences[n] > self.settings.threshold).float().mean() > MOST
 
     def masks(self, maps: Maps | None) -> Tensor | None:
         """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
@@ -111,7 +119,7 @@ class Regions:
         mask = torch.zeros(self.size, device=self.device, dtype=torch.bool)
         # Where the prompts differ or a word to blend stands, in either image; everywhere if neither is asked for
         if n in self.differences:
-            mask = mask | (self.differences[n] > threshold) | (n in self.whole())
+            mask = mask | (self.differences[n] > threshold) | self._is_whole(n)
             if self.moved is not None:
                 mask = mask | (self.moved > 0)
         if blends:

@@ -69,9 +69,11 @@ def replace(
     regions = Regions(inversion, alignments, settings)
     # Where the targets may differ, as far as that is known before the first step
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
-    plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
+    by_place = settings.place_self_attention not in (None, settings.self_attention)
+    whole = regions.whole() if by_place else frozenset[int]()
+    plan = plan_control(alignments, settings, steps, model.device, whole=whole)
     _say_unread_swap(settings, regions, plan)
-    text = encode_source_and_targets(inversion, targets, regions.freed())
+    text = encode_source_and_targets(inversion, targets, regions)
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
     predict = guide_source_and_targets(inversion, text, guidance)
@@ -186,14 +188,15 @@ def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLa
 
 
 def encode_source_and_targets(
-    inversion: Inversion, targets: Sequence[str], freed: Sequence[Tensor] | None = None
+    inversion: Inversion, targets: Sequence[str], regions: Regions | None = None
 ) -> Conditions:
     """The encoded prompts [1 + N, ...], the source's first, with the layout's controls.
 
-    `freed` are places [H, W] of the targets in which maps that were found in the source do not hold.
+    With `regions`, maps that were found in the source do not hold for what is put on or taken off.
     """
     text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
-    if freed is not None and inversion.layout.conditions:
+    freed = regions.freed() if regions is not None and inversion.layout.conditions else None
+    if freed is not None:
         return inversion.layout.under_without(text, inversion.schedule, freed)
     return inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
 
