@@ -75,8 +75,14 @@ class Regions:
         return nfe
 
     def whole(self) -> frozenset[int]:
-        """The numbers of the targets that change in all of the picture, as in another place. A GPU is waited for."""
-        found = torch.stack([self._is_whole(n) for n in self.differences]).cpu() if self.differences else ()
+        """The numbers of the targets that change in all of the picture, as in another place.
+
+        For that a GPU is waited for; none where no attention hangs on it.
+        """
+        idle = self.settings.place_self_attention in (None, self.settings.self_attention)
+        if idle or not self.differences:
+            return frozenset()
+        found = torch.stack([self._is_whole(n) for n in self.differences]).cpu()
         return frozenset(n for n, all_of_it in zip(self.differences, found, strict=True) if all_of_it)
 
     def freed(self) -> list[Tensor] | None:

@@ -69,9 +69,7 @@ def replace(
     regions = Regions(inversion, alignments, settings)
     # Where the targets may differ, as far as that is known before the first step
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
-    by_place = settings.place_self_attention not in (None, settings.self_attention)
-    whole = regions.whole() if by_place else frozenset[int]()
-    plan = plan_control(alignments, settings, steps, model.device, whole=whole)
+    plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
     _say_unread_swap(settings, regions, plan)
     text = encode_source_and_targets(inversion, targets, regions)
     empty = unconditional_text(inversion, settings.negative, text)
