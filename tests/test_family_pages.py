@@ -193,6 +193,36 @@ def test_the_memory_of_a_page_is_what_the_planner_counts(page: str) -> None:
     assert block_of(page, "memory") == memory_of(page), "python -m tests.test_family_pages --memory writes it"
 
 
+def phases_of(page: str, name: str) -> list[str]:
+    """GiB of a page's model as it comes: encoding, base predictions, training, previews."""
+    row = next(
+        line for line in (block_of(page, "memory") or "").splitlines() if line.startswith(f"| `{name}`")
+    )
+    return re.findall(r"(?:encoding|base predictions|training|previews) ([\d.]+)", row)
+
+
+def test_the_memory_in_the_readme_and_of_photographs_is_that_of_the_pages() -> None:
+    readme, photographs = (
+        (FOLDER.parent / name).read_text(encoding="utf-8") for name in ("../README.md", "photographs.md")
+    )
+    counted = [
+        phases_of(page, name)
+        for page, name in zip(
+            ("stable-diffusion.md", "sdxl.md", "sd3.md"), ("sd15", "sdxl", "sd3"), strict=True
+        )
+    ]
+    flux = phases_of("flux.md", "flux")
+    training = " | ".join(phases[2] for phases in counted)
+    whole = " | ".join(max(phases, key=float) for phases in counted)
+    assert f"| LoRA training, GiB | {training} | " in readme
+    assert f"previews included, GiB | {whole} | {flux[3]}* |" in readme
+    for phases in counted:
+        assert f" | {' | '.join(phases)} |" in photographs
+    assert (
+        f" | {flux[0]} | {flux[1]} | " in photographs and f"({flux[2]} without) | {flux[3]} |" in photographs
+    )
+
+
 def write(page: str, name: str, text: str) -> None:
     """Puts a text between the marks of a name."""
     path = FOLDER / page
