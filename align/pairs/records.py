@@ -141,6 +141,11 @@ class LeftOut:
 
         `ties` says whether a loss of pairs learns from them.
         """
+        named = self.count(by_pairs=by_pairs, ties=ties)
+        return f"Left out of {source}: {named}." if named else ""
+
+    def count(self, *, by_pairs: bool, ties: bool) -> str:
+        """How many of each kind such a loss leaves out, as “2 records without a label and 1 tie”; "" for none."""
         counts = [
             f"{count_of(self.bad, 'record')} that cannot be used" if self.bad else "",
             f"{count_of(self.unlabelled, 'record')} without a label" if self.unlabelled else "",
@@ -150,12 +155,7 @@ class LeftOut:
             else "",
         ]
         named = list(filter(None, counts))
-        all_but_last = ", ".join(named[:-1])
-        return (
-            f"Left out of {source}: {' and '.join(filter(None, [all_but_last, *named[-1:]]))}."
-            if named
-            else ""
-        )
+        return " and ".join(filter(None, (", ".join(named[:-1]), *named[-1:])))
 
 
 class Records(list[Record]):

@@ -13,7 +13,7 @@ from align.training.start import as_kept, start
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
 from backbone.cli.options import command, settled_command
-from backbone.io.console import count_of, is_main_rank, notify, quote
+from backbone.io.console import is_main_rank, notify, quote
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 
@@ -29,17 +29,15 @@ def register(app: typer.Typer) -> None:
 
 def prepare(asked: PreparePairs) -> None:
     """Encode all images and prompts of a source once, for `align train` on data of any size."""
+    from align.pairs.records import LeftOut
     from align.training.start import start_preparing
 
     prepared = start_preparing(asked)
     if not is_main_rank():
         return
     facts = prepared.facts
-    left = [
-        f"{count_of(facts.bad, 'record')} that cannot be used" if facts.bad else "",
-        f"{count_of(facts.unlabelled, 'record')} without a label" if facts.unlabelled else "",
-    ]
-    left_out = f"; left out: {' and '.join(filter(None, left))}" if any(left) else ""
+    left = LeftOut(facts.bad, facts.unlabelled, ties=0, singles=0).count(by_pairs=True, ties=True)
+    left_out = f"; left out: {left}" if left else ""
     notify(
         f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {quote(prepared.folder)}"
     )

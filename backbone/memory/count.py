@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from backbone.training.attention import fast_attention_backward
-from backbone.training.fast import uncast_inputs
+from backbone.training.fast import fast_steps
 
 Forward = Callable[[], Tensor]
 AUTOCAST_LOWER = frozenset(
@@ -66,8 +66,7 @@ def training_step_bytes(
     """
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
-        fast_attention_backward(network, device=device),
-        uncast_inputs(network),
+        fast_steps(network, device=device),
         _enable_checkpointing(network, device, autocast, checkpointing),
         LiveStorageTracker(weights, inputs) as alive,
     ):

@@ -12,9 +12,12 @@ from backbone.training.attention import fast_attention_backward
 
 
 @contextmanager
-def fast_steps(denoiser: nn.Module) -> Iterator[None]:
-    """Inside the `with`, a denoiser's attention has a fast backward pass, and autocast alone casts a LoRA's inputs."""
-    with fast_attention_backward(denoiser), uncast_inputs(denoiser):
+def fast_steps(denoiser: nn.Module, *, device: str = "") -> Iterator[None]:
+    """Inside the `with`, a denoiser's attention has a fast backward pass, and autocast alone casts a LoRA's inputs.
+
+    `device` is the denoiser's if left out.
+    """
+    with fast_attention_backward(denoiser, device=device), uncast_inputs(denoiser):
         yield
 
 

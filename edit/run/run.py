@@ -20,6 +20,7 @@ from backbone.io.files import content_hash, fill_folder, make_numbered_folder, r
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder, refuse_unwritable
 from edit.layout import AskedLayout
+from edit.methods.prompt_to_prompt.settings import BY_MODEL
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
@@ -45,8 +46,7 @@ WISH_TYPES: dict[str, Any] = {  # of a record's settings
         float | None,
     ),
     **dict.fromkeys(("guidance_start", "guidance_stop"), float | None),
-    **dict.fromkeys(("cross", "self_attention"), float | None),
-    **dict.fromkeys(("colour_self_attention", "style_self_attention", "place_self_attention"), float | None),
+    **dict.fromkeys(BY_MODEL, float | None),
     **dict.fromkeys(("concepts", "targets", "keep", "heatmaps", "then", "references"), list[str]),
     **dict.fromkeys(("metrics", "film"), bool),
     **dict.fromkeys(("condition", "controlnet", "source_condition"), list[str]),

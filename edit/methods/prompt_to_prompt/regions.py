@@ -195,7 +195,7 @@ def refuse_ambiguous_auto(asked: Sequence[str], alignments: Sequence[Alignment])
 def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[str, str] | None:
     """Two prompts that differ in what the edit changes: the source and the target; of the same prompt with other
     weights, the prompt without the weighted words. None where a word that differs says how it is all made."""
-    if any(word.text in EVERYWHERE for span in alignment.changes() for word in (*span.source, *span.target)):
+    if changed_words(alignment) & EVERYWHERE:
         return None
     source, target = alignment.source.text, alignment.target.text
     if source != target or not weights:
@@ -209,22 +209,25 @@ def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tu
 
 def only_colours(alignment: Alignment) -> bool:
     """Whether something differs, and nothing but colours."""
-    changed = {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
-    words = changed - ARTICLES
+    words = changed_words(alignment) - ARTICLES
     return bool(words) and words <= COLOURS
 
 
 def only_styles(alignment: Alignment) -> bool:
     """Whether something differs, and nothing but words that say how a picture is made."""
-    changed = {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
-    return bool(changed & EVERYWHERE) and changed <= EVERYWHERE | LINKS
+    words = changed_words(alignment)
+    return bool(words & EVERYWHERE) and words <= EVERYWHERE | LINKS
 
 
 def only_adds(alignment: Alignment) -> bool:
     """Whether what differs are words that were added or removed, and some of them name more than colours."""
-    changes = list(alignment.changes())
-    words = {word.text.lower() for span in changes for word in (*span.source, *span.target)}
-    return all(span.change in ("added", "removed") for span in changes) and bool(words - COLOURS - ARTICLES)
+    added = all(span.change in ("added", "removed") for span in alignment.changes())
+    return added and bool(changed_words(alignment) - COLOURS - ARTICLES)
+
+
+def changed_words(alignment: Alignment) -> set[str]:
+    """The words that differ, of both prompts, in lower case."""
+    return {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
 
 
 def _words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
