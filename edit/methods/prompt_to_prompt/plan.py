@@ -62,7 +62,7 @@ def plan_control(
     controlled = []
     for number, alignment in enumerate(alignments):
         until = settings.self_attention
-        if settings.colour_self_attention is not None and only_colours(alignment):
+        if settings.colour_self_attention is not None and only_colours(alignment, settings.weights):
             until = settings.colour_self_attention
         if settings.style_self_attention is not None and only_styles(alignment):
             until = settings.style_self_attention

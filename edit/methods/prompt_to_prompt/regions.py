@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from edit.attention.control import Maps
 from edit.inversion.inversion import Inversion
 from edit.masks import difference_maps, load_latent_mask
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
+from edit.methods.prompt_to_prompt.weigh import without_phrase
 
 EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no place in it
     "style", "art", "painting", "drawing", "sketch", "sketched", "watercolor", "watercolour", "photo", "photograph",
@@ -202,14 +203,15 @@ def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tu
         return source, target
     rest = target
     for phrase in weights:
-        rest = re.sub(rf"\b{re.escape(phrase)}\b", " ", rest, flags=re.IGNORECASE)
-    rest = " ".join(rest.split())
+        rest = without_phrase(rest, phrase)
     return None if rest == target else (rest, target)
 
 
-def only_colours(alignment: Alignment) -> bool:
-    """Whether something differs, and nothing but colours."""
+def only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingProxyType({})) -> bool:
+    """Whether something differs, and nothing but colours; of the same prompt, whether colours alone have `weights`."""
     words = changed_words(alignment) - ARTICLES
+    if not words:
+        words = {word.text for phrase in weights for word in alignment.target.find(phrase)}
     return bool(words) and words <= COLOURS
 
 

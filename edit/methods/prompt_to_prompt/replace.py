@@ -35,6 +35,7 @@ from edit.layout import SOURCE, TARGET
 from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
 from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
+from edit.methods.prompt_to_prompt.weigh import weigh_context
 from edit.result import Result
 from edit.sampling import KeptEstimates, SourceAndTargets, select
 
@@ -190,9 +191,14 @@ def encode_source_and_targets(
 ) -> Conditions:
     """The encoded prompts [1 + N, ...], the source's first, with the layout's controls.
 
-    With `regions`, maps that were found in the source do not hold for what is put on or taken off.
+    With `regions`, weighted words count by their weight in what the others say of them, and maps that were found in the
+    source do not hold for what is put on or taken off.
     """
     text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
+    if regions is not None and regions.settings.steady_weights:
+        prompts = [alignment.target for alignment in regions.alignments]
+        weighed = weigh_context(inversion.model, text[1:], prompts, regions.settings.steady_weights)
+        text = Conditions.cat([text[:1], weighed])
     freed = regions.freed() if regions is not None and inversion.layout.conditions else None
     if freed is not None:
         return inversion.layout.under_without(text, inversion.schedule, freed)

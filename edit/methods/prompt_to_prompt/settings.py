@@ -42,7 +42,8 @@ class ReplaceSettings:
     features                until when the targets take the source's residual features
     windows                 (from, until) of single words, instead of (0, cross)
     weights                 how strongly words of the target count, 1 usually: in their windows, which are all the steps
-                            where `cross` is 0 and no others are given
+                            where `cross` is 0 and no others are given. In such a window what the other words say of
+                            them counts by it too (`weigh`)
     swaps                   words that take each other's place, whatever stands around them
     blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
                             stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
@@ -104,6 +105,16 @@ class ReplaceSettings:
             return found
         # A word counts by its weight only where its window is open
         return replace(found, windows={**dict.fromkeys(self.weights, (0.0, 1.0)), **self.windows})
+
+    @property
+    def steady_weights(self) -> dict[str, float]:
+        """The weights of words whose window is all the steps, once the settings are resolved."""
+        usual = (0.0, self.cross or 0.0)
+        return {
+            word: weight
+            for word, weight in self.weights.items()
+            if self.windows.get(word, usual) == (0.0, 1.0)
+        }
 
     @property
     def carries_words(self) -> bool:

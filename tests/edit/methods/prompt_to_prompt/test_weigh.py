@@ -1,0 +1,79 @@
+"""What a weighted word is to the tokens of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import ImageStat
+
+from backbone.models.cache import encode_prompts_cached
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
+from edit.attention.alignment import tokenize_prompt
+from edit.inversion.inversion import invert
+from edit.methods.prompt_to_prompt.replace import replace
+from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.methods.prompt_to_prompt.weigh import weigh_context, without_phrase
+
+PROMPT, REST = "a green dog in a park", "a dog in a park"
+
+
+@pytest.fixture(scope="module")
+def moji() -> Backbone:
+    return Backbone.open("moji", device="cpu")
+
+
+def weighed(model: Backbone, weights: dict[str, float], prompt: str = PROMPT) -> torch.Tensor:
+    text = encode_prompts_cached(model, [prompt])
+    found = weigh_context(model, text, [tokenize_prompt(model.text_encoder.segments, prompt)], weights)
+    return next(iter(found.text.values()))[0]
+
+
+def encoded(model: Backbone, prompt: str) -> torch.Tensor:
+    return next(iter(encode_prompts_cached(model, [prompt]).text.values()))[0]
+
+
+def test_at_weight_zero_the_other_tokens_know_nothing_of_a_word(moji: Backbone) -> None:
+    found, without, whole = weighed(moji, {"green": 0.0}), encoded(moji, REST), encoded(moji, PROMPT)
+    torch.testing.assert_close(found[:2], without[:2])  # the beginning and “a”
+    torch.testing.assert_close(found[3:8], without[2:7])  # “dog in a park” and its end, one place further
+    torch.testing.assert_close(found[8:], without[8:])  # the padding
+    assert torch.equal(found[2], whole[2])  # the word itself, which the attention weighs
+
+
+def test_other_weights_lie_on_the_line_through_both_and_few_go_far_beyond(moji: Backbone) -> None:
+    none, half, whole, strong = (weighed(moji, {"green": weight}) for weight in (0.0, 0.5, 1.0, 3.0))
+    assert torch.equal(whole, encoded(moji, PROMPT))
+    torch.testing.assert_close(half, (none + whole) / 2)
+    torch.testing.assert_close(strong, whole + 0.25 * (whole - none))
+
+
+def test_phrases_that_are_not_there_or_are_all_there_is_change_nothing(moji: Backbone) -> None:
+    assert torch.equal(weighed(moji, {"purple": 0.0}), encoded(moji, PROMPT))
+    assert torch.equal(weighed(moji, {PROMPT: 0.0}), encoded(moji, PROMPT))
+
+
+def test_a_phrase_is_left_out_as_whole_words_wherever_it_stands() -> None:
+    assert without_phrase("a red car, a Red dog and a bored cat", "red") == "a car, a dog and a bored cat"
+    assert without_phrase("a  dog", "cat") == "a  dog"
+
+
+def test_words_with_a_window_of_their_own_are_weighed_by_attention_alone() -> None:
+    settings = ReplaceSettings(
+        weights={"red": 2.0, "dog": 2.0}, windows={"red": (0.0, 0.5), "dog": (0.0, 1.0)}, cross=0.0
+    )
+    assert settings.steady_weights == {"dog": 2.0}
+    assert ReplaceSettings(weights={"red": 2.0}, cross=1.0).steady_weights == {"red": 2.0}
+    assert ReplaceSettings(weights={"red": 2.0}, cross=0.8).steady_weights == {}
+
+
+def test_a_colour_fades_with_its_weight_and_the_rest_of_the_image_stays(moji: Backbone) -> None:
+    prompt = "a green dog on a white background"
+    [drawn] = sample(moji, [Request(prompt, (0, 0))], steps=8, guidance=4.0, seed=0)
+    inversion = invert(moji, drawn, prompt, steps=10)
+    greens = []
+    for weight in (0.0, 1.0):
+        edited = replace(inversion, prompt, ReplaceSettings(weights={"green": weight})).images[0]
+        red, green, _ = ImageStat.Stat(edited).mean
+        greens.append(green - red)
+    assert greens[0] < 0.5 * greens[1]
