@@ -18,7 +18,7 @@ from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
 from backbone.media.sources.splits import choose_table, leave_out_measured
-from backbone.media.sources.tars import TAR_COLUMNS, Stored, read_tars, refuse_dots
+from backbone.media.sources.tars import TAR_COLUMNS, Stored, name_column, read_tars, refuse_dots
 
 
 def find_tables(folder: Path, suffix: str) -> list[Path]:
@@ -125,8 +125,8 @@ def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     refuse_dots(found)
     for name in found:
-        plain = name.removeprefix("json.") if name.startswith("json.") else name.split(".")[0]
-        new = TAR_COLUMNS.get(plain.lower(), plain)
+        key = name.removeprefix("json.")
+        new = name_column(name) if key == name else TAR_COLUMNS.get(key.lower(), key)
         names[name] = name if new in names.values() else new
     return names
 

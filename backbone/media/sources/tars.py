@@ -124,7 +124,7 @@ def read_tars(files: Sequence[Path]) -> Tars:
 
 def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dict[str, str]:
     """The columns of endings: those that one sample has beside each other are never one column, and others may be."""
-    wanted = {ending: _column_of(ending) for ending in endings}
+    wanted = {ending: name_column(ending) for ending in endings}
     beside: set[str] = set()
     for sample in samples:
         seen: set[str] = set()
@@ -135,7 +135,8 @@ def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dic
     return {ending: ending if ending in beside else column for ending, column in wanted.items()}
 
 
-def _column_of(ending: str) -> str:
+def name_column(ending: str) -> str:
+    """What the files of an ending hold: "jpg" images, "txt" captions, "jpg.txt" (1.jpg.txt beside 1.jpg) too."""
     first, last = (parts := ending.split("."))[0], parts[-1]
     if len(parts) > 1 and f".{last.lower()}" in CAPTION_SUFFIXES and f".{first.lower()}" in IMAGE_SUFFIXES:
         first = last  # 1.jpg.txt, the caption of 1.jpg
@@ -155,7 +156,7 @@ def refuse_dots(endings: Sequence[str]) -> None:
 def _refuse_caption_lists(without: Sequence[Sample], samples: Sequence[Sample]) -> None:
     """`UserError` for a list that has all captions, where no sample with an image has its own."""
     told = any(
-        _column_of(ending) in ("text", "caption") or isinstance(value, dict)
+        name_column(ending) in ("text", "caption") or isinstance(value, dict)
         for sample in samples
         for ending, value in sample.files.items()
     )

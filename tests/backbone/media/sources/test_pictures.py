@@ -21,7 +21,8 @@ from backbone.io.console import UserError, notify_once, said_of
 from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_named, open_rgb
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
-from backbone.media.sources.tables import caption_at
+from backbone.media.sources.tables import caption_at, name_tar_columns
+from backbone.media.sources.tars import name_column
 from backbone.media.transforms import (
     CROPS,
     CropPosition,
@@ -469,6 +470,18 @@ def test_captions_lie_beside_their_pictures(tmp_path: Path) -> None:
     (tmp_path / "e.caption").write_text("another dog")
     with pytest.raises(UserError, match=r"e\..* and e\..* are both the caption of e\.(png|jpg)"):
         list_images(tmp_path)
+
+
+def test_a_streamed_tar_s_columns_are_called_as_an_unpacked_one_s() -> None:
+    names = name_tar_columns(["jpg", "jpg.txt", "json.seed", "json.caption", "__key__"])
+    assert names == {
+        "jpg": "image",
+        "jpg.txt": name_column("jpg.txt"),
+        "json.seed": "seed",
+        "json.caption": name_column("caption"),
+        "__key__": "__key__",
+    }
+    assert names["jpg.txt"] == name_column("txt") != names["jpg"]
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])

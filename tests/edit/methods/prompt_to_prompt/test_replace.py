@@ -188,6 +188,15 @@ def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, a
 
 
 @pytest.mark.parametrize(
+    ("weights", "alone"),
+    [({"red": 3.0}, True), ({"dog": 3.0}, False), ({"red": 3.0, "dog": 2.0}, False), ({}, False)],
+)
+def test_weights_of_colours_change_nothing_but_colours(weights: dict[str, float], alone: bool) -> None:
+    prompt = read_prompt(Backbone.open("moji", device="cpu").text_encoder.tokenizer, "a red dog")
+    assert only_colours(align(prompt, prompt), weights) is alone
+
+
+@pytest.mark.parametrize(
     ("target", "free"),
     [
         ("a dog wearing a crown in a park", True),
