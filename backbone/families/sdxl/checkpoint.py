@@ -13,7 +13,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.families.base import TextEncoderSlot
 from backbone.families.location import PUBLISHED_CONFIGS, Location
-from backbone.families.single_file.checkpoint import unet_and_latent_channels
+from backbone.families.single_file.checkpoint import (
+    noise_settings,
+    read_prediction,
+    say_what_a_name_promises,
+    unet_and_latent_channels,
+)
 from backbone.families.single_file.clip import build_clip, convert_openclip
 from backbone.io.files import Header, read_tensors
 
@@ -27,8 +32,10 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     if not has_encoders or in_channels is None or in_channels != latent_channels:
         return None
     beside = (header.path.with_suffix(""), header.path.parent)
-    prediction_type = header.metadata.get("modelspec.prediction_type", "")
-    published = ["velocity"] * (prediction_type.startswith("v") or "v_pred" in header.shapes)
+    prediction = read_prediction(header)
+    if prediction is None:
+        say_what_a_name_promises(header)
+    published = noise_settings(header, prediction or "epsilon")
     return (
         *beside,
         *(PUBLISHED_CONFIGS / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
