@@ -1172,7 +1172,7 @@ def test_what_a_system_keeps_on_a_disk_and_what_is_closed_is_no_folder_of_images
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "dog" / "1.png")
-    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN"):
+    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "#recycle"):
         write(tmp_path / name / "2.png")
     assert [picture.path.name for picture in list_images(tmp_path)] == ["1.png"]
     # A folder may be listed, and its entries not looked at
@@ -1225,6 +1225,12 @@ def test_sources_without_pictures_say_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "dogs.zip").touch()
     with pytest.raises(UserError, match=r"is a \.zip file.*Unpack it, and give that folder"):
         list_images(tmp_path / "dogs.zip")
+    (tmp_path / "dogs.jsonl").touch()
+    with pytest.raises(UserError, match=r"call it metadata\.jsonl, beside the images"):
+        list_images(tmp_path / "dogs.jsonl")
+    (tmp_path / "dataset.toml").touch()
+    with pytest.raises(UserError, match="give the folder of images that it names"):
+        list_images(tmp_path / "dataset.toml")
 
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_network(
