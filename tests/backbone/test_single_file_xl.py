@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,34 @@ def test_a_single_file_is_the_same_model_as_the_folder(file: Path, folder: Path)
             for model, text in zip((one, other), texts, strict=True)
         ]
     torch.testing.assert_close(*said, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_of", ["tensor", "row"])
+@pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
+def test_weights_of_8_bits_are_read_times_the_scales_beside_them(
+    name: str, scale_of: str, file: Path, checkpoint: dict[str, Tensor]
+) -> None:
+    eight, rounded = dict(checkpoint), dict(checkpoint)
+    for key, value in checkpoint.items():
+        if re.search(r"(attn1\.to_q|self_attn\.q_proj|mlp\.c_fc)\.weight$", key):
+            largest = value.abs().amax(1, keepdim=True) if scale_of == "row" else value.abs().max()
+            scale, stem = largest / 448, key.removesuffix("weight")
+            eight[key] = (value / scale).to(torch.float8_e4m3fn)
+            eight |= {f"{stem}{name}": scale, f"{stem}comfy_quant": torch.zeros(3, dtype=torch.uint8)}
+            rounded[key] = eight[key].float() * scale
+    models: list[Backbone] = []
+    for tensors in (eight, rounded):
+        write_tensors(file.with_name(f"{len(models)}.safetensors"), tensors)
+        models.append(opened(file.with_name(f"{len(models)}.safetensors")))
+    ours, theirs = (model.denoiser.state_dict() for model in models)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    texts = [model.encode_prompts(["a dog"]).text["hidden"] for model in models]
+    assert torch.equal(*texts)
+    write_tensors(
+        file, {**eight, **{key: value.to(torch.int8) for key, value in eight.items() if "to_q" in key}}
+    )
+    with pytest.raises(UserError, match="is quantised"):
+        opened(file)
 
 
 def test_the_published_settings_have_the_published_sizes() -> None:

@@ -23,8 +23,10 @@ from backbone.families.single_file.checkpoint import (
     has_settings_beside,
     noise_settings,
     read_prediction,
+    refuse_quantized,
     say_what_a_name_promises,
     unet_and_latent_channels,
+    unscale,
 )
 from backbone.families.single_file.clip import UNUSED_KEYS, build_clip, convert_openclip, read_config
 from backbone.io.console import notify
@@ -46,6 +48,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         or UNET + "label_emb.0.0.weight" in header.shapes
     ):
         return None
+    refuse_quantized(header)
     beside = (header.path.with_suffix(""), header.path.parent)
     is_version_2 = any(name.startswith(OPENCLIP_PREFIX) for name in header.shapes)
     kind, resolution = read_prediction_type(header)
@@ -87,7 +90,7 @@ def load_text_encoder(location: Location) -> TextEncoderSlot:
     """Load the CLIP text encoder in fp32 with its tokenizer; `UserError` where one is missing or they do not fit."""
     from transformers import CLIPTextModel
 
-    tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)
+    tensors = unscale(read_tensors(location.source, prefix=TEXT_PREFIX)[0])
     config = read_config(location, "text_encoder")
     named = convert_to_transformers(tensors, layers=config.num_hidden_layers)
     pads_with = "!" if any(map(is_openclip, tensors)) else "<|endoftext|>"

@@ -16,8 +16,10 @@ from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file.checkpoint import (
     noise_settings,
     read_prediction,
+    refuse_quantized,
     say_what_a_name_promises,
     unet_and_latent_channels,
+    unscale,
 )
 from backbone.families.single_file.clip import build_clip, convert_openclip
 from backbone.io.files import Header, read_tensors
@@ -31,6 +33,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     has_encoders = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
     if not has_encoders or in_channels is None or in_channels != latent_channels:
         return None
+    refuse_quantized(header)
     beside = (header.path.with_suffix(""), header.path.parent)
     prediction = read_prediction(header)
     if prediction is None:
@@ -44,7 +47,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
     """Load both text encoders in fp32 with their tokenizers; `UserError` where one is missing or does not fit."""
-    first, second = (read_tensors(location.source, prefix=prefix)[0] for prefix in (FIRST, SECOND))
+    first, second = (unscale(read_tensors(location.source, prefix=prefix)[0]) for prefix in (FIRST, SECOND))
     named = {
         re.sub(r"^(text_model\.)?", "", name.removeprefix(FIRST)): tensor for name, tensor in first.items()
     }

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
@@ -40,6 +42,10 @@ OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
 SCHEDULER = "scheduler/scheduler_config.json"
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
+# Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
+SCALES = r"\.(scale_weight|weight_scale)$"
+BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
+OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2)$|\.quant_state\."
 TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
@@ -130,6 +136,37 @@ def has_settings_beside(header: Header, name: str) -> bool:
     return any((folder / name).exists() for folder in (header.path.with_suffix(""), header.path.parent))
 
 
+def refuse_quantized(header: Header) -> None:
+    """`UserError` for weights in a format that is not read: all but fp8, with or without scales beside it."""
+    for name, shape in header.shapes.items():
+        weight = re.sub(SCALES, ".weight", name)
+        if weight != name:
+            rows = header.shapes.get(weight, ())[:1]
+            read = header.kinds.get(weight, "").startswith("F8_E") and math.prod(shape) in (1, *rows)
+        else:
+            read = not re.search(OTHER_QUANTIZATION, name)
+        if not read:
+            raise UserError(
+                f"{header.path} is quantised in a format that is not supported (it has {name}). Take its version in "
+                "fp16, bf16 or fp8."
+            )
+
+
+def unscale(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they were before they were quantised to fp8: times the scales beside them, fp32; others as stored."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if re.search(BESIDE_SCALES, name):
+            continue
+        stem = name.removesuffix("weight") if name.endswith(".weight") else ""
+        scale = tensors.get(f"{stem}scale_weight", tensors.get(f"{stem}weight_scale")) if stem else None
+        if scale is not None:
+            whole = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+            tensor = tensor.float() * whole
+        weights[name] = tensor
+    return weights
+
+
 def load_single_file_part(
     kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype
 ) -> Any:
@@ -140,7 +177,7 @@ def load_single_file_part(
     """
     settings = location.local(f"{part}/config.json")
     assert settings is not None
-    tensors, _ = read_tensors(location.source, prefix=prefix)
+    tensors = unscale(read_tensors(location.source, prefix=prefix)[0])
     if prefix == UNET and _holds_mean(read_header(location.source)):
         notify_once(
             f"{location.source} also holds the mean of the weights over their training (EMA). The plain weights are "
