@@ -81,7 +81,13 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)  # which says the same of an option that there is none of
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except UsageError as error:
+            error.message = error.message.replace(
+                "Value error, ", ""
+            )  # pydantic's, before what it has to say
+            raise
         refuse_repeats(order)
         for name, value in ctx.params.items():
             if isinstance(value, Path):

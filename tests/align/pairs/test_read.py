@@ -252,6 +252,23 @@ def test_a_spreadsheet_s_true_and_false_are_labels_and_unseen_marks_no_part_of_a
     assert "label_0 = perhaps" in found.problems[0]
 
 
+def test_without_a_connection_a_dataset_is_asked_for_once_and_a_file_s_name_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("backbone.media.sources.tables.hub_answers", lambda name, kind: asked.append(name))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match="some/pairs is nothing here, and no dataset of that name"):
+        read_preferences("some/pairs")
+    assert asked == ["some/pairs"] and not datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(UserError, match=r"p/pairs\.jsonl does not exist"):
+        read_preferences("p/pairs.jsonl")
+    assert len(asked) == 1
+
+
 def test_columns_that_nothing_reads_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         picture(number).save(tmp_path / f"{number}.png")
