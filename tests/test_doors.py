@@ -25,6 +25,7 @@ import customize.cli
 import edit.cli
 import limner.cli
 from backbone import __version__
+from backbone.cli import other_names
 from backbone.cli.commands import program_words
 from backbone.cli.help import hyphens, refuse_typography
 from backbone.io.console import UserError, refuse_address
@@ -226,6 +227,62 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
     assert isinstance(said.exception, UserError) and meant in str(said.exception)
     unknown = CliRunner().invoke(PROGRAMS[program], [words[0], "--no-such"])
     assert unknown.exit_code == 2 and "No such option" in unknown.output
+    other = CliRunner().invoke(PROGRAMS["customize"], ["export", "run", "--to", "a1111", "--out", "x"])
+    assert "Invalid value for '--to': 'a1111' is not one of" in " ".join(other.output.split())
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        (
+            "customize",
+            ["train", "--lr", "1e-4"],
+            "train. Write --learning-rate.",
+        ),
+        ("customize", ["train", "--max_train_epochs", "9"], "Write --steps. It counts optimiser steps"),
+        ("customize", ["sample", "a dog", "--lora", "f"], "Write --concept. It takes a run"),
+        (
+            "customize",
+            ["sample", "a dog", "--size", "9"],
+            "Write --resolution. It is a number of pixels, as in",
+        ),
+        ("edit", ["sdedit", "a.png", "--num-images", "2"], "Write --count."),
+        ("align", ["train", "--dataset", "p"], "for PAIRS is read without one"),
+    ],
+)
+def test_a_flag_of_other_programs_is_answered_with_its_name_here(
+    program: str, words: list[str], meant: str
+) -> None:
+    said = CliRunner().invoke(PROGRAMS[program], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        ("customize", "generate", "Did you mean 'sample'?"),
+        ("customize", "dreambooth", "Did you mean 'train'?"),
+        ("edit", "inpaint", "Did you mean 'sdedit'?"),
+        ("edit", "make it red", "Name a command first"),
+    ],
+)
+def test_a_command_of_other_programs_is_answered_with_its_name_here(
+    program: str, words: str, meant: str
+) -> None:
+    said = CliRunner().invoke(PROGRAMS[program], [words])
+    assert said.exit_code == 2 and meant in said.output
+    every = CliRunner().invoke(limner.cli.app, ["generate"])
+    assert re.search(r"customize sample or \w+ align sample", every.output)
+
+
+def test_what_other_names_are_answered_with_is_there() -> None:
+    groups: list[Any] = [typer.main.get_command(app) for app in PROGRAMS.values()]
+    commands = {name: command for group in groups for name, command in group.commands.items()}
+    options = {
+        option.lstrip("-") for one in commands.values() for param in one.params for option in param.opts
+    }
+    assert {name for names, _ in other_names.FLAGS.values() for name in names} <= options
+    assert {name for names in other_names.COMMANDS.values() for name in names} <= {*commands}
 
 
 def test_a_file_that_is_called_as_flags_are_is_told_how_to_be_named(

@@ -43,7 +43,7 @@ from backbone.io.console import UserError, looks_like_prompt, notify_once, quote
 from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, resolve_inside
 from backbone.io.run_folder import LEFT_BEHIND, RECORD, is_prepared
-from backbone.media.sources.columns import column_of
+from backbone.media.sources.columns import column_of, join_lines
 from backbone.media.sources.names import find_spelled, list_visible
 from backbone.media.sources.pictures import describe_unused, list_by_name, read_image_list
 from backbone.media.sources.record import DatasetRow, ImageRecord
@@ -466,7 +466,7 @@ def _add_row(
     """Add one row as a pair, a single image or part of a ranking, or its problem; `to_picture` reads a column."""
     preferences.columns.update(dict.fromkeys(_idle_columns(row)))
     if ranking_columns(row):
-        rankings.add(preferences, row, Ranking(_prompt_of(row), _user_of(row)), where, to_picture)
+        rankings.add(preferences, row, Ranking(_prompt_of(row, where), _user_of(row)), where, to_picture)
         return
     record = _read_row(row, where, to_picture)
     if record is None:
@@ -495,8 +495,8 @@ def _idle_columns(row: Mapping[str, Any]) -> list[str]:
     return [name for name, value in row.items() if name not in used and value not in (None, "")]
 
 
-def _prompt_of(row: Mapping[str, Any]) -> str:
-    prompts = (" ".join(row[name].split()) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
+def _prompt_of(row: Mapping[str, Any], where: str) -> str:
+    prompts = (join_lines(row[name], where) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
     return next(filter(None, prompts), "")
 
 
@@ -506,7 +506,7 @@ def _user_of(row: Mapping[str, Any]) -> str:
 
 def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
-    prompt, user = _prompt_of(row), _user_of(row)
+    prompt, user = _prompt_of(row, where), _user_of(row)
     # Pick-a-Pic's unlabelled rows
     if any(_is_false(row.get(name)) for name in ("has_label", "are_different")):
         return None
@@ -538,7 +538,9 @@ def _is_true(value: Any) -> bool:
 
 
 def _as_number(cell: Any) -> Any:
-    """A cell that is a number written as text as that number; any other as it is."""
+    """A cell that is a number written as text as that number, and spreadsheets' TRUE and FALSE; any other as it is."""
+    if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
     try:
         return float(cell) if isinstance(cell, str) else cell
     except ValueError:

@@ -10,6 +10,7 @@ from typing import Any
 from backbone.io.console import UserError
 from backbone.media.sources.splits import choose_table
 from backbone.media.sources.tables import (
+    asking_once,
     fetched_folder,
     leave_encoded,
     load_arrow,
@@ -148,18 +149,18 @@ def load_tar_table(files: Sequence[Path]) -> DatasetTable:
 
 def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
     """Load a dataset of the hub; with a limit only its first rows are downloaded."""
-    import datasets
-
     fetched = fetched_folder()
-    try:
-        if limit is None:
-            return DatasetTable(datasets.load_dataset(source, split=split), fetched, fetched)
-        rows = datasets.load_dataset(source, split=split, streaming=True).take(limit)
-        return DatasetTable(datasets.Dataset.from_list(list(rows), features=rows.features), fetched, fetched)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{source} is nothing here, and no dataset of that name was loaded ({first}). Check the spelling, or give "
-            "a folder, a .jsonl or a .parquet file."
-        ) from error
+    with asking_once(source) as datasets:
+        try:
+            if limit is None:
+                return DatasetTable(datasets.load_dataset(source, split=split), fetched, fetched)
+            rows = datasets.load_dataset(source, split=split, streaming=True).take(limit)
+            table = datasets.Dataset.from_list(list(rows), features=rows.features)
+            return DatasetTable(table, fetched, fetched)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            refuse_closed_cache(error)
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{source} is nothing here, and no dataset of that name was loaded ({first}). Check the spelling, or "
+                "give a folder, a .jsonl or a .parquet file."
+            ) from error

@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 import typer
 
 from backbone.cli.help import Command, Group, hyphens
+from backbone.cli.other_names import find_command
 from backbone.io.console import run_app
 
 SPELLING: dict[str, Any] = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
@@ -115,7 +116,9 @@ class Programs(Group):
         if args and args[0] not in self.elsewhere:
             owned = {name: self.get_command(ctx, name).commands for name in self.elsewhere}
             known = {*self.elsewhere, *(command for commands in owned.values() for command in commands)}
-            meant = [args[0]] if args[0] in known else difflib.get_close_matches(args[0], sorted(known), 1)
+            other = find_command(args[0], known)
+            meant = [args[0]] if args[0] in known else [other] if other else []
+            meant = meant or difflib.get_close_matches(args[0], sorted(known), 1)
             near = [name for name in meant if name in self.elsewhere]
             near += [f"{ctx.info_name} {name} {one}" for one in meant for name in owned if one in owned[name]]
             if near:

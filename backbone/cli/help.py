@@ -20,6 +20,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from backbone.cli.other_names import describe_flag, find_command
 from backbone.io.console import UserError, quote, quote_text, refuse_address, refuse_other_encodings
 
 WIDEST = 100  # columns; longer lines are hard to read
@@ -68,6 +69,11 @@ class Command(TyperCommand):
         except UsageError as error:
             if meant := _describe_flag(self, ctx, getattr(error, "option_name", "")):
                 raise UserError(meant) from error
+            if hasattr(error, "possibilities"):  # a flag that there is none of
+                options = [one for one in self.get_params(ctx) if one.param_type_name == "option"]
+                known = {name.lstrip("-"): one.opts[0].lstrip("-") for one in options for name in one.opts}
+                if meant := describe_flag(error.option_name, ctx.command_path, known):
+                    raise UserError(meant) from error
             if path := next((word for word in words if word[:1] == "-" and _is_there(word)), None):
                 raise UserError(
                     f"{path} begins as flags do. For the file or folder of that name write ./{path}."
@@ -75,7 +81,13 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)  # which says the same of an option that there is none of
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except UsageError as error:
+            error.message = error.message.replace(
+                "Value error, ", ""
+            )  # pydantic's, before what it has to say
+            raise
         refuse_repeats(order)
         for name, value in ctx.params.items():
             if isinstance(value, Path):
@@ -136,6 +148,15 @@ class Group(TyperGroup):
             args = ["--version"]
         return super().parse_args(ctx, args)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named; what other programs call it, and an image in its place, is answered with it."""
+        if args and args[0] not in (known := self.list_commands(ctx)):
+            if meant := find_command(args[0], known):
+                ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
+            if " " in args[0] or os.path.lexists(args[0]):
+                ctx.fail(f"No such command '{args[0]}'. Name a command first: {ctx.command_path} COMMAND …")
+        return super().resolve_command(ctx, args)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """The flags of the group itself (`--help`, completion), off where they are not given."""
         return [_off(param) for param in super().get_params(ctx)]
@@ -177,7 +198,21 @@ def refuse_typography(words: Iterable[str]) -> None:
 
 
 # Flags that elsewhere name what a command takes as a plain word
-PLAIN = ("input", "file", "path", "folder", "dir", "run", "image", "picture", "pairs", "out", "output")
+PLAIN = (
+    "input",
+    "file",
+    "path",
+    "folder",
+    "dir",
+    "run",
+    "image",
+    "picture",
+    "pairs",
+    "out",
+    "output",
+    "data",
+    "dataset",
+)
 # What a plain word may have been meant for, the first that a command has: of pictures, and of words
 PICTURE_FLAGS = ("--images", "--image")
 WORD_FLAGS = ("--prompts", "--prompt", "--instruction")

@@ -17,6 +17,10 @@ from backbone.io.console import UserError, count_of, notify_once
 from backbone.io.records import iterate_entries
 
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.split` takes for blanks
+# A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
+# characters, as which other encodings' quotation marks are taken too
+NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x1b\x7f-\x9f]")
+JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 SUFFIXES = (".txt", ".jsonl", ".json")
 TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
@@ -35,6 +39,11 @@ class Prompt:
     text: str
     category: str = ""
     hard_negatives: tuple[str, ...] = ()
+
+
+def drop_unseen(text: str) -> str:
+    """A text on one line, without marks that nobody sees: they are tokens to a model, and cut words into others."""
+    return " ".join(NO_WIDTH.sub("", text).split()).strip(JOINERS)
 
 
 def is_caption(words: str) -> bool:
@@ -66,11 +75,19 @@ def prompts_of(
             raise UserError(
                 f"{words} does not exist. Name a file with a prompt on each line, or give the words."
             )
-        elif words.strip():
-            found.append(Prompt(words))
+        elif seen := _see(words):
+            found.append(Prompt(seen))
         else:
             raise UserError("A prompt is empty. Say in words what to draw.")
     return found
+
+
+def _see(words: str) -> str:
+    """The words of a prompt as they were given, but for marks that nobody sees, of which it is said."""
+    if (seen := drop_unseen(words)) == " ".join(words.split()):
+        return words if seen else ""
+    notify_once("A prompt has marks of no width in it. They are left out.")
+    return seen
 
 
 def some_prompts(given: str | Sequence[str]) -> list[Prompt]:
@@ -170,17 +187,18 @@ def _read_entries(text: str, path: Path) -> Iterator[tuple[str, Prompt | None]]:
 
 def _from_text(line: str) -> Prompt | None:
     category, tab, text = line.rpartition("\t")
-    text = " ".join(text.split())
-    return Prompt(text, category.strip() if tab else "") if text and not CONTROL.search(line) else None
+    if CONTROL.search(line) or not (text := _see(" ".join(text.split()))):
+        return None
+    return Prompt(text, category.strip() if tab else "")
 
 
 def _from_entry(value: Any) -> Prompt | None:
     value = {"prompt": value} if isinstance(value, str) else value
     text = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(text, str) or not text.strip() or CONTROL.search(text):
+    if not isinstance(text, str) or CONTROL.search(text) or not (seen := _see(" ".join(text.split()))):
         return None
     negatives = value.get("hard_negatives") or []
     if not isinstance(negatives, list) or not all(isinstance(n, str) and n.strip() for n in negatives):
         return None
-    hard_negatives = tuple(" ".join(negative.split()) for negative in negatives)
-    return Prompt(" ".join(text.split()), str(value.get("category") or ""), hard_negatives)
+    hard_negatives = tuple(_see(" ".join(negative.split())) for negative in negatives)
+    return Prompt(seen, str(value.get("category") or ""), hard_negatives)

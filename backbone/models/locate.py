@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,8 +78,10 @@ def locate(model: str) -> Location:
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
         return Location(model, place, read_index(index), revision=index.parent.name)
     moved = " A run whose model lies elsewhere now is told so by --resume RUN --model FOLDER."
+    near = nearest_name(model)
+    meant = f" Did you mean {near}?" if near else ""
     raise UserError(
-        f"There is no model {model}. Name one of {', '.join(known_names())}, a diffusers folder, "
+        f"There is no model {model}.{meant} Name one of {', '.join(known_names())}, a diffusers folder, "
         f"a checkpoint file, or a hub id.{moved if path.is_absolute() else ''}"
     )
 
@@ -132,6 +136,24 @@ def known_names() -> dict[str, str]:
     """Short names, and the folders or hub ids that they stand for."""
     published = {name: place for family in families() for name, place in family.hub_ids.items()}
     return {**{name: str(folder) for name, folder in OWN.items()}, **published}
+
+
+def nearest_name(model: str) -> str:
+    """The short name that is meant by another spelling of it or of its published name (SDXL, flux.1-dev); "" if none.
+
+    Of what looks like a path none is meant.
+    """
+    if "/" in model:
+        return ""
+    known = known_names()
+    spelled = {_squeeze(place.rpartition("/")[2]): name for name, place in known.items() if name not in OWN}
+    spelled |= {_squeeze(name): name for name in known}
+    near = difflib.get_close_matches(_squeeze(model), spelled, 1, cutoff=0.8)
+    return spelled[near[0]] if near else ""
+
+
+def _squeeze(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def join_files(*files: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import word_pattern
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.names import IMAGE_SUFFIXES
@@ -90,6 +90,7 @@ def read_subjects(
     """
     concepts = read_concepts(path)
     _refuse_parts_of_one(concepts)
+    _refuse_class_as_subject(concepts)
     for flag, value in (("--token", token), ("--class", class_noun), ("--token-words", token_words)):
         if value and len(concepts) > 1:
             raise UserError(
@@ -147,6 +148,18 @@ def _refuse_parts_of_one(concepts: Sequence[ConceptFolder]) -> None:
                 f"{before.folder} and {entry.folder} have one token, {entry.token_words}. If they show one subject, "
                 "put their images into one folder, where all count equally; else give each a token of its own."
             )
+
+
+def _refuse_class_as_subject(concepts: Sequence[ConceptFolder]) -> None:
+    """`UserError` for a folder that is called as the class of another: kohya's regularisation images."""
+    for entry in concepts:
+        name = f"{entry.token_words} {entry.class_noun}".strip().lower()
+        for other in concepts:
+            if name and name == other.class_noun.lower():
+                raise UserError(
+                    f"{entry.folder} is called as the class of {other.folder}, as a folder of class images is, and no "
+                    f"subject. Give each by itself: --images {quote(other.folder)} --class-images {quote(entry.folder)}"
+                )
 
 
 def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:

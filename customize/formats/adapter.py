@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from customize.formats.factors import LayerUpdate
 from customize.formats.layers.known import DENOISERS, UNETS, Network, is_known
-from customize.formats.layers.relatives import PUBLISHED, find_relatives, has_published_size
+from customize.formats.layers.relatives import PUBLISHED, find_relatives, has_published_size, width_of
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal[
@@ -47,9 +47,15 @@ BASE_NAMES: dict[BaseFamily, str] = {
 # Width of the text states [B, T, width] that a UNet's cross-attention takes.
 FAMILY_BY_CONTEXT_WIDTH: dict[int, BaseFamily] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
-# Width of the image tokens where names are of FLUX.1 and of Stable Diffusion 3 alike.
-_TRANSFORMER_BY_WIDTH: dict[int, BaseFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3", 4096: "qwen21"}
-FLUX_BLOCKS = 19  # of text and image apart; Qwen-Image has 60
+# Width of the image tokens → the models that have blocks of the same names, each with how many it has at most: FLUX.2's
+# (klein 4B; klein 9B; dev) count where all of theirs are there, of the others the first that has room for the last.
+_TRANSFORMERS_BY_WIDTH: dict[int, dict[BaseFamily, int]] = {
+    1536: {"sd3": 24},
+    2432: {"sd3": 38},
+    3072: {"flux2": 5, "flux": 19, "qwen": 60},
+    4096: {"flux2": 8, "qwen21": 32},
+    6144: {"flux2": 8, "krea2": 28},
+}
 _BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
 # What kohya's and ModelSpec's version strings contain, as an expression; the first match counts.
 _FAMILY_BY_VERSION: tuple[tuple[str, BaseFamily], ...] = (
@@ -101,7 +107,8 @@ class AdapterFile:
     """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format.
 
     `network` is the denoiser's kind where the file's names are of one only (`flux` for `double_blocks`); `numbered`
-    where it names the first of several text encoders and no denoiser (kohya's `lora_te1_`).
+    where it names the first of several text encoders and no denoiser (kohya's `lora_te1_`). `networks` are all whose
+    names these are; () where that is not known.
     """
 
     layers: Mapping[str, LayerUpdate]
@@ -109,6 +116,7 @@ class AdapterFile:
     file_format: str = "peft"
     network: Network | None = None
     numbered: bool = False
+    networks: tuple[Network, ...] = ()
 
     @property
     def algorithms(self) -> list[str]:
@@ -144,7 +152,7 @@ class AdapterFile:
         if self.network not in (None, "unet", "clip"):
             found = cast(BaseFamily, self.network)
         else:
-            found = _family_from_layers(self.layers, self.metadata) or said or "other"
+            found = _family_from_layers(self.layers, self.metadata, self.networks) or said or "other"
         return "chroma" if (found, said) == ("flux", "chroma") else found  # whose layers FLUX.1 has, and more
 
     @property
@@ -162,35 +170,29 @@ class AdapterFile:
         return has_published_size(family, self._transformer_shapes)
 
 
-def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str]) -> BaseFamily | None:
+def _family_from_layers(
+    layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str], networks: tuple[Network, ...]
+) -> BaseFamily | None:
     names = list(layers)
     if any("add_embedding" in name for name in names):
         return "sdxl"
-    transformer = [name.removeprefix("transformer.") for name in names if name.startswith("transformer.")]
-    if transformer:
+    shapes = {
+        name.removeprefix("transformer."): layer.shape
+        for name, layer in layers.items()
+        if name.startswith("transformer.")
+    }
+    if shapes:
         possible = [
             network
-            for network in DENOISERS
-            if network not in UNETS and all(is_known(network, name) for name in transformer)
+            for network in networks or DENOISERS
+            if network not in UNETS and all(is_known(network, name) for name in shapes)
         ]
-        widths = {
-            layer.shape[1]
-            for name, layer in layers.items()
-            if re.search(r"transformer_blocks\.\d+\..*to_q$", name)
-        }
-        by_width = next(
-            (_TRANSFORMER_BY_WIDTH[width] for width in widths if width in _TRANSFORMER_BY_WIDTH), None
-        )
         if "flux" in possible and "chroma" in possible:
             possible.remove("chroma")
         if len(possible) == 1:
             return cast(BaseFamily, possible[0])
         said = family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
-        if by_width == "flux" and any(
-            int(number) >= FLUX_BLOCKS for number in _BLOCK.findall(" ".join(transformer))
-        ):
-            by_width = "qwen"
-        return said if said in possible else by_width if by_width in possible else None
+        return said if said in possible else _family_by_width(shapes, possible)
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
             family = FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])
@@ -198,6 +200,18 @@ def _family_from_layers(layers: Mapping[str, LayerUpdate], metadata: Mapping[str
                 return family
             return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else "other"
     return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else None
+
+
+def _family_by_width(
+    shapes: Mapping[str, tuple[int, ...]], possible: Collection[Network]
+) -> BaseFamily | None:
+    """The model of blocks [out, in] that several have, by their width and their number; None if that does not tell."""
+    wide = _TRANSFORMERS_BY_WIDTH.get(width_of(shapes) or 0, {})
+    models = {name: most for name, most in wide.items() if name in possible}
+    blocks = 1 + max((int(number) for number in _BLOCK.findall(" ".join(shapes))), default=0)
+    if len(models) > 1 and models.get("flux2") not in (None, blocks):
+        del models["flux2"]
+    return next((name for name, most in models.items() if blocks <= most), None)
 
 
 def family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:

@@ -76,6 +76,7 @@ OTHER_METHODS = {
     (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft"): "rotations (OFT)",
     (".a1.weight", ".b1.weight", ".a2.weight", ".b2.weight"): "factors of GLoRA",
     (".on_input", ".ia3_l"): "scales of IA³",
+    (".q_layer.weight", ".p_layer.weight", ".lambda_layer"): "factors of T-LoRA",
     (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
     (".set_weight", ".reshape_weight"): "whole weights",
     (".lora_mag", ".scalar"): "a magnitude or a scale of each layer that no known format has",
@@ -179,7 +180,9 @@ def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
                 raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
             layers[name] = layer
     numbered = all(stem.startswith("lora_te1_") for stem in groups)
-    return AdapterFile(layers, metadata, _describe_format(tensors), translation.network, numbered)
+    return AdapterFile(
+        layers, metadata, _describe_format(tensors), translation.network, numbered, translation.networks
+    )
 
 
 def _without_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

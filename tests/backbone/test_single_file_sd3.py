@@ -104,9 +104,9 @@ def test_a_transformer_without_norms_and_second_attention_is_the_same_too(
     assert_same_model(opened(file), opened(other))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", ["", "scale_weight", "weight_scale"])
 def test_weights_of_8_bits_are_read_as_what_they_stand_for(
-    tmp_path: Path, folder: Path, checkpoint: Tensors, scaled: bool
+    tmp_path: Path, folder: Path, checkpoint: Tensors, scaled: str
 ) -> None:
     eight, rounded = dict(checkpoint), dict(checkpoint)
     for name, tensor in checkpoint.items():
@@ -115,8 +115,9 @@ def test_weights_of_8_bits_are_read_as_what_they_stand_for(
             eight[name] = (tensor / scale).to(torch.float8_e4m3fn)
             rounded[name] = eight[name].to(torch.float32) * scale
             if scaled:
-                eight[name.replace(".weight", ".scale_weight")] = scale
+                eight[name.replace(".weight", f".{scaled}")] = scale
                 eight[name.replace(".weight", ".scale_input")] = torch.ones(())
+                eight[name.replace(".weight", ".comfy_quant")] = torch.tensor([123, 125], dtype=torch.uint8)
     if scaled:
         eight |= {f"{prefix}scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn) for prefix in (UNET, T5)}
     models = []
@@ -278,9 +279,19 @@ def test_a_tensor_too_few_or_too_many_is_a_clear_mistake(
         getattr(opened(file), loaded)
 
 
-def test_weights_of_few_bits_in_another_form_are_refused(tmp_path: Path, checkpoint: Tensors) -> None:
-    name = f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight.absmax"
-    write_tensors(tmp_path / "sd3.safetensors", {**checkpoint, name: torch.zeros(4)})
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("weight.absmax", torch.zeros(4)),
+        ("weight_scale", torch.ones(())),  # of a weight that is no fp8
+        ("weight_scale_2", torch.ones(())),
+    ],
+)
+def test_weights_of_few_bits_in_another_form_are_refused(
+    name: str, beside: Tensor, tmp_path: Path, checkpoint: Tensors
+) -> None:
+    name = f"{UNET}joint_blocks.0.x_block.mlp.fc1.{name}"
+    write_tensors(tmp_path / "sd3.safetensors", {**checkpoint, name: beside})
     with pytest.raises(UserError, match=r"quantised.*Take its version in fp16, bf16 or fp8"):
         opened(tmp_path / "sd3.safetensors")
 

@@ -18,8 +18,15 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file.checkpoint import (
     AUTOENCODER,
+    SCHEDULER,
     UNET,
+    has_settings_beside,
+    noise_settings,
+    read_prediction,
+    refuse_quantized,
+    say_what_a_name_promises,
     unet_and_latent_channels,
+    unscale,
 )
 from backbone.families.single_file.clip import UNUSED_KEYS, build_clip, convert_openclip, read_config
 from backbone.io.console import notify
@@ -41,19 +48,20 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         or UNET + "label_emb.0.0.weight" in header.shapes
     ):
         return None
+    refuse_quantized(header)
     beside = (header.path.with_suffix(""), header.path.parent)
     is_version_2 = any(name.startswith(OPENCLIP_PREFIX) for name in header.shapes)
     kind, resolution = read_prediction_type(header)
     if kind is None:
         kind, resolution = guess_prediction_type(header.path) if is_version_2 else ("epsilon", 512)
-        if is_version_2 and not any(
-            (folder / "scheduler" / "scheduler_config.json").exists() for folder in beside
-        ):
+        if not is_version_2:
+            say_what_a_name_promises(header)
+        elif not has_settings_beside(header, SCHEDULER):
             notify(
                 f"{header.path} does not say what it predicts; by its name it should be {kind} at {resolution} pixels. "
-                "If it draws noise, put its scheduler/scheduler_config.json and unet/config.json beside it."
+                f"If it draws noise, put its {SCHEDULER} and unet/config.json beside it."
             )
-    published = ["velocity"] * (kind == "v_prediction") + ["768"] * (is_version_2 and resolution == 768)
+    published = noise_settings(header, kind) + ["768"] * (is_version_2 and resolution == 768)
     published += ["stable-diffusion-2"] * is_version_2 + ["stable-diffusion-1"]
     return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
 
@@ -64,11 +72,11 @@ def read_prediction_type(header: Header) -> tuple[PredictionType | None, int]:
     Read from ModelSpec metadata (kohya, ComfyUI), or from a tensor named `v_pred`.
     """
     architecture = header.metadata.get("modelspec.architecture", "")  # as stable-diffusion-v2-768-v
-    kind = header.metadata.get("modelspec.prediction_type", "")
+    kind = read_prediction(header)
     size = header.metadata.get("modelspec.resolution", "") or architecture
-    if kind.startswith("v") or architecture.endswith("-v") or "v_pred" in header.shapes:
+    if kind == "v_prediction" or architecture.endswith("-v"):
         return "v_prediction", 512 if "512" in size else 768
-    if kind.startswith("eps") or architecture.endswith("v2-512"):
+    if kind == "epsilon" or architecture.endswith("v2-512"):
         return "epsilon", 768 if "768" in size else 512
     return None, 512
 
@@ -82,7 +90,7 @@ def load_text_encoder(location: Location) -> TextEncoderSlot:
     """Load the CLIP text encoder in fp32 with its tokenizer; `UserError` where one is missing or they do not fit."""
     from transformers import CLIPTextModel
 
-    tensors, _ = read_tensors(location.source, prefix=TEXT_PREFIX)
+    tensors = unscale(read_tensors(location.source, prefix=TEXT_PREFIX)[0])
     config = read_config(location, "text_encoder")
     named = convert_to_transformers(tensors, layers=config.num_hidden_layers)
     pads_with = "!" if any(map(is_openclip, tensors)) else "<|endoftext|>"

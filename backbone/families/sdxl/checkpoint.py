@@ -13,7 +13,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from backbone.families.base import TextEncoderSlot
 from backbone.families.location import PUBLISHED_CONFIGS, Location
-from backbone.families.single_file.checkpoint import unet_and_latent_channels
+from backbone.families.single_file.checkpoint import (
+    noise_settings,
+    read_prediction,
+    refuse_quantized,
+    say_what_a_name_promises,
+    unet_and_latent_channels,
+    unscale,
+)
 from backbone.families.single_file.clip import build_clip, convert_openclip
 from backbone.io.files import Header, read_tensors
 
@@ -26,9 +33,12 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     has_encoders = all(any(name.startswith(prefix) for name in header.shapes) for prefix in (FIRST, SECOND))
     if not has_encoders or in_channels is None or in_channels != latent_channels:
         return None
+    refuse_quantized(header)
     beside = (header.path.with_suffix(""), header.path.parent)
-    prediction_type = header.metadata.get("modelspec.prediction_type", "")
-    published = ["velocity"] * (prediction_type.startswith("v") or "v_pred" in header.shapes)
+    prediction = read_prediction(header)
+    if prediction is None:
+        say_what_a_name_promises(header)
+    published = noise_settings(header, prediction or "epsilon")
     return (
         *beside,
         *(PUBLISHED_CONFIGS / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
@@ -37,7 +47,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
     """Load both text encoders in fp32 with their tokenizers; `UserError` where one is missing or does not fit."""
-    first, second = (read_tensors(location.source, prefix=prefix)[0] for prefix in (FIRST, SECOND))
+    first, second = (unscale(read_tensors(location.source, prefix=prefix)[0]) for prefix in (FIRST, SECOND))
     named = {
         re.sub(r"^(text_model\.)?", "", name.removeprefix(FIRST)): tensor for name, tensor in first.items()
     }

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import Header, content_hash, read_header, read_json, read_tensors
 from backbone.io.weights import refuse_damaged
 
@@ -34,7 +36,16 @@ CONFIG_FILES = (
 )
 MEAN = "model_ema.diffusion_model"  # CompVis': names below without their dots
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
+VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says how it was trained
+# The same of noise that no schedule of βs gives → whose it is
+OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
+VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
+SCHEDULER = "scheduler/scheduler_config.json"
 WINDOWS, WINDOW_BYTES = 64, 1 << 14
+# Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
+SCALES = r"\.(scale_weight|weight_scale)$"
+BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
+OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2)$|\.quant_state\."
 TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
@@ -82,6 +93,80 @@ UNKNOWN_FILES = (
 )
 
 
+def read_prediction(header: Header) -> Literal["epsilon", "v_prediction"] | None:
+    """What a UNet's file says that it predicts, in ModelSpec metadata (kohya, ComfyUI) or by a tensor; None if nothing.
+
+    Raises `UserError` where it says something else, and for noise that no schedule of βs gives.
+    """
+    for mark, model in OTHER_NOISE.items():
+        if mark in header.shapes:
+            raise UserError(
+                f"{header.path} was trained on the levels of noise of EDM, as {model} was (it has {mark}), which are "
+                "not supported. Name another model."
+            )
+    said = header.metadata.get("modelspec.prediction_type", "")
+    if said.startswith("v") or VELOCITY in header.shapes:
+        return "v_prediction"
+    if said and not said.startswith("eps"):
+        raise UserError(
+            f"{header.path} says that it predicts {said!r} (modelspec.prediction_type), and understood are epsilon and "
+            "v. Name another model."
+        )
+    return "epsilon" if said else None
+
+
+def noise_settings(header: Header, prediction: str) -> list[str]:
+    """The published settings that hold the scheduler of what a UNet predicts; none for ε's, the family's own."""
+    if prediction != "v_prediction":
+        return []
+    return ["velocity-zero"] if ZERO_SNR in header.shapes else ["velocity"]
+
+
+def say_what_a_name_promises(header: Header) -> None:
+    """Say of a UNet's file that does not say what it predicts that ε is taken, where it is called as if it were v."""
+    if VELOCITY_NAME.search(header.path.stem) and not has_settings_beside(header, SCHEDULER):
+        notify(
+            f"{header.path} does not say what it predicts, and is read as predicting ε, though its name says v. If it "
+            f"draws noise, put its {SCHEDULER} beside it."
+        )
+
+
+def has_settings_beside(header: Header, name: str) -> bool:
+    """Whether settings of this name lie where a file's own are looked for."""
+    return any((folder / name).exists() for folder in (header.path.with_suffix(""), header.path.parent))
+
+
+def refuse_quantized(header: Header) -> None:
+    """`UserError` for weights in a format that is not read: all but fp8, with or without scales beside it."""
+    for name, shape in header.shapes.items():
+        weight = re.sub(SCALES, ".weight", name)
+        if weight != name:
+            rows = header.shapes.get(weight, ())[:1]
+            read = header.kinds.get(weight, "").startswith("F8_E") and math.prod(shape) in (1, *rows)
+        else:
+            read = not re.search(OTHER_QUANTIZATION, name)
+        if not read:
+            raise UserError(
+                f"{header.path} is quantised in a format that is not supported (it has {name}). Take its version in "
+                "fp16, bf16 or fp8."
+            )
+
+
+def unscale(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they were before they were quantised to fp8: times the scales beside them, fp32; others as stored."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if re.search(BESIDE_SCALES, name):
+            continue
+        stem = name.removesuffix("weight") if name.endswith(".weight") else ""
+        scale = tensors.get(f"{stem}scale_weight", tensors.get(f"{stem}weight_scale")) if stem else None
+        if scale is not None:
+            whole = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+            tensor = tensor.float() * whole
+        weights[name] = tensor
+    return weights
+
+
 def load_single_file_part(
     kind: Any, location: Location, part: str, *, prefix: str, dtype: torch.dtype
 ) -> Any:
@@ -92,7 +177,7 @@ def load_single_file_part(
     """
     settings = location.local(f"{part}/config.json")
     assert settings is not None
-    tensors, _ = read_tensors(location.source, prefix=prefix)
+    tensors = unscale(read_tensors(location.source, prefix=prefix)[0])
     if prefix == UNET and _holds_mean(read_header(location.source)):
         notify_once(
             f"{location.source} also holds the mean of the weights over their training (EMA). The plain weights are "

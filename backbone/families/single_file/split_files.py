@@ -30,8 +30,8 @@ from backbone.families.components.latents import (
 )
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
-from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
-from backbone.families.single_file.text_encoders import UNSUPPORTED_QUANTIZATION, build_network, read_weights
+from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch, refuse_quantized
+from backbone.families.single_file.text_encoders import build_network, read_weights
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header
 from backbone.io.weights import refuse_damaged
@@ -124,16 +124,6 @@ def text_prefix(header: Header) -> str | None:
         return t5.removesuffix(T5_MARK)
     matches = (TEXT_MARK.match(name) for name in header.shapes)
     return next((match[1] for match in matches if match), None)
-
-
-def refuse_quantized(header: Header) -> None:
-    """`UserError` for weights in a format that is not read."""
-    found = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
-    if found is not None:
-        raise UserError(
-            f"{header.path} is quantised in a format that is not supported (it has {found}). "
-            "Take its version in fp16, bf16 or fp8."
-        )
 
 
 class SplitFileFamily:

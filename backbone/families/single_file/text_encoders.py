@@ -6,7 +6,6 @@ Stability AI's and ComfyUI's files hold the encoders under transformers' names b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,14 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.components import loading
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
-from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch, load_single_file_part
+from backbone.families.single_file.checkpoint import (
+    AUTOENCODER,
+    UNET,
+    config_mismatch,
+    load_single_file_part,
+    refuse_quantized,
+    unscale,
+)
 from backbone.families.single_file.clip import build_clip
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header, read_tensors
@@ -30,8 +36,6 @@ CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l"
 ENCODER_LABELS = {CLIP_L: "text encoder CLIP-L", CLIP_G: "text encoder CLIP-G", T5: "text encoder T5"}
 PROJECTION = "text_projection.weight"
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # T5's table of tokens has two names
-FP8_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8)$"  # what lies beside scaled weights
-UNSUPPORTED_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale|comfy_quant)$|\.quant_state\."
 
 
 def transformer_prefix(header: Header, name: str) -> str | None:
@@ -70,12 +74,7 @@ def require_complete(
             f"{header.path} seems to be a model for another task (its transformer takes {in_channels} channels and a "
             f"latent has {latents}, as for inpainting). Name the model that it was made from."
         )
-    quantized = next((name for name in header.shapes if re.search(UNSUPPORTED_QUANTIZATION, name)), None)
-    if quantized is not None:
-        raise UserError(
-            f"{header.path} is quantised in a format that is not supported (it has {quantized}). "
-            "Take its version in fp16, bf16 or fp8."
-        )
+    refuse_quantized(header)
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -86,16 +85,8 @@ def read_weights(location: Location, prefix: str, dtype: torch.dtype, *, part: s
 
     `part` is the component, where it may lie in a file of its own.
     """
-    tensors, _ = read_tensors(location.file_of(part), prefix=prefix)
-    weights = {}
-    for name, tensor in tensors.items():
-        if re.search(FP8_SCALES, name):
-            continue
-        scale = tensors.get(re.sub(r"\.weight$", ".scale_weight", name)) if name.endswith(".weight") else None
-        if scale is not None:
-            tensor = tensor.to(torch.float32) * scale.to(torch.float32)
-        weights[name.removeprefix(prefix)] = tensor.to(dtype)
-    return weights
+    tensors = unscale(read_tensors(location.file_of(part), prefix=prefix)[0])
+    return {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def build_network(kind: Any, location: Location, part: str, tensors: dict[str, Tensor]) -> nn.Module:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.io.console import UserError, notify_first, notify_once
-from backbone.io.prompts import CONTROL
+from backbone.io.prompts import CONTROL, drop_unseen
 
-# A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
-# characters, as which other encodings' quotation marks are taken too
-NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x1b\x7f-\x9f]")
-JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
 NAME_COLUMNS = ("image_file_name", "image_path", "video_path", "video")
@@ -79,7 +74,7 @@ def column_of(key: str) -> str:
 def join_lines(caption: str | None, where: str | Path) -> str | None:
     """A caption on one line, without marks that nobody sees, of which it is said; None where nothing is left."""
     text = " ".join((caption or "").split())
-    seen = " ".join(NO_WIDTH.sub("", text).split()).strip(JOINERS)
+    seen = drop_unseen(text)
     if seen not in text:  # they are not around it alone
         notify_first(str(where), "has marks of no width inside its caption. They are left out.")
     return seen or None

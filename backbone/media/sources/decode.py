@@ -219,6 +219,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         elif width * height > MAX_FULL_SIZE_PIXELS:
             image.draft(None, (width // 2, height // 2))
         image.load()
+        _scale_transparent_grey(image, start)
         if "icc_profile" not in image.info and _is_adobe_rgb(image):
             notify_once(
                 "Images say by their EXIF block that their colours are Adobe RGB, which is not applied without a "
@@ -248,15 +249,35 @@ def lay_on_white(image: Image.Image) -> Image.Image:
 
 def flatten_on_white(image: Image.Image) -> Image.Image:
     """An image in any mode as 8-bit sRGB: see `open_rgb`."""
-    stored = image.info
+    stored, opacity = image.info, _find_opacity(image)
     image = _to_8_bit(image)
-    if not image.has_transparency_data:
+    if opacity is None:
         return _to_srgb(image, stored)
-    rgba = image.convert("RGBA")
-    opaque = image.convert("L") if image.mode in ("L", "LA", "La") else rgba.convert("RGB")
+    grey = image.mode in ("L", "LA", "La")
+    opaque = image.convert("L") if grey else image.convert("RGBA").convert("RGB")
     background = Image.new("RGB", image.size, "white")
-    background.paste(_to_srgb(opaque, stored), mask=rgba.getchannel("A"))
+    background.paste(_to_srgb(opaque, stored), mask=opacity)
     return background
+
+
+def _find_opacity(image: Image.Image) -> Image.Image | None:
+    """How opaque each pixel is, mode L; None of an image that says nothing of it."""
+    if not image.has_transparency_data:
+        return None
+    if not image.mode.startswith("I"):
+        return image.convert("RGBA").getchannel("A")
+    import numpy as np
+
+    # Of a PNG's 16-bit grey, one value is see-through, which Pillow keeps and does not convert
+    return Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
+
+
+def _scale_transparent_grey(image: Image.Image, start: bytes) -> None:
+    """Give the see-through value of a PNG of 2 or 4 bits of grey the scale of its pixels, as Pillow does not."""
+    bits, kind = start[24:25], start[25:26]
+    full = {b"\x02": 3, b"\x04": 15}.get(bits)
+    if image.format == "PNG" and kind == b"\0" and full and "transparency" in image.info:
+        image.info["transparency"] = image.info["transparency"] * 255 // full
 
 
 def describe_unused_range(image: Image.Image) -> str:
@@ -274,10 +295,8 @@ def describe_unused_range(image: Image.Image) -> str:
 
 def is_see_through(image: Image.Image) -> bool:
     """Whether an image has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
-    if not image.has_transparency_data:
-        return False
-    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-    return lowest != 255
+    opacity = _find_opacity(image)
+    return opacity is not None and opacity.getextrema()[0] != 255
 
 
 def mask_from_image(image: Image.Image) -> Image.Image:
@@ -301,8 +320,8 @@ def mask_from_image(image: Image.Image) -> Image.Image:
             values = values / values.max()
     white = next((scale for scale in (1.0, 255.0, 65535.0) if values.max() <= scale), values.max())
     values = values * (255 / white)
-    if image.has_transparency_data:
-        values = values * np.asarray(image.convert("RGBA").getchannel("A")) / 255
+    if (opacity := _find_opacity(image)) is not None:
+        values = values * np.asarray(opacity) / 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
@@ -324,12 +343,14 @@ def map_from_image(image: Image.Image) -> Image.Image:
 
     RGB; RGBA where something is see-through.
     """
-    image = _to_8_bit(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    lowest, _ = rgba.getchannel("A").getextrema()
-    return rgba.convert("RGB") if lowest == 255 else rgba
+    opacity = _find_opacity(image)
+    drawn = _to_8_bit(image)
+    if opacity is None:
+        return drawn.convert("RGB")
+    drawn = drawn.convert("RGBA").convert("RGB")
+    if opacity.getextrema()[0] != 255:
+        drawn.putalpha(opacity)
+    return drawn
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

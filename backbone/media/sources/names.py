@@ -16,6 +16,7 @@ IMAGE_SUFFIXES = frozenset(
 CAPTION_SUFFIXES = (".txt", ".caption")
 SYSTEM_FILES = frozenset(
     {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
+    | {"@eadir", "#recycle", "@recycle", "#snapshot"}  # of network disks: Synology's, QNAP's
 )
 
 

@@ -59,6 +59,7 @@ NO_CAPTION = {
     r"\{\s*\"[^\"]*\"\s*:": "JSON",
 }
 ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"})
+CONFIGURATIONS = frozenset({".toml", ".yaml", ".yml"})
 MOST_FOLDERS = 3000  # that are looked into for a sentence on what they hold
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
@@ -103,14 +104,8 @@ def list_images(
         if (suffix := path.suffix.lower()) in TABLES:
             return list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
-            packed = path.suffix.lower() in ARCHIVES
-            remedy = (
-                "Unpack it, and give that folder."
-                if packed
-                else "Give a folder with .jpg or .png files in it."
-            )
             raise UserError(
-                f"{path} is a {path.suffix} file, neither an image nor a folder of images. {remedy}"
+                f"{path} is a {path.suffix} file, neither an image nor a folder of images. {_what_to_give(path)}"
             )
         if named:
             raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
@@ -121,6 +116,24 @@ def list_images(
     near = nearest_path(path)
     remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
     raise UserError(f"{path} does not exist. {remedy}")
+
+
+def _what_to_give(path: Path) -> str:
+    """What to do with a file that is no source of images itself."""
+    suffix = path.suffix.lower()
+    if suffix in ARCHIVES:
+        return "Unpack it, and give that folder."
+    if suffix in (".jsonl", ".csv", ".json"):
+        name = f"metadata{suffix}"
+        return (
+            f"If it is a list of images with their captions, call it {name}, beside the images, each named by its path "
+            "from there, and give that folder."
+        )
+    if suffix in CONFIGURATIONS:
+        return (
+            "If it is another program's configuration of its data, give the folder of images that it names."
+        )
+    return "Give a folder with .jpg or .png files in it."
 
 
 def list_by_name(folder: Path) -> dict[str, ImageRecord]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import plain, resolve_inside
 from backbone.media.sources.columns import Columns, join_lines
-from backbone.media.sources.names import list_visible
+from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
 from backbone.media.sources.splits import choose_table, leave_out_measured
 from backbone.media.sources.tars import TAR_COLUMNS, Stored, name_column, read_tars, refuse_dots
+
+# Ends of names that are no dataset's, but a file's
+FILES = IMAGE_SUFFIXES | {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".txt", ".zip"}
 
 
 def find_tables(folder: Path, suffix: str) -> list[Path]:
@@ -33,9 +37,9 @@ def is_dataset_folder(path: Path) -> bool:
 
 
 def could_be_dataset(source: str) -> bool:
-    """`org/name`, unless that or `org` is here: then it is a path, if a mistyped one."""
+    """`org/name`, unless that or `org` is here, or it ends as files do: then it is a path, if a mistyped one."""
     path = Path(source).expanduser()
-    if path.exists() or path.parent.exists():
+    if path.exists() or path.parent.exists() or path.suffix.lower() in FILES:
         return False
     return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None
 
@@ -170,22 +174,30 @@ def load_arrow(files: Sequence[Path]) -> Any:
 TABLES = {".parquet": load_parquet, ".arrow": load_arrow, ".tar": load_tars}
 
 
-def load_from_hub(source: str) -> Any:
-    """Load a dataset of the hub; from the cache alone where there is no connection."""
+@contextmanager
+def asking_once(source: str) -> Iterator[Any]:
+    """`datasets`, which inside the body looks into its cache alone where the hub, asked once, does not answer."""
     datasets = import_datasets()
-    notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(source, "dataset")
     try:
-        return datasets.load_dataset(source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
-        raise UserError(
-            f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
-            "Check the spelling, or give a folder of images."
-        ) from error
+        yield datasets
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def load_from_hub(source: str) -> Any:
+    """Load a dataset of the hub; from the cache alone where there is no connection."""
+    notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
+    with asking_once(source) as datasets:
+        try:
+            return datasets.load_dataset(source)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            refuse_closed_cache(error)
+            raise UserError(
+                f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
+                "Check the spelling, or give a folder of images."
+            ) from error
 
 
 def fetched_folder() -> Path:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from customize.formats.layers.known import Network
+from customize.formats.layers.known import DENOISERS, Network, is_known
 
 # Width of the tokens [B, T, width] of the published models of each kind, and the number of their blocks at most.
 PUBLISHED: Mapping[str, tuple[tuple[int, ...], int]] = {
@@ -108,6 +108,13 @@ def has_published_size(network: str, shapes: Mapping[str, tuple[int, ...]]) -> b
 def find_relatives(network: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Names of the models that are not supported and may have these layers, which are called as a network's."""
     return list(dict.fromkeys(_fitting(network, shapes)))
+
+
+def find_relatives_of_layer(name: str, width: int) -> list[str]:
+    """Names of the models that are not supported and may have a layer of this name that reads tokens of this width."""
+    networks = [network for network in DENOISERS if is_known(network, name)]
+    shapes = {name: (width, width)}
+    return list(dict.fromkeys(model for one in networks for model in _fitting(one, shapes)))
 
 
 def name_model(names: Iterable[str]) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from customize.formats.factors import LayerUpdate
+from customize.formats.layers.relatives import find_relatives_of_layer
 from customize.formats.layers.translate import Target
 
 # The factors whose rows are the layer's: these are cut, all others stay whole.
@@ -37,10 +38,7 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
         # Qwen-Image 2.1's gate and what it multiplies are equally high
         heights = [rows // 2] * 2
     if sum(heights) != rows or min(heights) <= 0:
-        raise UserError(
-            f"{target.layers[0]} and others in {path} are {rows} × {width} together, which no published model has. "
-            "Check the file."
-        )
+        raise _of_no_published_size(target.layers[0], rows, width, path)
     layers: dict[str, LayerUpdate] = {}
     bounds = torch.tensor([0, *heights]).cumsum(0).tolist()
     for name, start, end in zip(target.layers, bounds, bounds[1:], strict=False):
@@ -53,6 +51,19 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
             part = replace(part, factors=factors, rank=int(used.sum()), alpha=part.scale * int(used.sum()))
         layers[name] = part
     return layers
+
+
+def _of_no_published_size(layer: str, rows: int, width: int, path: Path) -> UserError:
+    """The sentence about a fused layer of other parts than a supported model's: of a relative's, where one fits."""
+    name = layer.partition(".")[2]
+    if found := find_relatives_of_layer(name, width):
+        return UserError(
+            f"{path} adapts {' or '.join(found)} ({layer} and others are {rows} × {width} together), which is not "
+            "supported. Give a LoRA of a supported model."
+        )
+    return UserError(
+        f"{layer} and others in {path} are {rows} × {width} together, which no published model has. Check the file."
+    )
 
 
 def _with_kernel(layer: LayerUpdate, kernel: tuple[int, ...]) -> LayerUpdate:

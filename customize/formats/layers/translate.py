@@ -58,9 +58,16 @@ _HUNYUAN = re.compile(
     r"|double_blocks[._](?:19|[2-9]\d)[._]|individual_token_refiner"
 )
 _MOTION = re.compile(r"motion_modules[._]")
-_T5 = re.compile(
-    r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
-)
+# Other parts of a model than its denoiser and CLIP → what they are
+_PARTS = {
+    "T5": re.compile(
+        r"^(?:lora_te3_|t5|text_encoders\.t5|text_encoder_3\.)|SelfAttention|DenseReluDense|EncDecAttention"
+    ),
+    "the language model that reads prompts": re.compile(
+        r"^(?:lora_te|text_encoder|te[._]|qwen|clip\.).*model[._]layers[._]\d+[._](?:self_attn|mlp)[._]"
+    ),
+    "the autoencoder (VAE)": re.compile(r"^(?:lora_vae_|vae\.|first_stage_model\.)"),
+}
 _FLAT_NUMBER = re.compile(rf"({LISTS})_(\d+)(?=_|$)")
 SHOWN = 3  # names that an error lists
 
@@ -88,10 +95,15 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Translation:
-    """Each stored layer name → its layers here, and the only network that has them all; None where several have."""
+    """Each stored layer name → its layers here, and the networks that have them all under the names of the file."""
 
     targets: Mapping[str, Target]
-    network: Network | None
+    networks: tuple[Network, ...]
+
+    @property
+    def network(self) -> Network | None:
+        """The only network that has them all; None where several have."""
+        return self.networks[0] if len(self.networks) == 1 else None
 
 
 # Of layers that two networks have under one name: rows per column.
@@ -169,7 +181,7 @@ def translate(
     if "flux" in possible and "chroma" in possible:
         # Whose names are FLUX.1's: a file's metadata may say it is that
         possible.remove("chroma")
-    return Translation(targets, possible[0] if len(possible) == 1 else None)
+    return Translation(targets, tuple(possible))
 
 
 def _has_other_ratio(network: Network, module: str, shape: tuple[int, int]) -> bool:
@@ -244,14 +256,16 @@ def _unknown_names(
 ) -> UserError:
     """The sentence about names that no network has; `others` are shapes of the layers that `network` explains."""
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
-    if all(_T5.search(stem) for stem in unknown):
-        return UserError(
-            f"{path} adapts T5 in {len(unknown)} layers ({shown}), which is not read here. Export it again without T5."
-        )
+    for part, pattern in _PARTS.items():
+        if all(pattern.search(stem) for stem in unknown):
+            layers = count_of(len(unknown), "layer")
+            return UserError(
+                f"{path} adapts {part} in {layers} ({shown}), which is not read here. Export it again without {part}."
+            )
     if all(_SVD.search(stem) for stem in unknown):
         return UserError(
-            f"{path} adapts Stable Video Diffusion in {len(unknown)} layers that are not read here ({shown}). Export "
-            "it again in diffusers' names, of linear layers alone."
+            f"{path} adapts Stable Video Diffusion in {count_of(len(unknown), 'layer')} not read here ({shown}). "
+            "Export it again in diffusers' names, of linear layers alone."
         )
     if all(_MOTION.search(stem) for stem in unknown):
         return UserError(

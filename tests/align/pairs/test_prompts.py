@@ -50,6 +50,20 @@ def test_a_prompt_that_stands_in_a_file_again_is_said_and_is_another_line(
     assert not capsys.readouterr().err
 
 
+def test_marks_that_nobody_sees_are_no_part_of_a_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a [V]\u200b dog\na family \U0001f468\u200d\U0001f469\u200d\U0001f467\n")
+    assert [one.text for one in read_prompts(tmp_path / "p.txt")] == [
+        "a [V] dog",
+        "a family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    ]
+    assert "marks of no width" in capsys.readouterr().err
+    assert prompts_of(["\ufeffa  dog", "a  cat"]) == [Prompt("a dog"), Prompt("a  cat")]
+    with pytest.raises(UserError, match="A prompt is empty"):
+        prompts_of("\u200b \u2060")
+
+
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "a dog"}\nnot json\n{"prompt": ""}\n')

@@ -240,6 +240,35 @@ def test_an_unlabelled_row_is_none_however_its_no_is_written(tmp_path: Path) -> 
     assert (len(found.pairs), found.skipped) == (1, 2)
 
 
+def test_a_spreadsheet_s_true_and_false_are_labels_and_unseen_marks_no_part_of_a_prompt(
+    tmp_path: Path,
+) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = ("a dog,0.png,1.png,TRUE", "\ufeffa dog,0.png,1.png,FALSE", "a\u200b dog,0.png,1.png,perhaps")
+    (tmp_path / "p.csv").write_text("\n".join(["prompt,image_0,image_1,label_0", *rows]))
+    found = read_preferences(tmp_path / "p.csv")
+    assert [(pair.prompt, pair.label) for pair in found.pairs] == [("a dog", 1.0), ("a dog", 0.0)]
+    assert "label_0 = perhaps" in found.problems[0]
+
+
+def test_without_a_connection_a_dataset_is_asked_for_once_and_a_file_s_name_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("backbone.media.sources.tables.hub_answers", lambda name, kind: asked.append(name))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match="some/pairs is nothing here, and no dataset of that name"):
+        read_preferences("some/pairs")
+    assert asked == ["some/pairs"] and not datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(UserError, match=r"p/pairs\.jsonl does not exist"):
+        read_preferences("p/pairs.jsonl")
+    assert len(asked) == 1
+
+
 def test_columns_that_nothing_reads_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         picture(number).save(tmp_path / f"{number}.png")

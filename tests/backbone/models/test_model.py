@@ -84,7 +84,17 @@ def test_a_long_prompt_is_cut_and_said_so(tiny: Backbone, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [("nowhere/at/all", "There is no model"), ("no-such-thing", "There is no model")],
+    [
+        ("nowhere/at/all", "There is no model"),
+        ("no-such-thing", r"There is no model no-such-thing\. Name one of"),
+        ("SDXL", "Did you mean sdxl"),
+        ("sd1.5", "Did you mean sd15"),
+        ("sd3.5", "Did you mean sd3"),
+        ("flux.1-dev", r"Did you mean flux\?"),
+        ("flux2_klein_9b", r"Did you mean flux2-klein-9b\?"),
+        ("Z-Image-Turbo", "Did you mean z-image-turbo"),
+        ("stable-diffusion-1.5", "Did you mean sd15"),
+    ],
 )
 def test_a_model_that_is_nowhere_is_a_clear_mistake(model: str, said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_kohyas_folders_say_repeats_token_and_class(tmp_path: Path) -> None:
         ConceptFolder(dog, 10, "sks", "dog"),
         ConceptFolder(cat, 3, "qrs", "tabby cat"),
     ]
+
+
+@pytest.mark.parametrize(("subject", "class_folder"), [("sks dog", "dog"), ("ohwx old man", "old man")])
+def test_a_folder_of_class_images_beside_the_subject_s_is_none(
+    subject: str, class_folder: str, tmp_path: Path
+) -> None:
+    dog, other = pictures_in(tmp_path / f"10_{subject}"), pictures_in(tmp_path / f"1_{class_folder}")
+    with pytest.raises(UserError, match="as a folder of class images is") as refused:
+        read_subjects(tmp_path)
+    assert f"--images '{dog}' --class-images {shlex.quote(str(other))}" in str(refused.value)
 
 
 def test_one_numbered_folder_is_a_concept_itself(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
         (["lora_unet_conv_in", "lora_unet_conv_inn"], "1 layer that no supported model has"),
         (
             ["unet.input_blocks.1.1.time_stack.0.attn1.to_q"],
-            "adapts Stable Video Diffusion in 1 layers that are not read here",
+            "adapts Stable Video Diffusion in 1 layer not read here",
         ),
         (
             ["down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"],
@@ -244,7 +244,13 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
             ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_19_img_attn_qkv"],
             "HunyuanVideo",
         ),
-        (["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"], "T5"),
+        (["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"], "T5 in 1 layer ("),
+        (["lora_te_model_layers_0_self_attn_q_proj"], "the language model that reads prompts in 1 layer ("),
+        (
+            ["transformer.layers.0.attention.to_q", "text_encoder.model.layers.0.self_attn.q_proj"],
+            "Export it again without the language model",
+        ),
+        (["vae.encoder.mid_block.attentions.0.to_q", "unet.conv_in"], "adapts the autoencoder (VAE)"),
     ],
 )
 def test_names_that_no_model_has_are_refused_by_name(stems: list[str], said: str, tmp_path: Path) -> None:
@@ -322,6 +328,33 @@ def test_relatives_of_flux_and_z_image_are_not_called_so(
 
 
 @pytest.mark.parametrize(
+    ("blocks", "stem", "width", "base", "said"),
+    [
+        # klein 4B, klein 9B and dev, of their blocks of text and image alone
+        (5, "transformer.transformer_blocks.{}.attn.to_q", 3072, "flux2", "FLUX.2"),
+        (8, "transformer.transformer_blocks.{}.attn.to_q", 4096, "flux2", "FLUX.2"),
+        (8, "transformer.transformer_blocks.{}.attn.to_q", 6144, "flux2", "FLUX.2"),
+        (8, "diffusion_model.double_blocks.{}.img_attn.proj", 4096, "flux2", "FLUX.2"),
+        (3, "lora_unet_double_blocks_{}_img_attn_qkv", 4096, "flux2", "FLUX.2"),
+        (3, "lora_unet_double_blocks_{}_img_attn_qkv", 6144, "flux2", "FLUX.2"),
+        (19, "transformer.transformer_blocks.{}.attn.to_q", 3072, "flux", "FLUX or Chroma"),
+        (60, "transformer.transformer_blocks.{}.attn.to_q", 3072, "qwen", "Qwen-Image"),
+        (32, "transformer.transformer_blocks.{}.attn.to_q", 4096, "qwen21", "Qwen-Image 2.1"),
+        (28, "transformer.transformer_blocks.{}.attn.to_q", 6144, "krea2", "Krea 2"),
+    ],
+)
+def test_blocks_that_several_models_have_are_told_by_their_width_and_number(
+    blocks: int, stem: str, width: int, base: str, said: str, tmp_path: Path
+) -> None:
+    tensors = lora_of([stem.format(block) for block in range(blocks)], width)
+    if "qkv" in stem:
+        tensors = {name: value.repeat(3, 1) if "lora_B" in name else value for name, value in tensors.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    assert read_adapter(tmp_path / "a.safetensors").base == base
+    assert inspect_adapter(tmp_path / "a.safetensors")["base"] == said
+
+
+@pytest.mark.parametrize(
     ("architecture", "family"),
     [
         ("qwen-image-2512", "qwen"),
@@ -379,9 +412,20 @@ def test_a_layer_of_ltx_that_has_no_counterpart_is_refused_as_ltx_s(tmp_path: Pa
         inspect_adapter(tmp_path / "a.safetensors")
 
 
+def test_a_fused_layer_of_lumina_is_refused_as_lumina_s(tmp_path: Path) -> None:
+    # Queries, and keys and values of a third as many heads
+    stem, factors = "lora_unet_layers_0_attention_qkv", lora(torch.empty(3840, 2304))[0]
+    write_tensors(tmp_path / "a.safetensors", {f"{stem}.{end}": value for end, value in factors.items()})
+    with pytest.raises(
+        UserError, match=r"adapts Lumina 2 \(.*3840 × 2304 together\), which is not supported"
+    ):
+        read_adapter(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize(
     ("key", "said"),
     [
+        ("lycoris_conv_in.lambda_layer", "factors of T-LoRA"),
         ("lora_unet_conv_in.diff", "whole differences of weights"),
         ("lora_unet_conv_in.w_norm", "differences of norms"),
         ("lora_unet_conv_in.oft_blocks", "rotations"),

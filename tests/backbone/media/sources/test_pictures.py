@@ -18,7 +18,15 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from backbone.io.console import UserError, notify_once, said_of
-from backbone.media.sources.decode import BadImageError, open_loaded, open_mask, open_named, open_rgb
+from backbone.media.sources.decode import (
+    BadImageError,
+    map_from_image,
+    open_as,
+    open_loaded,
+    open_mask,
+    open_named,
+    open_rgb,
+)
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.media.sources.tables import caption_at, name_tar_columns
@@ -149,6 +157,34 @@ def test_sixteen_bits_are_scaled_and_not_cut(tmp_path: Path, suffix: str) -> Non
     opened = np.asarray(open_rgb(write(tmp_path / f"x{suffix}", Image.fromarray(values))))
     assert np.abs(opened[..., 0] - values / 257).max() <= 0.51
     assert (opened[..., 0] == opened[..., 2]).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_see_through_value_of_grey_is_white_and_masked_out_whatever_its_bits(
+    tmp_path: Path, bits: int
+) -> None:
+    # As programs that make PNGs small write black and white on transparent ground
+    row = [0, 0, 1, 1] * 8  # 0 is black, 1 is see-through
+    packed = int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(4 * bits, "big")
+    chunks = {
+        "IHDR": struct.pack(">IIBBBBB", 32, 8, bits, 0, 0, 0, 0),
+        "tRNS": struct.pack(">H", 1),
+        "IDAT": zlib.compress((b"\0" + packed) * 8),
+        "IEND": b"",
+    }
+    file = tmp_path / "grey.png"
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data))
+            + (both := name.encode() + data)
+            + struct.pack(">I", zlib.crc32(both))
+            for name, data in chunks.items()
+        )
+    )
+    assert np.asarray(open_rgb(file))[0, :, 1].tolist() == [0, 0, 255, 255] * 8
+    assert not np.asarray(open_mask(file)).any()
+    assert np.asarray(open_as(file, map_from_image))[0, :, 3].tolist() == [255, 255, 0, 0] * 8
 
 
 @pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
@@ -1149,7 +1185,7 @@ def test_what_a_system_keeps_on_a_disk_and_what_is_closed_is_no_folder_of_images
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "dog" / "1.png")
-    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN"):
+    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "#recycle"):
         write(tmp_path / name / "2.png")
     assert [picture.path.name for picture in list_images(tmp_path)] == ["1.png"]
     # A folder may be listed, and its entries not looked at
@@ -1202,6 +1238,12 @@ def test_sources_without_pictures_say_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "dogs.zip").touch()
     with pytest.raises(UserError, match=r"is a \.zip file.*Unpack it, and give that folder"):
         list_images(tmp_path / "dogs.zip")
+    (tmp_path / "dogs.jsonl").touch()
+    with pytest.raises(UserError, match=r"call it metadata\.jsonl, beside the images"):
+        list_images(tmp_path / "dogs.jsonl")
+    (tmp_path / "dataset.toml").touch()
+    with pytest.raises(UserError, match="give the folder of images that it names"):
+        list_images(tmp_path / "dataset.toml")
 
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_network(

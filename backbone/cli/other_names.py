@@ -1,0 +1,93 @@
+"""What flags and commands of other programs, and of habit, are called here: for the answer to one that there is not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+_STEPS = " It counts optimiser steps, and there are no epochs: images times epochs, by the images of a batch."
+# What is called otherwise → the flags that it may be here, the first that a command has, and what else to know
+FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    **dict.fromkeys(("lr", "rate", "lr-unet"), (("learning-rate",), "")),
+    **dict.fromkeys(
+        ("epochs", "epoch", "max-train-epochs", "num-train-epochs", "num-epochs"), (("steps",), _STEPS)
+    ),
+    **dict.fromkeys(("iterations", "max-steps", "train-steps", "num-steps", "total-steps"), (("steps",), "")),
+    **dict.fromkeys(
+        ("repeats", "num-repeats", "dataset-repeats"),
+        (("steps",), " Images are learned equally often for as many steps as it says."),
+    ),
+    **dict.fromkeys(("batch-size", "bs", "train-batch"), (("batch",), "")),
+    **dict.fromkeys(
+        ("image", "data", "dataset", "data-dir", "dataset-dir", "image-dir", "images-dir", "image-folder"),
+        (("images", "pairs"), ""),
+    ),
+    **dict.fromkeys(
+        ("base-model", "base", "ckpt", "checkpoint-path", "model-path", "model-name"), (("model",), "")
+    ),
+    **dict.fromkeys(
+        ("lora", "loras", "lora-path", "lora-weights", "adapter-path"),
+        (("concept",), " It takes a run; make one of a file: customize import FILE --out runs/NAME"),
+    ),
+    **dict.fromkeys(("lora-strength", "strength", "weight", "lora-weight"), (("scale",), "")),
+    **dict.fromkeys(("cfg", "guidance-weight"), (("guidance",), "")),
+    **dict.fromkeys(
+        ("num-images", "n-images", "num-samples", "n-samples", "samples", "number", "num"),
+        (("count", "per-prompt"), ""),
+    ),
+    **dict.fromkeys(
+        ("size", "image-size", "res"),
+        (("resolution", "width"), " It is a number of pixels, as in --{flag} 768."),
+    ),
+    **dict.fromkeys(("alpha", "network-alpha"), (("lora-alpha",), "")),
+    **dict.fromkeys(("dim", "lora-rank", "network-rank", "lora-dim"), (("rank",), "")),
+    **dict.fromkeys(("output", "output-name", "output-path", "save-dir", "save-to", "name"), (("out",), "")),
+    **dict.fromkeys(("scheduler", "sampler-name", "sampling-method"), (("sampler", "lr-scheduler"), "")),
+    **dict.fromkeys(("gpu", "gpus", "cuda"), (("device",), " As in --{flag} cuda:0.")),
+    **dict.fromkeys(("dtype", "fp16", "bf16", "half"), (("precision",), " As in --{flag} bf16.")),
+    **dict.fromkeys(("neg", "negative-prompts", "uncond"), (("negative",), "")),
+    **dict.fromkeys(("text", "caption"), (("prompts", "prompt", "instruction"), "")),
+    **dict.fromkeys(("loss-fn", "objective", "algo", "algorithm"), (("loss", "method"), "")),
+}
+COMMANDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("generate", "gen", "infer", "inference", "draw", "predict", "txt2img", "text2img", "t2i"),
+        ("sample",),
+    ),
+    **dict.fromkeys(
+        (
+            "dreambooth",
+            "finetune",
+            "fine-tune",
+            "tune",
+            "fit",
+            "lora",
+            "train-lora",
+            "dpo",
+            "kto",
+            "ddpo",
+            "rlhf",
+        ),
+        ("train",),
+    ),
+    **dict.fromkeys(("img2img", "i2i", "image2image", "inpaint", "inpainting"), ("sdedit",)),
+    **dict.fromkeys(("pix2pix", "instruct-pix2pix", "kontext"), ("instruct",)),
+    **dict.fromkeys(("erase", "object-removal"), ("remove",)),
+    **dict.fromkeys(("convert", "to-kohya", "to-comfyui", "to-diffusers"), ("export",)),
+    **dict.fromkeys(("eval", "benchmark", "score"), ("evaluate", "rank")),
+    **dict.fromkeys(("annotate", "rate", "vote"), ("label",)),
+}
+
+
+def describe_flag(flag: str, command: str, known: Mapping[str, str]) -> str:
+    """The sentence about a flag that a command has not, where it has one for the same; "" elsewhere.
+
+    `known` are the flags of the command without their hyphens, each with the name that its help shows.
+    """
+    wanted, more = FLAGS.get(flag.strip("-").replace("_", "-").lower(), ((), ""))
+    name = next((known[one] for one in wanted if one in known), "")
+    return f"{flag} is no flag of {command}. Write --{name}.{more.format(flag=name)}" if name else ""
+
+
+def find_command(name: str, known: Collection[str]) -> str:
+    """The command of these that goes by this name elsewhere; "" where there is none."""
+    return next((one for one in COMMANDS.get(name.lower().replace("_", "-"), ()) if one in known), "")
