@@ -16,7 +16,7 @@ from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
-from backbone.io.run_folder import hold_new_folder
+from backbone.io.run_folder import hold_new_folder, refuse_among_others
 from edit import checks
 from edit.settings import (
     PANELS,
@@ -76,6 +76,7 @@ def invert(asked: InvertOptions) -> None:
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
     refuse_existing(file)
+    refuse_among_others(file)
     if image is None:
         from backbone.media.clips import read_film
 
@@ -276,10 +277,15 @@ def refuse_idle_of_clips(asked: InvertOptions) -> None:
 
 
 def refuse_no_file(inversion: str, made_by: str) -> None:
-    """`UserError` for an inversion that is no file; of a run folder, its own is named."""
+    """`UserError` for an inversion that is no file; of an edit's folder, its own is named."""
     path = Path(inversion)
     if path.is_dir():
-        raise UserError(f"{inversion} is a folder. Name the file: {quote(path / 'inversion.safetensors')}.")
+        own = path / "inversion.safetensors"
+        if own.is_file():
+            raise UserError(f"{inversion} is a folder. Name the file: {quote(own)}.")
+        raise UserError(
+            f"{inversion} is a folder in which there is no {own.name}. Name an inversion's file, made with {made_by}."
+        )
     if not path.is_file():
         raise UserError(f"{inversion} does not exist. Make it with {made_by}.")
 

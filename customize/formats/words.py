@@ -36,6 +36,7 @@ from backbone.io.files import (
     refuse_existing,
     write_tensors,
 )
+from backbone.io.run_folder import refuse_among_others
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat
 from customize.formats.metadata import describe_import
@@ -299,6 +300,7 @@ def export_words(
     paths = list_word_files(out, list(words)) if len(words) > 1 else {next(iter(words)): out}
     for path in paths.values():
         refuse_existing(path)
+        refuse_among_others(path)
     kept = {key: value for key, value in metadata.items() if key in ("format", "base_model")}
     for token, path in paths.items():
         rows = {slot: value if dtype is None else value.to(dtype) for slot, value in words[token].items()}

@@ -21,6 +21,7 @@ from backbone.io.run_folder import (
     name_beside,
     peak_memory,
     read_log,
+    refuse_among_others,
     refuse_finished,
     refuse_new_folder,
     refuse_taken,
@@ -131,3 +132,34 @@ def test_what_was_logged_up_to_a_checkpoint_outlives_a_second_stop(tmp_path: Pat
     for _ in range(2):
         trim_log(log, 3)
         assert read_log(log, Measured, done=9) == kept
+
+
+@pytest.mark.parametrize(
+    ("files", "out", "said"),
+    [
+        (("concept.json",), "dog.safetensors", "the folder of a run"),
+        (("checkpoint.safetensors",), "previews", "the folder of a run"),
+        (("concept.json",), "evaluations/mine", "the folder of a run"),
+        (("concept.json",), "dreambench", ""),  # a folder of its own inside of a run's
+        (("model_index.json", "unet/config.json"), "unet/drawn", "a model"),
+        (("model_index.json", "unet/config.json"), "unet/dog.safetensors", "a model"),
+        (("model_index.json", "unet/config.json"), "drawn", ""),  # beside its parts
+        (("prepared.json",), "drawn", "a folder of prepared data"),
+        (("samples.json", "pictures/a.png"), "more", "a folder of align sample"),
+        (("run.json", "sheet.png", "report.html"), "again/once", "the folder of an edit"),
+        (("run.json",), "again", ""),
+        (("dog.png",), "drawn", ""),
+    ],
+)
+def test_nothing_is_written_among_what_somebody_else_made(
+    files: tuple[str, ...], out: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made"
+    for name in files:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    if said:
+        with pytest.raises(UserError, match=rf"would lie in .*made, {said}.*outside of it"):
+            refuse_among_others(made / out)
+        monkeypatch.chdir(made)
+    refuse_among_others(made / out)  # also where the user works in it
