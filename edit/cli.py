@@ -14,9 +14,9 @@ from backbone.cli.commands import command_group, program_words
 from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
-from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
+from backbone.io.files import make_empty_folder, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
-from backbone.io.run_folder import hold_new_folder, refuse_among_others
+from backbone.io.run_folder import hold_new_folder, refuse_new_file
 from edit import checks
 from edit.settings import (
     PANELS,
@@ -75,8 +75,7 @@ def invert(asked: InvertOptions) -> None:
     file = asked.out or Path(f"{Path(asked.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
-    refuse_existing(file)
-    refuse_among_others(file)
+    refuse_new_file(file)
     if image is None:
         from backbone.media.clips import read_film
 

@@ -249,8 +249,19 @@ def error_message(error: Exception) -> str | None:
         return f"{where} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         remedy = "Change its permissions, or choose another place."
+        closed = next((path for path in _folders_above(where) if not os.access(path, os.X_OK)), None)
+        if closed is not None:
+            return f"{closed} may not be entered ({_reason(error)}). {remedy}"
         return f"{where} may not be read or written ({_reason(error)}). {remedy}"
     return f"{where} cannot be used ({_reason(error)}). Choose another path."
+
+
+def _folders_above(where: str) -> list[str]:
+    """The folders that a path lies in and that are there, from the root on."""
+    found: list[str] = []
+    while (above := os.path.dirname(os.path.abspath(found[0] if found else where))) not in found:
+        found.insert(0, above)
+    return [path for path in found if os.path.isdir(path)]
 
 
 def notify(text: str) -> None:

@@ -24,6 +24,7 @@ from backbone.io.files import (
     make_numbered_folder,
     read_json,
     read_jsonl,
+    refuse_existing,
     refuse_filled,
     remove_abandoned,
     write_bytes,
@@ -125,6 +126,13 @@ def refuse_among_others(out: Path) -> None:
             raise UserError(f"{out} would lie in {folder}, {what}. Name a place outside of it.")
 
 
+def refuse_new_file(path: Path) -> None:
+    """`UserError` for a file that exists, or that cannot be made or has no business where it would lie."""
+    refuse_existing(path)
+    refuse_among_others(path)
+    refuse_unwritable(path.parent)
+
+
 def no_run_folder(folder: Path) -> UserError:
     """The error of a run folder that is not there."""
     if looks_like_prompt(folder):
@@ -156,7 +164,7 @@ def refuse_unwritable(folder: Path) -> None:
     if not place.is_dir():
         raise UserError(f"{place} is a file, not a folder. Name another folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place} is read-only. Change its permissions, or choose another --out.")
+        raise UserError(f"{place} is read-only. Change its permissions, or choose another place.")
 
 
 @contextmanager

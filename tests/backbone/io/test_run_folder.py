@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, error_message
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import (
     SAVED,
@@ -23,6 +25,7 @@ from backbone.io.run_folder import (
     read_log,
     refuse_among_others,
     refuse_finished,
+    refuse_new_file,
     refuse_new_folder,
     refuse_taken,
     trim_log,
@@ -163,3 +166,32 @@ def test_nothing_is_written_among_what_somebody_else_made(
             refuse_among_others(made / out)
         monkeypatch.chdir(made)
     refuse_among_others(made / out)  # also where the user works in it
+
+
+def as_somebody_else(monkeypatch: pytest.MonkeyPatch, closed: Path, mode: int) -> None:
+    """Modes hold for who runs the tests as root too."""
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, asked: not (Path(path) == closed and asked & mode) and allowed(path, asked)
+    )
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_new_file(tmp_path / "made" / "later" / "dog.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        refuse_new_file(tmp_path / "file" / "dog.safetensors")
+    as_somebody_else(monkeypatch, tmp_path, os.W_OK)
+    with pytest.raises(UserError, match=r"is read-only\. Change its permissions, or choose another place"):
+        refuse_new_file(tmp_path / "dog.safetensors")
+
+
+def test_a_folder_that_may_not_be_entered_is_named_and_not_what_may_be_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    as_somebody_else(monkeypatch, tmp_path / "in", os.X_OK)
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "in" / "below" / "state.json"))
+    assert str(error_message(error)).startswith(f"{tmp_path / 'in'} may not be entered (permission denied)")
