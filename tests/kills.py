@@ -250,13 +250,14 @@ def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Ra
         remove(folder, struck, cache)
 
     while counts["kills"] < kills and counts["ended first"] < 3 * kills:
-        blow = random.choice(BLOWS)
+        blow, before = random.choice(BLOWS), set(left_behind(folder))  # by a SIGKILL, for the next writer
         status, said = go_on(random.uniform(0.02, 1.05) * seconds, blow)
         early = status == -signal.SIGTERM or (status == 1 and said.rstrip().endswith("KeyboardInterrupt"))
         if early or status in (-signal.SIGKILL, STOPPED):  # early: before the command was there to hear it
             counts["kills"] += 1
             faults = unreadable(folder, struck)
-            counts["faults"] += complain(name, faults + (left_behind(folder) if status == STOPPED else []))
+            left = set(left_behind(folder)) - before if status == STOPPED else set()
+            counts["faults"] += complain(name, [*faults, *sorted(left)])
         else:
             end(status, said)
     end(*go_on(TIMEOUT))

@@ -346,7 +346,7 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert", "photo.png", "--source", "a cat", "--guidance", "2"), "--guidance has no effect"),
         (("replay", "other.json"), "no record of an edit"),
         (("replay", "list.json"), "no record of an edit"),
-        (("replay", "newer.json", "--out", "new"), "settings that this version does not know"),
+        (("replay", "newer.json", "--out", "new"), "that this version does not know (newer). Update"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
