@@ -17,6 +17,7 @@ from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json, refuse_existing
 from backbone.io.prompts import Prompt, prompts_of, unique_prompts
+from backbone.io.run_folder import refuse_unwritable
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
 
@@ -301,6 +302,7 @@ def export(
             f"{out} would be a {out.suffix or 'file without an ending'}. Name a .parquet or a .jsonl file."
         )
     refuse_existing(out)
+    refuse_unwritable(out.parent)
     found = check_preferences(
         read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
     )

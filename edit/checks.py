@@ -28,8 +28,10 @@ def between(name: str, start: float, end: float) -> tuple[float, float]:
 
 
 def strength(value: float, steps: int) -> float:
-    """The value, if it is a share of the steps that is 0 or at least one of them."""
+    """The value, if it is a share of the steps that is 0, which is said, or at least one of them."""
     share("strength", value)
+    if value == 0:
+        notify("At a strength of 0 nothing is changed: what comes out is the image as the model keeps it.")
     if value > 0 and int(steps * value + 1e-9) == 0:
         raise UserError(
             f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."

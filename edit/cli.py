@@ -14,9 +14,9 @@ from backbone.cli.commands import command_group, program_words
 from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
-from backbone.io.files import make_empty_folder, refuse_existing, write_bytes
+from backbone.io.files import make_empty_folder, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
-from backbone.io.run_folder import hold_new_folder
+from backbone.io.run_folder import hold_new_folder, refuse_new_file
 from edit import checks
 from edit.settings import (
     PANELS,
@@ -75,7 +75,7 @@ def invert(asked: InvertOptions) -> None:
     file = asked.out or Path(f"{Path(asked.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
-    refuse_existing(file)
+    refuse_new_file(file)
     if image is None:
         from backbone.media.clips import read_film
 
@@ -276,10 +276,15 @@ def refuse_idle_of_clips(asked: InvertOptions) -> None:
 
 
 def refuse_no_file(inversion: str, made_by: str) -> None:
-    """`UserError` for an inversion that is no file; of a run folder, its own is named."""
+    """`UserError` for an inversion that is no file; of an edit's folder, its own is named."""
     path = Path(inversion)
     if path.is_dir():
-        raise UserError(f"{inversion} is a folder. Name the file: {quote(path / 'inversion.safetensors')}.")
+        own = path / "inversion.safetensors"
+        if own.is_file():
+            raise UserError(f"{inversion} is a folder. Name the file: {quote(own)}.")
+        raise UserError(
+            f"{inversion} is a folder in which there is no {own.name}. Name an inversion's file, made with {made_by}."
+        )
     if not path.is_file():
         raise UserError(f"{inversion} does not exist. Make it with {made_by}.")
 

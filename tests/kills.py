@@ -3,10 +3,11 @@
     python -m tests.kills --kills 20 --seed 0              all campaigns, on tiny random models
     python -m tests.kills customize-train                  one of them
 
-Each campaign kills its command with SIGKILL again and again, resumes or repeats it upon what is left there, and lets it
-end. Then every file that a quiet run writes is there, tensors and pixels equal bit for bit, no temporary file is left,
-and after no kill was there a file that cannot be read. A repeated command may find that the killed one had finished,
-and says so. The moments are drawn from the time that a quiet run takes.
+Each campaign strikes its command again and again, with SIGKILL, SIGTERM or SIGINT, resumes or repeats it upon what is
+left there, and lets it end. Then every file that a quiet run writes is there, tensors, tables and pixels equal bit for
+bit, no temporary file is left, and after no blow was there a file that cannot be read; SIGTERM and SIGINT leave no
+temporary file either. A repeated command may find that the killed one had finished, and says so. The moments are drawn
+from the time that a quiet run takes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tempfile import TemporaryDirectory
 from tests.commands import TIMEOUT, Started
 
 TAKEN = re.compile("is not empty|exists already")
+BLOWS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+STOPPED = 130  # the exit status after SIGTERM and SIGINT
 WHERE = ("--precision", "fp32", "--device", "cpu")
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -38,7 +41,7 @@ class Campaign:
     """A command, how it goes on after a kill, and the files that must come out equal.
 
     again   the words after a kill that left a checkpoint; the same command where None. `{out}` is its output
-    equal   files below the output (or itself, ""), tensors compared
+    equal   files below the output (or itself, ""; or patterns of several), tensors, tables and pixels compared
     """
 
     words: Sequence[str]
@@ -86,6 +89,21 @@ def prepare(folder: Path) -> dict[str, Campaign]:
     words = ("--source", "a dog", "--target", "a cat", "--steps", "20")
     edit = ("edit", "invert-and-replace", "images/0.png", *words)
     resume = ("--resume", "{out}")
+    several = (
+        "--prompts",
+        "prompts.txt",
+        "--count",
+        "4",
+        "--steps",
+        "8",
+        "--batch",
+        "2",
+        "--model",
+        model,
+        *WHERE,
+    )
+    again = ("customize", "export", "adapter-0", "--to", "diffusers", "--out", "one.safetensors")
+    run(again, folder, "quiet-cache")
     return {
         "customize-train": Campaign((*customize, "--out", "{out}"), (LORA,), ("customize", "train", *resume)),
         "align-train-pairs": Campaign((*pairs, "--out", "{out}"), (LORA,), ("align", "train", *resume)),
@@ -99,6 +117,47 @@ def prepare(folder: Path) -> dict[str, Campaign]:
             ("customize", "export", "adapter-0", "--out", "{out}.safetensors", "--to", "kohya"), ("",)
         ),
         "merge": Campaign(("customize", "merge", "adapter-0", "adapter-1", "--out", "{out}"), (LORA,)),
+        "import": Campaign(
+            ("customize", "import", "one.safetensors", "--model", model, "--out", "{out}"), (LORA,)
+        ),
+        "resize": Campaign(
+            ("customize", "resize", "adapter-0", "--rank", "4", "--out", "{out}.safetensors"), ("",)
+        ),
+        "invert": Campaign(
+            (
+                *(
+                    "edit",
+                    "invert",
+                    "images/0.png",
+                    "--source",
+                    "a dog",
+                    "--steps",
+                    "40",
+                    "--model",
+                    model,
+                    *WHERE,
+                ),
+                *("--out", "{out}.safetensors"),
+            ),
+            ("",),
+        ),
+        "edit-count": Campaign(
+            (
+                *("edit", "sdedit", "images/0.png", "--prompt", "a cat", "--count", "4", "--steps", "40"),
+                *("--model", model, *WHERE, "--out", "{out}"),
+            ),
+            ("edit_*.png", "sheet.png"),
+        ),
+        "sample": Campaign(("customize", "sample", *several, "--out", "{out}"), ("p*.png", "sheet.png")),
+        "align-sample": Campaign(("align", "sample", *several, "--out", "{out}"), ("pictures/*.png",)),
+        "customize-prepare": Campaign(
+            ("customize", "prepare", "--images", "pairs", "--model", model, *WHERE, "--out", "{out}"),
+            ("*/*.arrow", "pictures/*"),
+        ),
+        "align-prepare": Campaign(
+            ("align", "prepare", "pairs/pairs.jsonl", "--model", model, *WHERE, "--out", "{out}"),
+            ("*/*.arrow",),
+        ),
         "train-control": Campaign(
             (*control, "--out", "{out}"),
             ("t2i_adapter/diffusion_pytorch_model.safetensors",),
@@ -141,12 +200,23 @@ def prepare_maps_and_a_clip(folder: Path) -> None:
     tiny_motion_adapter().save_pretrained(folder / "motion")
 
 
-def run(words: Sequence[str], folder: Path, cache: str, after: float | None = None) -> tuple[int, float, str]:
-    """Runs a command to its end, or kills it `after` so many seconds; (exit status, seconds, what it said)."""
+def run(
+    words: Sequence[str],
+    folder: Path,
+    cache: str,
+    after: float | None = None,
+    blow: signal.Signals = signal.SIGKILL,
+) -> tuple[int, float, str]:
+    """Runs a command to its end, or strikes it `after` so many seconds; (exit status, seconds, what it said)."""
     began = time.monotonic()
     started = Started(*words, cwd=folder, OMP_NUM_THREADS="1", LIMNER_CACHE=str(folder / cache))
+    while after is not None and started.poll() is None:
+        if time.monotonic() - began >= after:
+            started.send_signal(blow)
+            break
+        time.sleep(0.005)
     try:
-        _, said = started.communicate(TIMEOUT if after is None else after)
+        _, said = started.communicate(TIMEOUT)
     except subprocess.TimeoutExpired as killed:
         said = str(killed.stderr)
     status = started.returncode
@@ -162,11 +232,11 @@ def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Ra
     quiet, struck, cache = f"{name}-quiet", f"{name}-struck", f"{name}-cache"
     _, seconds, _ = run(filled(campaign.words, quiet), folder, "quiet-cache")
 
-    def go_on(after: float | None) -> tuple[int, str]:
+    def go_on(after: float | None, blow: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
         resumes = campaign.again is not None and (folder / struck / "checkpoint.safetensors").exists()
         counts["resumed"] += resumes
         words = campaign.again if resumes and campaign.again else campaign.words
-        status, _, said = run(filled(words, struck), folder, cache, after=after)
+        status, _, said = run(filled(words, struck), folder, cache, after=after, blow=blow)
         return status, said
 
     def end(status: int, said: str) -> None:
@@ -176,15 +246,18 @@ def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Ra
             counts["faults"] += complain(name, compare(folder, quiet, struck, campaign.equal))
         else:
             counts["faults"] += complain(name, [f"ended with {status}: {said[-2000:]}"])
-        left = [path for end in ("partial", "whole") for path in folder.rglob(f".*.{end}")]
-        counts["faults"] += complain(name, [f"{path} was left behind" for path in left])
+        counts["faults"] += complain(name, left_behind(folder))
         remove(folder, struck, cache)
 
     while counts["kills"] < kills and counts["ended first"] < 3 * kills:
-        status, said = go_on(random.uniform(0.02, 1.05) * seconds)
-        if status == -signal.SIGKILL:
+        blow, before = random.choice(BLOWS), set(left_behind(folder))  # by a SIGKILL, for the next writer
+        status, said = go_on(random.uniform(0.02, 1.05) * seconds, blow)
+        early = status == -signal.SIGTERM or (status == 1 and said.rstrip().endswith("KeyboardInterrupt"))
+        if early or status in (-signal.SIGKILL, STOPPED):  # early: before the command was there to hear it
             counts["kills"] += 1
-            counts["faults"] += complain(name, unreadable(folder, struck))
+            faults = unreadable(folder, struck)
+            left = set(left_behind(folder)) - before if status == STOPPED else set()
+            counts["faults"] += complain(name, [*faults, *sorted(left)])
         else:
             end(status, said)
     end(*go_on(TIMEOUT))
@@ -193,6 +266,12 @@ def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Ra
 
 def filled(words: Sequence[str], out: str) -> list[str]:
     return [word.replace("{out}", out) for word in words]
+
+
+def left_behind(folder: Path) -> list[str]:
+    """The temporary files and folders that are there."""
+    left = [path for end in ("partial", "whole") for path in folder.rglob(f".*.{end}")]
+    return [f"{path} was left behind" for path in left]
 
 
 def unreadable(folder: Path, struck: str) -> list[str]:
@@ -220,7 +299,12 @@ def compare(folder: Path, quiet: str, struck: str, names: Sequence[str]) -> list
         {str(path.relative_to(folder / out)) for path in (folder / out).rglob("*")} for out in (quiet, struck)
     )
     different = [f"{name} is in one of the two alone" for name in sorted(one ^ other)]
-    for name in names:
+    every = [
+        str(path.relative_to(folder / quiet))
+        for name in names
+        for path in sorted((folder / quiet).glob(name) if name else ())
+    ]
+    for name in every or [""]:
         first, second = (
             folder / out / name if name else folder / f"{out}.safetensors" for out in (quiet, struck)
         )
@@ -230,6 +314,9 @@ def compare(folder: Path, quiet: str, struck: str, names: Sequence[str]) -> list
             with Image.open(first) as a, Image.open(second) as b:
                 if ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getbbox():
                     different.append(f"{name} differs from the quiet run's")
+        elif first.suffix != ".safetensors":
+            if first.read_bytes() != second.read_bytes():
+                different.append(f"{name} differs from the quiet run's")
         else:
             tensors, others = read_tensors(first)[0], read_tensors(second)[0]
             if set(tensors) != set(others) or not all(tensors[key].equal(others[key]) for key in tensors):

@@ -19,7 +19,7 @@ from align.pairs.samples import count_images, image_name, prompt_and_noise, read
 from backbone.io.console import UserError, progress
 from backbone.io.files import atomic_write, read_json, write_json, write_text
 from backbone.io.prompts import Prompt
-from backbone.io.run_folder import hold_folder
+from backbone.io.run_folder import hold_folder, refuse_unwritable
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import check_images
 from backbone.media.sources.record import ImageRecord
@@ -63,6 +63,7 @@ def rank_samples(
     """
     if twice := next((scorer for scorer in scorers if list(scorers).count(scorer) > 1), None):
         raise UserError(f"--scorer {twice} is named twice, and would count once. Leave one out.")
+    refuse_unwritable(folder)  # before anything is scored
     began = time.perf_counter()
     prompts, images = read_samples(folder)
     files = [(i, name) for i, names in enumerate(images) for name in names]

@@ -28,7 +28,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, write_json
 from backbone.io.prompts import Prompt
-from backbone.io.run_folder import package_versions
+from backbone.io.run_folder import package_versions, refuse_among_others
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.transforms import to_image
@@ -223,6 +223,7 @@ def _claim_folder(out: Path, record: dict[str, Any]) -> None:
     """Begin a folder with its record; `UserError` where it was begun with another one."""
     path = out / SAMPLES
     if not path.exists():
+        refuse_among_others(out)
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and not a folder of `align sample`. Choose another --out.")
         write_json(path, record)

@@ -40,10 +40,10 @@ from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify, progress
-from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.files import content_hash, read_json, refuse_filled, write_json
 from backbone.io.prompts import Prompt
 from backbone.io.report import write_report
-from backbone.io.run_folder import hold_folder, package_versions
+from backbone.io.run_folder import hold_folder, package_versions, refuse_among_others
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_rgb
@@ -52,6 +52,7 @@ from backbone.models.sample import latent_size, resolve_sampling
 
 RESULT = "compare.json"
 REPORT = "report.html"
+DRAWN = "drawn.json"  # in the folder of a side: how its images were drawn
 
 
 def _refuse_one_side(base: Side, tuned: Sequence[Side], sampling: SamplingSettings) -> None:
@@ -80,6 +81,9 @@ def compare_models(
     that a comparison that was stopped goes on; raises `UserError` when they were sampled with other settings.
     """
     began = time.perf_counter()
+    if not (out / BASE / DRAWN).is_file():  # no comparison was begun there
+        refuse_among_others(out)
+        refuse_filled(out)
     _refuse_scales(tuned, asked.scale)
     tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
     sides = {BASE: base, **tuned_sides}
@@ -237,7 +241,7 @@ def _claim_folder(
         "prompts": [prompt.text for prompt in prompts],
         "sampling": sampling.facts(),
     }
-    path = folder / "drawn.json"
+    path = folder / DRAWN
     if path.exists() and read_json(path) != json.loads(json.dumps(record)):
         raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
     write_json(path, record)

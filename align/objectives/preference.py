@@ -151,6 +151,7 @@ class PreferenceTraining(Objective):
     def read_from(self, data: PreferenceData) -> None:
         """Makes the batches of these data from now on."""
         self.data = data
+        self.pool = len(data.train) * data.train.group
         self.__dict__.pop("gap_rows", None)
         self.steps = StepBatches(data, self.samples, self.settings, self.share)
         self.batches = Steps(

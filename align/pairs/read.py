@@ -41,7 +41,7 @@ from align.pairs.tables import (
 )
 from backbone.io.console import UserError, looks_like_prompt, notify_once, quote, quote_text
 from backbone.io.files import read_json
-from backbone.io.records import is_json_list, iterate_entries, resolve_inside
+from backbone.io.records import is_json_list, iterate_entries, refuse_pipe, resolve_inside
 from backbone.io.run_folder import LEFT_BEHIND, RECORD, is_prepared
 from backbone.media.sources.columns import column_of, join_lines
 from backbone.media.sources.names import find_spelled, list_visible
@@ -97,6 +97,7 @@ def read_preferences(
     elif could_be_dataset(str(source)):
         preferences = _read_table(load_hub_table(str(source), split or "train", limit), str(source), limit)
     else:
+        refuse_pipe(path)
         if looks_like_prompt(str(source)):
             raise UserError(
                 f"Pairs are wanted, and “{source}” reads as a prompt. Draw its images first: align sample --prompts "
@@ -263,6 +264,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
                 {name: _as_number(cell) if name in PLACES else cell for name, cell in cells.items() if cell},
             )
         return
+    refuse_pipe(path)
     for where, value in iterate_entries(path.read_bytes(), path):
         where = where[0].lower() + where[1:]
         if isinstance(value, UserError):

@@ -19,6 +19,7 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import use_adapters
 from backbone.io.console import UserError, quote
 from backbone.io.files import write_json
+from backbone.io.run_folder import refuse_unwritable
 from backbone.models.model import Backbone
 
 
@@ -29,6 +30,7 @@ def evaluate_taste(
 
     Writes `evaluation.json` into the run.
     """
+    refuse_unwritable(run)  # before anything is measured
     concept = read_concept(run)
     if source is None and not settings.pairs:
         rounds = sorted((run / ROUNDS).glob("*"))

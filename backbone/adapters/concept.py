@@ -103,8 +103,10 @@ def read_concept(folder: str | Path) -> Concept:
         set(fields) - {one.name for one in dataclass_fields(Concept)} | ({"folder"} & set(fields))
     )
     if unknown or "" in read_as(dict[str, str], fields.get("tokens"), path, "tokens"):
-        what = f"it has the key {unknown[0]}" if unknown else "a token is empty"
-        raise UserError(f"{path} is damaged ({what}). Train the concept again.")
+        what = f"it has the key {unknown[0]}, which is not known" if unknown else "a token is empty"
+        raise UserError(
+            f"{path} is damaged, or another version's ({what}). Train the concept again, or update Limner."
+        )
     concept = read_as(Concept, {**fields, "folder": str(path.parent)}, path)
     for name in filter(None, (concept.weights, concept.words, concept.changed)):
         resolve_inside(path.parent, name, path)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import plain_name, read_json
 
 AdapterType = Literal["lora", "dora", "loha", "lokr"]
@@ -166,7 +166,11 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
             f"{', '.join(saved[:3])}), which no adapter holds here. Merge it into its model in peft "
             "(merge_and_unload), and take the difference: customize extract."
         )
-    value("bias", lambda v: v in _BIASES, f"is none of {', '.join(_BIASES)}", "none")
+    if value("bias", lambda v: v in _BIASES, f"is none of {', '.join(_BIASES)}", "none") == "all":
+        notify_once(
+            f"{path} says that the biases of its whole model were trained too (bias: all). No adapter holds them here: "
+            "what they changed is missing."
+        )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         raise UserError(

@@ -249,22 +249,39 @@ def error_message(error: Exception) -> str | None:
         return f"{where} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         remedy = "Change its permissions, or choose another place."
+        closed = next((path for path in _folders_above(where) if not os.access(path, os.X_OK)), None)
+        if closed is not None:
+            return f"{closed} may not be entered ({_reason(error)}). {remedy}"
         return f"{where} may not be read or written ({_reason(error)}). {remedy}"
     return f"{where} cannot be used ({_reason(error)}). Choose another path."
+
+
+def _folders_above(where: str) -> list[str]:
+    """The folders that a path lies in and that are there, from the root on."""
+    found: list[str] = []
+    while (above := os.path.dirname(os.path.abspath(found[0] if found else where))) not in found:
+        found.insert(0, above)
+    return [path for path in found if os.path.isdir(path)]
 
 
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     if is_main_rank():
-        print(show_controls(text), file=sys.stderr, flush=True)
+        print(show_plainly(text), file=sys.stderr, flush=True)
 
 
-def show_controls(text: str) -> str:
-    """A text in which control characters are written out: what a file says is nothing for a terminal to obey."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+def show_plainly(text: str) -> str:
+    """A text in which control characters are written out, and words that are longer than any name are cut.
+
+    What a file says is nothing for a terminal to obey, and its names, as of layers, may have any length.
+    """
+    cut = _ENDLESS.sub(lambda found: f"{found[0][:LONGEST_NAME]}… ({len(found[0])} characters)", text)
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", cut)
 
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+# A part of a path has 255 bytes at most, and a path 4,096
+_ENDLESS = re.compile(r"[^\s/\\]{400,}|\S{4200,}")
 
 
 @cache
@@ -308,10 +325,10 @@ def progress(
 ) -> Iterator[ProgressBar]:
     """A progress display on stderr: `with progress(400, "training") as bar:`, then `bar.advance(loss=…)`.
 
-    On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds and a last
-    one. `total` None: length unknown. `done`: steps that a resumed run took earlier, which count for n/total and
-    not for the rates. A `brief` one leaves nothing behind unless it took longer than PATIENCE_SECONDS. Where there is
-    nothing to do, nothing is shown.
+    On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds, however long
+    the first step takes, and a last one. `total` None: length unknown. `done`: steps that a resumed run took earlier,
+    which count for n/total and not for the rates. A `brief` one leaves nothing behind unless it took longer than
+    PATIENCE_SECONDS. Where there is nothing to do, nothing is shown.
 
     Inside another one it stands below it while it lasts, and the outer one's clock stands still (`pause`).
     """
@@ -430,6 +447,7 @@ class ProgressBar:
 
 
 PATIENCE_SECONDS = 2.0
+LINE_SECONDS = 10.0  # from one line of progress to the next, away from a terminal
 BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4  # characters: at its best, before metrics give way, at the least
 _open_bars: list[ProgressBar] = []
 _open_names: list[str] = []
@@ -539,7 +557,6 @@ def fit_to_width(bar: ProgressBar, description: str, width: int) -> dict[str, An
 
 @contextmanager
 def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[Callable[[], None]]:
-    every_seconds = 10.0
     printed_at, printed_count = bar.start, ""
 
     def line(*ending: str) -> None:
@@ -554,20 +571,25 @@ def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[
         notify(" · ".join(part for part in parts if part))
 
     def show() -> None:
-        if bar.clock() - printed_at >= every_seconds:
+        if bar.clock() - printed_at >= LINE_SECONDS:
             left = bar.seconds_left
             line(*([f"{_format_time(left)} left"] if left else []))
 
-    with _announce_later(description) if brief else nullcontext():
+    def begin() -> None:
+        if not printed_count:
+            line()
+
+    later = _call_later(PATIENCE_SECONDS, lambda: notify(f"{description} …"))
+    with later if brief else _call_later(LINE_SECONDS, begin):
         yield show
     if bar.progress_text != printed_count and not (brief and bar.clock() - bar.start < PATIENCE_SECONDS):
         line()
 
 
 @contextmanager
-def _announce_later(description: str) -> Iterator[None]:
-    """Name what goes on once it has taken PATIENCE_SECONDS."""
-    timer = threading.Timer(PATIENCE_SECONDS, notify, [f"{description} …"])
+def _call_later(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call something once what goes on has taken so many seconds."""
+    timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()
     try:
@@ -607,5 +629,5 @@ def _exit(message: str, code: int) -> NoReturn:
         time.sleep(MAIN_PROCESS_GRACE_SECONDS)
         message = f"Process {os.environ.get('RANK')}: {message}"
     if is_main_rank() or code == EXIT_USER_ERROR:
-        print(show_controls(message), file=sys.stderr, flush=True)
+        print(show_plainly(message), file=sys.stderr, flush=True)
     raise SystemExit(code) from None

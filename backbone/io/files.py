@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 from backbone.io.console import UserError, refuse_other_encodings
-from backbone.io.records import parse_json, read_as
+from backbone.io.records import parse_json, read_as, refuse_pipe
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,7 @@ def read_json(path: str | Path, kind: Any = dict[str, Any]) -> Any:
 
     Raises `UserError`, with the file and the key, if it is damaged, `FileNotFoundError` if it is missing.
     """
+    refuse_pipe(path)
     return read_as(kind, parse_json(Path(path).read_bytes(), path), path)
 
 
@@ -207,6 +208,7 @@ def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
     Raises `UserError`, with the file and the key, for an object that is another.
     """
     records = []
+    refuse_pipe(path)
     for line in Path(path).read_bytes().splitlines():
         try:
             record = parse_json(line, path)

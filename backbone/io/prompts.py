@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, notify_once
-from backbone.io.records import iterate_entries
+from backbone.io.records import iterate_entries, refuse_pipe
 
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.split` takes for blanks
 # A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
@@ -69,7 +69,9 @@ def prompts_of(
             )
         if os.path.isfile(path := os.path.expanduser(words)):
             found += (read or read_prompts)(Path(path))
-        elif words.strip().lower().endswith((*SUFFIXES, *TABLES)):
+            continue
+        refuse_pipe(path)  # as a shell's <(…) is: its name is no prompt
+        if words.strip().lower().endswith((*SUFFIXES, *TABLES)):
             if os.path.isdir(path):
                 raise UserError(f"{words} is a folder. Name a file with a prompt on each line.")
             raise UserError(

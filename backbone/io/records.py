@@ -65,6 +65,12 @@ def parse_json(
     return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
+def refuse_pipe(path: str | Path) -> None:
+    """`UserError` for what is neither a file nor a folder: to read a pipe or a device may never end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is a pipe or a device, not a file. Name a file.")
+
+
 def join_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """`join` of what users write: the object of keys and values; `ValueError` for a key that stands there twice."""
     found = dict(pairs)
@@ -157,6 +163,7 @@ _BEGINS_ROW = re.compile(
 
 def is_json_list(path: Path) -> bool:
     """Whether a file is a JSON array, by its first bytes."""
+    refuse_pipe(path)
     with path.open("rb") as file:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 

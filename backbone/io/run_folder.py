@@ -24,6 +24,7 @@ from backbone.io.files import (
     make_numbered_folder,
     read_json,
     read_jsonl,
+    refuse_existing,
     refuse_filled,
     remove_abandoned,
     write_bytes,
@@ -54,6 +55,13 @@ OF_A_FILE = (
     *(".txt", ".md", ".html", ".pdf", ".log", ".tar", ".zip", ".gz"),
 )
 PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
+MODEL_INDEX = "model_index.json"
+# The files that tell a folder → what it is
+MADE = {
+    (PREPARED,): "a folder of prepared data",
+    ("samples.json", "pictures"): "a folder of align sample",
+    ("run.json", "sheet.png", "report.html"): "the folder of an edit",
+}
 Line = TypeVar("Line", bound="StepRecord")
 PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -77,6 +85,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
     is refused too, and one of `sources`, what is learned from, or of somebody's own files.
     """
     refuse_unwritable(run)
+    refuse_among_others(run)
     if any(run.resolve() == Path(source).expanduser().resolve() for source in sources if source):
         raise UserError(
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
@@ -90,6 +99,38 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {quote(run)}, or choose another --out."
         )
+
+
+def refuse_among_others(out: Path) -> None:
+    """`UserError` for a new file or folder that would lie among the files of a model, or of what a command made.
+
+    A new folder in that of a run is refused where the run gives its name to one of its own.
+    """
+    here = Path.cwd()
+    for folder in out.absolute().parents:
+        if here.is_relative_to(folder):  # the user works in it
+            return
+        first, *below = out.absolute().relative_to(folder).parts
+        index = folder / MODEL_INDEX
+        what = ""
+        if any((folder / name).exists() for name in SAVED):
+            among = (not below and out.suffix == ".safetensors") or first in (*LEFT_BEHIND, "best")
+            what = "the folder of a run" if among else ""
+        elif index.is_file():
+            among = bool(below) and f'"{first}"' in index.read_text(encoding="utf-8", errors="replace")
+            what = "a model, which would be another one then" if among else ""
+        else:
+            known = (what for names, what in MADE.items() if all((folder / name).exists() for name in names))
+            what = next(known, "")
+        if what:
+            raise UserError(f"{out} would lie in {folder}, {what}. Name a place outside of it.")
+
+
+def refuse_new_file(path: Path) -> None:
+    """`UserError` for a file that exists, or that cannot be made or has no business where it would lie."""
+    refuse_existing(path)
+    refuse_among_others(path)
+    refuse_unwritable(path.parent)
 
 
 def no_run_folder(folder: Path) -> UserError:
@@ -123,7 +164,7 @@ def refuse_unwritable(folder: Path) -> None:
     if not place.is_dir():
         raise UserError(f"{place} is a file, not a folder. Name another folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place} is read-only. Change its permissions, or choose another --out.")
+        raise UserError(f"{place} is read-only. Change its permissions, or choose another place.")
 
 
 @contextmanager
@@ -162,6 +203,7 @@ def refuse_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] |
     """`UserError` for a folder that `hold_new_folder` could not make, to be called before anything is computed."""
     refuse_unwritable(named or usual.parent)
     if named is not None and not _is_continued(named, what):
+        refuse_among_others(named)
         refuse_filled(named)
 
 

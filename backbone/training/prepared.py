@@ -23,6 +23,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
+from backbone.io.run_folder import refuse_among_others
 from backbone.media.sources.record import ImageRecord
 from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
@@ -209,6 +210,7 @@ def hold_prepared(out: Path, facts: PreparedFacts) -> Iterator[None]:
 def _begin(out: Path, facts: PreparedFacts) -> None:
     """Writes what is begun, or refuses a folder that was begun otherwise."""
     if not (out / FILE).is_file():
+        refuse_among_others(out)
         refuse_filled(out)
         write_json(out / FILE, asdict(facts))
         return

@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.distributed import processes
-from backbone.io.console import ProgressBar, UserError, notify, progress, quote, shorten
+from backbone.io.console import (
+    ProgressBar,
+    UserError,
+    count_of,
+    notify,
+    notify_once,
+    progress,
+    quote,
+    shorten,
+)
 from backbone.io.files import append_jsonl, json_text, read_metadata
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts, read_record, restore_record, trim_log
 from backbone.models.compiled import CompiledBlocks
@@ -39,6 +48,7 @@ from backbone.training.loop import (
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
+MOST_REPEATS = 16  # of an image in a step, before it is said
 # Settings that some command takes beside --resume, and says what follows
 SAID_ANEW = frozenset(
     {
@@ -91,6 +101,7 @@ class Objective(ABC):
     optimizer   the optimiser over them
     average     their exponential moving average, or None
     figures     further metrics of the last step for the log: numbers, or tensors [] on the device
+    pool        how many images there are that a step's are drawn from; 0 where each step makes its own
     done        steps taken so far
     saved       the step of the last checkpoint, from which `resume` continues
     compiled    the denoiser's blocks, compiled inside a step, or None
@@ -102,6 +113,7 @@ class Objective(ABC):
     optimizer: Optimizer
     average: Average | None = None
     figures: Mapping[str, Tensor | float]
+    pool: int = 0
     done: int = 0
     saved: int = 0
     compiled: CompiledBlocks | None = None
@@ -168,6 +180,17 @@ class Objective(ABC):
                 notify(
                     f"{run} was trained up to step {self.done} with other settings than there are now: {said}"
                 )
+
+
+def describe_repeats(objective: Objective) -> str:
+    """That a step sees the same few images again and again, and what does not; "" up to MOST_REPEATS of each."""
+    images, pool = objective.images, objective.pool
+    if not pool or images <= MOST_REPEATS * pool:
+        return ""
+    return (
+        f"A step learns from {images} images, and there are {count_of(pool, 'image')}: each is in it "
+        f"{images // pool} times, with noise of its own. It takes as long as that; a smaller --batch is faster."
+    )
 
 
 def describe_changed_settings(kept: Any, settings: RunSettings) -> str:
@@ -320,6 +343,8 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
             f"The warm-up takes {settings.lr_warmup_steps} steps and the run {settings.steps}: the learning rate "
             f"reaches {share:.2g} of what it is set to."
         )
+    if objective.done < last and (repeats := describe_repeats(objective)):
+        notify_once(repeats)
     with objective.learning():
         taken = train(
             objective.losses,

@@ -33,6 +33,7 @@ from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
 from backbone.media.sheet import Cell, draw_sheet, save_png
+from backbone.media.sources.decode import open_named
 from backbone.media.transforms import to_image
 from backbone.memory.drawing import DrawingWorkload, fit_drawing
 from backbone.models.clips.camera import CAMERA_WEIGHTS, open_camera
@@ -87,7 +88,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
     controls, sparse = split_controls(asked)
-    size = choose_size(model, asked)
+    picture = open_named(asked.images[0]) if asked.over_picture else None
+    size = choose_size(model, asked, picture)
     what = describe_clips(model, prompts, asked, concepts)
     refuse_new_folder(asked.out, CLIPS, what)
     path = read_camera(asked.camera, asked.frames, size) if asked.camera else None
@@ -108,7 +110,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     camera = follow_camera(model, asked, size, path)
     given = open_given_frames(model, pictures, places, asked)
     held = (*gather_controls(conditions), *camera, *given)
-    plans = plan_clips(model, prompts, shots, asked, concepts, size)
+    plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
     requests = [

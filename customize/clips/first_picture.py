@@ -36,13 +36,12 @@ class FirstPicture:
     behind: Image.Image | None = None
 
 
-def open_first_picture(asked: ClipOptions, size: tuple[int, int]) -> FirstPicture:
+def open_first_picture(asked: ClipOptions, picture: Image.Image, size: tuple[int, int]) -> FirstPicture:
     """The picture of `--image` in a frame's size (W, H), cropped, which is said, with its `--mask` and `--behind`.
 
     Raises `UserError` for what is no picture, another shape than the picture's, and a mask of nothing or of all.
     """
     (file,) = asked.images
-    picture = open_named(file)
     say_crop(file.name, picture.size, size)
     thing = behind = None
     if asked.mask is not None:
@@ -90,14 +89,10 @@ def plan_pictures(
     shots: Sequence[Shot],
     asked: ClipOptions,
     concepts: Sequence[Concept],
-    size: tuple[int, int],
+    first: FirstPicture,
     track: Floats | None,
 ) -> list[PlannedClip]:
-    """The clip of each shot that begins with the picture of `--image`.
-
-    Raises `UserError` as `open_first_picture`, and where the model does not see what moves.
-    """
-    first = open_first_picture(asked, size)
+    """The clip of each shot that begins with the picture of `--image`; `UserError` where nothing is seen to move."""
 
     def find(said: str, beside: str) -> Bools:
         if first.thing is not None:

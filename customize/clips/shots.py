@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import write_json
 from backbone.media.control.camera import CameraPath
-from backbone.media.sources.decode import open_named
 from backbone.models.control import list_embedded_controls
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
 from backbone.world.motions import cut_motion
-from customize.clips.first_picture import plan_pictures, write_masks
+from customize.clips.first_picture import open_first_picture, plan_pictures, write_masks
 from customize.clips.planned.in_picture import usual_size
 from customize.clips.planned.plan import POSE, PlannedClip, Shot, aim_camera, describe_plan, plan_clip
 from customize.clips.planned.track import as_json, read_track
@@ -44,7 +45,7 @@ def aim_cameras(
     ]
 
 
-def choose_size(model: Backbone, asked: ClipOptions) -> tuple[int, int]:
+def choose_size(model: Backbone, asked: ClipOptions, picture: Image.Image | None) -> tuple[int, int]:
     """The size (width, height) of a frame in pixels: as asked for, the model's own, or of the shape of a first picture.
 
     Where no camera may look past the picture nothing is drawn, and frames are as large as it is, up to `LONGEST`.
@@ -52,14 +53,14 @@ def choose_size(model: Backbone, asked: ClipOptions) -> tuple[int, int]:
     rows, columns = latent_size(model, asked.size)
     if asked.size != (None, None) or not asked.over_picture:
         return columns * model.factor, rows * model.factor
-    (file,) = asked.images
-    own = open_named(file).size
+    assert picture is not None
+    own = picture.size
     if asked.camera or any(camera for _, camera in asked.moves_in_picture):
         return usual_size(model, own)
     scale = min(1.0, LONGEST / max(own))
     wide, high = (max(1, round(side * scale)) for side in own)
     if scale < 1:
-        notify(f"{file.name} is {own[0]} × {own[1]}, and the clip {wide} × {high}.")
+        notify(f"{asked.images[0].name} is {own[0]} × {own[1]}, and the clip {wide} × {high}.")
     return wide, high
 
 
@@ -80,6 +81,7 @@ def plan_clips(
     asked: ClipOptions,
     concepts: Sequence[Concept],
     size: tuple[int, int],
+    picture: Image.Image | None,
 ) -> list[PlannedClip]:
     """The picture model's text for each shot: the prompt alone where an adapter or maps say what moves.
 
@@ -90,7 +92,9 @@ def plan_clips(
         return [PlannedClip(shot.words, asked.frames) for shot in shots]
     track = None if asked.track is None else read_track(asked.track, asked.frames)
     if asked.over_picture:
-        return plan_pictures(model, prompts, shots, asked, concepts, size, track)
+        assert picture is not None
+        first = open_first_picture(asked, picture, size)
+        return plan_pictures(model, prompts, shots, asked, concepts, first, track)
     if track is not None and POSE not in list_embedded_controls(model):
         raise UserError(
             f"{model.location.name} brings no network that reads poses, so nothing is drawn along --track. Give a "

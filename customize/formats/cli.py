@@ -11,7 +11,7 @@ import typer
 from backbone.cli import flags
 from backbone.cli.commands import print_json
 from backbone.cli.flags import OUTPUT, option
-from backbone.io.console import UserError, count_of, notify, quote, show_controls
+from backbone.io.console import UserError, count_of, notify, quote, show_plainly
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -181,7 +181,7 @@ def info(file: File, as_json: flags.Json = False) -> None:
     if as_json:
         print_json(facts)
     else:
-        typer.echo(show_controls(describe_words(words) if words else describe_adapter(facts)))
+        typer.echo(show_plainly(describe_words(words) if words else describe_adapter(facts)))
 
 
 def merge(

@@ -33,9 +33,9 @@ from backbone.io.files import (
     PICKLE_SUFFIXES,
     read_header,
     read_tensors,
-    refuse_existing,
     write_tensors,
 )
+from backbone.io.run_folder import refuse_new_file
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat
 from customize.formats.metadata import describe_import
@@ -298,7 +298,7 @@ def export_words(
     """
     paths = list_word_files(out, list(words)) if len(words) > 1 else {next(iter(words)): out}
     for path in paths.values():
-        refuse_existing(path)
+        refuse_new_file(path)
     kept = {key: value for key, value in metadata.items() if key in ("format", "base_model")}
     for token, path in paths.items():
         rows = {slot: value if dtype is None else value.to(dtype) for slot, value in words[token].items()}
@@ -346,7 +346,7 @@ def export_beside(concept: Concept, out: Path, file_format: FileFormat) -> list[
         return [own]
     paths = list_word_files(out, list(words))
     for path in paths.values():
-        refuse_existing(path)
+        refuse_new_file(path)
     for token, path in paths.items():
         write_tensors(path, name_for_tool(token, words[token], file_format), {"token": token})
     return list(paths.values())

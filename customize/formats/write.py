@@ -18,8 +18,8 @@ from torch import Tensor
 from backbone.adapters.config import CONFIG_KEY
 from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
-from backbone.io.files import atomic_write, refuse_existing, write_tensors
-from backbone.io.run_folder import fill_new_folder, refuse_new_folder
+from backbone.io.files import atomic_write, write_tensors
+from backbone.io.run_folder import fill_new_folder, refuse_new_file, refuse_new_folder
 from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate, row_norms
 from customize.formats.layers.names import (
@@ -97,7 +97,7 @@ def check_output(out: Path) -> None:
         raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name a file in it.")
-    refuse_existing(out)
+    refuse_new_file(out)
 
 
 def check_folder(out: Path, sources: Iterable[str | Path]) -> None:

@@ -135,6 +135,7 @@ class ControlTraining(Objective):
         ]
         self.optimizer = make_adamw(groups, weight_decay=settings.weight_decay)
         self.share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
+        self.pool = len(data)
         self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         self.compiled = CompiledBlocks([model.denoiser, network.module]) if settings.compile else None

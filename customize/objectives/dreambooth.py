@@ -92,6 +92,7 @@ class DreamBooth(Objective):
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
         self.share = share_of(settings)
+        self.pool = len(data.frequency)
         self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read

@@ -6,6 +6,7 @@ replay(Path("runs/edit-photo/run.json"), out=None)
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -142,8 +143,10 @@ def replay(record: Path, *, out: Path | None) -> Path:
     try:
         return _run(recorded.command, wishes, load, out=out, said=f"edit replay {quote(path)}")
     except (TypeError, UnknownSettingError) as error:
+        unknown = re.search(r"argument '(\w+)'", str(error))  # Python's own words
         raise UserError(
-            f"{path} holds settings that this version does not know ({error}). Update Limner, or edit anew."
+            f"{path} holds settings that this version does not know ({unknown[1] if unknown else error}). Update "
+            "Limner, or edit anew."
         ) from error
 
 

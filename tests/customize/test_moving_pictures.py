@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
+from backbone.media.sources.decode import open_named
 from backbone.models.model import Backbone
 from backbone.world.maps import look_at
 from backbone.world.parse import parse_scene
 from customize.cli import app
+from customize.clips import draw
 from customize.clips.planned.in_picture import choose_blob, cut_thing, find_named, name_thing
 from customize.data.example import write_example
 
@@ -144,13 +146,22 @@ def test_under_a_camera_that_moves_too_the_thing_moves_in_the_picture(picture: P
     ("words", "size"), [("a ball, growing", (90, 150)), ("a ball, growing, camera zooming in", (96, 160))]
 )
 def test_a_clip_has_the_picture_s_shape(
-    picture: Path, words: str, size: tuple[int, int], tmp_path: Path
+    picture: Path, words: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened: list[Path] = []
+
+    def open_once(path: Path) -> Image.Image:
+        opened.append(path)
+        return open_named(path)
+
+    monkeypatch.setattr(draw, "open_named", open_once)
+
     for name in ("picture.png", "mask.png"):
         Image.open(tmp_path / name).resize((90, 150)).save(tmp_path / name)
     given = ("--image", picture, "--mask", tmp_path / "mask.png")
     assert call(words, *given, "--out", tmp_path / "clip").exit_code == 0
     assert Image.open(tmp_path / "clip" / "p00-s00" / "0000.png").size == size
+    assert opened == [picture]  # decoded once
 
 
 def test_what_is_behind_the_thing_can_be_given(picture: Path, tmp_path: Path) -> None:

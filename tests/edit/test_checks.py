@@ -63,3 +63,10 @@ def test_a_word_has_one_weight_and_one_window_and_a_weight_of_one_is_said_to_be_
         checks.weights(["dog=2", "Dog=3"])
     with pytest.raises(UserError, match="--window is given twice for “dog”"):
         checks.by_word([("dog", (0.0, 0.5)), ("dog", (0.0, 0.8))], "--window")
+
+
+def test_that_a_strength_of_zero_changes_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checks.strength(0.5, 50) == 0.5
+    assert capsys.readouterr().err == ""
+    assert checks.strength(0, 50) == 0
+    assert "nothing is changed" in capsys.readouterr().err

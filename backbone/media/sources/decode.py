@@ -98,6 +98,8 @@ def count_frames(path: Path) -> int:
 
     The further frames of an MPO are other views of the first.
     """
+    if not path.is_file():  # a pipe would be waited for
+        return 1
     try:
         with without_pillow_limit(), Image.open(path) as opened:
             return 1 if opened.format == "MPO" else int(getattr(opened, "n_frames", 1))

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import BROKEN, UserError, count_of, notify, notify_once, progress, show_text
-from backbone.io.records import is_json_list, iterate_entries, iterate_rows, plain, resolve_inside
+from backbone.io.records import (
+    is_json_list,
+    iterate_entries,
+    iterate_rows,
+    plain,
+    refuse_pipe,
+    resolve_inside,
+)
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
 from backbone.media.sources.names import (
@@ -102,6 +109,7 @@ def list_images(
         raise UserError(_describe_empty_folder(path))
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
+            refuse_pipe(path)
             return list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
@@ -460,6 +468,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> str:
+    refuse_pipe(path)
     try:
         return plain(path.read_text(encoding="utf-8-sig"), f"{path} is not UTF-8 text")
     except UnicodeDecodeError as error:

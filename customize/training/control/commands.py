@@ -32,8 +32,8 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.io.console import UserError, notify, quote
-from backbone.io.files import read_json, refuse_existing
-from backbone.io.run_folder import fill_new_folder
+from backbone.io.files import read_json
+from backbone.io.run_folder import fill_new_folder, refuse_new_file
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
@@ -140,7 +140,7 @@ def map(asked: MapOptions) -> None:
     if single and len(kinds) != 1:
         raise UserError(f"{asked.out} is one file. Name one kind for it, or give --out a folder.")
     if single and asked.out is not None:
-        refuse_existing(asked.out)
+        refuse_new_file(asked.out)
     from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
 
     if scene is not None:

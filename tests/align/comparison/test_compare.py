@@ -261,3 +261,18 @@ def test_a_side_can_follow_its_guidance_in_some_steps_only(
         "sample", "--prompts", prompts, "--guidance-start", 0.5, "--guidance-stop", 0.2, "--out", nowhere
     )
     assert "no share of them" in said and not nowhere.exists()
+
+
+def test_a_comparison_replaces_no_other_folder_s_report(tmp_path: Path) -> None:
+    from align.comparison.compare import compare_models
+    from align.settings import ComparisonSettings
+
+    (tmp_path / "report.html").write_text("of a run")
+    with pytest.raises(UserError, match="is not empty"):
+        compare_models(
+            Side("moji", "moji"),
+            Side("moji", "moji", guidance=2.0),
+            [Prompt("a dog")],
+            tmp_path,
+            ComparisonSettings(),
+        )

@@ -241,6 +241,13 @@ def test_a_file_that_does_not_fit_is_answered_with_its_name_and_key(
         ask("--config", str(tmp_path / name))
 
 
+@pytest.mark.parametrize("ending", ["json", "yaml", "toml"])
+def test_a_file_in_another_encoding_is_said_to_be_in_one(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.{ending}").write_bytes("steps = 5".encode("utf-16"))
+    with pytest.raises(UserError, match=rf"a\.{ending} is not UTF-8 text\. Save it as UTF-8"):
+        ask("--config", str(tmp_path / f"a.{ending}"))
+
+
 def test_a_home_is_found_where_no_shell_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert convert_value(fields_of(RunOptions)["out"], "~/runs/dog", "--out") == tmp_path / "runs" / "dog"

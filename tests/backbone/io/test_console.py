@@ -57,6 +57,14 @@ def test_what_a_file_says_is_shown_to_a_terminal_and_not_obeyed(
     assert said == "\\x1b]0;title\\x07 and a\ttab\nError: the layer \\x1b[31mred\nis\\x9b not there\n"
 
 
+def test_a_name_of_any_length_is_cut_and_a_path_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/".join(["a" * 255] * 12)
+    notify(f"{path} has no layer {'down.' * 1000} of its own")
+    assert capsys.readouterr().err == (
+        f"{path} has no layer {('down.' * 20)}… (5000 characters) of its own\n"
+    )
+
+
 def test_a_user_error_is_its_sentence_and_exit_code_two(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +254,16 @@ def test_progress_that_fails_claims_no_end(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(UserError):
         fail()
     assert capsys.readouterr().err == ""
+
+
+def test_a_first_step_that_takes_long_is_not_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.05)
+    with progress(2, "training") as bar:
+        time.sleep(0.3)
+        assert capsys.readouterr().err == "training 0/2 · 0:00\n"
+        bar.advance(2)
 
 
 def test_long_progress_speaks_every_ten_seconds(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from backbone.cli.config_file import read_mapping
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import read_json, read_jsonl
+from backbone.io.prompts import prompts_of
 from backbone.io.records import DEEPEST, iterate_entries, parse_json, read_as, resolve_inside
 
 MALFORMED: dict[str, bytes] = {
@@ -152,3 +156,20 @@ def test_a_whole_path_serves_where_it_leads_into_the_folder(tmp_path: Path) -> N
     for name in (folder, folder / "..", folder / ".." / "1.png", tmp_path / "list-2" / "1.png"):
         with pytest.raises(UserError, match="outside the folder"):
             resolve_inside(folder, str(name), "x")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (read_json, "settings.json"),
+        (read_jsonl, "log.jsonl"),
+        (read_mapping, "train.yaml"),
+        (lambda path: prompts_of(str(path)), "prompts.txt"),
+        (lambda path: prompts_of(str(path)), "63"),  # as a shell calls <(cat prompts.txt)
+    ],
+)
+def test_a_pipe_is_waited_for_by_nobody(tmp_path: Path, read: Callable[[Path], Any], name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is a pipe or a device, not a file"):
+        read(tmp_path / name)

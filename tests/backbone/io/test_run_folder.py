@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, error_message
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import (
     SAVED,
@@ -21,7 +23,9 @@ from backbone.io.run_folder import (
     name_beside,
     peak_memory,
     read_log,
+    refuse_among_others,
     refuse_finished,
+    refuse_new_file,
     refuse_new_folder,
     refuse_taken,
     trim_log,
@@ -131,3 +135,63 @@ def test_what_was_logged_up_to_a_checkpoint_outlives_a_second_stop(tmp_path: Pat
     for _ in range(2):
         trim_log(log, 3)
         assert read_log(log, Measured, done=9) == kept
+
+
+@pytest.mark.parametrize(
+    ("files", "out", "said"),
+    [
+        (("concept.json",), "dog.safetensors", "the folder of a run"),
+        (("checkpoint.safetensors",), "previews", "the folder of a run"),
+        (("concept.json",), "evaluations/mine", "the folder of a run"),
+        (("concept.json",), "dreambench", ""),  # a folder of its own inside of a run's
+        (("model_index.json", "unet/config.json"), "unet/drawn", "a model"),
+        (("model_index.json", "unet/config.json"), "unet/dog.safetensors", "a model"),
+        (("model_index.json", "unet/config.json"), "drawn", ""),  # beside its parts
+        (("prepared.json",), "drawn", "a folder of prepared data"),
+        (("samples.json", "pictures/a.png"), "more", "a folder of align sample"),
+        (("run.json", "sheet.png", "report.html"), "again/once", "the folder of an edit"),
+        (("run.json",), "again", ""),
+        (("dog.png",), "drawn", ""),
+    ],
+)
+def test_nothing_is_written_among_what_somebody_else_made(
+    files: tuple[str, ...], out: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made"
+    for name in files:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    if said:
+        with pytest.raises(UserError, match=rf"would lie in .*made, {said}.*outside of it"):
+            refuse_among_others(made / out)
+        monkeypatch.chdir(made)
+    refuse_among_others(made / out)  # also where the user works in it
+
+
+def as_somebody_else(monkeypatch: pytest.MonkeyPatch, closed: Path, mode: int) -> None:
+    """Modes hold for who runs the tests as root too."""
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, asked: not (Path(path) == closed and asked & mode) and allowed(path, asked)
+    )
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_new_file(tmp_path / "made" / "later" / "dog.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        refuse_new_file(tmp_path / "file" / "dog.safetensors")
+    as_somebody_else(monkeypatch, tmp_path, os.W_OK)
+    with pytest.raises(UserError, match=r"is read-only\. Change its permissions, or choose another place"):
+        refuse_new_file(tmp_path / "dog.safetensors")
+
+
+def test_a_folder_that_may_not_be_entered_is_named_and_not_what_may_be_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    as_somebody_else(monkeypatch, tmp_path / "in", os.X_OK)
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "in" / "below" / "state.json"))
+    assert str(error_message(error)).startswith(f"{tmp_path / 'in'} may not be entered (permission denied)")

@@ -18,7 +18,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, write_json
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts
-from backbone.training.run import LOG, Every, Objective, drive
+from backbone.training.run import LOG, Every, Objective, drive, take_steps
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,17 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, capsys: pytest.Ca
     drive(Nearest(Settings(lr_warmup_steps=100_000)), tmp_path, command="learn")
     said = "The warm-up takes 100000 steps and the run 6: the learning rate reaches 6e-05"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pool", "said"), [(2, True), (3, False), (0, False)])
+def test_a_batch_far_beyond_what_there_is_is_said(
+    pool: int, said: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Nearest, "images", 48)
+    objective = Nearest()
+    objective.pool = pool
+    list(take_steps(objective))
+    assert ("48 images, and there are 2 images: each is in it 24 times" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize(("every", "expected"), [(4, [0, 4, 6]), (0, [0, 6]), (3, [0, 3, 6])])

@@ -937,6 +937,21 @@ def test_a_peft_folder_whose_settings_say_something_else_is_refused(
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(("bias", "told"), [("all", True), ("lora_only", False), ("none", False)])
+def test_biases_that_were_trained_and_are_not_there_are_told(
+    bias: str, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors, _ = lora(torch.empty(4, 4), alpha=False)
+    stem = "base_model.model.down_blocks.0.resnets.0.time_emb_proj"
+    ends = {"lora_A": factors["lora_down.weight"], "lora_B": factors["lora_up.weight"]}
+    weights = {f"{stem}.{end}.weight": value for end, value in ends.items()}
+    write_tensors(tmp_path / "adapter_model.safetensors", weights)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["time_emb_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"bias": bias}))
+    read_adapter(tmp_path)
+    assert ("(bias: all)" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize("whole", [{"modules_to_save": ["conv_out"]}, {"bias": "all"}])
 def test_what_peft_trained_as_a_whole_beside_a_lora_is_named(
     whole: dict[str, Any], models: dict[str, Tiny], tmp_path: Path

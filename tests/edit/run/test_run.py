@@ -338,14 +338,15 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "need two prompts, not 1 prompt. Give"),
         (("replay", "nowhere"), "nowhere does not exist"),
         (("replay", "photo.png"), "photo.png is no run.json. Name the run.json of an edit"),
-        (("invert-and-replace", "--inversion", ".", "--target", "a"), "Name the file: inversion.safetensors"),
+        (("invert-and-replace", "--inversion", ".", "--target", "a"), "there is no inversion.safetensors"),
+        (("invert-and-replace", "--inversion", "old", "--target", "a"), "file: old/inversion.safetensors"),
         (("sdedit", "photo.png", "--prompt", "nowhere.txt"), "nowhere.txt does not exist"),
         (("sdedit", "photo.png", "--prompt", "a", "--scale", "2"), "--scale has no effect without --concept"),
         (("invert-and-replace", "photo.png", *WORDS, "--iterations", "2"), "--iterations has no effect"),
         (("invert", "photo.png", "--source", "a cat", "--guidance", "2"), "--guidance has no effect"),
         (("replay", "other.json"), "no record of an edit"),
         (("replay", "list.json"), "no record of an edit"),
-        (("replay", "newer.json", "--out", "new"), "settings that this version does not know"),
+        (("replay", "newer.json", "--out", "new"), "that this version does not know (newer). Update"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
@@ -355,11 +356,12 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
     complaint: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from backbone.io.files import write_tensors
+    from backbone.io.files import write_tensors, write_text
 
     Image.new("L", (20, 10), 255).save("wide.png")
     Image.new("L", (64, 64)).save("black.png")
     Path("full").mkdir()
+    write_text("old/inversion.safetensors", "")
     Path("full/something").touch()
     Path("other.json").write_text("{}")
     Path("list.json").write_text('{"command": ["sdedit"]}')

@@ -1061,6 +1061,8 @@ def test_what_never_ends_is_listed_like_any_bad_file(tmp_path: Path) -> None:
     write(tmp_path / "0.png")
     os.mkfifo(tmp_path / "1.png")
     (tmp_path / "2.png").symlink_to("/dev/zero")
+    with pytest.raises(BadImageError, match="is a pipe or a device"):
+        open_named(tmp_path / "1.png")
     assert reason(broken_link(tmp_path / "a" / "3.png")) == "is a link to gone.png, which is not there"
     with pytest.raises(
         UserError, match=r"2 of 3 images(.|\n)*1\.png is a pipe or a device(.|\n)*2\.png is a pipe"
