@@ -102,8 +102,8 @@ def check_output(out: Path) -> None:
 
 def check_folder(out: Path, sources: Iterable[str | Path]) -> None:
     """Raise `UserError` unless `out` can become a new folder, outside of those that are read for it."""
-    refuse_new_folder(out, out)
     refuse_inside(out, sources)
+    refuse_new_folder(out, out)
 
 
 def refuse_inside(out: Path, sources: Iterable[str | Path]) -> None:

@@ -346,7 +346,8 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert", "photo.png", "--source", "a cat", "--guidance", "2"), "--guidance has no effect"),
         (("replay", "other.json"), "no record of an edit"),
         (("replay", "list.json"), "no record of an edit"),
-        (("replay", "newer.json", "--out", "new"), "that this version does not know (newer). Update"),
+        (("replay", "newest.json", "--out", "new"), "that this version does not know (newer). Update"),
+        (("replay", "newer.json", "--out", "new"), "settings that this version does not know"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
@@ -371,6 +372,9 @@ def test_mistakes_are_answered_in_a_sentence_and_leave_nothing(
         "settings": {"image": "photo.png", "prompt": "a", "steps": 2, "device": "cpu", "newer": 1},
     }  # fmt: skip
     Path("newer.json").write_text(json.dumps(newer))
+    words = {"image": "photo.png", "source": "a cat", "targets": ["a dog"], "steps": 2, "newer": 1}
+    newest = newer | {"command": "invert-and-replace", "settings": {**words, "device": "cpu"}}
+    Path("newest.json").write_text(json.dumps(newest))
     import torch
 
     write_tensors("no.safetensors", {"x": torch.ones(1)})
