@@ -36,7 +36,14 @@ ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
 LINKS = ARTICLES | {"of", "in", "as", "the"}  # which follow words of how a picture is made
 
 
+PLACES = frozenset([  # words behind which stands where something is
+    "in", "on", "at", "under", "inside", "outside", "near", "by", "behind", "before", "above", "below", "over",
+    "beside",
+])  # fmt: skip
+
+
 MOST = 0.5  # of a picture: what differs in more changes the whole of it
+MUCH = 0.3  # the same where nothing but words of a place differ
 
 
 class Regions:
@@ -104,11 +111,12 @@ class Regions:
         return places if adds else None
 
     def _is_whole(self, n: int) -> Tensor:
-        """Whether a target is predicted differently in most of the picture [].
+        """Whether a target is predicted differently in most of the picture [], or in much of it and is another place.
 
         A threshold of the greatest difference is then none between what changes and what does not.
         """
-        return (self.differences[n] > self.settings.threshold).float().mean() > MOST
+        least = MUCH if only_places(self.alignments[n]) else MOST
+        return (self.differences[n] > self.settings.threshold).float().mean() > least
 
     def masks(self, maps: Maps | None) -> Tensor | None:
         """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
@@ -225,6 +233,19 @@ def only_adds(alignment: Alignment) -> bool:
     """Whether what differs are words that were added or removed, and some of them name more than colours."""
     added = all(span.change in ("added", "removed") for span in alignment.changes())
     return added and bool(changed_words(alignment) - COLOURS - ARTICLES)
+
+
+def only_places(alignment: Alignment) -> bool:
+    """Whether something differs, and nothing but words behind those that say where something is."""
+    found: list[bool] = []
+    before, there = "", False  # the word before, and whether it says where as one that differs
+    for span in alignment.spans:
+        words = [word.text.lower() for word in (span.target or span.source)]
+        differs = span.change != "kept"
+        there = differs and (there or before in PLACES or words[0] in PLACES)
+        found += [there] if differs else []
+        before = words[-1]
+    return bool(found) and all(found)
 
 
 def changed_words(alignment: Alignment) -> set[str]:

@@ -35,7 +35,7 @@ class ReplaceSettings:
     colour_self_attention   that of targets in which nothing but colours differs; None: what works with the model
                             where `self_attention` is None too, else `self_attention`
     style_self_attention    the same of targets in which nothing but how the image is made differs
-    place_self_attention    the same of those of which more than half is predicted differently, where `blend` is `auto`
+    place_self_attention    the same of those that change everywhere since so much is predicted differently, as `blend` says
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.control.Control`)
@@ -48,7 +48,7 @@ class ReplaceSettings:
     blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
                             stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
                             says how the image is made (“a watercolor of”), or more than half of it is predicted
-                            differently; empty: nowhere
+                            differently (three tenths where only words of a place differ); empty: nowhere
     keep                    words in whose place the source stays
     mask                    where the image may change (white); of the image's size, or as it was cropped
     threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from

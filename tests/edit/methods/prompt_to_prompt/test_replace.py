@@ -22,6 +22,7 @@ from edit.methods.prompt_to_prompt.regions import (
     blended_words,
     only_adds,
     only_colours,
+    only_places,
     only_styles,
     prompts_to_compare,
     refuse_ambiguous_auto,
@@ -213,6 +214,25 @@ def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(targ
     assert only_adds(align(source, read_prompt(tokenizer, target))) is free
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "alone"),
+    [
+        ("a dog in a park", "a dog in the snow", True),
+        ("a dog in space", "a dog in the snow", True),
+        ("a dog at night", "a dog in the city", True),
+        ("a dog", "a dog on the beach", True),
+        ("a dog under the sea", "a dog", True),
+        ("a dog in a park", "a cat in the snow", False),
+        ("a dog in a park", "a cat in a park", False),
+        ("a dog in a park", "a dog wearing a crown in a park", False),
+        ("a dog in a park", "a dog in a park", False),
+    ],
+)
+def test_a_target_says_nothing_but_another_place(source: str, target: str, alone: bool) -> None:
+    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+    assert only_places(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+
+
 def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion: Inversion) -> None:
     source = inversion.prompt
     targets = [f"{source} wearing a crown", f"a watercolor of {source}"]
@@ -229,11 +249,18 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     assert crown.nonzero().tolist() == [[0, 0]] and not watercolor.any()
 
 
-@pytest.mark.parametrize(("share", "whole"), [(0.4, False), (0.6, True)])
+@pytest.mark.parametrize(
+    ("target", "share", "whole"),
+    [
+        (TARGET, 0.4, False),
+        (TARGET, 0.6, True),
+        ("a cat in a park", 0.25, False),
+        ("a cat in a park", 0.4, True),  # another place
+    ],
+)
 def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
-    inversion: Inversion, share: float, whole: bool
+    inversion: Inversion, target: str, share: float, whole: bool
 ) -> None:
-    target = inversion.prompt.replace("the snow", "a park")
     settings = ReplaceSettings(place_self_attention=0.8, self_attention=0.2, cross=0.0)
     alignments = align_prompts(inversion.model, inversion.prompt, [target], settings)
     regions = Regions(inversion, alignments, settings)
