@@ -35,7 +35,7 @@ class ReplaceSettings:
     colour_self_attention   that of targets in which nothing but colours differs; None: what works with the model
                             where `self_attention` is None too, else `self_attention`
     style_self_attention    the same of targets in which nothing but how the image is made differs
-    place_self_attention    the same of those that change everywhere since so much is predicted differently, as `blend` says
+    place_self_attention    the same of those that change everywhere, since so much of them is predicted differently
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.control.Control`)
