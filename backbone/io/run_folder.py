@@ -24,6 +24,7 @@ from backbone.io.files import (
     make_numbered_folder,
     read_json,
     read_jsonl,
+    read_metadata,
     refuse_existing,
     refuse_filled,
     remove_abandoned,
@@ -31,7 +32,7 @@ from backbone.io.files import (
     write_json,
     write_text,
 )
-from backbone.io.records import read_as
+from backbone.io.records import parse_json, read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run
@@ -335,6 +336,40 @@ def catch_interrupts() -> Iterator[list[int]]:
         _stopping.pop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def reading_checkpoint(path: Path) -> Iterator[None]:
+    """What is wrong with a run's checkpoint while it is read is said with what can be done about it."""
+    try:
+        yield
+    except UserError as error:
+        raise damaged_checkpoint(path, f"it {first_sentence(error, path)}") from error
+
+
+def damaged_checkpoint(path: Path, complaint: str) -> UserError:
+    """The error of a run's checkpoint that is not as it was saved: no one else has another."""
+    run = path.parent
+    if any((run / name).is_file() for name in FINISHED):
+        anew = f"What {run} has learned lies beside it, and is drawn with as before; to train anew, give another --out."
+    else:
+        anew = f"Or remove it: --resume {quote(run)} begins anew then, at step 0."
+    return UserError(f"{path} is damaged: {complaint}. Put a copy of it back, if there is one. {anew}")
+
+
+def first_sentence(error: UserError, path: Path) -> str:
+    """What an error says of a file, without the file's name and without what to do."""
+    said, _, _ = str(error).removeprefix(f"{path} ").partition(". ")
+    return said.rstrip(".")
+
+
+def read_steps_taken(run: Path) -> int:
+    """The step of a run's last checkpoint, 0 where there is none."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        return 0
+    with reading_checkpoint(path):
+        return read_as(int, parse_json(read_metadata(path).get("step", "null"), path), path, "step")
 
 
 def trim_log(path: Path, done: int) -> None:
