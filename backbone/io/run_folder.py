@@ -48,6 +48,17 @@ LEFT_BEHIND = (
 )
 UNFINISHED = "unfinished.json"  # of a folder that a command is filling, or was stopped in
 WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
+FOLDERS = (
+    "best",
+    "previews",
+    "evaluations",
+    "on",
+    BEFORE_AND_AFTER,
+    "tensorboard",
+    "rounds",
+    "pictures",
+)  # of all kinds
+FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # as what is written into a folder ends
 OF_A_FILE = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     *(".mp4", ".mov", ".mkv", ".avi", ".webm"),
@@ -91,7 +102,8 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         raise UserError(
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
-    own = [name for name in (*LEFT_BEHIND, *WRITTEN) if (run / name).exists()]
+    refuse_in_the_way(run)
+    own = [name for name in (*LEFT_BEHIND, *WRITTEN, "best") if (run / name).exists()]
     if own and not (run / RECORD).is_file():
         raise UserError(
             f"{run} is no run's folder, and a run would replace its {own[0]}. Choose another --out."
@@ -100,6 +112,24 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {quote(run)}, or choose another --out."
         )
+
+
+def refuse_in_the_way(folder: Path) -> None:
+    """`UserError` where a folder is called as a file that is written beside it, or a file as a folder that is."""
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        is_folder = entry.is_dir()
+        if is_folder and entry.suffix in FILES:
+            raise UserError(
+                f"{entry} is a folder, and a file of such a name may be written there. Move it "
+                "away, or choose another --out."
+            )
+        if not is_folder and entry.name in FOLDERS:
+            raise UserError(
+                f"{entry} is a file, and a folder of that name may be made there. Move it away, "
+                "or choose another --out."
+            )
 
 
 def refuse_among_others(out: Path) -> None:
@@ -178,6 +208,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder. Name another folder.")
     refuse_unwritable(folder)
+    refuse_in_the_way(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
