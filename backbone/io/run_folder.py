@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from backbone.io.console import UserError, end_signals, looks_like_prompt, notify, quote
 from backbone.io.files import (
+    describe_link,
     fill_folder,
     json_text,
     make_empty_folder,
@@ -186,10 +187,7 @@ def refuse_unwritable(folder: Path) -> None:
             f"{quote(folder.with_suffix(''))}."
         )
     if folder.is_symlink() and not folder.exists():
-        raise UserError(
-            f"{folder} is a link to {os.readlink(folder)}, which is not there. Make that folder, or choose another "
-            "--out."
-        )
+        raise UserError(f"{folder} {describe_link(folder)}. Make a folder there, or choose another --out.")
     above = folder.absolute()
     place = next(path for path in (above, *above.parents) if path.exists())
     if not place.is_dir():

@@ -40,6 +40,7 @@ from align.pairs.records import (
     describe_repeats,
     describe_shared_images,
     find_contradictions,
+    format_problems,
     normalize_prompt,
     refuse_another_model,
     split_held_out,
@@ -1070,3 +1071,7 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path: Path, name: str) -> Non
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=name):
         read_preferences(tmp_path / name)
+
+
+def test_a_problem_is_one_line_whatever_a_file_is_called() -> None:
+    assert format_problems("here", 2, ["a\nb.png is bad"]).split("\n")[1] == "  a\\nb.png is bad"
