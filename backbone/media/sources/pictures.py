@@ -262,11 +262,11 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
     own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
     paths: dict[str, Path] = {}
-    for file in own.images:
-        if (other := paths.setdefault(normalize_name(file.name), file)) != file:
+    for image in own.images:
+        if (other := paths.setdefault(normalize_name(image.name), image)) != image:
             notify_once(
-                f"{on_one_line(str(other))} and another file beside it have one name, but for how Unicode spells it (é as one "
-                "character or two). The first counts; rename the other, or remove it if it is a copy."
+                f"{on_one_line(str(other))} and another file beside it have one name, but for how Unicode spells it "
+                "(é as one character or two). The first counts; rename the other, or remove it if it is a copy."
             )
     stems = {normalize_name(name) for file in paths.values() for name in (file.stem, file.name)}
     for stem, masks in own.masks.items():

@@ -148,7 +148,7 @@ def _fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[st
 
 
 def _like_flux(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The other model of FLUX.1's names and width that has these layers, by their number and sizes; "" if FLUX.1 has them.
+    """The other model of FLUX.1's names and width that has these layers, by their number and sizes; "" for FLUX.1.
 
     HunyuanVideo has 20 and 40 blocks. Of a model with fewer than FLUX.1's, all are there.
     """
