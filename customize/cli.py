@@ -26,7 +26,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option, command, settled_command
 from backbone.cli.sampling import CountOption
-from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
+from backbone.io.console import UserError, count_of, is_main_rank, notify, on_one_line, quote, run_app
 from backbone.io.files import read_json
 from backbone.io.run_folder import fill_new_folder, hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
@@ -154,7 +154,7 @@ def check_pairs(asked: CheckOptions) -> None:
     for warning in doubtful:
         notify(f"Warning: {warning}")
     if wrong:
-        lines = "\n".join(f"  {sentence}" for sentence in wrong)
+        lines = "\n".join(f"  {on_one_line(sentence)}" for sentence in wrong)
         raise UserError(
             f"The {len(pairs)} pairs in {asked.pairs} cannot be learned from as they are:\n{lines}"
         )

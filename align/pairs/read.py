@@ -9,7 +9,8 @@
 | rankings                | HPDv2's and ImageReward's columns (`align.pairs.rankings`), in either or in Parquet     |
 | HPDv3                   | `prompt` with `path1`, which was preferred, and `path2`                                 |
 | Rapidata                | `prompt`, `image1`, `image2` with `votes_image1` or `weighted_results_image1_preference` |
-| two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside   |
+| two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside;  |
+|                         | `good/` and `bad/` of any names: single images, or pairs where all names are the same   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
 | webdataset shards, .tar | the same by what stands behind a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`  |
 
@@ -24,7 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
+from itertools import islice, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,14 @@ from backbone.media.sources.stream import ITEMS, Stream
 from backbone.media.sources.tables import could_be_dataset, find_tables
 
 SPREADSHEETS = (".csv", ".tsv")
+GOOD = (
+    *("good", "desirable", "like", "liked", "win", "winner", "positive", "chosen", "preferred", "accepted"),
+    *("better", "best", "upvote", "thumbs_up", "\N{THUMBS UP SIGN}"),
+)
+BAD = (
+    *("bad", "undesirable", "dislike", "disliked", "lose", "loser", "negative", "rejected"),
+    *("worse", "worst", "downvote", "thumbs_down", "\N{THUMBS DOWN SIGN}"),
+)
 YES, NO = ("true", "1", "1.0", "yes", "y", "t"), ("false", "0", "0.0", "no", "n", "f")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"), ("image1", "image2"))
@@ -70,7 +79,14 @@ COLUMNS = (
     "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image1, image2, votes_image1 and "
     "votes_image2, image and label, or image_path and rank"
 )
-PAIRED_FOLDERS = (("chosen", "rejected"), ("w", "l"))
+PAIRED_FOLDERS = (
+    *(("chosen", "rejected"), ("w", "l"), ("win", "lose"), ("winner", "loser"), ("winners", "losers")),
+    *(("preferred", "rejected"), ("accepted", "rejected"), ("better", "worse")),
+)
+JUDGED_FOLDERS = (
+    *(("good", "bad"), ("desirable", "undesirable"), ("like", "dislike"), ("liked", "disliked")),
+    *(("likes", "dislikes"), ("positive", "negative")),
+)
 TABLES: dict[str, Callable[[Sequence[Path]], ParquetTable | DatasetTable]] = {
     ".parquet": ParquetTable,
     ".arrow": load_arrow_table,
@@ -143,6 +159,9 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
     for better, worse in PAIRED_FOLDERS:
         if better in folders and worse in folders:
             return _read_two_folders(folder, folders[better], folders[worse], limit)
+    for good, bad in JUDGED_FOLDERS:
+        if good in folders and bad in folders:
+            return _read_judged_folders(folder, folders[good], folders[bad], limit)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _read_table(load_saved_table(folder), str(folder), limit)
     for place, suffix in product((folder, folder / "data"), TABLES):  # in data/ as on the hub
@@ -158,7 +177,7 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         _say_of_other_lists(folder, lines[0])
         return _read_lines(lines[0], limit)
     raise UserError(
-        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, w/ and l/, one .jsonl, .json "
+        f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, good/ and bad/, one .jsonl, .json "
         "list or .csv, .parquet, .arrow or .tar files. Make some with `align sample`."
     )
 
@@ -187,11 +206,7 @@ def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
 
 def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) -> Preferences:
     preferences = Preferences(str(folder))
-    first, second = (list_by_name(folder / side) for side in (better, worse))
-    _say_of_other_lists(folder, None)
-    for side, records in ((better, first), (worse, second)):
-        for sentence in describe_unused(folder / side, list(records.values())):
-            notify_once(sentence)
+    first, second = _list_both(folder, better, worse)
     for stem, winner in list(first.items())[:limit]:
         if stem not in second:
             preferences.problems.append(f"{winner.path} has no picture of that name in {worse}/")
@@ -219,6 +234,38 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
             if stem not in first
         ]
     return preferences
+
+
+def _list_both(
+    folder: Path, better: str, worse: str
+) -> tuple[dict[str, ImageRecord], dict[str, ImageRecord]]:
+    """The images of two folders by their names; what else lies there is said."""
+    first, second = (list_by_name(folder / side) for side in (better, worse))
+    _say_of_other_lists(folder, None)
+    for side, records in ((better, first), (worse, second)):
+        for sentence in describe_unused(folder / side, list(records.values())):
+            notify_once(sentence)
+    return first, second
+
+
+def _read_judged_folders(folder: Path, good: str, bad: str, limit: int | None) -> Preferences:
+    """Good images in one folder and bad ones in another: single ones, or pairs where names and captions are the same.
+
+    Both say as much to a loss of single images.
+    """
+    first, second = _list_both(folder, good, bad)
+    captions = [{name: one.caption or "" for name, one in side.items()} for side in (first, second)]
+    if captions[0] == captions[1]:
+        return _read_two_folders(folder, good, bad, limit)
+    turns = zip_longest(first.values(), second.values())  # so that a limit takes as many of each
+    judged = [
+        (one, is_good) for turn in turns for one, is_good in zip(turn, (True, False), strict=True) if one
+    ]
+    singles = [
+        Single(one.caption or "", one, is_good, str(one.path.relative_to(folder)))
+        for one, is_good in judged[:limit]
+    ]
+    return Preferences(str(folder), singles=singles)
 
 
 # Files of lines ---------------------------------------------------------------------------------------------
@@ -353,13 +400,16 @@ class Item(NamedTuple):
 
 
 def _point_to_images(
-    row: Mapping[str, Any], pictures: Set[str], ranking: tuple[str, str] | None
+    row: Mapping[str, Any], pictures: Set[str], ranking: tuple[str, str] | None, classes: Sequence[str]
 ) -> dict[str, Any]:
     """A row that says in which column an image is, in the place of the image; of a list, as which item.
 
-    A list that is not in the row has as many as the row has places.
+    A list that is not in the row has as many as the row has places. A `label` that is the number of one of `classes` is
+    its name.
     """
     named: dict[str, Any] = {**row, **{name: name for name in pictures}}
+    if classes and isinstance(number := row.get("label"), int):
+        named["label"] = classes[number] if 0 <= number < len(classes) else None
     if ranking is not None and ranking[0] in pictures and isinstance(row.get(ranking[1]), list):
         stored = row.get(ranking[0])
         count = len(stored if isinstance(stored, list) else row[ranking[1]])
@@ -379,6 +429,7 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
     preferences, rankings = Preferences(source), Rankings()
     others = set(IMAGES) - {ranking[0]} if ranking is not None and ranking[0] in pictures else set()
     other_columns = [name for name in names if name not in pictures and name not in others]
+    classes = table.class_names("label")
     for index, row in enumerate(table.values(other_columns)):
         if limit is not None and index >= limit:
             break
@@ -394,7 +445,7 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
             row = DatasetRow(table, column, index, table.folder, table.fetched, item)
             return ImageRecord(Path(source) / f"{index:06d}-{name}", row=row)
 
-        _add_row(preferences, rankings, _point_to_images(row, pictures, ranking), where, picture_at)
+        _add_row(preferences, rankings, _point_to_images(row, pictures, ranking, classes), where, picture_at)
     rankings.add_to(preferences)
     return preferences
 
@@ -426,7 +477,8 @@ class PairStream:
             row = {
                 name: value for name, value in row.items() if name not in IMAGES or name == self.ranking[0]
             }
-        _add_row(found, Rankings(), _point_to_images(row, self.pictures, self.ranking), where, to_picture)
+        pointed = _point_to_images(row, self.pictures, self.ranking, self.stream.classes.get("label", ()))
+        _add_row(found, Rankings(), pointed, where, to_picture)
         if len(found.records) > ITEMS:
             return [f"{where} ranks so many images that {len(found.pairs)} pairs are made of them"]
         wanted = [one for one in found.records if self.user is None or one.user == self.user]
@@ -606,7 +658,8 @@ def _labelled_single(
     if is_good is None and "label" not in row:
         return f"{where} has {', '.join(row)}, and no label that says whether the image is good"
     if is_good is None:
-        return f"{where} has the label {row.get('label')!r}, which is neither good nor bad"
+        said = f"{where} has the label {row.get('label')!r}, which is neither good nor bad"
+        return f"{said} (write good or bad, 1 or 0, desirable or undesirable)"
     return Single(prompt, picture, is_good, where, user)
 
 
@@ -629,9 +682,9 @@ def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
 
 
 def _parse_single_label(label: Any) -> bool | None:
-    """True for good or 1, False for bad, 0 or −1, else None."""
+    """True for good, a word like it, or 1; False for bad, a word like it, 0 or −1; else None."""
     if isinstance(label, str):
-        word = label.strip().lower()
-        is_good, is_bad = word in ("good", *YES), word in ("bad", "-1", "-1.0", *NO)
+        word = re.sub(r"(?<=\w)[\s-]+", "_", label.strip().lower())
+        is_good, is_bad = word in (*GOOD, *YES), word in (*BAD, "-1", "-1.0", *NO)
         return is_good if is_good or is_bad else None
     return {1.0: True, 0.0: False, -1.0: False}.get(label) if isinstance(label, (bool, int, float)) else None

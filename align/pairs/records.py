@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from PIL.Image import Image
 
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, count_of, on_one_line
 from backbone.io.files import content_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.record import ImageRecord
@@ -366,7 +366,7 @@ def format_problems(
 ) -> str:
     """What is wrong with a source of `count` records, a line each; `found` counts more than are listed."""
     found = found or len(problems)
-    shown = [f"  {problem}" for problem in problems[:PROBLEMS_SHOWN]]
+    shown = [f"  {on_one_line(problem)}" for problem in problems[:PROBLEMS_SHOWN]]
     if found > PROBLEMS_SHOWN:
         shown.append(f"  and {found - PROBLEMS_SHOWN} more")
     counts = f"{found} {_pluralize('problem', found)} in {count} {_pluralize('record', count)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
+from backbone.io.records import parse_json
 from backbone.media.sources.splits import choose_table
 from backbone.media.sources.tables import (
     asking_once,
@@ -49,6 +50,16 @@ class ParquetTable:
     def names_files(self, column: str) -> bool:
         """Whether a column holds names of files, or lists of them."""
         return _is_text(self.files[0].schema_arrow.field(column).type)
+
+    def class_names(self, column: str) -> list[str]:
+        """The names of a column's numbered classes, as `datasets` keeps them in the schema; [] without."""
+        if column not in self.column_names:
+            return []
+        written = (self.files[0].schema_arrow.metadata or {}).get(b"huggingface")
+        kept: Any = parse_json(written.decode(errors="replace"), self.folder / self.name) if written else {}
+        for key in ("info", "features", column, "names"):
+            kept = kept.get(key) if isinstance(kept, dict) else None
+        return [str(name) for name in kept] if isinstance(kept, list) else []
 
     def __len__(self) -> int:
         return sum(rows for _, _, rows in self.groups)
@@ -105,6 +116,10 @@ class DatasetTable:
     def names_files(self, column: str) -> bool:
         """Whether a column holds names of files, or lists of them."""
         return _is_text(self.table.features.arrow_schema.field(column).type)
+
+    def class_names(self, column: str) -> list[str]:
+        """The names of a column's numbered classes; [] without."""
+        return list(getattr(self.table.features.get(column), "names", None) or [])
 
     def __len__(self) -> int:
         return len(self.table)

@@ -228,7 +228,7 @@ def error_message(error: Exception) -> str | None:
     if not isinstance(error, OSError):
         return None
     path = error.filename2 if error.filename2 is not None else error.filename
-    where = os.fsdecode(path) if isinstance(path, (str, bytes)) else None
+    where = on_one_line(os.fsdecode(path)) if isinstance(path, (str, bytes)) else None
     if where is not None and error.errno == errno.ENAMETOOLONG and len(where) > LONGEST_NAME:
         where = f"{where[:LONGEST_NAME]} … ({len(where)} characters)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -302,6 +302,11 @@ def notify_first(name: str, predicate: str) -> None:
     if not names:
         names.append(name)
         notify(f"{name} {predicate}")
+
+
+def on_one_line(text: str) -> str:
+    """A text with its ends of lines written out, as a file's name may have some in a list of one line each."""
+    return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
 def shorten(text: str, most: int = 400) -> str:

@@ -18,12 +18,14 @@ from typing import Any, Protocol, TypeVar
 
 from backbone.io.console import UserError, end_signals, looks_like_prompt, notify, quote
 from backbone.io.files import (
+    describe_link,
     fill_folder,
     json_text,
     make_empty_folder,
     make_numbered_folder,
     read_json,
     read_jsonl,
+    read_metadata,
     refuse_existing,
     refuse_filled,
     remove_abandoned,
@@ -31,7 +33,7 @@ from backbone.io.files import (
     write_json,
     write_text,
 )
-from backbone.io.records import read_as
+from backbone.io.records import parse_json, read_as
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run
@@ -47,6 +49,17 @@ LEFT_BEHIND = (
 )
 UNFINISHED = "unfinished.json"  # of a folder that a command is filling, or was stopped in
 WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
+FOLDERS = (
+    "best",
+    "previews",
+    "evaluations",
+    "on",
+    BEFORE_AND_AFTER,
+    "tensorboard",
+    "rounds",
+    "pictures",
+)  # of all kinds
+FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # as what is written into a folder ends
 OF_A_FILE = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     *(".mp4", ".mov", ".mkv", ".avi", ".webm"),
@@ -90,7 +103,8 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         raise UserError(
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
-    own = [name for name in (*LEFT_BEHIND, *WRITTEN) if (run / name).exists()]
+    refuse_in_the_way(run)
+    own = [name for name in (*LEFT_BEHIND, *WRITTEN, "best") if (run / name).exists()]
     if own and not (run / RECORD).is_file():
         raise UserError(
             f"{run} is no run's folder, and a run would replace its {own[0]}. Choose another --out."
@@ -99,6 +113,24 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {quote(run)}, or choose another --out."
         )
+
+
+def refuse_in_the_way(folder: Path) -> None:
+    """`UserError` where a folder is called as a file that is written beside it, or a file as a folder that is."""
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        is_folder = entry.is_dir()
+        if is_folder and entry.suffix in FILES:
+            raise UserError(
+                f"{entry} is a folder, and a file of such a name may be written there. Move it "
+                "away, or choose another --out."
+            )
+        if not is_folder and entry.name in FOLDERS:
+            raise UserError(
+                f"{entry} is a file, and a folder of that name may be made there. Move it away, "
+                "or choose another --out."
+            )
 
 
 def refuse_among_others(out: Path) -> None:
@@ -155,10 +187,7 @@ def refuse_unwritable(folder: Path) -> None:
             f"{quote(folder.with_suffix(''))}."
         )
     if folder.is_symlink() and not folder.exists():
-        raise UserError(
-            f"{folder} is a link to {os.readlink(folder)}, which is not there. Make that folder, or choose another "
-            "--out."
-        )
+        raise UserError(f"{folder} {describe_link(folder)}. Make a folder there, or choose another --out.")
     above = folder.absolute()
     place = next(path for path in (above, *above.parents) if path.exists())
     if not place.is_dir():
@@ -177,6 +206,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder. Name another folder.")
     refuse_unwritable(folder)
+    refuse_in_the_way(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -335,6 +365,40 @@ def catch_interrupts() -> Iterator[list[int]]:
         _stopping.pop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def reading_checkpoint(path: Path) -> Iterator[None]:
+    """What is wrong with a run's checkpoint while it is read is said with what can be done about it."""
+    try:
+        yield
+    except UserError as error:
+        raise damaged_checkpoint(path, f"it {first_sentence(error, path)}") from error
+
+
+def damaged_checkpoint(path: Path, complaint: str) -> UserError:
+    """The error of a run's checkpoint that is not as it was saved: no one else has another."""
+    run = path.parent
+    if any((run / name).is_file() for name in FINISHED):
+        anew = f"What {run} has learned lies beside it, and is drawn with as before; to train anew, give another --out."
+    else:
+        anew = f"Or remove it: --resume {quote(run)} begins anew then, at step 0."
+    return UserError(f"{path} is damaged: {complaint}. Put a copy of it back, if there is one. {anew}")
+
+
+def first_sentence(error: UserError, path: Path) -> str:
+    """What an error says of a file, without the file's name and without what to do."""
+    said, _, _ = str(error).removeprefix(f"{path} ").partition(". ")
+    return said.rstrip(".")
+
+
+def read_steps_taken(run: Path) -> int:
+    """The step of a run's last checkpoint, 0 where there is none."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        return 0
+    with reading_checkpoint(path):
+        return read_as(int, parse_json(read_metadata(path).get("step", "null"), path), path, "step")
 
 
 def trim_log(path: Path, done: int) -> None:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
 from backbone.io.records import parse_json, read_as
+from backbone.io.run_folder import damaged_checkpoint, reading_checkpoint
 
 LRSchedule = Callable[[int], float]
 
@@ -374,6 +375,7 @@ def save_checkpoint(
         "groups": json.dumps(numbers, default=_plain_number),
         "facts": json.dumps(dict(facts or {})),
         "tensors": _hash_kinds(tensors),
+        "sums": _hash_sums(tensors),
     }
     write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, header)
 
@@ -387,6 +389,19 @@ def _hash_kinds(tensors: Mapping[str, Tensor]) -> str:
     """A hash of the names, dtypes and shapes of tensors."""
     kinds = sorted((name, str(value.dtype), list(value.shape)) for name, value in tensors.items())
     return content_hash(json.dumps(kinds).encode())
+
+
+def _hash_sums(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the sums of the tensors' bits, which another bit, or a block of zeros, makes another."""
+    sums = [(name, _sum_bits(value)) for name, value in sorted(tensors.items())]
+    return content_hash(json.dumps(sums).encode())
+
+
+def _sum_bits(value: Tensor) -> int:
+    bits = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    is_aligned = bits.numel() % 4 == 0 and bits.storage_offset() % 4 == 0
+    words = bits.view(torch.int32) if is_aligned else bits
+    return int(words.sum(dtype=torch.int64))
 
 
 @torch.no_grad()
@@ -403,11 +418,12 @@ def load_checkpoint(
     Raises `UserError`, before anything is changed, when the file holds other parameters than these, was saved with
     other `facts` or by another optimiser, or is not as it was saved.
     """
-    tensors, header = read_tensors(path)
-    step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
+    with reading_checkpoint(path):
+        tensors, header = read_tensors(path)
+        step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
+        found = _read_found(path, header)
     known = _refuse_other_facts(path, header, facts or {})
     _refuse_changed(path, tensors, header, step)
-    found = _read_found(path, header)
     kind = type(optimizer).__name__
     if header.get("optimizer", kind) != kind:
         raise UserError(
@@ -462,18 +478,23 @@ def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[s
         for name, value in tensors.items():
             if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
                 complaint = f"{name} holds values that are not finite numbers"
+        if not complaint and header.get("sums") not in (None, _hash_sums(tensors)):
+            complaint = "its numbers are not those that were saved in it"
     if complaint:
-        raise UserError(f"{path} is damaged: {complaint}. Put a copy of it back, or start the run anew.")
+        raise damaged_checkpoint(path, complaint)
 
 
 def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
     """`UserError` where a checkpoint was saved with other `facts`; one that is not there was saved with any."""
     if path.exists():
-        _refuse_other_facts(path, read_metadata(path), facts)
+        with reading_checkpoint(path):
+            header = read_metadata(path)
+        _refuse_other_facts(path, header, facts)
 
 
 def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
+    with reading_checkpoint(path):
+        known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
     for name, fact in facts.items():
         if known.get(name, fact) != fact:
             raise UserError(

@@ -13,9 +13,9 @@ from typing import Annotated, Any, TypeVar
 from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions, out_option
 from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
 from backbone.io.console import UserError, notify, notify_once, quote
-from backbone.io.files import read_json, read_metadata
+from backbone.io.files import read_json
 from backbone.io.records import RunRecord
-from backbone.io.run_folder import CHECKPOINT, FINISHED, make_absolute, no_run_folder
+from backbone.io.run_folder import CHECKPOINT, FINISHED, make_absolute, no_run_folder, read_steps_taken
 
 FILE = "settings.json"
 LEARNED_FROM = ("images", "pairs", "prompts", "clips")  # settings that name a folder or a file
@@ -325,7 +325,7 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
             f"--resume {named} is the newest checkpoint of a run, and {run or outer or 'runs'} holds none. Name a run "
             "folder: --resume RUN."
         )
-    step = read_metadata(run / CHECKPOINT).get("step")
+    step = read_steps_taken(run)
     if named.name.startswith("checkpoint-") and named.name != f"checkpoint-{step}":
         raise UserError(
             f"{run} keeps its newest checkpoint alone, that of step {step}. Write --resume {quote(run)}."
@@ -380,7 +380,7 @@ def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tup
     """
     settings = replace(own, **(anew or {}))
     refuse_gone(run, settings)
-    done = int(read_metadata(run / CHECKPOINT)["step"]) if (run / CHECKPOINT).exists() else 0
+    done = read_steps_taken(run)
     if anew and "steps" in anew and settings.steps <= done:
         raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
     return settings, done

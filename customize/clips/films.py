@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, count_of, notify, on_one_line
 from backbone.io.files import read_json
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.clips import FILMS, STACK, Film, read_film
@@ -109,7 +109,7 @@ def read_films(places: Sequence[Path]) -> list[Film]:
         try:
             films.append(read_film(place))
         except UserError as error:
-            wrong.append(str(error))
+            wrong.append(on_one_line(str(error)))
     if wrong:
         raise UserError("\n".join(wrong))
     return films

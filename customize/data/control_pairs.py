@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify, on_one_line, progress
 from backbone.io.files import content_hash
 from backbone.media.control.maps import (
     COMPUTED,
@@ -361,7 +361,7 @@ def check_control_pairs(
                 bad.append(str(error))
             bar.advance_images(1)
     if bad:
-        lines = "\n".join(f"  {sentence}" for sentence in bad)
+        lines = "\n".join(f"  {on_one_line(sentence)}" for sentence in bad)
         raise UserError(f"{len(bad)} of {len(pairs)} pairs cannot be used:\n{lines}")
     if len(seen) == 1:
         raise UserError(

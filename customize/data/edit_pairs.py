@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.io.console import UserError, count_of, notify, notify_once, progress
+from backbone.io.console import UserError, count_of, notify, notify_once, on_one_line, progress
 from backbone.io.files import read_json
 from backbone.io.prompts import is_caption
 from backbone.io.records import read_as, resolve_inside
@@ -322,7 +322,7 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
                 doubtful += comparison.doubtful if drift else []
                 bar.advance_images(1)
     if bad and (not skip_bad or len(bad) == len(pairs)):
-        lines = "\n".join(f"  {sentence}" for sentence in bad.values())
+        lines = "\n".join(f"  {on_one_line(sentence)}" for sentence in bad.values())
         raise UserError(
             f"{count_of(len(bad), 'pair')} of {len(pairs)} cannot be learned from (--skip-bad leaves them out):\n"
             f"{lines}"

@@ -19,7 +19,7 @@ DoRA rescales by ‖W‖ where Liu et al. 2024 divide by ‖W + ΔW‖, so writi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,10 @@ _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 LEARNED_WORDS = "learned words"
 # Ends of tensors of other methods → what they are, for the sentence that refuses them.
 OTHER_METHODS = {
-    (".diff", ".diff_b"): "whole differences of weights (LyCORIS' full)",
+    (
+        ".diff",
+        ".diff_b",
+    ): "whole differences of weights, of biases or of norms (LyCORIS' full, ComfyUI's trainer)",
     (".w_norm", ".b_norm"): "differences of norms (LyCORIS' train_norm)",
     (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft"): "rotations (OFT)",
     (".a1.weight", ".b1.weight", ".a2.weight", ".b2.weight"): "factors of GLoRA",
@@ -115,6 +118,11 @@ WHOLE_WEIGHTS = {
         "a model's network",
         "Take out how it differs from its base, as a LoRA: customize extract.",
     ),
+}
+BAKED_IN_COMFYUI = {
+    what
+    for ends, what in OTHER_METHODS.items()
+    if {".diff", ".w_norm", ".set_weight", ".lora_B.bias"} & set(ends)
 }
 PEFT_WHOLE = "weights that were trained as a whole (peft's modules_to_save, or its bias)"
 _WHOLE = re.compile(r"^(?!.*lora).*\.(weight|bias)$")
@@ -246,6 +254,8 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
                 "Export the file again."
             )
         group[factor] = tensors[key]
+    if groups:
+        unknown = _take_differences(groups, unknown, tensors, path)
     if not unknown:
         return groups
     for pattern, (what, remedy) in (OTHER_FILES | ({} if groups else WHOLE_WEIGHTS)).items():
@@ -261,6 +271,11 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
             remedy = "Merge it into its model in peft (merge_and_unload), and take the difference: customize extract."
         if kinds == [LEARNED_WORDS]:
             remedy = "Make a run of both: customize import."
+        if set(kinds) & BAKED_IN_COMFYUI:
+            remedy = (
+                "No LoRA has them. Bake the file into its model in ComfyUI (load it, Save Checkpoint), and draw with "
+                "that; its matrices alone are a LoRA then: customize extract."
+            )
         raise UserError(
             f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {what} ({shown}). "
             f"{remedy}"
@@ -269,6 +284,41 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     if kinds == [LEARNED_WORDS]:
         remedy = "Make a run of it: customize import."
     raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). {remedy}")
+
+
+def _take_differences(
+    groups: dict[str, dict[str, Tensor]], unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path
+) -> list[str]:
+    """Add the layers of which a file holds the whole ΔW beside others' factors, as factors; the keys that remain.
+
+    So ComfyUI's trainer and distilled LoRAs have it. Differences of biases and norms that are zero change nothing.
+    """
+    remaining, idle = [], 0
+    for key in unknown:
+        stem = key.removeprefix(_WRAPPER).removesuffix(".diff")
+        change = tensors[key]
+        if key.endswith((".diff", ".diff_b")) and not change.any():
+            idle += 1
+        elif key.endswith(".diff") and change.ndim in (2, 4) and set(groups.get(stem, ())) <= {"alpha"}:
+            groups[stem] = _factor_exactly(change)
+        else:
+            remaining.append(key)
+    if idle:
+        notify_once(
+            f"{path} holds {count_of(idle, 'difference')} of weights that are zero; they change nothing."
+        )
+    return remaining
+
+
+def _factor_exactly(change: Tensor) -> dict[str, Tensor]:
+    """A ΔW [out, in] or [out, in, k, k] as a LoRA's factors, of which one is the identity, with α = rank."""
+    rows, columns = change.shape[0], change.shape[1]
+    spatial = change.shape[2:]
+    if rows <= columns or spatial:
+        down, up = change, torch.eye(rows, dtype=change.dtype).reshape(rows, rows, *[1] * len(spatial))
+    else:
+        down, up = torch.eye(columns, dtype=change.dtype), change
+    return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)))}
 
 
 def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:

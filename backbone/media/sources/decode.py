@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import re
@@ -17,7 +18,8 @@ from typing import IO, Any, cast
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from backbone.io.console import UserError, notify_once
+from backbone.io.console import UserError, notify_once, on_one_line
+from backbone.io.files import describe_link
 
 Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
 MAX_PIXELS = 400_000_000
@@ -30,6 +32,7 @@ class BadImageError(UserError):
     """An image that cannot be used. `reason` is the predicate of a sentence whose subject is `name`."""
 
     def __init__(self, name: str, reason: str) -> None:
+        name, reason = on_one_line(name), on_one_line(reason)
         super().__init__(f"{name} {reason}. Replace or remove it.")
         self.name = name
         self.reason = reason
@@ -131,7 +134,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         file = path.open("rb")
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise BadImageError(str(path), f"is a link to {os.readlink(path)}, which is not there") from error
+            raise BadImageError(str(path), describe_link(path)) from error
         if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # of two slashes a path keeps one
             scheme, _, rest = str(path).partition(":/")
             remedy = f"name it /{rest}" if scheme == "file" else "download it"
@@ -143,7 +146,10 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         ) from error
     except PermissionError as error:
         raise BadImageError(str(path), "may not be read (permission denied)") from error
-    except OSError as error:  # a link to itself, a name too long, a disk that fails
+    except OSError as error:
+        if path.is_symlink() and error.errno == errno.ELOOP:
+            raise BadImageError(str(path), describe_link(path)) from error
+        # a name too long, a disk that fails
         raise BadImageError(
             str(path), f"cannot be read ({(error.strerror or str(error)).lower()})"
         ) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from pathlib import Path
 
 from backbone.io.console import UserError
+from backbone.io.files import describe_link
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -31,7 +31,7 @@ def list_visible(folder: Path) -> list[Path]:
 def refuse_dangling(path: Path) -> None:
     """`UserError` for a link to what is not there, which would else look like no file."""
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there. Replace or remove it.")
+        raise UserError(f"{path} {describe_link(path)}. Replace or remove it.")
 
 
 def natural_sort_key(name: str) -> tuple[list[str], str]:

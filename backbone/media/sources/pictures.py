@@ -18,7 +18,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import BROKEN, UserError, count_of, notify, notify_once, progress, show_text
+from backbone.io.console import (
+    BROKEN,
+    UserError,
+    count_of,
+    notify,
+    notify_once,
+    on_one_line,
+    progress,
+    show_text,
+)
 from backbone.io.records import (
     is_json_list,
     iterate_entries,
@@ -231,7 +240,7 @@ def refuse_name(path: Path) -> None:
 def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
     """`UserError` that lists those of `count` images that cannot be used, as (name, reason)."""
     if bad:
-        lines = "\n".join(f"  {name} {reason}" for name, reason in bad)
+        lines = "\n".join(f"  {on_one_line(f'{name} {reason}')}" for name, reason in bad)
         heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"
         raise UserError(
             f"{heading}:\n{lines}\nReplace or remove {'it' if len(bad) == 1 else 'them'}, then run again."
@@ -252,7 +261,13 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
     own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
-    paths = {normalize_name(file.name): file for file in own.images}
+    paths: dict[str, Path] = {}
+    for image in own.images:
+        if (other := paths.setdefault(normalize_name(image.name), image)) != image:
+            notify_once(
+                f"{on_one_line(str(other))} and another file beside it have one name, but for how Unicode spells it "
+                "(é as one character or two). The first counts; rename the other, or remove it if it is a copy."
+            )
     stems = {normalize_name(name) for file in paths.values() for name in (file.stem, file.name)}
     for stem, masks in own.masks.items():
         if stem not in stems:
@@ -525,7 +540,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     ]
     for kind, names in kinds.items():
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
-    shown = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    shown = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
     found = [f"Not used in {root}: {shown}."] if parts else []
     stems = {one.path.stem.casefold() for one in pictures}
     for one in pictures:

@@ -54,6 +54,7 @@ class Stream:
     lists      those that hold lists
     names_files those that hold text, or lists of it: names of files, where an image is looked for in them
     limit      of how many rows, all together; 0: of all
+    classes    the names of numbered classes, of the columns that hold such
     """
 
     named: Named
@@ -63,6 +64,7 @@ class Stream:
     lists: Sequence[str] = ()
     names_files: Sequence[str] = ()
     limit: int = 0
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -242,12 +244,14 @@ def _to_stream(table: Any, named: Named, limit: int) -> Stream:
     pictures = [name for name, kind in table.features.items() if holds_images(kind)]
     lists: list[str] = []
     files: list[str] = []
+    classes: dict[str, Sequence[str]] = {}
     for old, new in names.items():
         kind = _value(table.features, old)
         lists += [new] if is_list(kind) else []
+        classes |= {new: list(kind.names)} if getattr(kind, "names", None) else {}
         files += [new] if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string" else []
     table = leave_encoded(table, pictures)
-    return Stream(named, table, names, [names[name] for name in pictures], lists, files, limit)
+    return Stream(named, table, names, [names[name] for name in pictures], lists, files, limit, classes)
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:

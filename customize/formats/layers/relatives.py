@@ -69,6 +69,8 @@ RELATIVES = (
     Relative("Lumina 2", "zimage", 2304, 26),
     Relative("Ideogram 4", "zimage", 4608, 34),
     Relative("HunyuanVideo", "flux", 3072, 40),
+    Relative("LongCat-Image", "flux", 3072, 20),
+    Relative("Ovis-Image", "flux", 3072, 27),
 )
 # What names of layers that no supported model has tell of their model; the first match counts.
 TELLTALES: Mapping[str, str] = {
@@ -78,11 +80,15 @@ TELLTALES: Mapping[str, str] = {
     r"(?:double|single)_stream_blocks[._]": "HiDream",
     r"(?:visual|text)_transformer_blocks[._]": "Kandinsky",
     r"joint_transformer_blocks[._]|double_layers[._]\d+[._](?:attn|mlp)": "AuraFlow",
-    r"(?:\b|_)(?:layers|noise_refiner|context_refiner)[._]\d+[._]attn[._]to_": "Lumina 2",
+    r"ref_image_refiner[._]": "OmniGen2",
+    r"(?:\b|_)(?:layers|noise_refiner|context_refiner)[._]\d+[._]attn[._]to_": "Lumina 2 or OmniGen2",
     r"blocks[._]\d+[._](?:self|cross)_attn[._](?:[qkv]|output)_proj": "Cosmos, or Anima, which is made of it",
     r"blocks[._]\d+[._](?:(?:self|cross)_attn[._][qkvo]$|ffn[._])": "Wan, or a model made of it",
 }
 _FLUX_BLOCKS, _FLUX_SINGLE_BLOCKS = 19, 38
+# Models of FLUX.1's blocks: how many of each kind they have, and the width of the words that they read
+_SHORTER = {"LongCat-Image": (10, 20, 3584), "Ovis-Image": (6, 27, 2048)}
+_GATED = re.compile(r"(?:proj_mlp|ff\.net\.0\.proj)$")  # eight times as wide as the tokens in Ovis-Image
 
 
 def width_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -101,7 +107,7 @@ def has_published_size(network: str, shapes: Mapping[str, tuple[int, ...]]) -> b
     return (
         (width is None or width in widths)
         and _last_block(shapes) < blocks
-        and not _is_hunyuan(network, shapes)
+        and not (network == "flux" and _like_flux(shapes))
     )
 
 
@@ -133,7 +139,7 @@ def _fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[st
     for one in RELATIVES:
         if one.like != network or one.width != width or last >= one.blocks:
             continue
-        if network == "flux" and not _is_hunyuan(network, shapes):
+        if network == "flux" and one.name != _like_flux(shapes):
             continue
         if (has_second and one.text is None) or not text <= {one.text}:
             continue
@@ -141,12 +147,25 @@ def _fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[st
             yield one.name
 
 
-def _is_hunyuan(network: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether there are more blocks than FLUX.1's 19 and 38; HunyuanVideo has 20 and 40."""
+def _like_flux(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The other model of FLUX.1's names and width that has these layers, by their number and sizes; "" for FLUX.1.
+
+    HunyuanVideo has 20 and 40 blocks. Of a model with fewer than FLUX.1's, all are there.
+    """
     found = [match for match in map(re.compile(_BLOCKS).search, shapes) if match]
-    return network == "flux" and any(
-        int(match[2]) >= (_FLUX_SINGLE_BLOCKS if match[1] else _FLUX_BLOCKS) for match in found
-    )
+    pairs = {int(match[2]) for match in found if not match[1]}
+    single = {int(match[2]) for match in found if match[1]}
+    if max(pairs, default=0) >= _FLUX_BLOCKS or max(single, default=0) >= _FLUX_SINGLE_BLOCKS:
+        return "HunyuanVideo"
+    width = width_of(shapes)
+    if any(_GATED.search(name) and width and shape[0] == 8 * width for name, shape in shapes.items()):
+        return "Ovis-Image"
+    for name, (blocks, single_blocks, text) in _SHORTER.items():
+        if shapes.get("context_embedder", (0, 0))[1] == text:
+            return name
+        if (pairs, single) == ({*range(blocks)}, {*range(single_blocks)}):
+            return name
+    return ""
 
 
 def _last_block(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -40,6 +40,7 @@ from align.pairs.records import (
     describe_repeats,
     describe_shared_images,
     find_contradictions,
+    format_problems,
     normalize_prompt,
     refuse_another_model,
     split_held_out,
@@ -197,7 +198,9 @@ def test_addresses_are_said_to_be_no_files(tmp_path: Path) -> None:
         assert f"names {address}, an address. Download it" in problem
 
 
-@pytest.mark.parametrize(("better", "worse"), [("chosen", "rejected"), ("w", "l")])
+@pytest.mark.parametrize(
+    ("better", "worse"), [("chosen", "rejected"), ("w", "l"), ("win", "lose"), ("good", "bad")]
+)
 def test_two_folders_of_equal_names_are_pairs(tmp_path: Path, better: str, worse: str) -> None:
     for side, seed in ((better, 0), (worse, 10)):
         (tmp_path / side).mkdir()
@@ -208,8 +211,53 @@ def test_two_folders_of_equal_names_are_pairs(tmp_path: Path, better: str, worse
     assert [pair.prompt for pair in found.pairs] == list(PROMPTS[:2])
     assert found.pairs[0].first.path == tmp_path / better / "0.png"
     (tmp_path / worse / "1.png").unlink()
+    if better == "good":  # which are no pairs then
+        assert [one.good for one in read_preferences(tmp_path).singles] == [True, False, True]
+        return
     with pytest.raises(UserError, match=f"has no picture of that name in {worse}/"):
         check_preferences(read_preferences(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [("good", "bad"), ("Desirable", "undesirable"), ("positive", "negative")]
+)
+def test_two_folders_of_judged_images_are_single_ones(tmp_path: Path, good: str, bad: str) -> None:
+    for side, seed, count in ((good, 0, 3), (bad, 10, 2)):
+        (tmp_path / side).mkdir()
+        for number in range(count):
+            picture(seed + number).save(tmp_path / side / f"{number}.png")
+            (tmp_path / side / f"{number}.txt").write_text(f"a {side} prompt")
+    found = check_preferences(read_preferences(tmp_path))
+    assert not found.pairs
+    assert [single.good for single in found.singles] == [True, False, True, False, True]
+    assert {(single.prompt, single.good) for single in found.singles} == {
+        (f"a {good} prompt", True),
+        (f"a {bad} prompt", False),
+    }
+    assert [single.good for single in read_preferences(tmp_path, limit=2).singles] == [True, False]
+
+
+@pytest.mark.parametrize("door", ["saved", "parquet"])
+@pytest.mark.parametrize("names", [["desirable", "undesirable"], ["bad", "good"]])
+def test_a_numbered_class_is_what_its_name_says(tmp_path: Path, door: str, names: list[str]) -> None:
+    import datasets
+
+    kind = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=names),
+        }
+    )
+    rows = [{"prompt": f"a {n}", "image": encoded(n, "PNG"), "label": n % 2} for n in range(4)]
+    table = datasets.Dataset.from_list(rows, features=kind)
+    if door == "saved":
+        table.save_to_disk(str(tmp_path / "saved"))
+    else:
+        table.to_parquet(str(tmp_path / "t.parquet"))
+    found = check_preferences(read_preferences(tmp_path / ("saved" if door == "saved" else "t.parquet")))
+    is_good = [name in ("good", "desirable") for name in names]
+    assert [single.good for single in found.singles] == is_good * 2
 
 
 def test_folders_are_paired_by_the_whole_name_of_their_images(tmp_path: Path) -> None:
@@ -335,7 +383,10 @@ def test_a_spreadsheet_says_what_json_lines_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("label", "good"),
-    [("true", True), ("No", False), ("-1", False), ("1.0", True), (" bad ", False), ("perhaps", None)],
+    [
+        *(("true", True), ("No", False), ("-1", False), ("1.0", True), (" bad ", False), ("perhaps", None)),
+        *(("desirable", True), ("Undesirable", False), ("like", True), ("thumbs-down", False)),
+    ],
 )
 def test_a_label_is_good_or_bad_however_it_is_written(tmp_path: Path, label: str, good: bool | None) -> None:
     row = {"prompt": "a dog", "image": "0.png", "label": label}
@@ -1020,3 +1071,7 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path: Path, name: str) -> Non
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=name):
         read_preferences(tmp_path / name)
+
+
+def test_a_problem_is_one_line_whatever_a_file_is_called() -> None:
+    assert format_problems("here", 2, ["a\nb.png is bad"]).split("\n")[1] == "  a\\nb.png is bad"

@@ -19,6 +19,7 @@ from backbone.io.files import append_jsonl
 from backbone.io.run_folder import (
     SAVED,
     clear_failed_try,
+    hold_folder,
     hold_new_folder,
     name_beside,
     peak_memory,
@@ -76,6 +77,36 @@ def test_somebody_s_own_folder_is_neither_cleared_nor_written_into(tmp_path: Pat
     (tmp_path / "README.md").touch()
     with pytest.raises(UserError, match="is a file, not a folder"):
         refuse_taken(tmp_path / "README.md" / "run")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_folder"),
+    [
+        *((name, True) for name in ("sheet.png", "report.html", "README.md", "settings.json", "log.jsonl")),
+        *((name, False) for name in ("best", "previews", "evaluations")),
+    ],
+)
+def test_what_lies_where_a_run_writes_is_refused_before_it_trains(
+    tmp_path: Path, name: str, is_folder: bool, stopped: bool
+) -> None:
+    """A folder that is called as one of its files was found when the training was over."""
+    if stopped and name != "settings.json":
+        (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / name).mkdir() if is_folder else (tmp_path / name).touch()
+    with pytest.raises(
+        UserError, match=f"{name} is a (file|folder), and a .*Move it away, or choose another --out"
+    ):
+        refuse_taken(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is a"), hold_folder(tmp_path):  # with --resume
+        pass
+    assert (tmp_path / name).exists()
+
+
+def test_somebody_s_best_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    with pytest.raises(UserError, match="would replace its best"):
+        refuse_taken(tmp_path)
 
 
 @pytest.mark.parametrize("name", SAVED)

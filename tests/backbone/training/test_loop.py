@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
+from backbone.io.run_folder import read_steps_taken
 from backbone.training.loop import (
     Average,
     NotFiniteError,
@@ -155,6 +157,51 @@ def test_a_checkpoint_that_is_not_as_it_was_saved_is_refused_before_anything_cha
     with pytest.raises(UserError, match=said):
         load_checkpoint(path, parameters=second.parameters, optimizer=second.optimizer)
     assert not second.parameters["w"].any() and not second.optimizer.state
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_damaged_checkpoint_says_what_can_be_done_with_its_run(tmp_path: Path, finished: bool) -> None:
+    """Nobody else has a run's own file: it cannot be downloaded again."""
+    path, bowl = tmp_path / "checkpoint.safetensors", Bowl()
+    bowl.run(3)
+    save_checkpoint(path, step=3, parameters=bowl.parameters, optimizer=bowl.optimizer)
+    if finished:
+        (tmp_path / "concept.json").write_text("{}")
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+
+    def refused(damaged: bytes) -> str:
+        path.write_bytes(damaged)
+        second = Bowl()
+        with pytest.raises(UserError) as error:
+            load_checkpoint(path, parameters=second.parameters, optimizer=second.optimizer)
+        assert not second.parameters["w"].any() and not second.optimizer.state
+        return str(error.value)
+
+    for damaged in (
+        b"",
+        whole[: header // 2],
+        whole[:-3],
+        bytes(len(whole)),
+        whole[:header] + bytes(len(whole) - header),
+    ):
+        said = refused(damaged)
+        assert said.startswith(f"{path} is damaged: it") and "ownload" not in said
+        assert "Put a copy of it back" in said
+        assert (
+            "give another --out" if finished else f"Or remove it: --resume {tmp_path} begins anew"
+        ) in said
+    for at in (header, header + 5, len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        assert "its numbers are not those that were saved in it" in refused(bytes(flipped))
+    for at in range(0, header, 7):  # may be refused in other words, in one sentence in any case
+        flipped = bytearray(whole)
+        flipped[at] ^= 4
+        path.write_bytes(bytes(flipped))
+        with contextlib.suppress(UserError):
+            read_steps_taken(tmp_path)
+            load_checkpoint(path, parameters=Bowl().parameters, optimizer=Bowl().optimizer)
 
 
 class Finds(torch.optim.SGD):

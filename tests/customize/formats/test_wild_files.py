@@ -315,6 +315,22 @@ def test_models_whose_layers_are_called_alike_are_told_apart_by_their_sizes(
         (["transformer.single_transformer_blocks.39.attn.to_q"], 3072, "HunyuanVideo"),
         (["transformer.single_transformer_blocks.37.attn.to_q"], 3072, "FLUX or Chroma"),
         (["transformer.single_transformer_blocks.37.norm.linear"], 3072, "FLUX"),
+        (
+            [
+                *(f"transformer.transformer_blocks.{block}.attn.to_q" for block in range(10)),
+                *(f"transformer.single_transformer_blocks.{block}.attn.to_q" for block in range(20)),
+            ],
+            3072,
+            "LongCat-Image",
+        ),
+        (
+            [
+                *(f"transformer.transformer_blocks.{block}.attn.to_q" for block in range(6)),
+                *(f"transformer.single_transformer_blocks.{block}.attn.to_q" for block in range(27)),
+            ],
+            3072,
+            "Ovis-Image",
+        ),
         (["diffusion_model.layers.0.attention.out"], 2304, "Lumina 2"),
         (["transformer.layers.33.attention.to_q"], 4608, "Ideogram 4"),
         (["transformer.layers.29.attention.to_q"], 3840, "Z-Image"),
@@ -387,7 +403,8 @@ def test_a_header_that_names_the_model_decides_whatever_its_size(tmp_path: Path)
     [
         ("transformer.transformer_blocks.0.ff.conv_inverted", "Sana"),
         ("transformer.joint_transformer_blocks.0.attn.to_q", "AuraFlow"),
-        ("transformer.layers.0.attn.to_q", "Lumina 2"),
+        ("transformer.layers.0.attn.to_q", "Lumina 2 or OmniGen2"),
+        ("transformer.ref_image_refiner.0.attn.to_q", "OmniGen2"),
         ("transformer.double_stream_blocks.0.block.attn1.to_q", "HiDream"),
         ("transformer.transformer_blocks.0.attn1.add_q_proj", "Mochi 1"),
         ("transformer.transformer_blocks.0.audio_attn1.to_q", "LTX-2"),
@@ -410,6 +427,56 @@ def test_a_layer_of_ltx_that_has_no_counterpart_is_refused_as_ltx_s(tmp_path: Pa
     write_tensors(tmp_path / "a.safetensors", lora_of(stems, 2048))
     with pytest.raises(UserError, match=r"adapts LTX-Video \(transformer\.proj_in\), which is not supported"):
         inspect_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "said"),
+    [
+        ("context_embedder", (3072, 3584), "LongCat-Image"),
+        ("context_embedder", (3072, 2048), "Ovis-Image"),
+        ("transformer_blocks.0.ff.net.0.proj", (24576, 3072), "Ovis-Image"),
+        ("transformer_blocks.0.ff.net.0.proj", (12288, 3072), "FLUX"),
+    ],
+)
+def test_shorter_models_of_flux_s_blocks_are_told_by_their_sizes(
+    layer: str, shape: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    tensors = lora_of(["transformer.single_transformer_blocks.3.attn.to_q"], 3072)
+    tensors[f"transformer.{layer}.lora_A.weight"] = torch.ones(1, shape[1])
+    tensors[f"transformer.{layer}.lora_B.weight"] = torch.ones(shape[0], 1)
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    assert str(inspect_adapter(tmp_path / "a.safetensors")["base"]).startswith(said)
+
+
+def test_whole_differences_beside_factors_are_read_exactly_or_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ComfyUI's trainer writes them: factors of matrices, differences of norms, of biases and of small layers."""
+    stem = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn{}.to_q"
+    factors = {f"{stem.format(1)}.lora_up.weight": torch.ones(320, 2)}
+    factors |= {f"{stem.format(1)}.lora_down.weight": torch.ones(2, 320)}
+    changes = {
+        "attn2.to_k": torch.randn(320, 768),
+        "attn2.to_out.0": torch.randn(320, 320),
+        "ff.net.0.proj": torch.randn(2560, 320),
+    }
+    block = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
+    whole = {f"{block}.{name}.diff": value for name, value in changes.items()}
+    whole["diffusion_model.input_blocks.0.0.diff"] = torch.randn(320, 4, 3, 3)
+    zero = {f"{block}.norm1.diff": torch.zeros(320), f"{block}.attn2.to_out.0.diff_b": torch.zeros(320)}
+    write_tensors(tmp_path / "a.safetensors", factors | whole | zero)
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    assert "2 differences of weights that are zero" in capsys.readouterr().err
+    ours = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    for name, value in changes.items():
+        assert torch.equal(adapter.layers[f"{ours}.{name}"].delta_weight(), value)
+    stored = whole["diffusion_model.input_blocks.0.0.diff"]
+    assert torch.equal(adapter.layers["unet.conv_in"].delta_weight(), stored.flatten(1))
+    write_tensors(tmp_path / "b.safetensors", factors | {f"{block}.norm1.diff": torch.ones(320)})
+    with pytest.raises(
+        UserError, match=r"1 tensor not read here: .*norm1\.diff.*No LoRA has them\. Bake the file"
+    ):
+        read_adapter(tmp_path / "b.safetensors")
 
 
 def test_a_fused_layer_of_lumina_is_refused_as_lumina_s(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from backbone.io.console import UserError, notify_once, said_of
+from backbone.io.run_folder import refuse_unwritable
 from backbone.media.sources.decode import (
     BadImageError,
     map_from_image,
@@ -27,6 +29,7 @@ from backbone.media.sources.decode import (
     open_named,
     open_rgb,
 )
+from backbone.media.sources.names import refuse_dangling
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.media.sources.tables import caption_at, name_tar_columns
@@ -1216,7 +1219,7 @@ def test_a_link_to_itself_is_listed_like_any_bad_file(tmp_path: Path) -> None:
     write(tmp_path / "good.png")
     (tmp_path / "bad.png").touch()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    with pytest.raises(UserError, match=r"2 of 3 images(.|\n)*loop\.png cannot be read \(too many levels"):
+    with pytest.raises(UserError, match=r"2 of 3 images(.|\n)*loop\.png is a link that leads to itself"):
         check_images(list_images(tmp_path))
 
 
@@ -1560,3 +1563,38 @@ def test_a_caption_or_mask_beside_two_images_of_one_name_is_said(
     (tmp_path / "1.mask.png").unlink()
     list_images(tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_a_name_of_two_lines_is_shown_on_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("1.png", "a\nError: b.png", "c\nd.xyz"):
+        (tmp_path / name).write_bytes(b"no image")
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    pictures = list_images(tmp_path)
+    (said,) = describe_unused(tmp_path, pictures)
+    assert "c\\nd.xyz" in said and "\n" not in said
+    with pytest.raises(UserError) as error:
+        open_rgb(tmp_path / "a\nError: b.png")
+    assert "a\\nError: b.png" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_images_of_one_name_but_for_unicode_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ("NFC", "NFD"):
+        Image.new("RGB", (64, 64)).save(tmp_path / unicodedata.normalize(form, "\u00e9.png"))
+    if len(list(tmp_path.iterdir())) < 2:
+        pytest.skip("this file system spells all names in one way")
+    assert len(list_images(tmp_path)) == 1
+    assert "have one name, but for how Unicode spells it" in capsys.readouterr().err
+
+
+def test_a_link_to_itself_is_said_to_be_one(tmp_path: Path) -> None:
+    link = tmp_path / "a.png"
+    link.symlink_to(link)
+    for read in (open_rgb, refuse_dangling):
+        with pytest.raises(UserError, match=r"a\.png is a link that leads to itself"):
+            read(link)
+    folder = tmp_path / "out"
+    folder.symlink_to(folder)
+    with pytest.raises(UserError, match=r"out is a link that leads to itself\. Make a folder there"):
+        refuse_unwritable(folder)
