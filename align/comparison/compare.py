@@ -187,11 +187,21 @@ def _open_sides(
         opened[BASE].model,
         resolution=trained_resolution(opened[tuned].concepts),
     )
+    _say_of_another_model(opened[BASE], opened[tuned])
     for one in opened.values():
         latent_size(one.model, sampling.size)
         for concept in one.concepts:
             check_concept_fits(concept, one.model)
     return opened, sampling
+
+
+def _say_of_another_model(base: OpenedSide, tuned: OpenedSide) -> None:
+    """Says that a run is compared with another model than it was trained from: that counts what the two differ by."""
+    if tuned.concepts and base.model.fingerprint != tuned.model.fingerprint:
+        notify(
+            f"{tuned.side.name} was trained from {tuned.side.model}, and {base.side.name} is another model: what they "
+            f"differ by is compared too. Both draw with {base.side.name}'s steps and guidance, unless they are given."
+        )
 
 
 def _sample_sides(

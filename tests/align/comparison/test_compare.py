@@ -230,6 +230,20 @@ def test_a_side_is_not_compared_with_itself(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_beside_another_model_than_it_was_trained_from_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from align.comparison.compare import OpenedSide, _say_of_another_model
+
+    moji, flow = (Backbone.open(name, device="cpu") for name in ("moji", "moji-flow"))
+    concept = Concept("lora", "moji", moji.fingerprint, {}, "")
+    tuned = OpenedSide(Side("run", "moji", (tmp_path,)), moji, [concept])
+    _say_of_another_model(OpenedSide(Side("moji", "moji"), moji, []), tuned)
+    assert not capsys.readouterr().err
+    _say_of_another_model(OpenedSide(Side("moji-flow", "moji-flow"), flow, []), tuned)
+    assert "run was trained from moji, and moji-flow is another model" in capsys.readouterr().err
+
+
 def test_each_side_can_have_its_own_guidance(
     run: Path, tiny_folder: Path, prompts: Path, bright: Path, tmp_path: Path
 ) -> None:
