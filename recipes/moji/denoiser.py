@@ -86,7 +86,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "lora_layers": "all",
     "loss_weighting": "none",
     "align": {
-        "learning_rate": 2e-4,
+        "learning_rate": 1e-4,  # `python -m recipes.align.preference`; at twice that prompts are lost
         "beta": 500.0,
         "loss_weighting": "debiased",
         "least_noise": 0.2,
