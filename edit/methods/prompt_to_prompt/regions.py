@@ -36,14 +36,14 @@ ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
 LINKS = ARTICLES | {"of", "in", "as", "the"}  # which follow words of how a picture is made
 
 
-PLACES = frozenset([  # words behind which stands where something is
+PLACES = frozenset([  # words that begin where something is
     "in", "on", "at", "under", "inside", "outside", "near", "by", "behind", "before", "above", "below", "over",
     "beside",
 ])  # fmt: skip
 
 
 MOST = 0.5  # of a picture: what differs in more changes the whole of it
-MUCH = 0.3  # the same where nothing but words of a place differ
+MUCH = 0.3  # the same where nothing but a place differs
 
 
 class Regions:
@@ -236,15 +236,17 @@ def only_adds(alignment: Alignment) -> bool:
 
 
 def only_places(alignment: Alignment) -> bool:
-    """Whether something differs, and nothing but words behind those that say where something is."""
+    """Whether something differs, and nothing but where something is: “at night” and “in the city”.
+
+    Of “in a park” and “in the snow” that is not sure, as what somebody wears is told so too.
+    """
     found: list[bool] = []
-    before, there = "", False  # the word before, and whether it says where as one that differs
+    there = False  # whether the span before is of a place that differs
     for span in alignment.spans:
-        words = [word.text.lower() for word in (span.target or span.source)]
         differs = span.change != "kept"
-        there = differs and (there or before in PLACES or words[0] in PLACES)
+        begins = [words[0].text.lower() for words in (span.source, span.target) if words]
+        there = differs and (there or (span.change == "replaced" and PLACES.issuperset(begins)))
         found += [there] if differs else []
-        before = words[-1]
     return bool(found) and all(found)
 
 

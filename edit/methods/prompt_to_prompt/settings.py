@@ -48,7 +48,7 @@ class ReplaceSettings:
     blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
                             stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
                             says how the image is made (“a watercolor of”), or more than half of it is predicted
-                            differently (three tenths where only words of a place differ); empty: nowhere
+                            differently (three tenths where nothing but the place differs); empty: nowhere
     keep                    words in whose place the source stays
     mask                    where the image may change (white); of the image's size, or as it was cropped
     threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from

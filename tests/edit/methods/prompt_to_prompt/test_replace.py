@@ -217,11 +217,13 @@ def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(targ
 @pytest.mark.parametrize(
     ("source", "target", "alone"),
     [
-        ("a dog in a park", "a dog in the snow", True),
-        ("a dog in space", "a dog in the snow", True),
         ("a dog at night", "a dog in the city", True),
-        ("a dog", "a dog on the beach", True),
-        ("a dog under the sea", "a dog", True),
+        ("a dog at night", "a dog in space", True),
+        ("a dog under the sea", "a dog on a wooden table", True),
+        ("a dog in a park", "a dog in the snow", False),  # told as what somebody wears is
+        ("a woman in a dress", "a woman in armour", False),
+        ("a dog", "a dog on the beach", False),
+        ("a dog at night", "a cat in the snow", False),
         ("a dog in a park", "a cat in the snow", False),
         ("a dog in a park", "a cat in a park", False),
         ("a dog in a park", "a dog wearing a crown in a park", False),
@@ -254,8 +256,8 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     [
         (TARGET, 0.4, False),
         (TARGET, 0.6, True),
-        ("a cat in a park", 0.25, False),
-        ("a cat in a park", 0.4, True),  # another place
+        ("a cat at night", 0.25, False),
+        ("a cat at night", 0.4, True),  # another place
     ],
 )
 def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
