@@ -84,9 +84,8 @@ class Command(TyperCommand):
         try:
             rest = super().parse_args(ctx, args)
         except UsageError as error:
-            error.message = error.message.replace(
-                "Value error, ", ""
-            )  # pydantic's, before what it has to say
+            # Pydantic's, before what it has to say
+            error.message = error.message.replace("Value error, ", "")
             raise
         refuse_repeats(order)
         for name, value in ctx.params.items():

@@ -187,9 +187,13 @@ class Alignment:
 def restore_placeholders(text: str, placeholders: Mapping[str, str]) -> str:
     """A text in which whole words that the model reads, whatever their case, are what a person writes for them."""
     for words, token in placeholders.items():
-        pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
-        text = re.sub(pattern, token.replace("\\", r"\\"), text, flags=re.IGNORECASE)
+        text = whole_words(words).sub(token.replace("\\", r"\\"), text)
     return text
+
+
+def whole_words(phrase: str) -> re.Pattern[str]:
+    """What finds a phrase in a text, whatever its case, where it is not a part of other words."""
+    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
 
 
 def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:

@@ -20,6 +20,7 @@ from backbone.families.single_file.checkpoint import (
     AUTOENCODER,
     SCHEDULER,
     UNET,
+    folders_beside,
     has_settings_beside,
     noise_settings,
     read_prediction,
@@ -49,7 +50,6 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     ):
         return None
     refuse_quantized(header)
-    beside = (header.path.with_suffix(""), header.path.parent)
     is_version_2 = any(name.startswith(OPENCLIP_PREFIX) for name in header.shapes)
     kind, resolution = read_prediction_type(header)
     if kind is None:
@@ -63,7 +63,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
             )
     published = noise_settings(header, kind) + ["768"] * (is_version_2 and resolution == 768)
     published += ["stable-diffusion-2"] * is_version_2 + ["stable-diffusion-1"]
-    return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
+    return (*folders_beside(header), *(PUBLISHED_CONFIGS / name for name in published))
 
 
 def read_prediction_type(header: Header) -> tuple[PredictionType | None, int]:

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from backbone.families.base import TextEncoderSlot
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file.checkpoint import (
+    folders_beside,
     noise_settings,
     read_prediction,
     refuse_quantized,
@@ -34,13 +35,12 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     if not has_encoders or in_channels is None or in_channels != latent_channels:
         return None
     refuse_quantized(header)
-    beside = (header.path.with_suffix(""), header.path.parent)
     prediction = read_prediction(header)
     if prediction is None:
         say_what_a_name_promises(header)
     published = noise_settings(header, prediction or "epsilon")
     return (
-        *beside,
+        *folders_beside(header),
         *(PUBLISHED_CONFIGS / name for name in (*published, "stable-diffusion-xl", "stable-diffusion-1")),
     )
 

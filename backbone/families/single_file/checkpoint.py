@@ -133,7 +133,12 @@ def say_what_a_name_promises(header: Header) -> None:
 
 def has_settings_beside(header: Header, name: str) -> bool:
     """Whether settings of this name lie where a file's own are looked for."""
-    return any((folder / name).exists() for folder in (header.path.with_suffix(""), header.path.parent))
+    return any((folder / name).exists() for folder in folders_beside(header))
+
+
+def folders_beside(header: Header) -> tuple[Path, Path]:
+    """Where a file's own settings are looked for: in the folder of its name, and beside it."""
+    return header.path.with_suffix(""), header.path.parent
 
 
 def refuse_quantized(header: Header) -> None:

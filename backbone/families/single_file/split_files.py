@@ -30,7 +30,13 @@ from backbone.families.components.latents import (
 )
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
-from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch, refuse_quantized
+from backbone.families.single_file.checkpoint import (
+    AUTOENCODER,
+    UNET,
+    config_mismatch,
+    folders_beside,
+    refuse_quantized,
+)
 from backbone.families.single_file.text_encoders import build_network, read_weights
 from backbone.io.console import UserError
 from backbone.io.files import Header, read_header
@@ -73,7 +79,7 @@ class SplitFiles:
             return None
         refuse_quantized(header)
         folders = (PUBLISHED_CONFIGS / name for name in self.published(header))
-        return (header.path.with_suffix(""), header.path.parent, *folders)
+        return (*folders_beside(header), *folders)
 
     def prefix(self, header: Header) -> str | None:
         """What stands before the names of the transformer's tensors; None where there are none."""

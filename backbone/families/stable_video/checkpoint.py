@@ -21,7 +21,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from backbone.families.components import loading
 from backbone.families.components.empty import without_weights
 from backbone.families.location import PUBLISHED_CONFIGS, Location
-from backbone.families.single_file.checkpoint import AUTOENCODER, UNET, config_mismatch
+from backbone.families.single_file.checkpoint import (
+    AUTOENCODER,
+    UNET,
+    config_mismatch,
+    folders_beside,
+    has_settings_beside,
+)
 from backbone.families.single_file.clip import convert_openclip
 from backbone.families.unet.original import ORIGINAL_RESNET, rename_prefix, to_original
 from backbone.io.console import UserError, notify
@@ -76,16 +82,15 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
             "whole file, or name the model's diffusers folder or hub id (--model svd, svd-xt)."
         )
     refuse_other_ids(header)
-    beside = (header.path.with_suffix(""), header.path.parent)
     published = ["stable-video-diffusion"]
-    if not any((folder / "unet" / "config.json").exists() for folder in beside):
+    if not has_settings_beside(header, "unet/config.json"):
         is_xt = "xt" in header.path.stem.lower()
         published = ["stable-video-diffusion-xt"] * is_xt + published
         notify(
             f"{header.path} does not say how many frames it was trained on: by its name {25 if is_xt else 14}. "
             "--frames asks for others."
         )
-    return (*beside, *(PUBLISHED_CONFIGS / name for name in published))
+    return (*folders_beside(header), *(PUBLISHED_CONFIGS / name for name in published))
 
 
 def refuse_other_ids(header: Header) -> None:

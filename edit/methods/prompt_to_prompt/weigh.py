@@ -10,7 +10,6 @@ tokens of the other words, along the line from h₀, which these tokens are with
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
+from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from edit.attention.alignment import TokenizedPrompt, align, tokenize_prompt
+from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, whole_words
 
 BEYOND = 0.125  # of what a weight exceeds 1 by
 
@@ -48,7 +48,7 @@ def weigh_context(
             rest = tokenize_prompt(model.text_encoder.segments, rests[number])
             kept = align(rest, prompts[number])
             led = {
-                name: _lead_row(states, number, kept.mapping, encoded[name][row], share)
+                name: _lead_row(states, number, kept, encoded[name][row], share)
                 for name, states in text.text.items()
                 if states.ndim == 3 and states.shape[1] == prompts[number].length
             }
@@ -58,15 +58,14 @@ def weigh_context(
 
 def without_phrase(prompt: str, phrase: str) -> str:
     """A prompt without a phrase, wherever it stands; the prompt itself where it stands nowhere."""
-    rest = " ".join(re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", " ", prompt, flags=re.IGNORECASE).split())
+    rest = " ".join(whole_words(phrase).sub(" ", prompt).split())
     return rest if rest != " ".join(prompt.split()) else prompt
 
 
-def _lead_row(states: Tensor, number: int, mapping: Tensor, without: Tensor, share: float) -> Tensor:
-    """States [N, T, D], those of row `number` led where `mapping` [T₀, T] knows them among `without` [T₀, D]."""
-    mapping = mapping.to(states.device)
-    known = (mapping != 0).any(0)[:, None]
-    there = mapping.T.to(torch.float32) @ without.to(torch.float32)
+def _lead_row(states: Tensor, number: int, kept: Alignment, without: Tensor, share: float) -> Tensor:
+    """States [N, T, D], those of row `number` led where `kept` aligns them with some of `without` [T₀, D]."""
+    known = send(kept.from_source, states.device).bool()[:, None]
+    there = send(kept.mapping, states.device).T @ without.to(torch.float32)
     row = states[number].to(torch.float32)
     led = torch.where(known, there + share * (row - there), row).to(states.dtype)
     return torch.cat([states[:number], led[None], states[number + 1 :]])
