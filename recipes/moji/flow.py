@@ -11,7 +11,7 @@ the pipeline puts 256 zeros in its tokens' place. The text has no positions in t
 stay alike, and training carries one for all of them, whose attention weight counts 256 times: the same function for a
 third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the longest caption of the
 world needs fewer. Continues from its last checkpoint, and begins from another pipeline's weights whatever its latents
-(`--begin-from`), as `recipes.moji.denoiser` does.
+(`--begin-from`), as `recipes.moji.denoiser` does; it may learn from `moji`'s own predictions (`--teacher`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
-from backbone.diffusion.losses import denoising_score_matching
-from backbone.diffusion.noise import add_noise, flow, generator
+from backbone.diffusion.losses import squared_error
+from backbone.diffusion.noise import add_noise, flow, generator, target
 from backbone.distributed.spawn import run_workers
 from backbone.families.sd3.family import use_repeated_zero_token
 from backbone.io.console import run_app
@@ -47,9 +47,11 @@ from recipes.moji.denoiser import CARRIED, WORKDIR, Latents, LatentSettings, Lat
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
 from recipes.moji.training.carried import carry_over_transformer
 from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
+from recipes.moji.training.teacher import Teacher
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
+TAUGHT = 0.9  # of the target is the teacher's, where there is one; the rest is the data's
 DEFAULTS = {
     **{name: value for name, value in OF_MOJI.items() if name != "draft"},  # which was not tried on it
     "steps": 28,
@@ -79,6 +81,9 @@ class FlowSettings(LatentSettings):
     begin_from: Annotated[Path | None, Option("A pipeline folder whose weights to begin with.", TRAINING)] = (
         None
     )
+    teacher: Annotated[
+        Path | None, Option("A folder of `moji`'s kind whose predictions to learn from.", TRAINING)
+    ] = None
 
 
 @settled_command(app, FlowSettings)
@@ -101,6 +106,7 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
         nn.Module.to(encoder, settings.device)
     if settings.begin_from is not None and not (settings.workdir / "flow.safetensors").exists():
         begin_from(settings.begin_from, network, second, data)
+    teacher = Teacher(settings.teacher, settings.device) if settings.teacher else None
     training = LatentTraining(
         settings, "flow", list_trained_parameters(network, second), list_inner_matrices(network)
     )
@@ -111,18 +117,22 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
         drawn = torch.randn(settings.batch, generator=random) + math.log(settings.shift)
         level = flow(drawn.sigmoid().to(settings.device))
         noise = torch.randn(clean.shape, generator=random).to(settings.device)
+        noisy = add_noise(clean, noise, level)
+        wanted = target(clean, noise, level, "flow")
         with precision(clean.device):
+            if teacher:
+                taught = target(*teacher.predict(noisy, level, tokens), level, "flow")
+                wanted = wanted.lerp(taught, TAUGHT)
             hidden, pooled = join_encodings(
                 first, second, tokens[:, :TOKENS], trained_rows=settings.text_rows
             )
             velocity = network(
-                hidden_states=add_noise(clean, noise, level),
+                hidden_states=noisy,
                 timestep=1000 * level.b,
                 encoder_hidden_states=append_absent(hidden, 1),
                 pooled_projections=pooled,
             ).sample
-        error = denoising_score_matching(velocity, clean, noise=noise, level=level, prediction_type="flow")
-        yield error.mean()
+        yield squared_error(velocity, wanted).mean()
 
     training.follow(losses, rank)
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from backbone.io.console import UserError
-from backbone.io.files import read_json, read_tensors, write_tensors
+from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from recipes.moji.on_gpu import LARGEST, GpuSettings, main, split_weights
-
-FIRST = EMBEDDED.parent / "moji-flow" / "vae"  # of the first edition
 
 
 def test_weights_in_pieces_are_the_weights(tmp_path: Path) -> None:
@@ -30,8 +28,11 @@ def test_weights_in_pieces_are_the_weights(tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no autoencoder of this recipe"):
-        main(GpuSettings(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", vae=FIRST))
+    other = read_json(EMBEDDED / "vae" / "config.json") | {"block_out_channels": [32, 64, 64, 64]}
+    (tmp_path / "vae").mkdir()
+    write_json(tmp_path / "vae" / "config.json", other)
+    with pytest.raises(UserError, match=r"no autoencoder of this recipe .block_out_channels differs"):
+        main(GpuSettings(out=tmp_path / "out", workdir=tmp_path / "work", device="cpu", vae=tmp_path / "vae"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""What a trained denoiser predicts, as the target of another: what data alone would show over many draws.
+
+The error that trains a diffusion model is mostly noise of its target: ε − x0 of one scene, where the network can only
+say what all scenes that may lie behind a noisy one have in common. A denoiser that has learned the world says just
+that, so a second one learns of it from far fewer scenes (as progressive distillation does, Salimans & Ho 2022, without
+its halving of steps). The two may be of different architectures and different noise paths: both halves of an estimate
+are the same at one signal-to-noise ratio.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from backbone.diffusion.noise import Estimate, Level, predictor, scale_to_unit_variance
+
+
+class Teacher:
+    """The denoiser of a Stable Diffusion folder, asked at any level of any noise path."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        for network in (self.unet, self.text_encoder):
+            nn.Module.to(network.eval().requires_grad_(False), device, torch.float32)
+        self.unet.to(memory_format=torch.channels_last)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        self.prediction_type = scheduler.config.prediction_type
+        bar = scheduler.alphas_cumprod.double()
+        self.log_snr = (bar / (1 - bar)).log().to(device)  # falls with the timestep
+
+    @torch.no_grad()
+    def predict(self, noisy: Tensor, level: Level, tokens: Tensor) -> Estimate:
+        """Both halves of its estimate [B, C, h, w] of noisy latents, without guidance, for token ids [B, 77]."""
+        text = self.text_encoder(tokens).last_hidden_state
+
+        def network(noisy: Tensor, time: Tensor) -> Tensor:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            return self.unet(noisy, time, text).sample.float()
+
+        ask = scale_to_unit_variance(predictor(network, self.prediction_type))
+        return ask(noisy, level.with_time(self.time_at(level.log_snr)))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The timesteps [B], with fractions, at which its schedule has these log signal-to-noise ratios [B].
+
+        Its first or last one beyond its ends.
+        """
+        falling = -self.log_snr
+        asked = -log_snr.to(falling)
+        above = torch.searchsorted(falling, asked).clamp(1, len(falling) - 1)
+        below = above - 1
+        part = (asked - falling[below]) / (falling[above] - falling[below])
+        return (below + part.clamp(0, 1)).float()
