@@ -96,7 +96,8 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
     """One process of the training; the first one saves and reports."""
     torch.manual_seed(settings.seed)
     data = Latents(settings.workdir, load_tokenizer(EMBEDDED), settings.device)
-    network = build_transformer(data.mean.shape[1]).to(settings.device)
+    channels = data.mean.shape[1]
+    network = build_transformer(channels).to(settings.device)
     use_repeated_zero_token(network)
     first, second = (
         load_first_encoder().eval().requires_grad_(False),
@@ -106,7 +107,7 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
         nn.Module.to(encoder, settings.device)
     if settings.begin_from is not None and not (settings.workdir / "flow.safetensors").exists():
         begin_from(settings.begin_from, network, second, data)
-    teacher = Teacher(settings.teacher, settings.device) if settings.teacher else None
+    teacher = Teacher(settings.teacher, settings.device, channels=channels) if settings.teacher else None
     training = LatentTraining(
         settings, "flow", list_trained_parameters(network, second), list_inner_matrices(network)
     )

@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from backbone.diffusion.noise import add_noise, estimate, flow, target, vp
+from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
-from backbone.models.locate import EMBEDDED
+from backbone.models.locate import EMBEDDED, OWN
 from backbone.models.model import Backbone
 from recipes.moji.training.teacher import Teacher
 
@@ -65,3 +66,10 @@ def test_its_velocity_is_nearer_to_a_scene_s_than_any_constant(teacher: Teacher)
 def test_it_is_never_trained(teacher: Teacher) -> None:
     assert not any(value.requires_grad for value in teacher.unet.parameters())
     assert not any(value.requires_grad for value in teacher.text_encoder.parameters())
+
+
+def test_a_teacher_of_another_kind_or_other_latents_is_refused() -> None:
+    with pytest.raises(UserError, match="moji-flow has no unet/"):
+        Teacher(OWN["moji-flow"], "cpu")
+    with pytest.raises(UserError, match="latents of 24 channels, not 16"):
+        Teacher(EMBEDDED, "cpu", channels=16)

@@ -17,12 +17,20 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from backbone.diffusion.noise import Estimate, Level, predictor, scale_to_unit_variance
+from backbone.io.console import UserError
+from backbone.io.files import read_json
 
 
 class Teacher:
     """The denoiser of a Stable Diffusion folder, asked at any level of any noise path."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, *, channels: int = 24) -> None:
+        """Raises `UserError` for a folder of another kind, and one whose latents have other `channels`."""
+        config = folder / "unet" / "config.json"
+        found = read_json(config).get("in_channels") if config.is_file() else None
+        if found != channels:
+            has = "has no unet/" if found is None else f"predicts latents of {found} channels, not {channels}"
+            raise UserError(f"{folder} {has}. Name a teacher of moji's kind, of the same autoencoder.")
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
         for network in (self.unet, self.text_encoder):
