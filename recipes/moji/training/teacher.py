@@ -48,7 +48,8 @@ class Teacher:
 
         def network(noisy: Tensor, time: Tensor) -> Tensor:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-            return self.unet(noisy, time, text).sample.float()
+            said: Tensor = self.unet(noisy, time, text).sample
+            return said.float()
 
         ask = scale_to_unit_variance(predictor(network, self.prediction_type))
         return ask(noisy, level.with_time(self.time_at(level.log_snr)))
@@ -63,4 +64,5 @@ class Teacher:
         above = torch.searchsorted(falling, asked).clamp(1, len(falling) - 1)
         below = above - 1
         part = (asked - falling[below]) / (falling[above] - falling[below])
-        return (below + part.clamp(0, 1)).float()
+        time: Tensor = below + part.clamp(0, 1)
+        return time.float()
