@@ -179,6 +179,8 @@ def test_a_command_that_is_printed_can_be_copied_and_a_tilde_that_was_quoted_is_
     assert said.exit_code == 0 and (tmp_path / "my dög" / "dog-1.png").is_file() and not Path("~").exists()
     (line,) = [one for one in said.output.splitlines() if one.startswith("Next: ")]
     assert shlex.split(line)[1:5] == ["customize", "train", "--images", str(tmp_path / "my dög")]
+    # without which a folder of that name leaves the class to the scorer, which takes this dog for a cat
+    assert shlex.split(line)[-2:] == ["--class", "dog"]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (re
     re.compile(r"(?<!\w)embedding:\S+"): "names of embeddings",
     re.compile(r"\\[()\[\]{}]"): "brackets behind a backslash",
 }
+AROUND = ".,;:!?()\"'`“”‘’„«»"  # marks beside a word that are none of it
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 # As the tokenizers of CLIP, T5 and Qwen mark a whole word
@@ -190,8 +191,9 @@ def resolve_placeholder_tokens(
     trained = {
         token: run for run, concept in (list_concept_runs(runs) if runs else []) for token in concept.tokens
     }
-    candidates = [*PLACEHOLDER.findall(resolved), *(token for token in trained if mentions(resolved, token))]
-    for token in [token for token in candidates if token not in own]:
+    foreign = find_foreign_placeholders(resolved, own)
+    foreign += [token for token in trained if token not in own and mentions(resolved, token)]
+    for token in foreign:
         remedy = (
             f"Add --concept {quote(trained[token])}."
             if token in trained
@@ -209,6 +211,13 @@ def resolve_placeholder_tokens(
     for found, what in find_foreign_syntax(prompt):
         notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
     return resolved
+
+
+def find_foreign_placeholders(text: str, own: Iterable[str]) -> list[str]:
+    """What stands in brackets in a text and is no word of `own`, nor a part of one as `<s0>` is of `<s0><s1>`."""
+    for word in sorted(own, key=len, reverse=True):
+        text = text.replace(word, " ")
+    return PLACEHOLDER.findall(text)
 
 
 def expand_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")) -> str:
@@ -310,9 +319,16 @@ def choose_rare_word(vocabulary: Mapping[str, int], key: str, *, taken: Iterable
 
 
 def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
-    """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary."""
+    """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary.
+
+    So is one with marks around it that belong to a sentence, which prompts would not hold, or with braces.
+    """
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
+    if (bare := token.strip(AROUND)) != token and not PLACEHOLDER.fullmatch(token):
+        raise UserError(f"The token “{token}” has marks around it. Write it as {bare or '[V]'} alone.")
+    if "{" in token or "}" in token:
+        raise UserError(f"The token “{token}” has braces, which stand for what is filled in. Write [V].")
     whole = (f"{token.lower()}</w>", f"▁{token.lower()}", f"Ġ{token.lower()}")
     if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")

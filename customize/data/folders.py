@@ -208,7 +208,8 @@ def _parse_folder(folder: Path) -> ConceptFolder:
     repeats, words = float(match[1]), match[2].replace("_", " ").split()
     if not repeats:
         raise UserError(f"{folder} counts its pictures 0 times. Let its name begin with 1 or more.")
-    return ConceptFolder(folder, repeats, words[0], " ".join(words[1:]))
+    token = words[0].rstrip(",;") or words[0]  # as of tags, “10_sks, dog”
+    return ConceptFolder(folder, repeats, token, " ".join(words[1:]))
 
 
 def _read_list(path: Path) -> list[ConceptFolder]:
@@ -268,6 +269,11 @@ def as_template(prompt: str, token: str, noun: str) -> str:
     if noun and "{class}" not in end:
         end = re.sub(rf"\b{re.escape(noun)}\b", "{class}", end, count=1)
     return start + "{token}" + end
+
+
+def looks_like_identifier(word: str) -> bool:
+    """Whether a word is no language's, as sks, ohwx, TOK or p3rs0n, and no tag as 1girl or 4k."""
+    return bool(IDENTIFIER.fullmatch(word)) and not (word[:1].isdigit() or NO_IDENTIFIER.fullmatch(word))
 
 
 def guess_token_and_class(

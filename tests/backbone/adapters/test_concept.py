@@ -155,7 +155,13 @@ def test_an_ordinary_word_cannot_be_a_token() -> None:
     vocabulary = tiny_tokenizer().get_vocab()
     with pytest.raises(UserError, match="ordinary word"):
         check_token("dog", vocabulary)
-    check_token("[V]", vocabulary)
+    for token in ("[V]", "<dog>", "V*", "<s0><s1>"):
+        check_token(token, vocabulary)
+    for token in ("sks,", "“sks”", "'sks'", "(sks)", "sks."):
+        with pytest.raises(UserError, match=r"has marks around it\. Write it as sks alone"):
+            check_token(token, vocabulary)
+    with pytest.raises(UserError, match="has braces"):
+        check_token("{token}", vocabulary)
 
 
 @pytest.mark.parametrize(

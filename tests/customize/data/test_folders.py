@@ -54,6 +54,12 @@ def test_a_folder_of_class_images_beside_the_subject_s_is_none(
     assert f"--images '{dog}' --class-images {shlex.quote(str(other))}" in str(refused.value)
 
 
+def test_a_mark_behind_the_token_and_what_nobody_sees_are_no_part_of_it(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "10_sks, dog")
+    assert read_concepts(folder) == [ConceptFolder(folder, 10, "sks", "dog")]
+    assert Subject("dog", "\u200bsks\ufeff", "dog").token == "sks"
+
+
 def test_one_numbered_folder_is_a_concept_itself(tmp_path: Path) -> None:
     folder = pictures_in(tmp_path / "7_sks_dog")
     assert read_concepts(folder) == [ConceptFolder(folder, 7, "sks", "dog")]

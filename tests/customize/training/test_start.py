@@ -28,7 +28,7 @@ from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
-from customize.training.subjects import choose_words
+from customize.training.subjects import choose_words, guess
 
 
 @pytest.fixture
@@ -420,3 +420,11 @@ def test_a_prompt_of_the_sheet_that_shows_no_subject_is_said_and_one_that_nothin
     assert "“a dog between desks” has no {} and no sks" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"has \{place\}, and \{\} alone is filled in"):
         look_at_sheet_prompt("a {} in {place}", concept)
+
+
+def test_a_folder_s_name_says_the_class_in_the_plural_too(
+    tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, noun in (("my-dogs", "dog"), ("dog", "dog"), ("owls", "owl")):
+        assert guess(tiny, [], f"sets/{name}") == noun
+    assert "says that it shows an owl" in capsys.readouterr().err
