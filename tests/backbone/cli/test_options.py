@@ -201,6 +201,12 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
             "v2: false\nsteps: 5\nxformers: true",
             r"2 unknown keys \(v2, xformers\), which would have no",
         ),
+        ("a.yaml", "lr: 5", r"a.yaml has an unknown key lr\. That is learning_rate here\."),
+        (
+            "a.yaml",
+            "max_steps: 5\nxformers: true",
+            r"would have no effect\. max_steps is steps here\. Leave the others out\.",
+        ),
         ("a.json", "[1]", "does not hold settings"),
         ("a.toml", "[general]\n[[datasets]]\nresolution = 512\n", "a.toml is a list of images of kohya"),
         ("a.yaml", "job: extension\nconfig: {name: dog}", "a.yaml is a job of ai-toolkit"),
@@ -277,6 +283,12 @@ def test_a_subclass_that_changes_a_default_keeps_what_was_said() -> None:
 def test_a_mistake_in_python_names_the_argument() -> None:
     with pytest.raises(UserError, match=r"no setting step\. Did you mean steps"):
         build(Settings, {"images": "x", "step": 3})
+    with pytest.raises(UserError, match=r"no setting instance_data_dir\. It is images here"):
+        build(Settings, {"instance_data_dir": "x"})
+    with pytest.raises(
+        UserError, match=r"no setting epochs\. That is steps here\. It counts optimiser steps"
+    ):
+        build(Settings, {"images": "x", "epochs": 3})
     with pytest.raises(UserError, match="images is missing"):
         build(Settings, {})
     with pytest.raises(UserError, match="lr_scheduler is cosin"):
