@@ -207,8 +207,8 @@ def read_lines(path: Path) -> list[Prompt]:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
     if idle:
         notify_once(
-            f"{path} says {' and '.join(idle)} of its prompts, which has no effect there. Give it for all of them, by a "
-            "flag."
+            f"{path} says {' and '.join(idle)} of its prompts, which has no effect there. Give it for all of them, by "
+            "a flag."
         )
     return found
 
