@@ -185,6 +185,7 @@ def resolve_placeholder_tokens(
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
     _refuse_two_meanings(prompt, concepts)
+    _say_shared_words(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
     own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
@@ -268,6 +269,24 @@ def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
                     f"{token} is a token of {first.folder} and of {concept.folder}, and stands for something else in "
                     "each. Merge them, which gives each its own: customize merge "
                     f"{quote(first.folder)} {quote(concept.folder)} --out FOLDER"
+                )
+
+
+def _say_shared_words(prompt: str, concepts: Sequence[Concept]) -> None:
+    """Say so where a token of the prompt stands for words that another concept has learned too."""
+    owners: dict[str, Concept] = {}
+    for concept in concepts:
+        for token, words in concept.tokens.items():
+            first = owners.setdefault(words, concept)
+            if first is not concept and any(
+                mentions(prompt, own)
+                for one in (first, concept)
+                for own, said in one.tokens.items()
+                if said == words
+            ):
+                notify_once(
+                    f"{first.folder} and {concept.folder} have both learned “{words}”, so a prompt with {token} means "
+                    "both: their subjects cannot be told apart."
                 )
 
 
