@@ -286,7 +286,7 @@ def _say_shared_words(prompt: str, concepts: Sequence[Concept]) -> None:
             ):
                 notify_once(
                     f"{first.folder} and {concept.folder} have both learned “{words}”, so a prompt with {token} means "
-                    "both: their subjects cannot be told apart."
+                    "both: what they show is not told apart."
                 )
 
 

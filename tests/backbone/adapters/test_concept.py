@@ -215,13 +215,12 @@ def test_two_concepts_of_the_same_words_are_said_where_a_prompt_has_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     both = [
-        replace(concept("sks", "sks"), folder=Path("dog")),
-        replace(concept("sks", "sks"), folder=Path("cat")),
+        replace(concept(token, "sks"), folder=Path(name)) for token, name in (("[V]", "dog"), ("[W]", "cat"))
     ]
     assert resolve_placeholder_tokens("a cat on a mat", both, runs=None) == "a cat on a mat"
     assert capsys.readouterr().err == ""
-    assert resolve_placeholder_tokens("a sks cat on it", both, runs=None) == "a sks cat on it"
-    assert "dog and cat have both learned “sks”, so a prompt with sks means both" in capsys.readouterr().err
+    assert resolve_placeholder_tokens("a [V] cat on it", both, runs=None) == "a sks cat on it"
+    assert "dog and cat have both learned “sks”, so a prompt with [W] means both" in capsys.readouterr().err
 
 
 def test_a_strength_behind_a_run_is_answered_with_how_it_is_given(tmp_path: Path) -> None:
