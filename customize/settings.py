@@ -39,7 +39,7 @@ class Subject:
     token_words: str = ""
 
     def __post_init__(self) -> None:
-        noun = re.sub(r"(?i)^an? (?=\S)", "", tidy(self.class_noun))
+        noun = re.sub(r"(?i)^(?:an?|the|my|our|your|his|her|their) (?=\S)", "", tidy(self.class_noun))
         for name, value in (("token", drop_unseen(self.token)), ("class_noun", noun)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "token_words", tidy(self.token_words))

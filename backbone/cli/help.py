@@ -12,7 +12,7 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,14 @@ PICTURE_FLAGS = ("--images", "--image")
 WORD_FLAGS = ("--prompts", "--prompt", "--instruction")
 
 
+YES_OR_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
+
+
+def _is_given(flag: str, options: Sequence[Any], values: Mapping[str, Any]) -> bool:
+    """Whether the option of this flag has a value."""
+    return any(values.get(one.name) for one in options if flag in one.opts)
+
+
 def _asks_for_help(ctx: Any, words: Sequence[str]) -> bool:
     return bool(set(words) & set(ctx.help_option_names))
 
@@ -234,6 +242,13 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
         meant = plain[0] if " " in plain[0] else " ".join(plain)
         what = "an instruction" if words == "--instruction" else "a prompt"
         remedy = f"For {what}, write {words} {quote_text(meant)}."
+    elif {word.lower() for word in extra} <= YES_OR_NO:
+        remedy = "A switch stands alone, without a value: --flip, and --no-flip for the contrary."
+    elif pictures and _is_given(pictures, options, values):
+        folders = {str(Path(word).parent) for word in extra if Path(word).is_file()}
+        remedy = "Put a text of several words in quotation marks, or leave it out."
+        if len(folders) == 1:
+            remedy = f"For several images name their folder: {pictures} {quote(folders.pop())}."
     elif pictures:
         remedy = f"For the images, write {pictures} {quote(extra[0])}."
     else:

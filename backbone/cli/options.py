@@ -574,15 +574,24 @@ def _number(one: Field, value: Any, where: str) -> Any:
     return number
 
 
+_NOTHING = ("off", "none", "no")
+# Words for a choice elsewhere → what they may be here
+_SAME = {
+    **dict.fromkeys(("false", "no", "none", "off", "0", "disabled"), _NOTHING),
+    **dict.fromkeys(("float16", "half", "16"), ("fp16",)),
+    **dict.fromkeys(("bfloat16", "bf-16"), ("bf16",)),
+    **dict.fromkeys(("float32", "float", "full", "32"), ("fp32",)),
+}
+
+
 def _choice(one: Field, value: str, where: str) -> str:
     meant = one.option.understood(value) if one.option.understood else value
     for word in one.option.choices:
         if meant.lower().replace("_", "-") == word:
             return word
-    raise UserError(
-        f"{where} is {value}, which is none of {', '.join(one.option.choices)}."
-        f"{find_nearest(value, one.option.choices)}"
-    )
+    same = next((word for word in _SAME.get(value.lower(), ()) if word in one.option.choices), "")
+    meant = f" That is {same} here." if same else find_nearest(value, one.option.choices)
+    raise UserError(f"{where} is {value}, which is none of {', '.join(one.option.choices)}.{meant}")
 
 
 def find_meant(key: str, known: Sequence[str]) -> str:

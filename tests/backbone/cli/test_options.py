@@ -293,6 +293,9 @@ def test_a_mistake_in_python_names_the_argument() -> None:
         build(Settings, {})
     with pytest.raises(UserError, match="lr_scheduler is cosin"):
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", lr_scheduler="cosin")
+    for name, value, meant in (("prior", "false", "off"), ("precision", "float16", "fp16")):
+        with pytest.raises(UserError, match=f"{name} is {value}, which is none of .* That is {meant} here"):
+            customize.settings.Settings(images="x", token="[V]", class_noun="dog", **{name: value})
     with pytest.raises(UserError, match="rank is 0"):
         align.settings.Settings(rank=0)
 

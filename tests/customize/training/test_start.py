@@ -121,6 +121,11 @@ def test_prompts_that_would_train_another_word_are_refused(
 
 def test_a_class_with_a_vowel_gets_its_article() -> None:
     assert Subject("", "[V]", "elephant").filled("a {class}") == "an elephant"
+    assert [Subject("", "", noun).class_noun for noun in ("my dog", "The dog", "theory")] == [
+        "dog",
+        "dog",
+        "theory",
+    ]
     assert Subject("", "[V]", "dog").filled("An {class}, a {token} {class}") == "A dog, a [V] dog"
     assert (
         Subject("", "[V]", "elephant").filled("A photo of a {token} {class}") == "A photo of a [V] elephant"
