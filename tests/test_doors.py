@@ -229,6 +229,11 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
     assert isinstance(said.exception, UserError) and meant in str(said.exception)
     unknown = CliRunner().invoke(PROGRAMS[program], [words[0], "--no-such"])
     assert unknown.exit_code == 2 and "No such option" in unknown.output
+    elsewhere = CliRunner().invoke(PROGRAMS["customize"], ["check", "--images", "dogs", "--token", "[V]"])
+    assert isinstance(elsewhere.exception, UserError)
+    assert re.search(
+        r"--token is a flag of .*train and .* not of .*check\. Leave it out", str(elsewhere.exception)
+    )
     other = CliRunner().invoke(PROGRAMS["customize"], ["export", "run", "--to", "a1111", "--out", "x"])
     assert "Invalid value for '--to': 'a1111' is not one of" in " ".join(other.output.split())
 

@@ -74,6 +74,11 @@ class Command(TyperCommand):
                 known = {name.lstrip("-"): one.opts[0].lstrip("-") for one in options for name in one.opts}
                 if meant := describe_flag(error.option_name, ctx.command_path, known):
                     raise UserError(meant) from error
+                if others := _find_commands_with(error.option_name, ctx):
+                    raise UserError(
+                        f"{error.option_name} is a flag of {' and of '.join(others)}, and not of {ctx.command_path}. "
+                        "Leave it out."
+                    ) from error
             if path := next((word for word in words if word[:1] == "-" and _is_there(word)), None):
                 raise UserError(
                     f"{path} begins as flags do. For the file or folder of that name write ./{path}."
@@ -271,6 +276,17 @@ def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
         return ""
     call = " ".join([ctx.command_path, *names])
     return f"{flag} is no flag here, for {' and '.join(names)} is read without one. Write: {call}"
+
+
+def _find_commands_with(flag: str, ctx: Any) -> list[str]:
+    """The other commands of the program that have a flag of this name, the first two."""
+    program = getattr(ctx.parent, "command", None)
+    found = [
+        f"{ctx.parent.command_path} {name}"
+        for name, command in getattr(program, "commands", {}).items()
+        if any(hyphens(flag) in map(hyphens, one.opts) for one in command.params)
+    ]
+    return found[:2]
 
 
 def _is_there(word: str) -> bool:
