@@ -109,6 +109,11 @@ def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> N
         ({"prior_prompts": ("a dog", "a [V] dog")}, r"prior prompt “a \[V\] dog” holds the token \[V\]"),
         ({"prior_prompts": ("a [W] cat",), "subject": ("dog:[W]:cat",)}, r"holds the token \[W\]"),
         ({"instance_prompt": ""}, "The instance prompt is empty"),
+        ({"class_noun": "dog", "token_words": "sks dog"}, "The words “sks dog” hold the class dog"),
+        (
+            {"class_noun": "dog", "subject": ("dog:[W]:cat:qrs cat",)},
+            "The words “qrs cat” hold the class cat",
+        ),
         ({"class_prompt": " "}, "The class prompt is empty"),
     ],
 )
