@@ -503,7 +503,7 @@ class Settings(TrainingSettings):
             aliases=("min-snr-gamma",),
             needs={"loss_weighting": ("min-snr",)},
             implies={"loss_weighting": "min-snr"},
-            min=0,
+            min=0.01,  # at 0 no level has any weight
         ),
     ] = 5.0
     timestep_bias_strategy: Annotated[

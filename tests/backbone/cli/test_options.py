@@ -296,6 +296,10 @@ def test_a_mistake_in_python_names_the_argument() -> None:
     for name, value, meant in (("prior", "false", "off"), ("precision", "float16", "fp16")):
         with pytest.raises(UserError, match=f"{name} is {value}, which is none of .* That is {meant} here"):
             customize.settings.Settings(images="x", token="[V]", class_noun="dog", **{name: value})
+    with pytest.raises(UserError, match=r"snr_gamma is 0; it is at least 0\.01"):
+        customize.settings.Settings(
+            images="x", token="[V]", class_noun="dog", loss_weighting="min-snr", snr_gamma=0
+        )
     with pytest.raises(UserError, match="rank is 0"):
         align.settings.Settings(rank=0)
 
