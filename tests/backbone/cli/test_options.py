@@ -342,7 +342,7 @@ CUSTOMIZE: list[dict[str, Any]] = [
         "rank_pattern": ("attn2=8",),
     },
     {"method": "full", "prior": "off", "learning_rate": 1e-6, "precision": "fp32", "device": "cpu"},
-    {"loss_weighting": "min-snr", "snr_gamma": 3.0, "patience": 2, "sheet_prompts": ("a {} 'there'", "-")},
+    {"loss_weighting": "min-snr", "snr_gamma": 3.0, "patience": 2, "sheet_prompts": ("a {} 'there'", "-x")},
     {
         "optimizer": "prodigy",
         "train_text_encoder": True,
