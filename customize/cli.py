@@ -65,7 +65,7 @@ def example(
 
     images, extras = write_example(folder)
     notify(f"{len(images)} images of a dog in {folder}; {folder / EXTRAS} has {_list_files(extras)}.")
-    notify(f'Next: customize train --images {quote(folder)} --token "[V]"')
+    notify(f'Next: customize train --images {quote(folder)} --token "[V]" --class dog')
 
 
 @dataclass(frozen=True, kw_only=True)

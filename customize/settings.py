@@ -12,7 +12,7 @@ from backbone.cli import options
 from backbone.cli.flags import DATA, JsonOptions
 from backbone.cli.options import Option
 from backbone.io.console import UserError
-from backbone.io.prompts import words_of
+from backbone.io.prompts import drop_unseen, words_of
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,
@@ -39,8 +39,8 @@ class Subject:
     token_words: str = ""
 
     def __post_init__(self) -> None:
-        noun = re.sub(r"(?i)^an? (?=\S)", "", tidy(self.class_noun))
-        for name, value in (("token", self.token.strip()), ("class_noun", noun)):
+        noun = re.sub(r"(?i)^(?:an?|the|my|our|your|his|her|their) (?=\S)", "", tidy(self.class_noun))
+        for name, value in (("token", drop_unseen(self.token)), ("class_noun", noun)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "token_words", tidy(self.token_words))
 
@@ -503,7 +503,7 @@ class Settings(TrainingSettings):
             aliases=("min-snr-gamma",),
             needs={"loss_weighting": ("min-snr",)},
             implies={"loss_weighting": "min-snr"},
-            min=0,
+            min=0.01,  # at 0 no level has any weight
         ),
     ] = 5.0
     timestep_bias_strategy: Annotated[

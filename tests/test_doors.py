@@ -179,6 +179,8 @@ def test_a_command_that_is_printed_can_be_copied_and_a_tilde_that_was_quoted_is_
     assert said.exit_code == 0 and (tmp_path / "my dög" / "dog-1.png").is_file() and not Path("~").exists()
     (line,) = [one for one in said.output.splitlines() if one.startswith("Next: ")]
     assert shlex.split(line)[1:5] == ["customize", "train", "--images", str(tmp_path / "my dög")]
+    # without which a folder of that name leaves the class to the scorer, which takes this dog for a cat
+    assert shlex.split(line)[-2:] == ["--class", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,11 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
     assert isinstance(said.exception, UserError) and meant in str(said.exception)
     unknown = CliRunner().invoke(PROGRAMS[program], [words[0], "--no-such"])
     assert unknown.exit_code == 2 and "No such option" in unknown.output
+    elsewhere = CliRunner().invoke(PROGRAMS["customize"], ["check", "--images", "dogs", "--token", "[V]"])
+    assert isinstance(elsewhere.exception, UserError)
+    assert re.search(
+        r"--token is a flag of .*train and .* not of .*check\. Leave it out", str(elsewhere.exception)
+    )
     other = CliRunner().invoke(PROGRAMS["customize"], ["export", "run", "--to", "a1111", "--out", "x"])
     assert "Invalid value for '--to': 'a1111' is not one of" in " ".join(other.output.split())
 

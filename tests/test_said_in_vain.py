@@ -75,13 +75,31 @@ def test_the_doors_answer_so(words: tuple[str, ...]) -> None:
             ("customize", "info", "a.safetensors", "b.safetensors"),
             "“b.safetensors” is too much. Leave it out",
         ),
+        (
+            ("customize", "train", "--images", "photos/1.png", "photos/2.png", "photos/3.png"),
+            "For several images name their folder: --images photos",
+        ),
+        (
+            ("customize", "train", "--images", "dog", "--flip", "true"),
+            "A switch stands alone, without a value",
+        ),
+        (
+            ("customize", "train", "--images", "dog", "--token", "my", "dog"),
+            "several words in quotation marks",
+        ),
         (("align", "label", "a dog"), 'reads as a prompt.*align sample --prompts "a dog" --out FOLDER'),
         (("align", "train", "a dog"), 'reads as a prompt.*align sample --prompts "a dog" --out FOLDER'),
         (("align", "evaluate", "a dog"), "A run folder is wanted, and “a dog” reads as a prompt"),
         (("customize", "evaluate", "runs/my dog"), "There is no run folder runs/my dog"),
     ],
 )
-def test_words_without_a_flag_are_told_theirs(words: tuple[str, ...], said: str) -> None:
+def test_words_without_a_flag_are_told_theirs(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(1, 4):
+        (tmp_path / "photos" / f"{number}.png").touch()
     assert re.search(said, refused(*words)), refused(*words)
 
 

@@ -44,6 +44,7 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (re
     re.compile(r"(?<!\w)embedding:\S+"): "names of embeddings",
     re.compile(r"\\[()\[\]{}]"): "brackets behind a backslash",
 }
+AROUND = ".,;:!?()\"'`“”‘’„«»"  # marks beside a word that are none of it
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
 RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
 # As the tokenizers of CLIP, T5 and Qwen mark a whole word
@@ -184,14 +185,16 @@ def resolve_placeholder_tokens(
     Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
     """
     _refuse_two_meanings(prompt, concepts)
+    _say_shared_words(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
     own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
     trained = {
         token: run for run, concept in (list_concept_runs(runs) if runs else []) for token in concept.tokens
     }
-    candidates = [*PLACEHOLDER.findall(resolved), *(token for token in trained if mentions(resolved, token))]
-    for token in [token for token in candidates if token not in own]:
+    foreign = find_foreign_placeholders(resolved, own)
+    foreign += [token for token in trained if token not in own and mentions(resolved, token)]
+    for token in foreign:
         remedy = (
             f"Add --concept {quote(trained[token])}."
             if token in trained
@@ -209,6 +212,13 @@ def resolve_placeholder_tokens(
     for found, what in find_foreign_syntax(prompt):
         notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
     return resolved
+
+
+def find_foreign_placeholders(text: str, own: Iterable[str]) -> list[str]:
+    """What stands in brackets in a text and is no word of `own`, nor a part of one as `<s0>` is of `<s0><s1>`."""
+    for word in sorted(own, key=len, reverse=True):
+        text = text.replace(word, " ")
+    return PLACEHOLDER.findall(text)
 
 
 def expand_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")) -> str:
@@ -262,6 +272,24 @@ def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
                 )
 
 
+def _say_shared_words(prompt: str, concepts: Sequence[Concept]) -> None:
+    """Say so where a token of the prompt stands for words that another concept has learned too."""
+    owners: dict[str, Concept] = {}
+    for concept in concepts:
+        for token, words in concept.tokens.items():
+            first = owners.setdefault(words, concept)
+            if first is not concept and any(
+                mentions(prompt, own)
+                for one in (first, concept)
+                for own, said in one.tokens.items()
+                if said == words
+            ):
+                notify_once(
+                    f"{first.folder} and {concept.folder} have both learned “{words}”, so a prompt with {token} means "
+                    "both: what they show is not told apart."
+                )
+
+
 def word_pattern(token: str) -> str:
     """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
     what is written without spaces (`UNSPACED`). A plain word counts with a capital too, as it begins a sentence; what
@@ -310,9 +338,16 @@ def choose_rare_word(vocabulary: Mapping[str, int], key: str, *, taken: Iterable
 
 
 def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
-    """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary."""
+    """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary.
+
+    So is one with marks around it that belong to a sentence, which prompts would not hold, or with braces.
+    """
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
+    if (bare := token.strip(AROUND)) != token and not PLACEHOLDER.fullmatch(token):
+        raise UserError(f"The token “{token}” has marks around it. Write it as {bare or '[V]'} alone.")
+    if "{" in token or "}" in token:
+        raise UserError(f"The token “{token}” has braces, which stand for what is filled in. Write [V].")
     whole = (f"{token.lower()}</w>", f"▁{token.lower()}", f"Ġ{token.lower()}")
     if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")

@@ -281,8 +281,8 @@ def match_ranks(model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[
     for pattern in rank_pattern:
         if pattern not in decided.values():
             raise UserError(
-                f"The rank pattern {pattern} decides the rank of no layer that takes the adapter (they are called like "
-                f"{', '.join(sorted(layers)[:2])}). Correct it, or leave it out."
+                f"The rank pattern {pattern} decides the rank of no layer of the denoiser that takes the adapter (they "
+                f"are called like {', '.join(sorted(layers)[:2])}). Correct it, or leave it out."
             )
     return {name: rank_pattern[pattern] for name, pattern in decided.items()}
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ class Command(TyperCommand):
                 known = {name.lstrip("-"): one.opts[0].lstrip("-") for one in options for name in one.opts}
                 if meant := describe_flag(error.option_name, ctx.command_path, known):
                     raise UserError(meant) from error
+                if others := _find_commands_with(error.option_name, ctx):
+                    raise UserError(
+                        f"{error.option_name} is a flag of {' and of '.join(others)}, and not of {ctx.command_path}. "
+                        "Leave it out."
+                    ) from error
             if path := next((word for word in words if word[:1] == "-" and _is_there(word)), None):
                 raise UserError(
                     f"{path} begins as flags do. For the file or folder of that name write ./{path}."
@@ -217,6 +222,14 @@ PICTURE_FLAGS = ("--images", "--image")
 WORD_FLAGS = ("--prompts", "--prompt", "--instruction")
 
 
+YES_OR_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
+
+
+def _is_given(flag: str, options: Sequence[Any], values: Mapping[str, Any]) -> bool:
+    """Whether the option of this flag has a value."""
+    return any(values.get(one.name) for one in options if flag in one.opts)
+
+
 def _asks_for_help(ctx: Any, words: Sequence[str]) -> bool:
     return bool(set(words) & set(ctx.help_option_names))
 
@@ -234,6 +247,13 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
         meant = plain[0] if " " in plain[0] else " ".join(plain)
         what = "an instruction" if words == "--instruction" else "a prompt"
         remedy = f"For {what}, write {words} {quote_text(meant)}."
+    elif {word.lower() for word in extra} <= YES_OR_NO:
+        remedy = "A switch stands alone, without a value: --flip, and --no-flip for the contrary."
+    elif pictures and _is_given(pictures, options, values):
+        folders = {str(Path(word).parent) for word in extra if Path(word).is_file()}
+        remedy = "Put a text of several words in quotation marks, or leave it out."
+        if len(folders) == 1:
+            remedy = f"For several images name their folder: {pictures} {quote(folders.pop())}."
     elif pictures:
         remedy = f"For the images, write {pictures} {quote(extra[0])}."
     else:
@@ -256,6 +276,17 @@ def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
         return ""
     call = " ".join([ctx.command_path, *names])
     return f"{flag} is no flag here, for {' and '.join(names)} is read without one. Write: {call}"
+
+
+def _find_commands_with(flag: str, ctx: Any) -> list[str]:
+    """The other commands of the program that have a flag of this name, the first two."""
+    program = getattr(ctx.parent, "command", None)
+    found = [
+        f"{ctx.parent.command_path} {name}"
+        for name, command in getattr(program, "commands", {}).items()
+        if any(hyphens(flag) in map(hyphens, one.opts) for one in command.params)
+    ]
+    return found[:2]
 
 
 def _is_there(word: str) -> bool:

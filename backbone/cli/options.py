@@ -35,6 +35,7 @@ import typer
 
 from backbone.cli.config_file import read_mapping
 from backbone.cli.help import ReadLater, hyphens
+from backbone.cli.other_names import find_setting
 from backbone.io.console import UserError, quote, refuse_address
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
@@ -491,11 +492,13 @@ def _join_sections(data: Mapping[str, Any], names: Collection[str], path: Path) 
 def _refuse_unknown(path: Path, keys: Sequence[str], known: Sequence[str]) -> NoReturn:
     """Raise `UserError` for keys of a file that no option has: all of them, and what one alone may have meant."""
     if len(keys) == 1:
-        raise UserError(f"{path} has an unknown key {keys[0]}.{find_nearest(keys[0], known)}")
+        raise UserError(f"{path} has an unknown key {keys[0]}.{find_meant(keys[0], known)}")
     shown = ", ".join(keys[:SHOWN]) + (" …" if len(keys) > SHOWN else "")
-    raise UserError(
-        f"{path} has {len(keys)} unknown keys ({shown}), which would have no effect. Leave them out."
-    )
+    here = [f"{key} is {name} here" for key in keys if (name := find_setting(key, known)[0])]
+    remedy = "Leave them out."
+    if here:
+        remedy = f"{', '.join(here)}.{' Leave the others out.' if len(here) < len(keys) else ''}"
+    raise UserError(f"{path} has {len(keys)} unknown keys ({shown}), which would have no effect. {remedy}")
 
 
 def _refuse_code(one: Field, value: Any, path: Path, flags: Mapping[str, Any]) -> None:
@@ -571,15 +574,30 @@ def _number(one: Field, value: Any, where: str) -> Any:
     return number
 
 
+_NOTHING = ("off", "none", "no")
+# Words for a choice elsewhere → what they may be here
+_SAME = {
+    **dict.fromkeys(("false", "no", "none", "off", "0", "disabled"), _NOTHING),
+    **dict.fromkeys(("float16", "half", "16"), ("fp16",)),
+    **dict.fromkeys(("bfloat16", "bf-16"), ("bf16",)),
+    **dict.fromkeys(("float32", "float", "full", "32"), ("fp32",)),
+}
+
+
 def _choice(one: Field, value: str, where: str) -> str:
     meant = one.option.understood(value) if one.option.understood else value
     for word in one.option.choices:
         if meant.lower().replace("_", "-") == word:
             return word
-    raise UserError(
-        f"{where} is {value}, which is none of {', '.join(one.option.choices)}."
-        f"{find_nearest(value, one.option.choices)}"
-    )
+    same = next((word for word in _SAME.get(value.lower(), ()) if word in one.option.choices), "")
+    meant = f" That is {same} here." if same else find_nearest(value, one.option.choices)
+    raise UserError(f"{where} is {value}, which is none of {', '.join(one.option.choices)}.{meant}")
+
+
+def find_meant(key: str, known: Sequence[str]) -> str:
+    """What a key that is not known may have meant, as another program's name or misspelt, to follow a sentence."""
+    name, more = find_setting(key, known)
+    return f" That is {name} here.{more}" if name else find_nearest(key, known)
 
 
 def find_nearest(word: str, known: Sequence[str]) -> str:
@@ -628,7 +646,10 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
     known = {one.name: one for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UnknownSettingError(f"There is no setting {name}.{find_nearest(name, list(known))}")
+            spelled = fields_of(declared) if isinstance(declared, type) else {}
+            called = [one.name for one in spelled.values() if name.replace("-", "_") in one.spellings]
+            meant = f" It is {called[0]} here." if called else find_meant(name, list(known))
+            raise UnknownSettingError(f"There is no setting {name}.{meant}")
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")

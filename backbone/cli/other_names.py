@@ -88,6 +88,13 @@ def describe_flag(flag: str, command: str, known: Mapping[str, str]) -> str:
     return f"{flag} is no flag of {command}. Write --{name}.{more.format(flag=name)}" if name else ""
 
 
+def find_setting(key: str, known: Collection[str]) -> tuple[str, str]:
+    """The setting of these that a key goes by elsewhere, and what else to know; ("", "") where there is none."""
+    wanted, more = FLAGS.get(key.replace("_", "-").lower(), ((), ""))
+    name = next((one for flag in wanted if (one := flag.replace("-", "_")) in known), "")
+    return name, "" if "{flag}" in more or not name else more
+
+
 def find_command(name: str, known: Collection[str]) -> str:
     """The command of these that goes by this name elsewhere; "" where there is none."""
     return next((one for one in COMMANDS.get(name.lower().replace("_", "-"), ()) if one in known), "")

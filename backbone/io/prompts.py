@@ -22,6 +22,32 @@ CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.spl
 NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x1b\x7f-\x9f]")
 JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 SUFFIXES = (".txt", ".jsonl", ".json")
+# Keys of other programs' lists that say how a prompt is drawn
+WISHES = frozenset(
+    {
+        *(
+            "seed",
+            "negative",
+            "negative_prompt",
+            "steps",
+            "sample_steps",
+            "num_inference_steps",
+            "width",
+            "height",
+        ),
+        *(
+            "guidance",
+            "guidance_scale",
+            "cfg",
+            "cfg_scale",
+            "scale",
+            "sampler",
+            "sampler_name",
+            "count",
+            "lora",
+        ),
+    }
+)
 TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
 
@@ -77,7 +103,17 @@ def prompts_of(
             raise UserError(
                 f"{words} does not exist. Name a file with a prompt on each line, or give the words."
             )
-        elif seen := _see(words):
+        if os.path.isdir(path) and (
+            "/" in words or os.sep in words or os.path.isfile(f"{path}/concept.json")
+        ):
+            raise UserError(
+                f"{words} is a folder, and no prompt. Say in words what to draw; each run has a --concept of its own."
+            )
+        if words.strip() == "-":
+            raise UserError(
+                "- is no prompt, and nothing is read from a pipe. Give words, or a file with prompts."
+            )
+        if seen := _see(words):
             found.append(Prompt(seen))
         else:
             raise UserError("A prompt is empty. Say in words what to draw.")
@@ -155,9 +191,9 @@ def read_lines(path: Path) -> list[Prompt]:
                 f"{path} is no text. Give words, or a file with a prompt on each line."
             ) from error
         raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
-    found, bad = list[Prompt](), list[str]()
+    found, bad, idle = list[Prompt](), list[str](), dict[str, None]()
     for where, prompt in (
-        _read_entries(text, path) if path.suffix.lower() in (".jsonl", ".json") else _read_text(text)
+        _read_entries(text, path, idle) if path.suffix.lower() in (".jsonl", ".json") else _read_text(text)
     ):
         if prompt is None:
             bad.append(f"  {where} holds no prompt")
@@ -169,6 +205,11 @@ def read_lines(path: Path) -> list[Prompt]:
         )
     if not found:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
+    if idle:
+        notify_once(
+            f"{path} says {' and '.join(idle)} of its prompts, which has no effect there. Give it for all of them, by "
+            "a flag."
+        )
     return found
 
 
@@ -179,11 +220,13 @@ def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
             yield f"line {number}", _from_text(line)
 
 
-def _read_entries(text: str, path: Path) -> Iterator[tuple[str, Prompt | None]]:
-    """The same of JSON lines, or of a JSON list."""
+def _read_entries(text: str, path: Path, idle: dict[str, None]) -> Iterator[tuple[str, Prompt | None]]:
+    """The same of JSON lines, or of a JSON list; keys that ask for something which is the same for all go to `idle`."""
     # In JSON lines a # begins a comment too
     kept = "\n".join("" if line.startswith("#") else line for line in text.split("\n"))
     for where, value in iterate_entries(kept, path):
+        if isinstance(value, dict):
+            idle |= {key: None for key in value if key.lower() in WISHES and value[key] not in (None, "")}
         yield where.partition(" of ")[0].lower(), _from_entry(value)
 
 

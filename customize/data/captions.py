@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 from backbone.adapters.concept import (
     PLACEHOLDER,
     Concept,
+    find_foreign_placeholders,
     find_foreign_syntax,
     mentions,
     replace_tokens,
     resolve_placeholder_tokens,
 )
+from backbone.io.console import quote
 from backbone.media.sources.record import ImageRecord
+from customize.data.folders import looks_like_identifier
 from customize.settings import Subject
 
 if TYPE_CHECKING:
@@ -63,14 +66,31 @@ def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> st
     """A sentence on what looks like a token or a field in captions and is none; "" where there is none of the kind."""
     sources: dict[str, str] = {}
     for prompt in prompts:
-        for word in [*PLACEHOLDER.findall(prompt.written), *FIELD.findall(prompt.written)]:
-            if word not in concept.tokens:
-                sources.setdefault(word, prompt.source)
+        for word in [
+            *find_foreign_placeholders(prompt.written, concept.tokens),
+            *FIELD.findall(prompt.written),
+        ]:
+            sources.setdefault(word, prompt.source)
     if not sources:
         return ""
     own = " and ".join(concept.tokens)
     named = ", ".join(list(sources)[:5])
     return f"Captions hold {named} (first in {next(iter(sources.values()))}), read as plain text; the token is {own}."
+
+
+def describe_other_word(captions: Sequence[str], token: str, noun: str = "") -> str:
+    """A sentence on a trigger word that all of several captions hold, where none holds the token; "" without one."""
+    filled = [caption.replace("{token}", token) for caption in captions]
+    if len(filled) < 2 or any(mentions(caption, token) for caption in filled):
+        return ""
+    words = [set(re.split(r"[\s,.;:!?]+", caption)) for caption in filled]
+    shared = [word for word in words[0].intersection(*words[1:]) if looks_like_identifier(word)]
+    if len(shared) != 1 or PLACEHOLDER.fullmatch(shared[0]) or mentions(noun, shared[0]):
+        return ""
+    return (
+        f"All captions hold “{shared[0]}” and none the token {token}, which is put before each: both words are "
+        f"learned. If {shared[0]} is the subject's own word, say --token {quote(shared[0])}."
+    )
 
 
 def describe_foreign_syntax(prompts: Sequence[TrainingPrompt]) -> list[str]:

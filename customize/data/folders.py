@@ -18,6 +18,12 @@ from backbone.media.sources.record import ImageRecord
 from customize.settings import INSTANCE_PROMPT, Settings, Subject
 
 KOHYA_FOLDER = re.compile(r"(\d+(?:\.\d+)?)_(.+)")
+CONCEPT_KEYS = (
+    "instance_data_dir",
+    "instance_prompt",
+    "class_prompt",
+    "class_data_dir",
+)  # of a concepts_list.json
 ARTICLES = frozenset({"a", "an", "the"})
 FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
     {
@@ -27,6 +33,7 @@ FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
         "his", "her", "its", "their",
     }
 )  # fmt: skip
+LINKS = FUNCTION_WORDS - {"style", "photo", "picture", "image", "painting", "drawing"}  # which may be a class
 IDENTIFIER = (
     re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
         r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
@@ -208,7 +215,8 @@ def _parse_folder(folder: Path) -> ConceptFolder:
     repeats, words = float(match[1]), match[2].replace("_", " ").split()
     if not repeats:
         raise UserError(f"{folder} counts its pictures 0 times. Let its name begin with 1 or more.")
-    return ConceptFolder(folder, repeats, words[0], " ".join(words[1:]))
+    token = words[0].rstrip(",;") or words[0]  # as of tags, “10_sks, dog”
+    return ConceptFolder(folder, repeats, token, " ".join(words[1:]))
 
 
 def _read_list(path: Path) -> list[ConceptFolder]:
@@ -233,7 +241,11 @@ def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is not an object. Write it in {{…}}.")
     texts: dict[str, str] = {}
-    for key in ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir"):
+    if idle := [key for key in entry if key not in CONCEPT_KEYS and entry[key] not in (None, "")]:
+        notify(
+            f"{where} says {', '.join(map(str, idle))}, which {'has' if len(idle) == 1 else 'have'} no effect."
+        )
+    for key in CONCEPT_KEYS:
         value = entry.get(key) or ""
         if not isinstance(value, str):
             raise UserError(f"{where} has a {key} that is not text. Put it in quotes.")
@@ -268,6 +280,11 @@ def as_template(prompt: str, token: str, noun: str) -> str:
     if noun and "{class}" not in end:
         end = re.sub(rf"\b{re.escape(noun)}\b", "{class}", end, count=1)
     return start + "{token}" + end
+
+
+def looks_like_identifier(word: str) -> bool:
+    """Whether a word is no language's, as sks, ohwx, TOK or p3rs0n, and no tag as 1girl or 4k."""
+    return bool(IDENTIFIER.fullmatch(word)) and not (word[:1].isdigit() or NO_IDENTIFIER.fullmatch(word))
 
 
 def guess_token_and_class(
@@ -331,7 +348,7 @@ def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, 
         last += 1
     noun = []
     for word in words[last + 1 :]:
-        if word.lower().strip(",.") not in shared - ARTICLES:
+        if word.lower().strip(",.") not in shared - LINKS:
             break
         noun.append(word.strip(",."))
     return " ".join(words[first : last + 1]).strip(",."), " ".join(noun)

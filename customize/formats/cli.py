@@ -24,18 +24,22 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A run folder or an a
 Out = Annotated[
     Path, option("--out", "--output-dir", "--save-to", help="The file or folder to write.", panel=OUTPUT)
 ]
-Rank = Annotated[
-    int | None,
-    option(
+
+
+def rank_option(default_text: str) -> Any:
+    """The option of the result's rank."""
+    return option(
         "--rank",
         "--network-dim",
         "--new-rank",
         min=1,
         help="The rank of the result.",
         panel=RESULT,
-        show_default="exact",
-    ),
-]
+        show_default=default_text,
+    )
+
+
+Rank = Annotated[int | None, rank_option("--energy says")]
 Energy = Annotated[
     float | None,
     option(
@@ -189,7 +193,7 @@ def merge(
         list[str], typer.Argument(metavar="ADAPTERS", help="Run folders or files, as A:0.8 B:0.5.")
     ],
     out: Out,
-    rank: Rank = None,
+    rank: Annotated[int | None, rank_option("exact")] = None,
     bake: Annotated[
         bool,
         option(

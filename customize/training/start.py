@@ -259,6 +259,12 @@ def refuse_prompts(subjects: Sequence[Subject], rest: Mapping[str, Any]) -> None
             f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. Say what kind "
             "of thing it is: --class dog."
         )
+    for one in subjects:
+        if one.class_noun and mentions(one.token_words, one.class_noun):
+            raise UserError(
+                f"The words “{one.token_words}” hold the class {one.class_noun}, which stands behind the token in "
+                "prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
+            )
     for name, example in (("instance_prompt", f"a photo of {first.called()}"), ("class_prompt", "a dog")):
         if name in rest and not rest[name].strip():
             raise UserError(

@@ -23,6 +23,7 @@ from backbone.models.model import Backbone
 from customize.data.captions import (
     describe_brackets,
     describe_foreign_syntax,
+    describe_other_word,
     describe_truncated,
     write_prompt,
 )
@@ -106,6 +107,7 @@ def group_of(
     captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
     odd = [describe_brackets(captioned, concept)] if captioned else []
     odd += describe_foreign_syntax(captioned)
+    odd.append(describe_other_word([image.caption for image in folder if image.caption], subject.token, noun))
     odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
     for sentence in filter(None, odd):
         notify(sentence)
@@ -130,13 +132,16 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     Raises `UserError` where the name says nothing and the model has no scorer.
     """
     from backbone.evaluation.clip import classify_subject, load_scorer
-    from backbone.world.words import load_vocabulary
+    from backbone.world.words import choose_article, load_vocabulary, pluralize
 
     nouns = tuple(load_vocabulary().nouns)
+    named = {form: noun for noun in nouns for form in (pluralize(noun), noun)}
     for word in re.split(r"[^a-z]+", run_name(images).lower()):
-        if word in nouns:
-            notify(f"The name of {images} says that it shows a {word}. --class says otherwise.")
-            return word
+        if noun := named.get(word):
+            notify(
+                f"The name of {images} says that it shows {choose_article(noun)} {noun}. --class says otherwise."
+            )
+            return noun
     folder = model.location.local("scorer")
     if folder is None:
         raise UserError(

@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from backbone.io.console import UserError, notify_once, on_one_line
 from backbone.io.files import describe_link
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
 MAX_PIXELS = 400_000_000
@@ -199,6 +203,7 @@ DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_TIFF_BITS, _TIFF_GREY, _TIFF_KIND = 258, 262, 339  # tags: bits, whether 0 is white, signed or not (TIFF 6.0)
 _EXIF_ERRORS = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error)
 _pillow_limit = threading.RLock()
 
@@ -318,15 +323,16 @@ def mask_from_image(image: Image.Image) -> Image.Image:
             "photograph is see-through, say)",
         )
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
+        values, full = _read_grey(image)
         if not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError("a mask's values are 0 or more")
     else:
-        values = np.asarray(image.convert("RGBA").convert("RGB").convert("L"), dtype=np.float64)
+        values, full = np.asarray(image.convert("RGBA").convert("RGB").convert("L"), dtype=np.float64), 255.0
         labels = len(np.unique(values)) == 2 and values.min() == 0
         if labels and image.mode == "P":
             values = values / values.max()
-    white = next((scale for scale in (1.0, 255.0, 65535.0) if values.max() <= scale), values.max())
+    scales = (1.0, 255.0, 65535.0 if image.mode == "F" else min(full, 65535.0))
+    white = next((scale for scale in scales if values.max() <= scale), values.max())
     values = values * (255 / white)
     if (opacity := _find_opacity(image)) is not None:
         values = values * np.asarray(opacity) / 255
@@ -361,21 +367,45 @@ def map_from_image(image: Image.Image) -> Image.Image:
     return drawn
 
 
+def _read_grey(image: Image.Image) -> tuple[NDArray[np.float64], float]:
+    """The values of an image of mode I, I;16 or F [height, width] as its file means them, and what their type holds.
+
+    A TIFF may have 0 for white, signed values of 16 bits, or unsigned ones of 32, which Pillow hands over as signed.
+    """
+    import numpy as np
+
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    bits, kind = ((tags.get(tag) or (0,))[0] for tag in (_TIFF_BITS, _TIFF_KIND))
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        full = 1.0
+    elif image.mode.startswith("I;16"):
+        full = 65535.0
+    elif (bits, kind) == (16, 2):
+        full = 2.0**15 - 1
+    elif tags and (bits, kind) != (32, 2):
+        full, values = 2.0**32 - 1, values % 2.0**32
+    else:
+        full = 2.0**31 - 1
+    if tags.get(_TIFF_GREY) == 0:
+        values = full - values
+    return values, full
+
+
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Map 16-bit, 32-bit and float grey to mode L, full scale to full scale; other modes pass through."""
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image
     import numpy as np
 
-    values = np.asarray(image).astype(np.float64)
+    values, white = _read_grey(image)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise BadImageError("The image", "has floating-point values outside 0…1: save it in 8 or 16 bits")
-        white = 1.0
-    else:
-        # 16-bit values have 65535; what is kept in 32 bits has the smallest full scale that holds it
-        scales = (65535.0,) if image.mode.startswith("I;16") else (255.0, 65535.0, float(2**31 - 1))
-        white = next((scale for scale in scales if values.max() <= scale), scales[-1])
+    elif values.min() < 0:
+        raise BadImageError("The image", "has values below 0, which are no grey: save it in 8 or 16 bits")
+    elif white > 65535:  # what is kept in 32 bits has the smallest full scale that holds it
+        white = next(scale for scale in (255.0, 65535.0, 2.0**31 - 1, white) if values.max() <= scale)
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 

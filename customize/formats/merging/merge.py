@@ -74,9 +74,11 @@ class RankReduction:
         ranks = (
             f"rank {self.lowest}" if self.lowest == self.highest else f"ranks {self.lowest} to {self.highest}"
         )
+        share = self.outside / (self.total + self.outside or 1)
+        lost = f" {share:.2%} of it is in biases, norms and embeddings, which no LoRA holds."
         return (
             f"{self.layers} layers at {ranks} keep {self.energy_kept:.2%} of the energy "
-            f"(relative error {self.error:.2e})."
+            f"(relative error {self.error:.2e}).{lost if share >= 0.0001 else ''}"
         )
 
 
@@ -324,7 +326,8 @@ def extract_lora(
 ) -> tuple[AdapterFile, RankReduction]:
     """W_tuned − W_base of two models (folders, checkpoint files) as a LoRA, by the SVD of every changed layer.
 
-    Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy.
+    Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy. Of a model in half precision and
+    one in fp32, what rounding alone has changed is no change.
     Raises `UserError` for models of different architectures, or without a difference.
     """
     tuned_weights, base_weights = ModelWeights(locate(tuned)), ModelWeights(locate(base))
@@ -343,8 +346,8 @@ def extract_lora(
     with progress(len(shared), "extracting") as bar:
         for name in shared:
             bar.advance()
-            base_weight = base_weights[name].float()
-            change = tuned_weights[name].float() - base_weight
+            tuned_weight, base_weight = round_alike(tuned_weights[name].float(), base_weights[name].float())
+            change = tuned_weight - base_weight
             if not bool(torch.isfinite(change).all()):
                 raise UserError(
                     f"{name} of {tuned} or {base} holds values that are not finite. Download or train the model again."
@@ -362,6 +365,15 @@ def extract_lora(
         )
     adapter, reduction = _collect_truncations(truncations)
     return adapter, replace(reduction, outside=outside)
+
+
+def round_alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two weights in fp32, rounded as the one of them is whose values are all of a half precision."""
+    for dtype in (torch.bfloat16, torch.float16):  # values of bf16 are nearly all of fp16 too
+        halves = one.to(dtype).float(), other.to(dtype).float()
+        if torch.equal(halves[0], one) != torch.equal(halves[1], other):
+            return halves
+    return one, other
 
 
 def is_adaptable(name: str, weight: Tensor) -> bool:

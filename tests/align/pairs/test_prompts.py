@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,35 @@ def test_a_folder_called_as_a_file_of_prompts_is_said_to_be_one(tmp_path: Path) 
     (tmp_path / "p.txt").mkdir()
     with pytest.raises(UserError, match=r"p\.txt is a folder\. Name a file"):
         prompts_of([str(tmp_path / "p.txt")])
+
+
+def test_a_run_or_a_hyphen_in_a_prompt_s_place_is_no_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/dog", "dog", "plain"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "dog" / "concept.json").touch()
+    for name in ("runs/dog", "dog", "plain/"):
+        with pytest.raises(UserError, match=rf"{name} is a folder, and no prompt\. .*--concept of its own"):
+            prompts_of(["a dog", name])
+    with pytest.raises(UserError, match="nothing is read from a pipe"):
+        prompts_of("-")
+    assert prompts_of(["plain", "a dog/cat"]) == [Prompt("plain"), Prompt("a dog/cat")]
+
+
+def test_what_a_list_says_of_drawing_is_said_to_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [
+        {"prompt": "a dog", "id": 1, "seed": 5},
+        {"prompt": "a cat", "negative_prompt": "b", "seed": None},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert len(read_prompts(tmp_path / "p.jsonl")) == 2
+    assert (
+        "p.jsonl says seed and negative_prompt of its prompts, which has no effect" in capsys.readouterr().err
+    )
 
 
 def test_a_file_without_prompts_is_a_mistake(tmp_path: Path) -> None:

@@ -155,7 +155,13 @@ def test_an_ordinary_word_cannot_be_a_token() -> None:
     vocabulary = tiny_tokenizer().get_vocab()
     with pytest.raises(UserError, match="ordinary word"):
         check_token("dog", vocabulary)
-    check_token("[V]", vocabulary)
+    for token in ("[V]", "<dog>", "V*", "<s0><s1>"):
+        check_token(token, vocabulary)
+    for token in ("sks,", "“sks”", "'sks'", "(sks)", "sks."):
+        with pytest.raises(UserError, match=r"has marks around it\. Write it as sks alone"):
+            check_token(token, vocabulary)
+    with pytest.raises(UserError, match="has braces"):
+        check_token("{token}", vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,18 @@ def test_a_token_of_two_meanings_is_refused_where_a_prompt_has_it() -> None:
     learned = [replace(concept(words="[V] [V]/1"), folder=Path(name)) for name in "ab"]
     with pytest.raises(UserError, match="is a token of a and of b"):
         resolve_placeholder_tokens("a [V]", learned, runs=None)
+
+
+def test_two_concepts_of_the_same_words_are_said_where_a_prompt_has_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = [
+        replace(concept(token, "sks"), folder=Path(name)) for token, name in (("[V]", "dog"), ("[W]", "cat"))
+    ]
+    assert resolve_placeholder_tokens("a cat on a mat", both, runs=None) == "a cat on a mat"
+    assert capsys.readouterr().err == ""
+    assert resolve_placeholder_tokens("a [V] cat on it", both, runs=None) == "a sks cat on it"
+    assert "dog and cat have both learned “sks”, so a prompt with [W] means both" in capsys.readouterr().err
 
 
 def test_a_strength_behind_a_run_is_answered_with_how_it_is_given(tmp_path: Path) -> None:

@@ -201,6 +201,12 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
             "v2: false\nsteps: 5\nxformers: true",
             r"2 unknown keys \(v2, xformers\), which would have no",
         ),
+        ("a.yaml", "lr: 5", r"a.yaml has an unknown key lr\. That is learning_rate here\."),
+        (
+            "a.yaml",
+            "max_steps: 5\nxformers: true",
+            r"would have no effect\. max_steps is steps here\. Leave the others out\.",
+        ),
         ("a.json", "[1]", "does not hold settings"),
         ("a.toml", "[general]\n[[datasets]]\nresolution = 512\n", "a.toml is a list of images of kohya"),
         ("a.yaml", "job: extension\nconfig: {name: dog}", "a.yaml is a job of ai-toolkit"),
@@ -277,10 +283,23 @@ def test_a_subclass_that_changes_a_default_keeps_what_was_said() -> None:
 def test_a_mistake_in_python_names_the_argument() -> None:
     with pytest.raises(UserError, match=r"no setting step\. Did you mean steps"):
         build(Settings, {"images": "x", "step": 3})
+    with pytest.raises(UserError, match=r"no setting instance_data_dir\. It is images here"):
+        build(Settings, {"instance_data_dir": "x"})
+    with pytest.raises(
+        UserError, match=r"no setting epochs\. That is steps here\. It counts optimiser steps"
+    ):
+        build(Settings, {"images": "x", "epochs": 3})
     with pytest.raises(UserError, match="images is missing"):
         build(Settings, {})
     with pytest.raises(UserError, match="lr_scheduler is cosin"):
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", lr_scheduler="cosin")
+    for name, value, meant in (("prior", "false", "off"), ("precision", "float16", "fp16")):
+        with pytest.raises(UserError, match=f"{name} is {value}, which is none of .* That is {meant} here"):
+            customize.settings.Settings(images="x", token="[V]", class_noun="dog", **{name: value})
+    with pytest.raises(UserError, match=r"snr_gamma is 0; it is at least 0\.01"):
+        customize.settings.Settings(
+            images="x", token="[V]", class_noun="dog", loss_weighting="min-snr", snr_gamma=0
+        )
     with pytest.raises(UserError, match="rank is 0"):
         align.settings.Settings(rank=0)
 
@@ -323,7 +342,7 @@ CUSTOMIZE: list[dict[str, Any]] = [
         "rank_pattern": ("attn2=8",),
     },
     {"method": "full", "prior": "off", "learning_rate": 1e-6, "precision": "fp32", "device": "cpu"},
-    {"loss_weighting": "min-snr", "snr_gamma": 3.0, "patience": 2, "sheet_prompts": ("a {} 'there'", "-")},
+    {"loss_weighting": "min-snr", "snr_gamma": 3.0, "patience": 2, "sheet_prompts": ("a {} 'there'", "-x")},
     {
         "optimizer": "prodigy",
         "train_text_encoder": True,

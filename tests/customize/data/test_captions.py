@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.io.console import UserError
 from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
@@ -15,6 +15,7 @@ from customize.data.captions import (
     PIECES,
     describe_brackets,
     describe_foreign_syntax,
+    describe_other_word,
     describe_truncated,
     write_prompt,
 )
@@ -79,6 +80,32 @@ def test_brackets_that_no_concept_owns_are_named_once_with_their_file_and_refuse
     assert describe_brackets(prompts[:0], concept()) == ""
     with pytest.raises(UserError, match=r"\[W\]"):
         write_prompt(picture(None), "a [W] dog", "[V]", concept())
+
+
+@pytest.mark.parametrize(
+    ("captions", "said"),
+    [
+        (("ohwx dog, on grass", "photo of ohwx dog", "ohwx"), "“ohwx”"),
+        (("a TOK dog", "TOK, on grass"), "“TOK”"),
+        (("a TOK dog", "a {token} dog"), ""),  # one holds the token
+        (("1girl, smile", "1girl, hat"), ""),
+        (("a dog on grass", "a dog"), ""),
+        (("a TV on grass", "a TV"), ""),  # which is the class
+        (("a tv on grass",), ""),
+    ],
+)
+def test_a_trigger_word_of_all_captions_that_is_not_the_token_is_said(
+    captions: tuple[str, ...], said: str
+) -> None:
+    line = describe_other_word(captions, "[V]", "TV")
+    assert (said in line and "say --token" in line) if said else not line
+
+
+def test_a_token_of_several_brackets_is_no_stranger() -> None:
+    own = concept("<s0><s1>", "<s0><s1>")
+    prompts = [write_prompt(picture("<s0><s1> on <x>"), "a <s0><s1> dog", "<s0><s1>", own)]
+    assert describe_brackets(prompts, own).startswith("Captions hold <x> (")
+    assert resolve_placeholder_tokens("a <s0><s1> dog", [own], runs=None) == "a <s0><s1> dog"
 
 
 def test_other_trainers_syntax_in_captions_is_named_once_of_each_kind_with_its_file() -> None:

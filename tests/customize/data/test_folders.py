@@ -54,6 +54,12 @@ def test_a_folder_of_class_images_beside_the_subject_s_is_none(
     assert f"--images '{dog}' --class-images {shlex.quote(str(other))}" in str(refused.value)
 
 
+def test_a_mark_behind_the_token_and_what_nobody_sees_are_no_part_of_it(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "10_sks, dog")
+    assert read_concepts(folder) == [ConceptFolder(folder, 10, "sks", "dog")]
+    assert Subject("dog", "\u200bsks\ufeff", "dog").token == "sks"
+
+
 def test_one_numbered_folder_is_a_concept_itself(tmp_path: Path) -> None:
     folder = pictures_in(tmp_path / "7_sks_dog")
     assert read_concepts(folder) == [ConceptFolder(folder, 7, "sks", "dog")]
@@ -95,6 +101,8 @@ def test_a_list_of_concepts_is_read(tmp_path: Path) -> None:
         ("a photo of a sks toy robot, on a table", "a photo of a toy robot", "sks", "toy robot"),
         ("ohwx man portrait", "man", "ohwx", "man"),
         ("photo of zwx", "photo of a dog", "zwx", ""),
+        ("portrait of zwx dog in a park", "portrait of a dog in a park", "zwx", "dog"),
+        ("a zwx painting", "a painting", "zwx", "painting"),
         ("a dog", "a dog", "", ""),
         ("a sks dog", "", "", ""),
     ],
@@ -159,6 +167,22 @@ def test_what_lies_beside_numbered_folders_is_said(
     read_subjects(tmp_path)
     said = f"Not used in {tmp_path}: 1 image beside the numbered folders, leftovers/.\n"
     assert capsys.readouterr().err == said
+
+
+def test_what_else_an_entry_of_a_list_says_is_said_to_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {
+        "instance_data_dir": str(pictures_in(tmp_path / "dog")),
+        "instance_prompt": "a zwx dog",
+        "max_steps": 9,
+    }
+    path = tmp_path / "concepts_list.json"
+    path.write_text(
+        json.dumps([entry | {"class_prompt": "a dog", "class_data_dir": "", "class_token": None}])
+    )
+    assert read_subjects(path)[0][0].class_noun == "dog"
+    assert f"Entry 1 of {path} says max_steps, which has no effect." in capsys.readouterr().err
 
 
 def test_a_list_s_class_prompt_is_used(tmp_path: Path) -> None:

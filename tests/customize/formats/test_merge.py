@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -245,8 +246,32 @@ def test_extraction_says_how_much_it_explains(tiny_folder: Path, tmp_path: Path)
     _, low = extract_lora(str(other), str(tiny_folder), rank=1)
     found, high = extract_lora(str(other), str(tiny_folder), rank=8)
     assert 0 < low.energy_kept < high.energy_kept < 1
-    assert high.outside > 0
+    assert high.outside > 0 and re.search(r"% of it is in biases, norms and embeddings", str(high))
     write_adapter(tmp_path / "e.safetensors", found, "diffusers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_half_precision_has_rounded_is_not_extracted(
+    dtype: torch.dtype, tiny_folder: Path, tmp_path: Path
+) -> None:
+    def rounded(name: str, layers: tuple[str, ...]) -> tuple[str, str]:
+        folder = tmp_path / name
+        shutil.copytree(tiny_folder, folder)
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors, metadata = read_tensors(file)
+        for layer in layers:
+            tensors[layer] = tensors[layer] + 0.1 * torch.outer(torch.arange(32.0), torch.ones(32))
+        file.unlink()
+        write_tensors(file, {key: value.to(dtype) for key, value in tensors.items()}, metadata)
+        return str(folder), str(tiny_folder)
+
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for models in (rounded("tuned", (f"{layer}.weight",)), rounded("again", (f"{layer}.weight",))[::-1]):
+        found, loss = extract_lora(*models, rank=1)
+        assert list(found.layers) == [f"unet.{layer}"] and loss.energy_kept > 0.999 and loss.outside == 0
+        assert "no LoRA holds" not in str(loss)
+    with pytest.raises(UserError, match="differs"):
+        extract_lora(*rounded("same", ()), rank=1)
 
 
 def test_the_same_model_twice_has_nothing_to_extract(tiny_folder: Path) -> None:

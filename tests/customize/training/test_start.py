@@ -28,7 +28,7 @@ from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
-from customize.training.subjects import choose_words
+from customize.training.subjects import choose_words, guess
 
 
 @pytest.fixture
@@ -109,6 +109,11 @@ def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> N
         ({"prior_prompts": ("a dog", "a [V] dog")}, r"prior prompt “a \[V\] dog” holds the token \[V\]"),
         ({"prior_prompts": ("a [W] cat",), "subject": ("dog:[W]:cat",)}, r"holds the token \[W\]"),
         ({"instance_prompt": ""}, "The instance prompt is empty"),
+        ({"class_noun": "dog", "token_words": "sks dog"}, "The words “sks dog” hold the class dog"),
+        (
+            {"class_noun": "dog", "subject": ("dog:[W]:cat:qrs cat",)},
+            "The words “qrs cat” hold the class cat",
+        ),
         ({"class_prompt": " "}, "The class prompt is empty"),
     ],
 )
@@ -121,6 +126,11 @@ def test_prompts_that_would_train_another_word_are_refused(
 
 def test_a_class_with_a_vowel_gets_its_article() -> None:
     assert Subject("", "[V]", "elephant").filled("a {class}") == "an elephant"
+    assert [Subject("", "", noun).class_noun for noun in ("my dog", "The dog", "theory")] == [
+        "dog",
+        "dog",
+        "theory",
+    ]
     assert Subject("", "[V]", "dog").filled("An {class}, a {token} {class}") == "A dog, a [V] dog"
     assert (
         Subject("", "[V]", "elephant").filled("A photo of a {token} {class}") == "A photo of a [V] elephant"
@@ -420,3 +430,11 @@ def test_a_prompt_of_the_sheet_that_shows_no_subject_is_said_and_one_that_nothin
     assert "“a dog between desks” has no {} and no sks" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"has \{place\}, and \{\} alone is filled in"):
         look_at_sheet_prompt("a {} in {place}", concept)
+
+
+def test_a_folder_s_name_says_the_class_in_the_plural_too(
+    tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, noun in (("my-dogs", "dog"), ("dog", "dog"), ("owls", "owl")):
+        assert guess(tiny, [], f"sets/{name}") == noun
+    assert "says that it shows an owl" in capsys.readouterr().err

@@ -199,6 +199,40 @@ def test_whole_numbers_of_32_bits_have_the_smallest_full_scale_that_holds_them(
     assert np.abs(shown - [[0, 127.5], [255, 255]]).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "full", "tags"),
+    [
+        ("uint16", 65535, {262: 0}),  # 0 is white
+        ("float32", 1, {262: 0}),
+        ("int16", 32767, {}),
+        ("uint32", 2**32 - 1, {}),
+    ],
+)
+def test_a_tiff_says_what_its_numbers_mean(
+    tmp_path: Path, kind: str, full: int, tags: dict[int, int]
+) -> None:
+    shown = np.linspace(0, 1, 16).reshape(4, 4)
+    stored = (1 - shown if tags else shown) * full
+    for name, opened in (("i.tiff", open_rgb), ("i.mask.tiff", open_mask)):
+        file = write_tiff(tmp_path / name, stored.astype(kind), tags)
+        values = np.asarray(opened(file).convert("L"))
+        assert np.abs(values - shown * 255).max() <= 1
+    if kind == "int16":
+        assert "below 0" in reason(write_tiff(tmp_path / "ct.tiff", (stored - 1024).astype(kind), tags))
+
+
+def write_tiff(path: Path, values: np.ndarray[Any, Any], tags: dict[int, int]) -> Path:
+    """A grey TIFF of any type of numbers, of which Pillow writes some."""
+    height, width = values.shape
+    entries = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: 1, 277: 1, 278: height}
+    entries |= {279: values.nbytes, 339: {"u": 1, "i": 2, "f": 3}[values.dtype.kind]}
+    entries |= {273: 8 + 2 + 12 * (len(entries) + 1) + 4} | tags  # where the values begin
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + directory + bytes(4)
+    path.write_bytes(header + values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return path
+
+
 def test_floating_point_between_zero_and_one_is_scaled_and_anything_else_refused(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     opened = np.asarray(open_rgb(write(tmp_path / "x.tiff", Image.fromarray(values))))
