@@ -10,6 +10,7 @@ needed, and once no window is open the row itself is left out: S steps with N ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -78,7 +79,8 @@ def replace(
     predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
-    last_with_source = _last_step_with_source(inversion, settings, plan, control.maps)
+    due = _first_read(settings, first, steps)
+    last_with_source = _last_step_with_source(inversion, plan, due if control.maps is not None else -1)
     # Every row begins at the state of the trajectory at that step
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
@@ -93,7 +95,7 @@ def replace(
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
-                masks = _read_maps(control.maps, regions, masks, due=step >= settings.blend_from * steps)
+                masks = _read_maps(control.maps, regions, masks, due=step >= due)
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -161,15 +163,14 @@ def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     return first
 
 
-def _last_step_with_source(
-    inversion: Inversion, settings: ReplaceSettings, plan: ControlPlan, maps: Maps | None
-) -> int:
-    """Until when the source's row is needed: while targets take something from it, and until maps were read once."""
-    last = inversion.steps - 1
-    if not inversion.overwrites:
-        return last
-    read_once = -1 if maps is None else min(int(settings.blend_from * inversion.steps), last)
-    return max(plan.last_step(), read_once)
+def _first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
+    """The step from which on words have their places, of an edit that begins at step `first`."""
+    return min(max(math.ceil(settings.blend_from * steps - 1e-9), first), steps - 1)
+
+
+def _last_step_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> int:
+    """Until when the source's row is needed: while targets take something from it, and until step `read`."""
+    return max(plan.last_step(), read) if inversion.overwrites else inversion.steps - 1
 
 
 def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> AttentionControl:

@@ -315,6 +315,25 @@ def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
     assert torch.equal(edited.latents[0][:, kept], inversion.clean[:, kept])
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(7, 1.0), (4, 1.0), (3, 0.4), (8, 0.5), (8, 0.13)])
+def test_words_have_their_places_at_any_number_of_steps_and_any_strength(
+    tiny: Backbone, steps: int, strength: float
+) -> None:
+    """Although no target takes anything from the source by then, so that its row is not needed otherwise."""
+    inversion = invert(tiny, photo(), SOURCE, steps=steps)
+    kept = (("snow",), ()), ((), ("snow",))
+    for blend, keep in kept:
+        asked = ReplaceSettings(
+            cross=0.0, self_attention=0.1, blend=blend, keep=keep, heatmaps=("dog",), strength=strength,
+            threshold=0.97 if blend else 0.9,
+        )  # fmt: skip
+        edited = replace(inversion, TARGET, asked)
+        assert edited.masks is not None and 0 < edited.masks.mean() < 1
+        outside = edited.masks[0] == 0
+        assert torch.equal(edited.latents[0][:, outside], inversion.clean[:, outside])
+        assert edited.heatmaps["dog"][1].any()
+
+
 def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None:
     def mask(**wishes: Any) -> Tensor:
         found = replace(inversion, TARGET, ReplaceSettings(**wishes)).masks
