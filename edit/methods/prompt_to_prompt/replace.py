@@ -80,7 +80,8 @@ def replace(
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
     due = _first_read(settings, first, steps)
-    last_with_source = _last_step_with_source(inversion, plan, due if control.maps is not None else -1)
+    until = _last_steps_with_source(inversion, plan, due if control.maps is not None else -1)
+    last_with_source = max(until)
     # Every row begins at the state of the trajectory at that step
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
@@ -95,7 +96,9 @@ def replace(
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
-                masks = _read_maps(control.maps, regions, masks, due=step >= due)
+                masks = _read_maps(
+                    control.maps, regions, masks, [step <= last for last in until], due=step >= due
+                )
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -168,9 +171,11 @@ def _first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
     return min(max(math.ceil(settings.blend_from * steps - 1e-9), first), steps - 1)
 
 
-def _last_step_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> int:
-    """Until when the source's row is needed: while targets take something from it, and until step `read`."""
-    return max(plan.last_step(), read) if inversion.overwrites else inversion.steps - 1
+def _last_steps_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> list[int]:
+    """Until when each target needs the source's row: while it takes something from it, and until maps are read at
+    `read`. So what becomes of a target does not depend on those beside it."""
+    last = plan.last_steps()
+    return [max(one, read) for one in last] if inversion.overwrites else [inversion.steps - 1] * len(last)
 
 
 def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> AttentionControl:
@@ -256,10 +261,18 @@ def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estima
     return torch.cat([inversion.states[step + 1][None].to(there), there])
 
 
-def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, *, due: bool) -> Tensor | None:
-    """The masks after a step; maps are means over the steps so far, so a word's place becomes clearer step by step."""
+def _read_maps(
+    maps: Maps, regions: Regions, masks: Tensor | None, open_now: Sequence[bool], *, due: bool
+) -> Tensor | None:
+    """The masks after a step, anew of the targets that are `open_now`; maps are means over the steps so far, so a
+    word's place becomes clearer step by step."""
     maps.settle()
-    return regions.masks(maps) if due and regions.named.any() else masks
+    if not due or not regions.named.any():
+        return masks
+    found = regions.masks(maps)
+    if found is None or masks is None or all(open_now):
+        return found
+    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(open_now)])
 
 
 def blend_into_source(now: Tensor, masks: Tensor) -> Tensor:
