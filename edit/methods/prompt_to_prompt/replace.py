@@ -79,26 +79,23 @@ def replace(
     predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
-    due = _first_read(settings, first, steps)
-    until = _last_steps_with_source(inversion, plan, due if control.maps is not None else -1)
-    last_with_source = max(until)
+    due = -1 if control.maps is None else _first_read(settings, first, steps)
+    until = _last_steps_with_source(inversion, plan, due)
     # Every row begins at the state of the trajectory at that step
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
         controlling.enter_context(control_attention(model.denoiser, control, attention))
         for step in range(first, steps):
-            with_source = step <= last_with_source
-            if not with_source:
+            if not (with_source := step <= max(until)):
                 controlling.close()  # from here on the denoiser attends as it always does
             plan.apply(control, step)
             level, unprompted = inversion.schedule[step], inversion.unconditional(step, empty)
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
-                masks = _read_maps(
-                    control.maps, regions, masks, [step <= last for last in until], due=step >= due
-                )
+                anew = [step <= last for last in until if step >= due]
+                masks = _read_maps(control.maps, regions, masks, anew)
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -261,18 +258,16 @@ def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estima
     return torch.cat([inversion.states[step + 1][None].to(there), there])
 
 
-def _read_maps(
-    maps: Maps, regions: Regions, masks: Tensor | None, open_now: Sequence[bool], *, due: bool
-) -> Tensor | None:
-    """The masks after a step, anew of the targets that are `open_now`; maps are means over the steps so far, so a
-    word's place becomes clearer step by step."""
+def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, anew: Sequence[bool]) -> Tensor | None:
+    """The masks after a step, those of the targets `anew` that are read again, () where it is too early for any; maps
+    are means over the steps so far, so a word's place becomes clearer step by step."""
     maps.settle()
-    if not due or not regions.named.any():
+    if not anew or not regions.named.any():
         return masks
     found = regions.masks(maps)
-    if found is None or masks is None or all(open_now):
+    if found is None or masks is None or all(anew):
         return found
-    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(open_now)])
+    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(anew)])
 
 
 def blend_into_source(now: Tensor, masks: Tensor) -> Tensor:
