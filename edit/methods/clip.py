@@ -183,8 +183,9 @@ def edit_clip(
 ) -> ClipResult:
     """Edits a clip's inversion towards target prompts (in the model's words), those of one kind in a batch.
 
-    Where a target's words of motion themselves differ nothing of the source's attention is taken unless it is asked for, and
-    the place is what differs in any frame. `progress` is called after every step. Raises `UserError` as `replace`.
+    Where a target's words of motion themselves differ nothing of the source's attention is taken unless it is asked
+    for, and the place is what differs in any frame. `progress` is called after every step. Raises `UserError` as
+    `replace`.
     """
     moved = [find_moves(target) != find_moves(inversion.prompt) for target in targets]
     if len(set(moved)) > 1:  # these have another share of the source's attention than the others

@@ -68,8 +68,8 @@ def replace(
     check_supported(model, settings)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
-    regions = Regions(inversion, alignments, settings)
     # Where the targets may differ, as far as that is known before the first step
+    regions = Regions(inversion, alignments, settings)
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
     plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
     _say_unread_swap(settings, regions, plan)
@@ -81,7 +81,6 @@ def replace(
     control = _control(settings, regions, attention)
     due = -1 if control.maps is None else _first_read(settings, first, steps)
     until = _last_steps_with_source(inversion, plan, due)
-    # Every row begins at the state of the trajectory at that step
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
