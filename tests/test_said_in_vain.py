@@ -218,6 +218,14 @@ def test_what_switches_a_thing_off_says_so(name: str) -> None:
             "At guidance 1 there is none",
         ),
         (
+            ("customize", "sample", "a dog", "--steps", "4", "--guidance-stop", "0.1"),
+            "None of 4 steps lies between 0 and 0.1 of them",
+        ),
+        (
+            ("customize", "sample", "a dog", "--steps", "4", "--guidance-start", "0.9"),
+            "None of 4 steps lies between 0.9 and 1 of them",
+        ),
+        (
             ("customize", "sample", "a dog", "--guidance", "1", "--negative", "red"),
             "At guidance 1 nothing stays away",
         ),

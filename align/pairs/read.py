@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from itertools import islice, product, zip_longest
 from pathlib import Path
@@ -592,13 +593,16 @@ def _is_true(value: Any) -> bool:
 
 
 def _as_number(cell: Any) -> Any:
-    """A cell that is a number written as text as that number, and spreadsheets' TRUE and FALSE; any other as it is."""
+    """A cell that is a number as text (“0,5” too) or a decimal of a database as that number, and spreadsheets' TRUE and
+    FALSE; None for NaN, which is how tables leave a number out; any other as it is."""
     if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
         return float(cell.strip().lower() == "true")
     try:
-        return float(cell) if isinstance(cell, str) else cell
+        number = float(cell.replace(",", ".")) if isinstance(cell, str) else cell
     except ValueError:
         return cell
+    number = float(number) if isinstance(number, Decimal) else number
+    return None if isinstance(number, float) and math.isnan(number) else number
 
 
 def _labelled_pair(
@@ -683,8 +687,9 @@ def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
 
 def _parse_single_label(label: Any) -> bool | None:
     """True for good, a word like it, or 1; False for bad, a word like it, 0 or −1; else None."""
+    label = float(label) if isinstance(label, Decimal) else label
     if isinstance(label, str):
         word = re.sub(r"(?<=\w)[\s-]+", "_", label.strip().lower())
-        is_good, is_bad = word in (*GOOD, *YES), word in (*BAD, "-1", "-1.0", *NO)
+        is_good, is_bad = word in (*GOOD, *YES, "+1"), word in (*BAD, "-1", "-1.0", *NO)
         return is_good if is_good or is_bad else None
     return {1.0: True, 0.0: False, -1.0: False}.get(label) if isinstance(label, (bool, int, float)) else None

@@ -205,7 +205,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """With a model's usual steps, guidance, its share of the steps, and sampler where none were asked for.
 
-        Raises `UserError` for no guidance in a share of the steps.
+        Raises `UserError` for no guidance in a share of the steps, and a share that none of them lies in.
         """
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
@@ -214,6 +214,8 @@ class SamplingSettings(GuidedShare, GuidanceOption):
                 "At guidance 1 there is none to begin or to end. Raise --guidance, or leave out --guidance-start and "
                 "--guidance-stop."
             )
+        if guidance != 1:
+            refuse_unguided(self.guided, steps)
         found = replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
         start, stop = guided = self.guided_of(defaults)
         if guidance == 1 or guided == self.guided:
@@ -311,4 +313,14 @@ def check_guidance_interval(share: tuple[float, float]) -> None:
         raise UserError(
             f"Guidance from {start:g} to {stop:g} of the steps is no share of them. Let it begin at 0 or later, and "
             "end behind that, at 1 or earlier."
+        )
+
+
+def refuse_unguided(share: tuple[float, float], steps: int) -> None:
+    """`UserError` where none of so many steps lies in the guidance interval that is asked for."""
+    start, stop = share
+    if round(start * steps) >= round(stop * steps):
+        raise UserError(
+            f"None of {steps} steps lies between {start:g} and {stop:g} of them, so nothing would be guided. Take more "
+            "steps, or set --guidance-start and --guidance-stop further apart."
         )

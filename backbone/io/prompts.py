@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,13 @@ class Prompt:
 
 
 def drop_unseen(text: str) -> str:
-    """A text on one line, without marks that nobody sees: they are tokens to a model, and cut words into others."""
-    return " ".join(NO_WIDTH.sub("", text).split()).strip(JOINERS)
+    """A text on one line, in NFC, without marks that nobody sees: they are tokens, and cut words into others."""
+    return " ".join(NO_WIDTH.sub("", compose(text)).split()).strip(JOINERS)
+
+
+def compose(text: str) -> str:
+    """A text in NFC: “é” as one character, of which some keyboards and disks make a letter and a mark."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_caption(words: str) -> bool:
@@ -122,8 +128,8 @@ def prompts_of(
 
 def _see(words: str) -> str:
     """The words of a prompt as they were given, but for marks that nobody sees, of which it is said."""
-    if (seen := drop_unseen(words)) == " ".join(words.split()):
-        return words if seen else ""
+    if (seen := drop_unseen(words)) == " ".join(compose(words).split()):
+        return compose(words) if seen else ""
     notify_once("A prompt has marks of no width in it. They are left out.")
     return seen
 

@@ -117,9 +117,17 @@ def iterate_rows(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, s
     A cell that a short row lacks is None. Raises `UserError` for a row with more cells than there are names, as a text
     with commas has that stands in no quotation marks, and for marks that are not closed.
     """
+    said = _SEPARATOR.match(text)  # Excel's own line
+    text = text if said is None else "\n" + text[said.end() :]  # lines keep their numbers
     heading = text.lstrip("\n").partition("\n")[0]
     # Spreadsheets write semicolons where the comma is decimal
-    separator = "," if "," in heading else next((mark for mark in ";\t" if mark in heading), ",")
+    separator = (
+        said["mark"]
+        if said is not None
+        else ","
+        if "," in heading
+        else next((mark for mark in ";\t" if mark in heading), ",")
+    )
     lines = io.StringIO(text, newline="")
     rows = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator != "\t")
     names: list[str] = []
@@ -154,6 +162,8 @@ def iterate_rows(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, s
         cells = [*row, *[None] * len(names)]
         yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name}
 
+
+_SEPARATOR = re.compile(r"\s*\"?sep=(?P<mark>[^\n\r])\"?[^\n\S]*\r?\n", re.IGNORECASE)
 
 # What stands at the begin of a line in a table of files, and in no text
 _BEGINS_ROW = re.compile(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from backbone.families.base import TextSegment
 from backbone.io.console import UserError
+from backbone.io.prompts import compose
+
+EMOJI = "\ufe0f"  # says that the character before it is one
 
 Change = Literal["kept", "replaced", "added", "removed"]
 Window = tuple[float, float]
@@ -73,7 +77,7 @@ class TokenizedPrompt:
 
     def find(self, phrase: str) -> tuple[Word, ...]:
         """The words of every place where the phrase (one word or more) stands; empty where it does not."""
-        wanted = "".join(phrase.lower().split())
+        wanted = "".join(compose(phrase).lower().split())
         matches: list[Word] = []
         for start in range(len(self.words)):
             text = ""
@@ -211,6 +215,7 @@ def tokenize_prompt(segments: Sequence[TextSegment], text: str) -> TokenizedProm
 
     Raises `UserError` for a prompt without words.
     """
+    text = compose(text)
     cuts: list[_Cut] = []
     sections: list[Section] = []
     for segment in segments:
@@ -365,7 +370,8 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if start >= end:
             continue
-        if word != number or (start >= cuts[-1].end and _is_word_boundary(text, start)):
+        apart = word != number and not (cuts and _is_same_word(text, cuts[-1].end, start))
+        if apart or (start >= cuts[-1].end and _is_word_boundary(text, start)):
             cuts.append(_Cut("", start, end, []))
         number = word
         cuts[-1].positions += waiting
@@ -378,15 +384,32 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
     return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last, max(tail, 1)), cuts
 
 
+def _is_same_word(text: str, end: int, start: int) -> bool:
+    """Whether what begins at a character is of the word that ends before `end`, though a tokenizer counts another.
+
+    CLIP's cuts at the marks on and around letters: vowels of Hindi and Thai, and the dot that it makes of a capital İ.
+    """
+    if start != end:
+        return start < end
+    before, here = text[end - 1].lower()[-1], text[start]
+    return _is_mark(here) or (_is_mark(before) and before != EMOJI and here.isalnum())
+
+
 def _is_word_boundary(text: str, at: int) -> bool:
     """Whether a word ends before this character though no space does it: between letters and punctuation.
 
-    Tokenizers of T5's change cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s").
+    Tokenizers of T5's change cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s"),
+    and marks stay with what they stand on.
     """
-    before = text[at - 1 : at]
+    before = next((one for one in reversed(text[:at]) if not _is_mark(one)), "")
     if before in ("'", "’") and text[max(at - 2, 0) : at - 1].isalnum():
         return False
-    return bool(before.strip()) and before.isalnum() != text[at].isalnum()
+    return bool(before.strip()) and not _is_mark(text[at]) and before.isalnum() != text[at].isalnum()
+
+
+def _is_mark(character: str) -> bool:
+    """Whether a character stands on or around another one."""
+    return unicodedata.category(character).startswith("M")
 
 
 def _merge_tokenizers(words: list[_Cut], others: list[_Cut]) -> list[_Cut]:
@@ -427,7 +450,7 @@ def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
 
 def _first_place(prompt: TokenizedPrompt, phrase: str) -> tuple[Word, ...]:
     matches = prompt.find(phrase)
-    wanted, text = "".join(phrase.lower().split()), ""
+    wanted, text = "".join(compose(phrase).lower().split()), ""
     for count, word in enumerate(matches, start=1):
         text += word.text
         if text == wanted:

@@ -47,6 +47,12 @@ class Cross:
     from_source: Tensor
     own: Tensor | None
 
+    def changed(self) -> list[bool]:
+        """Which of the targets [N] have other maps than their own; for a GPU it is waited."""
+        rows = len(self.from_source)
+        own = torch.zeros(rows, 1) if self.own is None else self.own
+        return cast("list[bool]", (self.from_source.flatten(1).any(1) | (own != 1).any(1)).tolist())
+
     def to(self, device: torch.device) -> Cross:
         """The same on another device."""
         return Cross(send(self.from_source, device), None if self.own is None else send(self.own, device))

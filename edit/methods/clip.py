@@ -181,11 +181,27 @@ def edit_clip(
     *,
     progress: Callable[[], Any] = lambda: None,
 ) -> ClipResult:
-    """Edits a clip's inversion towards target prompts (in the model's words), all in one batch.
+    """Edits a clip's inversion towards target prompts (in the model's words), those of one kind in a batch.
 
-    Where the words of motion themselves differ nothing of the source's attention is taken unless it is asked for, and
-    the place is what differs in any frame. `progress` is called after every step. Raises `UserError` as `replace`.
+    Where a target's words of motion themselves differ nothing of the source's attention is taken unless it is asked
+    for, and the place is what differs in any frame. `progress` is called after every step. Raises `UserError` as
+    `replace`.
     """
+    moved = [find_moves(target) != find_moves(inversion.prompt) for target in targets]
+    if len(set(moved)) > 1:  # these have another share of the source's attention than the others
+        groups = [[n for n, one in enumerate(moved) if one == other] for other in (False, True)]
+        parts = [
+            _edit_alike(inversion, [targets[n] for n in group], settings, progress=advance)
+            for group, advance in zip(groups, (progress, lambda: None), strict=True)
+        ]
+        return _join_results(inversion, parts, [n for group in groups for n in group])
+    return _edit_alike(inversion, targets, settings, progress=progress)
+
+
+def _edit_alike(
+    inversion: Inversion, targets: Sequence[str], settings: ClipEdit, *, progress: Callable[[], Any]
+) -> ClipResult:
+    """`edit_clip` of targets that all say the source's motion, or all another one."""
     model, steps, count = inversion.model, inversion.steps, len(targets)
     settings = _by_motion(settings, inversion.prompt, targets)
     asked = ReplaceSettings(
@@ -237,6 +253,27 @@ def control_frames(predict: SourceAndTargets, targets: int, reach: Reach) -> Att
     """Attention control of the frames of a source and N targets; across frames where no motion adapter links them."""
     across = motion_of(predict.model.denoiser) is None
     return AttentionControl(targets, clips=predict.count_rows(targets), across_frames=across, reach=reach)
+
+
+def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Sequence[int]) -> ClipResult:
+    """Results as one, whose edits have these `numbers` among all, one behind the other."""
+    order = [numbers.index(n) for n in range(len(numbers))]
+    masks: Tensor | None = None
+    if any(part.masks is not None for part in parts):
+        everywhere = torch.ones(inversion.states.shape[2:], device=inversion.states.device)
+        every = [everywhere.expand(len(p.latents), -1, -1, -1) if p.masks is None else p.masks for p in parts]
+        masks = torch.cat([one.to(everywhere) for one in every])[order]
+    prompts, alignments = (
+        [one for part in parts for one in getattr(part, name)] for name in ("prompts", "alignments")
+    )
+    return replace(
+        parts[0],
+        prompts=tuple(prompts[n] for n in order),
+        latents=torch.cat([part.latents for part in parts])[order],
+        nfe=sum(part.nfe for part in parts) - (len(parts) - 1) * inversion.nfe,
+        masks=masks,
+        alignments=tuple(alignments[n] for n in order),
+    )
 
 
 def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipEdit:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from backbone.cli.keywords import takes
 from backbone.cli.options import build
-from backbone.cli.sampling import SAMPLER, GuidedShare, Sampler, check_guidance_interval, own_sampler
+from backbone.cli.sampling import (
+    SAMPLER,
+    GuidedShare,
+    Sampler,
+    check_guidance_interval,
+    own_sampler,
+    refuse_unguided,
+)
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
@@ -138,6 +145,8 @@ def guidances_of(model: Backbone, asked: InstructSettings) -> Guidances:
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
     guided = asked.guided_of(model.defaults)
     check_guidance_interval(guided)
+    if (asked.guidance_start, asked.guidance_stop) != (None, None):
+        refuse_unguided(guided, asked.steps)
     return Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative, guided)
 
 

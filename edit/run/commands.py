@@ -10,6 +10,7 @@ from PIL import Image
 
 from backbone.io.console import UserError, notify, progress
 from edit import checks
+from edit.attention.alignment import steps_inside
 from edit.inversion.inversion import Inversion
 from edit.layout import NOTHING_ASKED, AskedLayout
 from edit.methods.compose import compose
@@ -74,11 +75,27 @@ def run_replace(
     for target, alignment in zip(targets, alignments, strict=True):
         became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
-    with progress(inversion.steps - inversion.start(asked.strength), "editing") as bar:
+    first = inversion.start(asked.strength)
+    _say_unread_shares(settings, first, inversion.steps)
+    with progress(inversion.steps - first, "editing") as bar:
         result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
     control = settings.get("control", "prompt-to-prompt")
     title = f"{start.source or inversion.prompt}: {control} on {_how(inversion)}"
     return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
+
+
+def _say_unread_shares(wishes: Mapping[str, Any], first: int, steps: int) -> None:
+    """Says which shares of S steps that were asked for hold none of those from `first` on, which are sampled."""
+    layout = wishes.get("control") != "masactrl"  # whose share is the last one
+    ends = {"--cross": wishes.get("cross"), "--self": wishes.get("self_attention") if layout else None}
+    shares = {f"{name} {end:g}": (0.0, float(end)) for name, end in ends.items() if end}
+    for word, (start, end) in (wishes.get("windows") or {}).items():
+        if end > start:
+            shares[f"--window {word}={start:g}:{end:g}"] = (float(start), float(end))
+    for name, window in shares.items():
+        if not steps_inside(steps, window)[first:].any():
+            sampled = f"the last {steps - first} of {steps} steps" if first else f"the {steps} steps"
+            notify(f"{name} has no effect: none of {sampled}, which are sampled, lies in that share.")
 
 
 def run_sdedit(

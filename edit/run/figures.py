@@ -9,6 +9,7 @@ import torch
 
 from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer, load_scorer
+from backbone.io.console import notify, quote_text
 from backbone.io.run_folder import peak_memory
 from backbone.media.transforms import mask_to_tensor, to_tensor
 from backbone.models.model import Backbone
@@ -44,6 +45,16 @@ def measure_edits(result: Result, scorer: Scorer | None) -> list[Figures]:
         )
         for edit, mask, prompt in zip(result.decoded[1:], masks, result.prompts, strict=True)
     ]
+
+
+def say_nowhere(result: Result) -> None:
+    """Says which edits were allowed to differ nowhere."""
+    for mask, prompt in zip([] if result.masks is None else result.masks, result.prompts, strict=False):
+        if not mask.any():
+            notify(
+                f"Nothing was changed for {quote_text(prompt)}: the words, --threshold, --keep and --mask together "
+                "leave no place to. Lower --threshold, draw or name more, or say --blend none."
+            )
 
 
 def find_scorer(model: Backbone, folder: str | None = None) -> Scorer | None:

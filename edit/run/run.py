@@ -24,7 +24,14 @@ from edit.layout import AskedLayout
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
-from edit.run.figures import figures_of_run, find_scorer, measure_edits, peak_memory_mb, reset_peak_memory
+from edit.run.figures import (
+    figures_of_run,
+    find_scorer,
+    measure_edits,
+    peak_memory_mb,
+    reset_peak_memory,
+    say_nowhere,
+)
 from edit.run.open import OPENING, ModelWithConcepts, Opening, load_model, pick
 from edit.run.report import INVERSION, RECORD, publish
 
@@ -173,6 +180,7 @@ def _run(
         frames = command.frames(result)
         # Decoded here, so that a mistake leaves nothing behind
         assert len(result.images) == len(result.prompts)
+        say_nowhere(result)
         figures = []
         if command.compared and wishes.get("metrics", True):
             figures = measure_edits(result, find_scorer(loaded.model, wishes.get("scorer")))

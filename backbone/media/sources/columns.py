@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.io.console import UserError, notify_first, notify_once
-from backbone.io.prompts import CONTROL, drop_unseen
+from backbone.io.prompts import CONTROL, compose, drop_unseen
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
@@ -75,7 +75,7 @@ def join_lines(caption: str | None, where: str | Path) -> str | None:
     """A caption on one line, without marks that nobody sees, of which it is said; None where nothing is left."""
     text = " ".join((caption or "").split())
     seen = drop_unseen(text)
-    if seen not in text:  # they are not around it alone
+    if seen not in compose(text):  # they are not around it alone
         notify_first(str(where), "has marks of no width inside its caption. They are left out.")
     return seen or None
 

@@ -21,12 +21,14 @@ class ControlPlan:
     cross       [S], the targets' cross-attention; None where it is their own
     controlled  [S, N], which targets have the source's self-attention
     features    [S], whether the targets have the source's residual features
+    reweighed   [S], which targets [N] have another cross-attention than their own; () for none
     """
 
     attention: SelfAttention
     cross: Sequence[Cross | None]
     controlled: Sequence[tuple[bool, ...]]
     features: Sequence[bool]
+    reweighed: Sequence[Sequence[bool]]
 
     def apply(self, control: AttentionControl, step: int) -> None:
         """Sets what the processors read at a step."""
@@ -35,16 +37,15 @@ class ControlPlan:
         control.self_attention = self.attention if any(self.controlled[step]) else "own"
         control.features = "source" if self.features[step] else "own"
 
-    def last_step(self) -> int:
-        """The last step at which a target takes anything from the source; −1 if none does."""
-        taking = [
-            step
-            for step, parts in enumerate(
-                zip(self.cross, map(any, self.controlled), self.features, strict=True)
-            )
-            if any(parts)
-        ]
-        return max(taking, default=-1)
+    def last_steps(self) -> list[int]:
+        """The last step at which each target [N] takes anything from the source; −1 where it takes nothing."""
+        last = [-1] * len(self.controlled[0])
+        for step, taking in enumerate(zip(self.controlled, self.features, self.reweighed, strict=True)):
+            controlled, features, reweighed = taking
+            for n in range(len(last)):
+                if controlled[n] or features or (reweighed and reweighed[n]):
+                    last[n] = step
+        return last
 
 
 def plan_control(
@@ -71,9 +72,11 @@ def plan_control(
         assert until is not None, "settings are resolved"
         window = (until, 1.0) if settings.attention == "contents" else (0.0, until)
         controlled.append(steps_inside(steps, window).bool().tolist())
+    cross, reweighed = _cross_attention(alignments, settings, steps, device)
     return ControlPlan(
         attention=settings.attention,
-        cross=_cross_attention(alignments, settings, steps, device),
+        cross=cross,
+        reweighed=reweighed,
         controlled=list(zip(*controlled, strict=True)),
         features=steps_inside(steps, (0.0, settings.features)).bool().tolist(),
     )
@@ -81,8 +84,8 @@ def plan_control(
 
 def _cross_attention(
     alignments: Sequence[Alignment], settings: ReplaceSettings, steps: int, device: torch.device
-) -> list[Cross | None]:
-    """[S]; equal steps share one."""
+) -> tuple[list[Cross | None], list[list[bool]]]:
+    """[S], of which equal steps share one, and whose attention they change [S, N]."""
     assert settings.cross is not None, "settings are resolved"
     targets = [alignment.target for alignment in alignments]
     # M [N, T_source, T_target], a and e [N, T_target], α [S, N, T_target]
@@ -93,11 +96,14 @@ def _cross_attention(
     default = (0.0, settings.cross)
     window = torch.stack([token_windows(target, steps, default, settings.windows) for target in targets], 1)
     planned: list[Cross | None] = []
+    changed: list[list[bool]] = []
     for step in range(steps):
         same = step > 0 and torch.equal(window[step], window[step - 1])
         if same:
             planned.append(planned[-1])
+            changed.append(changed[-1])
             continue
         cross = cross_of(mapping, from_source, weight, window[step])
         planned.append(None if cross is None else cross.to(device))
-    return planned
+        changed.append([] if cross is None else cross.changed())
+    return planned, changed

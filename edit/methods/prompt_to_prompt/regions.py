@@ -121,12 +121,14 @@ class Regions:
     def masks(self, maps: Maps | None) -> Tensor | None:
         """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
 
-        As long as named words have no `maps` yet, only the user's mask counts.
+        As long as named words have no `maps` yet, only the user's mask counts for targets that have some.
         """
-        named = bool(self.named.any())
-        if (named and maps is None) or (not named and not self.differences):
+        waiting = self.named.view(-1, 2).any(1) & (maps is None)
+        if (not self.named.any() and not self.differences) or bool(waiting.all()):
             return None if self.drawn is None else self.drawn.expand(self.count, -1, -1)
-        return torch.stack([self._mask(n, None if maps is None else maps.read()) for n in range(self.count)])
+        read = None if maps is None else maps.read()
+        everywhere = torch.ones(self.size, device=self.device) if self.drawn is None else self.drawn
+        return torch.stack([everywhere if waiting[n] else self._mask(n, read) for n in range(self.count)])
 
     def _mask(self, n: int, read: Tensor | None) -> Tensor:
         threshold = self.settings.threshold

@@ -10,6 +10,7 @@ needed, and once no window is open the row itself is left out: S steps with N ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -67,8 +68,8 @@ def replace(
     check_supported(model, settings)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
-    regions = Regions(inversion, alignments, settings)
     # Where the targets may differ, as far as that is known before the first step
+    regions = Regions(inversion, alignments, settings)
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
     plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
     _say_unread_swap(settings, regions, plan)
@@ -78,22 +79,22 @@ def replace(
     predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
-    last_with_source = _last_step_with_source(inversion, settings, plan, control.maps)
-    # Every row begins at the state of the trajectory at that step
+    due = -1 if control.maps is None else _first_read(settings, first, steps)
+    until = _last_steps_with_source(inversion, plan, due)
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
         controlling.enter_context(control_attention(model.denoiser, control, attention))
         for step in range(first, steps):
-            with_source = step <= last_with_source
-            if not with_source:
+            if not (with_source := step <= max(until)):
                 controlling.close()  # from here on the denoiser attends as it always does
             plan.apply(control, step)
             level, unprompted = inversion.schedule[step], inversion.unconditional(step, empty)
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
-                masks = _read_maps(control.maps, regions, masks, due=step >= settings.blend_from * steps)
+                anew = [step <= last for last in until if step >= due]
+                masks = _read_maps(control.maps, regions, masks, anew)
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -161,15 +162,16 @@ def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     return first
 
 
-def _last_step_with_source(
-    inversion: Inversion, settings: ReplaceSettings, plan: ControlPlan, maps: Maps | None
-) -> int:
-    """Until when the source's row is needed: while targets take something from it, and until maps were read once."""
-    last = inversion.steps - 1
-    if not inversion.overwrites:
-        return last
-    read_once = -1 if maps is None else min(int(settings.blend_from * inversion.steps), last)
-    return max(plan.last_step(), read_once)
+def _first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
+    """The step from which on words have their places, of an edit that begins at step `first`."""
+    return min(max(math.ceil(settings.blend_from * steps - 1e-9), first), steps - 1)
+
+
+def _last_steps_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> list[int]:
+    """Until when each target needs the source's row: while it takes something from it, and until maps are read at
+    `read`. So what becomes of a target does not depend on those beside it."""
+    last = plan.last_steps()
+    return [max(one, read) for one in last] if inversion.overwrites else [inversion.steps - 1] * len(last)
 
 
 def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> AttentionControl:
@@ -255,10 +257,16 @@ def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estima
     return torch.cat([inversion.states[step + 1][None].to(there), there])
 
 
-def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, *, due: bool) -> Tensor | None:
-    """The masks after a step; maps are means over the steps so far, so a word's place becomes clearer step by step."""
+def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, anew: Sequence[bool]) -> Tensor | None:
+    """The masks after a step, those of the targets `anew` that are read again, () where it is too early for any; maps
+    are means over the steps so far, so a word's place becomes clearer step by step."""
     maps.settle()
-    return regions.masks(maps) if due and regions.named.any() else masks
+    if not anew or not regions.named.any():
+        return masks
+    found = regions.masks(maps)
+    if found is None or masks is None or all(anew):
+        return found
+    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(anew)])
 
 
 def blend_into_source(now: Tensor, masks: Tensor) -> Tensor:

@@ -65,6 +65,12 @@ def test_marks_that_nobody_sees_are_no_part_of_a_prompt(
         prompts_of("\u200b \u2060")
 
 
+def test_a_letter_and_its_mark_are_one_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("a cafe\u0301\n")
+    assert prompts_of([str(tmp_path / "p.txt"), "a cafe\u0301"]) == [Prompt("a café")] * 2
+    assert not capsys.readouterr().err
+
+
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "a dog"}\nnot json\n{"prompt": ""}\n')

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,28 @@ def test_a_spreadsheet_s_true_and_false_are_labels_and_unseen_marks_no_part_of_a
     found = read_preferences(tmp_path / "p.csv")
     assert [(pair.prompt, pair.label) for pair in found.pairs] == [("a dog", 1.0), ("a dog", 0.0)]
     assert "label_0 = perhaps" in found.problems[0]
+
+
+def test_labels_of_databases_and_other_countries_are_numbers(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = [f"a dog;0.png;1.png;{label}" for label in ("1,0", "0,5", "0", "1,5")]
+    (tmp_path / "p.csv").write_text("\n".join(["sep=;", "prompt;image_0;image_1;label_0", *rows]))
+    found = read_preferences(tmp_path / "p.csv")
+    assert [pair.label for pair in found.pairs] == [1.0, 0.5, 0.0]
+    assert (
+        len(found.problems) == 1 and "ine 6 of" in found.problems[0] and "label_0 = 1,5" in found.problems[0]
+    )
+    row = {"prompt": "a dog", "image_0": "0.png", "image_1": "1.png"}
+    table = [
+        {**row, "label_0": Decimal("1.0"), "label_1": None},
+        {**row, "label_0": Decimal(0), "label_1": math.nan},
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "p.parquet")
+    assert [pair.label for pair in read_preferences(tmp_path / "p.parquet").pairs] == [1.0, 0.0]
+    single = [{"prompt": "a dog", "image": "0.png", "label": Decimal(label)} for label in (1, 0)]
+    pq.write_table(pa.Table.from_pylist(single), tmp_path / "s.parquet")
+    assert [one.good for one in read_preferences(tmp_path / "s.parquet").singles] == [True, False]
 
 
 def test_without_a_connection_a_dataset_is_asked_for_once_and_a_file_s_name_not_at_all(

@@ -195,6 +195,30 @@ def test_a_word_brings_what_took_its_place() -> None:
     assert alignment.find_both("ship") == ((), ())
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a cat in İzmir", ["a", "cat", "in", "i\u0307zmir"]),
+        ("लाल बिल्ली, हरा", ["लाल", "बिल्ली", ",", "हरा"]),
+        ("แมว สีแดง", ["แมว", "สีแดง"]),
+        ("a ❤️, a cat", ["a", "❤️,", "a", "cat"]),
+        ("a cafe\u0301", ["a", "café"]),
+    ],
+)
+def test_marks_belong_to_the_letters_that_they_stand_on(text: str, words: list[str]) -> None:
+    found = prompt(text)
+    assert [word.text for word in found.words] == words
+    positions = [position for word in found.words for position in word.positions]
+    assert positions == [*range(positions[0], positions[-1] + 1)]
+    assert all(found.find(word) for word in words) and found.find(text.split()[-1])
+
+
+def test_a_letter_and_its_mark_say_what_one_character_says() -> None:
+    apart, one = "a cafe\u0301 in the snow", "a café in the snow"
+    assert fates(aligned(apart, one)) == fates(aligned(one, one))
+    assert prompt(one).find("cafe\u0301") == prompt(apart).find("café") != ()
+
+
 def test_a_phrase_is_found_wherever_it_stands() -> None:
     read = prompt("a red cat in the snow, a red hat")
     assert len(read.find("red")) == 2

@@ -131,6 +131,21 @@ def test_outside_the_place_frames_are_the_sources_own_pixels(moving: Backbone, f
     assert (result.pixels != source).any()
 
 
+def test_a_target_of_another_motion_changes_nothing_of_the_one_beside_it(
+    moving: Backbone, film: Film
+) -> None:
+    inversion = invert_film(moving, film, SOURCE, steps=3)
+    targets = ["a dog moving left in the snow", "a cat in the snow"]
+    together = edit_clip(inversion, targets, ClipEdit(threshold=0.6))
+    assert together.prompts == tuple(targets) and [one.target.text for one in together.alignments] == targets
+    for n, target in enumerate(targets):
+        alone = edit_clip(inversion, [target], ClipEdit(threshold=0.6))
+        torch.testing.assert_close(together.latents[n], alone.latents[0], atol=1e-3, rtol=0)
+        assert together.masks is not None and alone.masks is not None
+        assert torch.equal(together.masks[n], alone.masks[0])
+        assert together.nfe > alone.nfe
+
+
 def predictions(model: Backbone, control: AttentionControl | None, clips: Tensor) -> Tensor:
     text = model.encode_prompts([SOURCE, "a cat in the snow"])
     predict, level = model.predictor(text), model.schedule(4)[1]

@@ -184,6 +184,8 @@ def test_outside_of_the_guided_steps_image_and_instruction_are_followed_alone(mo
     )
     with pytest.raises(UserError, match=r"Guidance from 0.5 to 0.2 of the steps"):
         instruct(model, photo(), "make it red", guidance_start=0.5, guidance_stop=0.2, **how)
+    with pytest.raises(UserError, match=r"None of 4 steps lies between 0 and 0.1 of them"):
+        instruct(model, photo(), "make it red", guidance_stop=0.1, **how)
 
 
 def test_a_record_is_repeated_by_its_own_share_and_an_older_one_guided_in_all_steps(

@@ -452,6 +452,20 @@ def test_a_target_that_says_what_the_source_says_is_told(
     assert "“A  cat” says what the source says" in (told := capsys.readouterr().err) and "a dog" not in told
 
 
+def test_what_no_step_or_no_place_is_left_for_is_said(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    late = ("--strength", "0.5", "--steps", "4", "--no-metrics", "--guidance", "2")
+    idle = ("--cross", "0.4", "--self", "0.2", "--window", "dog=0.1:0.3")
+    assert edit("invert-and-replace", "photo.png", *WORDS, *late, *idle, "--out", "a") == 0
+    said = capsys.readouterr().err
+    for name in ("--cross 0.4", "--self 0.2", "--window dog=0.1:0.3"):
+        assert f"{name} has no effect: none of the last 2 of 4 steps" in said
+    assert edit("invert-and-replace", "photo.png", *WORDS, *late, "--self", "0.8", "--out", "b") == 0
+    assert "no effect" not in capsys.readouterr().err
+    nowhere = ("--threshold", "1", "--target", "a red cat in the snow", "--out", "c")
+    assert edit("invert-and-replace", "photo.png", *WORDS, *late, *nowhere) == 0
+    assert capsys.readouterr().err.count("Nothing was changed for ") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

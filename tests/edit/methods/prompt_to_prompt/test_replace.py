@@ -130,6 +130,29 @@ def test_several_targets_are_each_what_they_are_alone(inversion: Inversion) -> N
     assert len(together.images) == 2
 
 
+@pytest.mark.parametrize(
+    ("keep", "blend"), [(("snow",), ()), ((), ("snow",)), (("dog",), ("auto",)), (("red",), ("auto",))]
+)
+def test_places_of_words_do_not_depend_on_the_targets_beside_them(
+    tiny: Backbone, keep: tuple[str, ...], blend: tuple[str, ...]
+) -> None:
+    """Of a style, attention is taken for longer, and only some of the targets have the words that are kept."""
+    tiny.defaults["edit"] = {"cross": 0.0, "self_attention": 0.1, "style_self_attention": 0.9}
+    inversion = invert(tiny, photo(), SOURCE, steps=8)
+    targets = [TARGET, "a red cat in the snow", "a watercolor of a cat in the snow"]
+    asked = ReplaceSettings(blend=blend, keep=keep, threshold=0.9, guidance=4.0)
+    together = replace(inversion, targets, asked)
+    for n, target in enumerate(targets):
+        alone = replace(
+            inversion,
+            target,
+            dataclasses.replace(asked, keep=[word for word in keep if word in f"{SOURCE} {target}"]),
+        )
+        masks = torch.ones_like(inversion.clean[0]) if alone.masks is None else alone.masks[0]
+        assert together.masks is not None and torch.equal(together.masks[n], masks)
+        assert deviation(together.latents[n], alone.latents[0]) < 1e-3
+
+
 @pytest.mark.parametrize("targets", [1, 3])
 def test_an_edit_asks_for_one_row_and_two_for_each_target(tiny: Backbone, targets: int) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
@@ -313,6 +336,25 @@ def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
     kept = edited.masks[0] == 0
     assert 0 < kept.sum() < kept.numel()
     assert torch.equal(edited.latents[0][:, kept], inversion.clean[:, kept])
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(7, 1.0), (4, 1.0), (3, 0.4), (8, 0.5), (8, 0.13)])
+def test_words_have_their_places_at_any_number_of_steps_and_any_strength(
+    tiny: Backbone, steps: int, strength: float
+) -> None:
+    """Although no target takes anything from the source by then, so that its row is not needed otherwise."""
+    inversion = invert(tiny, photo(), SOURCE, steps=steps)
+    kept = (("snow",), ()), ((), ("snow",))
+    for blend, keep in kept:
+        asked = ReplaceSettings(
+            cross=0.0, self_attention=0.1, blend=blend, keep=keep, heatmaps=("dog",), strength=strength,
+            threshold=0.97 if blend else 0.9,
+        )  # fmt: skip
+        edited = replace(inversion, TARGET, asked)
+        assert edited.masks is not None and 0 < edited.masks.mean() < 1
+        outside = edited.masks[0] == 0
+        assert torch.equal(edited.latents[0][:, outside], inversion.clean[:, outside])
+        assert edited.heatmaps["dog"][1].any()
 
 
 def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None:
