@@ -7,6 +7,7 @@ Four types: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024, magnitude and directio
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -45,6 +46,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
 DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
 PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
+HUGE = 4  # times the widest layer's smaller side, from which on a rank is a mistake
 ADAPTABLE = (nn.Linear, nn.Conv2d, BaseTunerLayer)  # layers that take an adapter, or have one
 
 
@@ -78,9 +80,12 @@ def add_lora(
 
     A new adapter changes nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
 
-    Raises `UserError` if no layer of the model is a target, or a pattern decides no layer's rank.
+    Raises `UserError` if no layer of the model is a target, a pattern decides no layer's rank, or a LoRA's rank is far
+    above all layers.
     """
     ranks = match_ranks(model, targets, kind.rank_pattern)
+    if kind.adapter_type in ("lora", "dora"):  # a LoKr of rank 100000 has whole factors
+        _refuse_huge_rank(model, targets, max(rank, *ranks.values(), 0))
     config = _peft_config(kind, rank=rank, alpha=alpha, targets=list(targets), ranks=ranks)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -114,6 +119,25 @@ def say_useless_rank(parameters: Mapping[str, Tensor]) -> None:
             f"The rank is larger than {len(beyond)} of the {len(sides)} layers can use (at most "
             f"{max(sides[key] for key in beyond)} there): what is above it learns nothing more."
         )
+
+
+def _refuse_huge_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """`UserError` for a rank so far above all target layers that it is a mistake, and their factors fill the memory."""
+    names = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_adaptable_layers(model))
+    widest = max((_smaller_side(model.get_submodule(name)) for name in names), default=rank)
+    if rank > HUGE * widest:
+        raise UserError(
+            f"The rank {rank} is far above what any layer can use ({widest}). Give a smaller one, 4 to 128 mostly."
+        )
+
+
+def _smaller_side(layer: Any) -> int:
+    """The greatest rank of a layer's weight, as a matrix; by its widths, since a quantised weight is packed."""
+    if isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
+    if isinstance(layer, nn.Conv2d):
+        return min(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size))
+    return min(layer.out_features, layer.in_features)
 
 
 def _is_adapter_parameter(key: str, name: str) -> bool:

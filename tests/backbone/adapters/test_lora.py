@@ -187,6 +187,14 @@ def test_a_rank_above_the_layers_is_said(tiny: Backbone, capsys: pytest.CaptureF
     assert "larger than" in capsys.readouterr().err
 
 
+def test_a_rank_that_would_fill_the_memory_is_refused_and_leaves_nothing(tiny: Backbone) -> None:
+    before = {name for name, _ in tiny.denoiser.named_parameters()}
+    for ranks in ({"rank": 100_000}, {"rank": 4, "kind": AdapterKind(rank_pattern={"attn2": 100_000})}):
+        with pytest.raises(UserError, match="rank 100000 is far above what any layer can use"):
+            add_lora(tiny.denoiser, "huge", alpha=2.0, targets=TARGETS, **ranks)  # type: ignore[arg-type]
+    assert {name for name, _ in tiny.denoiser.named_parameters()} == before
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_scale_that_is_no_number_is_refused(scale: float, tiny: Backbone) -> None:
     with pytest.raises(UserError, match="scale of the concepts"):
