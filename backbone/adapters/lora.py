@@ -137,7 +137,8 @@ def _smaller_side(layer: Any) -> int:
         layer = layer.get_base_layer()
     if isinstance(layer, nn.Conv2d):
         return min(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size))
-    return min(layer.out_features, layer.in_features)
+    sides: list[int] = [layer.out_features, layer.in_features]
+    return min(sides)
 
 
 def _is_adapter_parameter(key: str, name: str) -> bool:

@@ -189,9 +189,10 @@ def test_a_rank_above_the_layers_is_said(tiny: Backbone, capsys: pytest.CaptureF
 
 def test_a_rank_that_would_fill_the_memory_is_refused_and_leaves_nothing(tiny: Backbone) -> None:
     before = {name for name, _ in tiny.denoiser.named_parameters()}
-    for ranks in ({"rank": 100_000}, {"rank": 4, "kind": AdapterKind(rank_pattern={"attn2": 100_000})}):
+    for rank, pattern in ((100_000, {}), (4, {"attn2": 100_000})):
+        kind = AdapterKind(rank_pattern=pattern)
         with pytest.raises(UserError, match="rank 100000 is far above what any layer can use"):
-            add_lora(tiny.denoiser, "huge", alpha=2.0, targets=TARGETS, **ranks)  # type: ignore[arg-type]
+            add_lora(tiny.denoiser, "huge", rank=rank, alpha=2.0, targets=TARGETS, kind=kind)
     assert {name for name, _ in tiny.denoiser.named_parameters()} == before
 
 
