@@ -10,6 +10,8 @@ customize extract TUNED BASE --rank 16            W_tuned − W_base as a LoRA
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +31,8 @@ from customize.formats.metadata import read_run_concept
 from customize.formats.model_weights import WEIGHT_SUFFIX, ModelWeights
 from customize.formats.read import read_adapter
 
+# `0.8`, `runs/dog=0.8`, `runs/dog@0.8`: a strength in other programs' ways
+ODD_STRENGTH = re.compile(r"(?:(?P<path>[^=@]+)[=@])?(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))")
 UNCHANGED = 1e-7  # ‖ΔW‖/‖W‖ up to which a weight counts as equal in two checkpoints
 
 
@@ -145,9 +149,15 @@ def read_input(path: Path, strength: float = 1.0) -> MergeInput:
 
 
 def parse_strength(text: str) -> tuple[Path, float]:
-    """`runs/dog:0.8` → (path, 0.8); the strength is 1 where none is given. Raises `UserError` for `:0.8` or `:inf`."""
+    """`runs/dog:0.8` → (path, 0.8); the strength is 1 where none is given.
+
+    Raises `UserError` for `:0.8` and `:inf`, and strengths as others write them: `runs/dog=0.8`, or a number alone.
+    """
     path, colon, number = text.rpartition(":")
     if not colon:
+        if (odd := ODD_STRENGTH.fullmatch(text)) and not os.path.lexists(text):
+            meant = f"{odd['path'] or 'runs/dog'}:{odd['number']}"
+            raise UserError(f"“{text}” is no adapter. A strength stands behind a colon: {meant}.")
         return Path(text), 1.0
     try:
         strength = float(number)

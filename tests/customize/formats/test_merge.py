@@ -399,12 +399,18 @@ def test_a_model_whose_parts_are_linked_is_baked_whole(run: Make, tmp_path: Path
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
-def test_a_strength_is_what_follows_the_last_colon() -> None:
+def test_a_strength_is_what_follows_the_last_colon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert parse_strength("runs/a:0.8") == (Path("runs/a"), 0.8)
     assert parse_strength("runs/a") == (Path("runs/a"), 1.0)
     assert parse_strength("c:/runs/a") == (Path("c:/runs/a"), 1.0)
     with pytest.raises(UserError, match=r"runs/dog:0\.8"):
         parse_strength("runs/a:nan")
+    for text, meant in (("0.5", "runs/dog:0.5"), ("runs/a=.5", "runs/a:.5"), ("runs/a@-1", "runs/a:-1")):
+        with pytest.raises(UserError, match=re.escape(f"A strength stands behind a colon: {meant}.")):
+            parse_strength(text)
+    monkeypatch.chdir(tmp_path)
+    Path("a=5").mkdir()
+    assert parse_strength("a=5") == (Path("a=5"), 1.0)  # a run may be called so
 
 
 def test_a_run_is_read_as_what_it_holds(run: Make) -> None:
