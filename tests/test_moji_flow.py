@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from backbone.io.files import read_json
+from backbone.io.files import read_json, read_tensors
 from backbone.models.locate import EMBEDDED, OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -66,6 +66,15 @@ def test_it_says_what_it_learned_in() -> None:
     settings = read_json(FOLDER / "scheduler" / "scheduler_config.json")
     assert (settings["num_train_timesteps"], settings["shift"]) == (1000, 1.0)
     assert read_json(FOLDER / "model_index.json")["_class_name"] == "StableDiffusion3Pipeline"
+
+
+def test_its_latents_and_its_first_words_are_those_of_moji() -> None:
+    name = "vae/diffusion_pytorch_model.safetensors"
+    assert (FOLDER / name).read_bytes() == (EMBEDDED / name).read_bytes()
+    files = (read_tensors(one / "text_encoder" / "model.safetensors")[0] for one in (FOLDER, EMBEDDED))
+    its, own = ({key.removeprefix("text_model."): value for key, value in file.items()} for file in files)
+    shared = its.keys() & own.keys()
+    assert len(shared) > 60 and all(torch.equal(its[key], own[key]) for key in shared)
 
 
 def test_no_licence_of_others_weights_is_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:

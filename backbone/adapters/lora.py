@@ -123,8 +123,12 @@ def say_useless_rank(parameters: Mapping[str, Tensor]) -> None:
 
 def _refuse_huge_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
     """`UserError` for a rank so far above all target layers that it is a mistake, and their factors fill the memory."""
-    names = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_adaptable_layers(model))
-    widest = max((_smaller_side(model.get_submodule(name)) for name in names), default=rank)
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ADAPTABLE) and name.endswith(tuple(targets))
+    ]
+    widest = max(map(_smaller_side, layers), default=rank)
     if rank > HUGE * widest:
         raise UserError(
             f"The rank {rank} is far above what any layer can use ({widest}). Give a smaller one, 4 to 128 mostly."
