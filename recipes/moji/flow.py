@@ -56,6 +56,7 @@ DEFAULTS = {
     **{name: value for name, value in OF_MOJI.items() if name != "draft"},  # which was not tried on it
     "steps": 28,
     "guidance": 4.0,
+    "learning_rate": 8e-4,  # at three times that accessories and the class give way to a concept
     "loss_weighting": "none",
 }
 CARD = """# moji-flow
