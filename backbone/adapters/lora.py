@@ -85,7 +85,7 @@ def add_lora(
     """
     ranks = match_ranks(model, targets, kind.rank_pattern)
     if kind.adapter_type in ("lora", "dora"):  # a LoKr of rank 100000 has whole factors
-        _refuse_huge_rank(model, targets, max(rank, *ranks.values(), 0))
+        _refuse_huge_rank(model, targets, max([rank, *ranks.values()]))
     config = _peft_config(kind, rank=rank, alpha=alpha, targets=list(targets), ranks=ranks)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -141,8 +141,7 @@ def _smaller_side(layer: Any) -> int:
         layer = layer.get_base_layer()
     if isinstance(layer, nn.Conv2d):
         return min(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size))
-    sides: list[int] = [layer.out_features, layer.in_features]
-    return min(sides)
+    return int(min(layer.out_features, layer.in_features))
 
 
 def _is_adapter_parameter(key: str, name: str) -> bool:

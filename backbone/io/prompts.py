@@ -24,31 +24,10 @@ NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-
 JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 SUFFIXES = (".txt", ".jsonl", ".json")
 # Keys of other programs' lists that say how a prompt is drawn
-WISHES = frozenset(
-    {
-        *(
-            "seed",
-            "negative",
-            "negative_prompt",
-            "steps",
-            "sample_steps",
-            "num_inference_steps",
-            "width",
-            "height",
-        ),
-        *(
-            "guidance",
-            "guidance_scale",
-            "cfg",
-            "cfg_scale",
-            "scale",
-            "sampler",
-            "sampler_name",
-            "count",
-            "lora",
-        ),
-    }
-)
+WISHES = frozenset({
+    "seed", "negative", "negative_prompt", "steps", "sample_steps", "num_inference_steps", "width", "height",
+    "guidance", "guidance_scale", "cfg", "cfg_scale", "scale", "sampler", "sampler_name", "count", "lora",
+})  # fmt: skip
 TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # whose lines are no prompts
 
 

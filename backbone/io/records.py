@@ -117,17 +117,12 @@ def iterate_rows(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, s
     A cell that a short row lacks is None. Raises `UserError` for a row with more cells than there are names, as a text
     with commas has that stands in no quotation marks, and for marks that are not closed.
     """
-    said = _SEPARATOR.match(text)  # Excel's own line
-    text = text if said is None else "\n" + text[said.end() :]  # lines keep their numbers
-    heading = text.lstrip("\n").partition("\n")[0]
-    # Spreadsheets write semicolons where the comma is decimal
-    separator = (
-        said["mark"]
-        if said is not None
-        else ","
-        if "," in heading
-        else next((mark for mark in ";\t" if mark in heading), ",")
-    )
+    if said := _SEPARATOR.match(text):  # Excel's own line
+        separator, text = said["mark"], "\n" + text[said.end() :]  # lines keep their numbers
+    else:
+        heading = text.lstrip("\n").partition("\n")[0]
+        # Spreadsheets write semicolons where the comma is decimal
+        separator = next((mark for mark in ",;\t" if mark in heading), ",")
     lines = io.StringIO(text, newline="")
     rows = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator != "\t")
     names: list[str] = []

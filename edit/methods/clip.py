@@ -188,14 +188,15 @@ def edit_clip(
     `replace`.
     """
     moved = [find_moves(target) != find_moves(inversion.prompt) for target in targets]
-    if len(set(moved)) > 1:  # these have another share of the source's attention than the others
-        groups = [[n for n, one in enumerate(moved) if one == other] for other in (False, True)]
-        parts = [
-            _edit_alike(inversion, [targets[n] for n in group], settings, progress=advance)
-            for group, advance in zip(groups, (progress, lambda: None), strict=True)
-        ]
-        return _join_results(inversion, parts, [n for group in groups for n in group])
-    return _edit_alike(inversion, targets, settings, progress=progress)
+    apart = _without_attention(settings)  # for what says another motion
+    if len(set(moved)) < 2:
+        return _edit_alike(inversion, targets, apart if any(moved) else settings, progress=progress)
+    groups = [[n for n, one in enumerate(moved) if one == other] for other in (False, True)]
+    parts = [
+        _edit_alike(inversion, [targets[n] for n in group], how, progress=advance)
+        for group, how, advance in zip(groups, (settings, apart), (progress, lambda: None), strict=True)
+    ]
+    return _join_results(inversion, parts, [n for group in groups for n in group])
 
 
 def _edit_alike(
@@ -203,7 +204,6 @@ def _edit_alike(
 ) -> ClipResult:
     """`edit_clip` of targets that all say the source's motion, or all another one."""
     model, steps, count = inversion.model, inversion.steps, len(targets)
-    settings = _by_motion(settings, inversion.prompt, targets)
     asked = ReplaceSettings(
         cross=settings.cross, self_attention=settings.self_attention, guidance=settings.guidance
     ).resolve(model)
@@ -276,10 +276,8 @@ def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Se
     )
 
 
-def _by_motion(settings: ClipEdit, source: str, targets: Sequence[str]) -> ClipEdit:
-    """With nothing of the source's attention where a target says another motion, unless it was asked for."""
-    if not any(find_moves(target) != find_moves(source) for target in targets):
-        return settings
+def _without_attention(settings: ClipEdit) -> ClipEdit:
+    """With nothing of the source's attention, unless it was asked for."""
     asked = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
     none: dict[str, Any] = {name: 0.0 for name, value in asked.items() if value is None}
     return replace(settings, **none)

@@ -2,9 +2,10 @@
 
 The error that trains a diffusion model is mostly noise of its target: ε − x0 of one scene, where the network can only
 say what all scenes that may lie behind a noisy one have in common. A denoiser that has learned the world says just
-that, so a second one learns of it from far fewer scenes (as progressive distillation does, Salimans & Ho 2022, without
-its halving of steps). The two may be of different architectures and different noise paths: both halves of an estimate
-are the same at one signal-to-noise ratio.
+that (as the teacher of progressive distillation does, Salimans & Ho 2022, without its halving of steps). That this
+noise is what holds a training back was not confirmed: `moji-flow` learned no faster by it (benchmarks/results/moji.md).
+The two may be of different architectures and different noise paths: both halves of an estimate are the same at one
+signal-to-noise ratio.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from backbone.diffusion.noise import Estimate, Level, predictor, scale_to_unit_variance
+from backbone.diffusion.noise import Estimate, Level, predictor, scale_to_unit_variance, vp
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 
@@ -38,8 +39,7 @@ class Teacher:
         self.unet.to(memory_format=torch.channels_last)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         self.prediction_type = scheduler.config.prediction_type
-        bar = scheduler.alphas_cumprod.double()
-        self.log_snr = (bar / (1 - bar)).log().to(device)  # falls with the timestep
+        self.log_snr = vp(scheduler.alphas_cumprod.double()).log_snr.to(device)  # falls with the timestep
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, level: Level, tokens: Tensor) -> Estimate:
