@@ -142,6 +142,9 @@ class LatentSettings(RecipeSettings):
             max=1,
         ),
     ] = 0.0
+    small_share: Annotated[
+        float, Option("Share of a batch that is drawn from scenes of a small thing.", TRAINING, min=0, max=1)
+    ] = 0.0
     askew_share: Annotated[
         float, Option("Share of scenes whose things are held in any way.", TRAINING, min=0, max=1)
     ] = 0.0
@@ -157,7 +160,8 @@ class LatentSettings(RecipeSettings):
         """The shares of the kinds of scenes in a step's batch, as `Latents.batch` takes them."""
         simple = max(0.0, 0.8 * (1 - step / self.simple_steps))
         return {
-            "hard": self.hard_share, "simple": simple, "askew": self.askew_share, "others": self.other_share,
+            "hard": self.hard_share, "small": self.small_share, "simple": simple,
+            "askew": self.askew_share, "others": self.other_share,
         }  # fmt: skip
 
 
@@ -419,8 +423,8 @@ class Latents:
             self.rows[kind] = torch.arange(rows, rows + len(seeds))
             if kind == "scenes":
                 scenes = [sample_scene(seed) for seed in seeds]
-                self.rows["simple"] = torch.tensor([is_simple(scene) for scene in scenes]).nonzero()[:, 0]
-                self.rows["hard"] = torch.tensor([is_hard(scene) for scene in scenes]).nonzero()[:, 0]
+                for name, is_one in (("simple", is_simple), ("hard", is_hard), ("small", is_small)):
+                    self.rows[name] = torch.tensor([is_one(scene) for scene in scenes]).nonzero()[:, 0]
             rows += len(seeds)
         self.mean, self.std = torch.cat(means), torch.cat(stds)
         encoded_captions = tokenizer(
@@ -435,8 +439,8 @@ class Latents:
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, 16, 16] of unit deviation, drawn from their posteriors, and token ids [B, 77].
 
-        `shares` says which share is drawn from the rows of a kind, "simple" and "hard" ones of the usual scenes among
-        them; what is left is drawn from all usual scenes.
+        `shares` says which share is drawn from the rows of a kind, "simple", "hard" and "small" ones of the usual
+        scenes among them; what is left is drawn from all usual scenes.
         """
         usual = self.rows["scenes"]
         chosen = usual[torch.randint(len(usual), (count,), generator=random)]
@@ -474,7 +478,12 @@ def is_simple(scene: Scene) -> bool:
 def is_hard(scene: Scene) -> bool:
     """Whether a scene has what is learned last: an accessory, two different things, a small one, thin lines."""
     thin = scene.style is not None and any(word in scene.style for word in ("neon", "pencil"))
-    return thin or len(scene.things) > 1 or any(thing.accessory or thing.small for thing in scene.things)
+    return thin or len(scene.things) > 1 or is_small(scene) or any(thing.accessory for thing in scene.things)
+
+
+def is_small(scene: Scene) -> bool:
+    """Whether a thing is small: few latents show it, so the loss of a picture says little of it."""
+    return any(thing.small for thing in scene.things)
 
 
 def kind_of(prediction: str) -> PredictionType:

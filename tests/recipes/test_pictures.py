@@ -99,3 +99,5 @@ def test_a_batch_has_the_shares_of_kinds_that_are_asked_and_nothing_held_out(tmp
     assert {text for text, other in zip(said, others, strict=True) if other} == {"a others", "one others", ""}
     with pytest.raises(UserError, match="No askew scenes"):
         data.batch(4, random, {"askew": 0.5})
+    small = [seed for seed in range(400) if any(thing.small for thing in sample_scene(seed).things)]
+    assert data.rows["small"].tolist() == small and set(small) <= set(data.rows["hard"].tolist())
