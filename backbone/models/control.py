@@ -46,7 +46,7 @@ class ControlRecord:
     maps      version of the maps' maker
     palette   colour of each label
     base      fingerprint of the model that it was trained on, and its name
-    defaults  scale, start, stop and rows that work well
+    defaults  scale (`sketch_scale`: of sketches), start, stop and rows that work well
     """
 
     kinds: tuple[str, ...] = ()
@@ -263,7 +263,7 @@ def _open(
 def _condition(
     model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
-    usual = usual_condition(model, opened.record)
+    usual = usual_condition(model, opened.record, asked.map.kind)
     how: dict[str, Any] = {
         name: usual[name] if getattr(asked, name) in (None, "") else getattr(asked, name) for name in usual
     }
@@ -280,10 +280,12 @@ def _condition(
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
-def usual_condition(model: Backbone, record: ControlRecord) -> dict[str, Any]:
-    """How a control network is heard where nothing is said: scale, start, stop, and rows of guidance."""
-    usual = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
-    return {**usual, **model.defaults.get("condition", {}), **record.defaults}
+def usual_condition(model: Backbone, record: ControlRecord, kind: str) -> dict[str, Any]:
+    """How a control network is heard on maps of a kind where nothing is said: scale, start, stop, rows of guidance."""
+    usual: dict[str, Any] = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
+    usual |= {**model.defaults.get("condition", {}), **record.defaults}
+    of_sketches = usual.pop("sketch_scale", usual["scale"])
+    return {**usual, "scale": of_sketches} if kind == "sketch" else usual
 
 
 def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> None:

@@ -59,6 +59,7 @@ class UsualCondition:
     """How a control network is heard."""
 
     scale: Annotated[float, _number("Strength.", 0)] = 1.0
+    sketch_scale: Annotated[float, _number("Strength of a sketch, where that is another.", 0)] = 1.0
     start: Annotated[float, _number("Share of the steps before it is heard.", 0, 1)] = 0.0
     stop: Annotated[float, _number("Share of the steps after which it is not.", 0, 1)] = 1.0
     rows: Annotated[str, Option("Predictions of guidance on which it acts.", "Usual", choices=ROWS)] = "both"

@@ -117,7 +117,10 @@ class ControlSettings:
             default_text="all",
         ),
     ] = None
-    scale: Annotated[float, Option("Conditioning scale of the control network.", HOW)] = 1.0
+    scale: Annotated[
+        float | None,
+        Option("Conditioning scale of the control network.", HOW, default_text="the network's own"),
+    ] = None
     rows: Annotated[
         str,
         Option("Rows of guidance on which maps act.", HOW, choices=ROWS, default_text="the network's own"),
@@ -154,7 +157,7 @@ def run(settings: ControlSettings) -> None:
     model = Backbone.open(settings.model, device=settings.device)
     gallery = Gallery(settings, model)
     cases = [make_case(scene) for scene in select_scenes(MANY if settings.scenes == "all" else FEW)]
-    rows = {FLOOR: gallery.draw(cases, "", 0.0)}
+    rows = {FLOOR: gallery.draw(cases, "", None)}
     rows |= {kind: gallery.draw(cases, kind, settings.scale) for kind in settings.kinds}
     rows |= {
         f"{settings.kinds[0]}, scale {scale:g}": gallery.draw(cases, settings.kinds[0], scale)
@@ -177,7 +180,8 @@ def run(settings: ControlSettings) -> None:
         table[f"{settings.kinds[0]} of another noun, scale {scale:g}"] = measure(others, images, judges, "")
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
-        "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance, "scale": settings.scale,
+        "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance,
+        "scale": {kind: gallery.scale_of(kind) for kind in settings.kinds},
         "sampler": own_sampler(model.defaults), "guided": own_guided(model.defaults),
         "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -228,9 +232,10 @@ def with_other_noun(case: Case) -> Case:
 
 
 class KindNetwork(NamedTuple):
-    """The network that reads a kind, what tells it from others on disk, and whether it acts on prompted rows alone."""
+    """The network that reads a kind, its scale, what tells it from others on disk, whether on prompted rows alone."""
 
     network: ControlNetwork
+    scale: float
     key: str
     prompted: bool
 
@@ -256,15 +261,22 @@ class Gallery:
         )
         key = content_hash(weights.encode())[:10] if weights else name.replace("/", "-")
         opened = self.opened[name]
-        rows = self.settings.rows or usual_condition(self.model, opened.record)["rows"]
-        return KindNetwork(opened.network, key if rows == "both" else f"{key}-{rows}", rows == "prompted")
+        usual = usual_condition(self.model, opened.record, kind)
+        rows = self.settings.rows or usual["rows"]
+        key = key if rows == "both" else f"{key}-{rows}"
+        return KindNetwork(opened.network, usual["scale"], key, rows == "prompted")
+
+    def scale_of(self, kind: str) -> float:
+        """The scale that maps of a kind have where the settings name none."""
+        return self.network(kind).scale if self.settings.scale is None else self.settings.scale
 
     def draw(
-        self, cases: Sequence[Case], kind: str, scale: float, *, stop: float = 1.0, noted: str = ""
+        self, cases: Sequence[Case], kind: str, scale: float | None, *, stop: float = 1.0, noted: str = ""
     ) -> list[Image.Image]:
         """A picture of each scene's caption under its map of a kind, or of several (`a+b`); of no kind without.
 
-        `noted` tells on disk what is asked for otherwise than by the scenes' own captions.
+        Without a `scale` each network has its own; `noted` tells on disk what is asked for otherwise than by the
+        scenes' own captions.
         """
         kinds = kind.split("+") if kind else []
         named = [
@@ -276,7 +288,7 @@ class Gallery:
         self,
         asked: Sequence[tuple[str, int, tuple[Image.Image, ...]]],
         kind: str,
-        scale: float,
+        scale: float | None,
         *,
         stop: float = 1.0,
         noted: str = "",
@@ -284,10 +296,13 @@ class Gallery:
         """A picture of each (prompt, key of its noise, a map of each kind)."""
         settings, model = self.settings, self.model
         found = [self.network(one) for one in (kind.split("+") if kind else [])]
+        if scale is not None:
+            found = [one._replace(scale=scale) for one in found]
+        scales = "+".join(dict.fromkeys(f"{one.scale:g}" for one in found)) or "0"
         which = "+".join(dict.fromkeys(one.key for one in found)) or "none"
         usual = model.defaults
         drawn_by = name_drawing(settings.steps, settings.guidance, own_sampler(usual), own_guided(usual))
-        how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scale:g}-{drawn_by}"
+        how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scales}-{drawn_by}"
         how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
         paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in asked]
         missing = [pair for pair in zip(asked, paths, strict=True) if not pair[1].exists()]
@@ -295,9 +310,7 @@ class Gallery:
             for first in range(0, len(missing), settings.batch):
                 some = missing[first : first + settings.batch]
                 for (prompt, key, drawn), path in some:
-                    save_png(
-                        path, self.draw_one(prompt, key, list(zip(found, drawn, strict=True)), scale, stop)
-                    )
+                    save_png(path, self.draw_one(prompt, key, list(zip(found, drawn, strict=True)), stop))
                     bar.advance(images=1)
         return [Image.open(path).convert("RGB") for path in paths]
 
@@ -307,7 +320,6 @@ class Gallery:
         prompt: str,
         key: int,
         maps: Sequence[tuple[KindNetwork, Image.Image]],
-        scale: float,
         stop: float,
     ) -> Image.Image:
         """One picture, from noise of its own key."""
@@ -316,7 +328,7 @@ class Gallery:
                 Control.of(
                     read.network,
                     as_hints(drawn).to(self.model.device),
-                    scale=scale,
+                    scale=read.scale,
                     stop=stop,
                     prompted=read.prompted,
                 )
@@ -622,6 +634,17 @@ def as_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
+def describe_scales(scales: Mapping[str, float]) -> str:
+    """`1`, or `1.25 (sketch), 1 (lines, edges)` where the scales of kinds differ."""
+    if len(set(scales.values())) == 1:
+        return f"{next(iter(scales.values())):g}"
+    of_one = {
+        scale: [kind for kind, its in scales.items() if its == scale]
+        for scale in dict.fromkeys(scales.values())
+    }
+    return ", ".join(f"{scale:g} ({', '.join(kinds)})" for scale, kinds in of_one.items())
+
+
 def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Image.Image]]) -> None:
     """A row for each scene: its true picture, then by every column's map what was drawn."""
     cells: list[list[Cell | Image.Image | None]] = []
@@ -668,7 +691,7 @@ def format_markdown(
     lines = [
         f"`{facts['model']}`, control network {facts['network']}: {facts['scenes']} posed scenes, {facts['steps']} "
         f"steps, guidance {facts['guidance']:g}{describe_guidance_interval(facts['guided'])}, "
-        f"scale {facts['scale']:g}, rows of guidance: {facts['condition_rows']}",
+        f"scale {describe_scales(facts['scale'])}, rows of guidance: {facts['condition_rows']}",
         "",
         f"| drawn by | {' | '.join(counts)} |",
         "|---" * (len(heads) + 1) + "|",

@@ -96,7 +96,10 @@ class SubjectSettings(ConceptSettings):
     )
     of_class: Annotated[bool, Option("Under maps of the class's glyph too.", DATA)] = False
     network: Annotated[str, Option("A control network.", MODEL, default_text="the model's own")] = ""
-    scale: Annotated[float, Option("Conditioning scale of the control network.", SAMPLING)] = 1.0
+    scale: Annotated[
+        float | None,
+        Option("Conditioning scale of the control network.", SAMPLING, default_text="the network's own"),
+    ] = None
     steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
     seed: Annotated[int, Option("Seed of training.", DATA)] = 0
@@ -181,7 +184,7 @@ def draw_columns(
     gallery = Gallery(asked, model)
     called = f"{learned.tokens[TOKEN]} {trial.noun}"
     said = [(case.scene.caption(name=called), case.scene.seed) for case in cases]
-    columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "", 0.0)}
+    columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "", None)}
     for name, (kind, some) in list_ways(trial, cases, settings).items():
         under = [(*one, (case.maps[kind],)) for one, case in zip(said, some, strict=True)]
         noted = "" if name == kind else trial.noun.replace(" ", "-")

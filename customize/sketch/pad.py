@@ -37,6 +37,7 @@ from backbone.models.control import (
     gather_controls,
     name_networks,
     open_control,
+    usual_condition,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
@@ -187,11 +188,6 @@ class SketchPad:
 def describe_pad(pad: SketchPad) -> dict[str, Any]:
     """What the page shows of a pad: size, settings, and all drawings, the last one last."""
     asked = pad.asked
-    usual: dict[str, Any] = {
-        "scale": 1.0,
-        **pad.model.defaults.get("condition", {}),
-        **pad.network.record.defaults,
-    }
     return {
         "model": pad.name,
         "concepts": [concept.folder.name for concept in pad.concepts],
@@ -201,7 +197,7 @@ def describe_pad(pad: SketchPad) -> dict[str, Any]:
         "prompt": asked.words,
         "negative": asked.negative,
         "seed": asked.seed,
-        "scale": usual["scale"],
+        "scale": usual_condition(pad.model, pad.network.record, KIND)["scale"],
         "count": asked.count,
         "most": MOST_IMAGES,
         "drawings": [describe_drawn(drawn) for drawn in pad.drawings],

@@ -49,7 +49,14 @@ from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_ten
 from recipes.moji.data.pictures import SCENES, SHARD, list_shards, load_captions
 from recipes.moji.training.carried import carry_over
 from recipes.moji.training.muon import Muon
-from recipes.moji.training.run import TRAINING, RecipeSettings, Training, make_readable, read_trained
+from recipes.moji.training.run import (
+    TRAINING,
+    RecipeSettings,
+    Training,
+    make_readable,
+    read_trained,
+    round_to_bfloat16,
+)
 
 HELD_OUT = 2000  # the last shard of usual scenes is never trained on
 CARRIED = 320  # pictures that a denoiser is carried over by
@@ -323,6 +330,7 @@ def export(
 ) -> None:
     """Writes an ordinary diffusers folder in fp16."""
     trained, header = read_trained(workdir / "denoiser.safetensors", averaged=averaged)
+    trained = round_to_bfloat16(trained)
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
     vae = AutoencoderKL.from_pretrained(workdir / "vae")
     unet, text_encoder = build_unet(vae.config.latent_channels), build_text_encoder(tokenizer)

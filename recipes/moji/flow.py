@@ -46,7 +46,7 @@ from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import CARRIED, WORKDIR, Latents, LatentSettings, LatentTraining
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
 from recipes.moji.training.carried import carry_over_transformer
-from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
+from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained, round_to_bfloat16
 from recipes.moji.training.teacher import Teacher
 
 TOKENS = 32  # of a prompt, begin and end included
@@ -168,7 +168,7 @@ def export(
     trained, header = read_trained(workdir / "flow.safetensors", averaged=averaged)
     channels = read_json(workdir / "vae" / "config.json")["latent_channels"]
     network, second = build_transformer(channels), build_second_encoder(load_tokenizer(EMBEDDED))
-    fill(list_trained_parameters(network, second), trained)
+    fill(list_trained_parameters(network, second), round_to_bfloat16(trained))
     write_pipeline(network, second, out, vae=workdir / "vae")
     write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")

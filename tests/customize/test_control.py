@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from backbone.io.console import UserError
 from backbone.io.files import write_json
-from backbone.models.control import RECORD
+from backbone.models.control import RECORD, find_control, usual_condition
 from backbone.models.model import Backbone
 from customize.cli import app
 from tests import tiny
@@ -31,7 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = place / "model" / "control" / "all"
     adapter(own / "t2i_adapter", 0)
     known = {"kinds": ["sketch", "labels"], "palette": {"sky": [160, 208, 248], "dog": [248, 0, 0]}}
-    write_json(own / RECORD, {**known, "base": model.fingerprint, "defaults": {"scale": 0.8}})
+    write_json(
+        own / RECORD, {**known, "base": model.fingerprint, "defaults": {"scale": 0.8, "sketch_scale": 0.9}}
+    )
     adapter(place / "run" / "t2i_adapter", 1)
     write_json(place / "run" / RECORD, {"kinds": ["edges"], "base": "another", "model": "sd15"})
     controlnet(model.denoiser, place / "controlnet", 2)
@@ -93,9 +95,10 @@ def test_the_model_s_own_network_is_taken_with_its_own_strength(place: Path, tmp
         done = invoked(place, *asked, "--out", tmp_path / name)
         assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "own" / "samples.json").read_text())
-    assert record["conditions"][0]["scale"] == 0.8 and record["conditions"][0]["network"].endswith(
-        "control/all"
-    )
+    (said,) = record["conditions"]
+    assert said["scale"] == 0.9 and said["network"].endswith("control/all")
+    model = Backbone.open(str(place / "model"), device="cpu", precision="fp32")
+    assert usual_condition(model, find_control(said["network"]).record, "labels")["scale"] == 0.8
     assert "conditions" not in json.loads((tmp_path / "plain" / "samples.json").read_text())
     own, off, plain = (pixels(tmp_path / name / "p00-s00.png") for name in ("own", "off", "plain"))
     assert np.array_equal(off, plain) and not np.array_equal(own, plain)

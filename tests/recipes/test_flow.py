@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from recipes.moji.flow import (
     load_tokenizer,
     write_pipeline,
 )
+from recipes.moji.training.run import round_to_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,11 @@ def test_every_trained_weight_is_stepped_once() -> None:
     assert len(inner) == len(set(inner))
     assert not any("norm" in name or "text_encoder" in name for name in inner)
     assert sum(value.numel() for value in network.parameters()) < 13e6
+
+
+def test_exported_weights_keep_the_bits_that_training_used_and_pack_smaller() -> None:
+    weights = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    rounded = round_to_bfloat16({"w": weights})["w"]
+    assert torch.equal(rounded.half().to(torch.bfloat16), weights.to(torch.bfloat16))
+    packed, before = (len(zlib.compress(some.half().numpy().tobytes())) for some in (rounded, weights))
+    assert packed < 0.9 * before

@@ -296,7 +296,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
             asked.steps or int(model.defaults["steps"]),
             float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
             asked.seed,
-            asked.condition_rows or usual_condition(model, opened.record)["rows"],
+            asked.condition_rows or usual_condition(model, opened.record, kind)["rows"],
             tuple(asked.sweep),
         )
         read = None if scorer is None else load_scorer(scorer)

@@ -369,6 +369,7 @@ class ExportSettings(WorkSettings):
 
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
     scale: Annotated[float, Option("The scale that works well.", OUTPUT)] = 1.0
+    sketch_scale: Annotated[float, Option("The scale that works well for sketches.", OUTPUT)] = 1.25
     stop: Annotated[float, Option("Share of the steps after which control ends.", OUTPUT)] = 1.0
     rows: Annotated[str, Option("Rows of guidance on which control acts.", OUTPUT, choices=ROWS)] = "prompted"
 
@@ -395,7 +396,10 @@ def export_network(settings: ExportSettings) -> None:
     write_half(folder / part / WEIGHTS, tensors)
     if (run / part / LORA_WEIGHTS).exists():
         write_half(folder / part / LORA_WEIGHTS, read_tensors(run / part / LORA_WEIGHTS)[0])
-    defaults = {"scale": settings.scale, "start": 0.0, "stop": settings.stop, "rows": settings.rows}
+    defaults = {
+        "scale": settings.scale, "sketch_scale": settings.sketch_scale, "start": 0.0, "stop": settings.stop,
+        "rows": settings.rows,
+    }  # fmt: skip
     write_json(folder / RECORD, {**record, "base": model.fingerprint, "defaults": defaults})
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     step = read_metadata(run / CHECKPOINT)["step"]

@@ -51,6 +51,14 @@ def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor]
     return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}, header
 
 
+def round_to_bfloat16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The eight bits of each weight that training multiplied with: in fp16 the others are noise, which packs badly.
+
+    A wheel's deflate makes a sixth less of such weights.
+    """
+    return {name: value.to(torch.bfloat16).to(value.dtype) for name, value in tensors.items()}
+
+
 @torch.no_grad()
 def fill(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
     """Copy trained weights into these, by name."""
