@@ -29,6 +29,7 @@ from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_lor
 from customize.formats.layers.names import split_component
 from customize.formats.metadata import read_run_concept
 from customize.formats.model_weights import WEIGHT_SUFFIX, ModelWeights
+from customize.formats.origin import say_other_noise
 from customize.formats.read import read_adapter
 
 # `0.8`, `runs/dog=0.8`, `runs/dog@0.8`: a strength in other programs' ways
@@ -338,9 +339,11 @@ def extract_lora(
 
     Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy. Of a model in half precision and
     one in fp32, what rounding alone has changed is no change.
+    That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
     """
-    tuned_weights, base_weights = ModelWeights(locate(tuned)), ModelWeights(locate(base))
+    places = locate(tuned), locate(base)
+    tuned_weights, base_weights = map(ModelWeights, places)
     shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
     misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
     lacking = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
@@ -349,6 +352,7 @@ def extract_lora(
         raise UserError(
             f"{tuned} and {base} are built differently ({what}). Give a model and the one it came from."
         )
+    say_other_noise(*places)
     for component in sorted(lacking):
         notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
     truncations: dict[str, Truncation] = {}

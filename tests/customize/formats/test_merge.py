@@ -17,7 +17,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.embeddings import add_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
-from backbone.io.files import list_files, read_json, read_tensors, write_tensors
+from backbone.io.files import list_files, read_json, read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
@@ -277,6 +277,25 @@ def test_what_half_precision_has_rounded_is_not_extracted(
 def test_the_same_model_twice_has_nothing_to_extract(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="differs"):
         extract_lora(str(tiny_folder), str(tiny_folder), rank=2)
+
+
+def test_models_that_predict_different_things_are_told_when_their_difference_is_extracted(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    record = other / "scheduler" / "scheduler_config.json"
+    before = read_json(record)
+
+    def told(**changes: object) -> str:
+        write_json(record, before | changes)
+        extract_lora(str(other), str(tiny_folder), rank=1)
+        return capsys.readouterr().err
+
+    assert "predict" not in told()
+    said = told(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert f"{other} predicts v and {tiny_folder} predicts ε: on {tiny_folder} as it is" in " ".join(
+        said.split()
+    )
 
 
 # Runs.

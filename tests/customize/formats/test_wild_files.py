@@ -1083,6 +1083,29 @@ def test_a_lora_whose_header_or_names_are_of_another_model_is_told_although_its_
         assert (said or "Its layers fit") in told if said else "Its layers fit" not in told
 
 
+def test_a_lora_of_a_model_that_predicts_something_else_is_told(
+    models: dict[str, Tiny], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = "lora_te_text_model_encoder_layers_1_self_attn_q_proj"
+    tensors = {f"{stem}.{end}": value for end, value in lora(torch.empty(16, 16))[0].items()}
+    for number, (header, told) in enumerate(
+        [
+            ({"modelspec.prediction_type": "v"}, True),
+            ({"ss_v_parameterization": "True"}, True),
+            ({"modelspec.prediction_type": "epsilon"}, False),
+        ]
+    ):
+        write_tensors(tmp_path / f"{number}.safetensors", tensors, header)
+        import_adapter(
+            tmp_path / f"{number}.safetensors",
+            tmp_path / str(number),
+            model=str(models["sd"].folder),
+            token_words="bcd",
+        )
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("was made for a model that predicts v, and" in said) is told
+
+
 # What diffusers loads ---------------------------------------------------------------------------------------
 
 
