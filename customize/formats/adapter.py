@@ -147,6 +147,11 @@ class AdapterFile:
         return f"unknown (its layers are called as {BASE_NAMES[named]}'s, but have another size)"
 
     @property
+    def relatives(self) -> list[str]:
+        """Models that are not supported and may have these layers."""
+        return find_relatives(self._named_family, self._transformer_shapes)
+
+    @property
     def _named_family(self) -> BaseFamily:
         said = family_from_metadata(self.metadata)
         if self.network not in (None, "unet", "clip"):

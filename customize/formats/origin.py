@@ -41,6 +41,11 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
             f"{file} numbers its text encoders (lora_te1_…), as LoRAs of Stable Diffusion XL, 3 and FLUX do, and "
             f"{model.location.name} has one. Its layers fit, but it may not do there what it learned."
         )
+    elif own and said is None and adapter.base == "other" and (relatives := adapter.relatives):
+        notify(
+            f"{file} seems to be of {' or '.join(relatives)}, by its layers, and {model.location.name} is "
+            f"{' or '.join(BASE_NAMES[one] for one in own)}. Its layers fit, but it may not do there what it learned."
+        )
     learned, predicted = _read_prediction(adapter.metadata), model.path.prediction_type
     # Headers of flows may say ε, which is their tool's default
     if learned is not None and predicted in ("epsilon", "v_prediction") and learned != predicted:

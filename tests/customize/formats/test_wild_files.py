@@ -331,6 +331,32 @@ def test_models_whose_layers_are_called_alike_are_told_apart_by_their_sizes(
             3072,
             "Ovis-Image",
         ),
+        # Parts of them: the last of both kinds, or all of one
+        (
+            [f"transformer.{kind}transformer_blocks.{n}.attn.to_q" for kind, n in (("", 9), ("single_", 19))],
+            3072,
+            "LongCat-Image",
+        ),
+        (
+            [f"transformer.{kind}transformer_blocks.{n}.attn.to_q" for kind, n in (("", 5), ("single_", 26))],
+            3072,
+            "Ovis-Image",
+        ),
+        (
+            [f"transformer.single_transformer_blocks.{n}.attn.to_q" for n in range(27)],
+            3072,
+            "FLUX or Ovis-Image",
+        ),
+        (
+            [f"transformer.transformer_blocks.{n}.attn.to_q" for n in range(10)],
+            3072,
+            "FLUX or LongCat-Image",
+        ),
+        (
+            [f"transformer.single_transformer_blocks.{n}.attn.to_q" for n in (7, 12, 16, 20)],
+            3072,
+            "FLUX or Chroma",
+        ),
         (["diffusion_model.layers.0.attention.out"], 2304, "Lumina 2"),
         (["transformer.layers.33.attention.to_q"], 4608, "Ideogram 4"),
         (["transformer.layers.29.attention.to_q"], 3840, "Z-Image"),
