@@ -254,7 +254,7 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
                 "Export the file again."
             )
         group[factor] = tensors[key]
-    if groups:
+    if groups or any(key.endswith(".diff") and tensors[key].any() for key in unknown):
         unknown = _take_differences(groups, unknown, tensors, path)
     if not unknown:
         return groups
@@ -289,9 +289,10 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
 def _take_differences(
     groups: dict[str, dict[str, Tensor]], unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path
 ) -> list[str]:
-    """Add the layers of which a file holds the whole ΔW beside others' factors, as factors; the keys that remain.
+    """Add the layers of which a file holds the whole ΔW, as factors; the keys that remain.
 
-    So ComfyUI's trainer and distilled LoRAs have it. Differences of biases and norms that are zero change nothing.
+    So ComfyUI's trainer and distilled LoRAs have it beside others' factors, and LyCORIS' full of all layers.
+    Differences of biases and norms that are zero change nothing.
     """
     remaining, idle = [], 0
     for key in unknown:

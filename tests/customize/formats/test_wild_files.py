@@ -505,6 +505,23 @@ def test_whole_differences_beside_factors_are_read_exactly_or_named(
         read_adapter(tmp_path / "b.safetensors")
 
 
+def test_whole_differences_alone_are_read_exactly(tmp_path: Path) -> None:
+    """As LyCORIS' full writes them where it trains no norms and no biases."""
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn{}_to_q"
+    changes = {stem.format(n): torch.randn(32, 32) for n in (1, 2)} | {
+        "lora_unet_conv_in": torch.randn(32, 4, 3, 3)
+    }
+    write_tensors(tmp_path / "a.safetensors", {f"{name}.diff": value for name, value in changes.items()})
+    found = read_adapter(tmp_path / "a.safetensors").layers
+    ours = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn{}.to_q"
+    assert set(found) == {ours.format(1), ours.format(2), "unet.conv_in"}
+    for n in (1, 2):
+        assert torch.equal(found[ours.format(n)].delta_weight(), changes[stem.format(n)])
+    write_tensors(tmp_path / "b.safetensors", {"lora_unet_conv_in.diff": torch.zeros(32, 4, 3, 3)})
+    with pytest.raises(UserError, match="holds no LoRA, LoHa or LoKr, but whole differences"):
+        read_adapter(tmp_path / "b.safetensors")
+
+
 def test_a_fused_layer_of_lumina_is_refused_as_lumina_s(tmp_path: Path) -> None:
     # Queries, and keys and values of a third as many heads
     stem, factors = "lora_unet_layers_0_attention_qkv", lora(torch.empty(3840, 2304))[0]
