@@ -179,7 +179,7 @@ def _find_code_points(start: bytes) -> str:
 
 def _unpack_text_profiles(image: Image.Image) -> None:
     """Add the EXIF block, XMP and colour profile that ImageMagick and exiftool write as text into a PNG."""
-    for name in [name for name in image.info if str(name).startswith("Raw profile type ")]:
+    for name in [str(name) for name in image.info if str(name).startswith("Raw profile type ")]:
         kind, text = name.removeprefix("Raw profile type ").lower(), image.info[name]
         try:
             data = bytes.fromhex("".join(str(text).split("\n")[3:]))

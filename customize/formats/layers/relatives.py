@@ -170,8 +170,9 @@ def _is_half_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether these layers, which may be FLUX.1's, are in just as many blocks of one kind as such a model has."""
     blocks, single_blocks, _ = _SHORTER.get(name, (0, 0, 0))
     pairs, single = _flux_blocks(shapes)
-    halves = ({*range(blocks)}, set()), (set(), {*range(single_blocks)})
-    return bool(blocks) and not _like_flux(shapes) and (pairs, single) in halves
+    if not blocks or _like_flux(shapes):
+        return False
+    return (not single and pairs == {*range(blocks)}) or (not pairs and single == {*range(single_blocks)})
 
 
 def _flux_blocks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[set[int], set[int]]:

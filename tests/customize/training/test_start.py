@@ -20,6 +20,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
 from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
@@ -436,5 +437,28 @@ def test_a_folder_s_name_says_the_class_in_the_plural_too(
     tiny: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, noun in (("my-dogs", "dog"), ("dog", "dog"), ("owls", "owl")):
-        assert guess(tiny, [], f"sets/{name}") == noun
+        assert guess(tiny, [], f"sets/{name}", "[V]") == noun
     assert "says that it shows an owl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "captions", "said"),
+    [
+        (["dog-1.png", "dog-2.png"], ["", ""], "names"),
+        (["1.png", "2.png"], ["a [V] dog in a car", "a car beside a [V] dog"], "captions"),
+        (["cat.png", "cat2.png"], ["a [V] dog, asleep", "photo of a dog"], "captions"),
+        (["1.png", "2.png"], ["a dog at sea", "the dog and a cat"], "captions"),
+    ],
+)
+def test_captions_and_files_that_name_the_class_count_before_a_guess(
+    tiny: Backbone, names: list[str], captions: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [ImageRecord(Path(name), caption) for name, caption in zip(names, captions, strict=True)]
+    assert guess(tiny, images, "pets", "[V]") == "dog"
+    assert f"The {said} of the images in pets say that it shows a dog." in capsys.readouterr().err
+
+
+def test_names_that_do_not_agree_on_a_class_name_none(tiny: Backbone) -> None:
+    images = [ImageRecord(Path(name)) for name in ("dog.png", "cat.png")]
+    with pytest.raises(UserError, match="--class dog"):
+        guess(tiny, images, "pets", "[V]")
