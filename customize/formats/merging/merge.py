@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
@@ -82,7 +82,8 @@ class RankReduction:
         share = self.outside / (self.total + self.outside or 1)
         lost = f" {share:.2%} of it is in biases, norms and embeddings, which no LoRA holds."
         return (
-            f"{self.layers} layers at {ranks} keep {self.energy_kept:.2%} of the energy "
+            f"{count_of(self.layers, 'layer')} at {ranks} {'keeps' if self.layers == 1 else 'keep'} "
+            f"{self.energy_kept:.2%} of the energy "
             f"(relative error {self.error:.2e}).{lost if share >= 0.0001 else ''}"
         )
 
@@ -163,10 +164,23 @@ def parse_strength(text: str) -> tuple[Path, float]:
     try:
         strength = float(number)
     except ValueError:
+        if path and (meant := as_strength(number)) and not os.path.lexists(text):
+            raise UserError(
+                f"“{text}” has a strength that is no number. Write it with a point: {path}:{meant}."
+            ) from None
         return Path(text), 1.0
     if not path or not math.isfinite(strength):
         raise UserError(f"“{text}” is no adapter with a strength. Write it like runs/dog:0.8.")
     return Path(path), strength
+
+
+def as_strength(text: str) -> str:
+    """A decimal comma, a percentage or a factor (0,8; 80%; 0.8x) as a strength is written; "" for anything else."""
+    match = re.fullmatch(r"([+-]?\d*[.,]?\d+)\s*(%|x|×)?", text.strip())
+    if match is None:
+        return ""
+    value = float(match[1].replace(",", "."))
+    return f"{value / 100 if match[2] == '%' else value:g}"
 
 
 def refuse_other_base(first: MergeInput, second: MergeInput) -> None:

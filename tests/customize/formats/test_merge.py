@@ -427,6 +427,10 @@ def test_a_strength_is_what_follows_the_last_colon(monkeypatch: pytest.MonkeyPat
     for text, meant in (("0.5", "runs/dog:0.5"), ("runs/a=.5", "runs/a:.5"), ("runs/a@-1", "runs/a:-1")):
         with pytest.raises(UserError, match=re.escape(f"A strength stands behind a colon: {meant}.")):
             parse_strength(text)
+    for text, meant in (("a:0,8", "a:0.8"), ("runs/a:80%", "runs/a:0.8"), ("a:1.5x", "a:1.5")):
+        with pytest.raises(UserError, match=re.escape(f"Write it with a point: {meant}.")):
+            parse_strength(text)
+    assert parse_strength("c:/a,5") == (Path("c:/a,5"), 1.0)
     monkeypatch.chdir(tmp_path)
     Path("a=5").mkdir()
     assert parse_strength("a=5") == (Path("a=5"), 1.0)  # a run may be called so
