@@ -182,6 +182,11 @@ def test_diffusers_own_call_trains_shows_and_says_one_word(
     assert (again.steps, again.learning_rate, again.images) == (4, 1e-5, str(moved))
     with pytest.raises(UserError, match="has taken 4 steps already"):
         resume_concept(run, {"steps": 4})
+    with pytest.raises(
+        UserError, match=r"all of its 4 steps, so --learning-rate has no effect\. Give --steps"
+    ):
+        resume_concept(run, {"learning_rate": 2e-5})
+    assert read_settings(run).learning_rate == 1e-5
 
 
 def test_the_run_is_called_after_what_was_said(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +372,11 @@ def test_an_empty_path_is_not_the_working_folder(
         ({"class_prompt": "a {0}"}, r"class prompt “a \{0\}” has"),
         ({"prior_prompts": ("a {noun}",)}, r"prior prompt “a \{noun\}” has"),
         ({"class_noun": "[V]"}, "The class \\[V\\] holds the token"),
+        (
+            {"class_noun": "dog", "token": "dog"},
+            "Give the subject another, as --token sks, beside --class dog",
+        ),
+        ({"class_noun": "sks dog", "token": "sks"}, "what kind of thing it is without it, as --class dog"),
     ],
 )
 def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refused(
