@@ -348,9 +348,12 @@ def mask_from_image(image: Image.Image) -> Image.Image:
         if not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError("a mask's values are 0 or more")
     else:
-        values, full = np.asarray(image.convert("RGBA").convert("RGB").convert("L"), dtype=np.float64), 255.0
+        drawn, full = image.convert("RGBA").convert("RGB"), 255.0
+        values = np.asarray(drawn.convert("L"), dtype=np.float64)
         labels = len(np.unique(values)) == 2 and values.min() == 0
-        if labels and image.mode == "P":
+        if values.max() and (
+            (labels and image.mode == "P") or _has_one_hue(np.asarray(drawn, dtype=np.float64))
+        ):
             values = values / values.max()
     scales = (1.0, 255.0, 65535.0 if image.mode == "F" else min(full, 65535.0))
     white = next((scale for scale in scales if values.max() <= scale), values.max())
@@ -358,6 +361,18 @@ def mask_from_image(image: Image.Image) -> Image.Image:
     if (opacity := _find_opacity(image)) is not None:
         values = values * np.asarray(opacity) / 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _has_one_hue(pixels: NDArray[np.float64]) -> bool:
+    """Whether an image [height, width, 3] is of black and one colour, soft edges and all, as quick masks are."""
+    import numpy as np
+
+    flat = pixels.reshape(-1, 3)
+    colour = flat[flat.sum(1).argmax()]
+    if np.ptp(colour) <= COLOURED:
+        return False
+    share = flat @ colour / (colour @ colour)
+    return bool((np.abs(flat - share[:, None] * colour).max(1) <= COLOURED).mean() > 0.99)
 
 
 def _is_photograph(image: Image.Image) -> bool:

@@ -938,6 +938,9 @@ def painted(encoding: str) -> Image.Image:
             return Image.fromarray(inside.astype(np.float32))
         case "RGB":
             return Image.fromarray(white).convert("RGB")
+        case "red" | "blue" | "dark green":
+            colour = {"red": (255, 0, 0), "blue": (0, 0, 255), "dark green": (0, 120, 30)}[encoding]
+            return Image.fromarray(inside[..., None] * np.array(colour, np.uint8))
     image = Image.fromarray(inside.astype(np.uint8)).convert("P")
     image.putdata(inside.astype(np.uint8).ravel().tolist())
     image.putpalette([0, 0, 0, *{"white palette": (255, 255, 255), "red palette": (128, 0, 0)}[encoding]])
@@ -952,6 +955,7 @@ ENCODINGS = (
         "16 bits of 0 and 1",
         "float",
         "RGB",
+        *("red", "blue", "dark green"),
         "white palette",
         "red palette",
     ),
@@ -981,6 +985,8 @@ def test_a_photograph_is_no_mask_and_a_soft_or_coloured_stroke_is_one(tmp_path: 
     stroke = Image.composite(colour, ground, Image.radial_gradient("L"))
     for number, soft in enumerate((ramp, stroke)):
         assert np.asarray(open_mask(write(tmp_path / f"{number}.png", soft))).max() > 127
+        if soft is stroke:
+            assert np.asarray(open_mask(tmp_path / f"{number}.png")).max() == 255
         soft.save(tmp_path / "soft.jpg", quality=60)
         assert np.asarray(open_mask(tmp_path / "soft.jpg")).max() > 127
 
