@@ -57,6 +57,8 @@ _TRANSFORMERS_BY_WIDTH: dict[int, dict[BaseFamily, int]] = {
     6144: {"flux2": 8, "krea2": 28},
 }
 _BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
+# In metadata: the DoRA scales are ComfyUI's, rescaled for one base model
+FOR_COMFYUI = "limner_dora_scales"
 # What kohya's and ModelSpec's version strings contain, as an expression; the first match counts.
 _FAMILY_BY_VERSION: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),

@@ -35,13 +35,14 @@ from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
-from customize.formats.adapter import family_from_metadata
+from customize.formats.adapter import AdapterFile, family_from_metadata
 from customize.formats.convert import export_adapter, fit_to_model, import_adapter, inspect_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.merging.merge import read_input
-from customize.formats.model_weights import ModelWeights
+from customize.formats.model_weights import LayerWeights, ModelWeights
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
+from tests.customize.adapters import random_layer
 from tests.tiny import (
     tiny_chroma,
     tiny_flux,
@@ -898,6 +899,33 @@ def test_matrices_that_are_stored_as_kernels_of_one_place_are_read_as_matrices(t
     write_tensors(tmp_path / "a.safetensors", as_kernels)
     (layer,) = read_adapter(tmp_path / "a.safetensors").layers.values()
     torch.testing.assert_close(layer.delta_weight(), change)
+
+
+def test_a_dora_in_comfyui_s_format_comes_back_as_it_was_with_its_base_alone(
+    models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    """ComfyUI divides by ‖W‖ where the definition divides by ‖W + ΔW‖, so its scales are of one base."""
+    model, file = models["sd"], tmp_path / "dora.safetensors"
+    names = [name for name in model.weights if name.endswith(("attn1.to_q", "conv1"))]
+    random = torch.Generator().manual_seed(0)
+    layers = {
+        f"unet.{name}": random_layer(model.denoiser.get_submodule(name), 2, 1.0, random, dora=True)
+        for name in names
+    }
+    weights = LayerWeights(model.stored)
+    write_adapter(
+        file, AdapterFile(layers, {"modelspec.trigger_phrase": "bcd"}), "comfyui", base="sd1", weights=weights,
+        metadata={"modelspec.trigger_phrase": "bcd"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"written for ComfyUI.*customize import .* --model MODEL --out RUN"):
+        read_adapter(file)
+    assert "dora" in inspect_adapter(file)["algorithms"]
+    import_adapter(file, tmp_path / "run", model=str(model.folder))
+    found = read_adapter(tmp_path / "run").layers
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        weight = weights[name]
+        torch.testing.assert_close(found[name].merge_into(weight), layer.merge_into(weight))
 
 
 @pytest.mark.parametrize("kind", ["dora over inputs", "dora of a loha over inputs"])
