@@ -117,7 +117,7 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
             **{
                 f"{name}/{key}": value
                 for name, layer in part.adapter.layers.items()
-                for key, value in layer.factors.items()
+                for key, value in _values_of(layer).items()
             },
             **part.weight_deltas,
             **part.words,
@@ -129,6 +129,12 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
         and held[0].keys() == held[1].keys()
         and all(torch.equal(held[0][key], held[1][key]) for key in held[0])
     )
+
+
+def _values_of(layer: LayerUpdate) -> dict[str, Tensor]:
+    """All that a layer's update is made of, by name."""
+    magnitude = {} if layer.magnitude is None else {"magnitude": layer.magnitude}
+    return {**layer.factors, **magnitude, "scale": torch.tensor(layer.scale)}
 
 
 def read_input(path: Path, strength: float = 1.0) -> MergeInput:

@@ -344,6 +344,11 @@ def test_an_adapter_that_is_merged_with_itself_is_told(run: Make, capsys: pytest
     assert not capsys.readouterr().err
     read_inputs([str(first), str(copy)])
     assert "hold the same weights: their strengths add up" in capsys.readouterr().err
+    adapter = read_adapter(first)
+    layers = {name: replace(layer, alpha=2 * layer.alpha) for name, layer in adapter.layers.items()}
+    write_adapter(first.parent / "stronger.safetensors", AdapterFile(layers), "peft")
+    read_inputs([str(first), str(first.parent / "stronger.safetensors")])
+    assert not capsys.readouterr().err
 
 
 def test_adapters_of_other_widths_are_not_merged(run: Make, tmp_path: Path) -> None:
