@@ -282,13 +282,13 @@ def _import_run(
             f"it is: customize clip --image PICTURE --model svd --lora {quote(file)}"
         )
     check_folder(out, [file])
-    model_name = model or adapter.metadata.get("base_model")
+    metadata = build_metadata(adapter, source=file, title=out.stem)
+    model_name = model or metadata.get("base_model")
     if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
-    metadata = build_metadata(adapter, source=file, title=out.stem)
     spoken: dict[str, str] = {}
     if named.words or not bundled:
-        spoken = {named.token: _trigger_words(file, adapter, named.words)}
+        spoken = {named.token: _trigger_words(file, metadata, named.words)}
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
@@ -307,7 +307,7 @@ def _import_run(
         model=model_name,
         fingerprint=opened.fingerprint,
         tokens=spoken | learned,
-        class_noun=named.class_noun or adapter.metadata.get("limner_class", ""),
+        class_noun=named.class_noun or metadata.get("limner_class", ""),
         words=EMBEDDINGS_FILE if vectors else "",
         folder=out,
     )
@@ -331,10 +331,10 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
     return {token: next(iter(words.values()))}
 
 
-def _trigger_words(file: Path, adapter: AdapterFile, said: str | None) -> str:
-    """What was `said`, else what the file's metadata says to write in a prompt; `UserError` where that is no text."""
+def _trigger_words(file: Path, metadata: Mapping[str, str], said: str | None) -> str:
+    """What was `said`, else what the metadata says to write in a prompt; `UserError` where that is no text."""
     keys = ("limner_words", "modelspec.trigger_phrase")
-    told = [said or "", *(adapter.metadata.get(key, "") for key in keys)]
+    told = [said or "", *(metadata.get(key, "") for key in keys)]
     words = next((one for one in (" ".join(text.split()) for text in told) if one), "")
     if CONTROL.search(words):
         raise UserError(
