@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_merged_loras_predict_what_they_predict_beside_the_weights(tiny: Backbon
 def test_merged_weights_are_those_that_diffusers_fuses(tiny: Backbone) -> None:
     """diffusers' `fuse_lora` calls peft's `merge` of each layer."""
     learned(tiny)
-    layers = [layer for layer in tiny.denoiser.modules() if isinstance(layer, LoraLayer)]
+    layers: list[Any] = [layer for layer in tiny.denoiser.modules() if isinstance(layer, LoraLayer)]
     with merged_loras(tiny.denoiser):
         ours = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     for layer, weight in zip(layers, ours, strict=True):
