@@ -146,6 +146,10 @@ def why_no_run(folder: Path) -> str:
     if is_run(folder):
         missing = f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing)"
         return f"{missing}. Go on with it: --resume {quote(folder)}"
+    inner = sorted(str(file.parent) for file in folder.glob(f"*/{CONCEPT_FILE}"))
+    if inner:
+        shown = ", ".join(inner[:4]) + (f" and {len(inner) - 4} more" if len(inner) > 4 else "")
+        return f"{folder} holds no concept itself, but runs: {shown}. Name one of these."
     return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 

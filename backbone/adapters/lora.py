@@ -38,7 +38,7 @@ from backbone.adapters.config import (
     read_adapter_configs,
 )
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_header, read_tensors, write_tensors
 from backbone.io.run_folder import LORA_WEIGHTS as LORA_WEIGHTS
 
@@ -246,7 +246,15 @@ def load_factors(
     scale: float = 1.0,
     text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Load an adapter that has been read: tensors by their names in the file `path`, settings by component."""
+    """Load an adapter that has been read: tensors by their names in the file `path`, settings by component.
+
+    A DoRA's scales are left as they are, as peft and diffusers do, and it is said.
+    """
+    if scale != 1 and any(config.adapter_type == "dora" for config in configs.values()):
+        notify_once(
+            f"{path} is a DoRA: a strength of {scale:g} scales its direction, and its magnitudes stay as they are, as "
+            "in diffusers. Towards the base, as in ComfyUI, it goes in a whole model: customize merge --bake."
+        )
     parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     foreign = next((key for key in tensors if not key.startswith(tuple(parts))), None)
     if foreign is not None:

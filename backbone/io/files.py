@@ -166,12 +166,15 @@ def read_header(path: str | Path) -> Header:
         _raise_unreadable(path, error)
 
 
-COMPILED = re.compile(r"(?:^|(?<=[._]))_orig_mod(?:\\?\.|_)")
+# What torch.compile, FSDP and activation checkpointing put into names
+WRAPPERS = re.compile(
+    r"(?:^|(?<=[._]))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\\?\.|_)"
+)
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor or layer, or a pattern of names, without what `torch.compile` puts into it."""
-    return COMPILED.sub("", name)
+    """The name of a tensor or layer, or a pattern of names, without what wrappers of modules put into it."""
+    return WRAPPERS.sub("", name)
 
 
 def _by_plain_name(file: Any, path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, is_out_of_memory
-from backbone.io.files import COMPILED, Header, read_header, read_json
+from backbone.io.files import WRAPPERS, Header, read_header, read_json
 
 INDEX = ".safetensors.index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
@@ -149,10 +149,12 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
 
 def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:
     """The network, unless some of its weights were not in its files, and are random."""
-    if any(COMPILED.search(str(key)) for key in found.get("unexpected_keys", ())):
+    wrapped = filter(None, (WRAPPERS.search(str(key)) for key in found.get("unexpected_keys", ())))
+    if mark := next((match[0] for match in wrapped), ""):
+        tool, remedy = ("torch.compile", ", network._orig_mod") if "_orig" in mark else ("its training", "")
         raise UserError(
-            f"The {part} of {name} was saved as torch.compile wraps it (_orig_mod. in its names). Save the network "
-            "itself, network._orig_mod."
+            f"The {part} of {name} was saved as {tool} wraps it ({mark} in its names). Save the network "
+            f"itself{remedy}."
         )
     missing = sorted({str(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ()))})
     if missing:

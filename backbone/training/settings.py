@@ -376,13 +376,18 @@ def refuse_gone(run: Path, settings: Any) -> None:
 def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:
     """The settings of a run that is resumed with those of `anew` in place of its own, and the steps it has taken.
 
-    Raises `UserError` for a new number of steps that is not above those.
+    Raises `UserError` for a new number of steps that is not above those, and for a rate of a run that takes none more.
     """
     settings = replace(own, **(anew or {}))
     refuse_gone(run, settings)
     done = read_steps_taken(run)
     if anew and "steps" in anew and settings.steps <= done:
         raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
+    if anew and "learning_rate" in anew and settings.steps <= done:
+        raise UserError(
+            f"{run} has taken all of its {done} steps, so --learning-rate has no effect. Give --steps more than that "
+            "too."
+        )
     return settings, done
 
 

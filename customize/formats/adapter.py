@@ -57,6 +57,8 @@ _TRANSFORMERS_BY_WIDTH: dict[int, dict[BaseFamily, int]] = {
     6144: {"flux2": 8, "krea2": 28},
 }
 _BLOCK = re.compile(r"(?:^| )transformer_blocks\.(\d+)\.")
+# In metadata: the DoRA scales are ComfyUI's, rescaled for one base model
+FOR_COMFYUI = "limner_dora_scales"
 # What kohya's and ModelSpec's version strings contain, as an expression; the first match counts.
 _FAMILY_BY_VERSION: tuple[tuple[str, BaseFamily], ...] = (
     ("sdxl", "sdxl"),
@@ -145,6 +147,11 @@ class AdapterFile:
         if models:
             return " or ".join(models)
         return f"unknown (its layers are called as {BASE_NAMES[named]}'s, but have another size)"
+
+    @property
+    def relatives(self) -> list[str]:
+        """Models that are not supported and may have these layers."""
+        return find_relatives(self._named_family, self._transformer_shapes)
 
     @property
     def _named_family(self) -> BaseFamily:

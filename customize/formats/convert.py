@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from backbone.adapters.concept import EDITS, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
@@ -19,7 +20,7 @@ from backbone.io.files import PICKLE_SUFFIXES, atomic_write
 from backbone.io.prompts import CONTROL
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
-from customize.formats.adapter import BASE_NAMES, PIPELINES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.adapter import BASE_NAMES, FOR_COMFYUI, PIPELINES, AdapterFile, BaseFamily, FileFormat
 from customize.formats.bundles import BUNDLED, fit_bundle, holds_words_alone, read_bundle
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, describe_import, read_run_concept
@@ -31,7 +32,7 @@ from customize.formats.model_weights import (
     refuse_mismatch,
 )
 from customize.formats.origin import say_other_origin
-from customize.formats.read import find_adapter_file, read_adapter
+from customize.formats.read import find_adapter_file, read_adapter, read_any_adapter
 from customize.formats.words import (
     WordFile,
     export_beside,
@@ -236,8 +237,9 @@ def import_adapter(
         return import_words(
             file, out, model=model, token=token or word.token, class_noun=class_noun, words=word
         )
-    adapter = read_adapter(file, beside=BUNDLED)
-    if out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+    to_run = out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES)
+    adapter = (read_any_adapter if to_run else read_adapter)(file, beside=BUNDLED)
+    if to_run:
         named = _Named(token or "[V]", token_words, class_noun)
         return _import_run(file, adapter, bundled, out, model=model, named=named)
     if bundled:
@@ -280,18 +282,20 @@ def _import_run(
             f"it is: customize clip --image PICTURE --model svd --lora {quote(file)}"
         )
     check_folder(out, [file])
-    model_name = model or adapter.metadata.get("base_model")
+    metadata = build_metadata(adapter, source=file, title=out.stem)
+    model_name = model or metadata.get("base_model")
     if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
-    metadata = build_metadata(adapter, source=file, title=out.stem)
     spoken: dict[str, str] = {}
     if named.words or not bundled:
-        spoken = {named.token: _trigger_words(file, adapter, named.words)}
+        spoken = {named.token: _trigger_words(file, metadata, named.words)}
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
     refuse_mismatch(layers, weights.shapes, str(file), model_name)
     say_other_origin(file, adapter, opened)
+    if FOR_COMFYUI in adapter.metadata:
+        adapter = restore_magnitudes(adapter, LayerWeights(weights))
     adapter = fit_to_model(adapter, weights.shapes, file)
     for name in spoken:
         check_token(name, opened.text_encoder.tokenizer.get_vocab())
@@ -303,7 +307,7 @@ def _import_run(
         model=model_name,
         fingerprint=opened.fingerprint,
         tokens=spoken | learned,
-        class_noun=named.class_noun or adapter.metadata.get("limner_class", ""),
+        class_noun=named.class_noun or metadata.get("limner_class", ""),
         words=EMBEDDINGS_FILE if vectors else "",
         folder=out,
     )
@@ -327,10 +331,10 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
     return {token: next(iter(words.values()))}
 
 
-def _trigger_words(file: Path, adapter: AdapterFile, said: str | None) -> str:
-    """What was `said`, else what the file's metadata says to write in a prompt; `UserError` where that is no text."""
+def _trigger_words(file: Path, metadata: Mapping[str, str], said: str | None) -> str:
+    """What was `said`, else what the metadata says to write in a prompt; `UserError` where that is no text."""
     keys = ("limner_words", "modelspec.trigger_phrase")
-    told = [said or "", *(adapter.metadata.get(key, "") for key in keys)]
+    told = [said or "", *(metadata.get(key, "") for key in keys)]
     words = next((one for one in (" ".join(text.split()) for text in told) if one), "")
     if CONTROL.search(words):
         raise UserError(
@@ -370,6 +374,18 @@ def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata:
     return name
 
 
+def restore_magnitudes(adapter: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
+    """A DoRA that was written in ComfyUI's format, with the magnitudes that it had, by its base's weights by layer."""
+    layers = {
+        name: replace(layer, magnitude=layer.magnitude.float() * layer.growth(weights[name]))
+        if layer.magnitude is not None and layer.magnitude.ndim == 1
+        else layer
+        for name, layer in adapter.layers.items()
+    }
+    metadata = {key: value for key, value in adapter.metadata.items() if key != FOR_COMFYUI}
+    return replace(adapter, layers=layers, metadata=metadata)
+
+
 def fit_to_model(adapter: AdapterFile, shapes: Mapping[str, tuple[int, ...]], file: Path) -> AdapterFile:
     """The adapter in a form that a run holds on a model of these tensors: factors shaped as its layers, one algorithm.
 
@@ -405,7 +421,7 @@ def fit_to_model(adapter: AdapterFile, shapes: Mapping[str, tuple[int, ...]], fi
 def inspect_adapter(source: Path) -> dict[str, Any]:
     """Format, algorithms, base, ranks, α, layers, dtypes, ‖ΔW‖ and metadata of an adapter."""
     path = find_adapter_file(source)
-    adapter = read_adapter(path)
+    adapter = read_any_adapter(path)
     energies = {name: layer.squared_norm() for name, layer in adapter.layers.items()}
     counts = count_components(adapter.layers)
     by_component = {

@@ -18,7 +18,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.io.console import count_of
 from backbone.io.files import read_json, write_text
 from backbone.io.records import RunRecord
-from customize.formats.adapter import AdapterFile, BaseFamily
+from customize.formats.adapter import FOR_COMFYUI, AdapterFile, BaseFamily
 
 KEPT_PREFIXES = ("ss_", "modelspec.", "limner_", "base_model")
 KOHYA_VERSIONS: dict[BaseFamily, str] = {
@@ -67,6 +67,7 @@ def build_metadata(
     base = base or adapter.base
     kept = {key: value for key, value in adapter.metadata.items() if key.startswith(KEPT_PREFIXES)}
     kept.pop("modelspec.hash_sha256", None)
+    kept.pop(FOR_COMFYUI, None)  # said anew where it is so
     concept = read_run_concept(source) if source is not None else None
     entries = {
         **kept,

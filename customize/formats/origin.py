@@ -1,10 +1,15 @@
-"""What is odd about an adapter although its layers fit a model: said, since tools put it on without a word."""
+"""What is odd about an adapter or two models although their layers fit: said, since tools put it on without a word."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from backbone.io.console import notify
+from backbone.diffusion.noise import PredictionType
+from backbone.families.base import NoisePath
+from backbone.families.location import Location
+from backbone.families.registry import families
+from backbone.io.console import UserError, notify
 from backbone.models.model import Backbone
 from customize.formats.adapter import (
     BASE_NAMES,
@@ -16,12 +21,14 @@ from customize.formats.adapter import (
     family_from_metadata,
 )
 
+PREDICTED = {"epsilon": "ε", "sample": "x0", "v_prediction": "v", "flow": "u", "score": "a score"}
+
 
 def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
     """Say so where an adapter's header names another family than a model's, or its names another number of encoders.
 
     Layers of several families are called alike and equally wide: the text encoder of Stable Diffusion 1.x and XL,
-    FLUX.1's blocks and Chroma's.
+    FLUX.1's blocks and Chroma's. So it is of one that learned for a model that predicts something else.
     """
     said, own = family_from_metadata(adapter.metadata), _possible_families(model)
     if said is not None and own and said not in own:
@@ -34,6 +41,58 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
             f"{file} numbers its text encoders (lora_te1_…), as LoRAs of Stable Diffusion XL, 3 and FLUX do, and "
             f"{model.location.name} has one. Its layers fit, but it may not do there what it learned."
         )
+    elif own and said is None and adapter.base == "other" and (relatives := adapter.relatives):
+        notify(
+            f"{file} seems to be of {' or '.join(relatives)}, by its layers, and {model.location.name} is "
+            f"{' or '.join(BASE_NAMES[one] for one in own)}. Its layers fit, but it may not do there what it learned."
+        )
+    learned, predicted = _read_prediction(adapter.metadata), model.path.prediction_type
+    # Headers of flows may say ε, which is their tool's default
+    if learned is not None and predicted in ("epsilon", "v_prediction") and learned != predicted:
+        notify(
+            f"{file} says that it was made for a model that predicts {PREDICTED[learned]}, and {model.location.name} "
+            f"predicts {PREDICTED[predicted]}. Its layers fit, but it may draw noise there. Give the --model it is for."
+        )
+
+
+def say_other_noise(tuned: Location, base: Location) -> None:
+    """Say so where two models of equal layers predict different things, or one alone learned from noise without signal.
+
+    Their difference teaches the base's network the other kind, and draws noise with the base's own scheduler.
+    """
+    paths = _path_of(tuned), _path_of(base)
+    if paths[0] is None or paths[1] is None:
+        return
+    first, second = (path.prediction_type for path in paths if path is not None)
+    ends = [float(path.levels.a[-1]) == 0 for path in paths if path is not None]
+    if first != second:
+        notify(
+            f"{tuned.name} predicts {PREDICTED[first]} and {base.name} predicts {PREDICTED[second]}: on {base.name} as "
+            f"it is, the LoRA draws noise. Draw with it under the scheduler of {tuned.name}, or give its own base."
+        )
+    elif ends[0] != ends[1]:
+        notify(
+            f"Of {tuned.name} and {base.name}, {(tuned if ends[0] else base).name} alone learned from noise without "
+            f"signal (rescale_betas_zero_snr). Draw with the LoRA under the scheduler of {tuned.name}."
+        )
+
+
+def _path_of(location: Location) -> NoisePath | None:
+    """A model's noise path; None where it is of no family that is known, or its scheduler says nothing."""
+    pipeline = str(location.index.get("_class_name", ""))
+    family = next((one for one in families() if pipeline in one.pipeline_classes), None)
+    try:
+        return family.path(location) if family is not None else None
+    except UserError:
+        return None
+
+
+def _read_prediction(metadata: Mapping[str, str]) -> PredictionType | None:
+    """What an adapter's header says that its model predicts; None where it says nothing that is understood."""
+    said = metadata.get("modelspec.prediction_type", "").lower()
+    if said.startswith("v") or metadata.get("ss_v_parameterization", "").lower() == "true":
+        return "v_prediction"
+    return "epsilon" if said.startswith("eps") else None
 
 
 def _possible_families(model: Backbone) -> tuple[BaseFamily, ...]:

@@ -39,9 +39,9 @@ from backbone.adapters.config import (
     read_peft_config,
 )
 from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS
-from backbone.io.console import UserError, count_of, notify, notify_once
+from backbone.io.console import UserError, count_of, notify, notify_once, quote
 from backbone.io.files import read_tensors
-from customize.formats.adapter import AdapterFile
+from customize.formats.adapter import FOR_COMFYUI, AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
 from customize.formats.layers.names import add_text_model, split_component
 from customize.formats.layers.split import split_layer
@@ -147,8 +147,20 @@ def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
 
     It is said of one that changes nothing. Tensors whose names begin with `beside`, where it is given, are the caller's
     to read. Raises `UserError` where there is no adapter, where a layer lacks factors or is of no supported model, for
-    values that are not finite, and for tensors that belong to no known format.
+    values that are not finite, for tensors that belong to no known format, and for a DoRA in ComfyUI's format, whose
+    scales hold on its base alone.
     """
+    adapter = read_any_adapter(path, beside=beside)
+    if FOR_COMFYUI in adapter.metadata:
+        raise UserError(
+            f"{path} was written for ComfyUI, and its DoRA scales hold on its base alone. Make a run of it on that "
+            f"model first: customize import {quote(path)} --model MODEL --out RUN"
+        )
+    return adapter
+
+
+def read_any_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
+    """`read_adapter` of a DoRA in ComfyUI's format too; its metadata hold `FOR_COMFYUI` then."""
     path = find_adapter_file(path)
     adapter = parse_adapter(path, beside=beside)
     if not any(layer.magnitude is not None or layer.squared_norm() for layer in adapter.layers.values()):
@@ -254,7 +266,7 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
                 "Export the file again."
             )
         group[factor] = tensors[key]
-    if groups:
+    if groups or any(key.endswith(".diff") and tensors[key].any() for key in unknown):
         unknown = _take_differences(groups, unknown, tensors, path)
     if not unknown:
         return groups
@@ -289,9 +301,10 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
 def _take_differences(
     groups: dict[str, dict[str, Tensor]], unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path
 ) -> list[str]:
-    """Add the layers of which a file holds the whole ΔW beside others' factors, as factors; the keys that remain.
+    """Add the layers of which a file holds the whole ΔW, as factors; the keys that remain.
 
-    So ComfyUI's trainer and distilled LoRAs have it. Differences of biases and norms that are zero change nothing.
+    So ComfyUI's trainer and distilled LoRAs have it beside others' factors, and LyCORIS' full of all layers.
+    Differences of biases and norms that are zero change nothing.
     """
     remaining, idle = [], 0
     for key in unknown:

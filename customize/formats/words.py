@@ -309,7 +309,7 @@ def export_words(
         write_tensors(path, name_for_tool(token, rows, file_format), {**kept, "token": token})
     said = ", ".join(f"{path} for {token}" for token, path in paths.items())
     tool = "Write a file's name in prompts there." if file_format != "diffusers" else ""
-    return f"In {file_format}'s format: {said}. {tool}".rstrip()
+    return f"In {file_format}'{'s' * (file_format[-1] != 's')} format: {said}. {tool}".rstrip()
 
 
 def name_for_tool(token: str, vectors: Encoders, file_format: FileFormat) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, write_tensors
 from backbone.io.run_folder import fill_new_folder, refuse_new_file, refuse_new_folder
-from customize.formats.adapter import BASE_NAMES, AdapterFile, BaseFamily, FileFormat
-from customize.formats.factors import LayerUpdate, row_norms
+from customize.formats.adapter import BASE_NAMES, FOR_COMFYUI, AdapterFile, BaseFamily, FileFormat
+from customize.formats.factors import LayerUpdate
 from customize.formats.layers.names import (
     COMPONENTS,
     add_text_model,
@@ -272,6 +272,7 @@ def _to_kohya(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """kohya's keys, or ComfyUI's, which has dots and unfused layers for transformers."""
     tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     original, two_encoders = file_format == "kohya" and base == "sdxl", base in ("sdxl", "sd3", "flux")
     layers = adapter.layers if file_format == "comfyui" else _fuse_layers(adapter.layers, base)
     for name, layer in layers.items():
@@ -295,16 +296,12 @@ def _to_kohya(
                         f"DoRA in ComfyUI's format depends on the base weights, and those of {name} are not at hand. "
                         "Give the --model that it was trained on."
                     )
-                weight = weights[name]
-                scale = (
-                    scale
-                    * row_norms(weight)
-                    / row_norms(weight.float() + layer.delta_weight().reshape(weight.shape))
-                )
+                scale = scale / layer.growth(weights[name])
+                metadata[FOR_COMFYUI] = "comfyui"
             trailing = layer.factors["up"].ndim - 1 if layer.algorithm == "lora" else 1
             shape = (1, -1, *[1] * (trailing - 1)) if over_inputs else (-1, *[1] * trailing)
             tensors[f"{stem}.dora_scale"] = scale.reshape(shape)
-    return tensors, {}
+    return tensors, metadata
 
 
 def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[str, LayerUpdate]:

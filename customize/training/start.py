@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backbone.adapters.concept import mentions
+from backbone.adapters.concept import mentions, word_pattern
 from backbone.cli.options import fields_of, find_unmet, refuse_idle, require_packages
 from backbone.io.console import UserError, notify, progress, quote
 from backbone.io.files import read_json
@@ -248,6 +248,11 @@ def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
     )
 
 
+def _without(subject: Subject) -> str:
+    """A subject's class without its token; “dog” where nothing else is left."""
+    return " ".join(re.sub(word_pattern(subject.token), " ", subject.class_noun).split()) or "dog"
+
+
 def refuse_prompts(subjects: Sequence[Subject], rest: Mapping[str, Any]) -> None:
     """`UserError` for an instance prompt without the token, or a class prompt with one: nothing would be learned.
 
@@ -256,8 +261,12 @@ def refuse_prompts(subjects: Sequence[Subject], rest: Mapping[str, Any]) -> None
     first = subjects[0]
     if first.class_noun and mentions(first.class_noun, first.token):
         raise UserError(
-            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. Say what kind "
-            "of thing it is: --class dog."
+            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. "
+            + (
+                f"Give the subject another, as --token sks, beside --class {quote(first.class_noun)}."
+                if first.class_noun.lower() == first.token.lower()
+                else f"Say what kind of thing it is without it, as --class {quote(_without(first))}."
+            )
         )
     for one in subjects:
         if one.class_noun and mentions(one.token_words, one.class_noun):

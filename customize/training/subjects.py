@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backbone.adapters.concept import (
@@ -30,6 +30,7 @@ from customize.data.captions import (
 from customize.data.dataset import SubjectGroup
 from customize.settings import OWN_WORDS, Settings, Subject
 
+SURE = 0.9  # probability of a guess from which it is not said to be unsure
 LOOKED_AT = 64  # images at most, from which a class is guessed
 
 
@@ -38,7 +39,9 @@ def name_classes(
 ) -> list[Subject]:
     """The subjects, each with its class noun: its own, or a guess."""
     return [
-        dataclasses.replace(subject, class_noun=subject.class_noun or guess(model, folder, subject.images))
+        dataclasses.replace(
+            subject, class_noun=subject.class_noun or guess(model, folder, subject.images, subject.token)
+        )
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
 
@@ -126,22 +129,20 @@ def group_of(
     )
 
 
-def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
-    """The class of the subject, which is printed: its folder's name if that is a noun, else the scorer's guess.
+def guess(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: str) -> str:
+    """The class of the subject, which is printed: what a name says, else the scorer's guess.
 
-    Raises `UserError` where the name says nothing and the model has no scorer.
+    Raises `UserError` where no name says it and the model has no scorer.
     """
     from backbone.evaluation.clip import classify_subject, load_scorer
     from backbone.world.words import choose_article, load_vocabulary, pluralize
 
     nouns = tuple(load_vocabulary().nouns)
     named = {form: noun for noun in nouns for form in (pluralize(noun), noun)}
-    for word in re.split(r"[^a-z]+", run_name(images).lower()):
-        if noun := named.get(word):
-            notify(
-                f"The name of {images} says that it shows {choose_article(noun)} {noun}. --class says otherwise."
-            )
-            return noun
+    if found := _find_named(named, pictures, images, token):
+        what, noun = found
+        notify(f"{what} that it shows {choose_article(noun)} {noun}. --class says otherwise.")
+        return noun
     folder = model.location.local("scorer")
     if folder is None:
         raise UserError(
@@ -153,5 +154,34 @@ def guess(model: Backbone, pictures: list[ImageRecord], images: str) -> str:
     )
     best, second = ranked[0], ranked[1]
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
-    notify(f"The pictures seem to show a {seems}. --class says otherwise.")
+    doubt = " That is no sure guess: stop, and name it." if best[1] < SURE else ""
+    notify(f"The pictures seem to show a {seems}. --class says otherwise.{doubt}")
     return str(best[0])
+
+
+def _find_named(
+    named: Mapping[str, str], pictures: Sequence[ImageRecord], images: str, token: str
+) -> tuple[str, str] | None:
+    """What names the class, and the class: the folder's name, the captions, the images' names. None where none does.
+
+    `named` are the forms of the nouns that count. In a caption it is the noun behind the token; else, as in names of
+    images, the only one that all of them hold.
+    """
+
+    def nouns_of(text: str) -> list[str]:
+        return [named[word] for word in re.split(r"[^a-z]+", text.lower()) if word in named]
+
+    if found := nouns_of(run_name(images)):
+        return f"The name of {images} says", found[0]
+    captions = [picture.caption for picture in pictures if picture.caption]
+    behind = [
+        noun for one in captions for noun in nouns_of(one.partition(token)[2].strip().partition(" ")[0])
+    ]
+    files = [picture.path.stem for picture in pictures if picture.row is None]
+    for what, texts in (("captions", captions), ("names", files)):
+        shared = set.intersection(*(set(nouns_of(text)) for text in texts)) if texts else set()
+        if texts is captions and len(set(behind)) == 1 and len(behind) > len(captions) / 2:
+            shared = set(behind)
+        if len(shared) == 1:
+            return f"The {what} of the images in {images} say", shared.pop()
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from backbone.io.prompts import CONTROL, compose, drop_unseen
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Beside ours, those of musubi-tuner and of lists of films
 NAME_COLUMNS = ("image_file_name", "image_path", "video_path", "video")
+
+# A character as web pages write it: &amp; &#39; &#x27;
+ENTITY = re.compile(r"&(#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z][A-Za-z\d]*);")
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,18 @@ def column_of(key: str) -> str:
 
 
 def join_lines(caption: str | None, where: str | Path) -> str | None:
-    """A caption on one line, without marks that nobody sees, of which it is said; None where nothing is left."""
-    text = " ".join((caption or "").split())
+    """A caption on one line, in plain characters where a web page's stand (`&amp;`); None where nothing is left.
+
+    Of these, and of marks that nobody sees, which are left out, it is said.
+    """
+    plain = caption or ""
+    for _ in range(2):  # &amp;quot; is written twice
+        plain = ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    if plain != (caption or ""):
+        notify_first(
+            str(where), "has characters as web pages write them (&amp;). They are read as what they mean."
+        )
+    text = " ".join(plain.split())
     seen = drop_unseen(text)
     if seen not in compose(text):  # they are not around it alone
         notify_first(str(where), "has marks of no width inside its caption. They are left out.")

@@ -88,6 +88,7 @@ def open_loaded(image: Image.Image) -> Image.Image:
     if not image.width or not image.height:
         raise BadImageError("The image", "has no pixels")
     try:
+        _unpack_text_profiles(image)
         return flatten_on_white(ImageOps.exif_transpose(image))
     except ValueError as error:
         raise BadImageError("The image", f"cannot be used ({error})") from error
@@ -176,6 +177,24 @@ def _find_code_points(start: bytes) -> str:
     return " in ".join(filter(None, (_PRIMARIES.get(primaries), _CURVES.get(curve))))
 
 
+def _unpack_text_profiles(image: Image.Image) -> None:
+    """Add the EXIF block, XMP and colour profile that ImageMagick and exiftool write as text into a PNG."""
+    for name in [str(name) for name in image.info if str(name).startswith("Raw profile type ")]:
+        kind, text = name.removeprefix("Raw profile type ").lower(), image.info[name]
+        try:
+            data = bytes.fromhex("".join(str(text).split("\n")[3:]))
+        except ValueError:
+            if kind == "exif":  # Pillow reads it itself, and would stumble
+                del image.info[name]
+            continue
+        if data.startswith(b"Exif\0\0"):
+            image.info.setdefault("exif", data)
+        elif data.startswith(XMP_START) or kind == "xmp":
+            image.info.setdefault("xmp", data.removeprefix(XMP_START))
+        elif kind in ("icc", "icm") and data:
+            image.info.setdefault("icc_profile", data)
+
+
 def _is_adobe_rgb(image: Image.Image) -> bool:
     """Whether a camera says so in its EXIF block, as the DCF standard has it (R03), or by the number 2."""
     with suppress(*_EXIF_ERRORS):
@@ -188,6 +207,7 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
 # A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
 # they are of at most so many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
+XMP_START = b"http://ns.adobe.com/xap/1.0/\0"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000")
 DECODER_ERRORS = (
     OSError,
@@ -232,6 +252,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         elif width * height > MAX_FULL_SIZE_PIXELS:
             image.draft(None, (width // 2, height // 2))
         image.load()
+        _unpack_text_profiles(image)
         _scale_transparent_grey(image, start)
         if "icc_profile" not in image.info and _is_adobe_rgb(image):
             notify_once(
@@ -327,9 +348,12 @@ def mask_from_image(image: Image.Image) -> Image.Image:
         if not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError("a mask's values are 0 or more")
     else:
-        values, full = np.asarray(image.convert("RGBA").convert("RGB").convert("L"), dtype=np.float64), 255.0
+        drawn, full = image.convert("RGBA").convert("RGB"), 255.0
+        values = np.asarray(drawn.convert("L"), dtype=np.float64)
         labels = len(np.unique(values)) == 2 and values.min() == 0
-        if labels and image.mode == "P":
+        if values.max() and (
+            (labels and image.mode == "P") or _has_one_hue(np.asarray(drawn, dtype=np.float64))
+        ):
             values = values / values.max()
     scales = (1.0, 255.0, 65535.0 if image.mode == "F" else min(full, 65535.0))
     white = next((scale for scale in scales if values.max() <= scale), values.max())
@@ -337,6 +361,18 @@ def mask_from_image(image: Image.Image) -> Image.Image:
     if (opacity := _find_opacity(image)) is not None:
         values = values * np.asarray(opacity) / 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _has_one_hue(pixels: NDArray[np.float64]) -> bool:
+    """Whether an image [height, width, 3] is of black and one colour, soft edges and all, as quick masks are."""
+    import numpy as np
+
+    flat = pixels.reshape(-1, 3)
+    colour = flat[flat.sum(1).argmax()]
+    if np.ptp(colour) <= COLOURED:
+        return False
+    share = flat @ colour / (colour @ colour)
+    return bool((np.abs(flat - share[:, None] * colour).max(1) <= COLOURED).mean() > 0.99)
 
 
 def _is_photograph(image: Image.Image) -> bool:

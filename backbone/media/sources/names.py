@@ -62,3 +62,23 @@ def find_spelled(path: Path) -> Path:
     same = [file for file in names if normalize_name(file.name) == name]
     found = same or names
     return found[0] if len(found) == 1 else path
+
+
+def find_by_name(path: Path, where: str) -> Path:
+    """The file that a list names, as its folder spells it, and with its ending where the list has none of an image.
+
+    The path itself where there is no such file. Raises `UserError`, which begins with `where`, where there are several.
+    """
+    found = find_spelled(path)
+    if found.exists() or path.suffix.lower() in IMAGE_SUFFIXES or not path.parent.is_dir():
+        return found
+    name = normalize_name(path.name).casefold()
+    files = [
+        file
+        for file in list_visible(path.parent)
+        if file.suffix.lower() in IMAGE_SUFFIXES and normalize_name(file.stem).casefold() == name
+    ]
+    if len(files) > 1:
+        named = " and ".join(file.name for file in files[:2])
+        raise UserError(f"{where} names {path.name}, and there are {named}. Write its whole name.")
+    return files[0] if files else found

@@ -42,7 +42,7 @@ from backbone.media.sources.names import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     SYSTEM_FILES,
-    find_spelled,
+    find_by_name,
     list_visible,
     natural_sort_key,
     normalize_name,
@@ -395,7 +395,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
             raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
         refuse_control(caption or "", where)
         folder = metadata.parent
-        name = find_spelled(resolve_inside(folder, name, where)).relative_to(folder).as_posix()
+        name = find_by_name(resolve_inside(folder, name, where), where).relative_to(folder).as_posix()
         if name in captions:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption, where)

@@ -139,7 +139,7 @@ def _fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[st
     for one in RELATIVES:
         if one.like != network or one.width != width or last >= one.blocks:
             continue
-        if network == "flux" and one.name != _like_flux(shapes):
+        if network == "flux" and one.name != _like_flux(shapes) and not _is_half_of(one.name, shapes):
             continue
         if (has_second and one.text is None) or not text <= {one.text}:
             continue
@@ -150,11 +150,9 @@ def _fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[st
 def _like_flux(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The other model of FLUX.1's names and width that has these layers, by their number and sizes; "" for FLUX.1.
 
-    HunyuanVideo has 20 and 40 blocks. Of a model with fewer than FLUX.1's, all are there.
+    HunyuanVideo has 20 and 40 blocks. Of a model with fewer than FLUX.1's, the last of both kinds are there.
     """
-    found = [match for match in map(re.compile(_BLOCKS).search, shapes) if match]
-    pairs = {int(match[2]) for match in found if not match[1]}
-    single = {int(match[2]) for match in found if match[1]}
+    pairs, single = _flux_blocks(shapes)
     if max(pairs, default=0) >= _FLUX_BLOCKS or max(single, default=0) >= _FLUX_SINGLE_BLOCKS:
         return "HunyuanVideo"
     width = width_of(shapes)
@@ -163,9 +161,25 @@ def _like_flux(shapes: Mapping[str, tuple[int, ...]]) -> str:
     for name, (blocks, single_blocks, text) in _SHORTER.items():
         if shapes.get("context_embedder", (0, 0))[1] == text:
             return name
-        if (pairs, single) == ({*range(blocks)}, {*range(single_blocks)}):
+        if pairs and single and (max(pairs), max(single)) == (blocks - 1, single_blocks - 1):
             return name
     return ""
+
+
+def _is_half_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these layers, which may be FLUX.1's, are in just as many blocks of one kind as such a model has."""
+    blocks, single_blocks, _ = _SHORTER.get(name, (0, 0, 0))
+    pairs, single = _flux_blocks(shapes)
+    if not blocks or _like_flux(shapes):
+        return False
+    return (not single and pairs == {*range(blocks)}) or (not pairs and single == {*range(single_blocks)})
+
+
+def _flux_blocks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[set[int], set[int]]:
+    """The numbers of the blocks of text and image apart, and of those of both, that layers are in."""
+    found = [match for match in map(re.compile(_BLOCKS).search, shapes) if match]
+    pairs = {int(match[2]) for match in found if not match[1]}
+    return pairs, {int(match[2]) for match in found if match[1]}
 
 
 def _last_block(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_tensors
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
@@ -29,6 +29,7 @@ from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_lor
 from customize.formats.layers.names import split_component
 from customize.formats.metadata import read_run_concept
 from customize.formats.model_weights import WEIGHT_SUFFIX, ModelWeights
+from customize.formats.origin import say_other_noise
 from customize.formats.read import read_adapter
 
 # `0.8`, `runs/dog=0.8`, `runs/dog@0.8`: a strength in other programs' ways
@@ -81,7 +82,8 @@ class RankReduction:
         share = self.outside / (self.total + self.outside or 1)
         lost = f" {share:.2%} of it is in biases, norms and embeddings, which no LoRA holds."
         return (
-            f"{self.layers} layers at {ranks} keep {self.energy_kept:.2%} of the energy "
+            f"{count_of(self.layers, 'layer')} at {ranks} {'keeps' if self.layers == 1 else 'keep'} "
+            f"{self.energy_kept:.2%} of the energy "
             f"(relative error {self.error:.2e}).{lost if share >= 0.0001 else ''}"
         )
 
@@ -115,7 +117,7 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
             **{
                 f"{name}/{key}": value
                 for name, layer in part.adapter.layers.items()
-                for key, value in layer.factors.items()
+                for key, value in _values_of(layer).items()
             },
             **part.weight_deltas,
             **part.words,
@@ -127,6 +129,12 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
         and held[0].keys() == held[1].keys()
         and all(torch.equal(held[0][key], held[1][key]) for key in held[0])
     )
+
+
+def _values_of(layer: LayerUpdate) -> dict[str, Tensor]:
+    """All that a layer's update is made of, by name."""
+    magnitude = {} if layer.magnitude is None else {"magnitude": layer.magnitude}
+    return {**layer.factors, **magnitude, "scale": torch.tensor(layer.scale)}
 
 
 def read_input(path: Path, strength: float = 1.0) -> MergeInput:
@@ -162,10 +170,23 @@ def parse_strength(text: str) -> tuple[Path, float]:
     try:
         strength = float(number)
     except ValueError:
+        if path and (meant := as_strength(number)) and not os.path.lexists(text):
+            raise UserError(
+                f"“{text}” has a strength that is no number. Write it with a point: {path}:{meant}."
+            ) from None
         return Path(text), 1.0
     if not path or not math.isfinite(strength):
         raise UserError(f"“{text}” is no adapter with a strength. Write it like runs/dog:0.8.")
     return Path(path), strength
+
+
+def as_strength(text: str) -> str:
+    """A decimal comma, a percentage or a factor (0,8; 80%; 0.8x) as a strength is written; "" for anything else."""
+    match = re.fullmatch(r"([+-]?\d*[.,]?\d+)\s*(%|x|×)?", text.strip())
+    if match is None:
+        return ""
+    value = float(match[1].replace(",", "."))
+    return f"{value / 100 if match[2] == '%' else value:g}"
 
 
 def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
@@ -338,9 +359,11 @@ def extract_lora(
 
     Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy. Of a model in half precision and
     one in fp32, what rounding alone has changed is no change.
+    That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
     """
-    tuned_weights, base_weights = ModelWeights(locate(tuned)), ModelWeights(locate(base))
+    places = locate(tuned), locate(base)
+    tuned_weights, base_weights = map(ModelWeights, places)
     shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
     misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
     lacking = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
@@ -349,6 +372,7 @@ def extract_lora(
         raise UserError(
             f"{tuned} and {base} are built differently ({what}). Give a model and the one it came from."
         )
+    say_other_noise(*places)
     for component in sorted(lacking):
         notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
     truncations: dict[str, Truncation] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from dataclasses import replace
@@ -23,6 +24,7 @@ from backbone.adapters.concept import (
     read_concept,
     replace_tokens,
     resolve_placeholder_tokens,
+    why_no_run,
 )
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
@@ -262,3 +264,10 @@ def test_a_long_text_of_marks_or_of_one_word_is_looked_through_at_once(part: str
     began = time.perf_counter()
     find_foreign_syntax((part * 20_000)[:20_000])
     assert time.perf_counter() - began < 2  # a minute, where every place is a beginning of every kind
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog").write(tmp_path / "runs" / name)
+    assert re.search(r"no concept itself, but runs: \S+/a, \S+/b\. Name one", why_no_run(tmp_path / "runs"))

@@ -24,7 +24,7 @@ from backbone.adapters.lora import (
     say_useless_rank,
 )
 from backbone.conditions.conditions import Conditions
-from backbone.io.console import UserError
+from backbone.io.console import UserError, said_of
 from backbone.io.files import read_header
 from backbone.models.model import Backbone
 
@@ -121,6 +121,18 @@ def test_strength_scales_the_change_and_two_adapters_add(
     activate_adapters(halves.denoiser, ["left", "right"])
     assert torch.allclose(said(halves), said(tiny), atol=1e-4)
     assert len(lora_parameters(halves.denoiser, "left")) == len(lora_parameters(halves.denoiser, "right")) > 0
+
+
+def test_that_a_strength_leaves_a_dora_s_magnitudes_is_said(
+    tmp_path: Path, tiny_folder: Path, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_of.cache_clear()
+    add_lora(tiny.denoiser, "one", rank=2, alpha=4.0, targets=("to_q",), kind=AdapterKind("dora"))
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
+    for scale, told in ((1.0, False), (0.5, True)):
+        again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        load_lora(tmp_path / LORA_WEIGHTS, again.denoiser, "one", scale=scale)
+        assert ("a strength of 0.5 scales its direction" in capsys.readouterr().err) is told
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_folder: Path, tiny: Backbone) -> None:

@@ -135,6 +135,9 @@ def test_tensors_return_with_type_shape_and_metadata(tmp_path: Path) -> None:
         ("unet._orig_mod.down.0._orig_mod.to_q.lora_A.weight", "unet.down.0.to_q.lora_A.weight"),
         ("lora_unet__orig_mod_down_0_to_q.alpha", "lora_unet_down_0_to_q.alpha"),
         ("lora_unet_blocks_0__orig_mod_attn_q.alpha", "lora_unet_blocks_0_attn_q.alpha"),
+        ("_fsdp_wrapped_module.down.0._fsdp_wrapped_module.q.weight", "down.0.q.weight"),
+        ("unet.down.0._checkpoint_wrapped_module.q.lora_A.weight", "unet.down.0.q.lora_A.weight"),
+        ("lora_unet_down_0__checkpoint_wrapped_module_q.alpha", "lora_unet_down_0_q.alpha"),
         ("my_orig_model.weight", "my_orig_model.weight"),
     ],
 )

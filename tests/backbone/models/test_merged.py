@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_merged_loras_predict_what_they_predict_beside_the_weights(tiny: Backbon
         assert not any(asked(tiny.denoiser))
         inside = said(tiny)
     torch.testing.assert_close(inside, beside, atol=1e-5, rtol=1e-4)
+
+
+def test_merged_weights_are_those_that_diffusers_fuses(tiny: Backbone) -> None:
+    """diffusers' `fuse_lora` calls peft's `merge` of each layer."""
+    learned(tiny)
+    layers: list[Any] = [layer for layer in tiny.denoiser.modules() if isinstance(layer, LoraLayer)]
+    with merged_loras(tiny.denoiser):
+        ours = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    for layer, weight in zip(layers, ours, strict=True):
+        before = layer.get_base_layer().weight.detach().clone()
+        layer.merge()
+        assert torch.equal(layer.get_base_layer().weight, weight) and not torch.equal(weight, before)
 
 
 def test_afterwards_the_very_tensors_are_back_after_an_error_too(tiny: Backbone) -> None:

@@ -54,6 +54,13 @@ def test_export_import_and_back_is_the_same_adapter(run: Path, tmp_path: Path, t
         assert concept.fingerprint == read_concept(run).fingerprint
 
 
+def test_a_run_that_is_imported_keeps_its_model_its_words_and_its_class(run: Path, tmp_path: Path) -> None:
+    said = customize("import", run, "--out", tmp_path / "again")
+    concept, before = read_concept(tmp_path / "again"), read_concept(run)
+    assert (concept.model, concept.tokens, concept.class_noun) == (before.model, before.tokens, "dog")
+    assert "a [V] dog in the snow" in said
+
+
 def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:
     customize("export", run, "--to", "kohya", "--out", tmp_path / "a.safetensors")
     said = customize("info", tmp_path / "a.safetensors")

@@ -17,7 +17,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.embeddings import add_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
-from backbone.io.files import list_files, read_json, read_tensors, write_tensors
+from backbone.io.files import list_files, read_json, read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
@@ -279,6 +279,25 @@ def test_the_same_model_twice_has_nothing_to_extract(tiny_folder: Path) -> None:
         extract_lora(str(tiny_folder), str(tiny_folder), rank=2)
 
 
+def test_models_that_predict_different_things_are_told_when_their_difference_is_extracted(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    record = other / "scheduler" / "scheduler_config.json"
+    before = read_json(record)
+
+    def told(**changes: object) -> str:
+        write_json(record, before | changes)
+        extract_lora(str(other), str(tiny_folder), rank=1)
+        return capsys.readouterr().err
+
+    assert "predict" not in told()
+    said = told(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert f"{other} predicts v and {tiny_folder} predicts ε: on {tiny_folder} as it is" in " ".join(
+        said.split()
+    )
+
+
 # Runs.
 
 
@@ -325,6 +344,11 @@ def test_an_adapter_that_is_merged_with_itself_is_told(run: Make, capsys: pytest
     assert not capsys.readouterr().err
     read_inputs([str(first), str(copy)])
     assert "hold the same weights: their strengths add up" in capsys.readouterr().err
+    adapter = read_adapter(first)
+    layers = {name: replace(layer, alpha=2 * layer.alpha) for name, layer in adapter.layers.items()}
+    write_adapter(first.parent / "stronger.safetensors", AdapterFile(layers), "peft")
+    read_inputs([str(first), str(first.parent / "stronger.safetensors")])
+    assert not capsys.readouterr().err
 
 
 def test_adapters_of_other_widths_are_not_merged(run: Make, tmp_path: Path) -> None:
@@ -408,6 +432,10 @@ def test_a_strength_is_what_follows_the_last_colon(monkeypatch: pytest.MonkeyPat
     for text, meant in (("0.5", "runs/dog:0.5"), ("runs/a=.5", "runs/a:.5"), ("runs/a@-1", "runs/a:-1")):
         with pytest.raises(UserError, match=re.escape(f"A strength stands behind a colon: {meant}.")):
             parse_strength(text)
+    for text, meant in (("a:0,8", "a:0.8"), ("runs/a:80%", "runs/a:0.8"), ("a:1.5x", "a:1.5")):
+        with pytest.raises(UserError, match=re.escape(f"Write it with a point: {meant}.")):
+            parse_strength(text)
+    assert parse_strength("c:/a,5") == (Path("c:/a,5"), 1.0)
     monkeypatch.chdir(tmp_path)
     Path("a=5").mkdir()
     assert parse_strength("a=5") == (Path("a=5"), 1.0)  # a run may be called so

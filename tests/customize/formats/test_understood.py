@@ -71,6 +71,8 @@ def page() -> str:
             "| LoRA, LoCon (also with `lora_mid`), as matrices or kernels | yes | yes | all |",
             "| DoRA, scales over outputs `[out, 1]` | yes | yes | all |",
             "| DoRA, scales over inputs `[1, in]` (OneTrainer's) | yes | refused: `merge --bake` it | kohya, comfyui |",
+            "| DoRA that `export --to comfyui` wrote, whose scales are of one base | `info` | yes | once it is a run |",
+            "| whole differences of matrices and kernels (`.diff`) | yes | as a LoRA of equal change | all |",
             "| LoHa, LoKr of any division and factorisation | yes | yes | kohya, comfyui |",
             "| DoRA of a LoHa or LoKr; several kinds in one file | yes | as a LoRA of equal change | kohya, comfyui |",
             "",

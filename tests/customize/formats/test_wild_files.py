@@ -35,13 +35,14 @@ from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.model import Backbone
-from customize.formats.adapter import family_from_metadata
+from customize.formats.adapter import AdapterFile, family_from_metadata
 from customize.formats.convert import export_adapter, fit_to_model, import_adapter, inspect_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.merging.merge import read_input
-from customize.formats.model_weights import ModelWeights
+from customize.formats.model_weights import LayerWeights, ModelWeights
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
+from tests.customize.adapters import random_layer
 from tests.tiny import (
     tiny_chroma,
     tiny_flux,
@@ -331,6 +332,32 @@ def test_models_whose_layers_are_called_alike_are_told_apart_by_their_sizes(
             3072,
             "Ovis-Image",
         ),
+        # Parts of them: the last of both kinds, or all of one
+        (
+            [f"transformer.{kind}transformer_blocks.{n}.attn.to_q" for kind, n in (("", 9), ("single_", 19))],
+            3072,
+            "LongCat-Image",
+        ),
+        (
+            [f"transformer.{kind}transformer_blocks.{n}.attn.to_q" for kind, n in (("", 5), ("single_", 26))],
+            3072,
+            "Ovis-Image",
+        ),
+        (
+            [f"transformer.single_transformer_blocks.{n}.attn.to_q" for n in range(27)],
+            3072,
+            "FLUX or Ovis-Image",
+        ),
+        (
+            [f"transformer.transformer_blocks.{n}.attn.to_q" for n in range(10)],
+            3072,
+            "FLUX or LongCat-Image",
+        ),
+        (
+            [f"transformer.single_transformer_blocks.{n}.attn.to_q" for n in (7, 12, 16, 20)],
+            3072,
+            "FLUX or Chroma",
+        ),
         (["diffusion_model.layers.0.attention.out"], 2304, "Lumina 2"),
         (["transformer.layers.33.attention.to_q"], 4608, "Ideogram 4"),
         (["transformer.layers.29.attention.to_q"], 3840, "Z-Image"),
@@ -476,6 +503,23 @@ def test_whole_differences_beside_factors_are_read_exactly_or_named(
     with pytest.raises(
         UserError, match=r"1 tensor not read here: .*norm1\.diff.*No LoRA has them\. Bake the file"
     ):
+        read_adapter(tmp_path / "b.safetensors")
+
+
+def test_whole_differences_alone_are_read_exactly(tmp_path: Path) -> None:
+    """As LyCORIS' full writes them where it trains no norms and no biases."""
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn{}_to_q"
+    changes = {stem.format(n): torch.randn(32, 32) for n in (1, 2)} | {
+        "lora_unet_conv_in": torch.randn(32, 4, 3, 3)
+    }
+    write_tensors(tmp_path / "a.safetensors", {f"{name}.diff": value for name, value in changes.items()})
+    found = read_adapter(tmp_path / "a.safetensors").layers
+    ours = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn{}.to_q"
+    assert set(found) == {ours.format(1), ours.format(2), "unet.conv_in"}
+    for n in (1, 2):
+        assert torch.equal(found[ours.format(n)].delta_weight(), changes[stem.format(n)])
+    write_tensors(tmp_path / "b.safetensors", {"lora_unet_conv_in.diff": torch.zeros(32, 4, 3, 3)})
+    with pytest.raises(UserError, match="holds no LoRA, LoHa or LoKr, but whole differences"):
         read_adapter(tmp_path / "b.safetensors")
 
 
@@ -857,6 +901,33 @@ def test_matrices_that_are_stored_as_kernels_of_one_place_are_read_as_matrices(t
     torch.testing.assert_close(layer.delta_weight(), change)
 
 
+def test_a_dora_in_comfyui_s_format_comes_back_as_it_was_with_its_base_alone(
+    models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    """ComfyUI divides by ‖W‖ where the definition divides by ‖W + ΔW‖, so its scales are of one base."""
+    model, file = models["sd"], tmp_path / "dora.safetensors"
+    names = [name for name in model.weights if name.endswith(("attn1.to_q", "conv1"))]
+    random = torch.Generator().manual_seed(0)
+    layers = {
+        f"unet.{name}": random_layer(model.denoiser.get_submodule(name), 2, 1.0, random, dora=True)
+        for name in names
+    }
+    weights = LayerWeights(model.stored)
+    write_adapter(
+        file, AdapterFile(layers, {"modelspec.trigger_phrase": "bcd"}), "comfyui", base="sd1", weights=weights,
+        metadata={"modelspec.trigger_phrase": "bcd"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"written for ComfyUI.*customize import .* --model MODEL --out RUN"):
+        read_adapter(file)
+    assert "dora" in inspect_adapter(file)["algorithms"]
+    import_adapter(file, tmp_path / "run", model=str(model.folder))
+    found = read_adapter(tmp_path / "run").layers
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        weight = weights[name]
+        torch.testing.assert_close(found[name].merge_into(weight), layer.merge_into(weight))
+
+
 @pytest.mark.parametrize("kind", ["dora over inputs", "dora of a loha over inputs"])
 @pytest.mark.parametrize("square", [True, False])
 def test_dora_over_inputs_is_exact_in_a_whole_model_and_refused_for_a_run(
@@ -1081,6 +1152,29 @@ def test_a_lora_whose_header_or_names_are_of_another_model_is_told_although_its_
         import_adapter(file, tmp_path / str(number), model=str(models["sd"].folder), token_words="bcd")
         told = capsys.readouterr().err
         assert (said or "Its layers fit") in told if said else "Its layers fit" not in told
+
+
+def test_a_lora_of_a_model_that_predicts_something_else_is_told(
+    models: dict[str, Tiny], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = "lora_te_text_model_encoder_layers_1_self_attn_q_proj"
+    tensors = {f"{stem}.{end}": value for end, value in lora(torch.empty(16, 16))[0].items()}
+    for number, (header, told) in enumerate(
+        [
+            ({"modelspec.prediction_type": "v"}, True),
+            ({"ss_v_parameterization": "True"}, True),
+            ({"modelspec.prediction_type": "epsilon"}, False),
+        ]
+    ):
+        write_tensors(tmp_path / f"{number}.safetensors", tensors, header)
+        import_adapter(
+            tmp_path / f"{number}.safetensors",
+            tmp_path / str(number),
+            model=str(models["sd"].folder),
+            token_words="bcd",
+        )
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("was made for a model that predicts v, and" in said) is told
 
 
 # What diffusers loads ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
 from backbone.media.sources.pictures import list_images
+from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
@@ -181,6 +182,11 @@ def test_diffusers_own_call_trains_shows_and_says_one_word(
     assert (again.steps, again.learning_rate, again.images) == (4, 1e-5, str(moved))
     with pytest.raises(UserError, match="has taken 4 steps already"):
         resume_concept(run, {"steps": 4})
+    with pytest.raises(
+        UserError, match=r"all of its 4 steps, so --learning-rate has no effect\. Give --steps"
+    ):
+        resume_concept(run, {"learning_rate": 2e-5})
+    assert read_settings(run).learning_rate == 1e-5
 
 
 def test_the_run_is_called_after_what_was_said(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +372,11 @@ def test_an_empty_path_is_not_the_working_folder(
         ({"class_prompt": "a {0}"}, r"class prompt “a \{0\}” has"),
         ({"prior_prompts": ("a {noun}",)}, r"prior prompt “a \{noun\}” has"),
         ({"class_noun": "[V]"}, "The class \\[V\\] holds the token"),
+        (
+            {"class_noun": "dog", "token": "dog"},
+            "Give the subject another, as --token sks, beside --class dog",
+        ),
+        ({"class_noun": "sks dog", "token": "sks"}, "what kind of thing it is without it, as --class dog"),
     ],
 )
 def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refused(
@@ -436,5 +447,28 @@ def test_a_folder_s_name_says_the_class_in_the_plural_too(
     tiny: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, noun in (("my-dogs", "dog"), ("dog", "dog"), ("owls", "owl")):
-        assert guess(tiny, [], f"sets/{name}") == noun
+        assert guess(tiny, [], f"sets/{name}", "[V]") == noun
     assert "says that it shows an owl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "captions", "said"),
+    [
+        (["dog-1.png", "dog-2.png"], ["", ""], "names"),
+        (["1.png", "2.png"], ["a [V] dog in a car", "a car beside a [V] dog"], "captions"),
+        (["cat.png", "cat2.png"], ["a [V] dog, asleep", "photo of a dog"], "captions"),
+        (["1.png", "2.png"], ["a dog at sea", "the dog and a cat"], "captions"),
+    ],
+)
+def test_captions_and_files_that_name_the_class_count_before_a_guess(
+    tiny: Backbone, names: list[str], captions: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [ImageRecord(Path(name), caption) for name, caption in zip(names, captions, strict=True)]
+    assert guess(tiny, images, "pets", "[V]") == "dog"
+    assert f"The {said} of the images in pets say that it shows a dog." in capsys.readouterr().err
+
+
+def test_names_that_do_not_agree_on_a_class_name_none(tiny: Backbone) -> None:
+    images = [ImageRecord(Path(name)) for name in ("dog.png", "cat.png")]
+    with pytest.raises(UserError, match="--class dog"):
+        guess(tiny, images, "pets", "[V]")

@@ -938,6 +938,9 @@ def painted(encoding: str) -> Image.Image:
             return Image.fromarray(inside.astype(np.float32))
         case "RGB":
             return Image.fromarray(white).convert("RGB")
+        case "red" | "blue" | "dark green":
+            colour = {"red": (255, 0, 0), "blue": (0, 0, 255), "dark green": (0, 120, 30)}[encoding]
+            return Image.fromarray(inside[..., None] * np.array(colour, np.uint8))
     image = Image.fromarray(inside.astype(np.uint8)).convert("P")
     image.putdata(inside.astype(np.uint8).ravel().tolist())
     image.putpalette([0, 0, 0, *{"white palette": (255, 255, 255), "red palette": (128, 0, 0)}[encoding]])
@@ -952,6 +955,7 @@ ENCODINGS = (
         "16 bits of 0 and 1",
         "float",
         "RGB",
+        *("red", "blue", "dark green"),
         "white palette",
         "red palette",
     ),
@@ -981,6 +985,8 @@ def test_a_photograph_is_no_mask_and_a_soft_or_coloured_stroke_is_one(tmp_path: 
     stroke = Image.composite(colour, ground, Image.radial_gradient("L"))
     for number, soft in enumerate((ramp, stroke)):
         assert np.asarray(open_mask(write(tmp_path / f"{number}.png", soft))).max() > 127
+        if soft is stroke:
+            assert np.asarray(open_mask(tmp_path / f"{number}.png")).max() == 255
         soft.save(tmp_path / "soft.jpg", quality=60)
         assert np.asarray(open_mask(tmp_path / "soft.jpg")).max() > 127
 
@@ -1527,6 +1533,42 @@ def test_a_picture_goes_to_the_bucket_of_its_shape(size: tuple[int, int], neares
     assert nearest_bucket(size, bucket_sizes(512)) == nearest
 
 
+@pytest.mark.parametrize("kind", ["APP1", "exif", "generic"])
+@pytest.mark.parametrize("turn", [3, 6])
+def test_profiles_that_imagemagick_writes_as_text_into_a_png_count(
+    tmp_path: Path, kind: str, turn: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    text = PngImagePlugin.PngInfo()
+    text.add_text(f"Raw profile type {kind}", f"\n{kind.lower()}\n{len(data):8}\n{data.hex()}\n", zip=True)
+    written = write(tmp_path / "1.png", scene(), pnginfo=text)
+    expected = scene().transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}[turn])
+    assert np.array_equal(np.asarray(open_rgb(written)), np.asarray(expected))
+    with Image.open(written) as opened:
+        assert np.array_equal(np.asarray(open_loaded(opened)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("text", ["", "\nexif\n 4\nzz", "\nAPP1\n 12\n" + "00" * 12, "icc"])
+def test_a_damaged_profile_written_as_text_is_none(tmp_path: Path, text: str) -> None:
+    for kind in ("APP1", "icc", "xmp"):
+        info = PngImagePlugin.PngInfo()
+        info.add_text(f"Raw profile type {kind}", text)
+        written = write(tmp_path / f"{kind}.png", scene(), pnginfo=info)
+        assert np.array_equal(np.asarray(open_rgb(written)), np.asarray(scene()))
+
+
+def test_a_colour_profile_written_as_text_is_applied(tmp_path: Path) -> None:
+    profile = profile_with_exponent(1.0)
+    plain = write(tmp_path / "1.png", scene(), icc_profile=profile)
+    for kind in ("icc", "icm"):
+        info = PngImagePlugin.PngInfo()
+        info.add_text(f"Raw profile type {kind}", f"\n{kind}\n{len(profile):8}\n{profile.hex()}\n", zip=True)
+        written = write(tmp_path / f"{kind}.png", scene(), pnginfo=info)
+        assert np.array_equal(np.asarray(open_rgb(written)), np.asarray(open_rgb(plain)))
+
+
 def test_fitting_crops_what_is_too_much_and_nothing_else() -> None:
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste("blue", (100, 0, 200, 100))
@@ -1568,6 +1610,40 @@ def test_a_control_character_in_a_caption_is_refused_with_where_it_stands(
     with pytest.raises(UserError, match=rf"{name}.*(no text|plain text).*\.") as refused:
         list_images(tmp_path)
     assert mark not in str(refused.value)
+
+
+def test_characters_as_web_pages_write_them_are_read_as_what_they_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_of.cache_clear()
+    for number, (text, meant) in enumerate(
+        [
+            ("a dog &amp; a cat, R&D; AT&T &c.", "a dog & a cat, R&D; AT&T &c."),
+            (
+                "a &quot;big&quot; dog&#39;s&nbsp;house &#x2013; &amp;quot;x&amp;quot;",
+                'a "big" dog\'s house – "x"',
+            ),
+        ]
+    ):
+        write(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text)
+        assert list_images(tmp_path)[number].caption == meant
+        assert caption_at(text, None, "Row 1 of a.parquet") == meant
+    assert capsys.readouterr().err.count("They are read as what they mean.") == 1
+
+
+def test_a_list_may_name_its_images_without_their_endings(tmp_path: Path) -> None:
+    for name in ("dog1.png", "dog2.JPG", "dog.3.png", "4.png", "4.jpg", "sub/é.webp"):
+        write(tmp_path / name)
+    rows = ["file_name,text", "dog1,a", "dog2,b", "dog.3,c", "sub/e\u0301,d"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    captions = {str(one.path.relative_to(tmp_path)): one.caption for one in list_images(tmp_path)}
+    assert captions == {
+        "dog1.png": "a", "dog2.JPG": "b", "dog.3.png": "c", "sub/é.webp": "d", "4.png": None, "4.jpg": None,
+    }  # fmt: skip
+    (tmp_path / "metadata.csv").write_text("file_name,text\n4,a\n")
+    with pytest.raises(UserError, match=r"metadata.csv names 4, and there are 4.jpg and 4.png. Write"):
+        list_images(tmp_path)
 
 
 def test_control_characters_in_a_table_that_others_wrote_are_left_out_and_said(
