@@ -93,8 +93,9 @@ def replace(
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
-                anew = [step <= last for last in until if step >= due]
-                masks = _read_maps(control.maps, regions, masks, anew)
+                needed = [step <= last for last in until]
+                regions.read_heat(control.maps, needed)
+                masks = _read_maps(control.maps, regions, masks, needed if step >= due else ())
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -105,7 +106,7 @@ def replace(
         masks=masks, estimates=kept.stack(), layout=inversion.layout, inversions=(inversion,),
         facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
         trajectory=torch.stack(trajectory), alignments=alignments,
-        heatmaps=regions.heatmaps(control.maps) if control.maps and settings.heatmaps else {},
+        heatmaps=regions.heatmaps(),
     )  # fmt: skip
 
 
