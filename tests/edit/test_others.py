@@ -88,6 +88,15 @@ def test_at_less_guidance_than_none_it_is_said_what_becomes_of_the_prompt(
     assert "At guidance 0.25 the prompt counts for 0.25 of" in capsys.readouterr().err
 
 
+def test_a_guidance_scale_without_its_point_is_said(
+    tiny: Backbone, inversion: Inversion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdedit(tiny, photo(), SOURCE, steps=2, guidance=750)
+    assert "At guidance 750 images burn out: 2 to 12 is usual. Was 7.5 meant?" in capsys.readouterr().err
+    prompt_to_prompt(inversion, TARGET, ReplaceSettings(guidance=35))
+    assert "At guidance 35 images burn out: 2 to 12 is usual. Was 3.5 meant?" in capsys.readouterr().err
+
+
 def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbone) -> None:
     three = sdedit(tiny, photo(), SOURCE, steps=4, count=3).latents
     assert deviation(three[0], sdedit(tiny, photo(), SOURCE, steps=4).latents[0]) < 1e-4
