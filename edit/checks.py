@@ -27,11 +27,14 @@ def between(name: str, start: float, end: float) -> tuple[float, float]:
     return found
 
 
-def strength(value: float, steps: int) -> float:
-    """The value, if it is a share of the steps that is 0, which is said, or at least one of them."""
+UNCHANGED = "At a strength of 0 nothing is changed: what comes out is the image as the model keeps it."
+
+
+def strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> float:
+    """The value, if it is a share of the steps that is 0, of which `nothing` is said, or at least one of them."""
     share("strength", value)
     if value == 0:
-        notify("At a strength of 0 nothing is changed: what comes out is the image as the model keeps it.")
+        notify(nothing)
     if value > 0 and int(steps * value + 1e-9) == 0:
         raise UserError(
             f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."
@@ -91,6 +94,20 @@ def weighted(toward: Mapping[str, float] | Sequence[tuple[str, float]], what: st
         return found
     except (TypeError, ValueError) as error:
         raise UserError(f"The weight of a {what} is a number, as in [(“a painting”, 1.0)].") from error
+
+
+def composed_once(weighted: Sequence[tuple[str, float]]) -> None:
+    """`UserError` where an image is to be led towards a prompt twice, or towards it and away from it."""
+    sums: dict[str, list[float]] = {}
+    for text, weight in weighted:
+        sums.setdefault(" ".join(text.split()), []).append(weight)
+    for text, weights in sums.items():
+        if len(weights) > 1:
+            added = " and ".join(f"{weight:g}" for weight in weights)
+            raise UserError(
+                f"“{text}” is composed with {len(weights)} times, by {added}, which is {sum(weights):g} in all. Say it "
+                "once, with --toward or --away."
+            )
 
 
 def split_weight(asked: str, option: str) -> tuple[str, float]:

@@ -452,6 +452,35 @@ def test_a_target_that_says_what_the_source_says_is_told(
     assert "“A  cat” says what the source says" in (told := capsys.readouterr().err) and "a dog" not in told
 
 
+def test_a_seed_without_effect_and_a_target_that_stands_twice_are_said(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ("--no-metrics", "--guidance", "2", "--seed", "3")
+    assert edit("invert-and-replace", "photo.png", *WORDS, *WORDS[2:], *said, "--out", "a") == 0
+    err = capsys.readouterr().err
+    assert (
+        "--seed 3 changes nothing: nothing is random here. An inversion by --method edit-friendly is." in err
+    )
+    assert "“a dog in the snow” is given 2 times" in err
+    friendly = ("--method", "edit-friendly")
+    assert edit("invert-and-replace", "photo.png", *WORDS, *said, *friendly, "--out", "b") == 0
+    assert edit("sdedit", "photo.png", "--prompt", "a dog", *said, "--out", "c") == 0
+    assert "changes nothing" not in (err := capsys.readouterr().err) and "2 times" not in err
+    twice = ("--toward", "a painting=1", "--away", "a painting=1")
+    assert edit("compose", "photo.png", "--source", "a cat", *twice) == 2
+    assert "which is 0 in all" in capsys.readouterr().err
+
+
+def test_a_place_that_is_filled_without_noise_is_said_to_be(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_half().save("half.png")
+    smooth = ("--mask", "half.png", "--strength", "0", "--no-metrics")
+    assert edit("remove", "photo.png", "--source", "a cat", *smooth, "--out", "a") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "the place is filled from its surroundings" in err and "nothing is changed" not in err
+
+
 def test_what_no_step_or_no_place_is_left_for_is_said(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
     late = ("--strength", "0.5", "--steps", "4", "--no-metrics", "--guidance", "2")
     idle = ("--cross", "0.4", "--self", "0.2", "--window", "dog=0.1:0.3")
