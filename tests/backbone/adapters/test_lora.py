@@ -203,10 +203,16 @@ def test_a_scale_that_is_no_number_is_refused(scale: float, tiny: Backbone) -> N
         load_concepts(tiny, [], scale=scale)
 
 
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [(1.2, ""), (80.0, "At 80 times the strength"), (-50.0, "Was -0.5 meant?")],
+)
 def test_a_scale_that_nobody_means_is_said(
-    tiny: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scale: float, told: str, tiny: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    concept = Concept("preference", tiny.location.name, tiny.fingerprint, {}, "", folder=tmp_path)
-    for scale, told in ((1.2, ""), (80.0, "At 80 times the strength"), (-50.0, "Was -0.5 meant?")):
-        load_concepts(tiny, [concept], scale=scale)
-        assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
+    trained(tiny)
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
+    model, fingerprint = tiny.location.name, tiny.fingerprint
+    concept = Concept("preference", model, fingerprint, {}, "", weights=LORA_WEIGHTS, folder=tmp_path)
+    load_concepts(tiny, [concept], scale=scale)
+    assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
