@@ -125,6 +125,14 @@ class Backbone:
         self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
+    def layers_called(self, name: str) -> tuple[str, ...]:
+        """The layers of a set that `--lora-layers` can name; `UserError` for one that the family does not know."""
+        layers = self.family.lora_targets.get(name)
+        if layers is None:
+            known = ", ".join(self.family.lora_targets)
+            raise UserError(f"There is no set of layers called {name}. Choose one of {known}.")
+        return layers
+
     def __repr__(self) -> str:
         family, side = type(self.family).__name__, self.resolution
         dtype = str(self.dtype).removeprefix("torch.")

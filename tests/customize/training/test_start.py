@@ -438,3 +438,21 @@ def test_a_folder_s_name_says_the_class_in_the_plural_too(
     for name, noun in (("my-dogs", "dog"), ("dog", "dog"), ("owls", "owl")):
         assert guess(tiny, [], f"sets/{name}") == noun
     assert "says that it shows an owl" in capsys.readouterr().err
+
+
+def test_a_set_of_layers_that_is_not_is_refused_before_anything_is_made(
+    dog: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "denoiser", property(lambda _: pytest.fail("weights were loaded")))
+    asked = {"images": str(dog), "model": str(tiny_folder), "lora_layers": "to_q", "device": "cpu"}
+    with pytest.raises(UserError, match=r"no set of layers called to_q\. Choose one of attention, all"):
+        start({**asked, "class_noun": "dog"}, out=dog.parent / "run")
+    assert not (dog.parent / "run").exists()
+
+
+def test_what_has_no_effect_whatever_else_is_asked_for_is_to_be_left_out(
+    dog: Path, tiny_folder: Path
+) -> None:
+    asked = ("--images", dog, "--condition", "edges", "--lora-layers", "all", "--model", tiny_folder)
+    answer = CliRunner().invoke(app, ["train-control", *map(str, asked)])
+    assert "--lora-layers has no effect here. Leave it out." in str(answer.exception)
