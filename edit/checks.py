@@ -7,9 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, guess_meant, notify
 
 T = TypeVar("T")
+USUAL_WEIGHT, MOST_WEIGHT = (
+    10,
+    20,
+)  # of a word, or of a prompt to compose with: what is much, and what nobody means
 
 
 def share(name: str, value: float) -> float:
@@ -110,6 +114,16 @@ def composed_once(weighted: Sequence[tuple[str, float]]) -> None:
             )
 
 
+def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
+    """Says of weights that nobody means that they break the image."""
+    for text, weight in weighted:
+        if abs(weight) > MOST_WEIGHT:
+            meant = guess_meant(weight, USUAL_WEIGHT)
+            notify(
+                f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{meant}"
+            )
+
+
 def split_weight(asked: str, option: str) -> tuple[str, float]:
     """`word=2` as a word and a number."""
     word, separator, number = asked.rpartition("=")
@@ -124,6 +138,7 @@ def split_weight(asked: str, option: str) -> tuple[str, float]:
 def weights(asked: Sequence[str]) -> dict[str, float]:
     """The weights of `--reweight`, by word; `UserError` for a word that has two. That 1 changes nothing is said."""
     found = by_word([split_weight(one, "--reweight") for one in asked], "--reweight")
+    say_far_weights("--reweight", list(found.items()))
     for word in [word for word, weight in found.items() if weight == 1]:
         notify(f"--reweight {word}=1 changes nothing: it is the weight that every word has.")
     return found

@@ -170,6 +170,7 @@ def compose(asked: ComposeOptions) -> None:
     weighted += [(prompt, -weight) for prompt, weight in away]
     weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
     checks.composed_once(weighted)
+    checks.say_far_weights("Composing with", weighted)
     if not weighted:
         raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
     wishes = begins(asked, [prompt for prompt, _ in weighted])

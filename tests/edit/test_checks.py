@@ -60,6 +60,19 @@ def test_a_prompt_is_composed_with_once() -> None:
         checks.composed_once([("a painting", 1.0), ("a photo", 2.0), ("a  painting", -1.0)])
 
 
+def test_a_weight_that_nobody_means_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    checks.weights(["dog=3"])
+    checks.say_far_weights("Composing with", [("a painting", 3.0), ("a photo", -2.0)])
+    assert capsys.readouterr().err == ""
+    checks.weights(["dog=150"])
+    assert (
+        "--reweight “dog” by 150 breaks the image: 10 is much already. Was 1.5 meant?"
+        in capsys.readouterr().err
+    )
+    checks.say_far_weights("Composing with", [("a painting", -35.0)])
+    assert "Was -3.5 meant?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "random"),
     [
