@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from backbone.io.console import UserError, guess_meant, notify
+from backbone.io.console import UserError, guess_meant, notify, quote
 
 T = TypeVar("T")
 USUAL_WEIGHT, MOST_WEIGHT = (
@@ -132,7 +132,9 @@ def split_weight(asked: str, option: str) -> tuple[str, float]:
             return word.strip(), weight
     except ValueError:
         pass
-    raise UserError(f"{option} {asked} is not a word and a number. Write {option} word=2.")
+    said, colon, end = asked.rpartition(":")
+    meant = f"{said}={end}" if colon and end.strip() else "word=2" if separator else f"{asked.strip()}=2"
+    raise UserError(f"{option} {asked} is not a word and a number. Write {option} {quote(meant)}.")
 
 
 def weights(asked: Sequence[str]) -> dict[str, float]:

@@ -31,7 +31,14 @@ from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, GivenLatents, Request, refuse_negative, sample_latents
+from backbone.models.sample import (
+    Frames,
+    GivenLatents,
+    Request,
+    refuse_negative,
+    sample_latents,
+    say_same_negative,
+)
 from backbone.world.motions import find_moves
 from edit import checks
 from edit.attention.alignment import Alignment
@@ -219,6 +226,7 @@ def _edit_alike(
     guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
     text = encode_source_and_targets(inversion, targets)
     refuse_negative(model, settings.negative, guidance)
+    say_same_negative(targets, settings.negative)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
     # Where the edit begins, and where each frame may differ from the source's

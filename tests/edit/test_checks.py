@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_prompts_with_weights_are_pairs_or_a_dict() -> None:
     for said in (["a painting"], {"a painting": "much"}, [("a painting", None)], []):
         with pytest.raises(UserError, match="prompt"):
             checks.weighted(said, "prompt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("dog:2", "dog=2"), ("a dog", "'a dog=2'"), ("dog=", "word=2"), ("dog=x", "word=2")]
+)
+def test_a_word_without_its_number_is_told_how_it_has_one(said: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"Write --toward {re.escape(meant)}"):
+        checks.split_weight(said, "--toward")
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "2,5", ""])

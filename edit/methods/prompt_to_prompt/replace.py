@@ -25,7 +25,7 @@ from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError, notify
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.models.sample import refuse_negative
+from backbone.models.sample import refuse_negative, say_same_negative
 from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import AttentionControl, Maps
@@ -66,6 +66,7 @@ def replace(
     model, steps = inversion.model, inversion.steps
     settings = (settings or ReplaceSettings()).resolve(model)
     check_supported(model, settings)
+    say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
     # Where the targets may differ, as far as that is known before the first step
