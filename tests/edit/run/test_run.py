@@ -471,6 +471,15 @@ def test_a_seed_without_effect_and_a_target_that_stands_twice_are_said(
     assert "which is 0 in all" in capsys.readouterr().err
 
 
+def test_a_scorer_that_is_none_is_refused_before_anything_is_edited(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty").mkdir()
+    assert edit("invert-and-replace", "photo.png", *WORDS, "--scorer", "empty", "--out", "a") == 2
+    err = capsys.readouterr().err
+    assert "empty holds no scorer" in err and "Inverting" not in err and not Path("a").exists()
+
+
 def test_a_place_that_is_filled_without_noise_is_said_to_be(
     edit: Edit, capsys: pytest.CaptureFixture[str]
 ) -> None:
