@@ -449,7 +449,11 @@ def test_a_target_that_says_what_the_source_says_is_told(
     loaded: Any = Loaded()
     with pytest.raises(Stopped):
         run_flow_edit(loaded, image=photo(), source="a cat", targets=["A  cat", "a dog"])
-    assert "“A  cat” says what the source says" in (told := capsys.readouterr().err) and "a dog" not in told
+    assert "“A  cat” says what the source says, so what changes" in (told := capsys.readouterr().err)
+    assert "a dog" not in told
+    with pytest.raises(Stopped):
+        run_flow_edit(loaded, image=photo(), source="a cat", targets=["a cat"], guidance=1.0)
+    assert "its guidance is the source's, so nothing changes" in capsys.readouterr().err
 
 
 def test_a_seed_without_effect_and_a_target_that_stands_twice_are_said(
@@ -469,6 +473,19 @@ def test_a_seed_without_effect_and_a_target_that_stands_twice_are_said(
     twice = ("--toward", "a painting=1", "--away", "a painting=1")
     assert edit("compose", "photo.png", "--source", "a cat", *twice) == 2
     assert "which is 0 in all" in capsys.readouterr().err
+
+
+def test_a_walk_from_an_image_to_itself_is_said(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(seed=1).save("other.png")
+    same = "Both ends are the same image"
+    for end, prompt, said in (
+        ("photo.png", "a cat", True),
+        ("photo.png", "a dog", False),
+        ("other.png", "a cat", False),
+    ):
+        words = ("--prompts", "a cat", "--prompts", prompt, "--count", "3", "--out", f"{end}-{prompt}")
+        assert edit("interpolate", "photo.png", end, *words) == 0
+        assert (same in " ".join(capsys.readouterr().err.split())) is said
 
 
 def test_a_scorer_that_is_none_is_refused_before_anything_is_edited(
