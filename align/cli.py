@@ -320,6 +320,16 @@ def evaluate(
     draws: Annotated[
         int, option("--draws", min=1, help="Noise samples of each pair.", panel=flags.SCORING)
     ] = 8,
+    model: Annotated[
+        str | None,
+        option(
+            "--model",
+            help="The model that the run was trained from, where it lies elsewhere now.",
+            metavar="MODEL",
+            panel=flags.MODEL,
+            show_default="the run's",
+        ),
+    ] = None,
     skip_bad: SkipBad = False,
     as_json: flags.Json = False,
 ) -> None:
@@ -327,6 +337,7 @@ def evaluate(
     from align.settings import read_settings
 
     settings = read_settings(run_folder)  # mistakes are answered before torch is imported
+    settings = settings if model is None else replace(settings, model=model)
     from align.settings import EVALUATION
     from align.training.evaluate import evaluate_taste
 

@@ -7,9 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, guess_meant, notify, quote
 
 T = TypeVar("T")
+USUAL_WEIGHT, MOST_WEIGHT = (
+    10,
+    20,
+)  # of a word, or of a prompt to compose with: what is much, and what nobody means
 
 
 def share(name: str, value: float) -> float:
@@ -27,11 +31,14 @@ def between(name: str, start: float, end: float) -> tuple[float, float]:
     return found
 
 
-def strength(value: float, steps: int) -> float:
-    """The value, if it is a share of the steps that is 0, which is said, or at least one of them."""
+UNCHANGED = "At a strength of 0 nothing is changed: what comes out is the image as the model keeps it."
+
+
+def strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> float:
+    """The value, if it is a share of the steps that is 0, of which `nothing` is said, or at least one of them."""
     share("strength", value)
     if value == 0:
-        notify("At a strength of 0 nothing is changed: what comes out is the image as the model keeps it.")
+        notify(nothing)
     if value > 0 and int(steps * value + 1e-9) == 0:
         raise UserError(
             f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."
@@ -93,6 +100,30 @@ def weighted(toward: Mapping[str, float] | Sequence[tuple[str, float]], what: st
         raise UserError(f"The weight of a {what} is a number, as in [(“a painting”, 1.0)].") from error
 
 
+def composed_once(weighted: Sequence[tuple[str, float]]) -> None:
+    """`UserError` where an image is to be led towards a prompt twice, or towards it and away from it."""
+    sums: dict[str, list[float]] = {}
+    for text, weight in weighted:
+        sums.setdefault(" ".join(text.split()), []).append(weight)
+    for text, weights in sums.items():
+        if len(weights) > 1:
+            added = " and ".join(f"{weight:g}" for weight in weights)
+            raise UserError(
+                f"“{text}” is composed with {len(weights)} times, by {added}, which is {sum(weights):g} in all. Say it "
+                "once, with --toward or --away."
+            )
+
+
+def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
+    """Says of weights that nobody means that they break the image."""
+    for text, weight in weighted:
+        if abs(weight) > MOST_WEIGHT:
+            meant = guess_meant(weight, USUAL_WEIGHT)
+            notify(
+                f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{meant}"
+            )
+
+
 def split_weight(asked: str, option: str) -> tuple[str, float]:
     """`word=2` as a word and a number."""
     word, separator, number = asked.rpartition("=")
@@ -101,12 +132,15 @@ def split_weight(asked: str, option: str) -> tuple[str, float]:
             return word.strip(), weight
     except ValueError:
         pass
-    raise UserError(f"{option} {asked} is not a word and a number. Write {option} word=2.")
+    said, colon, end = asked.rpartition(":")
+    meant = f"{said}={end}" if colon and end.strip() else "word=2" if separator else f"{asked.strip()}=2"
+    raise UserError(f"{option} {asked} is not a word and a number. Write {option} {quote(meant)}.")
 
 
 def weights(asked: Sequence[str]) -> dict[str, float]:
     """The weights of `--reweight`, by word; `UserError` for a word that has two. That 1 changes nothing is said."""
     found = by_word([split_weight(one, "--reweight") for one in asked], "--reweight")
+    say_far_weights("--reweight", list(found.items()))
     for word in [word for word, weight in found.items() if weight == 1]:
         notify(f"--reweight {word}=1 changes nothing: it is the weight that every word has.")
     return found

@@ -20,6 +20,7 @@ from backbone.io.run_folder import hold_new_folder, refuse_new_file
 from edit import checks
 from edit.settings import (
     PANELS,
+    RANDOM,
     ClipOptions,
     ComposeOptions,
     FlowEditOptions,
@@ -35,6 +36,7 @@ from edit.settings import (
     SDEditOptions,
     StartOptions,
     StepOptions,
+    draws_noise,
 )
 
 if TYPE_CHECKING:
@@ -167,6 +169,8 @@ def compose(asked: ComposeOptions) -> None:
     away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
     weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
+    checks.composed_once(weighted)
+    checks.say_far_weights("Composing with", weighted)
     if not weighted:
         raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
     wishes = begins(asked, [prompt for prompt, _ in weighted])
@@ -312,7 +316,12 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
 def in_words(given: Sequence[str], what: str) -> list[str]:
     """The prompts of words and files; `UserError` for an empty one."""
     checks.prompts(given, what)
-    return [prompt.text for prompt in prompts_of(given)]
+    found = [prompt.text for prompt in prompts_of(given)]
+    for text in {text: None for text in found if found.count(text) > 1 and what == "target prompt"}:
+        notify(
+            f"“{text}” is given {count_of(found.count(text), 'time')}: what it becomes is the same each time."
+        )
+    return found
 
 
 def readable(image: str) -> SourceImage:
@@ -341,6 +350,8 @@ def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, An
     learned = [read_concept(folder) for folder in folders]
     for prompt in prompts:
         resolve_placeholder_tokens(prompt, learned)
+    if asked.seed and not draws_noise(asked):
+        notify(f"--seed {asked.seed} changes nothing: nothing is random here.{_random_method(asked)}")
     if isinstance(asked, StepOptions):
         _ = asked.controls  # mistakes are answered before torch is imported
     wishes = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
@@ -349,6 +360,12 @@ def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, An
 
         wishes["mask"] = read_mask(wishes["mask"])
     return wishes | {"concepts": [str(folder) for folder in folders]}
+
+
+def _random_method(asked: SamplerOptions) -> str:
+    """What would be random, to follow a sentence."""
+    anew = getattr(asked, "inversion", None) is None
+    return f" An inversion by --method {RANDOM} is." if hasattr(asked, "method") and anew else ""
 
 
 def finish(name: str, wishes: dict[str, Any]) -> None:

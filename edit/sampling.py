@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like
-from backbone.models.model import Backbone, say_weak_guidance
+from backbone.models.model import Backbone, say_odd_guidance
 from edit import checks
 
 
@@ -102,7 +102,8 @@ class SourceAndTargets:
         embedded = embed_guidance(model, text, source_guidance, guidance)
         if embedded is not None:
             self.text, self.source_guidance, self.guidance = embedded, 1.0, 1.0
-        say_weak_guidance(self.guidance)
+        for scale in {self.source_guidance, self.guidance}:
+            say_odd_guidance(scale)
 
     def count_rows(self, targets: int) -> int:
         """Rows of a call for the source and N targets, the unconditional ones counted."""

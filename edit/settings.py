@@ -36,6 +36,7 @@ ClipMethod = Literal[
     "direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible", "flow-edit"
 ]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
+RANDOM: Method = "edit-friendly"  # the inversion that a seed is of
 OF_NULL_TEXT = {"method": ("null-text",)}
 FROM_FILE: dict[str, tuple[Any, ...]] = {"inversion": ()}
 BY_METHOD: dict[str, tuple[Any, ...]] = {
@@ -799,3 +800,15 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     decode_chunk_size: Annotated[
         int, Option("Frames decoded together; 0: as many as fit.", SAMPLING, min=0)
     ] = 0
+
+
+def draws_noise(asked: SamplerOptions) -> bool:
+    """Whether anything is random in what was asked for, so that a seed has an effect."""
+    if isinstance(asked, ClipOptions):
+        noised = asked.source is None or asked.method in (RANDOM, "flow-edit")
+        return noised and asked.inversion is None
+    if isinstance(asked, RemoveOptions):
+        return asked.strength > 0  # else the surroundings alone fill the place
+    if isinstance(asked, (InvertOptions, ReplaceOptions, PaintOptions)):
+        return asked.method == RANDOM
+    return not isinstance(asked, (ComposeOptions, InterpolateOptions))

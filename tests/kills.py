@@ -163,6 +163,13 @@ def prepare(folder: Path) -> dict[str, Campaign]:
             ("t2i_adapter/diffusion_pytorch_model.safetensors",),
             ("customize", "train-control", *resume),
         ),
+        "clip": Campaign(
+            (
+                *("customize", "clip", "prompts.txt", "--motion", "motion", "--frames", "4", "--steps", "8"),
+                *("--count", "2", "--model", model, *WHERE, "--out", "{out}"),
+            ),
+            ("p*/*.png", "sheet.png"),
+        ),
         "edit-clip": Campaign(
             ("edit", "clip", *film, "--model", model, *WHERE, "--out", "{out}"), ("inversion.safetensors",)
         ),

@@ -347,6 +347,13 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
         assert f"is not finished (concept.json is missing). Go on with it: --resume {half}" in refused(
             "customize", *door
         )
+    write_json(half / "condition.json", {})  # of a control network, which is finished
+    control = (
+        "half is a control network, under whose maps is drawn, and no concept. Give it with --condition KIND"
+    )
+    for door in ((*draw[1:], "--concept", half), ("info", half), ("merge", half, "--out", "m")):
+        assert control in refused("customize", *door)
+    (half / "condition.json").unlink()
     (half / "log.jsonl").write_text('{"step": 1}\n')
     assert f"{half} holds no pairs" in refused("align", "check", half)
     assert f"is a file, not a run folder. Make one of it: customize import '{file}' --out" in refused(

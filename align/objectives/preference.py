@@ -384,10 +384,7 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
 
     `UserError` for a set of layers that the family does not know.
     """
-    layers = model.family.lora_targets.get(settings.lora_layers)
-    if layers is None:
-        known = ", ".join(model.family.lora_targets)
-        raise UserError(f"There is no set of layers called {settings.lora_layers}. Choose one of {known}.")
+    layers = model.layers_called(settings.lora_layers)
     parameters = add_lora(
         model.denoiser,
         ADAPTER,

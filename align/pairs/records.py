@@ -217,12 +217,17 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
     return kept
 
 
+def is_of_another_model(preferences: Preferences, fingerprint: str) -> bool:
+    """Whether a pairs folder was sampled from other weights than those with this fingerprint."""
+    return preferences.provenance.get("fingerprint") not in (None, fingerprint)
+
+
 def refuse_another_model(preferences: Preferences, model: str, fingerprint: str) -> None:
     """Raise `UserError` when a pairs folder was sampled from other weights than those that are to be trained."""
-    drawn_by = preferences.provenance
-    if drawn_by.get("fingerprint") not in (None, fingerprint):
+    if is_of_another_model(preferences, fingerprint):
         raise UserError(
-            f"{preferences.source} was drawn by {drawn_by.get('model')} with other weights than {model} has. "
+            f"{preferences.source} was drawn by {preferences.provenance.get('model')} "
+            f"with other weights than {model} has. "
             "Train that model, or pass --any-model to learn from another model's pictures."
         )
 

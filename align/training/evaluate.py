@@ -12,12 +12,13 @@ import torch
 from align.objectives.dataset import prepare, records_of, reread_preferences
 from align.objectives.metrics import make_evaluation
 from align.objectives.reference import LiveReference
+from align.pairs.records import Preferences, is_of_another_model
 from align.settings import EVALUATION, ROUNDS, Settings
 from backbone.adapters.apply import add_weight_differences, load_concepts
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import use_adapters
-from backbone.io.console import UserError, quote
+from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import write_json
 from backbone.io.run_folder import refuse_unwritable
 from backbone.models.model import Backbone
@@ -49,6 +50,15 @@ def evaluate_taste(
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
+    if (
+        isinstance(found, Preferences)
+        and not settings.any_model
+        and is_of_another_model(found, model.fingerprint)
+    ):
+        notify(
+            f"{found.source} was drawn by {found.provenance.get('model')}, and {run} was trained from "
+            f"{settings.model}: images of another model say little of what it has learned."
+        )
     below = [read_concept(folder) for folder in settings.concepts]
     data = prepare(model, records.none(), records, settings, below)
     names = load_concepts(model, [*below, concept] if concept.weights else below)
@@ -70,7 +80,7 @@ def evaluate_taste(
     )
     levels = ", ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
     return (
-        f"accuracy {figures.accuracy} on {records.describe()}, {figures.draws} draws each\n"
+        f"accuracy {figures.accuracy} on {records.describe()}, {count_of(figures.draws, 'draw')} each\n"
         f"by noise, clean to noisy: {levels}\n"
         f"change of error: winners {figures.winner_change:+.2%}, losers {figures.loser_change:+.2%}"
     )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from align.settings import Settings
 from backbone.adapters.lora import add_lora
-from backbone.io.console import UserError
 from backbone.memory.planner import MemorySettings, Workload, fit_to_memory, precision_name
 from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
@@ -17,10 +16,7 @@ from backbone.models.placement import get_placement
 
 def work_of(model: Backbone, settings: Settings) -> Workload:
     """The run's `Workload`; `UserError` for layers that the family does not know."""
-    layers = model.family.lora_targets.get(settings.lora_layers)
-    if layers is None:
-        known = ", ".join(model.family.lora_targets)
-        raise UserError(f"There is no set of layers called {settings.lora_layers}. Choose one of {known}.")
+    layers = model.layers_called(settings.lora_layers)
 
     def trains(denoiser: nn.Module) -> Iterable[Tensor]:
         if settings.full:

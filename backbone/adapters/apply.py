@@ -15,9 +15,11 @@ from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import load_embeddings
 from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
 from backbone.distributed.processes import require_whole_model
-from backbone.io.console import UserError
+from backbone.io.console import UserError, guess_meant, notify_once
 from backbone.io.files import read_header, read_tensors
 from backbone.models.model import Backbone
+
+USUAL_SCALE, MOST_SCALE = 1.5, 5.0  # of what was learned: the most that is usual, and what nobody means
 
 
 def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> list[str]:
@@ -29,6 +31,11 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
     """
     if not math.isfinite(scale):
         raise UserError(f"The scale of the concepts is {scale}, which is no strength. Give a finite number.")
+    if concepts and abs(scale) > MOST_SCALE:
+        notify_once(
+            f"At {scale:g} times the strength that they were learned at, concepts tear images apart: 0.5 to 1.5 is "
+            f"usual.{guess_meant(scale, USUAL_SCALE)}"
+        )
     folders = [concept.folder.resolve() for concept in concepts]
     for concept in concepts:
         check_concept_fits(concept, model)

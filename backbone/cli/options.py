@@ -767,6 +767,9 @@ def _serves(value: Any, values: tuple[Any, ...]) -> bool:
 def _describe_idle(one: Field, other: Field, values: tuple[Any, ...]) -> str:
     if values and not any(values):
         return f"{one.flag} has no effect with {other.flag}. Leave out one of the two."
+    choices = other.option.choices
+    if values and choices and not set(values) & set(choices):
+        return f"{one.flag} has no effect here. Leave it out."
     wanted = " or ".join(map(str, values)) if values and values != (True,) else ""
     what = (
         f"{other.option.metavar or other.name}" if other.option.argument else f"{other.flag} {wanted}".strip()

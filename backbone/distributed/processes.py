@@ -94,14 +94,20 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def hold_new_run(run: Path) -> Iterator[bool]:
     """The folder of a new run, kept by the main process for all of them; whether this process is the one that writes.
 
-    What a try that never saved a step left behind is removed. Raises `UserError` where another run has been quicker.
+    What a try that never saved a step left behind is removed, and at the end a folder in which nothing but the settings
+    was written: of a run that was refused. Raises `UserError` where another run has been quicker.
     """
     barrier()  # now every process has seen that the folder is free
+    new = not run.exists()
     with hold_folder(run):
         if is_main_process():
             run_folder.refuse_taken(run)
             run_folder.clear_failed_try(run)
-        yield is_main_process()
+        try:
+            yield is_main_process()
+        finally:
+            if is_main_process():
+                run_folder.remove_bare_record(run, whole=new)
 
 
 def end_process() -> None:

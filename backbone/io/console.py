@@ -290,6 +290,12 @@ def notify_once(text: str) -> None:
     notify(text)
 
 
+def guess_meant(value: float, most: float) -> str:
+    """“ Was 7.5 meant?”, to follow a sentence about a number that is above what it may be, as 750 and 75 are."""
+    meant = next((value / part for part in (10, 100, 1000) if abs(value / part) <= most), None)
+    return "" if meant is None else f" Was {meant:g} meant?"
+
+
 @cache
 def said_of(predicate: str) -> list[str]:
     """The file of which it was said, once it was."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
-from backbone.io.console import UserError, refuse_other_encodings
+from backbone.io.console import UserError, quote, refuse_other_encodings
 from backbone.io.records import parse_json, read_as, refuse_pipe
 
 if TYPE_CHECKING:
@@ -541,6 +541,10 @@ def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
         ) from error
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")):
         raise UserError(f"{path} is a picture, not weights. Name a .safetensors file.") from error
+    if path.suffix.lower() == ".json":
+        raise UserError(
+            f"{path} is a record, not weights. Name its folder, {quote(path.parent)}, or a .safetensors file."
+        ) from error
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b'{"')):
         raise UserError(
             f"{path} is a web page or a site's error message, not weights. "

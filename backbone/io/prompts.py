@@ -228,7 +228,9 @@ def _from_entry(value: Any) -> Prompt | None:
     if not isinstance(text, str) or CONTROL.search(text) or not (seen := _see(" ".join(text.split()))):
         return None
     negatives = value.get("hard_negatives") or []
-    if not isinstance(negatives, list) or not all(isinstance(n, str) and n.strip() for n in negatives):
+    if not isinstance(negatives, list) or not all(isinstance(n, str) for n in negatives):
         return None
     hard_negatives = tuple(_see(" ".join(negative.split())) for negative in negatives)
+    if not all(hard_negatives):
+        return None
     return Prompt(seen, str(value.get("category") or ""), hard_negatives)

@@ -311,6 +311,15 @@ def clear_failed_try(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_bare_record(run: Path, *, whole: bool) -> None:
+    """Removes a run's record if nothing else is in its folder, the `whole` folder where it was made for the run."""
+    if not run.is_dir() or [entry.name for entry in run.iterdir()] != [RECORD]:
+        return
+    (run / RECORD).unlink()
+    if whole:
+        run.rmdir()
+
+
 def read_record(run: Path) -> bytes | None:
     """The record of a run as it stands, to be put back by `restore_record`; None where there is none."""
     record = run / RECORD

@@ -24,7 +24,7 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generat
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.merged import fast_draws
-from backbone.models.model import Backbone, say_weak_guidance
+from backbone.models.model import Backbone, say_odd_guidance
 from backbone.models.references import ReferenceImage, latents_of
 from backbone.models.sample import count_guided, get_sampler, limit_guidance
 
@@ -66,7 +66,7 @@ def instructed_predictor(
     untold = replace(empty, references=shown, controls=unprompted)
     if not model.reads_as_channels:
         return model.guided_predictor(told, untold, guidances.text)
-    say_weak_guidance(guidances.text)
+    say_odd_guidance(guidances.text)
     blind = untold.drop_references(torch.ones(len(untold), dtype=torch.bool))
     predict = model.predictor(Conditions.cat([told, untold, blind]))
 

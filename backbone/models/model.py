@@ -43,7 +43,7 @@ from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.families.unet.row_lora import row_lora_of
-from backbone.io.console import UserError, notify_once, progress, quote
+from backbone.io.console import UserError, guess_meant, notify_once, progress, quote
 from backbone.io.files import content_hash, list_files
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
@@ -55,6 +55,7 @@ from backbone.models.usual import FILE, read_usual
 PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
+USUAL_GUIDANCE, MOST_GUIDANCE = 12, 30  # the most that is usual, and from where on images burn
 
 
 def decode_batch_size(places: Sequence[int], factor: int) -> int:
@@ -67,8 +68,12 @@ def decode_batch_size(places: Sequence[int], factor: int) -> int:
 Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 
 
-def say_weak_guidance(guidance: float) -> None:
-    """Say that a scale of classifier-free guidance below 1 takes the prompt's effect away; 0 all of it."""
+def say_odd_guidance(guidance: float) -> None:
+    """Say that a scale of classifier-free guidance below 1 takes the prompt's effect away, 0 all of it, or that one
+    far above what is usual burns images."""
+    if guidance > MOST_GUIDANCE:
+        meant = guess_meant(guidance, USUAL_GUIDANCE)
+        notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{meant}")
     if guidance < 1:
         left = (
             f"counts for {guidance:g} of what it does without guidance"
@@ -119,6 +124,14 @@ class Backbone:
         self.compiles = compile  # every prediction runs the denoiser's blocks compiled
         self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
+
+    def layers_called(self, name: str) -> tuple[str, ...]:
+        """The layers of a set that `--lora-layers` can name; `UserError` for one that the family does not know."""
+        layers = self.family.lora_targets.get(name)
+        if layers is None:
+            known = ", ".join(self.family.lora_targets)
+            raise UserError(f"There is no set of layers called {name}. Choose one of {known}.")
+        return layers
 
     def __repr__(self) -> str:
         family, side = type(self.family).__name__, self.resolution
@@ -536,7 +549,7 @@ class Backbone:
         distilled = self.family.embed_guidance(self.denoiser, conditions, guidance)
         if distilled is not None or guidance == 1:
             return self.predictor(conditions if distilled is None else distilled)
-        say_weak_guidance(guidance)
+        say_odd_guidance(guidance)
         if not empty.controls:
             unprompted = (control.unprompted() for control in conditions.controls)
             empty = replace(empty, controls=tuple(unprompted))

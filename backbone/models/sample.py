@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator, keep
 from backbone.diffusion.samplers import ancestral, consistency, ddim, dpmpp_2m, heun
 from backbone.diffusion.transfer import send
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.windows import Windows, attention_in_windows, in_windows
@@ -167,6 +167,8 @@ def sample_latents(
     batch = 1 if model.placement.one_by_one else asked.batch
     rest = schedule if given is None else schedule[count_skipped_steps(given.share, asked.steps) :]
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
+    for one in requests:
+        say_same_negative([one.prompt], one.negative)
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
         text, empty = (
@@ -370,6 +372,16 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
     if negative and guidance == 1:
         raise UserError(
             f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
+        )
+
+
+def say_same_negative(prompts: Iterable[str], negative: str) -> None:
+    """Says where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
+    kept_away = " ".join(negative.lower().split())
+    if kept_away and any(" ".join(prompt.lower().split()) == kept_away for prompt in prompts):
+        notify_once(
+            f"“{negative}” is the prompt and the negative prompt, so guidance changes nothing. Leave --negative out, "
+            "or say there what is not to be seen."
         )
 
 

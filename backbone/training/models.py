@@ -28,6 +28,8 @@ def open_configs(
         resolution=asked.get("resolution", 0),
         task=task,
     )
+    if "lora_layers" in asked:
+        model.layers_called(asked["lora_layers"])  # which refuses one that is not, before anything is done
     compilable = compilable and not (asked.get("quantize") or asked.get("cpu_offload"))
     asked = {"compile": model.compiles_usually and compilable, **asked}
     if is_path(model.location.name):

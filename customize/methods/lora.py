@@ -40,12 +40,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        layers = self.model.family.lora_targets.get(settings.lora_layers)
-        if layers is None:
-            known = ", ".join(self.model.family.lora_targets)
-            raise UserError(
-                f"There is no set of layers called {settings.lora_layers}. Choose one of {known}."
-            )
+        layers = self.model.layers_called(settings.lora_layers)
         self.parameters = add_lora(
             self.model.denoiser,
             ADAPTER,

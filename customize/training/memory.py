@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from backbone.adapters.config import AdapterType
 from backbone.adapters.lora import AdapterKind, add_lora
-from backbone.io.console import UserError
 from backbone.memory.planner import (
     MemoryEstimator,
     MemorySettings,
@@ -29,10 +28,7 @@ from customize.settings import Settings
 
 def work_of(model: Backbone, settings: Settings) -> Workload:
     """The run's `Workload`; `UserError` for a set of layers that the family does not know."""
-    layers = model.family.lora_targets.get(settings.lora_layers)
-    if layers is None:
-        known = ", ".join(model.family.lora_targets)
-        raise UserError(f"There is no set of layers called {settings.lora_layers}. Choose one of {known}.")
+    layers = model.layers_called(settings.lora_layers)
 
     def trains(denoiser: nn.Module) -> Iterator[Tensor]:
         if settings.method == "textual-inversion":

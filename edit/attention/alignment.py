@@ -287,6 +287,9 @@ def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
     known = sorted({word.text for prompt in prompts for word in prompt.words if word.text.isalnum()})
     near = difflib.get_close_matches(phrase.lower(), known, n=1, cutoff=0.5)
     remedy = f"Did you mean “{near[0]}”?" if near else f"Choose among {', '.join(known)}."
+    parts = [part.strip() for part in re.split("[,;|]", phrase) if part.strip()]
+    if len(parts) > 1 and all(any(prompt.find(part) for prompt in prompts) for part in parts):
+        remedy = f"Say each by itself: the option stands once for “{parts[0]}”, and again for “{parts[1]}”."
     where = "the prompt" if len(prompts) == 1 else "any of the prompts"
     raise UserError(f"The word “{phrase}” is not in {where} “{prompts[0].text}”. {remedy}")
 

@@ -31,7 +31,14 @@ from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, GivenLatents, Request, refuse_negative, sample_latents
+from backbone.models.sample import (
+    Frames,
+    GivenLatents,
+    Request,
+    refuse_negative,
+    sample_latents,
+    say_same_negative,
+)
 from backbone.world.motions import find_moves
 from edit import checks
 from edit.attention.alignment import Alignment
@@ -184,19 +191,24 @@ def edit_clip(
     """Edits a clip's inversion towards target prompts (in the model's words), those of one kind in a batch.
 
     Where a target's words of motion themselves differ nothing of the source's attention is taken unless it is asked
-    for, and the place is what differs in any frame. `progress` is called after every step. Raises `UserError` as
-    `replace`.
+    for, and the place is what differs in any frame. `progress` is called after every step of each batch. Raises
+    `UserError` as `replace`.
     """
-    moved = [find_moves(target) != find_moves(inversion.prompt) for target in targets]
+    moved = with_other_motion(inversion, targets)
     apart = _without_attention(settings)  # for what says another motion
     if len(set(moved)) < 2:
         return _edit_alike(inversion, targets, apart if any(moved) else settings, progress=progress)
     groups = [[n for n, one in enumerate(moved) if one == other] for other in (False, True)]
     parts = [
-        _edit_alike(inversion, [targets[n] for n in group], how, progress=advance)
-        for group, how, advance in zip(groups, (settings, apart), (progress, lambda: None), strict=True)
+        _edit_alike(inversion, [targets[n] for n in group], how, progress=progress)
+        for group, how in zip(groups, (settings, apart), strict=True)
     ]
     return _join_results(inversion, parts, [n for group in groups for n in group])
+
+
+def with_other_motion(inversion: Inversion, targets: Sequence[str]) -> list[bool]:
+    """Which of the targets say another motion than the source: those are edited in a batch of their own."""
+    return [find_moves(target) != find_moves(inversion.prompt) for target in targets]
 
 
 def _edit_alike(
@@ -214,6 +226,7 @@ def _edit_alike(
     guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
     text = encode_source_and_targets(inversion, targets)
     refuse_negative(model, settings.negative, guidance)
+    say_same_negative(targets, settings.negative)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
     # Where the edit begins, and where each frame may differ from the source's

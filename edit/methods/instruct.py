@@ -25,7 +25,7 @@ from backbone.cli.sampling import (
     own_sampler,
     refuse_unguided,
 )
-from backbone.io.console import UserError, notify, notify_once
+from backbone.io.console import UserError, guess_meant, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
@@ -48,6 +48,7 @@ from edit.result import Result
 from edit.sampling import KeptEstimates, guidance_of, schedule_of
 
 Keep = Literal["auto", "pixels", "latents", "none"]
+USUAL_IMAGE_GUIDANCE, MOST_IMAGE_GUIDANCE = 2.5, 10  # the most that is usual, and what nobody means
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,6 +144,11 @@ def instruct(
 def guidances_of(model: Backbone, asked: InstructSettings) -> Guidances:
     """What is asked for, and the model's own where nothing is. `UserError` for scales below 0, a share of no steps."""
     image_guidance = checks.not_negative("image guidance", asked.image_guidance)
+    if image_guidance > MOST_IMAGE_GUIDANCE:
+        meant = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
+        notify(
+            f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{meant}"
+        )
     guided = asked.guided_of(model.defaults)
     check_guidance_interval(guided)
     if (asked.guidance_start, asked.guidance_stop) != (None, None):

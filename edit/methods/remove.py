@@ -38,6 +38,7 @@ from edit.pictures import ImageLike
 from edit.result import Result
 from edit.sampling import KeptEstimates, as_strong_as_state, guidance_of, nfe_of
 
+SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
 # Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
 MARGIN = 1 / 64
@@ -88,7 +89,7 @@ def remove(
     checks.share("threshold", asked.threshold)
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
-    first = inversion.start(checks.strength(asked.strength, inversion.steps))
+    first = inversion.start(checks.strength(asked.strength, inversion.steps, nothing=SMOOTH))
     pixels, nfe = _find_place(inversion, word, asked)
     seen = _prompt_without(inversion, word) if asked.prompt is None else asked.prompt
     states = inversion.states.float()

@@ -18,7 +18,7 @@ from backbone.diffusion.schedules import truncate_schedule
 from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.models.sample import refuse_negative
+from backbone.models.sample import refuse_negative, say_same_negative
 from edit import checks
 from edit.layout import NO_LAYOUT, TARGET, Layout
 from edit.masks import load_latent_mask
@@ -81,6 +81,7 @@ def sdedit(
     checks.prompt(prompt, "prompt")
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
+    say_same_negative([prompt], asked.negative)
     encoded = encode_image(model, image)
     clean, count = encoded.latent, asked.count
     whole = schedule_of(model, asked.steps, clean)

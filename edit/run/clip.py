@@ -40,6 +40,7 @@ from edit.methods.clip import (
     invert_film,
     open_clip_layout,
     redraw_film,
+    with_other_motion,
 )
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
@@ -256,7 +257,8 @@ def replace_in_clip(
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)
         return replace(result, inversion=inversion)
-    with progress(steps, "editing") as bar:
+    batches = len(set(with_other_motion(inversion, resolved)))
+    with progress(steps * batches, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
         became = alignment.describe(loaded.placeholders)
@@ -318,7 +320,7 @@ def flow_clip(
         seed=asked.seed,
     )
     resolved = [loaded.resolve(target) for target in targets]
-    with progress(round(settings.strength * asked.steps), "editing") as bar:
+    with progress(int(settings.strength * asked.steps), "editing") as bar:
         result = flow_film(
             loaded.model, film, loaded.resolve(source), resolved, settings, layout=layout, progress=bar.advance,
         )  # fmt: skip
@@ -364,7 +366,8 @@ def publish_clip(
         key: key.replace("_", " ") for entry in entries for key in entry if key not in ("file", "prompt")
     }
     lines = [
-        (entry["prompt"], *("–" if entry[key] is None else entry[key] for key in names)) for entry in entries
+        (entry["prompt"], *("–" if (value := entry.get(key)) is None else value for key in names))
+        for entry in entries  # not all of them are measured alike
     ]
     parts += [table(("edit", *names.values()), lines), heading("The run")]
     parts += [

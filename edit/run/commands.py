@@ -132,7 +132,13 @@ def run_flow_edit(
     """`edit flow-edit`."""
     for target in targets if asked == NOTHING_ASKED else ():
         if " ".join(target.lower().split()) == " ".join(source.lower().split()):
-            notify(f"“{target}” says what the source says: what changes is by guidance alone.")
+            alike = settings.get("guidance") == settings.get("source_guidance", 1.0)
+            by = (
+                "and its guidance is the source's, so nothing changes."
+                if alike
+                else "so what changes is by guidance."
+            )
+            notify(f"“{target}” says what the source says, {by}")
     with progress(int(steps * checks.share("strength", strength)), "editing") as bar:
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
@@ -246,7 +252,10 @@ def run_interpolate(
     **starting: Any,
 ) -> Result:
     """`edit interpolate`."""
-    refuse_other_shape(loaded.model, read_image(first), read_image(second))
+    both = read_image(first), read_image(second)
+    refuse_other_shape(loaded.model, *both)
+    if both[0].content == both[1].content and first_prompt == second_prompt:
+        notify("Both ends are the same image with the same prompt, so all between them are that image too.")
     ends = [
         Start(image, prompt, **starting).open(loaded)
         for image, prompt in ((first, first_prompt), (second, second_prompt))

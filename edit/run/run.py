@@ -176,14 +176,15 @@ def _run(
         loaded = load()
         own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING, *CONTROL)}
         own |= {"asked": asked} if asked else {}
+        measured = command.compared and wishes.get("metrics", True)
+        named = wishes.get("scorer") if measured else None
+        scorer = find_scorer(loaded.model, named) if named else None  # a mistake costs no edit
         result = command(loaded, {**own, **images})
         frames = command.frames(result)
         # Decoded here, so that a mistake leaves nothing behind
         assert len(result.images) == len(result.prompts)
         say_nowhere(result)
-        figures = []
-        if command.compared and wishes.get("metrics", True):
-            figures = measure_edits(result, find_scorer(loaded.model, wishes.get("scorer")))
+        figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measured else []
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")
         with fill_folder(folder) as unfinished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from align.training.memory import fit_to_vram
 from backbone.adapters.concept import read_concept
 from backbone.cli.options import fields_of
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import read_json, write_json
 from backbone.media.sources.decode import open_rgb
 from backbone.models.model import Backbone
 from tests.align.conftest import BRIGHT, FIVE, TRAIN, align, invoked, picture, refused, write_lines
@@ -100,8 +101,25 @@ def test_a_run_is_measured_on_its_held_out_pairs_and_on_others(run: Path, ranked
     own = align("evaluate", run, "--draws", 2)
     assert "accuracy" in own and "2 draws each" in own
     other = align("evaluate", run, ranked, "--draws", 1)
-    assert "1 draws each" in other
+    assert "1 draw each" in other
     assert read_json(run / "evaluation.json")["source"] == str(ranked)
+
+
+def test_a_run_whose_model_was_moved_is_measured_on_pairs_of_another_which_is_said(
+    run: Path, ranked: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    moved, taste, others = tmp_path / "moved", tmp_path / "taste", tmp_path / "others"
+    for folder, copy in ((tiny_folder, moved), (run, taste), (ranked, others)):
+        shutil.copytree(folder, copy)
+    record = read_json(taste / "settings.json")
+    record["settings"]["model"] = str(tmp_path / "gone")
+    write_json(taste / "settings.json", record)
+    drawn = read_json(others / "samples.json")
+    write_json(others / "samples.json", {**drawn, "model": "sd15", "fingerprint": "0123"})
+    done = invoked("evaluate", taste, others, "--draws", 1, "--model", moved)
+    assert done.exit_code == 0 and "1 draw each" in done.stdout
+    err = " ".join(done.stderr.split())
+    assert "was drawn by sd15" in err and "say little of what it has learned" in err
 
 
 def test_a_comparison_counts_wins_and_shows_pictures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,19 @@ import pytest
 
 from backbone.io.console import UserError
 from edit import checks
+from edit.settings import (
+    ClipOptions,
+    ComposeOptions,
+    FlowEditOptions,
+    InstructOptions,
+    InterpolateOptions,
+    InvertOptions,
+    PaintOptions,
+    RemoveOptions,
+    ReplaceOptions,
+    SDEditOptions,
+    draws_noise,
+)
 
 
 def test_a_text_is_one_prompt_and_not_its_letters() -> None:
@@ -30,6 +44,14 @@ def test_prompts_with_weights_are_pairs_or_a_dict() -> None:
             checks.weighted(said, "prompt")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"), [("dog:2", "dog=2"), ("a dog", "'a dog=2'"), ("dog=", "word=2"), ("dog=x", "word=2")]
+)
+def test_a_word_without_its_number_is_told_how_it_has_one(said: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"Write --toward {re.escape(meant)}"):
+        checks.split_weight(said, "--toward")
+
+
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "2,5", ""])
 def test_a_weight_is_a_number(number: str) -> None:
     with pytest.raises(UserError, match="is not a word and a number"):
@@ -37,6 +59,53 @@ def test_a_weight_is_a_number(number: str) -> None:
     if number in ("nan", "inf", "-inf"):
         with pytest.raises(UserError, match="is a number, as in"):
             checks.weighted({"a cat": float(number)}, "prompt")
+
+
+def test_a_prompt_is_composed_with_once() -> None:
+    checks.composed_once([("a painting", 1.0), ("a photo", -1.0)])
+    with pytest.raises(
+        UserError, match="“a painting” is composed with 2 times, by 1 and -1, which is 0 in all"
+    ):
+        checks.composed_once([("a painting", 1.0), ("a photo", 2.0), ("a  painting", -1.0)])
+
+
+def test_a_weight_that_nobody_means_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    checks.weights(["dog=3"])
+    checks.say_far_weights("Composing with", [("a painting", 3.0), ("a photo", -2.0)])
+    assert capsys.readouterr().err == ""
+    checks.weights(["dog=150"])
+    assert (
+        "--reweight “dog” by 150 breaks the image: 10 is much already. Was 1.5 meant?"
+        in capsys.readouterr().err
+    )
+    checks.say_far_weights("Composing with", [("a painting", -35.0)])
+    assert "Was -3.5 meant?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "random"),
+    [
+        (InvertOptions, {"image": "x", "prompt": "a"}, False),
+        (InvertOptions, {"image": "x", "prompt": "a", "method": "edit-friendly"}, True),
+        (ReplaceOptions, {"targets": ("a",)}, False),
+        (ReplaceOptions, {"targets": ("a",), "method": "edit-friendly"}, True),
+        (PaintOptions, {"image": "x"}, False),
+        (ComposeOptions, {}, False),
+        (InterpolateOptions, {"first": "x", "second": "y", "prompts": ("a", "b")}, False),
+        (RemoveOptions, {"strength": 0.0}, False),
+        (RemoveOptions, {}, True),
+        (SDEditOptions, {"image": "x", "prompt": "a"}, True),
+        (FlowEditOptions, {"image": "x", "source": "a", "targets": ("b",)}, True),
+        (InstructOptions, {"image": "x", "instruction": "a"}, True),
+        (ClipOptions, {"clip": "x"}, True),
+        (ClipOptions, {"clip": "x", "source": "a"}, False),
+        (ClipOptions, {"clip": "x", "source": "a", "method": "edit-friendly"}, True),
+        (ClipOptions, {"clip": "x", "source": "a", "method": "flow-edit"}, True),
+        (ClipOptions, {"inversion": "x"}, False),
+    ],
+)
+def test_a_seed_has_an_effect_where_noise_is_drawn(kind: Any, given: dict[str, Any], random: bool) -> None:
+    assert draws_noise(kind(seed=3, **given)) is random
 
 
 def test_a_window_that_ends_before_it_begins_is_refused() -> None:

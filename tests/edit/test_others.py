@@ -15,6 +15,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 from edit import layout
 from edit.inversion.inversion import Inversion, invert
 from edit.masks import align_to_edges, evidence_maps, fill_smoothly, weigh_by_colour
@@ -86,6 +87,28 @@ def test_at_less_guidance_than_none_it_is_said_what_becomes_of_the_prompt(
     assert "At guidance 0 the prompt has no effect at all" in capsys.readouterr().err
     prompt_to_prompt(inversion, TARGET, ReplaceSettings(guidance=0.25))
     assert "At guidance 0.25 the prompt counts for 0.25 of" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_that_is_the_prompt_is_said(
+    tiny: Backbone, inversion: Inversion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdedit(tiny, photo(), "a tall dog", steps=2, negative="a  Tall dog")
+    assert "“a  Tall dog” is the prompt and the negative prompt" in capsys.readouterr().err
+    prompt_to_prompt(inversion, TARGET, ReplaceSettings(negative=TARGET))
+    assert f"“{TARGET}” is the prompt and the negative prompt" in capsys.readouterr().err
+    list(sample(tiny, [Request("a big dog", (0, 0), "a big dog")], steps=2, guidance=3.0, seed=0))
+    assert "“a big dog” is the prompt and the negative prompt" in capsys.readouterr().err
+    list(sample(tiny, [Request("a big dog", (0, 0), "")], steps=2, guidance=3.0, seed=0))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_guidance_scale_without_its_point_is_said(
+    tiny: Backbone, inversion: Inversion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdedit(tiny, photo(), SOURCE, steps=2, guidance=750)
+    assert "At guidance 750 images burn out: 2 to 12 is usual. Was 7.5 meant?" in capsys.readouterr().err
+    prompt_to_prompt(inversion, TARGET, ReplaceSettings(guidance=35))
+    assert "At guidance 35 images burn out: 2 to 12 is usual. Was 3.5 meant?" in capsys.readouterr().err
 
 
 def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbone) -> None:

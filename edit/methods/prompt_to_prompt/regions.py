@@ -66,6 +66,7 @@ class Regions:
         self.device = inversion.model.device
         self.drawn = load_latent_mask(settings.mask, inversion.encoded)
         self.columns = self._columns()
+        self.heat: Tensor | None = None  # [1 + N, K, h, w]
         nothing = torch.zeros(2 * self.count, dtype=torch.bool)
         self.named = nothing if self.columns is None else self.columns.any(-1).any(0)[: 2 * self.count]
         # Pairs of prompts to compare, and how differently they are predicted [H, W], by the number of the target
@@ -153,10 +154,25 @@ class Regions:
         # And inside the user's mask
         return mask.float() if self.drawn is None else mask * self.drawn
 
-    def heatmaps(self, maps: Maps) -> dict[str, Tensor]:
-        """Word → [1 + N, h, w]."""
+    def read_heat(self, maps: Maps, needed: Sequence[bool]) -> None:
+        """Reads the heat maps after a step, those of the targets that the source's row is still `needed` for.
+
+        The others keep theirs, so that a target's maps do not depend on those beside it.
+        """
+        if not self.settings.heatmaps:
+            return
         read = maps.read()[:, 2 * self.count :]
-        return {phrase: read[:, k].cpu() for k, phrase in enumerate(self.settings.heatmaps)}
+        if self.heat is not None:
+            read = torch.stack(
+                [read[0], *(read[1 + n] if needed[n] else self.heat[1 + n] for n in range(self.count))]
+            )
+        self.heat = read
+
+    def heatmaps(self) -> dict[str, Tensor]:
+        """Word → [1 + N, h, w], as they were read last."""
+        if self.heat is None:
+            return {}
+        return {phrase: self.heat[:, k].cpu() for k, phrase in enumerate(self.settings.heatmaps)}
 
     def _columns(self) -> Tensor | None:
         settings, length = self.settings, self.alignments[0].source.length

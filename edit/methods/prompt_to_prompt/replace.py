@@ -25,7 +25,7 @@ from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError, notify
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from backbone.models.sample import refuse_negative
+from backbone.models.sample import refuse_negative, say_same_negative
 from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import AttentionControl, Maps
@@ -66,6 +66,7 @@ def replace(
     model, steps = inversion.model, inversion.steps
     settings = (settings or ReplaceSettings()).resolve(model)
     check_supported(model, settings)
+    say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
     # Where the targets may differ, as far as that is known before the first step
@@ -93,8 +94,9 @@ def replace(
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
-                anew = [step <= last for last in until if step >= due]
-                masks = _read_maps(control.maps, regions, masks, anew)
+                needed = [step <= last for last in until]
+                regions.read_heat(control.maps, needed)
+                masks = _read_maps(control.maps, regions, masks, needed if step >= due else ())
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -105,7 +107,7 @@ def replace(
         masks=masks, estimates=kept.stack(), layout=inversion.layout, inversions=(inversion,),
         facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
         trajectory=torch.stack(trajectory), alignments=alignments,
-        heatmaps=regions.heatmaps(control.maps) if control.maps and settings.heatmaps else {},
+        heatmaps=regions.heatmaps(),
     )  # fmt: skip
 
 

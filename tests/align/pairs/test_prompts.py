@@ -77,6 +77,10 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 bad lines") as caught:
         read_prompts(lines)
     assert "line 2" in str(caught.value) and "line 3" in str(caught.value)
+    for negative in ("", " ", "\u200b", "\ufeff \u200e"):  # which nobody sees
+        lines.write_text(json.dumps({"prompt": "a dog", "hard_negatives": ["a cat", negative]}))
+        with pytest.raises(UserError, match="line 1 holds no prompt"):
+            read_prompts(lines)
     for name, text in (("p.txt", "a dog\na \x1b[31mred dog\n"), ("p.json", '["a dog", "a \\u001b[31mdog"]')):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=r"1 bad line:\n  (line|entry) 2 holds no prompt"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.apply import load_concepts
+from backbone.adapters.concept import Concept
 from backbone.adapters.config import AdapterType, read_adapter_configs
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
@@ -212,3 +213,18 @@ def test_a_rank_that_would_fill_the_memory_is_refused_and_leaves_nothing(tiny: B
 def test_a_scale_that_is_no_number_is_refused(scale: float, tiny: Backbone) -> None:
     with pytest.raises(UserError, match="scale of the concepts"):
         load_concepts(tiny, [], scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [(1.2, ""), (80.0, "At 80 times the strength"), (-50.0, "Was -0.5 meant?")],
+)
+def test_a_scale_that_nobody_means_is_said(
+    scale: float, told: str, tiny: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tiny)
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
+    model, fingerprint = tiny.location.name, tiny.fingerprint
+    concept = Concept("preference", model, fingerprint, {}, "", weights=LORA_WEIGHTS, folder=tmp_path)
+    load_concepts(tiny, [concept], scale=scale)
+    assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)

@@ -309,3 +309,23 @@ def test_a_signal_that_the_launcher_passes_on_again_is_not_a_second_one(
         now += FORWARDED_SIGNAL_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_is_refused_leaves_no_settings_behind(tmp_path: Path, there: bool) -> None:
+    run = tmp_path / "run"
+
+    def refused_with(*files: str) -> None:
+        with processes.hold_new_run(run):
+            for name in files:
+                write_json(run / name, {})
+            raise UserError("It is not to be.")
+
+    if there:  # a folder that somebody made is not ours to remove
+        run.mkdir()
+    with pytest.raises(UserError, match="not to be"):
+        refused_with("settings.json")
+    assert list(tmp_path.rglob("*")) == [run] * there
+    with pytest.raises(UserError, match="not to be"):
+        refused_with("settings.json", "log.jsonl")
+    assert sorted(entry.name for entry in run.iterdir()) == ["log.jsonl", "settings.json"]

@@ -241,6 +241,13 @@ def test_a_picture_is_told_to_be_no_weights(start: bytes, tmp_path: Path) -> Non
         read_header(path)
 
 
+def test_the_record_beside_weights_is_told_to_be_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{\n  "_class_name": "T2IAdapter"\n}\n')
+    with pytest.raises(UserError, match=r"config\.json is a record, not weights\. Name its folder, "):
+        read_header(path)
+
+
 def test_a_missing_tensor_file_is_missing_and_not_damaged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         read_tensors(tmp_path / "m.safetensors")

@@ -472,3 +472,21 @@ def test_names_that_do_not_agree_on_a_class_name_none(tiny: Backbone) -> None:
     images = [ImageRecord(Path(name)) for name in ("dog.png", "cat.png")]
     with pytest.raises(UserError, match="--class dog"):
         guess(tiny, images, "pets", "[V]")
+
+
+def test_a_set_of_layers_that_is_not_is_refused_before_anything_is_made(
+    dog: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "denoiser", property(lambda _: pytest.fail("weights were loaded")))
+    asked = {"images": str(dog), "model": str(tiny_folder), "lora_layers": "to_q", "device": "cpu"}
+    with pytest.raises(UserError, match=r"no set of layers called to_q\. Choose one of attention, all"):
+        start({**asked, "class_noun": "dog"}, out=dog.parent / "run")
+    assert not (dog.parent / "run").exists()
+
+
+def test_what_has_no_effect_whatever_else_is_asked_for_is_to_be_left_out(
+    dog: Path, tiny_folder: Path
+) -> None:
+    asked = ("--images", dog, "--condition", "edges", "--lora-layers", "all", "--model", tiny_folder)
+    answer = CliRunner().invoke(app, ["train-control", *map(str, asked)])
+    assert "--lora-layers has no effect here. Leave it out." in str(answer.exception)

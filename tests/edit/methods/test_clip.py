@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +278,37 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
     assert (
         call(tmp_path / "walk.webp", "--target", "a cat", *usual, "--out", tmp_path / "drawn").exit_code == 0
     )
+
+
+def test_targets_that_are_measured_otherwise_are_told_in_one_table_and_the_bar_counts_them_all(
+    tiny_folder: Path, film: Film, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One says another motion and is not to stay on its way, one says what the source says and is not scored."""
+    bars: list[list[int]] = []
+
+    @contextmanager
+    def counted(total: int | None, what: str, **_: Any) -> Iterator[Any]:
+        bars.append([total or 0, 0])
+        count = bars[-1]
+
+        def advance() -> None:
+            count[1] += 1
+
+        yield SimpleNamespace(advance=advance)
+
+    monkeypatch.setattr("edit.run.clip.progress", counted)
+    (tmp_path / "walk.webp").write_bytes(encode_webp(film.frames, film.fps))
+    targets = "a dog moving left in the snow", "a cat in the snow", SOURCE
+    said = [word for target in targets for word in ("--target", target)]
+    usual = ("--model", tiny_folder, "--device", "cpu", "--precision", "fp32", "--steps", "2")
+    out = tmp_path / "out"
+    answer = call(tmp_path / "walk.webp", "--source", SOURCE, *said, *usual, "--out", out)
+    assert answer.exit_code == 0, answer.exception
+    edits = read_json(out / "run.json")["edits"]
+    assert ["track_px" in edit for edit in edits] == [False, True, True]
+    assert "track px" in (out / "report.html").read_text()
+    inverting, editing = bars
+    assert inverting == [2, 2] and editing == [4, 4]
 
 
 def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, tmp_path: Path) -> None:

@@ -449,7 +449,62 @@ def test_a_target_that_says_what_the_source_says_is_told(
     loaded: Any = Loaded()
     with pytest.raises(Stopped):
         run_flow_edit(loaded, image=photo(), source="a cat", targets=["A  cat", "a dog"])
-    assert "“A  cat” says what the source says" in (told := capsys.readouterr().err) and "a dog" not in told
+    assert "“A  cat” says what the source says, so what changes" in (told := capsys.readouterr().err)
+    assert "a dog" not in told
+    with pytest.raises(Stopped):
+        run_flow_edit(loaded, image=photo(), source="a cat", targets=["a cat"], guidance=1.0)
+    assert "its guidance is the source's, so nothing changes" in capsys.readouterr().err
+
+
+def test_a_seed_without_effect_and_a_target_that_stands_twice_are_said(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ("--no-metrics", "--guidance", "2", "--seed", "3")
+    assert edit("invert-and-replace", "photo.png", *WORDS, *WORDS[2:], *said, "--out", "a") == 0
+    err = capsys.readouterr().err
+    assert (
+        "--seed 3 changes nothing: nothing is random here. An inversion by --method edit-friendly is." in err
+    )
+    assert "“a dog in the snow” is given 2 times" in err
+    friendly = ("--method", "edit-friendly")
+    assert edit("invert-and-replace", "photo.png", *WORDS, *said, *friendly, "--out", "b") == 0
+    assert edit("sdedit", "photo.png", "--prompt", "a dog", *said, "--out", "c") == 0
+    assert "changes nothing" not in (err := capsys.readouterr().err) and "2 times" not in err
+    twice = ("--toward", "a painting=1", "--away", "a painting=1")
+    assert edit("compose", "photo.png", "--source", "a cat", *twice) == 2
+    assert "which is 0 in all" in capsys.readouterr().err
+
+
+def test_a_walk_from_an_image_to_itself_is_said(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(seed=1).save("other.png")
+    same = "Both ends are the same image"
+    for end, prompt, said in (
+        ("photo.png", "a cat", True),
+        ("photo.png", "a dog", False),
+        ("other.png", "a cat", False),
+    ):
+        words = ("--prompts", "a cat", "--prompts", prompt, "--count", "3", "--out", f"{end}-{prompt}")
+        assert edit("interpolate", "photo.png", end, *words) == 0
+        assert (same in " ".join(capsys.readouterr().err.split())) is said
+
+
+def test_a_scorer_that_is_none_is_refused_before_anything_is_edited(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty").mkdir()
+    assert edit("invert-and-replace", "photo.png", *WORDS, "--scorer", "empty", "--out", "a") == 2
+    err = capsys.readouterr().err
+    assert "empty holds no scorer" in err and "Inverting" not in err and not Path("a").exists()
+
+
+def test_a_place_that_is_filled_without_noise_is_said_to_be(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_half().save("half.png")
+    smooth = ("--mask", "half.png", "--strength", "0", "--no-metrics")
+    assert edit("remove", "photo.png", "--source", "a cat", *smooth, "--out", "a") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "the place is filled from its surroundings" in err and "nothing is changed" not in err
 
 
 def test_what_no_step_or_no_place_is_left_for_is_said(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:

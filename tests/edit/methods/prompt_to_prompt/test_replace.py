@@ -140,7 +140,7 @@ def test_places_of_words_do_not_depend_on_the_targets_beside_them(
     tiny.defaults["edit"] = {"cross": 0.0, "self_attention": 0.1, "style_self_attention": 0.9}
     inversion = invert(tiny, photo(), SOURCE, steps=8)
     targets = [TARGET, "a red cat in the snow", "a watercolor of a cat in the snow"]
-    asked = ReplaceSettings(blend=blend, keep=keep, threshold=0.9, guidance=4.0)
+    asked = ReplaceSettings(blend=blend, keep=keep, threshold=0.9, guidance=4.0, heatmaps=("cat", "snow"))
     together = replace(inversion, targets, asked)
     for n, target in enumerate(targets):
         alone = replace(
@@ -148,6 +148,9 @@ def test_places_of_words_do_not_depend_on_the_targets_beside_them(
             target,
             dataclasses.replace(asked, keep=[word for word in keep if word in f"{SOURCE} {target}"]),
         )
+        for word in asked.heatmaps:
+            heat = together.heatmaps[word][1 + n]
+            torch.testing.assert_close(heat, alone.heatmaps[word][1], atol=1e-6, rtol=1e-4)
         masks = torch.ones_like(inversion.clean[0]) if alone.masks is None else alone.masks[0]
         assert together.masks is not None and torch.equal(together.masks[n], masks)
         assert deviation(together.latents[n], alone.latents[0]) < 1e-3
