@@ -10,10 +10,8 @@ from typing import TypeVar
 from backbone.io.console import UserError, guess_meant, notify, quote
 
 T = TypeVar("T")
-USUAL_WEIGHT, MOST_WEIGHT = (
-    10,
-    20,
-)  # of a word, or of a prompt to compose with: what is much, and what nobody means
+# Of a word, or of a prompt to compose with: what is much, and what nobody means
+USUAL_WEIGHT, MOST_WEIGHT = 10, 20
 
 
 def share(name: str, value: float) -> float:
