@@ -229,6 +229,10 @@ def test_what_edit_is_given_in_another_type_is_a_sentence(tiny: Backbone) -> Non
     for mask in (array, torch.zeros(64, 64), 5, True):
         with pytest.raises(UserError, match="An image is a PIL image or a path"):
             edit.sdedit(tiny, image, "a dog", steps=2, mask=mask)
+    with pytest.raises(
+        UserError, match=r"nope\.png does not exist\. Check the spelling; `edit example cat/`"
+    ):
+        edit.sdedit(tiny, "nope.png", "a dog", steps=2)
     with pytest.raises(UserError, match="has no pixels"):
         edit.sdedit(tiny, Image.new("RGB", (0, 8)), "a dog", steps=2)
     for prompt in (None, 3, ["a dog"]):

@@ -124,9 +124,9 @@ def test_weights_that_are_there_twice_or_under_another_name_are_refused_and_noth
     with pytest.raises(UserError, match=said):
         list_weight_files(model / part)
     away.rename(shards[1])
-    for name in (*shards, file.with_name(f"{file.name}.index.json")):
+    for given in (*shards, file.with_name(f"{file.name}.index.json")):
         with pytest.raises(UserError, match=rf"one part of a model\. Name the model's folder: {model}\."):
-            Backbone.open(str(name), device="cpu")
+            Backbone.open(str(given), device="cpu")
     file.with_name(f"{file.name}.index.json").unlink()
     with pytest.raises(UserError, match=rf"without {file.name}\.index\.json\. Download that too"):
         load(model, part)
