@@ -11,7 +11,7 @@ from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
-from backbone.cli.options import build, refuse_idle
+from backbone.cli.options import build, fit_given, refuse_idle
 from backbone.io.console import UserError
 from backbone.io.prompts import some_prompts, unique_prompts
 from backbone.io.run import Run
@@ -59,14 +59,13 @@ def train(
     has no effect.
     """
     asked = {
-        "pairs": None if pairs is None else str(pairs),
+        "pairs": pairs,
         "online": online,
-        "prompts": None if prompts is None else str(prompts),
-        "model": str(model),
+        "prompts": prompts,
+        "model": model,
         **settings,
     }
-    known = {name: value for name, value in asked.items() if value is not None}
-    return Run(start(known, out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(fit_given(Settings, asked), out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(ComparisonSettings)

@@ -12,7 +12,7 @@ from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
 from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
-from backbone.cli.options import build
+from backbone.cli.options import build, fit_given
 from backbone.cli.sampling import DrawingOptions
 from backbone.io.files import read_json
 from backbone.io.prompts import some_prompts
@@ -42,14 +42,13 @@ def train(
     in GiB. Raises `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
     """
     asked = {
-        "images": None if images is None else str(images),
+        "images": images,
         "token": token,
         "class_noun": class_noun,
-        "model": str(model),
+        "model": model,
         **settings,
     }
-    known = {name: value for name, value in asked.items() if value is not None}
-    return Run(start(known, out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(fit_given(Settings, asked), out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(DrawingOptions, ControlOptions, without=("concepts",))

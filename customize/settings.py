@@ -125,6 +125,7 @@ class Settings(TrainingSettings):
             "Data",
             aliases=("instance-data-dir", "train-data-dir", "dataset-name", "concepts-list"),
             needs=A_CONCEPT,
+            several="Put one subject's images into one folder; name other subjects with --subject.",
             metavar="FOLDER",
         ),
     ]

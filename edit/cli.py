@@ -326,16 +326,9 @@ def in_words(given: Sequence[str], what: str) -> list[str]:
 
 def readable(image: str) -> SourceImage:
     """The image, read once for all; `UserError` if it cannot be."""
-    from backbone.media.sources.decode import BadImageError
     from edit.pictures import read_image
 
-    try:
-        return read_image(image)
-    except BadImageError as error:
-        if not error.reason.startswith("does not exist"):
-            raise
-        remedy = "Check the spelling; `edit example cat/` writes one to try with."
-        raise UserError(f"{image} {error.reason}. {remedy}") from error
+    return read_image(image)
 
 
 def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
 from backbone.media.clips import Film
 from backbone.media.sources.decode import (
+    BadImageError,
     describe_further_frames,
     mask_from_image,
     open_loaded,
@@ -55,7 +56,14 @@ def read_image(image: ImageLike) -> SourceImage:
         rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
     _refuse_other_kinds(image)
-    return SourceImage(open_named(image), str(image), content_hash(Path(image)))
+    try:
+        rgb = open_named(image)
+    except BadImageError as error:
+        if not error.reason.startswith("does not exist"):
+            raise
+        remedy = "Check the spelling; `edit example cat/` writes one to try with."
+        raise UserError(f"{image} {error.reason}. {remedy}") from error
+    return SourceImage(rgb, str(image), content_hash(Path(image)))
 
 
 def _refuse_other_kinds(image: object) -> None:

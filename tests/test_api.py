@@ -18,8 +18,9 @@ import backbone
 import customize
 import edit
 from backbone import Backbone, UserError
-from backbone.cli.options import build
+from backbone.cli.options import build, fields_of, fit_given, values_from_flags
 from backbone.cli.sampling import DrawingOptions
+from customize.settings import Settings
 
 TINY: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
@@ -143,7 +144,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half a seed": ({"seed": 1.5}, "seed is 1.5, which is not a whole number"),
     "a generator": ({"seed": object()}, "which is not a whole number"),
     "a count in words": ({"count": "two"}, "count is two, which is not a whole number"),
-    "several negatives": ({"negative": ["a", "b"]}, "negative is .* which is no text"),
+    "several negatives": ({"negative": ["a", "b"]}, "negative is a list .*, and one is taken"),
 }
 
 
@@ -156,6 +157,52 @@ def test_what_sample_is_given_in_another_type_is_a_sentence_and_writes_nothing(
     with pytest.raises(UserError, match=said):
         customize.sample(**{"prompts": "a dog", **given})
     assert not list(tmp_path.iterdir())
+
+
+WRONGLY_TRAINED: dict[str, tuple[dict[str, Any], str]] = {
+    "folders": (
+        {"images": ["a", "b"]},
+        r"images is a list .*and one is taken\. Put one subject's images into one",
+    ),
+    "a folder in a list": ({"images": ["a"]}, "images is a list .*Write it without brackets"),
+    "a number of images": ({"images": 5}, "images is 5, which is no text"),
+    "tokens": ({"token": ["[V]", "[W]"]}, "token is a list .*and one is taken"),
+    "a token's number": ({"token": 5}, "token is 5, which is no text"),
+    "a class in a list": ({"class_noun": ["dog"]}, "class_noun is a list"),
+    "models": ({"model": ["moji", "moji-flow"]}, "model is a list .*and one is taken"),
+    "a run's number": ({"begin_from": 5}, "begin_from is 5, which is no text"),
+    "pairs": ({"images": None, "pairs": ["a", "b"]}, "pairs is a list .*and one is taken"),
+    "steps in words": ({"steps": "many"}, "steps is many, which is not a whole number or auto"),
+    "an empty folder": ({"images": " "}, "images is empty"),
+    "two ways": ({"class_images": "x", "prior": "off"}, "--class-images has no effect"),
+}
+
+
+@pytest.mark.parametrize("name", WRONGLY_TRAINED)
+def test_what_train_is_given_in_another_type_is_a_sentence_and_writes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given, said = WRONGLY_TRAINED[name]
+    with pytest.raises(UserError, match=said):
+        customize.train(**{"images": "dog", "class_noun": "dog", **given})
+    for wrong in (
+        {"pairs": ["a", "b"]},
+        {"online": 3, "prompts": "p.txt"},
+        {"online": "moji", "prompts": ["a"]},
+    ):
+        with pytest.raises(UserError, match=r"is a list|which is no text"):
+            align.train(**wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_and_implied_settings_mean_the_same_as_on_the_command_line() -> None:
+    asked = fit_given(Settings, {"steps": "auto", "precision": "no", "class_images": "cats", "pairs": ""})
+    flags = {"steps": "auto", "precision": "no", "class_images": ["cats"]}
+    wanted = values_from_flags(flags, fields_of(Settings))
+    assert asked == {**wanted, "pairs": ""} and wanted["prior"] == "class-images"
+    assert fit_given(Settings, {"nonsense": 1, "seed": None}) == {"nonsense": 1}
+    assert build(DrawingOptions, {"precision": "no"}).precision == "fp32"
 
 
 def test_none_is_as_good_as_left_out_and_numbers_may_be_text() -> None:
@@ -182,6 +229,10 @@ def test_what_edit_is_given_in_another_type_is_a_sentence(tiny: Backbone) -> Non
     for mask in (array, torch.zeros(64, 64), 5, True):
         with pytest.raises(UserError, match="An image is a PIL image or a path"):
             edit.sdedit(tiny, image, "a dog", steps=2, mask=mask)
+    with pytest.raises(
+        UserError, match=r"nope\.png does not exist\. Check the spelling; `edit example cat/`"
+    ):
+        edit.sdedit(tiny, "nope.png", "a dog", steps=2)
     with pytest.raises(UserError, match="has no pixels"):
         edit.sdedit(tiny, Image.new("RGB", (0, 8)), "a dog", steps=2)
     for prompt in (None, 3, ["a dog"]):

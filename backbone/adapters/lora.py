@@ -448,6 +448,8 @@ LORA_SUFFIXES = {  # of a tensor's key, in every tool → which factor of its la
     ".lora.up.weight": "up",
     "_lora.down.weight": "down",  # of diffusers' processors, before peft
     "_lora.up.weight": "up",
+    ".lora_A": "down",  # written by hand
+    ".lora_B": "up",
 }
 _OPTIONAL = {"lora_magnitude_vector", "hada_t1", "hada_t2", "lokr_t2"}
 

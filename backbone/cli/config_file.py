@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.records import join_once, parse_json, plain, refuse_pipe
+from backbone.io.records import join_once, parse_json, plain, read_text
 
 # 010 is no 8, and 1:30 no 90, as YAML 1.1 has them: texts, which are read as on the command line
 OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
@@ -28,15 +28,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     kind = path.suffix.lower()
     if kind not in (".json", ".yaml", ".yml", ".toml"):
         raise UserError(f"{path} is no .yaml, .toml or .json file. Give --config one of these.")
-    refuse_pipe(path)
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if kind == ".json":
             data = parse_json(text, path, join=join_once)
         else:
             data = _toml(text) if kind == ".toml" else _yaml(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:  # also what is nested too deeply
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error

@@ -52,8 +52,6 @@ def build_drawing(kind: Callable[..., Made], settings: Mapping[str, Any], concep
     if "concepts" in settings:
         raise UserError("There is no setting concepts. Give the run folders as concept.")
     known = {name: value for name, value in settings.items() if value is not None}
-    if "model" in known:
-        known["model"] = str(known["model"])
     runs = tuple(Path(str(one)) for one in concepts)
     made = build(kind, {"concepts": runs, **known})
     refuse_idle(made, known)

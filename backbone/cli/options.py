@@ -77,6 +77,7 @@ class Option:
     packages      the optional package that a value needs, by value
     code          it may name a Python file, which will be run; refused when it comes from a config file alone
     joined        other options, with their help, whose values are appended to this one's with a +
+    several       what to do in place of naming several, where one is taken
     """
 
     help: str
@@ -99,6 +100,7 @@ class Option:
     hidden: bool = False
     code: bool = False
     joined: Mapping[str, str] = field(default_factory=dict)
+    several: str = ""
     metavar: str = ""
 
     def is_place(self, kind: type) -> bool:
@@ -541,13 +543,25 @@ def _convert_one(one: Field, value: Any, where: str) -> Any:
     if one.kind in (int, float):
         return _number(one, value, where)
     if not isinstance(value, (str, Path)):
-        raise UserError(f"{where} is {SHORT.repr(value)}, which is no text. Put it in quotes.")
+        raise _no_text(one, value, where)
     if one.option.choices:
         return _choice(one, str(value), where)
     if one.option.understood:
         return one.option.understood(str(value))
     # A shell leaves ~ alone behind `--out=` and in files
     return Path(value).expanduser() if one.kind is Path else one.kind(value)
+
+
+def _no_text(one: Field, value: Any, where: str) -> UserError:
+    """What to say of a value that is no text: of a list that one is taken, unless it is a text in brackets, as [V]."""
+    if not isinstance(value, (list, tuple)):
+        return UserError(f"{where} is {SHORT.repr(value)}, which is no text. Put it in quotes.")
+    shown = f"{where} is a list ({SHORT.repr(value)})"
+    if len(value) == 1 and not one.option.is_place(one.kind):
+        return UserError(f'{shown}. If it is a text in brackets, put it in quotes: "[{value[0]}]".')
+    if len(value) == 1:
+        return UserError(f"{shown}, and one is taken. Write it without brackets.")
+    return UserError(f"{shown}, and one is taken. {one.option.several or 'Give one.'}")
 
 
 def _number(one: Field, value: Any, where: str) -> Any:
@@ -656,6 +670,24 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
     return declared(**_fit_values(declared, values))
 
 
+def fit_given(declared: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given by keyword, as flags are read: None left out, words and implied settings put in.
+
+    What no field has stays, to be refused. Raises `UserError`, naming the argument, for what does not fit its field,
+    and for two that contradict each other.
+    """
+    known = fields_of(declared)
+    asked = {name: value for name, value in given.items() if value is not None}
+    said = _Said(known)
+    for name in [name for name in known if name in asked]:
+        value = asked.pop(name)
+        if isinstance(value, str) and value == known[name].default:
+            said.put(name, value, name)  # also where it is empty
+        else:
+            said.read(known[name], value, name)
+    return {**said.with_implied(), **asked}
+
+
 def _fit_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as their fields want them: text and numbers are, what else there may be is left as it is."""
     found: dict[str, Any] = {}
@@ -663,11 +695,10 @@ def _fit_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict
         one, optional = _plain_fields(declared)[name]
         if value is None and not optional:
             continue
-        if (
-            value is not None
-            and one is not None
-            and not (isinstance(value, str) and value in one.option.words)
-        ):
+        if one is not None and isinstance(value, str) and value in one.option.words:
+            found |= one.option.words[value]
+            continue
+        if value is not None and one is not None:
             value = convert_value(one, value, name)
         found[name] = tuple(value) if isinstance(value, list) else value
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, notify_once
-from backbone.io.records import iterate_entries, refuse_pipe
+from backbone.io.records import UTF16, iterate_entries, read_text, refuse_pipe
 
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.split` takes for blanks
 # A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
@@ -168,14 +168,15 @@ def read_lines(path: Path) -> list[Prompt]:
             'file, or {"prompt": …} on each line of a .jsonl file.'
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        start = path.read_bytes()[:4096]
-        if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 holds zeros too
+        text = read_text(path)
+    except UserError as error:
+        with path.open("rb") as file:
+            start = file.read(4096)
+        if b"\0" in start and not start.startswith(UTF16):  # UTF-16 holds zeros too
             raise UserError(
                 f"{path} is no text. Give words, or a file with a prompt on each line."
             ) from error
-        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
+        raise
     found, bad, idle = list[Prompt](), list[str](), dict[str, None]()
     for where, prompt in (
         _read_entries(text, path, idle) if path.suffix.lower() in (".jsonl", ".json") else _read_text(text)

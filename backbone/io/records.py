@@ -25,6 +25,7 @@ DEEPEST = 64  # levels of lists and objects in each other
 # What a JSON text has that stands for a NUL or for half of a surrogate pair, or for both halves
 ODD = re.compile(r"[\0\ud800-\udfff]|\\u(0000|[dD][89a-fA-F])")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
+UTF32 = b"\xff\xfe\0\0"
 LONGEST_SHOWN = 60  # characters of a value in a message
 Kind = TypeVar("Kind")
 NAMES = {
@@ -51,9 +52,9 @@ def parse_json(
     Raises `UserError` for any text that is none, for halves of surrogate pairs and NULs, which no file and no tokenizer
     takes, and for more than DEEPEST levels.
     """
+    if isinstance(text, bytes) and text.startswith(UTF16):
+        raise UserError(f"{where} is not JSON (it is UTF-16 and not UTF-8 text). Save it as UTF-8.")
     try:
-        if isinstance(text, bytes) and text.startswith(UTF16):
-            raise ValueError("it is UTF-16 and not UTF-8 text")
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded, object_pairs_hook=join)
     except (
@@ -71,6 +72,26 @@ def refuse_pipe(path: str | Path) -> None:
         raise UserError(f"{path} is a pipe or a device, not a file. Name a file.")
 
 
+def read_text(path: str | Path) -> str:
+    """What a person wrote: UTF-8 with or without its mark, or UTF-16 that begins with one, as Excel's “Unicode Text”.
+
+    Raises `UserError` for another encoding, and for a pipe.
+    """
+    refuse_pipe(path)
+    with open(path, "rb") as file:
+        encoding = _encoding_of(file.read(4))
+    try:
+        return Path(path).read_text(encoding=encoding)
+    except UnicodeError as error:
+        what = "UTF-8 text" if encoding != "utf-16" else "whole UTF-16 text"
+        raise UserError(f"{path} is not {what}. Save it as UTF-8.") from error
+
+
+def _encoding_of(start: bytes) -> str:
+    """By a text's first four bytes; UTF-32, whose mark begins with that of UTF-16, is not read."""
+    return "utf-16" if start.startswith(UTF16) and not start.startswith(UTF32) else "utf-8-sig"
+
+
 def join_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """`join` of what users write: the object of keys and values; `ValueError` for a key that stands there twice."""
     found = dict(pairs)
@@ -84,10 +105,13 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
     """The values of JSON lines, or of the JSON array that a text is, each with where it stands: `Line 3 of PATH`.
 
     What is no JSON in a line, or has a key twice, is given as the `UserError` that says so. Raises `UserError` for an
-    array that is not whole, for another encoding than UTF-8, and for one object over several lines.
+    array that is not whole, for UTF-16 that is not whole, and for one object over several lines.
     """
-    if isinstance(text, bytes) and text.startswith(UTF16):
-        raise UserError(f"{path} is UTF-16 and not UTF-8 text. Save it as UTF-8.")
+    if isinstance(text, bytes) and _encoding_of(text[:4]) == "utf-16":
+        try:
+            text = text.decode("utf-16")
+        except UnicodeError as error:
+            raise UserError(f"{path} is not whole UTF-16 text. Save it as UTF-8.") from error
     lines: list[Any] = text.split(b"\n") if isinstance(text, bytes) else text.split("\n")
     written = [line for line in lines if line.strip()]
     head = text[:256]
@@ -170,7 +194,8 @@ def is_json_list(path: Path) -> bool:
     """Whether a file is a JSON array, by its first bytes."""
     refuse_pipe(path)
     with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        start = file.read(64)
+    return start.decode(_encoding_of(start), "replace").lstrip().startswith("[")
 
 
 def _is_json(text: str | bytes) -> bool:

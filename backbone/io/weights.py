@@ -7,18 +7,18 @@ that name another model. A folder may come from anybody, so all that is read her
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, is_out_of_memory
+from backbone.io.console import UserError, count_of, is_out_of_memory
 from backbone.io.files import WRAPPERS, Header, read_header, read_json
 
 INDEX = ".safetensors.index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
-NUMBERED = re.compile(r"-\d+-of-\d+\.safetensors$")
+NUMBERED = re.compile(r"-\d+-of-(?P<all>\d+)\.safetensors$")
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
 REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model and the adapter that it names
 REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file or a module
@@ -51,7 +51,9 @@ def list_weight_files(folder: Path) -> list[Path]:
         return []
     refuse_two_sets(folder)
     for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: len(path.name)):
-        return sorted({folder / name for name in read_weight_index(index).values()})
+        shards = sorted(set(read_weight_index(index).values()))
+        _refuse_missing_shards(index, shards)
+        return [folder / name for name in shards]
     files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     return files[:1]
 
@@ -71,7 +73,9 @@ def check_weights(folder: Path) -> None:
             )
     for index in folder.glob(f"*{INDEX}"):
         stored: dict[str, str] = {}
-        for shard in sorted(set(read_weight_index(index).values())):
+        shards = sorted(set(read_weight_index(index).values()))
+        _refuse_missing_shards(index, shards)
+        for shard in shards:
             for name in read_weights_header(folder / shard).shapes:
                 if (other := stored.setdefault(name, shard)) != shard:
                     raise UserError(
@@ -81,6 +85,35 @@ def check_weights(folder: Path) -> None:
     _refuse_other_names(folder)
     for path in sorted(folder.glob("*.safetensors")):
         read_weights_header(path)
+
+
+def _refuse_missing_shards(index: Path, shards: Sequence[str]) -> None:
+    """`UserError` for shards that an index names and that do not lie beside it."""
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        these = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
+        raise UserError(
+            f"{index.parent} lacks {these} of the {count_of(len(shards), 'file')} that {index.name} names. Download "
+            f"{'that' if len(missing) == 1 else 'those'} too."
+        )
+
+
+def refuse_shard(path: Path) -> None:
+    """`UserError` for one of several shards, or their index, in the place of a file that is a whole network's."""
+    numbered = NUMBERED.search(path.name)
+    if path.name.endswith(INDEX):
+        what = "lists the files of one part of a model"
+    elif numbered and int(numbered["all"]) > 1:
+        what = f"is one of {int(numbered['all'])} files of one part of a model"
+    else:
+        return
+    folder = path.absolute().parent.parent
+    named = (
+        f"Name the model's folder: {folder}"
+        if (folder / "model_index.json").is_file()
+        else ("Name the model's diffusers folder, in which these parts lie, or its hub id")
+    )
+    raise UserError(f"{path} {what}. {named}.")
 
 
 def refuse_two_sets(folder: Path) -> None:

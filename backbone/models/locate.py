@@ -16,7 +16,7 @@ from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError, quote
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
-from backbone.io.weights import refuse_other_numbers
+from backbone.io.weights import refuse_other_numbers, refuse_shard
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
@@ -189,6 +189,7 @@ def _locate_files(name: str, paths: Sequence[Path]) -> Location:
                 f"{path} is GGUF, which is not read. Take the model's .safetensors, and --vram GIB plans a base of 4 "
                 "or 8 bits."
             )
+        refuse_shard(path)
     headers = [read_header(path) for path in paths]
     for header in headers:
         for family in families():

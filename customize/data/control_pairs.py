@@ -175,7 +175,7 @@ def _words_of(kind: str) -> list[str]:
 
 
 def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
-    """The pairs of metadata.jsonl, metadata.csv or prompt.json.
+    """The pairs of metadata.jsonl, metadata.csv, metadata.tsv or prompt.json.
 
     Raises `UserError` where no map is named and other columns name files, which may be maps.
     """

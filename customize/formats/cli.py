@@ -141,7 +141,7 @@ def import_(
             "--trigger-word",
             help="What you will write in prompts for it.",
             panel=RESULT,
-            show_default="[V], or the name that a learned word has",
+            show_default="what the run or the learned word says, else [V]",
         ),
     ] = None,
     token_words: Annotated[

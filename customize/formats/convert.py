@@ -215,7 +215,7 @@ def import_adapter(
     """Write another tool's adapter or learned word to a run folder, or to a .safetensors file; a sentence to print.
 
     A run folder needs the base model, which must have the adapter's layers, and an adapter's trigger words. The token
-    is [V], or what a file of a learned word calls it, where none is named.
+    is the run's own, or what a file of a learned word calls it, else [V], where none is named.
     Raises `UserError`, before anything is written, where these are unknown or do not fit, and for options that a file
     has no use for.
     """
@@ -240,7 +240,7 @@ def import_adapter(
     to_run = out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES)
     adapter = (read_any_adapter if to_run else read_adapter)(file, beside=BUNDLED)
     if to_run:
-        named = _Named(token or "[V]", token_words, class_noun)
+        named = _Named(token, token_words, class_noun)
         return _import_run(file, adapter, bundled, out, model=model, named=named)
     if bundled:
         raise UserError(f"{file} holds learned words too ({', '.join(bundled)}). Name a folder with --out.")
@@ -259,9 +259,9 @@ def _genitive(name: str) -> str:
 
 
 class _Named(NamedTuple):
-    """What an import is called: the token in prompts, the words that it was trained with, the class."""
+    """What an import is called: the token in prompts, the words that it was trained with, the class; as it was said."""
 
-    token: str
+    token: str | None
     words: str | None
     class_noun: str
 
@@ -288,7 +288,7 @@ def _import_run(
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     spoken: dict[str, str] = {}
     if named.words or not bundled:
-        spoken = {named.token: _trigger_words(file, metadata, named.words)}
+        spoken = _spoken_tokens(file, metadata, named)
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
@@ -329,6 +329,37 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
             "without --token-words. Leave it out."
         )
     return {token: next(iter(words.values()))}
+
+
+def _spoken_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> dict[str, str]:
+    """Token → words: as was said, else as the run or its header has them, else [V].
+
+    Raises `UserError` where no words are known, and for one token in place of several.
+    """
+    own = _own_tokens(file, metadata)
+    if len(own) > 1 and not named.words:
+        if named.token:
+            raise UserError(
+                f"{file} has {len(own)} tokens of their own names ({', '.join(own)}), so --token has no effect without "
+                "--token-words. Leave it out."
+            )
+        return own
+    token = named.token or next(iter(own), "[V]")
+    return {token: _trigger_words(file, metadata, named.words)}
+
+
+def _own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Token → words of a run, or of the header that a run's weights have; {} where neither says them."""
+    if (concept := read_run_concept(file)) is not None:
+        return concept.tokens
+    tokens, words = (metadata.get(f"limner_{what}", "").split() for what in ("token", "words"))
+    if any(map(CONTROL.search, tokens)):
+        raise UserError(
+            f"The header of {file} has a token that holds control characters. Give it with --token."
+        )
+    if len(tokens) == 1 and words:
+        return {tokens[0]: " ".join(words)}
+    return dict(zip(tokens, words, strict=True)) if len(tokens) == len(words) else {}
 
 
 def _trigger_words(file: Path, metadata: Mapping[str, str], said: str | None) -> str:

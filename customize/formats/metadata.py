@@ -142,7 +142,11 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
     }
     words = " ".join(concept.tokens.values())
     if words:
-        entries |= {"limner_words": words, "limner_class": concept.class_noun}
+        entries |= {
+            "limner_token": " ".join(concept.tokens),
+            "limner_words": words,
+            "limner_class": concept.class_noun,
+        }
         phrase = f"{words} {concept.class_noun}".strip()
         entries["modelspec.trigger_phrase"] = phrase
         entries["modelspec.usage_hint"] = f"Write “{phrase}” in the prompt."

@@ -66,7 +66,8 @@ _FACTOR_BY_SUFFIX = {
     ".up.weight": "up",
 }
 _WRAPPER = "module."  # DistributedDataParallel's
-_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?P<name>[^.]+)\.weight$")
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!weight$)(?P<name>[^.]+)(\.weight)?$")
+_BARE = re.compile(r"(?P<stem>.*)\.lora_(?P<factor>[ABab])")  # written by hand, or by MLX
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 LEARNED_WORDS = "learned words"
 # Ends of tensors of other methods → what they are, for the sentence that refuses them.
@@ -187,6 +188,7 @@ def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
     tensors, metadata = read_tensors(path)
     tensors = {name: value for name, value in tensors.items() if not (beside and name.startswith(beside))}
     check_tensors(path, _without_idle_alphas(tensors))
+    tensors = _turn_bare_factors(tensors, path)
     groups = _group_by_stem(tensors, path)
     shapes = {stem: _stored_shape(group) for stem, group in groups.items()}
     translation = translate(groups, path, shapes)
@@ -213,6 +215,53 @@ def _without_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if (stem := name.removesuffix(".lokr_w1")) != name and f"{stem}.lokr_w2" in tensors
     }
     return {name: value for name, value in tensors.items() if name not in idle}
+
+
+def _turn_bare_factors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors, with factors of bare names (`layer.lora_A`) lying as peft's: A [rank, in], B [out, rank].
+
+    MLX has them the other way around, A [in, rank] and B [rank, out]: their shapes tell, and it is said. Raises
+    `UserError` where they do not, and for a factor that is there twice.
+    """
+    bare = {key: match for key in tensors if (match := _BARE.fullmatch(key))}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, match in bare.items():
+        if (
+            pairs.setdefault(match["stem"], {}).setdefault(match["factor"].upper(), tensors[key])
+            is not tensors[key]
+        ):
+            raise UserError(f"{path} holds {match['stem']} twice ({key}). Export it again.")
+    if _lie_turned([(pair["A"], pair["B"]) for pair in pairs.values() if len(pair) > 1], path):
+        notify_once(f"The factors in {path} lie the other way around, as MLX has them; they are read so.")
+        pairs = {stem: {name: value.mT for name, value in pair.items()} for stem, pair in pairs.items()}
+    kept = {key: value for key, value in tensors.items() if key not in bare}
+    return kept | {
+        f"{stem}.lora_{name}": value.contiguous()
+        for stem, pair in pairs.items()
+        for name, value in pair.items()
+    }
+
+
+def _lie_turned(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
+    """Whether factors (A, B) are [in, rank] and [rank, out]; `UserError` where their shapes fit either way."""
+    certain, likely, square = set[bool](), set[bool](), False
+    for down, up in pairs:
+        if down.ndim != 2 or up.ndim != 2:
+            continue
+        straight, turned = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
+        if straight != turned:
+            certain.add(turned)
+        elif straight and down.shape[0] != down.shape[1]:  # a rank is below a width
+            likely.add(down.shape[0] > down.shape[1])
+        else:
+            square = square or straight
+    told = certain or likely
+    if len(told) != 1 and (likely or square):
+        raise UserError(
+            f"The factors in {path} fit their layers either way around, and their names (lora_A without .weight) do "
+            "not say which is meant. Save them under peft's names, lora_A.weight [rank, in]."
+        )
+    return told == {True}
 
 
 def find_adapter_file(path: str | Path) -> Path:

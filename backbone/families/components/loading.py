@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +41,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
         for path in (folder / part).glob("*.json"):
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     with refuse_damaged(location.name, part):
         loaded = kind.from_pretrained(
             location.source,

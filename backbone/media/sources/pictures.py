@@ -33,6 +33,7 @@ from backbone.io.records import (
     iterate_entries,
     iterate_rows,
     plain,
+    read_text,
     refuse_pipe,
     resolve_inside,
 )
@@ -77,7 +78,7 @@ NO_CAPTION = {
 ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"})
 CONFIGURATIONS = frozenset({".toml", ".yaml", ".yml"})
 MOST_FOLDERS = 3000  # that are looked into for a sentence on what they hold
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 
 
@@ -483,11 +484,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> str:
-    refuse_pipe(path)
-    try:
-        return plain(path.read_text(encoding="utf-8-sig"), f"{path} is not UTF-8 text")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
+    return plain(read_text(path), f"{path} is not UTF-8 text")
 
 
 def _is_own_folder(path: Path) -> bool:

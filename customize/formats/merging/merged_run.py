@@ -89,6 +89,7 @@ def build_merged_metadata(
     metadata = build_metadata(adapter, source=first.source, title=title) if adapter.layers else {}
     metadata.pop("modelspec.usage_hint", None)
     metadata["modelspec.trigger_phrase"] = ", ".join(tokens.values())
+    metadata |= {"limner_token": " ".join(tokens), "limner_words": " ".join(tokens.values())}
     metadata["modelspec.merged_from"] = ", ".join(f"{part.source.stem} × {part.strength:g}" for part in parts)
     return metadata
 

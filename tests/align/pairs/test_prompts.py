@@ -167,7 +167,9 @@ def test_an_image_in_a_prompt_s_place_is_no_text(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "dog.png")
     with pytest.raises(UserError, match=r"dog\.png is no text\. Give words"):
         prompts_of(str(tmp_path / "dog.png"))
-    (tmp_path / "p.txt").write_text("ein Hund", encoding="utf-16")
+    (tmp_path / "p.txt").write_text("a naïve dog\nein Hund", encoding="utf-16")
+    assert [one.text for one in prompts_of(str(tmp_path / "p.txt"))] == ["a naïve dog", "ein Hund"]
+    (tmp_path / "p.txt").write_text("a naïve dog", encoding="latin-1")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         prompts_of(str(tmp_path / "p.txt"))
 

@@ -484,8 +484,11 @@ def test_a_json_list_is_read_as_json_lines_are(pairs_file: Path, name: str) -> N
     path.write_text(json.dumps({"pairs": rows}, indent=1))
     with pytest.raises(UserError, match=rf"{name} is one object, and a list is wanted"):
         read_preferences(path)
-    path.write_bytes(text.encode("utf-16"))
-    with pytest.raises(UserError, match=rf"{name} is UTF-16"):
+    for listed in (json.dumps(rows), "\n".join(map(json.dumps, rows))):
+        path.write_bytes(listed.encode("utf-16"))
+        assert [(pair.prompt, pair.first.path, pair.user) for pair in read_preferences(path).pairs] == wanted
+    path.write_bytes(listed.encode("utf-16")[:-1])
+    with pytest.raises(UserError, match=rf"{name} is not whole UTF-16 text\. Save it as UTF-8"):
         read_preferences(path)
 
 

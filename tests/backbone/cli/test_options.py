@@ -212,6 +212,8 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
         ("a.yaml", "job: extension\nconfig: {name: dog}", "a.yaml is a job of ai-toolkit"),
         ("a.yaml", "steps: many", "steps in .*a.yaml is many"),
         ("a.yaml", "images: 5", "images in .*a.yaml is 5, which is no text"),
+        ("a.yaml", "images: [a/, b/]", r"images in .*a.yaml is a list \(.*\), and one is taken\. Give one\."),
+        ("a.yaml", "images: [a/]", "images in .*a.yaml is a list .*Write it without brackets"),
         ("a.yaml", "flip: 1", "flip in .*a.yaml is 1. Write true or false"),
         ("a.yaml", "layer: [1]", "layer in .*a.yaml is not a list of texts"),
         (
@@ -248,8 +250,13 @@ def test_a_file_that_does_not_fit_is_answered_with_its_name_and_key(
 
 
 @pytest.mark.parametrize("ending", ["json", "yaml", "toml"])
-def test_a_file_in_another_encoding_is_said_to_be_in_one(tmp_path: Path, ending: str) -> None:
-    (tmp_path / f"a.{ending}").write_bytes("steps = 5".encode("utf-16"))
+def test_a_file_in_utf_16_is_read_and_in_another_encoding_said_to_be_in_one(
+    tmp_path: Path, ending: str
+) -> None:
+    text = {"json": '{"steps": 5}', "yaml": "steps: 5", "toml": "steps = 5"}[ending]
+    (tmp_path / f"a.{ending}").write_bytes(text.encode("utf-16"))
+    assert ask("--config", str(tmp_path / f"a.{ending}"))["steps"] == 5
+    (tmp_path / f"a.{ending}").write_bytes(f"{text}\n# é".encode("latin-1"))
     with pytest.raises(UserError, match=rf"a\.{ending} is not UTF-8 text\. Save it as UTF-8"):
         ask("--config", str(tmp_path / f"a.{ending}"))
 

@@ -117,6 +117,16 @@ def test_weights_that_are_there_twice_or_under_another_name_are_refused_and_noth
     write_tensors(shards[1], second | {name: 7 + first[name]}, {"format": "pt"})
     with pytest.raises(UserError, match=rf"{name} twice, in .*00001.* and in .*00002"):
         load(model, part)
+    away = shards[1].rename(shards[1].with_suffix(".away"))
+    said = rf"{part} lacks {shards[1].name} of the 2 files that {file.name}\.index\.json names\. Download that too"
+    with pytest.raises(UserError, match=said):
+        load(model, part)
+    with pytest.raises(UserError, match=said):
+        list_weight_files(model / part)
+    away.rename(shards[1])
+    for given in (*shards, file.with_name(f"{file.name}.index.json")):
+        with pytest.raises(UserError, match=rf"one part of a model\. Name the model's folder: {model}\."):
+            Backbone.open(str(given), device="cpu")
     file.with_name(f"{file.name}.index.json").unlink()
     with pytest.raises(UserError, match=rf"without {file.name}\.index\.json\. Download that too"):
         load(model, part)

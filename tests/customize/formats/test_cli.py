@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from customize.formats.adapter import AdapterFile
 from customize.formats.convert import import_adapter
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
+from customize.training.record import weights_metadata
 from tests.customize.adapters import modules_of, random_adapter, random_layer, whole_pipeline
 
 
@@ -59,6 +61,29 @@ def test_a_run_that_is_imported_keeps_its_model_its_words_and_its_class(run: Pat
     concept, before = read_concept(tmp_path / "again"), read_concept(run)
     assert (concept.model, concept.tokens, concept.class_noun) == (before.model, before.tokens, "dog")
     assert "a [V] dog in the snow" in said
+
+
+@pytest.mark.parametrize("tokens", [{"sks": "sks"}, {"<dog>": "b c"}, {"sks": "bcd", "[W]": "fgh"}])
+def test_an_import_has_the_token_that_the_run_says(tokens: dict[str, str], run: Path, tmp_path: Path) -> None:
+    replace(read_concept(run), tokens=tokens).write(run)
+    customize("export", run, "--to", "kohya", "--out", tmp_path / "k.safetensors")
+    customize("merge", run, "--out", tmp_path / "m.safetensors")
+    own = tmp_path / "own.safetensors"
+    write_adapter(own, read_adapter(run), "peft", metadata=weights_metadata(read_concept(run)))
+    for number, source in enumerate((run, tmp_path / "k.safetensors", tmp_path / "m.safetensors", own)):
+        said = customize("import", source, "--out", tmp_path / f"{number}")
+        assert read_concept(tmp_path / f"{number}").tokens == tokens
+        assert f"a {next(iter(tokens))} " in said
+        out = tmp_path / f"named-{number}"
+        if len(tokens) == 1:
+            customize("import", source, "--out", out, "--token", "[Z]")
+            assert read_concept(out).tokens == {"[Z]": next(iter(tokens.values()))}
+        else:
+            with pytest.raises(UserError, match=r"has 2 tokens of their own names \(sks, \[W\]\)"):
+                customize("import", source, "--out", out, "--token", "[Z]")
+            assert not out.exists()
+            customize("import", source, "--out", out, "--token", "[Z]", "--token-words", "b")
+            assert read_concept(out).tokens == {"[Z]": "b"}
 
 
 def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:

@@ -641,6 +641,8 @@ def test_what_wrappers_and_peft_put_into_names_is_no_part_of_them(tmp_path: Path
         read_adapter(write("unet.conv_in.lora_{}.dog.weight", "unet.conv_in.lora_{}.style.weight"))
     with pytest.raises(UserError, match=r"holds unet\.conv_in twice"):
         read_adapter(write("unet.conv_in.lora_{}.dog.weight", "module.unet.conv_in.lora_{}.dog.weight"))
+    with pytest.raises(UserError, match=r"holds unet\.conv_in twice"):
+        read_adapter(write("unet.conv_in.lora_{}.weight", "unet.conv_in.lora_{}"))
 
 
 def test_a_file_of_a_compiled_network_is_read_like_the_same_one_of_a_plain_network(tmp_path: Path) -> None:
@@ -1036,6 +1038,59 @@ def test_peft_s_folder_is_read_with_its_strength(
     (tmp_path / "peft" / "adapter_config.json").unlink()
     assert next(iter(read_adapter(tmp_path / "peft").layers.values())).scale == 1
     assert "α = rank is assumed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["lora_{}", "lora_{}.default"])
+def test_factors_of_bare_names_are_peft_s(end: str, models: dict[str, Tiny], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_v", "conv1"])
+    model: Any = get_peft_model(copy.deepcopy(models["sd"].denoiser), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = drawn(*parameter.shape)
+    model.save_pretrained(tmp_path / "peft")
+    tensors, metadata = read_tensors(tmp_path / "peft" / "adapter_model.safetensors")
+    bare = {
+        re.sub(r"lora_([AB])\.weight$", lambda match: end.format(match[1]), key): value
+        for key, value in tensors.items()
+    }
+    assert not any(key.endswith(".weight") for key in bare)
+    write_tensors(tmp_path / "peft" / "adapter_model.safetensors", bare, metadata)
+    layers = read_adapter(tmp_path / "peft").layers
+    truth = {
+        f"unet.{name.removeprefix('base_model.model.')}": module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")
+    }
+    assert set(layers) == set(truth)
+    assert max(relative(layers[name].delta_weight(), truth[name]) for name in truth) < 1e-6
+
+
+@pytest.mark.parametrize("letters", ["AB", "ab"])
+def test_factors_that_lie_the_other_way_around_are_read_so_where_their_shapes_tell(
+    letters: str, models: dict[str, Tiny], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = one_of_each_shape({n: w for n, w in models["sd"].weights.items() if w.ndim == 2})
+    pairs = {f"unet.{name}": (drawn(len(w), 3), drawn(3, w.shape[1])) for name, w in chosen.items()}
+    truth = {name: up @ down for name, (up, down) in pairs.items()}
+
+    def write(names: Iterable[str], turned: bool = True) -> Tensors:
+        return {
+            f"{name}.lora_{letter}": (value.mT if turned else value).contiguous()
+            for name in names
+            for letter, value in zip(reversed(letters), pairs[name], strict=True)
+        }
+
+    assert_read(write(pairs), truth, tmp_path)
+    assert "lie the other way around, as MLX has them" in capsys.readouterr().err
+    square = {name: change for name, change in truth.items() if change.shape[0] == change.shape[1]}
+    assert square
+    for turned in (True, False):
+        assert_read(write(square, turned), square, tmp_path)
+    name = next(iter(square))
+    pairs[name] = (torch.eye(len(truth[name])), torch.eye(len(truth[name])))
+    write_tensors(tmp_path / "a.safetensors", write([name]))
+    with pytest.raises(UserError, match=r"fit their layers either way around.*Save them under peft's names"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -870,7 +870,27 @@ def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, content: str, co
         list_images(tmp_path)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "1.txt"])
+def test_utf_16_is_read_where_its_mark_says_so(tmp_path: Path, name: str, order: str) -> None:
+    write(tmp_path / "1.png")
+    texts = {
+        ".csv": "file_name,text\r\n1.png,a naïve 猫\r\n",
+        ".tsv": "file_name\ttext\r\n1.png\ta naïve 猫\r\n",  # Excel's “Unicode Text”
+        ".jsonl": '{"file_name": "1.png", "text": "a naïve 猫"}\r\n',
+        ".json": '[{"file_name": "1.png", "text": "a naïve 猫"}]',
+        ".txt": "a naïve 猫\r\n",
+    }
+    content = f"\ufeff{texts[Path(name).suffix]}".encode(order)
+    (tmp_path / name).write_bytes(content)
+    (found,) = list_images(tmp_path)
+    assert found.caption == "a naïve 猫"
+    (tmp_path / name).write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{name} is not whole UTF-16 text\. Save it as UTF-8"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-32", "utf-16-le"])
 def test_captions_in_another_encoding_are_refused_by_name(tmp_path: Path, encoding: str) -> None:
     write(tmp_path / "1.png")
     (tmp_path / "1.txt").write_bytes("naïve".encode(encoding))
