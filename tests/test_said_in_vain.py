@@ -351,8 +351,8 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     control = (
         "half is a control network, under whose maps is drawn, and no concept. Give it with --condition KIND"
     )
-    for door in ((*draw[1:], "--concept", half), ("info", half), ("merge", half, "--out", "m")):
-        assert control in refused("customize", *door)
+    for said in ((*draw[1:], "--concept", half), ("info", half), ("merge", half, "--out", "m")):
+        assert control in refused("customize", *said)
     (half / "condition.json").unlink()
     (half / "log.jsonl").write_text('{"step": 1}\n')
     assert f"{half} holds no pairs" in refused("align", "check", half)

@@ -26,6 +26,7 @@ from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
+from edit.result import Result
 from edit.run.commands import run_interpolate
 from edit.run.open import ModelWithConcepts
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
@@ -125,7 +126,7 @@ def test_many_images_are_drawn_in_batches_and_are_the_same_whatever_the_batch(
     network = tiny.denoiser.register_forward_pre_hook(
         lambda _, given, named: rows.append(len(given[0] if given else named["sample"])), with_kwargs=True
     )
-    commands = (
+    commands: Sequence[Callable[[], Result]] = (
         lambda: sdedit(tiny, photo(), SOURCE, steps=4, count=5, guidance=1.0, frames=2, mask=left_half()),
         lambda: remove(inversion, mask=left_half(), count=5, frames=2),
         lambda: interpolate(inversion, other, count=7),
@@ -151,11 +152,12 @@ def test_many_images_are_drawn_in_batches_and_are_the_same_whatever_the_batch(
 def test_a_count_that_nobody_means_is_refused_before_memory_is_taken(
     tiny: Backbone, inversion: Inversion, count: int
 ) -> None:
-    for command in (
+    commands: Sequence[Callable[[], Result]] = (
         lambda: sdedit(tiny, photo(), SOURCE, count=count),
         lambda: remove(inversion, mask=left_half(), count=count),
         lambda: interpolate(inversion, inversion, count=count),
-    ):
+    )
+    for command in commands:
         with pytest.raises(UserError, match=r"gives 1 to 256 images|three or more"):
             command()
 

@@ -532,11 +532,11 @@ def test_a_prompt_that_still_names_what_is_removed_is_said(
     edit: Edit, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ("remove", "photo.png", "--source", "a cat in the snow", "--remove", "cat", "--steps", "2")
-    asked += ("--mask", "mask.png", "--no-metrics")
+    more = ("--mask", "mask.png", "--no-metrics")
     Image.new("L", (64, 64), 255).save("mask.png")
-    assert edit(*asked, "--prompt", "a Cat on a hill", "--out", "a") == 0
+    assert edit(*asked, *more, "--prompt", "a Cat on a hill", "--out", "a") == 0
     assert "still names “cat”, so it may be drawn again" in " ".join(capsys.readouterr().err.split())
-    assert edit(*asked, "--prompt", "a hill", "--out", "b") == 0
+    assert edit(*asked, *more, "--prompt", "a hill", "--out", "b") == 0
     assert "still names" not in capsys.readouterr().err
 
 

@@ -244,7 +244,7 @@ def test_a_condition_that_is_given_twice_is_refused_and_at_other_steps_is_anothe
     with pytest.raises(UserError, match="edges=auto is given twice"):
         _ = ControlOptions(condition=("edges=auto", "edges=auto"), condition_scale=(0.5, 1.0)).controls
     for more in ({"condition_start": (0.0, 0.5)}, {"controlnet": ("one", "other")}):
-        assert len(ControlOptions(condition=twice, **more).controls) == 2  # type: ignore[arg-type]
+        assert len(ControlOptions(condition=twice, **more).controls) == 2
 
 
 def test_values_are_one_for_all_or_one_for_each() -> None:
