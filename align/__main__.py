@@ -1,6 +1,21 @@
-"""`python -m align` is the command `align`."""
+"""The program `align`, also as `python -m align`: its options are imported where Ctrl-C is heard already."""
 
-from align.cli import main
+from __future__ import annotations
+
+from backbone.io.console import run_app
+
+
+def app() -> None:
+    """The command."""
+    from align.cli import app
+
+    app()
+
+
+def main() -> None:
+    """The console script."""
+    run_app(app)
+
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from align.settings import SOURCE_HELP, ComparisonSettings, PairSampling
 from align.training import cli as train_cli
 from backbone.cli import flags
 from backbone.cli.commands import command_group, print_json
-from backbone.cli.flags import CONCEPTS, DRAWING, OUTPUT, SAMPLING, SCORING, JsonOptions, option
+from backbone.cli.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, JsonOptions, option
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json, refuse_existing
@@ -359,6 +359,16 @@ class CompareOptions(ComparisonSettings, PromptOptions):
         str,
         Option("A run folder of align train, or another model.", DRAWING, argument=True, metavar="TUNED"),
     ]
+    model: Annotated[
+        str | None,
+        Option(
+            "The model that a run was trained from, where it lies elsewhere now.",
+            MODEL,
+            aliases=("pretrained-model-name-or-path",),
+            metavar="MODEL",
+            default_text="the run's",
+        ),
+    ] = None
     out: Annotated[
         Path,
         Option("The folder to write, or to resume.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
@@ -416,11 +426,14 @@ def compare(asked: CompareOptions) -> None:
     from align.comparison.sides import Side
 
     tuned = replace(
-        Side.from_name(asked.tuned),
+        Side.from_name(asked.tuned, asked.model),
         guidance=asked.tuned_guidance,
         guided=(asked.tuned_guidance_start, asked.tuned_guidance_stop),
     )
-    result = compare_models(Side.from_name(asked.base), tuned, prompts, out, asked)
+    base = Side.from_name(asked.base, asked.model)
+    if asked.model is not None and not (base.concepts or tuned.concepts):
+        raise UserError("--model has no effect where two models are compared and no run. Leave it out.")
+    result = compare_models(base, tuned, prompts, out, asked)
     found = read_json(out / RESULT)
     if not asked.as_json:
         typer.echo(format_summary(result))

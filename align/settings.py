@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from backbone.cli import options
 from backbone.cli.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
 from backbone.cli.options import Option
-from backbone.cli.sampling import CountOption, DrawingOptions, SamplingSettings
+from backbone.cli.sampling import MOST_STEPS, CountOption, DrawingOptions, SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
@@ -259,7 +259,9 @@ class Settings(TrainingSettings):
     ] = 1e-4
     sample_steps: Annotated[
         int,
-        Option("Sampler steps.", "Online", default_text="by model", needs={"online": ()}, min=1),
+        Option(
+            "Sampler steps.", "Online", default_text="by model", needs={"online": ()}, min=1, max=MOST_STEPS
+        ),
     ] = 0
     guidance: Annotated[
         float,

@@ -133,13 +133,15 @@ def evaluate(
     count: int = 4,
     seed: int = 0,
     against_references: bool = False,
+    model: str | Path | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a run by the DreamBench protocol on prompts of its own, as `customize evaluate` does.
 
     Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench`
     (`dreambench-2` … where that exists) or in `out`, which is new or empty. `against_references` measures the base with
-    the subject's own images as references beside it.
+    the subject's own images as references beside it. `model` is the one that the run was trained from, where it lies
+    elsewhere now.
     """
     from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
 
@@ -148,6 +150,6 @@ def evaluate(
     with fill_new_folder(folder_of(out), place / DREAMBENCH) as (_, unfinished):
         evaluate_run(
             place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=unfinished,
-            against_references=against_references,
+            against_references=against_references, model=None if model is None else str(model),
         )  # fmt: skip
         return read_json(unfinished / TABLE)

@@ -281,6 +281,16 @@ class EvaluateOptions(JsonOptions, CountOption):
             needs={"images": (None,)},
         ),
     ] = ""
+    model: Annotated[
+        str | None,
+        Option(
+            "The model that the run was trained from, where it lies elsewhere now.",
+            MODEL,
+            aliases=("pretrained-model-name-or-path",),
+            metavar="MODEL",
+            default_text="the run's",
+        ),
+    ] = None
     living: Annotated[
         bool,
         Option(
@@ -333,6 +343,7 @@ def evaluate(asked: EvaluateOptions) -> None:
                 scorer=scorer,
                 seed=asked.seed,
                 out=unfinished,
+                model=asked.model,
             )
         elif asked.images is None:
             found = evaluate_run(
@@ -343,10 +354,17 @@ def evaluate(asked: EvaluateOptions) -> None:
                 seed=asked.seed,
                 out=unfinished,
                 against_references=asked.against_references,
+                model=asked.model,
             )
         else:
             found = evaluate_images(
-                asked.images, run, prompts=prompts, per_prompt=count, scorer=scorer, out=unfinished
+                asked.images,
+                run,
+                prompts=prompts,
+                per_prompt=count,
+                scorer=scorer,
+                out=unfinished,
+                model=asked.model,
             )
     if asked.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})

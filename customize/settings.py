@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from backbone.cli import options
 from backbone.cli.flags import DATA, JsonOptions
 from backbone.cli.options import Option
+from backbone.cli.sampling import LONGEST_SIDE
 from backbone.io.console import UserError
 from backbone.io.prompts import drop_unseen, words_of
 from backbone.training.settings import FILE as FILE
@@ -245,7 +246,13 @@ class Settings(TrainingSettings):
     ] = ""
     resolution: Annotated[
         int,
-        Option("Train on images of this many pixels a side.", "Data", default_text="the model's own", min=1),
+        Option(
+            "Train on images of this many pixels a side.",
+            "Data",
+            default_text="the model's own",
+            min=1,
+            max=LONGEST_SIDE,
+        ),
     ] = 0
     random_crop: Annotated[
         int,
@@ -739,7 +746,9 @@ class PrepareImages(PrepareOptions, JsonOptions):
             metavar="FOLDER",
         ),
     ]
-    resolution: Annotated[int, Option("Pixels a side.", DATA, default_text="the model's own", min=1)] = 0
+    resolution: Annotated[
+        int, Option("Pixels a side.", DATA, default_text="the model's own", min=1, max=LONGEST_SIDE)
+    ] = 0
     aspect_buckets: Annotated[
         bool,
         Option(
@@ -809,9 +818,13 @@ def read_settings(run: Path) -> Settings:
     return settings
 
 
-def read_subject_settings(run: Path) -> Settings:
-    """The same of a run that learned a subject; `UserError` for one that learned edits from pairs."""
+def read_subject_settings(run: Path, model: str | None = None) -> Settings:
+    """The same of a run that learned a subject; `UserError` for one that learned edits from pairs.
+
+    `model` is the one that it was trained from, where that lies elsewhere now.
+    """
     settings = read_settings(run)
+    settings = settings if model is None else replace(settings, model=model)
     if settings.pairs:
         raise UserError(
             f"{run} learned what instructions do to images, and no subject. How near its edits come to the true ones "

@@ -1,6 +1,21 @@
-"""`python -m edit` is the command `edit`."""
+"""The program `edit`, also as `python -m edit`: its options are imported where Ctrl-C is heard already."""
 
-from edit.cli import main
+from __future__ import annotations
+
+from backbone.io.console import run_app
+
+
+def app() -> None:
+    """The command."""
+    from edit.cli import app
+
+    app()
+
+
+def main() -> None:
+    """The console script."""
+    run_app(app)
+
 
 if __name__ == "__main__":
     main()

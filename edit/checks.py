@@ -7,11 +7,22 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from backbone.cli.sampling import MOST_EDITS
 from backbone.io.console import UserError, guess_meant, notify, quote
 
 T = TypeVar("T")
 # Of a word, or of a prompt to compose with: what is much, and what nobody means
 USUAL_WEIGHT, MOST_WEIGHT = 10, 20
+
+
+def count(value: int) -> int:
+    """How many images an edit gives, if so many can be meant."""
+    if not 1 <= value <= MOST_EDITS:
+        raise UserError(
+            f"count is {value}, and an edit gives 1 to {MOST_EDITS} images. Ask for so many; further ones are another "
+            "seed's."
+        )
+    return value
 
 
 def share(name: str, value: float) -> float:

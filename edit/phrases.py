@@ -58,6 +58,12 @@ NOUNS = frozenset([  # in -ing, and no verbs
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
 
 
+def names_thing(phrase: str) -> bool:
+    """Whether a word of a phrase can be said of a thing; not so of articles and of what joins things (“in”)."""
+    joins = JOINING | DETERMINERS | STOPS | {word for words in JOINING for word in words.split()}
+    return any(token.lower() not in joins for token in _cut(phrase))
+
+
 def without(prompt: str, phrase: str) -> str:
     """The prompt without every place where a phrase (in any case) names a thing: its article and adjectives, what it
     wears, and what joined it to the rest. "" where nothing is left; the prompt itself where the phrase is not in it.

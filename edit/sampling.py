@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadca
 from backbone.models.model import Backbone, say_odd_guidance
 from edit import checks
 
+BATCH = 8  # images that are drawn together
+
 
 def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
     """The model's schedule of S steps [S + 1] for a latent [..., H, W]; `UserError` if it has none of so many."""
@@ -23,6 +25,12 @@ def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
 def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:
     """Noise [N, ...] as strong as a state at a level: what sampling begins with where nothing of an image is kept."""
     return noise * broadcast_like((level.a**2 + level.b**2).sqrt(), noise)
+
+
+def split_count(model: Backbone, count: int) -> list[range]:
+    """The numbers 0 … `count` − 1 of images, by batches that are drawn together."""
+    size = 1 if model.placement.one_by_one else BATCH
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def evenly_spaced(first: int, last: int, count: int) -> set[int]:
@@ -47,6 +55,12 @@ class KeptEstimates:
     def stack(self) -> Tensor | None:
         """[F, N, ...]; None if none were kept."""
         return torch.stack(self.kept) if self.kept else None
+
+
+def join_estimates(batches: Sequence[KeptEstimates]) -> Tensor | None:
+    """The estimates [F, N, ...] of the images of all batches, in their order; None if none were kept."""
+    stacked = [kept for batch in batches if (kept := batch.stack()) is not None]
+    return torch.cat(stacked, dim=1) if stacked else None
 
 
 # Guidance ---------------------------------------------------------------------------------------------------

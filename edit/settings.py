@@ -21,7 +21,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import SAMPLER, GuidanceOption, GuidedShare, Sampler
+from backbone.cli.sampling import MOST_EDITS, MOST_STEPS, SAMPLER, GuidanceOption, GuidedShare, Sampler
 from backbone.io.prompts import words_of
 
 # Sections of the help
@@ -55,7 +55,8 @@ class SamplerOptions(ConceptOptions):
     """Options of every command that samples: a model with concepts, and how many steps from which noise."""
 
     steps: Annotated[
-        int, Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1)
+        int,
+        Option("Steps of the sampler.", SAMPLING, aliases=("num-inference-steps",), min=1, max=MOST_STEPS),
     ] = 50
     seed: Annotated[int, Option("Seed of everything random.", SAMPLING)] = 0
 
@@ -367,7 +368,9 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
 class CountOption:
     """Options of a command that draws several images of one prompt."""
 
-    count: Annotated[int, Option("Images.", DRAWING, aliases=("num-images-per-prompt",), min=1)] = 1
+    count: Annotated[
+        int, Option("Images.", DRAWING, aliases=("num-images-per-prompt",), min=1, max=MOST_EDITS)
+    ] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -576,7 +579,7 @@ class InterpolateOptions(StepOptions, RunFolder):
             metavar="PROMPT",
         ),
     ]
-    count: Annotated[int, Option("Images, both ends included.", DRAWING, min=3)] = 7
+    count: Annotated[int, Option("Images, both ends included.", DRAWING, min=3, max=MOST_EDITS)] = 7
 
 
 @dataclass(frozen=True, kw_only=True)

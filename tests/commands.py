@@ -64,6 +64,10 @@ class Started:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
+    def said(self) -> str:
+        """What was written on stderr so far."""
+        return self._read()[1]
+
     def communicate(self, timeout: float = TIMEOUT) -> tuple[str, str]:
         """Waits for the end, or kills it then; what was written on stdout and stderr."""
         self._process.join(timeout)

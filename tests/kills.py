@@ -13,13 +13,16 @@ from the time that a quiet run takes.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +45,13 @@ class Campaign:
 
     again   the words after a kill that left a checkpoint; the same command where None. `{out}` is its output
     equal   files below the output (or itself, ""; or patterns of several), tensors, tables and pixels compared
+    served  it serves a page, to which edits are posted until it is struck
     """
 
     words: Sequence[str]
     equal: Sequence[str]
     again: Sequence[str] | None = None
+    served: bool = False
 
 
 def prepare(folder: Path) -> dict[str, Campaign]:
@@ -143,10 +148,25 @@ def prepare(folder: Path) -> dict[str, Campaign]:
         ),
         "edit-count": Campaign(
             (
-                *("edit", "sdedit", "images/0.png", "--prompt", "a cat", "--count", "4", "--steps", "40"),
+                *("edit", "sdedit", "images/0.png", "--prompt", "a cat", "--count", "10", "--steps", "20"),
                 *("--model", model, *WHERE, "--out", "{out}"),
             ),
             ("edit_*.png", "sheet.png"),
+        ),
+        "instruct": Campaign(
+            (
+                *("edit", "instruct", "images/0.png", "--instruction", "make it red", "--then", "brighter"),
+                *("--steps", "20", "--model", prepare_an_editor(folder), *WHERE, "--out", "{out}"),
+            ),
+            ("edit_*.png", "sheet.png"),
+        ),
+        "paint": Campaign(
+            (
+                *("edit", "paint", "images/0.png", "--source", "a dog", "--steps", "4", "--no-browser"),
+                *("--model", model, *WHERE, "--out", "{out}"),
+            ),
+            (),
+            served=True,
         ),
         "sample": Campaign(("customize", "sample", *several, "--out", "{out}"), ("p*.png", "sheet.png")),
         "align-sample": Campaign(("align", "sample", *several, "--out", "{out}"), ("pictures/*.png",)),
@@ -207,6 +227,13 @@ def prepare_maps_and_a_clip(folder: Path) -> None:
     tiny_motion_adapter().save_pretrained(folder / "motion")
 
 
+def prepare_an_editor(folder: Path) -> str:
+    """A tiny model that edits by instruction."""
+    from tests.tiny import tiny_instruct_pix2pix
+
+    return str(tiny_instruct_pix2pix(folder / "editor"))
+
+
 def run(
     words: Sequence[str],
     folder: Path,
@@ -259,8 +286,7 @@ def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Ra
     while counts["kills"] < kills and counts["ended first"] < 3 * kills:
         blow, before = random.choice(BLOWS), set(left_behind(folder))  # by a SIGKILL, for the next writer
         status, said = go_on(random.uniform(0.02, 1.05) * seconds, blow)
-        early = status == -signal.SIGTERM or (status == 1 and said.rstrip().endswith("KeyboardInterrupt"))
-        if early or status in (-signal.SIGKILL, STOPPED):  # early: before the command was there to hear it
+        if is_early(status, said) or status in (-signal.SIGKILL, STOPPED):
             counts["kills"] += 1
             faults = unreadable(folder, struck)
             left = set(left_behind(folder)) - before if status == STOPPED else set()
@@ -269,6 +295,85 @@ def fight(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Ra
             end(status, said)
     end(*go_on(TIMEOUT))
     return counts
+
+
+def fight_page(name: str, campaign: Campaign, folder: Path, *, kills: int, random: Random) -> Counter[str]:
+    """The same of a command that serves a page: its record, and all images that it names, are whole after any blow."""
+    counts: Counter[str] = Counter()
+    out = f"{name}-struck"
+    for _ in range(kills):
+        blow = random.choice(BLOWS)
+        started = Started(*filled(campaign.words, out), cwd=folder, OMP_NUM_THREADS="1")
+        ended, posting = threading.Event(), None
+        if random.random() < 0.75:  # else before the page is there
+            posting = threading.Thread(target=post_edits, args=(wait_for_address(started), ended))
+            posting.start()
+        time.sleep(random.uniform(0.0, 3.0))
+        started.send_signal(blow)
+        _, said = started.communicate(TIMEOUT)
+        ended.set()
+        if posting is not None:
+            posting.join()
+        counts["kills"] += 1
+        faults = unreadable(folder, out)
+        record = folder / out / "edits.json"
+        for edit in json.loads(record.read_text())["edits"] if record.is_file() and not faults else ():
+            counts["edits kept"] += 1
+            faults += [
+                f"{edit[one]} is missing"
+                for one in ("file", "mask")
+                if not (folder / out / edit[one]).is_file()
+            ]
+        if blow != signal.SIGKILL:
+            faults += left_behind(folder)
+            ends = (0, STOPPED)
+            if not (
+                (started.returncode in ends and "Traceback" not in said) or is_early(started.returncode, said)
+            ):
+                faults.append(f"ended with {started.returncode}: {said[-2000:]}")
+        counts["faults"] += complain(name, faults)
+        for left in folder.glob(f".{out}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        remove(folder, out, f"{name}-cache")
+    return counts
+
+
+def wait_for_address(started: Started) -> str:
+    """Where the page is that a command serves."""
+    for _ in range(20 * TIMEOUT):
+        if found := re.search(r"http://[\w.:/-]+/", started.said()):
+            return found[0]
+        if started.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise RuntimeError(f"no page is served: {started.said()}")
+
+
+def post_edits(address: str, ended: threading.Event) -> None:
+    """Posts edits one after the other, until there is no answer."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, "PNG")
+    painted = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    body = json.dumps({"painted": painted, "source": "a dog", "target": "a cat"}).encode()
+    while not ended.is_set():
+        asked = urllib.request.Request(
+            f"{address}edit", body, {"Content-Type": "application/json", "Origin": address.rsplit("/", 2)[0]}
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                answer.read()
+        except (OSError, http.client.HTTPException):
+            return
+
+
+def is_early(status: int | None, said: str) -> bool:
+    """Whether a command was struck before it was there to hear it."""
+    return status == -signal.SIGTERM or (status == 1 and said.rstrip().endswith("KeyboardInterrupt"))
 
 
 def filled(words: Sequence[str], out: str) -> list[str]:
@@ -283,6 +388,8 @@ def left_behind(folder: Path) -> list[str]:
 
 def unreadable(folder: Path, struck: str) -> list[str]:
     """What a kill left that is not whole, but for temporary files."""
+    from PIL import Image
+
     from backbone.io.console import UserError
     from backbone.io.files import read_header, read_json
 
@@ -293,6 +400,12 @@ def unreadable(folder: Path, struck: str) -> list[str]:
                 read_header(path) if path.suffix == ".safetensors" else read_json(path)
             except UserError as error:
                 found.append(str(error))
+        elif path.suffix == ".png" and not path.name.startswith("."):
+            try:
+                with Image.open(path) as image:
+                    image.load()
+            except OSError as error:
+                found.append(f"{path}: {error}")
     return found
 
 
@@ -356,7 +469,8 @@ def main(arguments: list[str]) -> int:
             if asked.campaigns and name not in asked.campaigns:
                 continue
             random = Random(f"{asked.seed}/{name}")
-            counts = fight(name, campaign, Path(folder), kills=asked.kills, random=random)
+            strike = fight_page if campaign.served else fight
+            counts = strike(name, campaign, Path(folder), kills=asked.kills, random=random)
             faults += counts["faults"]
             said = ", ".join(f"{number} {what}" for what, number in counts.items())
             print(f"{name}: {said}", flush=True)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from backbone.cli import other_names
 from backbone.cli.commands import program_words
 from backbone.cli.help import hyphens, refuse_typography
 from backbone.io.console import UserError, refuse_address
+from tests.commands import run_here
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align.cli.app}
@@ -132,6 +134,94 @@ def test_help_imports_none_of_the_heavy_libraries(script: str) -> None:
 def test_a_program_is_also_a_module_and_says_its_version(script: str) -> None:
     done = run(sys.executable, "-m", script, "--version")
     assert (done.stdout, done.returncode) == (f"limner {__version__}\n", 0), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@scripts
+def test_a_program_that_is_stopped_while_it_starts_ends_as_at_any_other_time(script: str, name: str) -> None:
+    code = (
+        "import signal, sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, module, *_):\n"
+        f"        if module == '{script}.cli':\n"
+        "            print('begun', flush=True)\n"
+        "            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
+        f"sys.argv = ['{script}', '--help']\n"
+        f"from {script}.__main__ import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout is not None and started.stdout.readline() == "begun\n"
+    started.send_signal(getattr(signal, name))
+    _, said = started.communicate(timeout=30)
+    assert (started.returncode, said) == (130, "Stopped.\n")
+
+
+def test_what_is_installed_starts_where_a_signal_is_heard() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f'{script} = "{script}.__main__:main"' in declared for script in SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("customize", "sample", "a dog", "--count", "100000000"),
+            "--count is 100000000 and must lie between 1 and 10000.",
+        ),
+        (
+            ("align", "sample", "--prompts", "a dog", "--count", "100000000"),
+            "--count is 100000000 and must lie",
+        ),
+        (
+            ("customize", "evaluate", "run", "--count", "100000000"),
+            "--count is 100000000 and must lie between 1 and 10000.",
+        ),
+        (
+            ("customize", "sample", "a dog", "--steps", "10000000"),
+            "--steps is 10000000 and must lie between 1 and 10000.",
+        ),
+        (
+            ("customize", "sample", "a dog", "--model", "moji-flow", "--steps", "10000000"),
+            "must lie between 1 and 10000.",
+        ),
+        (
+            ("customize", "sample", "a dog", "--width", "100000"),
+            "--width is 100000 and must lie between 1 and 16384.",
+        ),
+        (
+            ("customize", "sample", "a dog", "--resolution", "16384"),
+            "268 million pixels, and 34 million are drawn",
+        ),
+        (
+            ("customize", "clip", "a dog", "--frames", "100000000"),
+            "--frames is 100000000 and must lie between 2 and 1024.",
+        ),
+        (
+            ("customize", "clip", "a dog", "--count", "100000000"),
+            "--count is 100000000 and must lie between 1 and 10000.",
+        ),
+        (("edit", "sdedit", "a.png", "--prompt", "a", "--count", "100000000"), "between 1 and 256."),
+        (
+            ("edit", "interpolate", "a.png", "b.png", "--prompts", "a", "--count", "1000000"),
+            "between 3 and 256.",
+        ),
+        (
+            ("edit", "invert", "a.png", "--source", "a", "--steps", "10000000"),
+            "must lie between 1 and 10000.",
+        ),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused_before_memory_is_taken(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = run_here(*words, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and said in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 @scripts

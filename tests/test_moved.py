@@ -40,7 +40,7 @@ def test_a_run_goes_on_with_a_model_and_images_that_have_moved(
     model.rename(tmp_path / "new-model")
     subject.rename(tmp_path / "new-images")
     go_on = ("customize", "train", "--resume", "elsewhere", "--images", "new-images")
-    assert "--resume RUN --model FOLDER" in answer(*go_on, cwd=tmp_path)
+    assert "said by --model FOLDER, beside RUN, --resume RUN" in answer(*go_on, cwd=tmp_path)
     tiny_pipeline(tmp_path / "other", seed=3)
     kept = (tmp_path / "elsewhere" / "settings.json").read_text()
     refused = answer(*go_on, "--model", "other", "--steps", "3", cwd=tmp_path)

@@ -42,8 +42,10 @@ class Side:
         return dataclasses.replace(sampling, guidance=guidance, guidance_start=start, guidance_stop=stop)
 
     @classmethod
-    def from_name(cls, name: str) -> Side:
+    def from_name(cls, name: str, model: str | None = None) -> Side:
         """A side from any run folder (with the model and concepts that it was trained on), or from a model's name.
+
+        `model` is the one that a run was trained from, where it lies elsewhere now.
 
         Raises `UserError` for what is neither, and for a run that is not finished.
         """
@@ -60,7 +62,7 @@ class Side:
                 f"{name}: its weights after the last step are compared; its best checkpoint is {folder / BEST}."
             )
         trained_on = read_settings(folder).concepts if is_preference_run(folder) else ()
-        return cls(name, concept.model, (*map(Path, trained_on), folder))
+        return cls(name, model or concept.model, (*map(Path, trained_on), folder))
 
 
 @dataclass(frozen=True)

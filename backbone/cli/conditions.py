@@ -179,6 +179,7 @@ class ControlOptions:
         )
         for one in asked:
             check_strength(one)
+        refuse_repeated(asked)
         return asked
 
 
@@ -224,7 +225,11 @@ def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     if not equals and "." in said:
         kind, path = ANY, said
     elif not equals or not path:
-        raise UserError(f"--condition {said} names no map. Give KIND=MAP.png, as in sketch=drawing.png.")
+        found = kind if kind in kinds and kind != RGB else "edges"
+        raise UserError(
+            f"--condition {said} names no map. Give {kind if kind in kinds else 'sketch'}=MAP.png, or what it is found "
+            f"in: {found}=PHOTO.png:auto, and in an edit {found}=auto, of the picture that is edited."
+        )
     elif kind not in kinds:
         raise UserError(f"There is no condition {kind}. Choose one of {', '.join(kinds)}.")
     if path == AUTO and kind == RGB:
@@ -244,6 +249,18 @@ def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
                 )
             return AskedMap(kind, path[: -len(how) - 1], how)
     return AskedMap(kind, path)
+
+
+def refuse_repeated(asked: Sequence[AskedControl]) -> None:
+    """`UserError` for a condition that is given twice, with the same network at the same steps."""
+    seen = set()
+    for one in asked:
+        what = (one.map, one.network, one.start, one.stop)
+        if what in seen:
+            raise UserError(
+                f"--condition {one.map} is given twice. Give it once; --condition-scale says how strongly it acts."
+            )
+        seen.add(what)
 
 
 def check_strength(asked: AskedControl) -> None:

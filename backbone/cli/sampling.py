@@ -36,6 +36,12 @@ SAMPLERS_ELSEWHERE: Mapping[Sampler, tuple[str, ...]] = {
 }
 SPACINGS_ELSEWHERE = ("karras", "exponential", "polyexponential", "sgm_uniform", "beta", "simple", "normal")
 OWN_SIZE = "as the concept's images, else the model's own"
+# Beyond what anybody means, so that a slip is answered before memory is taken
+MOST_IMAGES = 10_000  # of a prompt
+MOST_STEPS = 10_000
+MOST_EDITS = 256  # of an image with one prompt, all of which lie in memory in the end
+LONGEST_SIDE = 16_384  # pixels
+MOST_PIXELS = 2**25
 
 
 def _letters(name: str) -> str:
@@ -85,6 +91,7 @@ class CountOption:
             DRAWING,
             aliases=("num-images-per-prompt", "num-validation-images", "images-per-prompt"),
             min=1,
+            max=MOST_IMAGES,
         ),
     ] = 1
 
@@ -154,10 +161,15 @@ class SamplingSettings(GuidedShare, GuidanceOption):
     """
 
     negative: Annotated[str, negative_option(DRAWING)] = ""
-    width: Annotated[int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
-    height: Annotated[int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1)] = None
+    width: Annotated[
+        int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1, max=LONGEST_SIDE)
+    ] = None
+    height: Annotated[
+        int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1, max=LONGEST_SIDE)
+    ] = None
     resolution: Annotated[
-        int | None, Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1)
+        int | None,
+        Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1, max=LONGEST_SIDE),
     ] = None
     steps: Annotated[
         int | None,
@@ -167,6 +179,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
             aliases=("num-inference-steps", "sample-steps"),
             default_text="by model",
             min=1,
+            max=MOST_STEPS,
         ),
     ] = None
     sampler: Annotated[Sampler | None, SAMPLER] = None

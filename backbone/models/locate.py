@@ -77,7 +77,9 @@ def locate(model: str) -> Location:
         index = hub_file(place, "model_index.json")
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
         return Location(model, place, read_index(index), revision=index.parent.name)
-    moved = " Where a run's model lies now is said by --model FOLDER, beside --resume RUN or --concept RUN."
+    moved = (
+        " Where a run's model lies now is said by --model FOLDER, beside RUN, --resume RUN or --concept RUN."
+    )
     near = nearest_name(model)
     meant = f" Did you mean {near}?" if near else ""
     raise UserError(

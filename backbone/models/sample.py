@@ -18,6 +18,7 @@ from backbone.cli.options import check_values
 from backbone.cli.sampling import (
     ALL_STEPS,
     MODELS_OWN,
+    MOST_PIXELS,
     SAMPLER,
     Sampler,
     SamplingSettings,
@@ -399,7 +400,8 @@ def resolve_sampling(asked: Asked, model: Backbone, *, resolution: int = 0) -> A
 def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
     """The latents' size (H, W) of pictures of `size` (width, height) in pixels.
 
-    Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for.
+    Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for, and
+    for more than MOST_PIXELS.
     """
     own = model.latent_shape[-2:]
     unit, longest = 2 * model.factor, model.family.longest_side(model.location)
@@ -419,4 +421,10 @@ def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
                 f"is {side}. Give less."
             )
         sides.append(side // model.factor)
+    high, wide = (side * model.factor for side in sides)
+    if high * wide > MOST_PIXELS:
+        raise UserError(
+            f"{wide} × {high} are {high * wide / 1e6:.0f} million pixels, and {MOST_PIXELS / 1e6:.0f} million "
+            "are drawn at most. Give a smaller --width or --height."
+        )
     return sides[0], sides[1]

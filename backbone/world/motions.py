@@ -119,6 +119,7 @@ OPPOSITES = {  # what a clip shows that is played backwards; the others look the
 # What may stand before words that can be cut (a comma, the thing that moves, or the thing itself), and behind them.
 BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is |that )?(?:(slowly|quickly) )?$", re.IGNORECASE)
 ENDS = r"$|[,.]| (?:in|on|at|under|over|through|across)\b"
+AND = re.compile(r",? (?:and|then|and then)$", re.IGNORECASE)  # between two things that somebody does
 BEHIND = re.compile(rf"(?: ({'|'.join(PACES)}))?(?={ENDS})", re.IGNORECASE)
 OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
@@ -203,6 +204,22 @@ def _either(phrases: Iterable[str]) -> str:
     return "(?:" + "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first) + ")"
 
 
+def name_motions(prompt: str) -> list[str]:
+    """The words of a prompt that speak of motion, wherever they stand: “going to the left and to the right” too."""
+    return [match[0] for match in _speaks_of_motion().finditer(prompt)]
+
+
+@cache
+def _speaks_of_motion() -> re.Pattern[str]:
+    """Finds a verb with all its directions; else words of a motion that say by themselves what is meant."""
+    third = GOING | WALKING
+    ways = _either([*(to for tos in WAYS.values() for to in tos), "away", "in circles", "back and forth"])
+    more = rf"(?:(?:,|,? and|,? then|,? and then)\s+{ways})*"
+    going = rf"{_either([*third, *third.values(), *PANNING])}\s+(?:(?:slowly|quickly)\s+)?{ways}{more}"
+    others = _either([words for table in (MOTIONS, CAMERAS) for said in table.values() for words in said])
+    return re.compile(rf"(?<![\w-])(?:{going}|{others})(?![\w-])", re.IGNORECASE)
+
+
 def find_moves(prompt: str) -> tuple[str, str]:
     """The motion and the camera's move that a prompt's words name, "" for none; the longest phrase decides."""
     moves = [said.move for said in find_said(prompt)]
@@ -244,7 +261,12 @@ def _cut(prompt: str, known: Collection[str]) -> SaidMotion:
         before = BEFORE.search(prompt[: said.start])
         behind = BEHIND.match(prompt, said.end)
         if said.move in known and before and behind:
-            rest = (prompt[: before.start()] + prompt[behind.end() :]).strip(" ,")
+            ahead = prompt[: before.start()]
+            whole = _speaks_of_motion().match(prompt, said.start)
+            goes_on = whole is not None and whole.end() > behind.end()
+            if goes_on or (AND.search(ahead) and name_motions(ahead)):
+                continue  # “moving left, then right”, “moving left and jumping”
+            rest = (AND.sub("", ahead) + prompt[behind.end() :]).strip(" ,")
             verb, *further = prompt[said.start : said.end].lower().split()
             paces = [word.lower() for word in (behind[1], before[2], *further) if word]
             speed = next((PACES[word] for word in paces if word in PACES), "")

@@ -23,7 +23,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option, check_values
-from backbone.cli.sampling import DrawingOptions, own_sampler_of_clips
+from backbone.cli.sampling import MOST_IMAGES, MOST_STEPS, DrawingOptions, own_sampler_of_clips
 from backbone.io.console import UserError
 from backbone.io.prompts import words_of
 from backbone.world.motions import CAMERAS, cut_camera, cut_motion, find_moves
@@ -449,9 +449,10 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
     ] = ()
     model: Annotated[str | None, model_option("the run's, else moji")] = None
     frames: Annotated[int, Option("Frames of a drawn clip.", MOTION, min=SHORTEST, max=1024)] = 16
-    count: Annotated[int, Option("Clips drawn for each prompt.", DRAWING, min=1)] = 1
+    count: Annotated[int, Option("Clips drawn for each prompt.", DRAWING, min=1, max=MOST_IMAGES)] = 1
     steps: Annotated[
-        int | None, Option("Steps of the sampler.", SAMPLING, default_text="by model", min=1)
+        int | None,
+        Option("Steps of the sampler.", SAMPLING, default_text="by model", min=1, max=MOST_STEPS),
     ] = None
     guidance: Annotated[
         float | None,

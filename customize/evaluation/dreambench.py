@@ -16,7 +16,7 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.adapters.apply import load_concepts
+from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
@@ -116,23 +116,26 @@ def evaluate_run(
     seed: int,
     out: Path,
     against_references: bool = False,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Sample a run's images, measure them, and write `table.md`, `table.json` and `sheet.png`.
 
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
     `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
+    `model` is the one that the run was trained from, where it lies elsewhere now.
     """
-    settings, concept = read_subject_settings(run), read_concept(run)
-    model = Backbone.open(
+    settings, concept = read_subject_settings(run, model), read_concept(run)
+    base = Backbone.open(
         settings.model,
         device=settings.device,
         precision=settings.precision,
         resolution=settings.resolution,
     )
+    check_concept_fits(concept, base)
     if against_references:
-        refuse_too_many(model, 1)
-    scorers = load_scorers(scorer, model)
+        refuse_too_many(base, 1)
+    scorers = load_scorers(scorer, base)
     subject_requests = [
         Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
         for i, prompt in enumerate(prompts)
@@ -142,17 +145,17 @@ def evaluate_run(
     class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
     subject = embed_subject(scorers, settings)
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
-    base_class_images = sample_images(model, class_requests, settings, seed, "drawing the base's class")
+    base_class_images = sample_images(base, class_requests, settings, seed, "drawing the base's class")
     texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     untrained: dict[str, list[float]] = {}
     if against_references:
-        drawn = draw_from_references(model, settings, prompts, per_prompt, seed)
+        drawn = draw_from_references(base, settings, prompts, per_prompt, seed)
         untrained = score_prompts(scorers, subject, drawn, texts, per_prompt=per_prompt)
         out.mkdir(parents=True, exist_ok=True)
         save_png(out / "references.png", draw_sheet(split_rows(drawn, 10), title="From references", cell=112))
-    load_concepts(model, [concept])
-    images = sample_images(model, subject_requests, settings, seed, "drawing the subject")
-    class_images = sample_images(model, class_requests, settings, seed, "drawing the class")
+    load_concepts(base, [concept])
+    images = sample_images(base, subject_requests, settings, seed, "drawing the subject")
+    class_images = sample_images(base, class_requests, settings, seed, "drawing the class")
     trained = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
     metrics = summarize(scorers, subject, trained)
     for name, drawn in (("PRES", class_images), ("PRES of the base", base_class_images)):
@@ -177,13 +180,21 @@ def draw_from_references(
 
 
 def evaluate_images(
-    folder: Path, run: Path, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, out: Path
+    folder: Path,
+    run: Path,
+    *,
+    prompts: Sequence[str],
+    per_prompt: int,
+    scorer: Path | None,
+    out: Path,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Measure images that lie in a folder, `pNN-sNN.png` for prompt and sample, against a run's subject.
 
-    Writes and returns what `evaluate_run` does, without PRES. Raises `UserError` when an image is missing.
+    Writes and returns what `evaluate_run` does, without PRES. `model` is as there. Raises `UserError` when an image is
+    missing.
     """
-    settings = read_subject_settings(run)
+    settings = read_subject_settings(run, model)
     read_concept(run)  # refuses a run that is not finished
     scorers = load_scorers(scorer, Backbone.open(settings.model, device="cpu"))
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]

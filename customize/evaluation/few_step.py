@@ -27,13 +27,13 @@ from customize.evaluation.survival import Fidelity, Survival
 from customize.settings import FILE, Settings, read_subject_settings
 
 
-def open_sides(run: Path, on: str) -> tuple[Backbone, Concept, Backbone, Concept]:
+def open_sides(run: Path, on: str, model: str | None = None) -> tuple[Backbone, Concept, Backbone, Concept]:
     """The base with the run's concept, and the few-step model with the one that it draws with; loads no weights.
 
-    `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. Raises
-    `UserError` where the two do not go together.
+    `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. `model` is the
+    one that the run was trained from, where it lies elsewhere now. Raises `UserError` where the two do not go together.
     """
-    settings, concept = read_subject_settings(run), read_concept(run)
+    settings, concept = read_subject_settings(run, model), read_concept(run)
     base = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, resolution=settings.resolution
     )
@@ -53,14 +53,22 @@ def open_sides(run: Path, on: str) -> tuple[Backbone, Concept, Backbone, Concept
 
 
 def measure_survival(
-    run: Path, on: str, *, prompts: Sequence[str], per_prompt: int, scorer: Path | None, seed: int, out: Path
+    run: Path,
+    on: str,
+    *,
+    prompts: Sequence[str],
+    per_prompt: int,
+    scorer: Path | None,
+    seed: int,
+    out: Path,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Draw and measure both models without and with what was learned; write `table.md`, `table.json`, `sheet.png`.
 
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
     settings = read_subject_settings(run)
-    base, concept, few, moved = open_sides(run, on)
+    base, concept, few, moved = open_sides(run, on, model)
     scorers = load_scorers(scorer, base)
     requests = [
         Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
@@ -74,15 +82,15 @@ def measure_survival(
         usual_drawing(base, steps=settings.sample_steps, guidance=settings.guidance),
         usual_drawing(few),
     )
-    for model, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
+    for side, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
         for learned in (False, True):
             if learned:
-                load_concepts(model, [own])
-            label = f"{model.location.name}{'' if learned else ' without it'}"
+                load_concepts(side, [own])
+            label = f"{side.location.name}{'' if learned else ' without it'}"
             asked = requests if learned else plain
-            images = draw(model, asked, drawing, seed, label)
+            images = draw(side, asked, drawing, seed, label)
             fidelities.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
-        model.free("denoiser", "autoencoder")
+        side.free("denoiser", "autoencoder")
     name = str(on)
     survived = Survival(name, drawings[1].steps, *fidelities)
     text = "\n".join([survived.sentence(), "", *survived.table(), ""])

@@ -15,9 +15,11 @@ from backbone.diffusion.noise import broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
+from edit import checks
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.result import Result
+from edit.sampling import split_count
 
 
 @torch.no_grad()
@@ -28,9 +30,11 @@ def interpolate(
 
     The noisiest states are interpolated by `slerp` (Song, Meng & Ermon 2021, section 5.3), the prompts' encodings
     linearly, and so is what each end's deterministic step misses of its trajectory, which is added to the steps in
-    between: the ends are then the images' own latents exactly. NFE: K a step.
+    between: the ends are then the images' own latents exactly. NFE: a step of each batch (`split_count`), after which
+    `progress` is called, takes its images and the two ends.
 
-    Raises `UserError` for inversions of different models, steps or sizes, or fewer than three images.
+    Raises `UserError` for inversions of different models, steps or sizes, fewer than three images, or more than can be
+    meant.
     """
     if first.identity != second.identity:
         raise UserError("The two inversions are of different models. Invert both images with the same one.")
@@ -40,16 +44,40 @@ def interpolate(
         )
     if count < 3:
         raise UserError(f"{count} images leave none in between. Ask for three or more.")
-    model, schedule = first.model, first.schedule
-    ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
+    checks.count(count)
+    model, nfe = first.model, 0
     share = torch.linspace(0, 1, count)[1:-1]  # of the second image [K − 2]
+    latents = []
+    for some in split_count(model, len(share)):
+        drawn, asked = _draw_between(first, second, share[some.start : some.stop], progress)
+        latents.append(drawn)
+        nfe += asked
+    ends = [one.states[-1:].float() for one in (first, second)]
+    between = torch.cat([ends[0], *latents, ends[1]])
+    return Result(
+        model=model,
+        prompts=(first.prompt, *(f"{k}/{count - 1}" for k in range(1, count - 1)), second.prompt),
+        encoded=first.encoded,
+        latents=between,
+        nfe=nfe,
+        facts={"second_image": dict(second.facts), **first.layout.facts()},
+        inversions=(first, second),
+        layout=first.layout,
+    )
+
+
+def _draw_between(
+    first: Inversion, second: Inversion, share: Tensor, progress: Callable[[], Any]
+) -> tuple[Tensor, int]:
+    """The latents [N, C, H, W] at these shares [N] of the second image, and the NFE."""
+    model, schedule, nfe = first.model, first.schedule, 0
+    ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
     # Rows: the two ends on their trajectories, then the images in between
     text = {
         name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])
         for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).text.items()
     }
-    controls = mix_controls(first, second, share.tolist())
-    predict, nfe = model.predictor(Conditions(text, controls=controls)), 0
+    predict = model.predictor(Conditions(text, controls=mix_controls(first, second, share.tolist())))
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
     for step in range(first.steps):
         here, there = schedule[step], schedule[step + 1]
@@ -60,17 +88,7 @@ def interpolate(
         second_share = broadcast_like(share, now)
         now = stepped[2:] + (1 - second_share) * offset[:1] + second_share * offset[1:]
         progress()
-    latents = torch.cat([ends[:1, -1], now, ends[1:, -1]])
-    return Result(
-        model=model,
-        prompts=(first.prompt, *(f"{k}/{count - 1}" for k in range(1, count - 1)), second.prompt),
-        encoded=first.encoded,
-        latents=latents,
-        nfe=nfe,
-        facts={"second_image": dict(second.facts), **first.layout.facts()},
-        inversions=(first, second),
-        layout=first.layout,
-    )
+    return now, nfe
 
 
 def mix_controls(first: Inversion, second: Inversion, shares: Sequence[float]) -> tuple[Control, ...]:

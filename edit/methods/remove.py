@@ -33,10 +33,17 @@ from edit.masks import (
     load_pixel_mask,
     weigh_by_colour,
 )
-from edit.phrases import things, without
+from edit.phrases import names_thing, things, without
 from edit.pictures import ImageLike
 from edit.result import Result
-from edit.sampling import KeptEstimates, as_strong_as_state, guidance_of, nfe_of
+from edit.sampling import (
+    KeptEstimates,
+    as_strong_as_state,
+    guidance_of,
+    join_estimates,
+    nfe_of,
+    split_count,
+)
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
@@ -80,12 +87,13 @@ def remove(
     with the stored trajectory as what lies around: outside the mask the state is the trajectory itself, so the rest of
     the latent stays exactly. Inside, the surroundings, continued smoothly, are noised to `strength` and denoised. No
     query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of what
-    is around, and not of a thing of its own. `progress` is called after every step.
+    is around, and not of a thing of its own. `progress` is called after every step of each batch (`split_count`).
 
-    Raises `UserError` for a word that is not in the prompt, neither a word nor a mask, or a mask of another size.
+    Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
+    another size, or a count that nobody means.
     """
     asked = build(RemoveSettings, settings)
-    model, schedule, count = inversion.model, inversion.schedule, asked.count
+    model, schedule, count = inversion.model, inversion.schedule, checks.count(asked.count)
     checks.share("threshold", asked.threshold)
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
@@ -95,30 +103,33 @@ def remove(
     states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
-    text, empty = (encode_prompts_cached(model, [words] * count) for words in (seen, asked.negative))
     layout = inversion.layout.without(pixels)  # the thing's own lines would draw it again
-    text = layout.under(text, schedule, [TARGET] * count)
-    predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
-    filling = _fill(inversion, hidden, first, asked)
-    now = torch.where(inside > 0, filling, states[first])
-    kept = KeptEstimates(first, inversion.steps, asked.frames)
     control = AttentionControl(targets=0, hidden=hidden)
-    with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
-        for step in range(first, inversion.steps):
-            here, there = schedule[step], schedule[step + 1]
-            estimate = predict(now, here)
-            nfe += count * each
-            now = torch.where(inside > 0, deterministic_step(now, estimate, here, there), states[step + 1])
-            kept.add(step, estimate.clean)
-            progress()
+    latents, every = [], []
+    for some in split_count(model, count):
+        text, empty = (encode_prompts_cached(model, [words] * len(some)) for words in (seen, asked.negative))
+        text = layout.under(text, schedule, [TARGET] * len(some))
+        predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
+        now = torch.where(inside > 0, _fill(inversion, hidden, first, asked, some), states[first])
+        every.append(KeptEstimates(first, inversion.steps, asked.frames))
+        with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
+            for step in range(first, inversion.steps):
+                here, there = schedule[step], schedule[step + 1]
+                estimate = predict(now, here)
+                nfe += len(some) * each
+                now = deterministic_step(now, estimate, here, there)
+                now = torch.where(inside > 0, now, states[step + 1])
+                every[-1].add(step, estimate.clean)
+                progress()
+        latents.append(now)
     return Result(
         model=model,
         prompts=(seen,) * count,
         encoded=inversion.encoded,
-        latents=now,
+        latents=torch.cat(latents),
         nfe=nfe,
         masks=pixels.expand(count, -1, -1),
-        estimates=kept.stack(),
+        estimates=join_estimates(every),
         facts={"guidance": guidance, **layout.facts()},
         layout=layout,
         inversions=(inversion,),
@@ -134,12 +145,11 @@ def _find_place(inversion: Inversion, word: str, asked: RemoveSettings) -> tuple
     return locate_word(inversion, word, threshold=asked.threshold)
 
 
-def _fill(inversion: Inversion, hidden: Tensor, first: int, asked: RemoveSettings) -> Tensor:
-    """What the hidden places begin as at step `first`: their surroundings, noised; at strength 1 noise alone."""
-    states, level, count = inversion.states, inversion.schedule[first], asked.count
-    random = [
-        torch.randn(states.shape[1:], generator=generator(asked.seed, k, "remove")) for k in range(count)
-    ]
+def _fill(inversion: Inversion, hidden: Tensor, first: int, asked: RemoveSettings, numbers: range) -> Tensor:
+    """What the hidden places of these images begin as at step `first`: their surroundings, noised; at strength 1 noise
+    alone."""
+    states, level = inversion.states, inversion.schedule[first]
+    random = [torch.randn(states.shape[1:], generator=generator(asked.seed, k, "remove")) for k in numbers]
     noise = send(torch.stack(random), states.device)
     if asked.strength == 1:
         return as_strong_as_state(noise, level)
@@ -185,8 +195,16 @@ def _prompt_without(inversion: Inversion, word: str) -> str:
 
 
 def leave_out(model: Backbone, source: str, word: str) -> str:
-    """The source prompt without a word; `UserError` for one that is not in it, or in other words alone (“cat-like”)."""
+    """The source prompt without a word.
+
+    `UserError` for one that is not in it, or in other words alone (“cat-like”), and for one that names no thing (“in”).
+    """
     require([tokenize_prompt(model.text_encoder.segments, source)], word)
+    if not names_thing(word):
+        named = " or ".join(f"“{thing}”" for thing in things(source))
+        raise UserError(
+            f"“{word}” names no thing that could be removed. Name one of the prompt{f': {named}' if named else ''}."
+        )
     rest = without(source, word)
     if rest == source:
         raise UserError(

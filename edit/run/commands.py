@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from PIL import Image
 
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify, progress, quote_text
 from edit import checks
 from edit.attention.alignment import steps_inside
 from edit.inversion.inversion import Inversion
@@ -26,6 +26,7 @@ from edit.phrases import without
 from edit.pictures import ImageLike, read_image, refuse_other_shape
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
+from edit.sampling import split_count
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,16 @@ def run_sdedit(
     prompt: str,
     strength: float = 0.6,
     steps: int = 50,
+    count: int = 1,
     asked: AskedLayout = NOTHING_ASKED,
     **settings: Any,
 ) -> Result:
     """`edit sdedit`."""
-    with progress(int(steps * checks.share("strength", strength)), "sampling") as bar:
+    rounds = len(split_count(loaded.model, checks.count(count)))
+    with progress(rounds * int(steps * checks.share("strength", strength)), "sampling") as bar:
         result = sdedit(
-            loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, progress=bar.advance,
-            layout=loaded.layout(image, asked), **_settings(loaded, **settings),
+            loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, count=count,
+            progress=bar.advance, layout=loaded.layout(image, asked), **_settings(loaded, **settings),
         )  # fmt: skip
     title = f"SDEdit: {prompt}, strength {strength:g} of {steps} steps"
     return replace(result, prompts=(prompt,) * len(result.prompts), title=title)
@@ -192,6 +195,7 @@ def run_remove(
     prompt: str | None = None,
     mask: ImageLike | None = None,
     strength: float = STRENGTH,
+    count: int = 1,
     **settings: Any,
 ) -> Result:
     """`edit remove`."""
@@ -200,6 +204,11 @@ def run_remove(
     start.check_mask(loaded, mask)
     if start.inversion is None and word.strip() and start.source:
         leave_out(loaded.model, loaded.resolve(start.source), loaded.resolve(word))
+    if prompt and word.strip() and without(prompt, word) != prompt:
+        notify(
+            f"--prompt {quote_text(prompt)} still names “{word}”, so it may be drawn again. Leave it out there, or "
+            "leave --prompt out."
+        )
     inversion = start.open(loaded)
     source = start.source or inversion.prompt
     seen = prompt if prompt is not None else without(source, word) if word.strip() else ""
@@ -209,10 +218,12 @@ def run_remove(
             if seen
             else "Nothing is left of the prompt."
         )
-    with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "removing") as bar:
+    rounds = len(split_count(loaded.model, checks.count(count)))
+    steps = inversion.steps - inversion.start(checks.share("strength", strength))
+    with progress(rounds * steps, "removing") as bar:
         result = remove(
             inversion, loaded.resolve(word), prompt=None if prompt is None else loaded.resolve(prompt), mask=mask,
-            strength=strength, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
+            strength=strength, count=count, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
         )  # fmt: skip
     title = f"without {word or 'what the mask covers'}: {source}, {_how(inversion)}"
     return replace(result, prompts=(seen,) * len(result.prompts), title=title)
@@ -260,7 +271,8 @@ def run_interpolate(
         Start(image, prompt, **starting).open(loaded)
         for image, prompt in ((first, first_prompt), (second, second_prompt))
     ]
-    with progress(ends[0].steps, "interpolating") as bar:
+    rounds = len(split_count(loaded.model, checks.count(count) - 2))
+    with progress(rounds * ends[0].steps, "interpolating") as bar:
         result = interpolate(ends[0], ends[1], count=count, progress=bar.advance)
     prompts = (first_prompt, *result.prompts[1:-1], second_prompt)
     title = f"from {first_prompt} to {second_prompt}, {_how(ends[0])}"

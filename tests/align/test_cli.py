@@ -504,6 +504,9 @@ def test_a_comparison_in_another_size_and_with_words_for_prompts(
     align(*sides, "--width", 96, "--out", tmp_path / "c")
     assert open_rgb(tmp_path / "c/base/p00000-s00.png").size == (96, 64)
     assert "drawn in another way" in refused(*sides, "--out", tmp_path / "c")
+    assert "--model has no effect where two models" in refused(
+        "compare", tiny_folder, tiny_folder, *how, "--model", tiny_folder, "--out", tmp_path / "d"
+    )
     assert "the width is 90" in refused(*sides, "--width", 90, "--out", tmp_path / "d")
     assert "--user has no effect without --blind" in refused(*sides, "--user", "me", "--out", tmp_path / "d")
     assert not (tmp_path / "d").exists()

@@ -27,7 +27,7 @@ from backbone.world.rendering.render import SIZE
 from customize.cli import app
 from customize.clips.draw import publish, write_maps
 from customize.clips.planned.parallax import find_nearness
-from customize.clips.planned.plan import SLENDER, plan_motion
+from customize.clips.planned.plan import SLENDER, PlannedClip, describe_plan, plan_motion
 from customize.clips.settings import ClipOptions
 from tests.customize.test_evaluate_clip import walking
 
@@ -109,10 +109,30 @@ def middle(pose: Image.Image) -> tuple[float, float]:
         ("a racing car in the city", SaidMotion("a racing car in the city")),
         ("a falling star at night", SaidMotion("a falling star at night")),
         ("a spinning top, a rocking chair", SaidMotion("a spinning top, a rocking chair")),
+        ("a dog moving left, then right", SaidMotion("a dog moving left, then right")),
+        ("a dog moving left and jumping", SaidMotion("a dog moving left and jumping")),
+        ("a dog and a cat moving left", SaidMotion("a dog and a cat", "left")),
+        ("a dog running, camera panning left", SaidMotion("a dog, camera panning left", "left", walks=True)),
     ],
 )  # fmt: skip
 def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: SaidMotion) -> None:
     assert cut_motion(prompt) == said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a dog moving to the left and to the right", "“moving to the left and to the right”"),
+        ("a dog walking left, then right", "“walking left, then right”"),
+        ("a dog moving left and jumping", "“moving left”"),
+        ("a dog in a park, camera panning left and right", "“camera panning left and right”"),
+        ("a dog running back and forth", "“running back and forth”"),
+    ],
+)
+def test_motion_that_is_named_and_not_understood_is_not_called_none(prompt: str, words: str) -> None:
+    said = describe_plan(prompt, PlannedClip(prompt, 1))
+    assert len(said) == 1 and words in said[0] and "Name one alone" in said[0]
+    assert "names no motion" in describe_plan("a dog in a park", PlannedClip("a dog in a park", 1))[0]
 
 
 def test_every_way_to_say_a_motion_is_understood() -> None:

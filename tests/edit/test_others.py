@@ -26,6 +26,7 @@ from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
+from edit.result import Result
 from edit.run.commands import run_interpolate
 from edit.run.open import ModelWithConcepts
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
@@ -116,6 +117,49 @@ def test_a_noised_picture_depends_on_its_number_and_the_seed_alone(tiny: Backbon
     assert deviation(three[0], sdedit(tiny, photo(), SOURCE, steps=4).latents[0]) < 1e-4
     assert deviation(three[0], three[1]) > 1e-2
     assert deviation(sdedit(tiny, photo(), SOURCE, steps=4, seed=1).latents[0], three[0]) > 1e-2
+
+
+def test_many_images_are_drawn_in_batches_and_are_the_same_whatever_the_batch(
+    tiny: Backbone, inversion: Inversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, rows = invert(tiny, photo(seed=1), TARGET, steps=STEPS), list[int]()
+    network = tiny.denoiser.register_forward_pre_hook(
+        lambda _, given, named: rows.append(len(given[0] if given else named["sample"])), with_kwargs=True
+    )
+    commands: Sequence[Callable[[], Result]] = (
+        lambda: sdedit(tiny, photo(), SOURCE, steps=4, count=5, guidance=1.0, frames=2, mask=left_half()),
+        lambda: remove(inversion, mask=left_half(), count=5, frames=2),
+        lambda: interpolate(inversion, other, count=7),
+    )
+    found = []
+    for batch in (8, 2):
+        monkeypatch.setattr("edit.sampling.BATCH", batch)
+        found.append([command() for command in commands])
+        assert max(rows) == (7 if batch == 8 else 4)  # the two ends of an interpolation among them
+        rows.clear()
+    network.remove()
+    for whole, parts in zip(*found, strict=True):
+        assert deviation(whole.latents, parts.latents) < 1e-4
+        assert (whole.estimates is None) == (parts.estimates is None)
+        if whole.estimates is not None and parts.estimates is not None:
+            assert whole.estimates.shape == parts.estimates.shape
+            assert deviation(whole.estimates, parts.estimates) < 1e-4
+    assert [one.nfe for one in found[0][:2]] == [one.nfe for one in found[1][:2]]
+    assert found[1][2].nfe == STEPS * (2 + 2 + 2 + 2 + 1 + 2)
+
+
+@pytest.mark.parametrize("count", [0, 257, 100_000_000])
+def test_a_count_that_nobody_means_is_refused_before_memory_is_taken(
+    tiny: Backbone, inversion: Inversion, count: int
+) -> None:
+    commands: Sequence[Callable[[], Result]] = (
+        lambda: sdedit(tiny, photo(), SOURCE, count=count),
+        lambda: remove(inversion, mask=left_half(), count=count),
+        lambda: interpolate(inversion, inversion, count=count),
+    )
+    for command in commands:
+        with pytest.raises(UserError, match=r"gives 1 to 256 images|three or more"):
+            command()
 
 
 def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> None:
@@ -366,6 +410,9 @@ def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> Non
             remove(inversion, "cats", mask=mask)
         with pytest.raises(UserError, match="as a part of another word alone"):
             remove(part, "cat", mask=mask)
+        for word in ("in", "The", "in the"):
+            with pytest.raises(UserError, match=f"“{word}” names no thing .* one of the prompt: “cat”"):
+                remove(inversion, word, mask=mask)
     with pytest.raises(UserError, match="between 0 and 1"):
         remove(inversion, "cat", strength=2.0)
 

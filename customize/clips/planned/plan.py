@@ -26,7 +26,7 @@ from backbone.models.control import Condition, condition_clips, list_embedded_co
 from backbone.models.model import Backbone
 from backbone.world.clip import Clip, follow_path, trace_camera, trace_thing
 from backbone.world.maps import draw_sticks
-from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion
+from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion, name_motions
 from backbone.world.parse import parse_scene
 from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
@@ -230,9 +230,18 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     elif plan.move:
         how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
         said.append(f"drawn as “{plan.prompt}”, {_say(plan.move)} {how}.")
-    return [f"“{prompt}”: {one}" for one in said] or [
-        f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
-    ]
+    return [f"“{prompt}”: {one}" for one in said] or [_say_still(prompt)]
+
+
+def _say_still(prompt: str) -> str:
+    """Why nothing moves."""
+    named = " and ".join(f"“{words}”" for words in name_motions(prompt))
+    if named:
+        return (
+            f"“{prompt}” stands still: {named} is not one motion that can be taken out of the sentence. Name one "
+            "alone, at the end or between commas: “a dog in a park, moving left”."
+        )
+    return f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
 
 
 def _say(move: str) -> str:

@@ -27,13 +27,14 @@ from backbone.training.models import open_model
 from backbone.training.run import drive
 from customize.data.prepared import read_stored_images
 from customize.objectives.transfer import ClassAnswers, SubjectAnswers, Transfer, draw_class, draw_subject
-from customize.settings import FILE, SHEET, Settings, read_settings
+from customize.settings import FILE, SHEET, Settings, read_subject_settings
 from customize.training.evaluation import Previews
 from customize.training.record import weights_metadata
 from customize.training.transfer.settings import OF_THE_RUN, TransferOptions
 
 ADAPTER = "concept_0"  # as `load_concepts` calls the first
 SHOWN = 8
+MOVABLE = ("run", "to", "model")
 
 
 def transfer_run(asked: TransferOptions) -> Path:
@@ -43,7 +44,7 @@ def transfer_run(asked: TransferOptions) -> Path:
     taken, or that another transfer began.
     """
     began = time.perf_counter()
-    settings, concept = read_settings(asked.run), read_concept(checkpoint(asked.run))
+    settings, concept = read_subject_settings(asked.run, asked.model), read_concept(checkpoint(asked.run))
     base = open_model(settings, resolution=settings.resolution)
     check_concept_fits(concept, base)
     few = open_few_step(base, asked.to)
@@ -85,7 +86,7 @@ def begin(out: Path, asked: TransferOptions, own: Settings) -> None:
     if asked.resume is not None:
         kept = read_json(out / FILE).get("transfer") if (out / FILE).is_file() else None
         now = asked.kept()  # the run and the model may have moved: the checkpoint knows what is in them
-        if not isinstance(kept, dict) or {**kept, "run": now["run"], "to": now["to"]} != now:
+        if not isinstance(kept, dict) or {**kept, **{name: now[name] for name in MOVABLE}} != now:
             raise UserError(
                 f"{out} is no transfer that this command began, so it cannot go on there. Leave out --resume, or "
                 "repeat the command as it was."

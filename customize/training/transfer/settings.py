@@ -24,6 +24,16 @@ class TransferOptions(JsonOptions):
         Path, Option("A run folder of customize train, on the base.", DATA, argument=True, metavar="RUN")
     ]
     to: Annotated[str, Option("The few-step model, made from the run's base.", MODEL, metavar="MODEL")]
+    model: Annotated[
+        str | None,
+        Option(
+            "The model that the run was trained from, where it lies elsewhere now.",
+            MODEL,
+            aliases=("pretrained-model-name-or-path",),
+            metavar="MODEL",
+            default_text="the run's",
+        ),
+    ] = None
     steps: Annotated[
         int, Option("Optimiser steps; each takes every level of the few-step model.", TRAINING, min=1)
     ] = 60

@@ -57,6 +57,8 @@ def test_a_run_stands_on_the_concepts_that_it_was_trained_on(tmp_path: Path) -> 
     assert Side.from_name(str(taste)).concepts == (below, taste)
     assert Side.from_name(str(below)).concepts == (below,)
     assert Side.from_name("moji").concepts == ()
+    moved = Side.from_name(str(taste), "there")
+    assert (moved.model, moved.concepts) == ("there", (below, taste))
 
 
 def test_a_run_of_customize_that_has_evaluated_is_a_side_too(

@@ -19,7 +19,7 @@ from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
-from backbone.io.files import read_json, read_jsonl, read_tensors
+from backbone.io.files import read_json, read_jsonl, read_tensors, write_json
 from backbone.models.few_step.model import open_few_step, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
@@ -32,7 +32,7 @@ from customize.settings import read_settings
 from customize.training.transfer.run import prepare_fit, transfer_run
 from customize.training.transfer.settings import TransferOptions
 from tests.syncs import count_waits
-from tests.tiny import tiny_moji, tiny_z_image
+from tests.tiny import tiny_moji, tiny_pipeline, tiny_z_image
 
 TRAIN = ("train", "--token", "[V]", "--class", "dog", "--precision", "fp32", "--device", "cpu")
 
@@ -231,6 +231,29 @@ def test_what_cannot_be_transferred_is_refused(trained: Path, tmp_path: Path) ->
         transfer_run(replace(asked(trained), to=read_settings(trained / "run").model))
     with pytest.raises(UserError, match="--quantize"):
         call(*TRAIN, "--images", str(trained / "dog"), "--preview-on", "x", "--quantize", "nf4")
+
+
+def test_a_run_whose_base_lies_elsewhere_now_is_moved_and_measured_with_its_new_name(
+    trained: Path, tmp_path: Path
+) -> None:
+    run, base = tmp_path / "run", tmp_path / "new-base"
+    record = read_json(Path(shutil.copytree(trained / "run", run)) / "settings.json")
+    shutil.copytree(record["settings"]["model"], base, symlinks=True)
+    record["settings"]["model"] = str(tmp_path / "gone")
+    write_json(run / "settings.json", record)
+    few = ("--to", str(trained / "few"), "--steps", "1", "--answers", "1", "--out", str(tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"There is no|does not exist"):
+        call("transfer", str(run), *few)
+    call("transfer", str(run), *few, "--model", str(base))
+    assert read_json(tmp_path / "moved" / "settings.json")["transfer"]["model"] == str(base)
+    one = ("evaluate", str(run), "--prompts", "a {} at night", "--count", "1", "--model")
+    another = tiny_pipeline(tmp_path / "another", seed=3)
+    for more in ((), ("--on", str(trained / "few"))):
+        with pytest.raises(UserError, match="with other weights than"):
+            call(*one, str(another), *more)
+        with pytest.raises(UserError, match=r"scorer|CLIP"):  # the tiny model has none of its own
+            call(*one, str(base), *more)
+    assert not list(run.glob("dreambench*")) and not list(run.glob("survival*"))
 
 
 @pytest.mark.slow

@@ -334,6 +334,13 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
+        (("remove", "photo.png", "--source", "a cat in snow", "--remove", "in"), "“in” names no thing"),
+        (
+            ("sdedit", "photo.png", "--prompt", "a", "--count", "100000000"),
+            "--count is 100000000 and must lie",
+        ),
+        (("sdedit", "photo.png", "--prompt", "a", "--steps", "10000000"), "--steps is 10000000 and must lie"),
+        (("sdedit", "photo.png", "--prompt", "a", "--condition", "edges"), "and in an edit edges=auto"),
         (("compose", "photo.png", "--source", "a cat"), "no prompt to compose with"),
         (("interpolate", "photo.png", "photo.png", "--prompts", "a"), "need two prompts, not 1 prompt. Give"),
         (("replay", "nowhere"), "nowhere does not exist"),
@@ -519,6 +526,18 @@ def test_what_no_step_or_no_place_is_left_for_is_said(edit: Edit, capsys: pytest
     nowhere = ("--threshold", "1", "--target", "a red cat in the snow", "--out", "c")
     assert edit("invert-and-replace", "photo.png", *WORDS, *late, *nowhere) == 0
     assert capsys.readouterr().err.count("Nothing was changed for ") == 2
+
+
+def test_a_prompt_that_still_names_what_is_removed_is_said(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("remove", "photo.png", "--source", "a cat in the snow", "--remove", "cat", "--steps", "2")
+    more = ("--mask", "mask.png", "--no-metrics")
+    Image.new("L", (64, 64), 255).save("mask.png")
+    assert edit(*asked, *more, "--prompt", "a Cat on a hill", "--out", "a") == 0
+    assert "still names “cat”, so it may be drawn again" in " ".join(capsys.readouterr().err.split())
+    assert edit(*asked, *more, "--prompt", "a hill", "--out", "b") == 0
+    assert "still names" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,18 @@ def test_conditions_are_understood_in_the_words_of_other_tools() -> None:
     ):
         with pytest.raises(UserError, match=words):
             parse_map(said)
+    with pytest.raises(UserError, match=r"edges=MAP.png, .* edges=PHOTO.png:auto, and in an edit edges=auto"):
+        parse_map("canny")
+
+
+def test_a_condition_that_is_given_twice_is_refused_and_at_other_steps_is_another() -> None:
+    twice = ("edges=a.png", "canny=a.png")
+    with pytest.raises(UserError, match=r"--condition edges=a.png is given twice. Give it once"):
+        _ = ControlOptions(condition=twice).controls
+    with pytest.raises(UserError, match="edges=auto is given twice"):
+        _ = ControlOptions(condition=("edges=auto", "edges=auto"), condition_scale=(0.5, 1.0)).controls
+    for more in ({"condition_start": (0.0, 0.5)}, {"controlnet": ("one", "other")}):
+        assert len(ControlOptions(condition=twice, **more).controls) == 2
 
 
 def test_values_are_one_for_all_or_one_for_each() -> None:
