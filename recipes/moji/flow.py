@@ -63,7 +63,7 @@ CARD = """# moji-flow
 
 A small rectified-flow transformer (`SD3Transformer2DModel`) of `moji`'s rendered world, 128 × 128 pixels, an ordinary
 diffusers folder without T5 (`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`),
-fp16 safetensors, from optimiser step {step}.
+fp16 safetensors rounded to bfloat16, from optimiser step {step}.
 Data, autoencoder and first text encoder are those of `moji`, whose card says more. Prompts are cut at 32 tokens.
 Made by `recipes/moji/flow.py`. Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
