@@ -66,7 +66,9 @@ _FACTOR_BY_SUFFIX = {
     ".up.weight": "up",
 }
 _WRAPPER = "module."  # DistributedDataParallel's
-_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!weight$)(?P<name>[^.]+)(\.weight)?$")
+_ADAPTER_NAME = re.compile(
+    r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!(?:weight|bias)$)(?P<name>[^.]+)(\.weight)?$"
+)
 _BARE = re.compile(r"(?P<stem>.*)\.lora_(?P<factor>[ABab])")  # written by hand, or by MLX
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 LEARNED_WORDS = "learned words"

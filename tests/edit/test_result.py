@@ -17,6 +17,7 @@ from backbone.diffusion.noise import Estimate, Level
 from backbone.diffusion.schedules import flow_schedule
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
+from backbone.models.placement import Placement
 from edit.inversion.inversion import Inversion, invert
 from edit.methods.compose import compose
 from edit.methods.interpolate import interpolate
@@ -86,7 +87,7 @@ def clips(monkeypatch: pytest.MonkeyPatch) -> list[Inversion]:
     random = torch.Generator().manual_seed(0)
     return [
         Inversion(
-            model=cast(Any, SimpleNamespace(predictor=lambda text: predict)),
+            model=cast(Any, SimpleNamespace(predictor=lambda text: predict, placement=Placement())),
             method="direct",
             prompt=SOURCE,
             schedule=flow_schedule(3),
