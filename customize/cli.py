@@ -45,6 +45,7 @@ from customize.sketch.settings import SketchOptions
 from customize.training.control import commands as control_commands
 from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
 from customize.training.transfer import cli as transfer_cli
+from customize.training.transfer.settings import RUNS_MODEL
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 
@@ -281,16 +282,7 @@ class EvaluateOptions(JsonOptions, CountOption):
             needs={"images": (None,)},
         ),
     ] = ""
-    model: Annotated[
-        str | None,
-        Option(
-            "The model that the run was trained from, where it lies elsewhere now.",
-            MODEL,
-            aliases=("pretrained-model-name-or-path",),
-            metavar="MODEL",
-            default_text="the run's",
-        ),
-    ] = None
+    model: Annotated[str | None, RUNS_MODEL] = None
     living: Annotated[
         bool,
         Option(

@@ -16,6 +16,15 @@ TRAINING = "Training"
 OF_THE_RUN = 0.25  # of the run's learning rate
 
 
+RUNS_MODEL = Option(
+    "The model that the run was trained from, where it lies elsewhere now.",
+    MODEL,
+    aliases=("pretrained-model-name-or-path",),
+    metavar="MODEL",
+    default_text="the run's",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions(JsonOptions):
     """Options of `customize transfer`."""
@@ -24,16 +33,7 @@ class TransferOptions(JsonOptions):
         Path, Option("A run folder of customize train, on the base.", DATA, argument=True, metavar="RUN")
     ]
     to: Annotated[str, Option("The few-step model, made from the run's base.", MODEL, metavar="MODEL")]
-    model: Annotated[
-        str | None,
-        Option(
-            "The model that the run was trained from, where it lies elsewhere now.",
-            MODEL,
-            aliases=("pretrained-model-name-or-path",),
-            metavar="MODEL",
-            default_text="the run's",
-        ),
-    ] = None
+    model: Annotated[str | None, RUNS_MODEL] = None
     steps: Annotated[
         int, Option("Optimiser steps; each takes every level of the few-step model.", TRAINING, min=1)
     ] = 60
