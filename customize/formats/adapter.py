@@ -177,6 +177,11 @@ class AdapterFile:
         return has_published_size(family, self._transformer_shapes)
 
 
+def in_genitive(name: str) -> str:
+    """“kohya's”, “diffusers'”."""
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
+
+
 def _family_from_layers(
     layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str], networks: tuple[Network, ...]
 ) -> BaseFamily | None:

@@ -20,7 +20,15 @@ from backbone.io.files import PICKLE_SUFFIXES, atomic_write
 from backbone.io.prompts import CONTROL
 from backbone.models.locate import locate
 from backbone.models.model import Backbone, Task
-from customize.formats.adapter import BASE_NAMES, FOR_COMFYUI, PIPELINES, AdapterFile, BaseFamily, FileFormat
+from customize.formats.adapter import (
+    BASE_NAMES,
+    FOR_COMFYUI,
+    PIPELINES,
+    AdapterFile,
+    BaseFamily,
+    FileFormat,
+    in_genitive,
+)
 from customize.formats.bundles import BUNDLED, fit_bundle, holds_words_alone, read_bundle
 from customize.formats.factors import LayerUpdate
 from customize.formats.metadata import build_metadata, describe_import, read_run_concept
@@ -94,7 +102,7 @@ def export_adapter(
             for path in export_beside(concept, out, file_format):
                 notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
-        f"{out} in {_genitive(file_format)} format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
+        f"{out} in {in_genitive(file_format)} format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
         f"(largest relative difference of a layer's change {worst:.0e})."
     )
 
@@ -251,11 +259,6 @@ def import_adapter(
     metadata = build_metadata(adapter, source=file, title=out.stem)
     worst = write_adapter(out, adapter, "peft", metadata=metadata)
     return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
-
-
-def _genitive(name: str) -> str:
-    """“kohya's”, “diffusers'”."""
-    return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
 class _Named(NamedTuple):

@@ -228,11 +228,10 @@ def _turn_bare_factors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, T
     bare = {key: match for key in tensors if (match := _BARE.fullmatch(key))}
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, match in bare.items():
-        if (
-            pairs.setdefault(match["stem"], {}).setdefault(match["factor"].upper(), tensors[key])
-            is not tensors[key]
-        ):
+        pair, name = pairs.setdefault(match["stem"], {}), match["factor"].upper()
+        if name in pair:
             raise UserError(f"{path} holds {match['stem']} twice ({key}). Export it again.")
+        pair[name] = tensors[key]
     if _lie_turned([(pair["A"], pair["B"]) for pair in pairs.values() if len(pair) > 1], path):
         notify_once(f"The factors in {path} lie the other way around, as MLX has them; they are read so.")
         pairs = {stem: {name: value.mT for name, value in pair.items()} for stem, pair in pairs.items()}

@@ -37,7 +37,7 @@ from backbone.io.files import (
 )
 from backbone.io.run_folder import refuse_new_file
 from backbone.models.model import Backbone
-from customize.formats.adapter import FileFormat
+from customize.formats.adapter import FileFormat, in_genitive
 from customize.formats.metadata import describe_import
 from customize.formats.write import check_folder, fill_output
 
@@ -309,7 +309,7 @@ def export_words(
         write_tensors(path, name_for_tool(token, rows, file_format), {**kept, "token": token})
     said = ", ".join(f"{path} for {token}" for token, path in paths.items())
     tool = "Write a file's name in prompts there." if file_format != "diffusers" else ""
-    return f"In {file_format}'{'s' * (file_format[-1] != 's')} format: {said}. {tool}".rstrip()
+    return f"In {in_genitive(file_format)} format: {said}. {tool}".rstrip()
 
 
 def name_for_tool(token: str, vectors: Encoders, file_format: FileFormat) -> dict[str, Tensor]:
