@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from backbone.io.console import run_app
-
-
-def app() -> None:
-    """The command."""
-    from edit.cli import app
-
-    app()
+from backbone.io.console import run_program
 
 
 def main() -> None:
     """The console script."""
-    run_app(app)
+    run_program("edit")
 
 
 if __name__ == "__main__":

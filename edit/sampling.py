@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -57,10 +57,20 @@ class KeptEstimates:
         return torch.stack(self.kept) if self.kept else None
 
 
-def join_estimates(batches: Sequence[KeptEstimates]) -> Tensor | None:
-    """The estimates [F, N, ...] of the images of all batches, in their order; None if none were kept."""
-    stacked = [kept for batch in batches if (kept := batch.stack()) is not None]
-    return torch.cat(stacked, dim=1) if stacked else None
+def draw_in_batches(
+    model: Backbone, count: int, draw: Callable[[range, KeptEstimates], Tensor], frames: tuple[int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """The latents [N, ...] of `count` images and the estimates [F, N, ...] kept of them; None if none were.
+
+    `draw` gives the latents of the images of these numbers; `frames` are what `KeptEstimates` takes.
+    """
+    latents, estimates = [], []
+    for some in split_count(model, count):
+        kept = KeptEstimates(*frames)
+        latents.append(draw(some, kept))
+        if (stacked := kept.stack()) is not None:
+            estimates.append(stacked)
+    return torch.cat(latents), torch.cat(estimates, dim=1) if estimates else None
 
 
 # Guidance ---------------------------------------------------------------------------------------------------

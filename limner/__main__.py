@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from backbone.io.console import run_app
-
-
-def app() -> None:
-    """The command."""
-    from limner.cli import app
-
-    app()
+from backbone.io.console import run_program
 
 
 def main() -> None:
     """The console script."""
-    run_app(app)
+    run_program("limner")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from typing import Any, NoReturn, TypeAlias
 
 EXIT_USER_ERROR = 2
@@ -46,6 +47,11 @@ OUT_OF_MEMORY = (
 
 class UserError(Exception):
     """A mistake that the user can repair: the message says what is wrong, where, and the nearest remedy."""
+
+
+def run_program(package: str) -> NoReturn:
+    """`run_app` of the application in `package`.cli, whose options are imported where Ctrl-C is heard already."""
+    run_app(lambda: import_module(f"{package}.cli").app())
 
 
 def run_app(app: Callable[[], Any]) -> NoReturn:

@@ -157,19 +157,17 @@ def run(settings: ControlSettings) -> None:
     model = Backbone.open(settings.model, device=settings.device)
     gallery = Gallery(settings, model)
     cases = [make_case(scene) for scene in select_scenes(MANY if settings.scenes == "all" else FEW)]
-    rows = {FLOOR: gallery.draw(cases, "", None)}
-    rows |= {kind: gallery.draw(cases, kind, settings.scale) for kind in settings.kinds}
+    rows = {FLOOR: gallery.draw(cases, "")}
+    rows |= {kind: gallery.draw(cases, kind) for kind in settings.kinds}
     rows |= {
         f"{settings.kinds[0]}, scale {scale:g}": gallery.draw(cases, settings.kinds[0], scale)
         for scale in settings.sweep
     }
     rows |= {
-        f"{settings.kinds[0]}, until {stop:g}": gallery.draw(
-            cases, settings.kinds[0], settings.scale, stop=stop
-        )
+        f"{settings.kinds[0]}, until {stop:g}": gallery.draw(cases, settings.kinds[0], stop=stop)
         for stop in settings.stops
     }
-    rows |= {said: gallery.draw(cases, said, settings.scale) for said in settings.together}
+    rows |= {said: gallery.draw(cases, said) for said in settings.together}
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
     rows[BOUND] = [as_image(one) for one in trips]
@@ -181,7 +179,7 @@ def run(settings: ControlSettings) -> None:
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance,
-        "scale": {kind: gallery.scale_of(kind) for kind in settings.kinds},
+        "scale": {kind: gallery.network(kind).scale for kind in settings.kinds},
         "sampler": own_sampler(model.defaults), "guided": own_guided(model.defaults),
         "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -264,19 +262,22 @@ class Gallery:
         usual = usual_condition(self.model, opened.record, kind)
         rows = self.settings.rows or usual["rows"]
         key = key if rows == "both" else f"{key}-{rows}"
-        return KindNetwork(opened.network, usual["scale"], key, rows == "prompted")
-
-    def scale_of(self, kind: str) -> float:
-        """The scale that maps of a kind have where the settings name none."""
-        return self.network(kind).scale if self.settings.scale is None else self.settings.scale
+        scale = usual["scale"] if self.settings.scale is None else self.settings.scale
+        return KindNetwork(opened.network, scale, key, rows == "prompted")
 
     def draw(
-        self, cases: Sequence[Case], kind: str, scale: float | None, *, stop: float = 1.0, noted: str = ""
+        self,
+        cases: Sequence[Case],
+        kind: str,
+        scale: float | None = None,
+        *,
+        stop: float = 1.0,
+        noted: str = "",
     ) -> list[Image.Image]:
         """A picture of each scene's caption under its map of a kind, or of several (`a+b`); of no kind without.
 
-        Without a `scale` each network has its own; `noted` tells on disk what is asked for otherwise than by the
-        scenes' own captions.
+        Without a `scale` it is that of the settings, else each network's own. `noted` tells on disk what is asked for
+        otherwise than by the scenes' own captions.
         """
         kinds = kind.split("+") if kind else []
         named = [
@@ -288,7 +289,7 @@ class Gallery:
         self,
         asked: Sequence[tuple[str, int, tuple[Image.Image, ...]]],
         kind: str,
-        scale: float | None,
+        scale: float | None = None,
         *,
         stop: float = 1.0,
         noted: str = "",
@@ -610,7 +611,7 @@ def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, 
     """Draws by each drawing, writes the sheet, and gives what of the things agrees with what the strokes enclose."""
     drawings = load_drawings()
     asked = [(one.prompt, number, (one.image(),)) for number, one in enumerate(drawings)]
-    images = gallery.draw_all(asked, "sketch", settings.scale)
+    images = gallery.draw_all(asked, "sketch")
     found = [
         {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_ground(image))}
         for one, image in zip(drawings, images, strict=True)

@@ -179,16 +179,16 @@ def draw_columns(
     load_concepts(model, [learned])
     asked = ControlSettings(
         model=settings.model, network=settings.network, steps=settings.steps, guidance=settings.guidance,
-        out=settings.out / "under-maps" / trial.name,
+        scale=settings.scale, out=settings.out / "under-maps" / trial.name,
     )  # fmt: skip
     gallery = Gallery(asked, model)
     called = f"{learned.tokens[TOKEN]} {trial.noun}"
     said = [(case.scene.caption(name=called), case.scene.seed) for case in cases]
-    columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "", None)}
+    columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "")}
     for name, (kind, some) in list_ways(trial, cases, settings).items():
         under = [(*one, (case.maps[kind],)) for one, case in zip(said, some, strict=True)]
         noted = "" if name == kind else trial.noun.replace(" ", "-")
-        columns[name] = gallery.draw_all(under, kind, settings.scale, noted=noted)
+        columns[name] = gallery.draw_all(under, kind, noted=noted)
     exact = Backbone.open(settings.model, device="cpu", precision="fp32")
     columns[BOUND] = [as_image(one) for one in decode_renderings(exact, [case.scene for case in cases])]
     return columns

@@ -39,10 +39,9 @@ from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
     as_strong_as_state,
+    draw_in_batches,
     guidance_of,
-    join_estimates,
     nfe_of,
-    split_count,
 )
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
@@ -87,7 +86,7 @@ def remove(
     with the stored trajectory as what lies around: outside the mask the state is the trajectory itself, so the rest of
     the latent stays exactly. Inside, the surroundings, continued smoothly, are noised to `strength` and denoised. No
     query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of what
-    is around, and not of a thing of its own. `progress` is called after every step of each batch (`split_count`).
+    is around, and not of a thing of its own. `progress` is called after every step of each batch (`draw_in_batches`).
 
     Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
     another size, or a count that nobody means.
@@ -105,31 +104,32 @@ def remove(
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
     layout = inversion.layout.without(pixels)  # the thing's own lines would draw it again
     control = AttentionControl(targets=0, hidden=hidden)
-    latents, every = [], []
-    for some in split_count(model, count):
-        text, empty = (encode_prompts_cached(model, [words] * len(some)) for words in (seen, asked.negative))
-        text = layout.under(text, schedule, [TARGET] * len(some))
-        predict, each = model.guided_predictor(text, empty, guidance), nfe_of(model, text, guidance)
+    text, empty = (encode_prompts_cached(model, [words]) for words in (seen, asked.negative))
+    text = layout.under(text, schedule, [TARGET])
+
+    def draw(some: range, kept: KeptEstimates) -> Tensor:
+        rows = text.repeat(len(some))
+        predict = model.guided_predictor(rows, empty.repeat(len(some)), guidance)
         now = torch.where(inside > 0, _fill(inversion, hidden, first, asked, some), states[first])
-        every.append(KeptEstimates(first, inversion.steps, asked.frames))
-        with control_attention(model.denoiser, control, model.family.attention(model.denoiser, text)):
+        with control_attention(model.denoiser, control, model.family.attention(model.denoiser, rows)):
             for step in range(first, inversion.steps):
                 here, there = schedule[step], schedule[step + 1]
                 estimate = predict(now, here)
-                nfe += len(some) * each
                 now = deterministic_step(now, estimate, here, there)
                 now = torch.where(inside > 0, now, states[step + 1])
-                every[-1].add(step, estimate.clean)
+                kept.add(step, estimate.clean)
                 progress()
-        latents.append(now)
+        return now
+
+    latents, estimates = draw_in_batches(model, count, draw, (first, inversion.steps, asked.frames))
     return Result(
         model=model,
         prompts=(seen,) * count,
         encoded=inversion.encoded,
-        latents=torch.cat(latents),
-        nfe=nfe,
+        latents=latents,
+        nfe=nfe + (inversion.steps - first) * count * nfe_of(model, text, guidance),
         masks=pixels.expand(count, -1, -1),
-        estimates=join_estimates(every),
+        estimates=estimates,
         facts={"guidance": guidance, **layout.facts()},
         layout=layout,
         inversions=(inversion,),

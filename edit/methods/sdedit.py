@@ -27,11 +27,10 @@ from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
     as_strong_as_state,
+    draw_in_batches,
     guidance_of,
-    join_estimates,
     nfe_of,
     schedule_of,
-    split_count,
 )
 
 
@@ -74,7 +73,7 @@ def sdedit(
     `strength` names, then deterministic steps. With a mask, algorithm 3: at every step the rest is the image at that
     level, with the noise that it began with, so in the end it is the image's own latent. At strength 1 sampling begins
     with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. `layout` holds
-    control maps; `progress` is called after every step of each batch (`split_count`).
+    control maps; `progress` is called after every step of each batch (`draw_in_batches`).
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image, and a
     count that nobody means.
@@ -91,34 +90,31 @@ def sdedit(
     whole = schedule_of(model, asked.steps, clean)
     schedule = truncate_schedule(whole, checks.strength(asked.strength, asked.steps))
     mask = load_latent_mask(asked.mask, encoded)
-    latents, every = [], []
-    for some in split_count(model, count):
+    text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, asked.negative))
+    text = layout.under(text, whole, [TARGET])
+
+    def draw(some: range, kept: KeptEstimates) -> Tensor:
         random = [torch.randn(clean.shape[1:], generator=generator(asked.seed, k, "sdedit")) for k in some]
-        text, empty = (
-            encode_prompts_cached(model, [words] * len(some)) for words in (prompt, asked.negative)
+        return sample_masked(
+            clean,
+            send(torch.stack(random).to(clean.dtype), clean.device),
+            model.guided_predictor(text.repeat(len(some)), empty.repeat(len(some)), guidance),
+            schedule,
+            mask=mask,
+            from_noise=asked.strength == 1,
+            frames=kept,
+            progress=progress,
         )
-        text = layout.under(text, whole, [TARGET] * len(some))
-        every.append(KeptEstimates(0, len(schedule) - 1, asked.frames))
-        latents.append(
-            sample_masked(
-                clean,
-                send(torch.stack(random).to(clean.dtype), clean.device),
-                model.guided_predictor(text, empty, guidance),
-                schedule,
-                mask=mask,
-                from_noise=asked.strength == 1,
-                frames=every[-1],
-                progress=progress,
-            )
-        )
+
+    latents, estimates = draw_in_batches(model, count, draw, (0, len(schedule) - 1, asked.frames))
     return Result(
         model=model,
         prompts=(prompt,) * count,
         encoded=encoded,
-        latents=torch.cat(latents),
+        latents=latents,
         nfe=(len(schedule) - 1) * count * nfe_of(model, text, guidance),
         masks=None if mask is None else mask.expand(count, -1, -1),
-        estimates=join_estimates(every),
+        estimates=estimates,
         facts={"guidance": guidance, **layout.facts()},
         layout=layout,
     )

@@ -106,8 +106,7 @@ def replace(
         model=model, prompts=targets, encoded=inversion.encoded, latents=now[1:].float(), nfe=nfe + predict.nfe,
         masks=masks, estimates=kept.stack(), layout=inversion.layout, inversions=(inversion,),
         facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
-        trajectory=torch.stack(trajectory), alignments=alignments,
-        heatmaps=regions.heatmaps(),
+        trajectory=torch.stack(trajectory), alignments=alignments, heatmaps=regions.heatmaps(),
     )  # fmt: skip
 
 
