@@ -75,22 +75,25 @@ def compare(
     prompts: str | Sequence[str],
     out: str | Path,
     *,
+    model: str | Path | None = None,
     count: int = 1,
     **settings: Any,
 ) -> dict[str, Any]:
     """Sample the same prompts from the same noise with two models and count wins, as `align compare` does.
 
-    `settings` are the other fields of `align.settings.ComparisonSettings`, by name: `scorers=["moji"]`, `seed=1` …
+    `model` is the one that a run was trained from, where it lies elsewhere now. `settings` are the other fields of
+    `align.settings.ComparisonSettings`, by name: `scorers=["moji"]`, `seed=1` …
     Gives what `compare.json` holds; `report.html` beside it shows the images side by side.
     """
     from align.comparison.compare import compare_models
-    from align.comparison.sides import Side
+    from align.comparison.sides import sides_of
 
     asked = unique_prompts(some_prompts(prompts))
     known = {name: value for name, value in settings.items() if value is not None}
     how = build(ComparisonSettings, {"count": count, **known})
     refuse_idle(how, known)
-    return compare_models(Side.from_name(str(base)), Side.from_name(str(tuned)), asked, _named(out), how)
+    sides = sides_of(str(base), str(tuned), None if model is None else str(model))
+    return compare_models(*sides, asked, _named(out), how)
 
 
 def _named(out: str | Path) -> Path:

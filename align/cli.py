@@ -12,7 +12,16 @@ from align.settings import SOURCE_HELP, ComparisonSettings, PairSampling
 from align.training import cli as train_cli
 from backbone.cli import flags
 from backbone.cli.commands import command_group, print_json
-from backbone.cli.flags import CONCEPTS, DRAWING, MODEL, OUTPUT, SAMPLING, SCORING, JsonOptions, option
+from backbone.cli.flags import (
+    CONCEPTS,
+    DRAWING,
+    OUTPUT,
+    RUNS_MODEL,
+    SAMPLING,
+    SCORING,
+    JsonOptions,
+    option,
+)
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json, refuse_existing
@@ -320,16 +329,7 @@ def evaluate(
     draws: Annotated[
         int, option("--draws", min=1, help="Noise samples of each pair.", panel=flags.SCORING)
     ] = 8,
-    model: Annotated[
-        str | None,
-        option(
-            "--model",
-            help="The model that the run was trained from, where it lies elsewhere now.",
-            metavar="MODEL",
-            panel=flags.MODEL,
-            show_default="the run's",
-        ),
-    ] = None,
+    model: flags.RunsModel = None,
     skip_bad: SkipBad = False,
     as_json: flags.Json = False,
 ) -> None:
@@ -359,16 +359,7 @@ class CompareOptions(ComparisonSettings, PromptOptions):
         str,
         Option("A run folder of align train, or another model.", DRAWING, argument=True, metavar="TUNED"),
     ]
-    model: Annotated[
-        str | None,
-        Option(
-            "The model that a run was trained from, where it lies elsewhere now.",
-            MODEL,
-            aliases=("pretrained-model-name-or-path",),
-            metavar="MODEL",
-            default_text="the run's",
-        ),
-    ] = None
+    model: Annotated[str | None, RUNS_MODEL] = None
     out: Annotated[
         Path,
         Option("The folder to write, or to resume.", OUTPUT, aliases=("output-dir",), metavar="FOLDER"),
@@ -423,16 +414,14 @@ def compare(asked: CompareOptions) -> None:
         check_port(asked.port)
     from align.comparison.compare import RESULT, compare_models
     from align.comparison.report import format_summary
-    from align.comparison.sides import Side
+    from align.comparison.sides import sides_of
 
+    base, tuned = sides_of(asked.base, asked.tuned, asked.model)
     tuned = replace(
-        Side.from_name(asked.tuned, asked.model),
+        tuned,
         guidance=asked.tuned_guidance,
         guided=(asked.tuned_guidance_start, asked.tuned_guidance_stop),
     )
-    base = Side.from_name(asked.base, asked.model)
-    if asked.model is not None and not (base.concepts or tuned.concepts):
-        raise UserError("--model has no effect where two models are compared and no run. Leave it out.")
     result = compare_models(base, tuned, prompts, out, asked)
     found = read_json(out / RESULT)
     if not asked.as_json:

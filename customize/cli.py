@@ -18,6 +18,7 @@ from backbone.cli.flags import (
     DRAWING,
     MODEL,
     OUTPUT,
+    RUNS_MODEL,
     SAMPLING,
     SCORING,
     JsonOptions,
@@ -45,7 +46,6 @@ from customize.sketch.settings import SketchOptions
 from customize.training.control import commands as control_commands
 from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
 from customize.training.transfer import cli as transfer_cli
-from customize.training.transfer.settings import RUNS_MODEL
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +87,13 @@ def test_preferences_are_sampled_ranked_learned_and_compared(tiny_folder: Path, 
         tiny_folder, run, prompts[:2], tmp_path / "compare", scorers=[str(scorer)], steps=2, **TINY
     )
     assert set(compared["wins"]) == {str(scorer)}
+    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
+    elsewhere = align.compare(
+        moved, run, prompts[:2], tmp_path / "elsewhere", model=moved, scorers=[str(scorer)], steps=2, **TINY
+    )
+    assert elsewhere["wins"] == compared["wins"]
+    with pytest.raises(UserError, match="model has no effect"):
+        align.compare(tiny_folder, moved, prompts[:2], tmp_path / "idle", model=moved)
 
 
 @pytest.mark.parametrize("package", [backbone, customize, align])

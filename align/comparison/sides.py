@@ -9,11 +9,12 @@ from typing import Any
 
 from align.pairs.records import SCORES, Scores
 from align.settings import is_preference_run, read_settings
-from backbone.adapters.concept import BEST, CONCEPT_FILE, is_run, read_concept
+from backbone.adapters.concept import BEST, is_run, read_concept
 from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
+from backbone.io.run_folder import CONCEPT_FILE
 from backbone.models.locate import locate
 
 BASE = "base"
@@ -63,6 +64,17 @@ class Side:
             )
         trained_on = read_settings(folder).concepts if is_preference_run(folder) else ()
         return cls(name, model or concept.model, (*map(Path, trained_on), folder))
+
+
+def sides_of(base: str, tuned: str, model: str | None = None) -> tuple[Side, Side]:
+    """The sides of these names (`Side.from_name`), of which a run may have been trained from `model`.
+
+    Raises `UserError` for a `model` where neither is a run.
+    """
+    sides = Side.from_name(base, model), Side.from_name(tuned, model)
+    if model is not None and not any(side.concepts for side in sides):
+        raise UserError("--model has no effect where two models are compared and no run. Leave it out.")
+    return sides
 
 
 @dataclass(frozen=True)

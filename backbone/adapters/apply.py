@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from backbone.adapters.concept import CONCEPT_FILE, EDITS, Concept
+from backbone.adapters.concept import EDITS, Concept
 from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import load_embeddings
 from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
 from backbone.distributed.processes import require_whole_model
 from backbone.io.console import UserError, guess_meant, notify_once
 from backbone.io.files import read_header, read_tensors
+from backbone.io.run_folder import CONCEPT_FILE
 from backbone.models.model import Backbone
 
 USUAL_SCALE, MOST_SCALE = 1.5, 5.0  # of what was learned: the most that is usual, and what nobody means

@@ -17,10 +17,8 @@ from typing import Any
 from backbone.io.console import UserError, notify, notify_once, quote, quote_text
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
-from backbone.io.run_folder import no_run_folder
+from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, no_run_folder
 
-CONCEPT_FILE = "concept.json"
-CONTROL_FILE = "condition.json"  # of a control network, in its place
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 EDITS = "edits"  # the kind of what was learned from pairs: an image and an instruction to an edited image
 # Carried along: an adapter by which `moji` follows instructions
@@ -144,7 +142,7 @@ def why_no_run(folder: Path) -> str:
         return f"{folder} is a file, not a run folder. Make one of it: customize import {quote(folder)} --out runs/NAME"
     if (folder / "model_index.json").is_file():
         return f"{folder} is a whole model, not a run. Give it with --model {quote(folder)}."
-    if (folder / CONTROL_FILE).is_file():
+    if (folder / CONDITION_FILE).is_file():
         return (
             f"{folder} is a control network, under whose maps is drawn, and no concept. Give it with --condition "
             f"KIND=MAP.png --controlnet {quote(folder)}."

@@ -47,6 +47,15 @@ def model_option(default_text: str) -> Option:
     )
 
 
+RUNS_MODEL = Option(
+    "The model that a run was trained from, where it lies elsewhere now.",
+    MODEL,
+    aliases=("pretrained-model-name-or-path",),
+    metavar="MODEL",
+    default_text="the run's",
+)
+
+
 def out_option(text: str, default_text: str, *, metavar: str = "FOLDER") -> Option:
     """The option --out, with what is written and where in words."""
     return Option(text, OUTPUT, aliases=("output-dir",), metavar=metavar, default_text=default_text)
@@ -70,6 +79,19 @@ def option(*names: str, help: str, panel: str, **settings: Any) -> Any:
 
 Json = Annotated[
     bool, option("--json", help="Print the result as JSON on stdout, and nothing else there.", panel=OUTPUT)
+]
+
+
+RunsModel = Annotated[  # for a command whose options are its function's parameters
+    str | None,
+    option(
+        "--model",
+        *(f"--{name}" for name in RUNS_MODEL.aliases),
+        metavar=RUNS_MODEL.metavar,
+        help=RUNS_MODEL.help,
+        panel=RUNS_MODEL.panel,
+        show_default=RUNS_MODEL.default_text,
+    ),
 ]
 
 

@@ -39,9 +39,11 @@ FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run
 CHECKPOINT = "checkpoint.safetensors"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
-FINISHED = ("concept.json", "condition.json")  # written at the end of a run, each of its kinds
+CONCEPT_FILE = "concept.json"  # of what a run learned
+CONDITION_FILE = "condition.json"  # of a control network, in its place
+FINISHED = (CONCEPT_FILE, CONDITION_FILE)  # written at the end of a run, each of its kinds
 # With any of these a folder holds a run
-SAVED = (CHECKPOINT, "best/concept.json", *FINISHED)
+SAVED = (CHECKPOINT, f"best/{CONCEPT_FILE}", *FINISHED)
 BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
 LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "condition_fidelity.jsonl", "report.html"),

@@ -25,7 +25,7 @@ from backbone.families.location import Location, find_hub_file
 from backbone.families.unet.row_lora import new_row_lora, read_row_lora
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
-from backbone.io.run_folder import LORA_WEIGHTS
+from backbone.io.run_folder import CONDITION_FILE, LORA_WEIGHTS
 from backbone.io.weights import read_weights_header
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
@@ -33,7 +33,6 @@ from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 from backbone.models.usual import UsualCondition, read_section
 
-RECORD = "condition.json"
 PARTS = ("t2i_adapter", "controlnet")  # folders beside a condition.json, of which one is there
 EMBEDDED = "control"  # folder beside a model's parts with the networks that come with it
 
@@ -378,7 +377,7 @@ def _settle_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
 def list_embedded_controls(model: Backbone) -> dict[str, Path]:
     """The control networks that come with a model: the folder for each kind of map."""
     folder = model.location.local(EMBEDDED)
-    records = sorted(folder.glob(f"*/{RECORD}")) if folder else []
+    records = sorted(folder.glob(f"*/{CONDITION_FILE}")) if folder else []
     return {kind: path.parent for path in records for kind in read_json(path, ControlRecord).kinds}
 
 
@@ -416,9 +415,13 @@ def find_control(name: str) -> FoundControl:
         # Which says why a pickle is not read
         return FoundControl(name, read_weights_header(path).path, ControlRecord())
     if path.is_dir():
-        record = read_json(path / RECORD, ControlRecord) if (path / RECORD).exists() else ControlRecord()
+        record = (
+            read_json(path / CONDITION_FILE, ControlRecord)
+            if (path / CONDITION_FILE).exists()
+            else ControlRecord()
+        )
         record = replace(
-            record, defaults=read_section(UsualCondition, record.defaults, path / RECORD, "defaults")
+            record, defaults=read_section(UsualCondition, record.defaults, path / CONDITION_FILE, "defaults")
         )
         for part in ("", *PARTS):
             if (path / part / "config.json").exists():

@@ -16,6 +16,7 @@ from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError, quote
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
+from backbone.io.run_folder import CONCEPT_FILE
 from backbone.io.weights import refuse_other_numbers, refuse_shard
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
@@ -47,7 +48,7 @@ def locate(model: str) -> Location:
         index = path / "model_index.json"
         if (path / FEW_STEP).is_file():
             return _locate_with_adapter(model, path)
-        if not index.exists() and (path / "concept.json").exists():
+        if not index.exists() and (path / CONCEPT_FILE).exists():
             raise UserError(f"{path} is a run, not a whole model. Give it with --concept {quote(path)}.")
         if not index.exists():
             raise UserError(

@@ -25,11 +25,12 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept
+from backbone.adapters.concept import Concept, read_concept
 from backbone.cli.commands import run_main
 from backbone.evaluation.motion import SIDE, trace_moved, track_correlation
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.files import read_json, write_bytes, write_json, write_text
+from backbone.io.run_folder import CONCEPT_FILE
 from backbone.media.clips import encode_webp, read_film
 from backbone.training.settings import RunFolderOptions
 from backbone.world.rendering.render import find_font, place_figures, render

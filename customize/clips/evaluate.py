@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept
+from backbone.adapters.concept import Concept, read_concept
 from backbone.cli.options import as_command
 from backbone.evaluation.clip import Scorer, VisionEncoder, load_image_encoder, text_scores
 from backbone.evaluation.flow import warped_flicker
@@ -38,7 +38,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
 from backbone.io.records import resolve_inside
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
-from backbone.io.run_folder import fill_new_folder
+from backbone.io.run_folder import CONCEPT_FILE, fill_new_folder
 from backbone.media.clips import ANIMATED, FILMS, Film, choose_strip, encode_webp, read_film
 from backbone.media.control.camera import CameraPath, read_camera, trace_corners
 from backbone.media.sheet import Cell, draw_sheet, save_png

@@ -14,9 +14,10 @@ from typing import Any
 from PIL.Image import Image
 
 from backbone.adapters.apply import carry_over, check_concept_fits, load_concepts
-from backbone.adapters.concept import CONCEPT_FILE, Concept, read_concept, resolve_placeholder_tokens
+from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens
 from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.run_folder import CONCEPT_FILE
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
 from backbone.models.model import Backbone

@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.adapters.concept import BEST, CONCEPT_FILE, Concept, resolve_placeholder_tokens
+from backbone.adapters.concept import BEST, Concept, resolve_placeholder_tokens
 from backbone.distributed.processes import is_sharded
 from backbone.evaluation.clip import (
     Scorer,
@@ -32,6 +32,7 @@ from backbone.evaluation.clip import (
 )
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
+from backbone.io.run_folder import CONCEPT_FILE
 from backbone.models.few_step.model import SamplingDefaults, usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample

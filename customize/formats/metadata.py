@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import Concept, read_concept
 from backbone.io.console import count_of
 from backbone.io.files import read_json, write_text
 from backbone.io.records import RunRecord
+from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
 from customize.formats.adapter import FOR_COMFYUI, AdapterFile, BaseFamily
 
 KEPT_PREFIXES = ("ss_", "modelspec.", "limner_", "base_model")

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import is_run, read_concept, why_no_run
 from backbone.adapters.config import (
     CONFIG_FILE,
@@ -41,6 +40,7 @@ from backbone.adapters.config import (
 from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS
 from backbone.io.console import UserError, count_of, notify, notify_once, quote
 from backbone.io.files import read_tensors
+from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
 from customize.formats.adapter import FOR_COMFYUI, AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
 from customize.formats.layers.names import add_text_model, split_component

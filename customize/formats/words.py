@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import CONCEPT_FILE as CONCEPT
 from backbone.adapters.concept import PLACEHOLDER, Concept, check_token, name_call, read_concept
 from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import (
@@ -35,6 +34,7 @@ from backbone.io.files import (
     read_tensors,
     write_tensors,
 )
+from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
 from backbone.io.run_folder import refuse_new_file
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat, in_genitive

@@ -24,8 +24,9 @@ from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
 from backbone.io.files import write_json
+from backbone.io.run_folder import CONDITION_FILE
 from backbone.models.compiled import CompiledBlocks
-from backbone.models.control import RECORD, ControlRecord
+from backbone.models.control import ControlRecord
 from backbone.models.encode import Posteriors, Prompts, View, encode_texts, encode_views
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
@@ -216,7 +217,7 @@ class ControlTraining(Objective):
         """Writes the network as diffusers saves it, and `condition.json` beside it."""
         with self.averaged():
             save_network(self.network.module, self.settings.kind, run)
-        write_json(run / RECORD, self.record())
+        write_json(run / CONDITION_FILE, self.record())
         return {}
 
     @contextmanager

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from backbone.io.console import UserError
 from backbone.io.files import write_json
-from backbone.models.control import RECORD, find_control, usual_condition
+from backbone.io.run_folder import CONDITION_FILE
+from backbone.models.control import find_control, usual_condition
 from backbone.models.model import Backbone
 from customize.cli import app
 from tests import tiny
@@ -32,10 +33,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter(own / "t2i_adapter", 0)
     known = {"kinds": ["sketch", "labels"], "palette": {"sky": [160, 208, 248], "dog": [248, 0, 0]}}
     write_json(
-        own / RECORD, {**known, "base": model.fingerprint, "defaults": {"scale": 0.8, "sketch_scale": 0.9}}
+        own / CONDITION_FILE,
+        {**known, "base": model.fingerprint, "defaults": {"scale": 0.8, "sketch_scale": 0.9}},
     )
     adapter(place / "run" / "t2i_adapter", 1)
-    write_json(place / "run" / RECORD, {"kinds": ["edges"], "base": "another", "model": "sd15"})
+    write_json(place / "run" / CONDITION_FILE, {"kinds": ["edges"], "base": "another", "model": "sd15"})
     controlnet(model.denoiser, place / "controlnet", 2)
     controlnet(tiny.tiny_unet(cross_attention_dim=24), place / "other", 0)
     ring().save(place / "ring.png")

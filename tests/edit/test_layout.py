@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from backbone.cli.conditions import AskedControl, parse_map
 from backbone.io.console import UserError
 from backbone.io.files import write_json
+from backbone.io.run_folder import CONDITION_FILE
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.control import RECORD
 from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Backbone.open(str(tiny.tiny_pipeline(place / "model")), device="cpu", precision="fp32")
     own = place / "model" / "control" / "all"
     adapter(own / "t2i_adapter", 0)
-    write_json(own / RECORD, {"kinds": ["edges", "sketch"]})
+    write_json(own / CONDITION_FILE, {"kinds": ["edges", "sketch"]})
     controlnet(model.denoiser, place / "controlnet", 2)
     scene = ring(ink=(200, 30, 30), paper=(90, 180, 90), width=6)
     scene.save(place / "scene.png")

@@ -7,22 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from backbone.cli.flags import DATA, MODEL, OUTPUT, JsonOptions, out_option
+from backbone.cli.flags import DATA, MODEL, OUTPUT, RUNS_MODEL, JsonOptions, out_option
 from backbone.cli.options import Option, check_values
 from backbone.io.console import UserError
 from backbone.io.run_folder import name_beside
 
 TRAINING = "Training"
 OF_THE_RUN = 0.25  # of the run's learning rate
-
-
-RUNS_MODEL = Option(
-    "The model that the run was trained from, where it lies elsewhere now.",
-    MODEL,
-    aliases=("pretrained-model-name-or-path",),
-    metavar="MODEL",
-    default_text="the run's",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

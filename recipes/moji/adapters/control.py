@@ -44,10 +44,10 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
-from backbone.io.run_folder import CHECKPOINT, LORA_WEIGHTS
+from backbone.io.run_folder import CHECKPOINT, CONDITION_FILE, LORA_WEIGHTS
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.transforms import to_tensor
-from backbone.models.control import EMBEDDED, PARTS, RECORD, ControlRecord
+from backbone.models.control import EMBEDDED, PARTS, ControlRecord
 from backbone.models.encode import encode_texts
 from backbone.models.model import Backbone
 from backbone.training.loop import Average
@@ -383,10 +383,10 @@ def export(settings: ExportSettings) -> None:
 def export_network(settings: ExportSettings) -> None:
     """Writes the network in fp16 beside the model's parts, where `customize sample --condition` finds it."""
     run, model = settings.workdir / settings.name, Backbone.open(settings.model)
-    if not (run / RECORD).exists():
+    if not (run / CONDITION_FILE).exists():
         raise UserError(f"{run} holds no trained network. Run: python -m recipes.moji.adapters.control train")
     folder = (model.location.folder or Path()) / EMBEDDED / NAME
-    record = read_json(run / RECORD)
+    record = read_json(run / CONDITION_FILE)
     if record["base"] != model.fingerprint:
         notify(f"{run} was trained on other weights than those in {settings.model}.")
     part = next(part for part in PARTS if (run / part).is_dir())
@@ -400,7 +400,7 @@ def export_network(settings: ExportSettings) -> None:
         "scale": settings.scale, "sketch_scale": settings.sketch_scale, "start": 0.0, "stop": settings.stop,
         "rows": settings.rows,
     }  # fmt: skip
-    write_json(folder / RECORD, {**record, "base": model.fingerprint, "defaults": defaults})
+    write_json(folder / CONDITION_FILE, {**record, "base": model.fingerprint, "defaults": defaults})
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     step = read_metadata(run / CHECKPOINT)["step"]
     print(f"{folder}: step {step}, {size / 1e6:.1f} MB")
