@@ -261,7 +261,7 @@ def check(
     if model is not None:
         from backbone.models.model import Backbone
 
-        refuse_another_model(found, model, Backbone.open(model).fingerprint)
+        refuse_another_model(found, Backbone.open(model))
     by_pairs = bool(found.pairs)
     records = select_records(found, by_pairs=by_pairs, ties=False)
     learn, out = split_held_out(records, share=0.1, seed=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL.Image import Image
 
@@ -12,6 +12,9 @@ from backbone.io.console import UserError, count_of, on_one_line
 from backbone.io.files import content_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.record import ImageRecord
+
+if TYPE_CHECKING:  # it imports torch
+    from backbone.models.model import Backbone
 
 SAMPLES = "samples.json"
 RANKING = "ranking.jsonl"
@@ -217,17 +220,18 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
     return kept
 
 
-def is_of_another_model(preferences: Preferences, fingerprint: str) -> bool:
-    """Whether a pairs folder was sampled from other weights than those with this fingerprint."""
-    return preferences.provenance.get("fingerprint") not in (None, fingerprint)
+def is_of_another_model(preferences: Preferences, model: Backbone) -> bool:
+    """Whether a pairs folder was sampled from other weights than this model's."""
+    drawn_by = preferences.provenance.get("fingerprint")
+    return drawn_by is not None and not model.has_fingerprint(drawn_by)
 
 
-def refuse_another_model(preferences: Preferences, model: str, fingerprint: str) -> None:
+def refuse_another_model(preferences: Preferences, model: Backbone) -> None:
     """Raise `UserError` when a pairs folder was sampled from other weights than those that are to be trained."""
-    if is_of_another_model(preferences, fingerprint):
+    if is_of_another_model(preferences, model):
         raise UserError(
             f"{preferences.source} was drawn by {preferences.provenance.get('model')} "
-            f"with other weights than {model} has. "
+            f"with other weights than {model.location.name} has. "
             "Train that model, or pass --any-model to learn from another model's pictures."
         )
 

@@ -50,11 +50,7 @@ def evaluate_taste(
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
-    if (
-        isinstance(found, Preferences)
-        and not settings.any_model
-        and is_of_another_model(found, model.fingerprint)
-    ):
+    if isinstance(found, Preferences) and not settings.any_model and is_of_another_model(found, model):
         notify(
             f"{found.source} was drawn by {found.provenance.get('model')}, and {run} was trained from "
             f"{settings.model}: images of another model say little of what it has learned."

@@ -157,7 +157,7 @@ def prepare_pairs(
     """
     source, known, records = _open_source(found, out)
     if isinstance(found, Preferences) and not any_model:
-        refuse_another_model(found, model.location.name, model.fingerprint)
+        refuse_another_model(found, model)
     count = records.count + len(known) if records.count else 0
     facts = PreparedFacts(
         "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),

@@ -186,6 +186,6 @@ def _refuse_other_model(found: Preferences | Prepared, settings: Settings, model
         crops = settings.random_crop
         found.refuse_other_use(model, flip=settings.flip, crops=crops, seed=settings.seed)
     elif not settings.any_model:
-        refuse_another_model(found, settings.model, model.fingerprint)
+        refuse_another_model(found, model)
     for folder in settings.concepts:
         refuse_another_concept(read_concept(folder), model)

@@ -117,7 +117,7 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
         )
     if not (concept.weights or concept.words or concept.changed):
         raise UserError(f"{concept.folder / CONCEPT_FILE} names no weights. Train the concept again.")
-    if concept.fingerprint != model.fingerprint:
+    if not model.has_fingerprint(concept.fingerprint):
         raise UserError(
             f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "
             "Give the --model that it was trained on, or train it again."

@@ -115,7 +115,7 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
             raise
         raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
     record = found.record
-    if record.base and record.base != model.fingerprint:
+    if record.base and not model.has_fingerprint(record.base):
         notify(
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
             f"{model.location.name}'s: it may be obeyed less."

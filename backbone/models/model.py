@@ -40,14 +40,13 @@ from backbone.families.base import (
 from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.location import Location
 from backbone.families.registry import families
-from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.families.unet.row_lora import row_lora_of
 from backbone.io.console import UserError, guess_meant, notify_once, progress, quote
-from backbone.io.files import content_hash, list_files
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
-from backbone.models.few_step.adapter import fuse_lora, hash_few_step, read_few_step
+from backbone.models.few_step.adapter import fuse_lora, read_few_step
+from backbone.models.fingerprint import earlier_fingerprint, fingerprint_of
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 from backbone.models.usual import FILE, read_usual
@@ -268,34 +267,12 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model from others, from the files of its parts: sizes, and samples of every weight file.
+        """Tells this model from others, by its weights and settings (`fingerprint_of`)."""
+        return fingerprint_of(self.location)
 
-        What lies beside the parts (a scorer, a card, the settings that work well) is not the model.
-        """
-        if self.location.few_step is not None:
-            return content_hash(f"{self._own_fingerprint}\n{hash_few_step(self.location.few_step)}".encode())
-        return self._own_fingerprint
-
-    @property
-    def _own_fingerprint(self) -> str:
-        """The same, without an adapter that makes it a few-step model."""
-        if self.location.file is not None:
-            return single_file.fingerprint(self.location)
-        folder = self.location.folder
-        if folder is None:
-            return content_hash(self.location.source.encode())
-        parts = []
-        own = {"model_index.json", *self.location.index}
-        for path in list_files(folder):
-            if path.relative_to(folder).parts[0] not in own:
-                continue
-            if path.suffix in (".json", ".txt", ".jinja", ".safetensors"):
-                with path.open("rb") as file:
-                    start = file.read(1 << 18)
-                    file.seek(max(0, path.stat().st_size - (1 << 18)))
-                    end = file.read()
-                parts.append(f"{path.relative_to(folder)}:{path.stat().st_size}:{content_hash(start + end)}")
-        return content_hash("\n".join(parts).encode())
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Whether a record's fingerprint is this model's, also one from before every tensor had a share in it."""
+        return recorded == self.fingerprint or recorded == earlier_fingerprint(self.location)
 
     def free(self, *parts: str) -> None:
         """Unload parts; they load again when used. Text encoders with learned embeddings or adapters stay."""

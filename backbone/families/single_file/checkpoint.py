@@ -6,7 +6,6 @@ component through diffusers' converters, the fingerprint, and what an unknown fi
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -22,7 +21,7 @@ from torch import Tensor
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify, notify_once
-from backbone.io.files import Header, content_hash, read_header, read_json, read_tensors
+from backbone.io.files import Header, read_header, read_tensors
 from backbone.io.weights import refuse_damaged
 
 CONFIG_FILES = (
@@ -41,7 +40,6 @@ VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says ho
 OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
 SCHEDULER = "scheduler/scheduler_config.json"
-WINDOWS, WINDOW_BYTES = 64, 1 << 14
 # Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
 BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
@@ -226,30 +224,6 @@ def config_mismatch(location: Location, part: str) -> UserError:
 def count_shapes(tensors: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
     """Count how often each shape occurs; a 1 × 1 convolution counts as a matrix."""
     return Counter(tuple(tensor.shape[: 2 if set(tensor.shape[2:]) == {1} else None]) for tensor in tensors)
-
-
-def fingerprint(location: Location) -> str:
-    """Identify a file by samples of its contents and by the configs that it is loaded with."""
-    parts = [hash_samples(path) for path in (Path(location.source), *location.parts.values())]
-    for name in CONFIG_FILES:
-        path = location.local(name)
-        if path is not None:
-            is_json = path.suffix == ".json"
-            content = json.dumps(read_json(path), sort_keys=True) if is_json else content_hash(path)
-            parts.append(f"{name}:{content}")
-    return content_hash("\n".join(parts).encode())
-
-
-def hash_samples(path: Path) -> str:
-    """The size of a file and a hash of WINDOWS windows spread evenly over it: a merge may leave both ends unchanged."""
-    size = path.stat().st_size
-    last = max(0, size - WINDOW_BYTES)
-    with path.open("rb") as file:
-        windows = []
-        for number in range(WINDOWS):
-            file.seek(last * number // (WINDOWS - 1))
-            windows.append(file.read(WINDOW_BYTES))
-    return f"{size}:{content_hash(b''.join(windows))}"
 
 
 def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:

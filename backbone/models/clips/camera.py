@@ -287,7 +287,7 @@ def open_camera(model: Backbone, path: Path) -> Camera:
     settings, dtype = module.settings, next(model.denoiser.parameters()).dtype
     camera = attach_camera(model, module, str(path))
     module.to(model.device, dtype).eval().requires_grad_(False)
-    if settings.base and settings.base != model.fingerprint:
+    if settings.base and not model.has_fingerprint(settings.base):
         notify(
             f"{path} was trained on {settings.model or 'another model'} and is used with other weights, "
             f"{model.location.name}'s: it may be obeyed less."

@@ -387,7 +387,7 @@ def export_network(settings: ExportSettings) -> None:
         raise UserError(f"{run} holds no trained network. Run: python -m recipes.moji.adapters.control train")
     folder = (model.location.folder or Path()) / EMBEDDED / NAME
     record = read_json(run / CONDITION_FILE)
-    if record["base"] != model.fingerprint:
+    if not model.has_fingerprint(record["base"]):
         notify(f"{run} was trained on other weights than those in {settings.model}.")
     part = next(part for part in PARTS if (run / part).is_dir())
     tensors, _ = read_tensors(run / part / WEIGHTS)

@@ -49,7 +49,9 @@ from align.pairs.records import (
     to_singles,
 )
 from backbone.io.console import UserError
-from backbone.io.files import write_json
+from backbone.io.files import read_json, write_json
+from backbone.models.fingerprint import earlier_fingerprint
+from backbone.models.model import Backbone
 from tests.align.conftest import PROMPTS, encoded, picture, write_lines
 
 Rows = list[dict[str, Any]]
@@ -1085,11 +1087,16 @@ def test_choices_and_a_ranking_must_be_told_apart(tmp_path: Path) -> None:
     assert len(read_preferences(folder / CHOICES).pairs) == 3
 
 
-def test_pictures_of_another_model_are_refused(tmp_path: Path) -> None:
-    found = read_preferences(labelled_folder(tmp_path))
-    refuse_another_model(found, "tiny", "abc")
-    with pytest.raises(UserError, match="other weights than moji has"):
-        refuse_another_model(found, "moji", "def")
+def test_pictures_of_another_model_are_refused(tmp_path: Path, tiny: Backbone) -> None:
+    folder = labelled_folder(tmp_path)
+    samples = read_json(folder / "samples.json")
+    write_json(folder / "samples.json", {**samples, "fingerprint": tiny.fingerprint})
+    refuse_another_model(read_preferences(folder), tiny)
+    write_json(folder / "samples.json", {**samples, "fingerprint": earlier_fingerprint(tiny.location)})
+    refuse_another_model(read_preferences(folder), tiny)
+    write_json(folder / "samples.json", {**samples, "fingerprint": "abc"})
+    with pytest.raises(UserError, match=f"other weights than {tiny.location.name} has"):
+        refuse_another_model(read_preferences(folder), tiny)
 
 
 @pytest.mark.parametrize("name", ["nothing", "broken.parquet", "odd.txt"])

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
+from backbone.models.fingerprint import earlier_fingerprint
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
 from tests.parity import by_both
@@ -151,6 +153,39 @@ def test_the_fingerprint_tells_weights_apart(tmp_path: Path, tiny_folder: Path) 
     other = tiny_pipeline(tmp_path / "other", seed=1)
     assert Backbone.open(str(tiny_folder)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
     assert Backbone.open(str(other)).fingerprint != Backbone.open(str(tiny_folder)).fingerprint
+
+
+def test_a_change_inside_a_large_file_is_another_model(tmp_path: Path, tiny_folder: Path) -> None:
+    """As of a merge that changes attention alone: the size and both ends of the file are as they were."""
+    models = []
+    for folder, factor in (("one", 1.0), ("other", 1.5)):
+        shutil.copytree(tiny_folder, tmp_path / folder)
+        weights = {f"layers.{k}.weight": torch.full((400, 400), float(k)) for k in range(5)}
+        weights["layers.2.weight"] *= factor
+        save_file(weights, tmp_path / folder / "unet" / "diffusion_pytorch_model.safetensors")
+        models.append(Backbone.open(str(tmp_path / folder)))
+    before, after = models
+    assert earlier_fingerprint(before.location) == earlier_fingerprint(after.location)  # what it was
+    assert before.fingerprint != after.fingerprint
+
+
+def test_the_fingerprint_is_the_same_however_weights_are_cut_into_files(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    cut = shutil.copytree(tiny_folder, tmp_path / "cut")
+    path = cut / "unet" / "diffusion_pytorch_model.safetensors"
+    network = UNet2DConditionModel.from_pretrained(cut / "unet")
+    path.unlink()
+    network.save_pretrained(cut / "unet", max_shard_size="40KB")
+    (cut / "unet" / "config.json").write_bytes((tiny_folder / "unet" / "config.json").read_bytes())
+    assert len(list((cut / "unet").glob("*.safetensors"))) > 2
+    assert Backbone.open(str(cut)).fingerprint == Backbone.open(str(tiny_folder)).fingerprint
+
+
+def test_a_record_from_before_knows_its_model(tiny: Backbone) -> None:
+    assert tiny.has_fingerprint(earlier_fingerprint(tiny.location))
+    assert tiny.has_fingerprint(tiny.fingerprint)
+    assert not tiny.has_fingerprint("0" * 64)
 
 
 def test_a_prediction_at_an_index_is_the_networks_at_that_levels_time(tiny: Backbone) -> None:
