@@ -45,7 +45,7 @@ class ControlRecord:
     maps      version of the maps' maker
     palette   colour of each label
     base      fingerprint of the model that it was trained on, and its name
-    defaults  scale (`sketch_scale`: of sketches), start, stop and rows that work well
+    defaults  scale (`scales`: by the kind of a map), start, stop and rows that work well
     """
 
     kinds: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class ControlRecord:
     palette: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     base: str = ""
     model: str = ""
-    defaults: dict[str, float | str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 class OpenedControl(NamedTuple):
@@ -283,8 +283,8 @@ def usual_condition(model: Backbone, record: ControlRecord, kind: str) -> dict[s
     """How a control network is heard on maps of a kind where nothing is said: scale, start, stop, rows of guidance."""
     usual: dict[str, Any] = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
     usual |= {**model.defaults.get("condition", {}), **record.defaults}
-    of_sketches = usual.pop("sketch_scale", usual["scale"])
-    return {**usual, "scale": of_sketches} if kind == "sketch" else usual
+    scales = usual.pop("scales", {})
+    return {**usual, "scale": scales.get(kind, usual["scale"])}
 
 
 def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from backbone.cli.conditions import ROWS
-from backbone.cli.options import Option, convert_value, fields_of, find_nearest
+from backbone.cli.conditions import KINDS, ROWS
+from backbone.cli.options import Field, Option, convert_value, fields_of, find_nearest
 from backbone.cli.sampling import Sampler, name_sampler, own_guided
 from backbone.io.console import UserError
 from backbone.io.files import read_json
@@ -59,7 +59,6 @@ class UsualCondition:
     """How a control network is heard."""
 
     scale: Annotated[float, _number("Strength.", 0)] = 1.0
-    sketch_scale: Annotated[float, _number("Strength of a sketch, where that is another.", 0)] = 1.0
     start: Annotated[float, _number("Share of the steps before it is heard.", 0, 1)] = 0.0
     stop: Annotated[float, _number("Share of the steps after which it is not.", 0, 1)] = 1.0
     rows: Annotated[str, Option("Predictions of guidance on which it acts.", "Usual", choices=ROWS)] = "both"
@@ -86,7 +85,12 @@ class UsualControl:
 
 
 SECTIONS: Mapping[str, type] = {"condition": UsualCondition, "edit": UsualEdit, "control": UsualControl}
-RATES = {"": LEARNED, "control": NETWORKS}  # whose learning rates there may be
+# Numbers by name: the key in a section, whose there may be, and of which setting each is another value
+BY_NAME: Mapping[type, tuple[str, tuple[str, ...], Field]] = {
+    Usual: ("learning_rates", LEARNED, fields_of(Usual)["learning_rate"]),
+    UsualControl: ("learning_rates", NETWORKS, fields_of(Usual)["learning_rate"]),
+    UsualCondition: ("scales", KINDS, fields_of(UsualCondition)["scale"]),
+}
 OF_ALIGN = ("align", "draft")
 
 
@@ -104,12 +108,12 @@ def read_usual(file: Path) -> dict[str, Any]:
 def read_section(declared: type, said: Any, file: str | Path, section: str = "") -> dict[str, Any]:
     """The values of a section as its fields have them. `UserError` as `read_usual`."""
     known, found = fields_of(declared), {}
-    others = ("learning_rates",) if section in RATES else ()
+    others = BY_NAME[declared][:1] if declared in BY_NAME else ()
     further = () if section else (*SECTIONS, *OF_ALIGN)
     for name, value in read_as(dict[str, Any], said, file, section).items():
         key = f"{section}.{name}" if section else name
         if name in others:
-            found[name] = _read_rates(RATES[section], value, file, key)
+            found[name] = _read_by_name(*BY_NAME[declared][1:], value, file, key)
         elif name not in known:
             raise UserError(
                 f"{file} sets {key}, which is no setting of a model.{find_nearest(name, [*known, *others, *further])} "
@@ -127,13 +131,14 @@ def read_section(declared: type, said: Any, file: str | Path, section: str = "")
     return found
 
 
-def _read_rates(names: tuple[str, ...], said: Any, file: str | Path, key: str) -> dict[str, float]:
-    one = fields_of(Usual)["learning_rate"]
-    rates = {}
+def _read_by_name(
+    names: tuple[str, ...], one: Field, said: Any, file: str | Path, key: str
+) -> dict[str, float]:
+    numbers = {}
     for name, value in read_as(dict[str, Any], said, file, key).items():
         if name not in names:
             raise UserError(
                 f"{file} has {key} of {name}, and there are those of {', '.join(names)}.{find_nearest(name, names)}"
             )
-        rates[name] = convert_value(one, value, f"{key}.{name}", file)
-    return rates
+        numbers[name] = convert_value(one, value, f"{key}.{name}", file)
+    return numbers

@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = {"kinds": ["sketch", "labels"], "palette": {"sky": [160, 208, 248], "dog": [248, 0, 0]}}
     write_json(
         own / CONDITION_FILE,
-        {**known, "base": model.fingerprint, "defaults": {"scale": 0.8, "sketch_scale": 0.9}},
+        {**known, "base": model.fingerprint, "defaults": {"scale": 0.8, "scales": {"sketch": 0.9}}},
     )
     adapter(place / "run" / "t2i_adapter", 1)
     write_json(place / "run" / CONDITION_FILE, {"kinds": ["edges"], "base": "another", "model": "sd15"})

@@ -397,7 +397,7 @@ def export_network(settings: ExportSettings) -> None:
     if (run / part / LORA_WEIGHTS).exists():
         write_half(folder / part / LORA_WEIGHTS, read_tensors(run / part / LORA_WEIGHTS)[0])
     defaults = {
-        "scale": settings.scale, "sketch_scale": settings.sketch_scale, "start": 0.0, "stop": settings.stop,
+        "scale": settings.scale, "scales": {"sketch": settings.sketch_scale}, "start": 0.0, "stop": settings.stop,
         "rows": settings.rows,
     }  # fmt: skip
     write_json(folder / CONDITION_FILE, {**record, "base": model.fingerprint, "defaults": defaults})
