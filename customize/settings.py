@@ -322,7 +322,8 @@ class Settings(TrainingSettings):
         ),
     ] = ""
     words_learning_rate: Annotated[
-        float, Option("Learning rate of the token's embedding.", "Method", needs=WITH_WORDS, min=0)
+        float,
+        Option("Learning rate of the token's embedding.", "Method", by_model=True, needs=WITH_WORDS, min=0),
     ] = 5e-3
     words_share: Annotated[
         float,
@@ -791,6 +792,7 @@ def resolve_settings(
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
         "learning_rate": rates.get(kind, usual.get("learning_rate", Settings.learning_rate)),
+        "words_learning_rate": Settings.words_learning_rate,
         "rank": usual.get("rank", Settings.rank),
         "batch": usual.get("batch", Settings.batch),
         "flip": usual.get("flip", False),
@@ -805,6 +807,8 @@ def resolve_settings(
         "loss_weighting": usual.get("loss_weighting", "none"),
         "evaluation_steps": 50 if patient else usual.get("evaluation_steps", Settings.evaluation_steps),
     }
+    if kind == "textual-inversion":  # which learns nothing else
+        from_model["words_learning_rate"] = rates.get(kind, Settings.words_learning_rate)
     if asked.get("optimizer") == "prodigy":  # which finds the step size; learning rates are factors of it
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
     return resolve(Settings, from_model, asked)
