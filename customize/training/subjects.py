@@ -16,6 +16,7 @@ from backbone.adapters.concept import (
 )
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
+from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import run_name
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square
@@ -112,6 +113,8 @@ def group_of(
     odd += describe_foreign_syntax(captioned)
     odd.append(describe_other_word([image.caption for image in folder if image.caption], subject.token, noun))
     odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+    if settings.flip:
+        odd.append(describe_mirrored((prompt.written, prompt.source) for prompt in captioned))
     for sentence in filter(None, odd):
         notify(sentence)
     what = (

@@ -29,7 +29,7 @@ from customize.settings import Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
 from customize.training.start import as_kept, start, subjects_of
-from customize.training.subjects import choose_words, guess
+from customize.training.subjects import choose_words, group_of, guess
 
 
 @pytest.fixture
@@ -385,6 +385,31 @@ def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refu
     with pytest.raises(UserError, match=words):
         subjects_of({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
     subjects_of({"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"})
+
+
+def test_a_caption_that_names_a_side_or_letters_is_said_where_images_are_mirrored(
+    tiny: Backbone, subject: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept = Concept("lora", "tiny", "f", {"[V]": "bcd"}, "dog")
+    first, *rest = list_images(subject)
+    for caption, found in (
+        ("a dog, to the left,", "left"),
+        ("a dog with a right-hand glove", "right-hand"),
+        ("Text on a dog", "Text"),
+        ("a bright dog, leftover", ""),
+    ):
+        for flip in (False, True):
+            settings = Settings(images="", token="[V]", class_noun="dog", flip=flip)
+            group_of(
+                Subject("", "[V]", "dog", "bcd"),
+                [replace(first, caption=caption), *rest],
+                settings,
+                concept,
+                tiny,
+            )
+            said = " ".join(capsys.readouterr().err.split())
+            assert ("--flip teaches it mirrored too" in said) == bool(found and flip)
+            assert f"“{found}” stands in" in said or not (found and flip)
 
 
 def test_two_subjects_stand_for_words_of_their_own(tiny: Backbone, subject: Path) -> None:
