@@ -113,3 +113,36 @@ def test_an_old_offset_is_one_as_in_diffusers_pipeline(tiny_folder: Path, tmp_pa
     file.write_text(json.dumps({**json.loads(file.read_text()), "steps_offset": 0}))
     time, usual = opened(folder).schedule(5).time, opened(tiny_folder).schedule(5).time
     assert time is not None and usual is not None and time.tolist() == usual.tolist()
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"],
+)
+def test_the_same_parts_saved_as_another_pipeline_are_the_same_model(
+    pipeline: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": pipeline}))
+    found, usual = (
+        next(sample_latents(opened(folder), [Request(PROMPT, (0, 0))], steps=2, guidance=2.0, seed=0))
+        for folder in (tmp_path / "model", tiny_folder)
+    )
+    assert torch.equal(found, usual)
+
+
+def test_a_refiner_and_an_inpainting_unet_are_told_so(xl: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(xl, tmp_path / "refiner")
+    file = tmp_path / "refiner" / "model_index.json"
+    said = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said, "text_encoder": [None, None]}))
+    with pytest.raises(UserError, match="is a refiner"):
+        _ = opened(tmp_path / "refiner").denoiser
+    folder = rebuilt(tiny_folder, tmp_path / "inpaint", in_channels=9)
+    file = folder / "model_index.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "_class_name": "StableDiffusionInpaintPipeline"})
+    )
+    with pytest.raises(UserError, match="it is an inpainting model"):
+        opened(folder)

@@ -66,6 +66,10 @@ class StableDiffusionXL(UNetFamily):
                 f"The unet of {location.name} does not take the image size as a condition, so it is not Stable "
                 "Diffusion XL's. Name a whole model of one family."
             )
+        if location.index.get("requires_aesthetics_score"):
+            raise UserError(
+                f"{location.name} is a refiner, which finishes another model's images. Name the model that draws them."
+            )
         refuse_other_inputs(location, ("text_encoder", "text_encoder_2"))
         return load_part(UNet2DConditionModel, location, "unet", single_file.UNET, dtype)
 
