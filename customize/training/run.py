@@ -109,8 +109,8 @@ def refuse_unmeasured(settings: Settings, model: Backbone, asked: Mapping[str, A
     blind = f"{settings.model} has no scorer of its own, so nothing is evaluated"
     if settings.patience:
         raise UserError(
-            f"{blind}, and no evaluation says when to stop (--steps auto, --patience). Name the folder of a CLIP or DINO "
-            "with --scorer, or give a number of --steps."
+            f"{blind}, and no evaluation says when to stop (--steps auto, --patience). Name the folder of a CLIP or "
+            "DINO with --scorer, or give a number of --steps."
         )
     if "evaluation_steps" in asked:
         notify(f"{blind}: --evaluation-steps has no effect without --scorer, the folder of a CLIP or DINO.")
