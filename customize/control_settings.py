@@ -179,6 +179,11 @@ class ControlSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.flip and self.condition == "pose":
+            raise UserError(
+                "A mirrored pose has the colours of the left limbs on the right ones, so --flip would teach them the "
+                "wrong way round. Leave it out."
+            )
         if self.map_dropout >= 1:
             raise UserError(
                 "With --map-dropout 1 every map is black, and the network learns none. Give less."

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from backbone.io.console import UserError
-from backbone.io.files import append_jsonl, read_jsonl
-from backbone.io.records import read_as
+from backbone.io.console import UserError, notify_once
+from backbone.io.files import append_jsonl
+from backbone.io.records import iterate_entries, read_as, refuse_pipe
 
 CHOICES = "choices.jsonl"
 Verdict = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -48,10 +48,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Undo:
-    """Retracts the choice of this number."""
+    """Retracts the choice of this number, and of this user where one is named."""
 
     undo: int
     time: str = ""
+    user: str | None = None
 
 
 def append_entry(path: Path, entry: Choice | Undo) -> None:
@@ -64,12 +65,25 @@ def append_entry(path: Path, entry: Choice | Undo) -> None:
 
 
 def read_choices(path: Path) -> list[Choice | Undo]:
-    """All entries, oldest first; lines that a crash truncated are skipped.
+    """All entries, oldest first; lines that are not whole, as a crash or an editor left them, are said and passed over.
 
     Raises `UserError` for another kind of entry.
     """
-    lines = read_jsonl(path) if path.exists() else []
-    return [_read_entry(line, f"entry {number} of {path}") for number, line in enumerate(lines, start=1)]
+    if not path.exists():
+        return []
+    refuse_pipe(path)
+    entries, torn = [], []
+    for where, line in iterate_entries(path.read_bytes(), path):
+        if isinstance(line, dict):
+            entries.append(_read_entry(line, where[0].lower() + where[1:]))
+        else:
+            torn.append(where.split(" of ")[0].lower())
+    if torn:
+        notify_once(
+            f"Not read of {path}: {', '.join(torn[:3])}{' …' if torn[3:] else ''}, which "
+            f"{'is no whole answer' if len(torn) == 1 else 'are no whole answers'}."
+        )
+    return entries
 
 
 def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
@@ -82,19 +96,25 @@ def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
 
 
 def standing_choices(entries: Iterable[Choice | Undo]) -> list[Choice]:
-    """Choices that stand, oldest first: not retracted, and of a pair that a person answered twice the last answer."""
-    standing: dict[int, Choice] = {}
+    """Choices that stand, oldest first: not retracted, and of a pair that a person answered twice the last answer.
+
+    A number says nothing by itself: files of two people that were joined have each of them twice. What is retracted is
+    the last answer of its number before.
+    """
+    standing: list[Choice] = []
     for entry in entries:
-        if isinstance(entry, Undo):
-            standing.pop(entry.undo, None)
-        else:
-            standing[entry.number] = entry
-    last = {(choice.user, choice.pair, choice.repeat): choice.number for choice in standing.values()}
-    return [
-        choice
-        for choice in standing.values()
-        if last[choice.user, choice.pair, choice.repeat] == choice.number
-    ]
+        if isinstance(entry, Choice):
+            standing.append(entry)
+            continue
+        places = [
+            place
+            for place, choice in enumerate(standing)
+            if choice.number == entry.undo and entry.user in (None, choice.user)
+        ]
+        if places:
+            del standing[places[-1]]
+    last = {(choice.user, choice.pair, choice.repeat): place for place, choice in enumerate(standing)}
+    return [standing[place] for place in sorted(last.values())]
 
 
 @dataclass(frozen=True)

@@ -375,8 +375,11 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     """The columns of a table that hold pictures; `UserError` where the columns are no pairs'."""
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
     required = (
-        {"jpg_0", "jpg_1", "label_0"},
-        {"image_0", "image_1", "label_0"},
+        *(
+            {*images, *said}
+            for images in (("jpg_0", "jpg_1"), ("image_0", "image_1"))
+            for said in (("label_0",), ("label_1",), ("image_0_uid", "image_1_uid", "best_image_uid"))
+        ),
         *({"image1", "image2", *votes} for votes in VOTES),
         *map(set, ORDERED_COLUMNS),
         {"image", "label"},
@@ -556,14 +559,17 @@ def _prompt_of(row: Mapping[str, Any], where: str) -> str:
 
 
 def _user_of(row: Mapping[str, Any]) -> str:
-    return str(row.get("user_id") if row.get("user_id") is not None else row.get("user") or "")
+    user = row.get("user_id") if row.get("user_id") is not None else row.get("user") or ""
+    if isinstance(user, float):  # a table's number, of a column in which some are missing
+        user = "" if math.isnan(user) else f"{user:.0f}" if user.is_integer() else user
+    return str(user)
 
 
 def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
     prompt, user = _prompt_of(row, where), _user_of(row)
     # Pick-a-Pic's unlabelled rows
-    if any(_is_false(row.get(name)) for name in ("has_label", "are_different")):
+    if any(_is_false(row.get(name)) for name in ("has_label", "are_different")) or _has_no_votes(row):
         return None
     columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
     try:
@@ -618,9 +624,9 @@ def _labelled_pair(
         if label not in (None, 0.5):
             return f"{where} says {told}, and that one of the images is preferred"
         label = 0.5
-    if label is None and votes is not None:
+    if label is None and votes is not None and "label_0" not in row:
         return f"{where} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
-    if label is None and not {"label_0", "label_1"} & set(row):
+    if label is None and not {"label_0", "label_1", "best_image_uid"} & set(row):
         return f"{where} has {', '.join(row)}, and no label_0 that says which image is preferred (1: the first one)"
     if label is None:
         labels = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
@@ -668,8 +674,16 @@ def _labelled_single(
 
 
 def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
-    """`label_0` as 0, ½ or 1; None where the two labels are neither a choice nor a tie."""
+    """`label_0` as 0, ½ or 1; None where the two labels are neither a choice nor a tie.
+
+    One of the two is enough, or the name of the better image (Pick-a-Pic's `best_image_uid`).
+    """
     first, second = _as_number(row.get("label_0")), _as_number(row.get("label_1"))
+    if first is None and second is None and (best := row.get("best_image_uid")):
+        chosen = [row.get(f"image_{number}_uid") == best for number in (0, 1)]
+        return float(chosen[0]) if sum(chosen) == 1 else None
+    if first is None and isinstance(second, (int, float)):
+        first = 1 - second
     if not isinstance(first, (int, float)) or first not in (0, 0.5, 1):
         return None
     if second is not None and (not isinstance(second, (int, float)) or first + second != 1):
@@ -678,11 +692,17 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
 
 
 def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """1 where more stands for the first image, 0 for the second, ½ for as much; None where these are no numbers."""
+    """1 where more stands for the first image, 0 for the second, ½ for as much; None where these count nothing."""
     first, second = (_as_number(row[name]) for name in names)
-    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in (first, second)):
+    if not all(isinstance(one, (int, float)) and 0 <= one < math.inf for one in (first, second)):
         return None
     return 0.5 if first == second else float(first > second)
+
+
+def _has_no_votes(row: Mapping[str, Any]) -> bool:
+    """Whether nobody voted for either image, which is no tie."""
+    votes = next((names for names in VOTES if names[0] in row and names[1] in row), None)
+    return votes is not None and "label_0" not in row and all(_as_number(row[name]) == 0 for name in votes)
 
 
 def _parse_single_label(label: Any) -> bool | None:

@@ -28,6 +28,7 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_json
+from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import CHECKPOINT, package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
@@ -55,6 +56,10 @@ def train_preferences(
     records = records_of(found, settings)
     if left := _describe_left_out(found, settings):
         notify(left)
+    if settings.flip and (
+        said := describe_mirrored((text, f"the prompt “{text}”") for text in records.texts())
+    ):
+        notify(said)
     model = open_model(settings)
     if vram is not None:
         from align.training.memory import fit_to_vram

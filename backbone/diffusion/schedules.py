@@ -27,6 +27,7 @@ def vp_schedule(
     spacing: Spacing = "leading",
     steps_offset: int = 0,
     final: Literal["one", "first"] = "one",
+    distilled: int = DISTILLED,
 ) -> Schedule:
     """S steps over a trained schedule ᾱ [train steps], to ᾱ = 1 or to the schedule's first ᾱ.
 
@@ -36,7 +37,7 @@ def vp_schedule(
     and the scheduler's do not.
     """
     train_steps = len(alphas_cumprod)
-    timesteps = spaced_timesteps(steps, spacing, train_steps=train_steps, steps_offset=steps_offset)
+    timesteps = spaced_timesteps(steps, spacing, train_steps, steps_offset, distilled=distilled)
     if int(timesteps[0]) >= train_steps:
         raise ValueError(
             f"{steps} steps with steps_offset {steps_offset} reach timestep {int(timesteps[0])}, and the "
@@ -120,11 +121,17 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
 
 
 def spaced_timesteps(
-    steps: int, spacing: Spacing = "leading", train_steps: int = 1000, steps_offset: int = 0
+    steps: int,
+    spacing: Spacing = "leading",
+    train_steps: int = 1000,
+    steps_offset: int = 0,
+    *,
+    distilled: int = DISTILLED,
 ) -> Tensor:
     """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset only for leading.
 
-    `distilled` are those of LCMScheduler, some of the DISTILLED levels that consistency distillation works at.
+    Spaced as `distilled` they are those of LCMScheduler: some of the `distilled` levels that consistency distillation
+    works at.
     """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"a schedule takes 1 to {train_steps} steps, the number trained with, not {steps}.")
@@ -138,9 +145,10 @@ def spaced_timesteps(
         case "linspace":
             return (levels.double() * ((train_steps - 1) / max(steps - 1, 1))).round().long().flip(0)
         case "distilled":
-            if steps > DISTILLED:
-                raise ValueError(f"a latent consistency model takes 1 to {DISTILLED} steps, not {steps}.")
-            return train_steps - 1 - (levels * DISTILLED // steps) * (train_steps // DISTILLED)
+            if steps > distilled:
+                raise ValueError(f"a latent consistency model takes 1 to {distilled} steps, not {steps}.")
+            stride = train_steps // distilled
+            return stride * (distilled - levels * distilled // steps) - 1
     raise ValueError(
         f"no spacing is called {spacing!r}. Known are leading, trailing, linspace and distilled."
     )

@@ -21,6 +21,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.spl
 # A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
 # characters, as which other encodings' quotation marks are taken too
 NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x1b\x7f-\x9f]")
+# What a mirrored image shows otherwise than its prompt says: a side, letters
+SIDED = re.compile(
+    r"\b(?:left|right)(?:most|wards?|-?hand(?:ed)?)?\b|\b(?:text|letters|lettering|inscription|logos?|watermark)\b",
+    re.IGNORECASE,
+)
 JOINERS = " \u200c\u200d"  # which have no width either, and make words of some scripts and some emoji
 SUFFIXES = (".txt", ".jsonl", ".json")
 # Keys of other programs' lists that say how a prompt is drawn
@@ -235,3 +240,16 @@ def _from_entry(value: Any) -> Prompt | None:
     if not all(hard_negatives):
         return None
     return Prompt(seen, str(value.get("category") or ""), hard_negatives)
+
+
+def describe_mirrored(texts: Iterable[tuple[str, str]]) -> str:
+    """A sentence on texts, each with where it stands, that name a side or letters: mirrored images show others.
+
+    "" where none does.
+    """
+    found = [(match[0], where) for text, where in texts if (match := SIDED.search(text))]
+    if not found:
+        return ""
+    (word, where), *more = found
+    also = f" and {count_of(len(more), 'other text')}" if more else ""
+    return f"“{word}” stands in {where}{also}, and --flip teaches it mirrored too. Leave --flip out if that matters."

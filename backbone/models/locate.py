@@ -33,6 +33,11 @@ FEW_STEP_MODELS = {  # the few-step model that goes with a base
 }
 
 
+# diffusers' other pipelines of the same parts; that a UNet reads more than latents is seen by its config
+SAME_PARTS = re.compile(
+    r"(StableDiffusion|StableDiffusionXL|StableDiffusion3|Flux|Chroma|QwenImage|ZImage)(?:Img2Img|Inpaint)Pipeline"
+    r"|LatentConsistencyModel(?:Img2Img)?Pipeline"
+)
 EMBEDDED = OWN["moji"]
 PARTS = (
     *("unet", "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
@@ -116,9 +121,11 @@ def absolute_model(model: str) -> str:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """A `model_index.json`: the pipeline's class, and library and class of each component."""
+    """A `model_index.json`: the class of the pipeline that draws from words, library and class of each component."""
     index = read_json(path)
-    read_as(str, index.get("_class_name", ""), path, "_class_name")
+    kind = read_as(str, index.get("_class_name", ""), path, "_class_name")
+    if same := SAME_PARTS.fullmatch(kind):
+        index["_class_name"] = f"{same[1] or 'StableDiffusion'}Pipeline"
     for part in PARTS:
         if index.get(part) is not None:
             read_as(tuple[str | None, str | None], index[part], path, part)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backbone.io.console import UserError, notify
+from backbone.io.prompts import describe_mirrored
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
 from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
@@ -76,8 +77,10 @@ def prepare_pairs(
 ) -> EditData:
     """Encodes images and instructions and frees the encoders. `read` decodes an image and crops it."""
     more = count_references(model, pairs)
-    if settings.flip and any({"left", "right"} & {*pair.instruction.lower().split()} for pair in pairs):
-        notify("Warning: an instruction says left or right, and --flip teaches it mirrored too.")
+    if settings.flip and (
+        said := describe_mirrored((pair.instruction, f"an instruction ({pair.name})") for pair in pairs)
+    ):
+        notify(said)
     flips = (False, True) if settings.flip else (False,)
     columns = [[pair.target for pair in pairs], [pair.source for pair in pairs]]
     columns += [[pair.references[k] for pair in pairs] for k in range(more)]

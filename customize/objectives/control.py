@@ -111,12 +111,25 @@ class PairData:
     def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
         count = len(self.pairs)
         each = [self._bytes(int(row) % count).float() / 255 for row in rows]
+        kind = self.kinds[0]
         return torch.stack(
-            [one.flip(-1) if row >= count else one for row, one in zip(rows, each, strict=True)]
+            [mirror_map(one, kind) if row >= count else one for row, one in zip(rows, each, strict=True)]
         )
 
     def _read(self, number: int) -> Tensor:
         return (self.pairs[number].read_map(self.kinds[0], self.size) * 255).round().byte()
+
+
+def mirror_map(drawn: Tensor, kind: str) -> Tensor:
+    """The map [3, H, W] in 0…1 of the mirrored image.
+
+    A normal's part that points sideways (red) turns round with it, but for what is black, where there is none.
+    """
+    mirrored = drawn.flip(-1)
+    if kind == "normal":
+        red = torch.where(mirrored.amax(0) > 0, 1 - mirrored[0], mirrored[0])
+        mirrored = torch.cat([red[None], mirrored[1:]])
+    return mirrored
 
 
 class ControlTraining(Objective):

@@ -68,6 +68,11 @@ def train_edits(
         notify_once(misfit)
     settings = resolve_settings({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
+    if settings.patience and not settings.held_out:
+        raise UserError(
+            "No pair is held out, so no evaluation says when to stop (--steps auto, --patience). Add --held-out 1, or "
+            "give a number of --steps."
+        )
     model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
     if settings.train_text_encoder:
         refuse_other_encoders(model)

@@ -69,6 +69,7 @@ def train_concept(
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
     settings = settings_for(asked | fields_of_subjects(subjects), opened.defaults, pictures)
+    refuse_unmeasured(settings, opened, asked)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
@@ -99,6 +100,20 @@ def settings_for(
             "the subject stands would let them keep places and what it wears."
         )
     return settings
+
+
+def refuse_unmeasured(settings: Settings, model: Backbone, asked: Mapping[str, Any]) -> None:
+    """`UserError` for early stopping where nothing can be evaluated; says so of evaluations that were asked for."""
+    if settings.scorer or model.location.local("scorer") or not settings.evaluation_steps:
+        return
+    blind = f"{settings.model} has no scorer of its own, so nothing is evaluated"
+    if settings.patience:
+        raise UserError(
+            f"{blind}, and no evaluation says when to stop (--steps auto, --patience). Name the folder of a CLIP or "
+            "DINO with --scorer, or give a number of --steps."
+        )
+    if "evaluation_steps" in asked:
+        notify(f"{blind}: --evaluation-steps has no effect without --scorer, the folder of a CLIP or DINO.")
 
 
 def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:

@@ -16,6 +16,7 @@ from backbone.adapters.concept import (
 )
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
+from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import run_name
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square
@@ -28,7 +29,7 @@ from customize.data.captions import (
     write_prompt,
 )
 from customize.data.dataset import SubjectGroup
-from customize.settings import OWN_WORDS, Settings, Subject
+from customize.settings import INSTANCE_PROMPT, OWN_WORDS, Settings, Subject
 
 SURE = 0.9  # probability of a guess from which it is not said to be unsure
 LOOKED_AT = 64  # images at most, from which a class is guessed
@@ -112,6 +113,17 @@ def group_of(
     odd += describe_foreign_syntax(captioned)
     odd.append(describe_other_word([image.caption for image in folder if image.caption], subject.token, noun))
     odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+    if (
+        settings.instance_prompt != INSTANCE_PROMPT
+        and folder
+        and not any(instance in prompt.written for prompt in prompts)
+    ):
+        odd.append(
+            f"All captions hold {subject.token}, so no image is learned under the instance prompt “{instance}”: it is "
+            "for images without a caption, and before captions without the token."
+        )
+    if settings.flip:
+        odd.append(describe_mirrored((prompt.written, prompt.source) for prompt in captioned))
     for sentence in filter(None, odd):
         notify(sentence)
     what = (

@@ -7,10 +7,18 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+)
 
 from backbone.families.base import NoisePath
-from backbone.families.components.noise_paths import vp_path
+from backbone.families.components.noise_paths import flow_path, vp_path
 from backbone.families.location import Location
 from backbone.io.console import UserError
 
@@ -83,3 +91,85 @@ def test_a_single_step_begins_at_the_end_of_the_path_whatever_the_spacing(spacin
     schedule = path_of(timestep_spacing=spacing).schedule(1, (8, 8))
     assert schedule.time is not None and int(schedule.time[0]) == 999
     assert float(schedule.a[0]) < 0.1 < float(schedule.b[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (EulerDiscreteScheduler, {}),
+        (LMSDiscreteScheduler, {}),
+        (DDIMParallelScheduler, {"set_alpha_to_one": False, "steps_offset": 1}),
+        (PNDMScheduler, {"skip_prk_steps": True}),
+        (TCDScheduler, {}),
+        (LCMScheduler, {"original_inference_steps": 100}),
+        (LCMScheduler, {"original_inference_steps": 40, "num_train_timesteps": 500}),
+    ],
+)
+def test_what_a_config_leaves_out_is_the_default_of_its_own_class(
+    kind: Any, settings: dict[str, Any]
+) -> None:
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = kind(**betas, **settings)
+    scheduler.set_timesteps(8)
+    path = vp_path(cast(Location, WithScheduler({"_class_name": kind.__name__, **betas, **settings})))
+    levels = path.schedule(8, (8, 8))
+    assert levels.time is not None
+    theirs = scheduler.timesteps.float().unique().flip(0)  # PNDM has one twice
+    torch.testing.assert_close(levels.time[:-1].float(), theirs.round(), rtol=0, atol=0.5)
+    if kind in (DDIMParallelScheduler, PNDMScheduler, TCDScheduler):
+        assert float(levels.a[-1] ** 2) == pytest.approx(float(scheduler.final_alpha_cumprod))
+    else:
+        assert float(levels.a[-1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "is a CMStochasticIterativeScheduler"),
+        ({"_class_name": "FancyScheduler"}, "is a FancyScheduler, which is not of its family"),
+        ({"steps_offset": -5}, "steps_offset -5"),
+        ({"steps_offset": "x"}, "steps_offset 'x'"),
+        ({"beta_end": 1.5}, "βs that are not between 0 and 1"),
+        ({"beta_start": 0.0}, "βs that are not between 0 and 1"),
+        ({"trained_betas": [-0.1] * 1000}, "βs that are not between 0 and 1"),
+        ({"trained_betas": [1e-4] * 999 + [1.0]}, "The last β of the scheduler of a model is 1"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas True"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "timestep_type 'continuous'",
+        ),
+    ],
+)
+def test_a_scheduler_that_says_no_levels_is_refused_in_one_sentence(
+    settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        path_of(**settings)
+
+
+def test_spacings_that_are_not_used_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    path_of(_class_name="EulerDiscreteScheduler", use_karras_sigmas=True)
+    path_of(_class_name="EulerDiscreteScheduler", use_karras_sigmas=False)
+    path_of(
+        _class_name="LCMScheduler", use_beta_sigmas=True, timestep_type="continuous"
+    )  # left over from another
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("use_karras_sigmas true, which is not used here") == said.count("not used here") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_image_seq_len": 256, "use_dynamic_shifting": True}, "max_image_seq_len 256"),
+        ({"max_image_seq_len": "x"}, "max_image_seq_len 'x'"),
+        ({"shift": 0.0}, "shift 0.0"),
+        ({"shift": -1.0}, "shift -1.0"),
+        ({"shift_terminal": 1.0}, "shift_terminal 1.0"),
+        ({"shift_terminal": "0.1"}, "shift_terminal '0.1'"),
+        ({"base_shift": 1000.0, "use_dynamic_shifting": True}, r"by exp\("),
+    ],
+)
+def test_a_flow_s_shift_that_leaves_no_levels_is_refused(settings: dict[str, Any], says: str) -> None:
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **settings}
+    with pytest.raises(UserError, match=says):
+        flow_path(cast(Location, WithScheduler(scheduler)), size=(8, 8)).schedule(4, (8, 8))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image, ImageDraw
+from torch import Tensor
 from typer.testing import CliRunner
 
 from backbone.conditions.control import Control
@@ -29,6 +30,7 @@ from customize.control_settings import PROGRAM, read_settings, resolve_settings,
 from customize.data.control_pairs import ControlColumns, read_control_pairs
 from customize.data.maps import maps_of_picture
 from customize.evaluation.condition_fidelity import Agreement, agreement
+from customize.objectives.control import mirror_map
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
@@ -589,6 +591,7 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
         ),
         (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
         (("--condition", "sketch", "--map-dropout", "1"), "every map is black"),
+        (("--condition", "pose", "--flip"), "A mirrored pose has the colours of the left limbs"),
         (
             ("--condition", "sketch", "--kind", "controlnet", "--cpu-offload", 0.5),
             "--cpu-offload has no effect",
@@ -597,6 +600,25 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
 )
 def test_settings_without_effect_are_refused(flags: tuple[object, ...], sentence: str, pairs: Path) -> None:
     assert sentence in refused("train-control", "--images", pairs, *flags)
+
+
+def test_a_mirrored_normal_points_to_the_other_side() -> None:
+    """As a normal map of a mirrored half sphere is: x, to the right, is red; black is where there is none."""
+    axis = torch.linspace(-1.2, 1.2, 32)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    depth = (1 - (x / 1.5 + 0.2) ** 2 - y**2).clamp_min(0).sqrt()
+
+    def normals(x: Tensor) -> Tensor:
+        there = ((x / 1.5 + 0.2) ** 2 + y**2 < 1).float() * (depth > 0)
+        return torch.stack([x / 4 + 0.5, y / 4 + 0.5, depth * 0 + 0.9]) * there
+
+    drawn = normals(x)
+    turned = drawn.flip(-1)
+    turned[0] = torch.where(turned[2] > 0, 1 - turned[0], turned[0])
+    torch.testing.assert_close(mirror_map(drawn, "normal"), turned)
+    where = turned[2] > 0
+    torch.testing.assert_close(turned[0][where], (x / 4 + 0.5)[where])  # its x grows to the right still
+    assert torch.equal(mirror_map(drawn, "depth"), drawn.flip(-1))
 
 
 # --- condition fidelity ---------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class Session:
         """Retract the last answer; its pair is asked again. Raises `StaleAnswer` unless `number` is the open one's."""
         if number != self.next_number or not self.choices:
             raise StaleAnswer
-        append_entry(self.path, Undo(self.choices[-1].number, _now()))
+        append_entry(self.path, Undo(self.choices[-1].number, _now(), self.user))
         self.choices.pop()
         self.next_number += 1  # an answer in another window to the question before is stale
         self.shown_at = time.monotonic()

@@ -74,6 +74,11 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
         return LatentSpace(
             variance.float().rsqrt()[:, None, None], shift, patch=patch_size(config), frames=False
         )
+    if config.get("scaling_factor") == 0:
+        raise UserError(
+            "The autoencoder's config is damaged: scaling_factor is 0. Restore vae/config.json, or download the model "
+            "again."
+        )
     scale = float(config.get("scaling_factor") or 1.0)
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         shift = float(config.get("shift_factor") or 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from backbone.diffusion.noise import PredictionType, Schedule, vp
 from backbone.diffusion.schedules import (
-    DISTILLED,
     Spacing,
     alphas_cumprod,
     flow_schedule,
@@ -21,58 +22,115 @@ from backbone.diffusion.schedules import (
 )
 from backbone.families.base import NoisePath
 from backbone.families.location import Location
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.weights import refuse_damaged
 
 UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("invert_sigmas", "stochastic_sampling"),
 )
-VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler, diffusers' default first
+VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
 }
+OTHER_TIMES = (
+    "use_flow_sigmas",
+    "timestep_type",
+)  # under which the network is told other times than timesteps
+OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+    *("interpolation_type", "final_sigmas_type"),
+)
+BY_ALPHA = (
+    *("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "TCDScheduler"),
+    *("DDPMScheduler", "DDPMParallelScheduler"),
+)
+DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
+MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1
 FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
 
 
-def vp_path(location: Location) -> NoisePath:
+def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath:
     """The noise path of a model trained on a β schedule, from its scheduler's config.
 
-    Schedulers that sample in σ (Euler, DPM-Solver …) end at σ = 0 whatever `set_alpha_to_one` says.
+    What the config leaves out is the default of its own class. Schedulers that sample in σ (Euler, DPM-Solver …) end at
+    σ = 0 whatever `set_alpha_to_one` says. `steps_offset` stands in for the config's, as some pipelines have it.
     """
-    from diffusers import DDIMScheduler
-
-    scheduler = location.config("scheduler")
-    name = scheduler.get("_class_name", "")
-    if "FlowMatch" in name or name.startswith("EDM"):
-        raise UserError(
-            f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
-        )
-    for setting, known in VP_SETTINGS.items():
-        if scheduler.get(setting, known[0]) not in known:
-            raise UserError(
-                f"The scheduler of {location.name} has {setting} {scheduler[setting]!r}, and understood are "
-                f"{', '.join(known)}. Restore scheduler/."
-            )
-    with refuse_damaged(location.name, "scheduler"):
-        config = dict(DDIMScheduler.from_config(scheduler).config)
+    config = _read_vp_config(location)
+    name = config["_class_name"]
     alpha_bar = _read_alphas_cumprod(location.name, config)
-    by_alpha = name in ("", "DDIMScheduler", "PNDMScheduler", "DDPMScheduler")
-    final: Literal["one", "first"] = "one" if config["set_alpha_to_one"] or not by_alpha else "first"
+    by_alpha = name in BY_ALPHA and not config.get("set_alpha_to_one", True)
+    final: Literal["one", "first"] = "first" if by_alpha else "one"
+    distilled = int(config.get("original_inference_steps") or len(alpha_bar))
+    offset = int(config.get("steps_offset", 0)) if steps_offset is None else steps_offset
 
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
         # Of a leading spacing a single step is the cleanest, which samples nothing: it begins at the end instead
         spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
-        if name == "LCMScheduler":
+        if name in DISTILLING:
             spacing = "distilled"
-            if steps > DISTILLED:
-                raise UserError(f"{location.name} is drawn with in 1 to {DISTILLED} steps, not {steps}.")
-        offset = int(config["steps_offset"])
-        return vp_schedule(alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final)
+            if steps > distilled:
+                raise UserError(f"{location.name} is drawn with in 1 to {distilled} steps, not {steps}.")
+        return vp_schedule(
+            alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
+        )
 
     kind = cast(PredictionType, config["prediction_type"])
     return NoisePath(kind, vp(alpha_bar, torch.arange(len(alpha_bar))), schedule)
+
+
+def _read_vp_config(location: Location) -> dict[str, Any]:
+    """A β scheduler's config with the defaults of its class; `UserError` for one that this path cannot follow.
+
+    Ways to space the steps that are not known here change no level that the model was trained at, so they are said.
+    """
+    import diffusers
+
+    given = location.config("scheduler")
+    name = given.get("_class_name") or "DDIMScheduler"
+    kind = getattr(diffusers, name, None)
+    if kind is None or "beta_schedule" not in inspect.signature(kind.__init__).parameters:
+        raise UserError(
+            f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
+        )
+    for setting, known in VP_SETTINGS.items():
+        if given.get(setting, known[0]) not in known:
+            raise UserError(
+                f"The scheduler of {location.name} has {setting} {given[setting]!r}, and understood are "
+                f"{', '.join(known)}. Restore scheduler/."
+            )
+    own = {key: value.default for key, value in inspect.signature(kind.__init__).parameters.items()}
+    said = {
+        key: value for key, value in given.items() if key in own
+    }  # a config keeps settings of other classes
+    with refuse_damaged(location.name, "scheduler"):
+        kind(**said)
+    config = {key: known[0] for key, known in VP_SETTINGS.items()} | own | said | {"_class_name": name}
+    # Says how the model was trained, whatever samples it
+    config["rescale_betas_zero_snr"] = bool(given.get("rescale_betas_zero_snr"))
+    other = {
+        key: config[key]
+        for key in (*OTHER_TIMES, *OTHER_SPACINGS)
+        if config.get(key) not in (own.get(key), None)
+    }
+    if strange := [key for key in other if key in OTHER_TIMES]:
+        raise UserError(
+            f"The scheduler of {location.name} has {strange[0]} {config[strange[0]]!r}, under which a network is told "
+            "other times than the timesteps that are understood here. Restore scheduler/."
+        )
+    for key, value in other.items():
+        notify_once(
+            f"The scheduler of {location.name} has {key} {json.dumps(value)}, which is not used here: steps are spaced "
+            f"by its timestep_spacing, {config['timestep_spacing']}."
+        )
+    offset = config.get("steps_offset", 0)
+    if not isinstance(offset, int) or not 0 <= offset < config["num_train_timesteps"]:
+        raise UserError(
+            f"The scheduler of {location.name} has the steps_offset {offset!r}, and it is a number of timesteps. "
+            "Restore scheduler/."
+        )
+    return config
 
 
 def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
@@ -80,7 +138,7 @@ def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
 
     Raises `UserError` for betas of another number, and for a last level without signal at which ε is predicted.
     """
-    train_steps, betas = int(config["num_train_timesteps"]), config["trained_betas"]
+    train_steps, betas = int(config["num_train_timesteps"]), config.get("trained_betas")
     if betas is None:
         alpha_bar = alphas_cumprod(
             config["beta_schedule"], config["beta_start"], config["beta_end"], train_steps
@@ -92,9 +150,20 @@ def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
                 f"The scheduler of {name} has {len(alpha_bar)} trained_betas for {train_steps} num_train_timesteps. "
                 "Restore scheduler/."
             )
+    falling = torch.cat([alpha_bar.new_ones(1), alpha_bar])
+    if not bool((falling[1:] < falling[:-1]).all()) or not bool(alpha_bar[-1] >= 0):
+        raise UserError(
+            f"The scheduler of {name} has βs that are not between 0 and 1 (beta_start, beta_end or trained_betas), so "
+            "noise would not grow. Restore scheduler/."
+        )
     if config["rescale_betas_zero_snr"]:
         alpha_bar = zero_terminal_snr(alpha_bar)
     if config["prediction_type"] == "epsilon" and not alpha_bar[-1] > 0:
+        if not config["rescale_betas_zero_snr"]:
+            raise UserError(
+                f"The last β of the scheduler of {name} is 1, where a prediction of ε says nothing of the image. "
+                "Restore scheduler/."
+            )
         raise UserError(
             f"The scheduler of {name} ends in noise alone (rescale_betas_zero_snr), where a prediction of ε says "
             "nothing of the image. In scheduler/ set prediction_type to v_prediction if the model was trained so, else "
@@ -132,6 +201,7 @@ def flow_path(
             f"The scheduler of {location.name} ({what}) is not the FlowMatchEulerDiscreteScheduler that this family "
             "was published with. Restore scheduler/."
         )
+    _refuse_other_shifts(location.name, config)
     train_steps = int(config["num_train_timesteps"])
 
     def dynamic(size: tuple[int, int], *steps: int) -> float | None:
@@ -143,7 +213,13 @@ def flow_path(
             return shift(tokens, *steps)
         few, many = config["base_image_seq_len"], config["max_image_seq_len"]
         slope = (config["max_shift"] - config["base_shift"]) / (many - few)
-        return float(config["base_shift"] + slope * (tokens - few))
+        mu = float(config["base_shift"] + slope * (tokens - few))
+        if abs(mu) > MOST_SHIFT:
+            raise UserError(
+                f"The scheduler of {location.name} shifts latents of {size[0]} × {size[1]} by exp({mu:g}), which "
+                "leaves no levels between. Restore scheduler/, or take another size."
+            )
+        return mu
 
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
         return flow_schedule(
@@ -158,3 +234,28 @@ def flow_path(
     mu = dynamic(size)
     usual = float(config["shift"]) if mu is None else math.exp(mu)
     return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)
+
+
+def _refuse_other_shifts(name: str, config: Mapping[str, Any]) -> None:
+    """`UserError` for a flow's shifts that leave no levels between 0 and 1."""
+    numbers = {
+        key: config[key]
+        for key in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    }
+    numbers["shift_terminal"] = config["shift_terminal"] or 0.0
+    wrong = [
+        key
+        for key, value in numbers.items()
+        if not isinstance(value, (int, float)) or not math.isfinite(value)
+    ]
+    if not wrong and config["shift"] <= 0:
+        wrong = ["shift"]
+    if not wrong and not 0 <= numbers["shift_terminal"] < 1:
+        wrong = ["shift_terminal"]
+    if not wrong and config["use_dynamic_shifting"]:
+        wrong = ["max_image_seq_len"] * (config["max_image_seq_len"] == config["base_image_seq_len"])
+    if wrong:
+        raise UserError(
+            f"The scheduler of {name} has {wrong[0]} {config[wrong[0]]!r}, which leaves no levels of noise between 0 "
+            "and 1. Restore scheduler/."
+        )

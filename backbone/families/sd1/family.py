@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,17 +14,24 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.families.base import (
     ModelSpec,
     Network,
+    NoisePath,
     TextSegment,
     diffusers_spec,
     refuse_beside,
     transformers_spec,
     working_dtype,
 )
-from backbone.families.components import loading, tokenization
+from backbone.families.components import loading, noise_paths, tokenization
 from backbone.families.location import Location
 from backbone.families.sd1 import checkpoint
 from backbone.families.unet.control import call_unet
-from backbone.families.unet.family import UNetFamily, beside_reference, load_part
+from backbone.families.unet.family import (
+    UNetFamily,
+    beside_reference,
+    load_part,
+    refuse_other_inputs,
+    say_guidance,
+)
 from backbone.io.files import Header
 
 
@@ -45,6 +52,7 @@ class StableDiffusion(UNetFamily):
         return refuse_beside(header, beside)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
+        refuse_other_inputs(location, ("text_encoder",))
         return load_part(UNet2DConditionModel, location, "unet", checkpoint.PREFIXES["unet"], dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -71,8 +79,10 @@ class StableDiffusion(UNetFamily):
             {"hidden": (77, int(location.config("unet")["cross_attention_dim"]))},
         )
 
-    def sampling_defaults(self, location: Location) -> dict[str, Any]:
-        return {}
+    def path(self, location: Location) -> NoisePath:
+        # diffusers' pipeline has the offset 1 whatever an old config says
+        old = location.index.get("_class_name") == "StableDiffusionPipeline"
+        return noise_paths.vp_path(location, steps_offset=1 if old else None)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = working_dtype(denoiser)
@@ -85,6 +95,7 @@ class StableDiffusion(UNetFamily):
                 "sample": noisy,
                 "timestep": time,
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
+                **say_guidance(denoiser, conditions, dtype),
             }
             return call_unet(denoiser, inputs, conditions.controls)
 

@@ -31,7 +31,13 @@ from backbone.families.location import Location
 from backbone.families.sdxl import checkpoint
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.control import call_unet
-from backbone.families.unet.family import UNetFamily, beside_reference, load_part
+from backbone.families.unet.family import (
+    UNetFamily,
+    beside_reference,
+    load_part,
+    refuse_other_inputs,
+    say_guidance,
+)
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
@@ -60,6 +66,11 @@ class StableDiffusionXL(UNetFamily):
                 f"The unet of {location.name} does not take the image size as a condition, so it is not Stable "
                 "Diffusion XL's. Name a whole model of one family."
             )
+        if location.index.get("requires_aesthetics_score"):
+            raise UserError(
+                f"{location.name} is a refiner, which finishes another model's images. Name the model that draws them."
+            )
+        refuse_other_inputs(location, ("text_encoder", "text_encoder_2"))
         return load_part(UNet2DConditionModel, location, "unet", single_file.UNET, dtype)
 
     def autoencoder(self, location: Location, dtype: torch.dtype) -> nn.Module:
@@ -90,7 +101,7 @@ class StableDiffusionXL(UNetFamily):
         )
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
-        return {"guidance": 5.0}
+        return {"guidance": 5.0} | super().sampling_defaults(location)
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = working_dtype(denoiser)
@@ -109,6 +120,7 @@ class StableDiffusionXL(UNetFamily):
                 "timestep": time,
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
                 "added_cond_kwargs": added,
+                **say_guidance(denoiser, conditions, dtype),
             }
             return call_unet(denoiser, inputs, conditions.controls)
 

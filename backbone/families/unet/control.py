@@ -200,7 +200,8 @@ def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
     """A UNet's answer with what the controls add; lists are new at every call, since the UNet empties them."""
-    found = residuals_of(controls, inputs, working_dtype(denoiser))
+    heard = {name: value for name, value in inputs.items() if name != "timestep_cond"}  # which no net is told
+    found = residuals_of(controls, heard, working_dtype(denoiser))
     middle = found.pop(MIDDLE, None)
     given = {**inputs, **found, **({MIDDLE: middle[0]} if middle is not None else {})}
     with row_loras(controls, denoiser):

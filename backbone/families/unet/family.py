@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import ControlNetwork
+from backbone.diffusion.transfer import send
 from backbone.families.base import AttentionLayout, ImageInput, NoisePath
 from backbone.families.components import loading, noise_paths
 from backbone.families.location import Location
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.control import unet_control_network
 from backbone.families.unet.control_files import load_control_file
+from backbone.io.console import UserError
 from backbone.io.files import Header
+
+DISTILLED_SAMPLERS = {"LCMScheduler": "consistency", "TCDScheduler": "ddim"}
+EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
 
 
 class UNetFamily:
@@ -49,8 +57,21 @@ class UNetFamily:
         return load_control_file(header, denoiser, dtype)
 
     def latent_shape(self, location: Location) -> tuple[int, ...]:
-        side = int(location.config("unet")["sample_size"])
-        return int(location.config("vae")["latent_channels"]), side, side
+        config = location.config("unet")
+        size = config["sample_size"]
+        sides = {*size} if isinstance(size, list) else {size}
+        if len(sides) != 1 or None in sides:
+            raise config.damaged("sample_size")
+        (side,) = sides
+        return int(location.config("vae")["latent_channels"]), int(side), int(side)
+
+    def sampling_defaults(self, location: Location) -> dict[str, Any]:
+        """Few steps of a model whose scheduler is that of a distillation (Luo et al. 2023, Zheng et al. 2024)."""
+        sampler = DISTILLED_SAMPLERS.get(location.config("scheduler").get("_class_name", ""))
+        if sampler is None:
+            return {}
+        embedded = location.config("unet").get("time_cond_proj_dim")
+        return {"steps": 4, "guidance": EMBEDDED_GUIDANCE if embedded else 1.0, "sampler": sampler}
 
     def longest_side(self, location: Location) -> None:
         return None
@@ -61,8 +82,65 @@ class UNetFamily:
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
         return AttentionLayout()
 
-    def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> None:
-        return None
+    def embed_guidance(
+        self, denoiser: nn.Module, conditions: Conditions, guidance: float
+    ) -> Conditions | None:
+        """For a UNet that is told the scale beside the time (`time_cond_proj_dim`), as consistency models are."""
+        if not cast(Any, denoiser).config.get("time_cond_proj_dim"):
+            return None
+        hidden = conditions.text["hidden"]
+        return replace(conditions, guidance=hidden.new_full((len(conditions),), guidance))
+
+
+def say_guidance(denoiser: nn.Module, conditions: Conditions, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The argument that tells a UNet the guidance scales among the conditions; in training there are none.
+
+    w = scale − 1 in sines and cosines, as a time of 1000·w is (Meng et al. 2023, section 3; diffusers' pipelines).
+    """
+    if conditions.guidance is None:
+        return {}
+    width = int(cast(Any, denoiser).config.time_cond_proj_dim)
+    half = width // 2
+    rates = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000 * (conditions.guidance.float()[:, None] - 1) * send(rates, conditions.guidance.device)
+    embedding = F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
+    return {"timestep_cond": embedding.to(dtype)}
+
+
+def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
+    """`UserError` for a UNet that reads something else than these encoders' texts, or texts of another width."""
+    if location.file is not None:
+        return  # its config is a published one
+    unet, name = location.config("unet"), location.name
+    strange = [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]
+    strange += ["encoder_hid_dim_type"] * (unet.get("encoder_hid_dim_type") not in (None, "text_proj"))
+    known = "text_time" if len(encoders) > 1 else None
+    strange += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, known))
+    if strange:
+        raise UserError(
+            f"The unet of {name} reads more than the prompt ({strange[0]} {unet[strange[0]]!r}): it is a model for "
+            "another task. Name the text-to-image model that it was made from."
+        )
+    if (predicts := unet.get("out_channels", 4)) != (
+        latents := location.config("vae").get("latent_channels", 4)
+    ):
+        raise UserError(
+            f"The unet of {name} predicts {predicts} channels and its latents have {latents}: it is a model for "
+            "another task. Name the text-to-image model that it was made from."
+        )
+    configs = [location.config(part) for part in encoders]
+    width = sum(int(config.get("hidden_size", 512)) for config in configs)
+    reads = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
+    wrong = f"texts of the width {reads}, and its encoders' are {width} wide"
+    fits = {width} == ({*reads} if isinstance(reads, list) else {reads})
+    if fits and unet.get("addition_embed_type") == "text_time":
+        pooled, sizes = configs[-1].get("projection_dim", 512), 6 * unet["addition_time_embed_dim"]
+        reads, width = unet["projection_class_embeddings_input_dim"], pooled + sizes
+        wrong, fits = f"a pooled text and sizes of the width {reads}, and is given {width}", reads == width
+    if not fits:
+        raise UserError(
+            f"The unet of {name} reads {wrong}: its parts are not of one model. Download it again, or name a whole one."
+        )
 
 
 def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:

@@ -26,6 +26,7 @@ from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_json
+from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import CHECKPOINT, read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -95,6 +96,9 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
         model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
     say_of_captions([pair.image for pair in pairs], model)
+    sided = ((pair.caption, pair.image.caption_source) for pair in pairs)
+    if settings.flip and (said := describe_mirrored(sided)):
+        notify(said)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,56 @@ def test_rapidata_s_image_with_more_votes_is_preferred(tmp_path: Path, name: str
     assert len(found.problems) == 1 and "row 3" in found.problems[0] and "no numbers" in found.problems[0]
     with pytest.raises(UserError, match=r"votes_image1 and votes_image2 \(Rapidata\)"):
         read_preferences(parquet(tmp_path / "x.parquet", [{"prompt": "a", "image1": b"", "image2": b""}]))
+
+
+def test_images_for_which_nobody_voted_are_no_tie(tmp_path: Path) -> None:
+    votes = [(0, 0), (2, 2), (-1, 0)]
+    file = write_lines(
+        tmp_path / "v.jsonl",
+        [
+            {"prompt": "a", "image1": "a.png", "image2": "b.png", "votes_image1": one, "votes_image2": other}
+            for one, other in votes
+        ],
+    )
+    found = read_preferences(file)
+    assert [pair.label for pair in found.pairs] == [0.5] and found.skipped == 1
+    assert len(found.problems) == 1 and "votes_image1 = -1" in found.problems[0]
+
+
+UIDS = {"image_0_uid": "x", "image_1_uid": "y"}
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ({"label_1": 1}, 0.0),
+        ({"label_1": 0.5}, 0.5),
+        ({**UIDS, "best_image_uid": "y"}, 0.0),
+        ({**UIDS, "best_image_uid": "x", "label_0": None}, 1.0),
+        ({**UIDS, "best_image_uid": "tie"}, None),
+        ({**UIDS, "best_image_uid": "x", "label_0": 0}, 0.0),
+    ],
+)
+def test_one_label_is_enough_or_the_name_of_the_better_image(
+    said: dict[str, Any], label: float | None, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a", "image_0": encoded(0), "image_1": encoded(1), **said}]
+    (tmp_path / "a.png").write_bytes(encoded(0))
+    names = {**rows[0], "image_0": "a.png", "image_1": "b.png"}
+    for file in (parquet(tmp_path / "t.parquet", rows), write_lines(tmp_path / "t.jsonl", [names])):
+        found = read_preferences(file)
+        assert [pair.label for pair in found.pairs] == ([] if label is None else [label])
+        assert len(found.problems) == (label is None)
+
+
+def test_a_user_s_number_is_the_same_in_a_column_in_which_some_are_missing(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "chosen": encoded(0), "rejected": encoded(1), "user_id": user}
+        for user in (5.0, float("nan"))
+    ]
+    file = parquet(tmp_path / "u.parquet", rows)
+    assert [pair.user for pair in read_preferences(file).pairs] == ["5", ""]
+    assert len(read_preferences(file, user="5").pairs) == 1
 
 
 def test_addresses_are_said_to_be_no_files(tmp_path: Path) -> None:
@@ -772,6 +822,30 @@ def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path: Path) -> None:
     path.write_bytes(whole + whole[: len(whole) // 2])
     append_entry(path, choice(1, "y", "right"))
     assert [c.pair for c in standing_choices(read_choices(path))] == ["x", "y"]
+
+
+def test_answers_of_two_files_that_were_joined_all_stand(tmp_path: Path) -> None:
+    path = tmp_path / CHOICES
+    for user, verdict in (("ann", "left"), ("bob", "right")):
+        for number, pair in enumerate("xy"):
+            append_entry(path, replace(choice(number, pair, verdict), user=user))
+    standing = standing_choices(read_choices(path))
+    assert [(c.user, c.pair) for c in standing] == [("ann", "x"), ("ann", "y"), ("bob", "x"), ("bob", "y")]
+    append_entry(path, Undo(1, user="ann"))
+    append_entry(path, Undo(0))
+    left = standing_choices(read_choices(path))
+    assert [(c.user, c.pair) for c in left] == [("ann", "x"), ("bob", "y")]
+
+
+def test_answers_that_an_editor_broke_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / CHOICES
+    line = json.dumps(asdict(choice(0, "x", "left")))
+    path.write_text(f"{line},\n{line}\n{{\n")
+    assert len(read_choices(path)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "line 1, line 3, which are no whole answers" in said
+    path.write_text(f"[{line}]")
+    assert len(read_choices(path)) == 1
 
 
 def test_a_repeat_is_not_a_second_pair(tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(
         (("--text-encoder-lr", "1e-3"), "--text-encoder-lr has no effect without --train-text-encoder"),
         (("--method", "pivotal"), "--pairs has no effect without --method lora or full"),
         (("--held-out", "4"), "takes all of them"),
+        (("--held-out", "0", "--patience", "2"), "no evaluation says when to stop"),
         (("--conditioning-dropout", "0.5"), "must lie between"),
     ],
 )

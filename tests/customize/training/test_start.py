@@ -25,11 +25,11 @@ from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
 from customize.data.folders import as_template
-from customize.settings import Settings, Subject, TrainOptions, read_settings
+from customize.settings import INSTANCE_PROMPT, Settings, Subject, TrainOptions, read_settings
 from customize.training.record import describe_changes, hash_images
-from customize.training.run import look_at_sheet_prompt, make_prompts, resume_concept
+from customize.training.run import look_at_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
 from customize.training.start import as_kept, start, subjects_of
-from customize.training.subjects import choose_words, guess
+from customize.training.subjects import choose_words, group_of, guess
 
 
 @pytest.fixture
@@ -385,6 +385,65 @@ def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refu
     with pytest.raises(UserError, match=words):
         subjects_of({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
     subjects_of({"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"})
+
+
+def test_a_caption_that_names_a_side_or_letters_is_said_where_images_are_mirrored(
+    tiny: Backbone, subject: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept = Concept("lora", "tiny", "f", {"[V]": "bcd"}, "dog")
+    first, *rest = list_images(subject)
+    for caption, found in (
+        ("a dog, to the left,", "left"),
+        ("a dog with a right-hand glove", "right-hand"),
+        ("Text on a dog", "Text"),
+        ("a bright dog, leftover", ""),
+    ):
+        for flip in (False, True):
+            settings = Settings(images="", token="[V]", class_noun="dog", flip=flip)
+            group_of(
+                Subject("", "[V]", "dog", "bcd"),
+                [replace(first, caption=caption), *rest],
+                settings,
+                concept,
+                tiny,
+            )
+            said = " ".join(capsys.readouterr().err.split())
+            assert ("--flip teaches it mirrored too" in said) == bool(found and flip)
+            assert f"“{found}” stands in" in said or not (found and flip)
+
+
+def test_an_instance_prompt_that_no_image_is_learned_under_is_said(
+    tiny: Backbone, subject: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept = Concept("lora", "tiny", "f", {"[V]": "bcd"}, "dog")
+    pictures = [replace(one, caption="a [V] dog in a park") for one in list_images(subject)]
+    bare = [replace(pictures[0], caption=None), *pictures[1:]]
+    for prompt, folder, said in (
+        ("a photo of {token}", pictures, True),
+        ("a photo of {token}", bare, False),
+        (INSTANCE_PROMPT, pictures, False),
+    ):
+        settings = Settings(images="", token="[V]", class_noun="dog", instance_prompt=prompt)
+        group_of(Subject("", "[V]", "dog", "bcd"), folder, settings, concept, tiny)
+        found = " ".join(capsys.readouterr().err.split())
+        assert ("no image is learned under the instance prompt “a photo of [V]”" in found) == said
+
+
+def test_early_stopping_without_a_scorer_is_refused_and_evaluations_are_said(
+    tiny: Backbone, subject: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {"images": str(subject), "token": "[V]", "class_noun": "dog"}
+    more: dict[str, Any]
+    for more in ({"patience": 2}, {"patience": 3, "evaluation_steps": 50}):
+        with pytest.raises(
+            UserError, match="has no scorer of its own, so nothing is evaluated, and no evaluation"
+        ):
+            refuse_unmeasured(Settings(**{**asked, **more}), tiny, more)
+    refuse_unmeasured(Settings(**asked, patience=2, scorer="x"), tiny, {"patience": 2})
+    refuse_unmeasured(Settings(**asked), tiny, {})
+    assert capsys.readouterr().err == ""
+    refuse_unmeasured(Settings(**asked, evaluation_steps=2), tiny, {"evaluation_steps": 2})
+    assert "--evaluation-steps has no effect without --scorer" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_subjects_stand_for_words_of_their_own(tiny: Backbone, subject: Path) -> None:
