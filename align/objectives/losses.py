@@ -263,10 +263,12 @@ class PreferenceLoss:
 
     loss       (batch, settings) → [B]
     reference  nothing, its errors (which can be cached), or its predictions (asked anew in every step)
+    asks_mean  whether a record's loss depends on a mean over the whole batch
     """
 
     loss: Callable[[PairBatch, LossSettings], Tensor]
     reference: Literal["nothing", "errors", "predictions"] = "errors"
+    asks_mean: bool = False
 
 
 def _of_pairs(loss: PairLoss) -> Callable[[PairBatch, LossSettings], Tensor]:
@@ -297,7 +299,7 @@ LOSSES: dict[str, PreferenceLoss] = {
     "dpo": PreferenceLoss(_of_pairs(dpo)),
     "ipo": PreferenceLoss(_of_pairs(ipo)),
     "hinge": PreferenceLoss(_of_pairs(hinge)),
-    "kto": PreferenceLoss(_kto),
+    "kto": PreferenceLoss(_kto, asks_mean=True),
     "mapo": PreferenceLoss(_mapo, reference="nothing"),
     "dspo": PreferenceLoss(_dspo, reference="predictions"),
     "sft": PreferenceLoss(_of_pairs(sft), reference="nothing"),

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -185,8 +185,14 @@ class PreferenceTraining(Objective):
         """
         parts = self.steps.micro(step)
         gathered: list[dict[str, Tensor]] = []
-        for part, draws in zip(parts, self.batches.at(step), strict=True):
-            loss, figures = self.loss(part, draws.noised(self.model.path))
+        batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
+        known: Sequence[PairBatch | None] = [None] * len(parts)
+        apart = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
+        if apart and LOSSES[self.settings.loss].asks_mean:
+            batches = list(batches)
+            known = self._look_ahead(parts, batches)
+        for part, batch, before in zip(parts, batches, known, strict=True):
+            loss, figures = self.loss(part, batch, before)
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
@@ -194,10 +200,33 @@ class PreferenceTraining(Objective):
             for name in gathered[0]
         }
 
-    def loss(self, chosen: RecordSamples, at: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss [B] at these (record, noise index), read already or read now, and figures [B] for the log."""
+    @torch.no_grad()
+    def _look_ahead(self, parts: Sequence[RecordSamples], batches: Sequence[Batch]) -> list[PairBatch]:
+        """A step's micro-batches for a loss that asks for a mean over the whole batch: with that mean.
+
+        It takes one more prediction of each, without gradients.
+        """
+        asked: list[Tensor] = []
+
+        def gather(values: Tensor) -> Tensor:
+            asked.append(values)
+            return values.mean()
+
+        found = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        for one in found:
+            LOSSES[self.settings.loss].loss(replace(one, mean=gather), self.settings)
+        mean = processes.reduce_mean(torch.cat(asked))
+        return [replace(one, mean=lambda values: mean) for one in found]
+
+    def loss(
+        self, chosen: RecordSamples, at: Batch | None = None, before: PairBatch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss [B] at these (record, noise index), read already or read now, and figures [B] for the log.
+
+        `before` is what `_look_ahead` found of them.
+        """
         settings = self.settings
-        batch = self.pair_batch(chosen, self.read(chosen) if at is None else at)
+        batch = self.pair_batch(chosen, self.read(chosen) if at is None else at, before)
         loss = LOSSES[settings.loss].loss(batch, settings)
         if settings.sft_weight and settings.by_pairs:
             decided = (batch.preference != 0.5).to(loss)  # of a tie neither image is what is wanted
@@ -208,8 +237,11 @@ class PreferenceTraining(Objective):
         """The batch of these (record, noise index)."""
         return self.steps.read(chosen).to(self.model.device).noised(self.model.path)
 
-    def pair_batch(self, chosen: RecordSamples, batch: Batch) -> PairBatch:
-        """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it."""
+    def pair_batch(self, chosen: RecordSamples, batch: Batch, before: PairBatch | None = None) -> PairBatch:
+        """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it.
+
+        With `before`, of a loss that compares the errors alone, only the model's are asked anew.
+        """
         settings, path = self.settings, self.model.path
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
@@ -222,6 +254,8 @@ class PreferenceTraining(Objective):
             product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
             errors = torch.stack([winner, loser])
+        if before is not None:
+            return replace(before, errors=errors)
         reference = drift = None
         match LOSSES[settings.loss].reference:
             case "errors":

@@ -34,8 +34,9 @@ from align.pairs.records import (
 from backbone.data.ahead import work_ahead
 from backbone.data.table import KEY, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash
+from backbone.io.prompts import describe_mirrored
 from backbone.media.transforms import CROPS, crop_and_resize
 from backbone.models.encode import (
     Encoding,
@@ -178,6 +179,8 @@ def prepare_pairs(
             found.refuse_none(len(table))
         _refuse_useless(table, source, records.passed_over)
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
+        if cuts.flip and (said := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)):
+            notify(said)
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")
         if processes.is_main_process():

@@ -59,7 +59,10 @@ class Location:
         return next((root / name for root in roots if (root / name).exists()), None)
 
     def config(self, part: str) -> Config:
-        """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it is missing or damaged."""
+        """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it is missing or damaged.
+
+        A scheduler's class is the one that model_index.json says, as diffusers loads it.
+        """
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
         path = self.local(name)
         if path is None and not (self.folder or self.file):
@@ -77,6 +80,9 @@ class Location:
         for key, value in config.items():
             if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
                 raise config.damaged(key)
+        if part == "scheduler" and not self.file and (not self.few_step or self.few_step not in path.parents):
+            library, said = self.index.get(part) or (None, None)
+            config |= {"_class_name": said} if library == "diffusers" and said else {}
         return config
 
     def refuse_foreign_weights(self, part: str) -> None:

@@ -5,7 +5,7 @@ As `align prepare` does it (`align.training.prepare`): chunks shared by processe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ from torch import Tensor
 from backbone.data.ahead import work_ahead
 from backbone.data.table import KEY, Numbers, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, write_bytes
+from backbone.io.prompts import describe_mirrored
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import refuse_bad_images
 from backbone.media.sources.record import ImageRecord
@@ -135,12 +136,20 @@ def prepare_images(
             raise UserError(
                 f"{error} What can be used is prepared in {out}; --skip-bad finishes it at once."
             ) from error
+        if cuts.flip and (said := describe_mirrored(_said_of(table, usable))):
+            notify(said)
         model.free("autoencoder")
         if processes.is_main_process():
             _keep_first(images, table.numbers("number")[usable[:KEPT]].tolist(), out / PICTURES)
             finish(out, replace(facts, bad=len(bad)))
         processes.barrier()
     return PreparedImages(out)
+
+
+def _said_of(table: Table, rows: Numbers) -> Iterator[tuple[str, str]]:
+    """The captions of these rows, each with the image that it is of."""
+    captions, paths = (table.strings(name).take(rows).to_pylist() for name in ("caption", "path"))
+    return ((said, f"the caption of {path}") for said, path in zip(captions, paths, strict=True))
 
 
 def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Path) -> None:

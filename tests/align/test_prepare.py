@@ -511,6 +511,24 @@ def test_a_streamed_dataset_is_prepared_as_its_files_are(
     assert torch.equal(one.train.preference, other.train.preference)
 
 
+def test_prompts_that_name_a_side_are_said_beside_flip(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "jpg_0": encoded(2 * number), "jpg_1": encoded(2 * number + 1), "label_0": 1.0, "label_1": 0.0,
+            "caption": text, "user_id": 0, "has_label": True,
+        }
+        for number, text in enumerate(("a dog looks to the left", "a dog on grass", "a dog with a logo"))
+    ]  # fmt: skip
+    monkeypatch.setattr(streams, "from_hub", served("parquet", write_rows(tmp_path / "shards", (2, 1), rows)))
+    monkeypatch.chdir(tmp_path)
+    named = "“left” stands in the prompt “a dog looks to the left” and 1 other text, and --flip teaches"
+    for flip in (False, True):
+        streamed(tiny_folder, tmp_path / f"out{flip}", cuts=Cuts(flip=flip))
+        assert (named in " ".join(capsys.readouterr().err.split())) == flip
+
+
 def test_a_stream_is_of_one_user_or_of_its_first_rows(
     tiny_folder: Path, pairs_hub: Path, tmp_path: Path
 ) -> None:

@@ -27,8 +27,12 @@ from backbone.io.weights import refuse_damaged
 
 UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
-    *("invert_sigmas", "stochastic_sampling"),
+    *("invert_sigmas", "scale_factors"),
 )
+FLOW_SAMPLERS: Mapping[str, str] = {  # of the classes that step otherwise than along the velocity
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "FlowMatchLCMScheduler": "consistency",
+}
 VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
@@ -194,7 +198,7 @@ def flow_path(
         config = (
             dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
         )
-    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if config.get(setting)]
+    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if {**scheduler, **config}.get(setting)]
     if not config or strange or config["time_shift_type"] != "exponential":
         what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
         raise UserError(
@@ -234,6 +238,23 @@ def flow_path(
     mu = dynamic(size)
     usual = float(config["shift"]) if mu is None else math.exp(mu)
     return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)
+
+
+def flow_sampling(location: Location) -> dict[str, Any]:
+    """How a rectified flow whose scheduler is not plain Euler's is drawn: the settings that differ; of others none.
+
+    A scheduler of latent consistency is that of a distillation, drawn in few steps without guidance by a second call.
+    """
+    if location.file is not None:
+        return {}  # its scheduler is a published one, which is Euler's
+    scheduler = location.config("scheduler")
+    name = scheduler.get("_class_name", "")
+    if name == "FlowMatchLCMScheduler":
+        told = location.config("transformer").get("guidance_embeds")
+        return {"steps": 4, "sampler": FLOW_SAMPLERS[name]} | ({} if told else {"guidance": 1.0})
+    if name == "FlowMatchEulerDiscreteScheduler" and scheduler.get("stochastic_sampling"):
+        return {"sampler": "consistency"}  # the same step: each clean estimate noised anew
+    return {"sampler": FLOW_SAMPLERS[name]} if name in FLOW_SAMPLERS else {}
 
 
 def _refuse_other_shifts(name: str, config: Mapping[str, Any]) -> None:

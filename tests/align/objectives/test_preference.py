@@ -37,6 +37,7 @@ from backbone.cli.options import fields_of
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
+from backbone.training.loop import accumulate_gradients
 from backbone.training.run import take_steps
 from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
@@ -390,6 +391,29 @@ def test_micro_batches_add_up_to_the_whole_batch(tiny_folder: Path, pairs_file: 
     parts = trained(training(tiny_folder, pairs_file, micro_batch=2, **changes))
     for name, value in weights(whole).items():
         torch.testing.assert_close(parts.parameters[name].detach(), value, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "mapo", "dspo"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_gradient_of_a_step_is_the_same_in_any_micro_batches(
+    tiny_folder: Path, pairs_file: Path, loss: str, size: int
+) -> None:
+    found = []
+    for at_once in (0, size):
+        reference = "live" if loss == "dspo" else "cached"
+        run = training(
+            tiny_folder, pairs_file, batch=5, loss=loss, micro_batch=at_once, beta=50.0, reference=reference
+        )
+        for number, parameter in enumerate(run.parameters.values()):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator("off", number))
+        trained, _ = accumulate_gradients(run.losses(1), run.parameters)
+        found.append((torch.cat([value.grad.flatten() for value in trained if value.grad is not None]), run.figures))
+    (whole, said), (parts, also) = found
+    assert float(whole.norm()) > 0
+    assert float((parts - whole).norm() / whole.norm()) < 1e-4  # rounding, which Adam makes a share of a step
+    assert {name: float(value) for name, value in also.items()} == pytest.approx(
+        {name: float(value) for name, value in said.items()}, rel=1e-4, abs=1e-6
+    )
 
 
 def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_file: Path) -> None:

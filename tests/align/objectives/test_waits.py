@@ -22,7 +22,7 @@ from tests.syncs import count_waits
     [
         {"draws": 4},  # every sample is new: the reference is evaluated
         pytest.param({"draws": 1}, marks=pytest.mark.slow),  # every sample was seen
-        {"loss": "kto", "micro_batch": 2},
+        {"loss": "kto", "micro_batch": 1},
         pytest.param({"loss": "dspo", "reference": "live"}, marks=pytest.mark.slow),
         pytest.param({"prompt_dropout": 0.5, "flip": True, "safeguard": 0.5}, marks=pytest.mark.slow),
     ],

@@ -115,6 +115,24 @@ def test_a_streamed_dataset_is_prepared_as_its_files_are_bit_for_bit(
     }  # fmt: skip
 
 
+def test_captions_of_a_stream_that_name_a_side_are_said_beside_flip(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("a dog looks to the left", "a dog on grass", "a dog with a logo")
+    rows = [
+        {"image": {"bytes": encoded(number), "path": f"{number}.png"}, "text": text}
+        for number, text in enumerate(texts)
+    ]
+    files = write_rows(tmp_path / "files", (2, 1), rows, images=["image"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    for flip in (False, True):
+        found = streamed(tiny_folder, tmp_path / f"out{flip}", cuts=Cuts(flip=flip))
+        said = " ".join(capsys.readouterr().err.split())
+        named = f"“left” stands in the caption of {found.pictures[0].path} and 1 other text, and --flip teaches"
+        assert (named in said) == flip, said
+
+
 def test_what_was_killed_goes_on_within_its_shard_and_reads_no_finished_one_again(
     tiny_folder: Path, hub: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     small_chunks: None, read: list[tuple[int, int]],

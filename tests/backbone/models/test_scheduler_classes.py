@@ -1,0 +1,117 @@
+"""A model folder's scheduler by its class: the one that model_index.json says, and of a flow the step that it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+
+from backbone.diffusion.noise import generator
+from backbone.io.console import UserError
+from backbone.models import sample as sampling
+from backbone.models.few_step.model import usual_drawing
+from backbone.models.model import Backbone
+from backbone.models.sample import Request, initial_noise, sample_latents
+from tests.tiny import tiny_flux, tiny_stable_diffusion_3
+
+PROMPT = "a dog in the snow"
+WITHOUT = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
+
+
+def opened(folder: Path) -> Backbone:
+    return Backbone.open(str(folder), device="cpu", precision="fp32")
+
+
+def change_json(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def with_scheduler(folder: Path, kind: Any, **settings: Any) -> Path:
+    """The same folder with another scheduler of a flow, as diffusers saves it."""
+    (folder / "limner.json").unlink()  # quick settings of the tiny models
+    shutil.rmtree(folder / "scheduler")
+    kind(**settings).save_pretrained(folder / "scheduler")
+    change_json(folder / "model_index.json", scheduler=["diffusers", kind.__name__])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sampler"),
+    [
+        (FlowMatchHeunDiscreteScheduler, {"shift": 3.0}, "heun"),
+        (FlowMatchLCMScheduler, {"shift": 3.0}, "consistency"),
+        (FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "stochastic_sampling": True}, "consistency"),
+        (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "ddim"),
+    ],
+)
+def test_a_flow_is_drawn_by_its_scheduler_s_own_steps(
+    tmp_path: Path, kind: Any, settings: dict[str, Any], sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_scheduler(tiny_stable_diffusion_3(tmp_path / "model", t5=False), kind, **settings)
+    model = opened(folder)
+    drawing = usual_drawing(model)
+    assert drawing.sampler == sampler
+    assert ((drawing.steps, drawing.guidance) == (4, 1.0)) == (kind is FlowMatchLCMScheduler)
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, **dict.fromkeys(WITHOUT))
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise(model, 0, 0, 0)
+    torch.manual_seed(7)  # theirs is not told the generator by the pipeline
+    expected = pipeline(
+        PROMPT, num_inference_steps=5, guidance_scale=1.0, latents=noise[None].clone(), output_type="latent"
+    ).images
+    monkeypatch.setattr(
+        sampling, "generator", lambda *key: generator(*key) if "steps" not in key else torch.manual_seed(7)
+    )
+    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], steps=5, guidance=1.0, seed=0)
+    assert (latents - expected).abs().max() < 1e-4
+
+
+def test_a_flow_that_is_told_the_guidance_keeps_its_own_under_a_consistency_scheduler(tmp_path: Path) -> None:
+    folder = with_scheduler(tiny_flux(tmp_path / "model"), FlowMatchLCMScheduler, use_dynamic_shifting=True)
+    drawing = usual_drawing(opened(folder))
+    assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 3.5, "consistency")
+
+
+def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
+    folder = with_scheduler(
+        tiny_stable_diffusion_3(tmp_path / "model", t5=False), FlowMatchLCMScheduler, scale_factors=[0.5]
+    )
+    with pytest.raises(UserError, match="scale_factors"):
+        _ = opened(folder).path
+
+
+@pytest.mark.parametrize("said", ["LCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
+def test_the_class_in_model_index_stands_above_the_scheduler_s_own(
+    tiny_folder: Path, tmp_path: Path, said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    change_json(folder / "model_index.json", scheduler=["diffusers", said])
+    change_json(folder / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler")
+    scheduler: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).scheduler
+    assert type(scheduler).__name__ == said
+    scheduler.set_timesteps(7)
+    model = opened(folder)
+    schedule = model.schedule(7)
+    assert schedule.time is not None
+    torch.testing.assert_close(schedule.time[:-1].float(), scheduler.timesteps.float().round(), rtol=0, atol=0.5)
+    assert usual_drawing(model).sampler == ("consistency" if said == "LCMScheduler" else "ddim")
+
+
+def test_a_class_that_is_none_of_diffusers_leaves_the_scheduler_s_own(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    for entry in ([None, None], ["my_scheduler", "MyScheduler"]):
+        change_json(folder / "model_index.json", scheduler=entry)
+        assert torch.equal(opened(folder).schedule(7).a, opened(tiny_folder).schedule(7).a)
