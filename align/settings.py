@@ -44,6 +44,10 @@ BETAS = {  # where 2000 is too much
 }
 OF_PAIRS = {"loss": PAIR_LOSSES}
 OFFLINE = {"online": ("",)}
+GIVEN_PAIRS = {
+    **OF_PAIRS,
+    **OFFLINE,
+}  # which a round has none of: whole pictures of the model, none as good as another
 A_LORA = {"full": (False,)}
 WITH_BETA = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")
 COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo", "sft")  # the two images of a pair
@@ -114,7 +118,7 @@ class Settings(TrainingSettings):
             "Crop both images of a pair at one of N places.",
             "Data",
             default_text="at the centre",
-            needs=OF_PAIRS,
+            needs=GIVEN_PAIRS,
             off=0,
             min=0,
         ),
@@ -158,7 +162,7 @@ class Settings(TrainingSettings):
             "Skip ties, or train their two images to be equally likely.",
             "Preference",
             choices=("drop", "model"),
-            needs=OF_PAIRS,
+            needs=GIVEN_PAIRS,
         ),
     ] = "drop"
     label_smoothing: Annotated[
@@ -428,6 +432,14 @@ class PairSampling(DrawingOptions):
         ),
     ] = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.redraw and self.count == 1:
+            raise UserError(
+                "--redraw draws a prompt's images after the first anew, and with --count 1 there are none. Leave out "
+                "one of the two."
+            )
+
     def facts(self) -> dict[str, Any]:
         """What images depend on, `redraw` where there is some."""
         return super().facts() | ({"redraw": self.redraw} if self.redraw else {})
@@ -495,6 +507,24 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Sett
         merged.setdefault("sample_steps", int(usual.get("steps", 0)))
         merged.setdefault("guidance", float(usual.get("guidance", -1)))
     return resolve(Settings, merged, asked)
+
+
+def refuse_out_of_reach(settings: Settings, asked: Mapping[str, Any]) -> None:
+    """`UserError` for a number that was asked for and has no effect beside the others, the model's own among them."""
+    more = ""
+    if "micro_batch" in asked and settings.micro_batch > settings.batch:
+        more = f"--micro-batch {settings.micro_batch} is more than the batch of {settings.batch}"
+    if "reward_steps" in asked and settings.loss == "draft" and settings.reward_steps > settings.sample_steps:
+        more = (
+            f"--reward-steps {settings.reward_steps} is more than the sampler's {settings.sample_steps} steps"
+        )
+    if "clip_range" in asked and settings.loss == "ddpo" and settings.steps < 2 * settings.rounds:
+        more = (
+            f"--clip-range bounds how far the policy goes from the one that drew, and in one step a round "
+            f"(--steps {settings.steps}, --rounds {settings.rounds}) it is that one"
+        )
+    if more:
+        raise UserError(f"{more}: it has no effect. Leave it out.")
 
 
 def read_settings(run: Path) -> Settings:

@@ -115,7 +115,13 @@ class ControlSettings(TrainingSettings):
         ),
     ] = False
     adapter_size: Annotated[
-        str, Option("Size of a T2I-Adapter.", "Method", choices=("full", "light"), needs=WITH_ADAPTER)
+        str,
+        Option(
+            "Size of a T2I-Adapter.",
+            "Method",
+            choices=("full", "light"),
+            needs={**WITH_ADAPTER, "begin_from": ("",)},  # which has a size
+        ),
     ] = "full"
     gradient_accumulation_steps: Annotated[
         int, Option("Batches accumulated for one optimiser step.", "Training", min=1)

@@ -38,7 +38,7 @@ from backbone.data.table import Column
 from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.distributed import processes
 from backbone.families.base import NoisePath
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
@@ -46,6 +46,9 @@ from backbone.models.encode import Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone
 from backbone.training.base_predictions import stratified_levels
 
+UNMOVED = (
+    "--random-crop has no effect: all images are square, and a cut of each is the whole image. Leave it out."
+)
 KEY = "S64"  # numpy's type of a record's key, a hash in hexadecimal digits
 Latents: TypeAlias = Tensor | Column
 """[P, …] in memory or on disk: an index takes rows out of either."""
@@ -120,6 +123,10 @@ class Items(Sequence[Item]):
             return self
         return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]
 
+    def is_moved(self) -> bool:
+        """Whether any cut of a record shows another part of its pictures than the centred one."""
+        return bool((self.cuts != self.pictures[:, None]).any())
+
     @staticmethod
     def of(items: Sequence[Item]) -> Items:
         """The same records as columns."""
@@ -180,6 +187,8 @@ def prepare(
         assert not isinstance(held_out, PreparedRecords)
         data = _encode(model, train, held_out, settings, concepts)
     model.free("autoencoder", "text_encoder")
+    if settings.random_crop and len(data.train) and not data.train.is_moved():
+        notify(UNMOVED)
     return data
 
 
@@ -199,9 +208,16 @@ def _encode(
     for record in records:
         prompts.setdefault(expand_tokens(record.prompt, concepts), len(prompts))
 
+    square = {
+        where: settings.random_crop > 0 and is_square(picture.read_size())
+        for where, picture in pictures.items()
+    }
+
     def cut(record: Record, place: CropPosition) -> tuple[int, ...]:
-        """The rows of a record's pictures at this place."""
-        return tuple(rows.setdefault((_where(picture), place), len(rows)) for picture in record.pictures)
+        """The rows of a record's pictures at this place; of a square one every cut is the whole."""
+        names = [_where(picture) for picture in record.pictures]
+        places = [(name, CROPS["center"] if square[name] else place) for name in names]
+        return tuple(rows.setdefault(one, len(rows)) for one in places)
 
     items = [
         Item(
@@ -255,6 +271,11 @@ def _open_prepared(
     ]
     columns = {flip: Column(table, "mean") for flip, table in tables.items()}
     return PreferenceData(columns[False], columns.get(True), conditions, *whole)
+
+
+def is_square(size: tuple[int, int]) -> bool:
+    """Whether an image of this size (width, height) has one square cut alone, which is the whole."""
+    return size[0] == size[1]
 
 
 def crop_place(seed: int, key: str, number: int) -> CropPosition:

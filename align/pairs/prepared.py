@@ -210,6 +210,10 @@ class PreparedRecords:
         _, first = np.unique(self.prompt, return_index=True)
         return (self.folder.prompts[self.prompt[row]] for row in np.sort(first))
 
+    def has_ties(self) -> bool:
+        """Whether any of them is a pair of which neither image was preferred."""
+        return self.sides is None and bool((self.preference == 0.5).any())
+
     def none(self) -> PreparedRecords:
         """None of them."""
         return self._part(slice(0))

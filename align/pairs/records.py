@@ -177,6 +177,10 @@ class Records(list[Record]):
         """The records' prompts, as they come."""
         return (record.prompt for record in self)
 
+    def has_ties(self) -> bool:
+        """Whether any of them is a pair of which neither image was preferred."""
+        return any(isinstance(record, Pair) and record.is_tie for record in self)
+
     def none(self) -> Records:
         """None of them."""
         return Records()

@@ -38,6 +38,7 @@ from align.settings import (
     Settings,
     as_command,
     read_settings,
+    refuse_out_of_reach,
     resolve_settings,
 )
 from align.training.monitor import Validation
@@ -88,6 +89,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
     refuse_taken(run)
     model, asked = open_configs(asked)
     settings = resolve_settings(asked, model.defaults)
+    refuse_out_of_reach(settings, asked)
     if settings.loss == "draft":
         refuse_not_differentiable(settings.online)
     open_scorer(settings.online)

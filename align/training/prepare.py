@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.objectives.dataset import crop_place
+from align.objectives.dataset import UNMOVED, crop_place, is_square
 from align.pairs.prepared import IMAGES, MIRRORED, Prepared
 from align.pairs.read import PairStream
 from align.pairs.records import (
@@ -94,7 +94,13 @@ class Plan:
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
         places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
-        views = [[View(picture, self.size, place) for picture in record.pictures] for place in places]
+        views = [
+            [
+                View(picture, self.size, CROPS["center"] if is_square(image.size) else place)
+                for picture, image in zip(record.pictures, images, strict=True)
+            ]
+            for place in places
+        ]
         for place in views:
             for view, image in zip(place, images, strict=True):
                 if view.key not in pixels:
@@ -179,6 +185,8 @@ def prepare_pairs(
             found.refuse_none(len(table))
         _refuse_useless(table, source, records.passed_over)
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
+        if cuts.random_crop and not _is_cut(table):
+            notify(UNMOVED)
         if cuts.flip and (said := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)):
             notify(said)
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
@@ -285,6 +293,13 @@ def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tenso
     if random_crop:
         columns["cuts"] = keys([[key for place in row[1:] for key in place] for row in views], random_crop, 2)
     return columns
+
+
+def _is_cut(table: Table) -> bool:
+    """Whether any random crop of a record that can be used is another one than that at the centre."""
+    rows = usable_rows(table)
+    centred, cuts = table.numbers("images")[rows], table.numbers("cuts")[rows]
+    return bool((cuts.reshape(len(rows), -1, 2, 32) != centred.reshape(len(rows), 1, 2, 32)).any())
 
 
 def _refuse_useless(table: Table, source: str, waiting: int) -> None:

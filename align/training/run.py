@@ -18,7 +18,14 @@ from align.pairs.records import (
     describe_shared_images,
     refuse_another_model,
 )
-from align.settings import FILE, Settings, as_command, read_settings, resolve_settings
+from align.settings import (
+    FILE,
+    Settings,
+    as_command,
+    read_settings,
+    refuse_out_of_reach,
+    resolve_settings,
+)
 from align.training.monitor import Validation
 from align.training.reporting.pictures import AFTER, draw_before
 from align.training.reporting.report import write_summary
@@ -52,6 +59,7 @@ def train_preferences(
     refuse_taken(run, [asked["pairs"]])
     model, asked = open_configs(asked)
     settings = resolve_settings(asked, model.defaults)
+    refuse_out_of_reach(settings, asked)
     _refuse_other_model(found, settings, model)
     records = records_of(found, settings)
     if left := _describe_left_out(found, settings):
@@ -60,6 +68,8 @@ def train_preferences(
         said := describe_mirrored((text, f"the prompt “{text}”") for text in records.texts())
     ):
         notify(said)
+    if idle := describe_idle_ties(settings, records):
+        notify(idle)
     model = open_model(settings)
     if vram is not None:
         from align.training.memory import fit_to_vram
@@ -70,6 +80,13 @@ def train_preferences(
         if writes:
             write_record(run, settings, model)
         return carry_on(run, settings, model, records, began=began)
+
+
+def describe_idle_ties(settings: Settings, records: Records | PreparedRecords) -> str:
+    """A sentence where ties are to be learned from and there are none; else ""."""
+    if settings.ties != "model" or records.has_ties():
+        return ""
+    return f"--ties model has no effect: there are no ties in {settings.pairs}. Leave it out."
 
 
 def _describe_left_out(found: Preferences | Prepared, settings: Settings) -> str:

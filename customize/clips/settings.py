@@ -206,6 +206,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
                 f"Windows of {self.context_length} frames, {self.context_stride} apart, do not overlap. Give a "
                 f"--context-stride below {self.context_length}."
             )
+        if self.context_length and self.frames and self.context_length >= self.frames:
+            raise UserError(
+                f"--context-length {self.context_length} has no effect on clips of {self.frames} frames, which are one "
+                "window. Leave it out, or ask for more --frames."
+            )
         if self.camera and self.context_length and self.context_length < self.frames:
             raise UserError(
                 "A camera's path is drawn in one window. Leave --context-length out, or ask for fewer --frames."

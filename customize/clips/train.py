@@ -247,7 +247,9 @@ def write_prompts(
         else:
             said = with_token(said, asked.token)
             prompts.append(TrainingPrompt(said, replace_tokens(said, [concept]), source))
+    unread = asked.prompt != TrainMotionOptions.prompt and all(one.caption for one in films)
     for sentence in (
+        "--prompt has no effect: every clip has a caption." if unread else "",
         describe_brackets(prompts, concept),
         *describe_foreign_syntax(prompts),
         *describe_truncated(prompts, asked.token_words, asked.token, model.text_encoder),

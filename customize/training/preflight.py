@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,19 @@ class Look:
     bits: NDArray[np.bool_]
     mirrored: NDArray[np.bool_]
     sharpness: float
+
+
+def say_idle_bound(settings: Settings, model: Backbone, asked: Mapping[str, Any]) -> None:
+    """Say that a γ that was asked for bounds no weight, since no noise level has a higher signal-to-noise ratio."""
+    if "snr_gamma" not in asked or settings.loss_weighting != "min-snr":
+        return
+    levels = model.path.levels
+    highest = float(((levels.a / levels.b) ** 2).max())
+    if settings.snr_gamma >= highest:
+        notify(
+            f"--snr-gamma {settings.snr_gamma:g} has no effect: the noise levels of {settings.model} have signal-to-"
+            f"noise ratios of at most {highest:.4g}, so it bounds none. Give less, or leave it out."
+        )
 
 
 def look(picture: ImageRecord) -> Look:

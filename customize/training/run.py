@@ -33,6 +33,7 @@ from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import fit_to_vram
+from customize.training.preflight import say_idle_bound
 from customize.training.record import describe_changes, hash_images, weights_metadata, write_record
 from customize.training.reporting.card import card, push, readme
 from customize.training.reporting.report import PREVIEWS, RunReport
@@ -70,6 +71,7 @@ def train_concept(
     subjects = name_classes(opened, subjects, pictures)
     settings = settings_for(asked | fields_of_subjects(subjects), opened.defaults, pictures)
     refuse_unmeasured(settings, opened, asked)
+    say_idle_bound(settings, opened, asked)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)

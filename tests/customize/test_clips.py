@@ -174,6 +174,7 @@ def test_a_motion_lora_s_alpha_is_one_number_other_than_zero(alpha: torch.Tensor
         (("--frames", "20", "--context-length", "12"), "positions for 8 frames, and 12"),
         (("--frames", "20", "--vram", "1"), "positions for 8 frames, and 20"),
         (("--context-length", "4", "--context-stride", "4"), "do not overlap"),
+        (("--frames", "8", "--context-length", "8"), "no effect on clips of 8 frames, which are one window"),
         (("--context-stride", "2"), "--context-stride has no effect without --context-length"),
         (("--free-noise",), "--free-noise has no effect without --context-length"),
         (("--motion-scale", "0.5"), "--motion-scale has no effect without --lora"),
@@ -331,6 +332,21 @@ def test_what_captions_of_clips_say_to_other_programs_is_plain_text_and_said(
     lines = capsys.readouterr().err
     for line in ("hold {place}", "hold “(red:1.3)", "reads 77, the token [M] not among them"):
         assert line in lines
+
+
+def test_a_prompt_for_clips_that_all_have_captions_is_said(
+    tiny: Backbone, walks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = list_films(str(walks))[0].film
+    motion = Concept("motion", "tiny", "f", {"[M]": "moving"}, "")
+    for prompt, captions, said in (
+        ("a clip of a dog", ("a dog", "a dog"), True),
+        ("a clip of a dog", ("a dog", ""), False),
+        (TrainMotionOptions.prompt, ("a dog", "a dog"), False),
+    ):
+        asked = TrainMotionOptions(clips="walks", motion="adapter", prompt=prompt)
+        write_prompts([Captioned(first, one) for one in captions], asked, motion, tiny)
+        assert ("--prompt has no effect" in capsys.readouterr().err) == said
 
 
 def test_captions_of_clips_are_read_as_those_of_images(walks: Path, tmp_path: Path) -> None:

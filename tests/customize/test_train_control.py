@@ -35,7 +35,7 @@ from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_ne
 from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import work_of
-from customize.training.control.run import FIDELITY, HeldOutFidelity, columns_of
+from customize.training.control.run import FIDELITY, HeldOutFidelity, columns_of, describe_other_rank
 from customize.training.record import describe_changes
 from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
@@ -314,6 +314,10 @@ def test_a_lora_alone_leaves_the_adapter_that_it_belongs_to_as_it_is(
     loras: list[Any] = [module.lora, further.lora]
     first, second = ({name: up.weight for name, up in zip(one.layers, one.up, strict=True)} for one in loras)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for rank, said in ((2, ""), (8, "whose rank is 2")):  # of the LoRA that is there already
+        wanted = resolve_settings(asked | again | {"rank": rank}, {})
+        found = describe_other_rank(make_network(tiny, wanted), wanted)
+        assert said in found and bool(said) == bool(found)
 
 
 def test_a_network_is_written_as_diffusers_writes_it_and_a_full_disk_keeps_the_one_before(
@@ -588,6 +592,10 @@ def test_pairs_that_teach_nothing_are_refused_in_a_sentence(
         (
             ("--condition", "sketch", "--kind", "controlnet", "--adapter-size", "light"),
             "--adapter-size has no effect",
+        ),
+        (
+            ("--condition", "sketch", "--begin-from", "before", "--adapter-size", "light"),
+            "--adapter-size has no effect with --begin-from",
         ),
         (("--condition", "sketch", "--validation-image", "a.png"), "Give it with --validation-prompt"),
         (("--condition", "sketch", "--map-dropout", "1"), "every map is black"),

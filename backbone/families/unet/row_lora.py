@@ -43,6 +43,11 @@ class RowLora(nn.Module):
         self.down = nn.ModuleList([down for down, _ in pairs])
         self.up = nn.ModuleList([up for _, up in pairs])
 
+    @property
+    def rank(self) -> int:
+        """The rank of its first layer, which a new one has in all."""
+        return len(cast(Tensor, self.down[0].weight))
+
     @contextmanager
     def acting(self, denoiser: nn.Module, rows: Tensor, scale: Tensor, count: int) -> Iterator[None]:
         """Inside the `with`, these rows [N] of a call's `count` are changed, each at its scale [N]."""

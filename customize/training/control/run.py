@@ -24,6 +24,7 @@ from backbone.adapters.concept import BEST
 from backbone.cli.conditions import AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
+from backbone.families.unet.row_lora import RowLora
 from backbone.io.console import notify, progress
 from backbone.io.files import append_jsonl, read_json
 from backbone.io.prompts import describe_mirrored
@@ -95,6 +96,8 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
+    if "rank" in asked and (said := describe_other_rank(network, settings)):
+        notify(said)
     say_of_captions([pair.image for pair in pairs], model)
     sided = ((pair.caption, pair.image.caption_source) for pair in pairs)
     if settings.flip and (said := describe_mirrored(sided)):
@@ -103,6 +106,16 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
         return carry_on(run, settings, model, network, pairs, began=began)
+
+
+def describe_other_rank(network: ControlNetwork, settings: ControlSettings) -> str:
+    """A sentence where the LoRA beside the adapter to begin from has another rank than was asked for; else ""."""
+    lora = getattr(network.module, "lora", None)
+    if not settings.begin_from or not isinstance(lora, RowLora) or lora.rank == settings.rank:
+        return ""
+    return (
+        f"--rank has no effect: the LoRA of {settings.begin_from} is trained on, whose rank is {lora.rank}."
+    )
 
 
 def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:

@@ -24,20 +24,25 @@ from align.objectives.dataset import (
     batch_of,
     mean_squares,
     prepare,
+    records_of,
     residuals,
 )
 from align.objectives.losses import PairErrors, dpo
 from align.objectives.preference import LEVEL_WEIGHTS, PreferenceTraining
 from align.objectives.reference import CachedReference, open_cached_reference, reference_path
+from align.pairs.prepared import Prepared
 from align.pairs.read import read_preferences
-from align.pairs.records import check_preferences, split_held_out, to_singles
-from align.settings import Settings, as_command, resolve_settings
+from align.pairs.records import Records, check_preferences, split_held_out, to_singles
+from align.settings import Settings, as_command, refuse_out_of_reach, resolve_settings
+from align.training.prepare import prepare_pairs
+from align.training.run import describe_idle_ties
 from backbone.adapters.lora import load_lora, use_adapters
 from backbone.cli.options import fields_of
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.loop import accumulate_gradients
+from backbone.training.prepared import Cuts
 from backbone.training.run import take_steps
 from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
@@ -407,7 +412,9 @@ def test_the_gradient_of_a_step_is_the_same_in_any_micro_batches(
         for number, parameter in enumerate(run.parameters.values()):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator("off", number))
         trained, _ = accumulate_gradients(run.losses(1), run.parameters)
-        found.append((torch.cat([value.grad.flatten() for value in trained if value.grad is not None]), run.figures))
+        found.append(
+            (torch.cat([value.grad.flatten() for value in trained if value.grad is not None]), run.figures)
+        )
     (whole, said), (parts, also) = found
     assert float(whole.norm()) > 0
     assert float((parts - whole).norm() / whole.norm()) < 1e-4  # rounding, which Adam makes a share of a step
@@ -637,6 +644,64 @@ def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learne
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"micro_batch": 5}, "--micro-batch 5 is more than the batch of 4: it has no effect"),
+        ({"micro_batch": 4}, ""),
+        (
+            {"loss": "draft", "reward_steps": 9, "sample_steps": 8},
+            "--reward-steps 9 is more than the sampler's 8",
+        ),
+        ({"loss": "draft", "reward_steps": 8, "sample_steps": 8}, ""),
+        ({"loss": "ddpo", "clip_range": 0.1, "steps": 4, "rounds": 4}, "in one step a round"),
+        ({"loss": "ddpo", "clip_range": 0.1, "steps": 8, "rounds": 4}, ""),
+        ({"loss": "ddpo", "steps": 4, "rounds": 4}, ""),
+    ],
+)
+def test_a_number_beyond_what_others_leave_it_is_refused(asked: dict[str, Any], complaint: str) -> None:
+    online = {"online": "moji", "prompts": "p.txt", "reference": "live"} if "loss" in asked else {}
+    found = Settings(pairs="" if online else "pairs", **online, **asked)
+    if not complaint:
+        refuse_out_of_reach(found, asked)
+        return
+    with pytest.raises(UserError, match=complaint):
+        refuse_out_of_reach(found, asked)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (96, 64)])
+def test_cuts_of_square_images_are_one_and_that_is_said(
+    tiny_folder: Path, tmp_path: Path, size: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for number in range(4):
+        Image.new("RGB", size, (40 * number, 90, 30)).save(tmp_path / f"{number}.png")
+        lines.append(
+            {"prompt": f"a dog {number}", "chosen": f"{number}.png", "rejected": f"{(number + 1) % 4}.png"}
+        )
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked, model = settings(random_crop=2, held_out=0.0), opened(tiny_folder)
+    found = data(model, source, asked)
+    square = size[0] == size[1]
+    assert len(found.latents) == 4 if square else len(found.latents) > 4
+    assert ("--random-crop has no effect" in capsys.readouterr().err) == square
+    prepare_pairs(read_preferences(source), model, tmp_path / "out", cuts=Cuts(random_crop=2))
+    assert ("--random-crop has no effect" in capsys.readouterr().err) == square
+    folder = replace(asked, pairs=str(tmp_path / "out"))
+    train, out = records_of(Prepared(tmp_path / "out"), folder).split(share=0.0, seed=0)
+    prepare(model, train, out, folder)
+    assert ("--random-crop has no effect" in capsys.readouterr().err) == square
+
+
+def test_ties_to_learn_from_that_are_not_there_are_said(pairs_file: Path) -> None:
+    found = check_preferences(read_preferences(pairs_file))
+    tied = Records([replace(found.pairs[0], label=0.5), *found.pairs[1:]])
+    plain, asked = Records(found.pairs), settings(ties="model")
+    assert describe_idle_ties(settings(), plain) == describe_idle_ties(asked, tied) == ""
+    assert "--ties model has no effect: there are no ties in pairs.jsonl" in describe_idle_ties(asked, plain)
 
 
 def test_unknown_layers_are_a_clear_mistake(tiny_folder: Path, pairs_file: Path) -> None:

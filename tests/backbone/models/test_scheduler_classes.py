@@ -104,7 +104,9 @@ def test_the_class_in_model_index_stands_above_the_scheduler_s_own(
     model = opened(folder)
     schedule = model.schedule(7)
     assert schedule.time is not None
-    torch.testing.assert_close(schedule.time[:-1].float(), scheduler.timesteps.float().round(), rtol=0, atol=0.5)
+    torch.testing.assert_close(
+        schedule.time[:-1].float(), scheduler.timesteps.float().round(), rtol=0, atol=0.5
+    )
     assert usual_drawing(model).sampler == ("consistency" if said == "LCMScheduler" else "ddim")
 
 

@@ -25,7 +25,9 @@ from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
 from customize.data.folders import as_template
+from customize.objectives.dreambooth import level_weight
 from customize.settings import INSTANCE_PROMPT, Settings, Subject, TrainOptions, read_settings
+from customize.training.preflight import say_idle_bound
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
 from customize.training.start import as_kept, start, subjects_of
@@ -549,3 +551,24 @@ def test_what_has_no_effect_whatever_else_is_asked_for_is_to_be_left_out(
     asked = ("--images", dog, "--condition", "edges", "--lora-layers", "all", "--model", tiny_folder)
     answer = CliRunner().invoke(app, ["train-control", *map(str, asked)])
     assert "--lora-layers has no effect here. Leave it out." in str(answer.exception)
+
+
+def test_a_bound_of_weights_above_every_level_s_ratio_is_said(
+    tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = tiny.path.levels
+    highest = float(((levels.a / levels.b) ** 2).max())
+    of_min_snr: dict[str, Any] = {
+        "images": "",
+        "token": "[V]",
+        "class_noun": "dog",
+        "loss_weighting": "min-snr",
+    }
+    for gamma, said in ((2 * highest, True), (0.5 * highest, False)):
+        settings = Settings(**of_min_snr, snr_gamma=gamma)
+        bounded = level_weight(levels, tiny.path.prediction_type, "min-snr", gamma)
+        assert bool((bounded == level_weight(levels, tiny.path.prediction_type, "none")).all()) == said
+        for asked in ({}, {"snr_gamma": gamma}):
+            say_idle_bound(settings, tiny, asked)
+            found = " ".join(capsys.readouterr().err.split())
+            assert (f"--snr-gamma {gamma:g} has no effect" in found) == (said and bool(asked))

@@ -129,7 +129,9 @@ def test_captions_of_a_stream_that_name_a_side_are_said_beside_flip(
     for flip in (False, True):
         found = streamed(tiny_folder, tmp_path / f"out{flip}", cuts=Cuts(flip=flip))
         said = " ".join(capsys.readouterr().err.split())
-        named = f"“left” stands in the caption of {found.pictures[0].path} and 1 other text, and --flip teaches"
+        named = (
+            f"“left” stands in the caption of {found.pictures[0].path} and 1 other text, and --flip teaches"
+        )
         assert (named in said) == flip, said
 
 
