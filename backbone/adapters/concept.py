@@ -20,6 +20,7 @@ from backbone.io.records import read_as, resolve_inside
 from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, no_run_folder
 
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
+MOTION = "motion"  # the kind of what was learned from clips: how things move
 EDITS = "edits"  # the kind of what was learned from pairs: an image and an instruction to an edited image
 # Carried along: an adapter by which `moji` follows instructions
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from backbone.adapters.apply import load_concepts
-from backbone.adapters.concept import Concept
+from backbone.adapters.concept import MOTION, Concept
 from backbone.adapters.config import (
     CONFIG_FILE,
     PEFT_PREFIX,
@@ -47,7 +47,6 @@ OURS = {"down": "lora_A", "up": "lora_B"}
 
 
 OF_SVD = "temporal_transformer_blocks"  # in the names of a LoRA for Stable Video Diffusion
-MOTION = "motion"  # the kind of a concept that is one
 
 
 @dataclass(frozen=True)

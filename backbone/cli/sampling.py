@@ -32,7 +32,7 @@ SAMPLERS_ELSEWHERE: Mapping[Sampler, tuple[str, ...]] = {
         *("Euler a", "k_euler_a", "euler_ancestral", "k_euler_ancestral", "DDPM"),
         *("EulerAncestralDiscreteScheduler", "DDPMScheduler"),
     ),
-    "consistency": ("LCM", "LCMScheduler"),
+    "consistency": ("LCM", "LCMScheduler", "FlowMatchLCMScheduler"),
 }
 SPACINGS_ELSEWHERE = ("karras", "exponential", "polyexponential", "sgm_uniform", "beta", "simple", "normal")
 OWN_SIZE = "as the concept's images, else the model's own"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def register(app: typer.Typer) -> None:
 
 def clip(asked: ClipOptions) -> None:
     """Draw clips from prompts, with a motion adapter and concepts or without, or let a picture move."""
+    from backbone.adapters import concept as learning
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
@@ -51,6 +53,7 @@ def clip(asked: ClipOptions) -> None:
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
+    refuse_other_scales(asked, [one.kind == learning.MOTION for one in concepts])
     learned = [one.folder / ADAPTER_FILE for one in concepts if (one.folder / ADAPTER_FILE).is_file()]
     if not asked.motion and learned:
         asked = replace(
@@ -71,6 +74,16 @@ def clip(asked: ClipOptions) -> None:
     from customize.clips.draw import draw_clips
 
     report_clips(draw_clips(prompts, asked, concepts=concepts), len(prompts) * asked.count, asked)
+
+
+def refuse_other_scales(asked: ClipOptions, motions: Sequence[bool]) -> None:
+    """`UserError` for a strength of motions or of subjects where the concepts, motions or not, are the others alone."""
+    if asked.motion_scale != 1 and not asked.lora and not any(motions):
+        raise UserError(
+            "--motion-scale has no effect: no --concept is a motion. Give --scale, the strength of subjects."
+        )
+    if asked.scale != 1 and motions and all(motions):
+        raise UserError("--scale has no effect: every --concept is a motion. Give --motion-scale.")
 
 
 def refuse_camera_adapter(asked: ClipOptions) -> None:

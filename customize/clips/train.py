@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from backbone.adapters.concept import Concept, check_token, mentions, replace_tokens, word_pattern
+from backbone.adapters.concept import MOTION, Concept, check_token, mentions, replace_tokens, word_pattern
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
     activate_adapters,
@@ -27,7 +27,7 @@ from backbone.adapters.lora import (
     add_lora,
     save_lora,
 )
-from backbone.adapters.motion import MOTION, Moves, set_in_motion
+from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.options import as_command, build, refuse_idle
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target

@@ -234,8 +234,8 @@ def test_pictures_drawn_anew_share_the_first_one_s_layout(
     assert "redraw" not in read_json(drawn / "samples.json")["sampling"]
     few = (*model, "--steps", 2, "--redraw", 0.1, "--out", tmp_path / "few")
     assert "0.1 of 2 steps is none" in refused("sample", *few) and not (tmp_path / "few").exists()
-    alone = (*model, "--count", 1, "--redraw", 0.5, "--out", tmp_path / "few")
-    assert "with --count 1 there are none" in refused("sample", *alone)
+    single = (*model, "--count", 1, "--redraw", 0.5, "--out", tmp_path / "few")
+    assert "with --count 1 there are none" in refused("sample", *single)
 
 
 def test_a_near_miss_of_a_picture_drawn_anew_starts_where_that_does(

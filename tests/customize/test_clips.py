@@ -32,9 +32,9 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
 from customize.cli import app
-from customize.clips.cli import call_of_motion
+from customize.clips.cli import call_of_motion, refuse_other_scales
 from customize.clips.films import Captioned, list_films
-from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
+from customize.clips.settings import ADAPTER_FILE, ClipOptions, TrainMotionOptions
 from customize.clips.train import (
     MotionLearning,
     Prior,
@@ -332,6 +332,28 @@ def test_what_captions_of_clips_say_to_other_programs_is_plain_text_and_said(
     lines = capsys.readouterr().err
     for line in ("hold {place}", "hold “(red:1.3)", "reads 77, the token [M] not among them"):
         assert line in lines
+
+
+@pytest.mark.parametrize(
+    ("scales", "motions", "said"),
+    [
+        ({"motion_scale": 0.5}, (False,), "--motion-scale has no effect: no --concept is a motion"),
+        ({"motion_scale": 0.5}, (False, True), ""),
+        ({"motion_scale": 0.5, "lora": (Path("a"),), "motion": "m"}, (False,), ""),
+        ({"scale": 0.5}, (True, True), "--scale has no effect: every --concept is a motion"),
+        ({"scale": 0.5}, (False, True), ""),
+    ],
+)
+def test_a_strength_of_concepts_that_are_not_there_is_refused(
+    scales: dict[str, Any], motions: tuple[bool, ...], said: str
+) -> None:
+    runs = tuple(Path(str(number)) for number in range(len(motions)))
+    asked = ClipOptions(words=("a dog",), concepts=runs, **scales)
+    if not said:
+        refuse_other_scales(asked, motions)
+        return
+    with pytest.raises(UserError, match=said):
+        refuse_other_scales(asked, motions)
 
 
 def test_a_prompt_for_clips_that_all_have_captions_is_said(

@@ -662,8 +662,9 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
     ],
 )
 def test_a_number_beyond_what_others_leave_it_is_refused(asked: dict[str, Any], complaint: str) -> None:
-    online = {"online": "moji", "prompts": "p.txt", "reference": "live"} if "loss" in asked else {}
-    found = Settings(pairs="" if online else "pairs", **online, **asked)
+    more = {"online": "moji", "prompts": "p.txt", "reference": "live"} if "loss" in asked else {"pairs": "p"}
+    wanted: dict[str, Any] = {**more, **asked}
+    found = Settings(**wanted)
     if not complaint:
         refuse_out_of_reach(found, asked)
         return
