@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import read_as
@@ -81,9 +81,20 @@ class Location:
             if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
                 raise config.damaged(key)
         if part == "scheduler" and not self.file and (not self.few_step or self.few_step not in path.parents):
-            library, said = self.index.get(part) or (None, None)
-            config |= {"_class_name": said} if library == "diffusers" and said else {}
+            self._follow_index(config)
         return config
+
+    def _follow_index(self, config: Config) -> None:
+        """Makes a scheduler's class that of model_index.json, where that is one of diffusers'; says so of another."""
+        library, said = self.index.get("scheduler") or (None, None)
+        if library != "diffusers" or not said:
+            return
+        own, config["_class_name"] = config.get("_class_name"), said
+        if own is not None and own != said:
+            notify_once(
+                f"model_index.json of {self.name} names the {said} and its scheduler/ a {own}: the first is followed, "
+                "as in diffusers."
+            )
 
     def refuse_foreign_weights(self, part: str) -> None:
         """`UserError` unless a loader that is given this component opens whole safetensors files of it alone."""

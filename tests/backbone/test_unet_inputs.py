@@ -101,6 +101,9 @@ def test_a_folder_with_the_scheduler_of_a_distillation_is_drawn_in_few_steps(
     (folder / "limner.json").unlink()
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     kind.from_config(config).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", kind.__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
     drawing = usual_drawing(opened(folder))
     assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 1.0, sampler)
     told = usual_drawing(opened(rebuilt(folder, tmp_path / "told", time_cond_proj_dim=8)))

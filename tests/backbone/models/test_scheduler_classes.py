@@ -93,7 +93,7 @@ def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("said", ["LCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
 def test_the_class_in_model_index_stands_above_the_scheduler_s_own(
-    tiny_folder: Path, tmp_path: Path, said: str
+    tiny_folder: Path, tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     change_json(folder / "model_index.json", scheduler=["diffusers", said])
@@ -107,6 +107,8 @@ def test_the_class_in_model_index_stands_above_the_scheduler_s_own(
     torch.testing.assert_close(
         schedule.time[:-1].float(), scheduler.timesteps.float().round(), rtol=0, atol=0.5
     )
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count(f"names the {said} and its scheduler/ a PNDMScheduler: the first is followed") == 1
     assert usual_drawing(model).sampler == ("consistency" if said == "LCMScheduler" else "ddim")
 
 
