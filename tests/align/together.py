@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3},
     "micros": {"batch": 4, "micro_batch": 2, "precision": "bf16"},
     "kto": {"batch": 4, "loss": "kto"},
+    "kto-micros": {"batch": 4, "loss": "kto", "micro_batch": 2},  # whose mean is of both processes
     "full": {"batch": 2, "full": True, "learning_rate": 1e-6},
 }
 ONLINE: dict[str, dict[str, Any]] = {
