@@ -206,7 +206,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
                 f"Windows of {self.context_length} frames, {self.context_stride} apart, do not overlap. Give a "
                 f"--context-stride below {self.context_length}."
             )
-        if self.context_length and self.frames and self.context_length >= self.frames:
+        if self.motion and 0 < self.frames <= self.context_length:
             raise UserError(
                 f"--context-length {self.context_length} has no effect on clips of {self.frames} frames, which are one "
                 "window. Leave it out, or ask for more --frames."
