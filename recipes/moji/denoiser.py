@@ -86,7 +86,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "train_steps": 500,
     "evaluation_steps": 250,
     "learning_rate": 3e-3,
-    "learning_rates": {"pairs": 1e-3},
+    "learning_rates": {"full": 2e-4, "pairs": 1e-3},
     "rank": 16,
     "batch": 3,
     "prior_batch": 1,

@@ -108,6 +108,16 @@ def test_edits_have_a_learning_rate_of_their_own() -> None:
         assert resolve_settings(asked, usual).learning_rate == rate
 
 
+def test_a_model_says_the_rate_of_every_way_to_learn() -> None:
+    words = {"images": "x", "token": "[V]", "class_noun": "dog"}
+    moji = Backbone.open("moji").defaults
+    assert resolve_settings(words | {"method": "full"}, {}).learning_rate == 5e-6  # as published
+    assert resolve_settings(words | {"method": "full"}, moji).learning_rate == 2e-4  # which moves a small model
+    own = {"learning_rates": {"textual-inversion": 2e-2}}
+    for method, rate in (("textual-inversion", 2e-2), ("pivotal", 5e-3)):
+        assert resolve_settings(words | {"method": method}, own).words_learning_rate == rate
+
+
 def test_its_adapter_alone_is_none_of_the_text_to_image_model(
     run: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
