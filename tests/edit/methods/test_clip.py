@@ -94,8 +94,8 @@ def test_an_inversion_of_all_frames_leads_back_and_an_edit_to_the_same_words_cha
     assert inversion.states.shape == (5, 4, 4, 8, 8)
     if linked == "by an adapter":
         torch.testing.assert_close(reconstruct(inversion), inversion.clean, atol=1e-3, rtol=0)
-    kept = edit_clip(inversion, [SOURCE], ClipEdit(guidance=1.0, cross=1.0, self_attention=1.0, threshold=0))
-    torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
+    same = edit_clip(inversion, [SOURCE], ClipEdit(guidance=1.0, cross=1.0, self_attention=1.0, threshold=0))
+    torch.testing.assert_close(same.latents[0], inversion.clean, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])

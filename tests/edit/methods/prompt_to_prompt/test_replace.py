@@ -357,8 +357,7 @@ def test_words_have_their_places_at_any_number_of_steps_and_any_strength(
 ) -> None:
     """Although no target takes anything from the source by then, so that its row is not needed otherwise."""
     inversion = invert(kept, photo(), SOURCE, steps=steps)
-    kept = (("snow",), ()), ((), ("snow",))
-    for blend, keep in kept:
+    for blend, keep in ((("snow",), ()), ((), ("snow",))):
         asked = ReplaceSettings(
             cross=0.0, self_attention=0.1, blend=blend, keep=keep, heatmaps=("dog",), strength=strength,
             threshold=0.97 if blend else 0.9,
