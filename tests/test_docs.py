@@ -2,9 +2,9 @@
 
 Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
 Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser and autoencoder, the
-published models of docs/families/ by random ones of their kind, the numbers in `LARGEST` are lowered, validations draw
-in as few steps, and what `ADDED` says is added. A block that cannot run here is marked `<!-- not run: why -->`, and its
-commands are parsed instead.
+published models of docs/families/ by random ones of their kind, the numbers in `LARGEST` are lowered, validations take
+as few steps and samples, and what `ADDED` says is added. A block that cannot run here is marked `<!-- not run: why
+-->`, and its commands are parsed instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from PIL import Image
 from backbone.cli.commands import script_app
 from backbone.models import locate
 from customize.evaluation import metrics
+from customize.training import evaluation
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -116,10 +117,16 @@ def own_call(words: list[str]) -> list[str] | None:
     return None
 
 
+@cache
+def group_of(program: str) -> Any:
+    """The click group of one of our programs."""
+    return typer.main.get_group(importlib.import_module(f"{program}.cli").app)
+
+
 def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
     """The click command that a call means, its full name, and its arguments."""
     program, *rest = words
-    command: Any = typer.main.get_group(importlib.import_module(f"{program}.cli").app)
+    command = group_of(program)
     names = [program]
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         names.append(rest.pop(0))
@@ -200,9 +207,10 @@ RANDOM: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_moji: Path) -> Path:
-    """A folder with a mask in which `moji` is the small model, and a validation draws in two steps."""
+    """A folder with a mask in which `moji` is the small model, and a validation takes few steps and samples."""
     monkeypatch.setitem(locate.OWN, "moji", small_moji)
     monkeypatch.setattr(metrics, "SAMPLING_STEPS", LARGEST["--steps"])
+    monkeypatch.setattr(evaluation, "NOISE_SAMPLES", LARGEST["--count"])
     monkeypatch.chdir(tmp_path)
     left = Image.new("L", (128, 128))
     left.paste(255, (0, 0, 64, 128))
@@ -325,6 +333,7 @@ def test_every_flag_that_a_page_names_exists(page: str) -> None:
     assert named <= known, named - known
 
 
+@cache
 def flags_of_benchmarks() -> set[str]:
     """What the commands in benchmarks/ and recipes/ take, by their annotated parameters."""
     sources = [
@@ -339,14 +348,12 @@ def flags_of_benchmarks() -> set[str]:
     }
 
 
+@cache
 def known_flags() -> set[str]:
     """Every spelling of every option of our commands, with hyphens."""
-    apps = [
-        typer.main.get_group(importlib.import_module(f"{name}.cli").app)
-        for name in ("customize", "edit", "align")
-    ]
+    groups = [group_of(name) for name in ("customize", "edit", "align")]
     parameters = [
-        parameter for app in apps for command in app.commands.values() for parameter in command.params
+        parameter for group in groups for command in group.commands.values() for parameter in command.params
     ]
     flags = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
     return {flag.replace("_", "-") for flag in flags}
@@ -359,8 +366,7 @@ def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[0] in PROGRAMS, f"{words[0]} is not ours: mark the block as not run."
     words = lowered(words)
     monkeypatch.setattr(sys, "argv", words)
-    group = typer.main.get_group(importlib.import_module(f"{words[0]}.cli").app)
-    status = group.main(args=words[1:], prog_name=words[0], standalone_mode=False)
+    status = group_of(words[0]).main(args=words[1:], prog_name=words[0], standalone_mode=False)
     assert not status, f"{shlex.join(words)} ended with status {status}."
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ COMMANDS = dict(commands())
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
 
+@cache
 def help_of(name: str, columns: int | str = 80) -> str:
     """What `--help` of a command prints at this width."""
     program, command = name.split()

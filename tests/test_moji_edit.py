@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,31 +39,36 @@ def test_it_is_small_and_made_for_the_moji_that_it_lies_beside() -> None:
     assert widened[1] == 2 * Backbone.open("moji").latent_shape[0]
 
 
-def test_moji_follows_an_instruction_without_being_told_how(tmp_path: Path) -> None:
-    photo().resize((128, 128)).save(tmp_path / "photo.png")
-    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it night", "--steps", "1"]
-    said = CliRunner().invoke(
-        app, [*words, "--no-metrics", "--device", "cpu", "--out", str(tmp_path / "run")]
-    )
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the run of one instruction, and what the command said."""
+    place = tmp_path_factory.mktemp("edit")
+    photo().resize((128, 128)).save(place / "photo.png")
+    words = ["instruct", str(place / "photo.png"), "--instruction", "make it night", "--steps", "1"]
+    said = CliRunner().invoke(app, [*words, "--no-metrics", "--device", "cpu", "--out", str(place / "run")])
     assert said.exit_code == 0, said.output or repr(said.exception)
-    assert "moji follows instructions with moji-edit" in said.output
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    return place / "run", said.output
+
+
+def test_moji_follows_an_instruction_without_being_told_how(
+    followed: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, said = followed
+    assert "moji follows instructions with moji-edit" in said
+    record = json.loads((run / "run.json").read_text())
     assert [one["folder"] for one in record["concepts"]] == [str(OWN_EDITOR)]
     assert record["sampler"] == "ancestral" and record["guidance"] == 4.0
     assert (record["guidance_start"], record["guidance_stop"]) == own_guided(DEFAULTS)
-    again = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--out", str(tmp_path / "again")])
+    again = CliRunner().invoke(app, ["replay", str(run), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output or repr(again.exception)
-    first, second = (Image.open(tmp_path / name / "edit_0.png").tobytes() for name in ("run", "again"))
+    first, second = (Image.open(one / "edit_0.png").tobytes() for one in (run, tmp_path / "again"))
     assert first == second
 
 
-def test_a_record_from_before_samplers_is_repeated_by_deterministic_steps(tmp_path: Path) -> None:
-    photo().resize((128, 128)).save(tmp_path / "photo.png")
-    words = ["instruct", str(tmp_path / "photo.png"), "--instruction", "make it night", "--steps", "1"]
-    run, again = tmp_path / "run", tmp_path / "again"
-    assert (
-        CliRunner().invoke(app, [*words, "--no-metrics", "--device", "cpu", "--out", str(run)]).exit_code == 0
-    )
+def test_a_record_from_before_samplers_is_repeated_by_deterministic_steps(
+    followed: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, again = Path(shutil.copytree(followed[0], tmp_path / "run")), tmp_path / "again"
     record = json.loads((run / "run.json").read_text())
     del record["settings"]["sampler"]
     record["guidance"] = 4.0  # which was the usual one, and was not asked for

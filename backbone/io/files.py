@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -135,6 +135,30 @@ def read_tensors(
             return tensors, dict(file.metadata() or {})
     except SafetensorError as error:
         _raise_unreadable(path, error)
+
+
+def open_tensors(path: str | Path) -> Callable[[str], torch.Tensor]:
+    """A function that reads one tensor of a safetensors file by its plain name; the header is read once for all.
+
+    It raises as `read_tensors` does, and `KeyError` for a name that is not there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _check_safetensors_path(path)
+    try:
+        file: Any = safe_open(path, framework="pt", device="cpu")
+        stored = _by_plain_name(file, path)
+    except SafetensorError as error:
+        _raise_unreadable(path, error)
+
+    def read(name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = file.get_tensor(stored[name])
+            return tensor
+        except SafetensorError as error:
+            _raise_unreadable(path, error)
+
+    return read
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

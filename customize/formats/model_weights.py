@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from backbone.families.location import Location
 from backbone.io.console import UserError
-from backbone.io.files import read_header, read_tensors
+from backbone.io.files import open_tensors, read_header
 from backbone.io.weights import list_weight_files
 from customize.formats.layers.names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
 
@@ -25,6 +25,7 @@ class ModelWeights(Mapping[str, Tensor]):
         self.location = location
         self._where: dict[str, tuple[Path, str]] = {}
         self._loaded: dict[str, Tensor] = {}
+        self._opened: dict[Path, Callable[[str], Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         if location.folder is not None:
             for component in COMPONENTS:
@@ -42,7 +43,9 @@ class ModelWeights(Mapping[str, Tensor]):
         if name in self._loaded:
             return self._loaded[name]
         path, stored = self._where[name]
-        return read_tensors(path, prefix=stored)[0][stored]
+        if path not in self._opened:
+            self._opened[path] = open_tensors(path)
+        return self._opened[path](stored)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DiffusionPipeline,
     MultiAdapter,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
@@ -62,13 +63,14 @@ def adapter(folder: Path, seed: int, **config: Any) -> Path:
 
 @dataclass(frozen=True)
 class Nets:
-    """A random model of a family, its control networks, and diffusers' pipelines for both kinds."""
+    """A random model of a family, its control networks, diffusers' pipelines for both kinds and its plain one."""
 
     model: Backbone
     controlnets: tuple[str, ...]
     adapters: tuple[str, ...]
     with_controlnet: Any
     with_adapter: Any
+    plain: Any
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -88,6 +90,7 @@ def nets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         tuple(str(adapter(place / f"adapter{n}", n, **kind)) for n in range(2)),
         StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline,
         StableDiffusionXLAdapterPipeline if xl else StableDiffusionAdapterPipeline,
+        DiffusionPipeline.from_pretrained(model.location.source),
     )
 
 
@@ -111,11 +114,12 @@ def by_diffusers(
         warnings.simplefilter("ignore")
         if kind == "controlnet":
             loaded: Any = {"controlnet": list(modules) if len(modules) > 1 else modules[0]}
-            pipeline = nets.with_controlnet.from_pretrained(nets.model.location.source, **loaded)
-        else:
+            pipeline = nets.with_controlnet.from_pipe(nets.plain, **loaded)
+        elif lora is None:
             loaded = {"adapter": MultiAdapter(list(modules)) if len(modules) > 1 else modules[0]}
-            pipeline = nets.with_adapter.from_pretrained(nets.model.location.source, **loaded)
-        if lora is not None:
+            pipeline = nets.with_adapter.from_pipe(nets.plain, **loaded)
+        else:
+            pipeline = nets.with_adapter.from_pretrained(nets.model.location.source, adapter=modules[0])
             pipeline.unet.load_lora_adapter(lora, prefix="unet", weight_name=LORA_WEIGHTS)
         pipeline.set_progress_bar_config(disable=True)
         found = pipeline(
@@ -166,7 +170,10 @@ def controls_of(
 
 
 @few_or_all
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",  # two networks have a scale and a share too
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in ("scale", "share"))) for case in CASES],
+)
 def test_guided_steps_under_controlnets_are_diffusers_own(nets: Nets, case: str, steps: int) -> None:
     count, how, said = CASES[case]
     controls, hints = controls_of(nets.model, nets.controlnets, count, how)

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -230,7 +230,6 @@ class Case:
     theirs  our latents as diffusers' pipeline takes and gives them
     given   (pipeline, what it gives) → latents as it takes them
     words   of the text, what comes from encoders that can learn words
-    steps   of the guided sample; the long suite takes 20 of every family
     """
 
     name: str
@@ -242,7 +241,6 @@ class Case:
     theirs: Callable[[Tensor], Tensor] = lambda latents: latents
     given: Callable[[Any, Tensor], Tensor] = lambda pipeline, latents: latents
     words: tuple[str, ...] = ("hidden", "pooled")
-    steps: int = STEPS
 
     def __str__(self) -> str:
         return self.name
@@ -299,7 +297,6 @@ CASES = [
         said_by_z_image,
         said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat in the red snow, " * 4},
         words=("hidden", "mask"),
-        steps=FEW,
     ),
     Case(
         "flux2-klein",
@@ -308,7 +305,6 @@ CASES = [
         said_by_flux2,
         given=given_by_flux2,
         words=("hidden",),
-        steps=FEW,
     ),
     Case(
         "flux2-klein-distilled",
@@ -317,7 +313,6 @@ CASES = [
         said_by_flux2,
         given=given_by_flux2,
         words=("hidden",),
-        steps=FEW,
     ),
     Case(
         "qwen-image",
@@ -327,7 +322,6 @@ CASES = [
         said={"negative_prompt": "a red cat", "true_cfg_scale": GUIDANCE, "guidance_scale": None},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
-        steps=FEW,
     ),
     Case(
         "krea2",
@@ -337,7 +331,6 @@ CASES = [
         said={"guidance_scale": GUIDANCE - 1, "negative_prompt": "a red cat"},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
-        steps=FEW,
     ),
     Case(
         "krea2-turbo",
@@ -347,7 +340,6 @@ CASES = [
         said={"guidance_scale": GUIDANCE - 1},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
-        steps=FEW,
     ),
 ]
 CASES.append(
@@ -358,7 +350,6 @@ CASES.append(
         said_by_flux2,
         given=lambda pipeline, tokens: tokens.transpose(1, 2).unflatten(2, (8, 8)),
         words=("hidden",),
-        steps=FEW,
     )
 )
 CASES.append(
@@ -374,7 +365,6 @@ CASES.append(
         },
         theirs=lambda latents: latents.flatten(2).transpose(1, 2),
         words=("hidden", "mask"),
-        steps=FEW,
     )
 )
 CASES.append(
@@ -386,7 +376,6 @@ CASES.append(
         said={"negative_prompt": "a red cat in the red snow"},
         theirs=flux.pack_latents,
         words=("hidden", "mask"),
-        steps=FEW,
     )
 )
 NAMED = {case.name: case for case in CASES}
@@ -400,8 +389,10 @@ def marked(slow: Sequence[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", params, ids=str)
 
 
-every, proof = marked(SLOW), marked(VARIANTS)
-NEWER = [case for case in CASES if case.steps == FEW]
+# What differs from a sibling in the text encoders or in guidance alone
+SIBLINGS = ("sd3-without-t5", "flux-schnell")
+every, proof, loads = marked(SLOW), marked(VARIANTS), marked((*SLOW, *SIBLINGS))
+trained_alike = marked((*SLOW, "sd3", "flux-schnell"))
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +417,7 @@ class Written(dict[str, Path]):
 # Parity with diffusers --------------------------------------------------------------------------------------
 
 
-@every
+@loads
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_weights_and_buffers_are_those_that_diffusers_loads(
     case: Case, precision: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -470,18 +461,18 @@ def test_an_autoencoder_with_the_names_of_old_files_is_left_to_diffusers(
 
 @proof
 def test_a_guided_sample_is_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
-    assert_same_sample(case, folders, case.steps)
+    assert_same_sample(case, folders, FEW)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", NEWER, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_twenty_guided_steps_are_diffusers_own(case: Case, folders: dict[str, Path]) -> None:
     assert_same_sample(case, folders, STEPS)
 
 
 def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None:
     """So many guided steps from the same noise, and one prediction."""
-    model, pipeline = opened(folders[case.name]), loaded(case, folders)
+    model, pipeline = kept(folders[case.name]), loaded(case, folders)
     request = Request(PROMPT, (0, 0), case.said.get("negative_prompt", ""))
     said = {"guidance_scale": GUIDANCE} | case.said
     if case.pipeline is WholeQwen21:  # which has no guidance by another name
@@ -505,7 +496,7 @@ def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None
     )
 
 
-@every
+@trained_alike
 def test_training_exports_an_adapter_that_diffusers_loads(
     case: Case, folders: dict[str, Path], tmp_path: Path, subject: Path
 ) -> None:
@@ -525,7 +516,7 @@ def test_training_exports_an_adapter_that_diffusers_loads(
 @every
 @pytest.mark.parametrize("layers", ["attention", "all"])
 def test_every_set_of_layers_takes_an_adapter(case: Case, layers: str, folders: dict[str, Path]) -> None:
-    model = opened(folders[case.name])
+    model = kept(folders[case.name])
     spec = model.family.spec(model.location, torch.float32).denoiser
     network = spec.instantiate()
     targets = model.family.lora_targets[layers]
@@ -551,7 +542,7 @@ def test_a_new_word_begins_as_the_one_that_it_was_made_from(case: Case, folders:
 def test_pictures_come_back_through_the_autoencoder_with_their_shape(
     case: Case, folders: dict[str, Path]
 ) -> None:
-    model = opened(folders[case.name])
+    model = kept(folders[case.name])
     pictures = torch.rand(1, 3, 64, 64) * 2 - 1
     posterior = model.encode(pictures)
     assert model.latent_shape[-2:] == (8, 8) and model.resolution == 64
@@ -560,7 +551,7 @@ def test_pictures_come_back_through_the_autoencoder_with_their_shape(
 
 
 def test_no_prompt_is_zeros_where_the_model_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
-    encoder = opened(folders["xl"]).text_encoder
+    encoder = kept(folders["xl"]).text_encoder
     assert all(bool((value[0] == 0).all() and (value[1] != 0).any()) for value in encoder(["", "a"]).values())
     other = shutil.copytree(folders["xl"], tmp_path / "other")
     index = read_json(other / "model_index.json")
@@ -593,7 +584,7 @@ def test_an_autoencoder_is_in_bf16_and_in_fp16_only_where_that_does_not_overflow
 
 
 def test_a_flow_is_converted_at_its_noisiest_end(folders: dict[str, Path]) -> None:
-    model = opened(folders["sd3"])
+    model = kept(folders["sd3"])
     noise, top = torch.randn(2, *model.latent_shape), model.schedule(4)[0]
     assert float(top.a) == 0 and float(top.b) == 1
     found = model.predictor(model.encode_prompts([PROMPT, ""]))(noise, top)
@@ -608,7 +599,7 @@ def test_a_flow_is_converted_at_its_noisiest_end(folders: dict[str, Path]) -> No
 def test_a_flow_shifts_its_ladder_by_the_picture_s_size(
     folders: dict[str, Path], name: str, longest: float
 ) -> None:
-    model, size = opened(folders[name]), (24, 40)
+    model, size = kept(folders[name]), (24, 40)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     mu = calculate_shift(size[0] * size[1] // 4)
     sigmas = torch.linspace(1, longest, 6).tolist() if longest < 1 else None
@@ -618,14 +609,14 @@ def test_a_flow_shifts_its_ladder_by_the_picture_s_size(
 
 
 def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[str, Path]) -> None:
-    model = opened(folders["flux-dev"])
+    model = kept(folders["flux-dev"])
     text, empty = model.encode_prompts([PROMPT]), model.encode_prompts([""])
     noisy, level = torch.randn(1, *model.latent_shape), model.path.levels[300]
     answers = [model.guided_predictor(text, empty, scale)(noisy, level).clean for scale in (1.0, 3.5)]
     plain = model.predictor(text)(noisy, level).clean
     torch.testing.assert_close(answers[0], plain)
     assert not torch.allclose(answers[1], plain)
-    other = opened(folders["flux-schnell"])
+    other = kept(folders["flux-schnell"])
     text = other.encode_prompts([PROMPT])
     torch.testing.assert_close(
         other.guided_predictor(text, text, 3.5)(noisy, level).clean, other.predictor(text)(noisy, level).clean
@@ -642,7 +633,7 @@ def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[s
 )
 @torch.no_grad()
 def test_prompts_of_unlike_length_are_read_together_as_alone(name: str, folders: dict[str, Path]) -> None:
-    model = opened(folders[name])
+    model = kept(folders[name])
     noisy, time = question(model)
     text = model.encode_prompts([PROMPT, "a dog", ""])
     together = model.family.network(model.denoiser, text)(noisy.expand(3, -1, -1, -1), time)
@@ -673,7 +664,7 @@ def test_packing_latents_is_undone_by_unpacking() -> None:
 
 
 def test_t5_has_rare_words_too(folders: dict[str, Path]) -> None:
-    vocabulary = opened(folders["pixart"]).text_encoder.tokenizer.get_vocab()
+    vocabulary = kept(folders["pixart"]).text_encoder.tokenizer.get_vocab()
     assert choose_rare_word(vocabulary, "key") in tiny.RARE
 
 
@@ -718,6 +709,12 @@ def test_a_part_of_another_family_is_a_clear_mistake(
 
 
 # Helpers ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def kept(folder: Path) -> Backbone:
+    """Opened once: a test leaves it as it is."""
+    return opened(folder)
 
 
 def opened(folder: Path) -> Backbone:

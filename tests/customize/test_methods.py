@@ -114,7 +114,10 @@ def test_a_concept_says_from_its_files_what_its_training_said(
     torch.testing.assert_close(said(other, prompt), trained, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("method", "adapter"), ALL)
+@pytest.mark.parametrize(
+    ("method", "adapter"),  # which layers an adapter is put on is one code for all kinds
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one[1] != "lora")) for one in ALL],
+)
 def test_only_what_the_method_names_moves(
     tiny_folder: Path, subject: Path, method: str, adapter: str
 ) -> None:

@@ -77,7 +77,9 @@ def test_what_is_drawn_around_a_picture_is_its_place_without_the_thing() -> None
     ("words", "said", "beside"),
     [
         ("a cat under the sea", "a cat", ""),
-        ("an apple next to a sunflower in a forest", "an apple", "a sunflower"),
+        pytest.param(
+            "an apple next to a sunflower in a forest", "an apple", "a sunflower", marks=pytest.mark.slow
+        ),
         ("an apple next to a sunflower in a forest", "a sunflower", "an apple"),
     ],
 )

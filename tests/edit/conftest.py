@@ -1,9 +1,9 @@
-"""A random pipeline of every family beside Stable Diffusion's, each written once."""
+"""A random pipeline of every family, each written and opened once: a test that changes one opens its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,13 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return written
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def family(family_folder: Callable[[str], Path]) -> Open:
-    """A family's pipeline, opened in fp32 on the CPU."""
-    return lambda name: Backbone.open(str(family_folder(name)), device="cpu", precision="fp32")
+    """A family's pipeline, opened in fp32 on the CPU; a test leaves it as it is."""
+    return cache(lambda name: Backbone.open(str(family_folder(name)), device="cpu", precision="fp32"))
+
+
+@pytest.fixture(scope="session")
+def kept(tiny_folder: Path) -> Backbone:
+    """The random pipeline of Stable Diffusion's family, opened so; a test leaves it as it is."""
+    return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")

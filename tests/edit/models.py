@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from backbone.diffusion.noise import Level, PredictionType, flow, vp
@@ -21,10 +23,18 @@ PATHS = (
     ("v_prediction", "trailing", 0, "one"),
     ("flow", "", 0, ""),
 )
+# Where schedules begin and end is compared with diffusers' in tests/backbone/diffusion
+USUAL = (("epsilon", "leading", 1, "first"), ("v_prediction", "trailing", 0, "one"), ("flow", "", 0, ""))
+paths = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path not in USUAL)) for path in PATHS],
+    ids=lambda path: "-".join(map(str, path)),
+)
 
 
+@cache
 def tiny_on(folder: Path, kind: PredictionType, spacing: str, offset: int, final: str) -> Backbone:
-    """The tiny pipeline, its network read as one that predicts `kind` on another schedule."""
+    """The tiny pipeline, its network read as one that predicts `kind` on another schedule; opened once."""
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
     alphas = alphas_cumprod()
 

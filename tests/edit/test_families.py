@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ each = pytest.mark.parametrize("name", ["xl", *TRANSFORMERS, *SLOWLY])
 transformers = pytest.mark.parametrize("name", [*TRANSFORMERS, *SLOWLY])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def inverted(family: Open) -> Callable[..., Inversion]:
-    """A picture's inversion by a family's name."""
-    return lambda name, **wishes: invert(family(name), photo(), SOURCE, **{"steps": STEPS} | wishes)
+    """A picture's inversion by a family's name, made once."""
+    return cache(lambda name, **wishes: invert(family(name), photo(), SOURCE, **{"steps": STEPS} | wishes))
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -352,7 +353,7 @@ def record(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["xl", "flux-dev", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "pixart")), *SLOWLY],
+    ["flux-dev", *(pytest.param(name, marks=pytest.mark.slow) for name in ("xl", "sd3", "pixart")), *SLOWLY],
 )
 def test_every_command_works_on_every_family(
     edit: Callable[..., int], name: str, capsys: pytest.CaptureFixture[str]

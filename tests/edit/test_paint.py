@@ -24,6 +24,7 @@ from edit.paint.server import build_app
 from edit.pictures import read_image
 from edit.settings import PaintOptions
 from tests.backbone.media.sources.test_pictures import huge
+from tests.tiny import tiny_moji
 
 TOKEN, PORT = "secret-token", 4711
 HOST = f"http://127.0.0.1:{PORT}"
@@ -32,10 +33,11 @@ CAT = Wish(source="a cat in a park", target="a dog in a park")
 
 
 @pytest.fixture(scope="module")
-def opened() -> PaintBoard:
-    """The example's cat and `moji`, in two steps."""
-    asked = PaintOptions(image=str(IMAGE), device="cpu", steps=2)
-    return PaintBoard.open(asked, read_image(IMAGE), {"device": "cpu"}, Path())
+def opened(tmp_path_factory: pytest.TempPathFactory) -> PaintBoard:
+    """The example's cat and the small model with the words of `moji`, in two steps."""
+    model = str(tiny_moji(tmp_path_factory.mktemp("models") / "moji"))
+    asked = PaintOptions(image=str(IMAGE), model=model, device="cpu", steps=2)
+    return PaintBoard.open(asked, read_image(IMAGE), {"model": model, "device": "cpu"}, Path())
 
 
 @pytest.fixture

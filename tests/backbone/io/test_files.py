@@ -27,6 +27,7 @@ from backbone.io.files import (
     fill_folder,
     make_empty_folder,
     make_numbered_folder,
+    open_tensors,
     read_header,
     read_json,
     read_jsonl,
@@ -149,9 +150,10 @@ def test_a_compiled_network_s_names_are_those_of_the_network(
     assert read_header(path).shapes == {plain: (3,), "other": (2,)}
     for asked in ({}, {"prefix": plain[:6]}, {"names": {plain}}):
         assert torch.equal(read_tensors(path, **asked)[0][plain], torch.arange(3.0))
+    assert torch.equal(open_tensors(path)(plain), torch.arange(3.0))
     if compiled != plain:
         write_tensors(path, {**tensors, plain: torch.zeros(3)})
-        for read in (read_header, read_tensors):
+        for read in (read_header, read_tensors, open_tensors):
             with pytest.raises(UserError, match="twice"):
                 read(path)
 

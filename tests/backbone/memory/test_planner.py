@@ -56,7 +56,8 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 NEWER = ("z-image", "flux2", "qwen-image", "krea2", "flux2-dev", "chroma", "qwen-image-2.1", "qwen-edit")
 every = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in NEWER)) for name in WRITERS]
+    "name",  # the UNet of xl is sd's but for its blocks
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in (*NEWER, "xl"))) for name in WRITERS],
 )
 
 
@@ -224,10 +225,7 @@ def test_the_batch_is_counted_although_nothing_looks_at_it() -> None:
     assert counted.peak - bare.peak == 4000 + 48 and counted.saved == bare.saved
 
 
-@pytest.mark.parametrize(
-    "name",  # the UNet of xl is sd's but for its blocks
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in (*NEWER, "xl"))) for name in WRITERS],
-)
+@every
 def test_more_rows_need_more_and_checkpointing_less(models: dict[str, Backbone], name: str) -> None:
     one, four = (MemoryEstimator(models[name], lora(models[name], rows)) for rows in (1, 4))
     assert four.step_bytes("fp32", False).saved == pytest.approx(

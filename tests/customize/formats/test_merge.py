@@ -17,8 +17,9 @@ from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.embeddings import add_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, load_lora
 from backbone.io.console import UserError
-from backbone.io.files import list_files, read_json, read_tensors, write_json, write_tensors
+from backbone.io.files import list_files, open_tensors, read_json, read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
+from customize.formats import model_weights
 from customize.formats.adapter import AdapterFile
 from customize.formats.factors import LayerUpdate, fit_lora, sum_loras, truncate_lora
 from customize.formats.merging.bake import add_tokens as bake_tokens
@@ -241,16 +242,26 @@ def test_extracting_what_was_baked_gives_the_adapter_back(
     assert {name: layer.factors["down"].shape[1:] for name, layer in found.layers.items()} == shapes
 
 
-def test_extraction_says_how_much_it_explains(tiny_folder: Path, tmp_path: Path) -> None:
+def test_extraction_says_how_much_it_explains_and_reads_each_header_once(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tiny_pipeline(tmp_path / "other", seed=1)
+    opened: list[Path] = []
+
+    def note(path: Path) -> Callable[[str], torch.Tensor]:
+        opened.append(path)
+        return open_tensors(path)
+
+    monkeypatch.setattr(model_weights, "open_tensors", note)
     _, low = extract_lora(str(other), str(tiny_folder), rank=1)
     found, high = extract_lora(str(other), str(tiny_folder), rank=8)
+    assert len(opened) == 2 * len(set(opened)) == 2 * 2 * 2  # of two models, denoiser and text encoder
     assert 0 < low.energy_kept < high.energy_kept < 1
     assert high.outside > 0 and re.search(r"% of it is in biases, norms and embeddings", str(high))
     write_adapter(tmp_path / "e.safetensors", found, "diffusers")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_what_half_precision_has_rounded_is_not_extracted(
     dtype: torch.dtype, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -17,11 +17,13 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
+from customize.evaluation import metrics
 from customize.evaluation.metrics import EarlyStopping
 from customize.methods.begin import copy_learned
 from customize.methods.registry import trainable
 from customize.methods.weights import CHANGED
 from customize.settings import resolve_settings
+from customize.training import evaluation
 from customize.training.start import start
 from tests.customize.training.test_edits import lay
 
@@ -204,6 +206,8 @@ def test_the_sheet_is_drawn_by_the_best_step_as_sampling_is(
     short, long = learn("short", **asked), learn("long", steps=3, **asked)
     first = property(lambda patience: patience.history[min(1, len(patience.history) - 1)])
     monkeypatch.setattr(EarlyStopping, "best", first)
+    monkeypatch.setattr(metrics, "SAMPLING_STEPS", 1)  # what evaluations find is no matter
+    monkeypatch.setattr(evaluation, "NOISE_SAMPLES", 1)
     kept = learn("kept", steps=3, evaluation_steps=1, scorer=str(EMBEDDED / "scorer"), **asked)
     last, best = ((pictures(kept) - pictures(run)).abs().mean() for run in (long, short))
     assert best < 0.1 * last

@@ -226,7 +226,7 @@ def test_text_encoders_learn_to_read_instructions_too(
     compare_baked(tmp_path / "run", tmp_path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_instructions_read_at_every_step_are_those_read_once(
     pairs: Path, tiny_folder: Path, tmp_path: Path, share: float
 ) -> None:

@@ -70,6 +70,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Trai
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "open_as", count)
         patch.setattr("backbone.training.run.append_jsonl", log)
+        patch.setattr("customize.evaluation.metrics.SAMPLING_STEPS", 2)  # and few noise samples: quicker
+        patch.setattr("customize.training.evaluation.NOISE_SAMPLES", 2)
         done = invoked(
             *("train", "--images", folder / "subject", "--model", tiny_folder, "--class", "dog", *HERE),
             *("--scorer", SCORER, "--evaluate-every", 2, "--steps", 4, "--flip", "--resolution", 32),

@@ -372,7 +372,8 @@ def asked(model: Backbone) -> Asked:
 
 
 def wearing_a_lora(model: Backbone) -> Backbone:
-    """The same with an adapter on every projection that changes something."""
+    """The same, opened anew, with an adapter on every projection that changes something."""
+    model = Backbone.open(str(model.location.folder), device="cpu", precision="fp32")
     targets = model.family.lora_targets["attention"]
     add_lora(model.denoiser, "other", rank=2, alpha=4.0, targets=targets)
     for value in lora_parameters(model.denoiser, "other").values():

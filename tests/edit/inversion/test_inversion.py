@@ -18,12 +18,16 @@ from backbone.media.transforms import to_image, working_size
 from backbone.models.model import Backbone
 from edit.inversion.inversion import METHODS, Method, identify, invert, read_inversion, reconstruct
 from edit.inversion.null_text import optimize_null_texts
-from tests.edit.models import PATHS, photo, tiny_on
+from tests.edit.models import PATHS, paths, photo, tiny_on
 
 PROMPT = "a cat in the snow"
 STEPS = 6
 
-paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
+
+@pytest.fixture
+def tiny(kept: Backbone) -> Backbone:
+    """Nothing here changes it."""
+    return kept
 
 
 def miss(found: Tensor, expected: Tensor) -> float:

@@ -61,10 +61,12 @@ def film() -> Film:
     return Film(tuple(frames), 8.0, "walk.webp", "0")
 
 
-@pytest.fixture
-def moving(tiny: Backbone) -> Backbone:
-    attach_motion(tiny.denoiser, tiny_motion_adapter())
-    return tiny
+@pytest.fixture(scope="module")
+def moving(tiny_folder: Path) -> Backbone:
+    """With an adapter, opened once; a test leaves it as it is."""
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    attach_motion(model.denoiser, tiny_motion_adapter())
+    return model
 
 
 @pytest.mark.slow
@@ -85,27 +87,25 @@ def test_video_to_video_is_diffusers_own(moving: Backbone, tiny_folder: Path, fi
 
 @pytest.mark.parametrize("linked", ["by an adapter", "by attention"])
 def test_an_inversion_of_all_frames_leads_back_and_an_edit_to_the_same_words_changes_nothing(
-    linked: str, tiny: Backbone, film: Film
+    linked: str, kept: Backbone, moving: Backbone, film: Film
 ) -> None:
-    if linked == "by an adapter":
-        attach_motion(tiny.denoiser, tiny_motion_adapter())
-    inversion = invert_film(tiny, film, SOURCE, method="edit-friendly", steps=4)
+    model = moving if linked == "by an adapter" else kept
+    inversion = invert_film(model, film, SOURCE, method="edit-friendly", steps=4)
     assert inversion.states.shape == (5, 4, 4, 8, 8)
     if linked == "by an adapter":
         torch.testing.assert_close(reconstruct(inversion), inversion.clean, atol=1e-3, rtol=0)
-    kept = edit_clip(inversion, [SOURCE], ClipEdit(guidance=1.0, cross=1.0, self_attention=1.0, threshold=0))
-    torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
+    same = edit_clip(inversion, [SOURCE], ClipEdit(guidance=1.0, cross=1.0, self_attention=1.0, threshold=0))
+    torch.testing.assert_close(same.latents[0], inversion.clean, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
 @pytest.mark.parametrize("linked", ["by an adapter", pytest.param("by attention", marks=pytest.mark.slow)])
 def test_a_sampled_source_is_guided_as_its_inversion_says(
-    linked: str, method: str, tiny: Backbone, film: Film
+    linked: str, method: str, kept: Backbone, moving: Backbone, film: Film
 ) -> None:
-    if linked == "by an adapter":
-        attach_motion(tiny.denoiser, tiny_motion_adapter())
+    model = moving if linked == "by an adapter" else kept
     made: dict[str, Any] = {"guidance": 3.0, "iterations": 5} if method == "null-text" else {}
-    inversion = invert_film(tiny, film, SOURCE, method=method, steps=3, **made)
+    inversion = invert_film(model, film, SOURCE, method=method, steps=3, **made)
     assert (inversion.empties is not None) == (method == "null-text")
     asked = ClipEdit(cross=1.0, self_attention=1.0, threshold=0, guidance=None if made else 3.0)
     same = edit_clip(inversion, [SOURCE], asked).latents[0]
@@ -172,15 +172,15 @@ def test_frames_that_are_kept_are_the_source_s_and_the_others_move_otherwise(
             edit_clip(inversion, ["a dog, moving left"], ClipEdit(keep_frames=numbers))
 
 
-def test_the_sources_attention_is_taken_frame_by_frame(tiny: Backbone) -> None:
+def test_the_sources_attention_is_taken_frame_by_frame(kept: Backbone) -> None:
     """Without anything over time a clip's frames are pictures, so controlling both is the same."""
     clips = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     control = AttentionControl(1, clips=2, self_attention="layout")
-    together = predictions(tiny, control, clips)
+    together = predictions(kept, control, clips)
     for frame in range(3):
-        alone = predictions(tiny, AttentionControl(1, self_attention="layout"), clips[:, :, frame])
+        alone = predictions(kept, AttentionControl(1, self_attention="layout"), clips[:, :, frame])
         torch.testing.assert_close(together[:, :, frame], alone, atol=1e-5, rtol=0)
-    assert (together - predictions(tiny, None, clips)).abs().max() > 1e-4
+    assert (together - predictions(kept, None, clips)).abs().max() > 1e-4
 
 
 def test_over_time_a_target_looks_where_the_source_looks(moving: Backbone) -> None:
@@ -196,22 +196,22 @@ def test_over_time_a_target_looks_where_the_source_looks(moving: Backbone) -> No
     torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=0)
 
 
-def test_frames_linked_by_attention_see_the_first_and_the_one_before(tiny: Backbone) -> None:
+def test_frames_linked_by_attention_see_the_first_and_the_one_before(kept: Backbone) -> None:
     clips = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     other = clips.clone()
     other[:, :, 2] = 0
     one, two = (
-        predictions(tiny, AttentionControl(0, clips=2, across_frames=True), x) for x in (clips, other)
+        predictions(kept, AttentionControl(0, clips=2, across_frames=True), x) for x in (clips, other)
     )
     changed = (one - two).abs().amax((0, 1, 3, 4)) > 1e-6
     assert changed.tolist() == [False, False, True, True]
     assert frames_as_rows(clips).shape[0] == 8
 
 
-def test_frames_of_one_prompt_do_not_look_at_those_of_another(tiny: Backbone, film: Film) -> None:
+def test_frames_of_one_prompt_do_not_look_at_those_of_another(kept: Backbone, film: Film) -> None:
     """Else it would matter which of two prompts comes first."""
-    inversion = invert_film(tiny, film, SOURCE, steps=2)
-    with link_frames(tiny, 4):
+    inversion = invert_film(kept, film, SOURCE, steps=2)
+    with link_frames(kept, 4):
         maps = [difference_maps(inversion, [pair])[0] for pair in ((SOURCE, "a cat"), ("a cat", SOURCE))]
     torch.testing.assert_close(*maps, atol=1e-5, rtol=0)
 
@@ -225,21 +225,21 @@ def test_a_place_counts_in_the_frames_around_it() -> None:
 
 
 def test_a_clip_is_edited_under_the_maps_of_its_own_frames(
-    tiny: Backbone, film: Film, tmp_path: Path
+    kept: Backbone, film: Film, tmp_path: Path
 ) -> None:
-    net = controlnet(tiny.denoiser, tmp_path / "net", 0)
+    net = controlnet(kept.denoiser, tmp_path / "net", 0)
     found = AskedControl(parse_map("edges=auto"), str(net))
-    layout = open_clip_layout(tiny, film, [found])
+    layout = open_clip_layout(kept, film, [found])
     (condition,) = layout.conditions
     assert len(condition.maps) == 4 and condition.maps[0] != condition.maps[3]
     assert layout.sides == ((True, True),)
-    inversion = invert_film(tiny, film, SOURCE, steps=2, layout=layout)
-    assert not torch.equal(inversion.states[0], invert_film(tiny, film, SOURCE, steps=2).states[0])
+    inversion = invert_film(kept, film, SOURCE, steps=2, layout=layout)
+    assert not torch.equal(inversion.states[0], invert_film(kept, film, SOURCE, steps=2).states[0])
     result = edit_clip(inversion, ["a cat in the snow"], ClipEdit())
     assert result.facts["conditions"][0]["of"] == "both"
-    off = open_clip_layout(tiny, film, [replace(found, scale=0.0)])
+    off = open_clip_layout(kept, film, [replace(found, scale=0.0)])
     plain, under, none = (
-        redraw_film(tiny, film, "a cat", ClipRedraw(steps=2, guidance=3.0), layout=one).latents
+        redraw_film(kept, film, "a cat", ClipRedraw(steps=2, guidance=3.0), layout=one).latents
         for one in (NO_LAYOUT, layout, off)
     )
     assert torch.equal(plain, none) and (plain - under).abs().max() > 1e-4

@@ -29,18 +29,22 @@ from edit.methods.prompt_to_prompt.regions import (
 )
 from edit.methods.prompt_to_prompt.replace import align_prompts, replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
-from tests.edit.models import PATHS, photo, tiny_on
+from tests.edit.models import paths, photo, tiny_on
 
 SOURCE, TARGET = "a cat in the snow", "a dog in the snow"
 STEPS = 5
 EVERYWHERE = ReplaceSettings(blend=())
 
-paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path)))
+
+@pytest.fixture(scope="module")
+def inversion(kept: Backbone) -> Inversion:
+    return invert(kept, photo(), SOURCE, steps=STEPS)
 
 
-@pytest.fixture
-def inversion(tiny: Backbone) -> Inversion:
-    return invert(tiny, photo(), SOURCE, steps=STEPS)
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The one of `moji`, which knows more words."""
+    return Backbone.open("moji", device="cpu").text_encoder.tokenizer
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -65,18 +69,18 @@ def test_the_source_row_is_the_trajectory_at_any_guidance(tiny_folder: Any, path
 
 
 @pytest.mark.parametrize("method", ["renoise", "edit-friendly", "reversible"])
-def test_other_exact_methods_overwrite_the_source_row_too(tiny: Backbone, method: Method) -> None:
-    inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
+def test_other_exact_methods_overwrite_the_source_row_too(kept: Backbone, method: Method) -> None:
+    inversion = invert(kept, photo(), SOURCE, steps=STEPS, method=method)
     edited = replace(inversion, TARGET, EVERYWHERE)
     assert torch.equal(edited.source_latent, inversion.clean)
 
 
-def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: Backbone) -> None:
+def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(kept: Backbone) -> None:
     """The two-step rule damps nothing: what a strongly guided target added to it would grow from step to step."""
     size = {}
     methods: tuple[Method, ...] = ("direct", "reversible")
     for method in methods:
-        inversion = invert(tiny, photo(), SOURCE, steps=30, method=method)
+        inversion = invert(kept, photo(), SOURCE, steps=30, method=method)
         edited = replace(
             inversion, TARGET, ReplaceSettings(guidance=15.0, cross=0.0, self_attention=0.0, blend=())
         )
@@ -85,8 +89,8 @@ def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(tiny: 
 
 
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text"])
-def test_methods_that_walk_arrive_where_their_replay_does(tiny: Backbone, method: Method) -> None:
-    inversion = invert(tiny, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
+def test_methods_that_walk_arrive_where_their_replay_does(kept: Backbone, method: Method) -> None:
+    inversion = invert(kept, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
     wishes: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
     edited = replace(inversion, TARGET, ReplaceSettings(**wishes, blend=()))
     assert deviation(edited.source_latent, reconstruct(inversion, guidance=3.0)) < 1e-4
@@ -157,8 +161,8 @@ def test_places_of_words_do_not_depend_on_the_targets_beside_them(
 
 
 @pytest.mark.parametrize("targets", [1, 3])
-def test_an_edit_asks_for_one_row_and_two_for_each_target(tiny: Backbone, targets: int) -> None:
-    inversion = invert(tiny, photo(), SOURCE, steps=10)
+def test_an_edit_asks_for_one_row_and_two_for_each_target(kept: Backbone, targets: int) -> None:
+    inversion = invert(kept, photo(), SOURCE, steps=10)
     edited = replace(inversion, [TARGET] * targets, ReplaceSettings(cross=0.8, self_attention=0.4, blend=()))
     assert inversion.nfe == 10
     assert edited.nfe == 8 * (1 + 2 * targets) + 2 * 2 * targets, "no source row once no window is open"
@@ -209,8 +213,9 @@ def test_a_target_of_another_style_alone_may_keep_the_source_s_layout_for_longer
         ("a dog", "a dog", False),
     ],
 )
-def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, alone: bool) -> None:
-    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+def test_a_target_says_nothing_but_colours_otherwise(
+    tokenizer: Any, source: str, target: str, alone: bool
+) -> None:
     assert only_colours(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
@@ -218,8 +223,10 @@ def test_a_target_says_nothing_but_colours_otherwise(source: str, target: str, a
     ("weights", "alone"),
     [({"red": 3.0}, True), ({"dog": 3.0}, False), ({"red": 3.0, "dog": 2.0}, False), ({}, False)],
 )
-def test_weights_of_colours_change_nothing_but_colours(weights: dict[str, float], alone: bool) -> None:
-    prompt = read_prompt(Backbone.open("moji", device="cpu").text_encoder.tokenizer, "a red dog")
+def test_weights_of_colours_change_nothing_but_colours(
+    tokenizer: Any, weights: dict[str, float], alone: bool
+) -> None:
+    prompt = read_prompt(tokenizer, "a red dog")
     assert only_colours(align(prompt, prompt), weights) is alone
 
 
@@ -234,8 +241,9 @@ def test_weights_of_colours_change_nothing_but_colours(weights: dict[str, float]
         ("a watercolor of a dog in a park", True),  # whose place is unknown, so that nothing is freed
     ],
 )
-def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(target: str, free: bool) -> None:
-    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(
+    tokenizer: Any, target: str, free: bool
+) -> None:
     source = read_prompt(tokenizer, "a dog in a park")
     assert only_adds(align(source, read_prompt(tokenizer, target))) is free
 
@@ -256,8 +264,9 @@ def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(targ
         ("a dog in a park", "a dog in a park", False),
     ],
 )
-def test_a_target_says_nothing_but_another_place(source: str, target: str, alone: bool) -> None:
-    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+def test_a_target_says_nothing_but_another_place(
+    tokenizer: Any, source: str, target: str, alone: bool
+) -> None:
     assert only_places(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
@@ -318,8 +327,9 @@ def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
         ("a dog", "a dog in a park", False),
     ],
 )
-def test_a_target_says_nothing_but_how_it_is_made_otherwise(source: str, target: str, alone: bool) -> None:
-    tokenizer = Backbone.open("moji", device="cpu").text_encoder.tokenizer
+def test_a_target_says_nothing_but_how_it_is_made_otherwise(
+    tokenizer: Any, source: str, target: str, alone: bool
+) -> None:
     assert only_styles(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
@@ -343,12 +353,11 @@ def test_outside_the_places_of_words_the_latent_is_the_pictures_own(
 
 @pytest.mark.parametrize(("steps", "strength"), [(7, 1.0), (4, 1.0), (3, 0.4), (8, 0.5), (8, 0.13)])
 def test_words_have_their_places_at_any_number_of_steps_and_any_strength(
-    tiny: Backbone, steps: int, strength: float
+    kept: Backbone, steps: int, strength: float
 ) -> None:
     """Although no target takes anything from the source by then, so that its row is not needed otherwise."""
-    inversion = invert(tiny, photo(), SOURCE, steps=steps)
-    kept = (("snow",), ()), ((), ("snow",))
-    for blend, keep in kept:
+    inversion = invert(kept, photo(), SOURCE, steps=steps)
+    for blend, keep in ((("snow",), ()), ((), ("snow",))):
         asked = ReplaceSettings(
             cross=0.0, self_attention=0.1, blend=blend, keep=keep, heatmaps=("dog",), strength=strength,
             threshold=0.97 if blend else 0.9,
@@ -392,26 +401,26 @@ def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None
     ],
 )
 def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_drawn(
-    tiny: Backbone,
+    kept: Backbone,
     source: str,
     target: str,
     weighted: dict[str, float],
     expected: tuple[str, str] | None,
 ) -> None:
-    tokenizer = tiny.text_encoder.tokenizer
+    tokenizer = kept.text_encoder.tokenizer
     alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
     assert prompts_to_compare(alignment, weighted) == expected
 
 
-def test_a_word_that_is_called_auto_is_a_word_like_others(tiny: Backbone) -> None:
+def test_a_word_that_is_called_auto_is_a_word_like_others(kept: Backbone) -> None:
     """The default, which goes by predictions, does not take it for the word to blend."""
     found = []
     for word in ("auto", "utoa"):
         source, target = f"a {word} cat in the snow", f"a {word} dog in the snow"
-        alignment = align(*(read_prompt(tiny.text_encoder.tokenizer, prompt) for prompt in (source, target)))
+        alignment = align(*(read_prompt(kept.text_encoder.tokenizer, prompt) for prompt in (source, target)))
         assert blended_words(alignment, ("auto",)) == ([], [])
         refuse_ambiguous_auto((), [alignment])
-        found.append(replace(invert(tiny, photo(), source, steps=STEPS), target).nfe)
+        found.append(replace(invert(kept, photo(), source, steps=STEPS), target).nfe)
         if word == "auto":
             with pytest.raises(UserError, match="name the word together with a neighbour"):
                 refuse_ambiguous_auto(("auto",), [alignment])
@@ -455,14 +464,14 @@ def test_a_swap_that_nothing_reads_is_said(inversion: Inversion, capsys: pytest.
 
 
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
-def test_nothing_stays_away_from_what_an_inversion_has_replaced(tiny: Backbone, method: Any) -> None:
-    inversion = invert(tiny, photo(), SOURCE, method=method, steps=2, iterations=1)
+def test_nothing_stays_away_from_what_an_inversion_has_replaced(kept: Backbone, method: Any) -> None:
+    inversion = invert(kept, photo(), SOURCE, method=method, steps=2, iterations=1)
     with pytest.raises(UserError, match=f"inversion by {method} puts .* in the place of a negative prompt"):
         replace(inversion, TARGET, ReplaceSettings(negative="snow"))
 
 
-def test_strength_0_leaves_the_picture_and_less_strength_changes_less(tiny: Backbone) -> None:
-    inversion = invert(tiny, photo(), SOURCE, steps=10)
+def test_strength_0_leaves_the_picture_and_less_strength_changes_less(kept: Backbone) -> None:
+    inversion = invert(kept, photo(), SOURCE, steps=10)
     latents = [
         replace(inversion, TARGET, ReplaceSettings(strength=s, blend=())).latents[0] for s in (0.0, 0.3, 1.0)
     ]
@@ -483,17 +492,17 @@ def test_heat_maps_are_read_and_change_nothing(inversion: Inversion) -> None:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "prompt-to-prompt"])
 @pytest.mark.parametrize("method", ["direct", "ddim"])
-def test_presets_hold_the_picture_without_its_words(tiny: Backbone, preset: str, method: Method) -> None:
+def test_presets_hold_the_picture_without_its_words(kept: Backbone, preset: str, method: Method) -> None:
     """Even prompts that share no word; and they change what a plain guided walk gives."""
-    inversion = invert(tiny, photo(), SOURCE, steps=STEPS, method=method)
+    inversion = invert(kept, photo(), SOURCE, steps=STEPS, method=method)
     edited = replace(inversion, "red", PRESETS[preset])
     plain = replace(inversion, "red", ReplaceSettings(cross=0.0, self_attention=0.0, blend=()))
     assert deviation(edited.latents, plain.latents) > 1e-3
     assert edited.masks is None
 
 
-def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(tiny: Backbone) -> None:
-    inversion = invert(tiny, photo(120, 60), SOURCE, steps=3)
+def test_a_picture_that_is_not_square_is_edited_in_its_own_shape(kept: Backbone) -> None:
+    inversion = invert(kept, photo(120, 60), SOURCE, steps=3)
     edited = replace(inversion, TARGET, ReplaceSettings(heatmaps=("snow",)))
     assert edited.images[0].size == edited.reconstruction.size == (96, 48)
     assert edited.heatmaps["snow"].shape[-2] < edited.heatmaps["snow"].shape[-1]
@@ -585,8 +594,8 @@ def test_mistakes_are_answered(
         replace(inversion, target, ReplaceSettings(**wishes))
 
 
-def test_a_null_text_inversion_is_edited_with_its_own_guidance(tiny: Backbone) -> None:
-    inversion = invert(tiny, photo(), SOURCE, method="null-text", steps=2, guidance=3.0, iterations=1)
+def test_a_null_text_inversion_is_edited_with_its_own_guidance(kept: Backbone) -> None:
+    inversion = invert(kept, photo(), SOURCE, method="null-text", steps=2, guidance=3.0, iterations=1)
     assert replace(inversion, TARGET).facts["guidance"] == 3.0
     with pytest.raises(UserError, match="made for guidance 3, not 5"):
         replace(inversion, TARGET, ReplaceSettings(guidance=5.0))
