@@ -57,6 +57,7 @@ DEFAULTS = {
     "steps": 28,
     "guidance": 4.0,
     "learning_rate": 8e-4,  # at three times that accessories and the class give way to a concept
+    "learning_rates": {"full": 3e-4, "pairs": 1e-3},
     "loss_weighting": "none",
 }
 CARD = """# moji-flow

@@ -112,7 +112,8 @@ def test_a_model_says_the_rate_of_every_way_to_learn() -> None:
     words = {"images": "x", "token": "[V]", "class_noun": "dog"}
     moji = Backbone.open("moji").defaults
     assert resolve_settings(words | {"method": "full"}, {}).learning_rate == 5e-6  # as published
-    assert resolve_settings(words | {"method": "full"}, moji).learning_rate == 2e-4  # which moves a small model
+    # Which moves a small model
+    assert resolve_settings(words | {"method": "full"}, moji).learning_rate == 2e-4
     own = {"learning_rates": {"textual-inversion": 2e-2}}
     for method, rate in (("textual-inversion", 2e-2), ("pivotal", 5e-3)):
         assert resolve_settings(words | {"method": method}, own).words_learning_rate == rate
