@@ -53,9 +53,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def kept(tiny_folder: Path) -> Backbone:
+    """The random pipeline, opened in fp32 on the CPU once for all tests, each of which leaves it as it is."""
+    from backbone.models.model import Backbone
+
+    return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+
+
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Backbone:
-    """The random pipeline, opened in fp32 on the CPU."""
+    """The same opened anew, for a test that trains or changes it."""
     from backbone.models.model import Backbone
 
     return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")

@@ -52,9 +52,3 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def family(family_folder: Callable[[str], Path]) -> Open:
     """A family's pipeline, opened in fp32 on the CPU; a test leaves it as it is."""
     return cache(lambda name: Backbone.open(str(family_folder(name)), device="cpu", precision="fp32"))
-
-
-@pytest.fixture(scope="session")
-def kept(tiny_folder: Path) -> Backbone:
-    """The random pipeline of Stable Diffusion's family, opened so; a test leaves it as it is."""
-    return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")

@@ -15,9 +15,9 @@ from tests.edit.models import photo
 SOURCE, TARGET = "a cat in the snow", "a red dog in a park"
 
 
-@pytest.fixture
-def inversion(tiny: Backbone) -> Inversion:
-    return invert(tiny, photo(), SOURCE, steps=10)
+@pytest.fixture(scope="module")
+def inversion(kept: Backbone) -> Inversion:
+    return invert(kept, photo(), SOURCE, steps=10)
 
 
 def test_a_difference_is_a_share_of_its_greatest_and_the_same_both_ways(inversion: Inversion) -> None:

@@ -24,6 +24,12 @@ SIZE = (128, 128)
 BOX = (10, 35, 61, 97)  # 0.2 of the image
 
 
+@pytest.fixture
+def tiny(kept: Backbone) -> Backbone:
+    """Nothing here changes it."""
+    return kept
+
+
 def places(mask: ImageLike, size: tuple[int, int] = SIZE, latent: int = 16) -> Tensor:
     """What a mask lets change of a latent [latent, latent] of an image that is shown as it is."""
     image = EncodedImage(

@@ -19,6 +19,12 @@ from tests.syncs import HostSyncs
 SOURCE, TARGETS = "a cat in the snow", ("a dog in the snow", "a red cat in the snow")
 
 
+@pytest.fixture
+def tiny(kept: Backbone) -> Backbone:
+    """Nothing here changes it."""
+    return kept
+
+
 def waits_of(model: Backbone, act: Callable[[], Any]) -> list[str]:
     """What waits when it is done again: the first time encodes prompts and keeps them on disk."""
     act()

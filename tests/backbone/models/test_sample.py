@@ -32,6 +32,12 @@ from tests.tiny import tiny_flux, tiny_pipeline, tiny_stable_diffusion_3, tiny_s
 ASKED = [Request("a dog in the snow", (0, 0)), Request("a red cat", (1, 0))]
 
 
+@pytest.fixture
+def tiny(kept: Backbone) -> Backbone:
+    """Nothing here changes it."""
+    return kept
+
+
 def marked(said: list[str], mark: str) -> object:
     def predict(noisy: Tensor, level: Level) -> Estimate:
         said.append(mark)

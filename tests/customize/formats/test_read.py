@@ -44,7 +44,7 @@ def some(tiny_folder: Path) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("file_format", FORMS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_a_random_lora_comes_back_from_every_form(
     file_format: FileFormat, seed: int, some: dict[str, nn.Module], tmp_path: Path
 ) -> None:
@@ -92,7 +92,9 @@ def test_diffusers_reads_one_alpha_for_each_layer_from_our_diffusers_form(
     assert (outputs(loaded) - outputs(defined)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("file_format", ["diffusers", "kohya", "comfyui"])
+@pytest.mark.parametrize(
+    "file_format", [pytest.param("diffusers", marks=pytest.mark.slow), "kohya", "comfyui"]
+)
 def test_diffusers_reads_sdxl_with_both_text_encoders(file_format: FileFormat, tmp_path: Path) -> None:
     loaded, defined = tiny_xl(), tiny_xl()
     known = _loadable(modules_of(loaded))

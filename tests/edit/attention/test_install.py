@@ -312,39 +312,39 @@ def whole_cross(targets: int) -> Cross | None:
     return cross_of(torch.eye(77).expand(targets, 77, 77), ones, ones, ones)
 
 
-def test_a_control_that_asks_for_nothing_changes_nothing(tiny: Backbone) -> None:
-    assert torch.equal(said(tiny, AttentionControl(2)), said(tiny))
+def test_a_control_that_asks_for_nothing_changes_nothing(kept: Backbone) -> None:
+    assert torch.equal(said(kept, AttentionControl(2)), said(kept))
 
 
-def test_features_of_the_source_reach_the_targets_alone(tiny: Backbone) -> None:
-    before, edited = said(tiny), said(tiny, AttentionControl(2, features="source"))
+def test_features_of_the_source_reach_the_targets_alone(kept: Backbone) -> None:
+    before, edited = said(kept), said(kept, AttentionControl(2, features="source"))
     assert torch.allclose(edited[[0, 3]], before[[0, 3]], atol=1e-6)
     assert not torch.allclose(edited[1], before[1], atol=1e-3)
-    assert torch.equal(said(tiny), before), "and nothing stays behind"
+    assert torch.equal(said(kept), before), "and nothing stays behind"
 
 
-def test_rows_outside_the_edit_predict_what_they_predicted(tiny: Backbone) -> None:
+def test_rows_outside_the_edit_predict_what_they_predicted(kept: Backbone) -> None:
     before, edited = (
-        said(tiny),
-        said(tiny, AttentionControl(2, cross=whole_cross(2), self_attention="layout")),
+        said(kept),
+        said(kept, AttentionControl(2, cross=whole_cross(2), self_attention="layout")),
     )
     assert torch.allclose(edited[[0, 3]], before[[0, 3]], atol=1e-6)
     assert not torch.allclose(edited[1], before[1], atol=1e-3)
 
 
-def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(tiny: Backbone) -> None:
-    denoiser = cast(Any, tiny.denoiser)
-    before, weights = said(tiny), {name: value.clone() for name, value in denoiser.state_dict().items()}
+def test_the_model_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(kept: Backbone) -> None:
+    denoiser = cast(Any, kept.denoiser)
+    before, weights = said(kept), {name: value.clone() for name, value in denoiser.state_dict().items()}
     processors = dict(denoiser.attn_processors)
-    said(tiny, AttentionControl(1, cross=whole_cross(1), self_attention="contents"))
+    said(kept, AttentionControl(1, cross=whole_cross(1), self_attention="contents"))
     with pytest.raises(RuntimeError), control_attention(denoiser, AttentionControl(1)):
         raise RuntimeError
     with pytest.raises(RuntimeError, match=r"must match|size"):  # an edit of fewer tokens than the prompt has
-        said(tiny, AttentionControl(1, cross=Cross(torch.ones(1, 5, 5), None)))
+        said(kept, AttentionControl(1, cross=Cross(torch.ones(1, 5, 5), None)))
     after = denoiser.attn_processors
     assert all(after[name] is processors[name] for name in processors) and len(after) == len(processors)
     assert all(torch.equal(value, weights[name]) for name, value in denoiser.state_dict().items())
-    assert torch.equal(said(tiny), before)
+    assert torch.equal(said(kept), before)
 
 
 def test_attention_that_is_not_plain_is_refused(tiny: Backbone) -> None:
