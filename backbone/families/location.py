@@ -85,11 +85,19 @@ class Location:
         return config
 
     def _follow_index(self, config: Config) -> None:
-        """Makes a scheduler's class that of model_index.json, where that is one of diffusers'; says so of another."""
+        """Makes a scheduler's class that of model_index.json, where that is one of diffusers'; says so of another.
+
+        `UserError` where the one is of a flow and the other is not: those settings are another model's.
+        """
         library, said = self.index.get("scheduler") or (None, None)
         if library != "diffusers" or not said:
             return
         own, config["_class_name"] = config.get("_class_name"), said
+        if own is not None and ("FlowMatch" in own) != ("FlowMatch" in said):
+            raise UserError(
+                f"The scheduler of {self.name} is a {own}, and model_index.json names a {said}: it is another model's. "
+                "Restore scheduler/."
+            )
         if own is not None and own != said:
             notify_once(
                 f"model_index.json of {self.name} names the {said} and its scheduler/ a {own}: the first is followed, "

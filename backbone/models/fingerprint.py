@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backbone.families.location import Location
 from backbone.families.single_file.checkpoint import CONFIG_FILES
-from backbone.io.files import content_hash, list_files, read_json
+from backbone.io.files import content_hash, list_files, read_header, read_json
 from backbone.io.weights import INDEX
 from backbone.models.few_step.adapter import hash_few_step
 
@@ -44,9 +44,13 @@ def fingerprint_of(location: Location) -> str:
 
 
 def hash_weights(files: Iterable[Path]) -> str:
-    """A hash of the names, types, shapes and samples of all tensors in safetensors files, the same for one or many."""
+    """A hash of the names, types, shapes and samples of all tensors in safetensors files, the same for one or many.
+
+    Raises as `read_header` does.
+    """
     found = []
     for path in files:
+        read_header(path)  # which refuses what is damaged
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
