@@ -44,10 +44,8 @@ BETAS = {  # where 2000 is too much
 }
 OF_PAIRS = {"loss": PAIR_LOSSES}
 OFFLINE = {"online": ("",)}
-GIVEN_PAIRS = {
-    **OF_PAIRS,
-    **OFFLINE,
-}  # which a round has none of: whole pictures of the model, none as good as another
+# Of which a round has none: its images are the model's own, whole, and none is as good as another
+GIVEN_PAIRS = {**OF_PAIRS, **OFFLINE}
 A_LORA = {"full": (False,)}
 WITH_BETA = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")
 COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo", "sft")  # the two images of a pair

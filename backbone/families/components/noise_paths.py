@@ -38,10 +38,7 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
 }
-OTHER_TIMES = (
-    "use_flow_sigmas",
-    "timestep_type",
-)  # under which the network is told other times than timesteps
+OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # under which a network is told no timesteps
 OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "final_sigmas_type"),
@@ -105,9 +102,8 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
                 f"{', '.join(known)}. Restore scheduler/."
             )
     own = {key: value.default for key, value in inspect.signature(kind.__init__).parameters.items()}
-    said = {
-        key: value for key, value in given.items() if key in own
-    }  # a config keeps settings of other classes
+    # A config keeps settings of other classes
+    said = {key: value for key, value in given.items() if key in own}
     with refuse_damaged(location.name, "scheduler"):
         kind(**said)
     config = {key: known[0] for key, known in VP_SETTINGS.items()} | own | said | {"_class_name": name}
