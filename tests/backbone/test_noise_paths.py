@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +13,6 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
-    LMSDiscreteScheduler,
     PNDMScheduler,
     TCDScheduler,
 )
@@ -86,6 +86,29 @@ def test_a_scheduler_that_is_not_understood_is_one_sentence(settings: dict[str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["LMSDiscreteScheduler", "DPMSolverSDEScheduler"])
+def test_a_scheduler_that_diffusers_has_with_another_package_is_read_without_it(name: str) -> None:
+    """Their steps lie as Euler's do: `linspace`, where nothing is said."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs, euler = (
+        vp_path(cast(Location, WithScheduler({"_class_name": each, **betas}))).schedule(8, (8, 8))
+        for each in (name, "EulerDiscreteScheduler")
+    )
+    assert theirs.time is not None and euler.time is not None
+    assert torch.equal(theirs.time, euler.time) and torch.equal(theirs.a, euler.a)
+
+
+@pytest.mark.parametrize("setting", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_a_spacing_that_is_not_used_is_said_with_and_without_scipy(
+    setting: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_euler_discrete.is_scipy_available", lambda: False)
+    model = WithScheduler({"_class_name": "EulerDiscreteScheduler", setting: True}, f"a model of {setting}")
+    assert len(vp_path(cast(Location, model)).schedule(8, (8, 8))) == 9
+    assert f"{setting} true, which is not used here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_a_single_step_begins_at_the_end_of_the_path_whatever_the_spacing(spacing: str) -> None:
     schedule = path_of(timestep_spacing=spacing).schedule(1, (8, 8))
@@ -97,7 +120,6 @@ def test_a_single_step_begins_at_the_end_of_the_path_whatever_the_spacing(spacin
     ("kind", "settings"),
     [
         (EulerDiscreteScheduler, {}),
-        (LMSDiscreteScheduler, {}),
         (DDIMParallelScheduler, {"set_alpha_to_one": False, "steps_offset": 1}),
         (PNDMScheduler, {"skip_prk_steps": True}),
         (TCDScheduler, {}),

@@ -43,6 +43,11 @@ OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "final_sigmas_type"),
 )
+# Classes that diffusers has with another package alone (scipy, torchsde) → one with the same defaults, without
+NEEDS_NO_PACKAGE = {
+    "LMSDiscreteScheduler": "EulerDiscreteScheduler",
+    "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
+}
 BY_ALPHA = (
     *("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "TCDScheduler"),
     *("DDPMScheduler", "DDPMParallelScheduler"),
@@ -90,7 +95,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
 
     given = location.config("scheduler")
     name = given.get("_class_name") or "DDIMScheduler"
-    kind = getattr(diffusers, name, None)
+    kind = getattr(diffusers, NEEDS_NO_PACKAGE.get(name, name), None)
     if kind is None or "beta_schedule" not in inspect.signature(kind.__init__).parameters:
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
@@ -105,7 +110,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     # A config keeps settings of other classes
     said = {key: value for key, value in given.items() if key in own}
     with refuse_damaged(location.name, "scheduler"):
-        kind(**said)
+        kind(**{key: value for key, value in said.items() if key not in OTHER_SPACINGS})  # some need scipy
     config = {key: known[0] for key, known in VP_SETTINGS.items()} | own | said | {"_class_name": name}
     # Says how the model was trained, whatever samples it
     config["rescale_betas_zero_snr"] = bool(given.get("rescale_betas_zero_snr"))
