@@ -3,8 +3,8 @@
 Each page has an empty folder of its own and runs its blocks in order, so that a block finds what an earlier one wrote.
 Only this differs from what is printed: `moji` is replaced by a model with a small random denoiser and autoencoder, the
 published models of docs/families/ by random ones of their kind, the numbers in `LARGEST` are lowered, validations take
-as few steps and samples, and what `ADDED` says is added. A block that cannot run here is marked `<!-- not run: why
--->`, and its commands are parsed instead.
+as few steps and samples, lists of prompts end after a few, and what `ADDED` says is added. A block that cannot run here
+is marked `<!-- not run: why -->`, and its commands are parsed instead.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
 }
 PROGRAMS = ("customize", "edit", "align", "limner")
+PROMPTS = 6  # lines that are left of the example's lists of prompts
 
 # A number printed behind one of these flags, or after `steps=` and the like in Python, is lowered to this.
 LARGEST = {
@@ -368,6 +369,11 @@ def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", words)
     status = group_of(words[0]).main(args=words[1:], prog_name=words[0], standalone_mode=False)
     assert not status, f"{shlex.join(words)} ended with status {status}."
+    if words[:2] == ["customize", "example"]:
+        for name in ("prompts.txt", "heldout.txt"):
+            path = Path(words[2], "example", name)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(lines[:PROMPTS]), encoding="utf-8")
 
 
 def with_fewer_steps(code: str) -> str:

@@ -36,32 +36,38 @@ def scenes() -> torch.Tensor:
     return torch.stack([to_tensor(Image.open(path)) for path in FIXTURES])
 
 
+@pytest.fixture(scope="module")
+def latents(moji: Backbone, scenes: torch.Tensor) -> torch.Tensor:
+    """The same as latents."""
+    return moji.encode(scenes).mean
+
+
 def test_diffusers_own_pipeline_loads_it_and_draws_the_same_picture(moji: Backbone) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED, local_files_only=True)
     theirs, ours = by_both(pipeline, moji, "a dog in the snow")
     assert torch.allclose(ours, theirs, atol=2e-3)
 
 
-def test_latents_have_unit_variance_in_every_channel(moji: Backbone, scenes: torch.Tensor) -> None:
-    means = moji.encode(scenes).mean
-    assert float(means.std()) == pytest.approx(1, abs=0.1)
+def test_latents_have_unit_variance_in_every_channel(moji: Backbone, latents: torch.Tensor) -> None:
+    assert float(latents.std()) == pytest.approx(1, abs=0.1)
     assert moji.autoencoder_config["scaling_factor"] == 0.18215
-    assert float(means.std((0, 2, 3)).min()) > 0.6
+    assert float(latents.std((0, 2, 3)).min()) > 0.6
 
 
-def test_pictures_survive_the_autoencoder(moji: Backbone, scenes: torch.Tensor) -> None:
-    decoded = moji.decode(moji.encode(scenes).mean)
+def test_pictures_survive_the_autoencoder(
+    moji: Backbone, scenes: torch.Tensor, latents: torch.Tensor
+) -> None:
+    decoded = moji.decode(latents)
     decibels = 10 * torch.log10(4 / (decoded - scenes).square().mean((1, 2, 3)))
     assert float(decibels.mean()) > 30
 
 
-def test_the_network_predicts_noise_far_better_than_nothing(moji: Backbone, scenes: torch.Tensor) -> None:
+def test_the_network_predicts_noise_far_better_than_nothing(moji: Backbone, latents: torch.Tensor) -> None:
     captions = [Image.open(path).info["caption"] for path in FIXTURES]
-    clean = moji.encode(scenes).mean
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    level = moji.path.levels[torch.full((len(clean),), 400)]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    level = moji.path.levels[torch.full((len(latents),), 400)]
     with torch.no_grad():
-        said = moji.predictor(moji.encode_prompts(captions))(add_noise(clean, noise, level), level)
+        said = moji.predictor(moji.encode_prompts(captions))(add_noise(latents, noise, level), level)
     assert float((said.noise - noise).square().mean()) < 0.35 * float(noise.square().mean())
 
 

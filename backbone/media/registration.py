@@ -13,6 +13,7 @@ correlation (Kuglin & Hines 1975), which sees shifts of any length.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ FINEST = 2**20  # pixels at the finest: larger pictures are measured at half the
 ROUNDS = 30  # of Gauss–Newton at each level, at most
 BEGUN = 8  # starts that are followed at the coarsest level, and a quarter of them at each finer one
 SETTLED = 1e-3  # pixels: a round that moves no corner farther is the last
+SAME = 0.05  # pixels: fits whose corners are nearer are one
 SCALES = tuple(1.02**k for k in range(-6, 7))  # that the coarsest level begins from
 
 
@@ -84,7 +86,7 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
     for number, level in reversed(list(enumerate(levels))):
         if number < len(levels) - 1:
             candidates = [torch.cat([2 * p[:2], p[2:]]) for p in candidates]
-        candidates = [_descend(p, *level) for p in candidates]
+        candidates = _distinct([_descend(p, *level) for p in candidates], level[1])
         kept = max(1, BEGUN // 4 ** (len(levels) - 1 - number))
         candidates = sorted(candidates, key=lambda p: -_agreement(p, *level))[:kept]
     best = candidates[0]
@@ -220,6 +222,17 @@ def _descend(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor
         if float(step[:2].norm() + step[2].abs() * reach) < SETTLED:
             break
     return p
+
+
+def _distinct(found: Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    """What was found, once where several starts led to the same place: no corner is `SAME` pixels apart."""
+    reach = max(target.shape[-2:]) / 2
+    kept: list[Tensor] = []
+    for p in found:
+        apart = [(p - other).abs() for other in kept]
+        if all(float(d[:2].norm() + d[2] * reach) >= SAME for d in apart):
+            kept.append(p)
+    return kept
 
 
 def _slopes(picture: Tensor) -> tuple[Tensor, Tensor]:

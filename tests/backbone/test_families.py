@@ -422,7 +422,7 @@ class Written(dict[str, Path]):
 def test_weights_and_buffers_are_those_that_diffusers_loads(
     case: Case, precision: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(parts, "CHUNK_ELEMENTS", 10_000)
     monkeypatch.delattr(parts, "load_pretrained")
     model = Backbone.open(str(folders[case.name]), device="cpu", precision=precision)
     denoiser = "unet" if (folders[case.name] / "unet").exists() else "transformer"

@@ -37,7 +37,8 @@ EVERYWHERE = ReplaceSettings(blend=())
 TOLD = ("flux-dev", "flux-schnell", "flux2-dev")  # asked once a step, with the prompt alone
 
 every = pytest.mark.parametrize("name", [*FAMILIES, *SLOWLY])
-each = pytest.mark.parametrize("name", ["xl", *TRANSFORMERS, *SLOWLY])
+# Of Stable Diffusion itself the same is asked beside each method; XL has its UNet's kinds of layers
+each = pytest.mark.parametrize("name", [pytest.param("xl", marks=pytest.mark.slow), *TRANSFORMERS, *SLOWLY])
 transformers = pytest.mark.parametrize("name", [*TRANSFORMERS, *SLOWLY])
 
 

@@ -550,7 +550,8 @@ def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
     below.write(tmp_path, {})
     model = opened(tiny_folder)
     load_lora(tmp_path / "pytorch_lora_weights.safetensors", model.denoiser, "concept_0")
-    asked = settings(reference="live")  # the cache is known by the concepts' files, and here is none
+    # The cache is known by the concepts' files, and here is none
+    asked = settings(reference="live", steps=3)
     run = PreferenceTraining(model, data(model, pairs_file, asked), asked, base=["concept_0"])
     with torch.no_grad():
         (first,) = run.losses(1)

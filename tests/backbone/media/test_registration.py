@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.media import registration
 from backbone.media.registration import Registration, match_tone, register_to_source, undo, warp
 
 DRIFTS = [(0.0, 0.0, 1.0), (1.37, -0.6, 1.0), (5.3, 2.1, 1.02), (-9.0, 6.5, 0.97), (12.0, 0.0, 1.05)]
@@ -50,6 +51,18 @@ def test_a_drift_is_found_to_a_tenth_of_a_pixel_beside_an_edit(drift: tuple[floa
     found = register_to_source(repainted(moved(source, drift)), source)
     assert found.shift == pytest.approx(drift[:2], abs=0.1)
     assert found.scale == pytest.approx(drift[2], abs=0.002)
+
+
+def test_starts_that_lead_to_one_place_are_followed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, descend, widths = picture(), registration._descend, list[int]()
+
+    def count(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        widths.append(target.shape[-1])
+        return descend(p, image, target, weight)
+
+    monkeypatch.setattr(registration, "_descend", count)
+    register_to_source(repainted(moved(source, (2.3, -1.1, 1.015))), source)
+    assert widths == [48] * registration.BEGUN + [96]
 
 
 def test_what_is_undone_lies_over_the_source_again() -> None:
