@@ -54,11 +54,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kept(tiny_folder: Path) -> Backbone:
+def kept(tiny_folder: Path) -> Iterator[Backbone]:
     """The random pipeline, opened in fp32 on the CPU once for all tests, each of which leaves it as it is."""
+    import torch
+
     from backbone.models.model import Backbone
 
-    return Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    yield model
+    after = model.denoiser.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
@@ -22,6 +23,13 @@ from backbone.models.sample import Request, sample_latents
 from customize.cli import app
 from recipes.moji.denoiser import DEFAULTS
 from tests.parity import by_both
+from tests.tiny import tiny_moji
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that says of itself what `moji` says."""
+    return tiny_moji(tmp_path_factory.mktemp("models") / "moji", side=64)
 
 
 def test_its_folder_says_so_and_its_recipe_writes_it() -> None:
@@ -29,11 +37,12 @@ def test_its_folder_says_so_and_its_recipe_writes_it() -> None:
     assert json.loads((EMBEDDED / "limner.json").read_text()) == DEFAULTS
 
 
-def test_customize_sample_takes_it_and_ddim_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_customize_sample_takes_it_and_ddim_where_that_is_asked_for(small: Path, tmp_path: Path) -> None:
     drawn = {}
     for asked in ("", "ancestral", "ddim"):
         out = tmp_path / f"by{asked}"
-        words = ["sample", "a dog in the snow", "--steps", "3", "--device", "cpu", "--out", str(out)]
+        words = ["sample", "a dog in the snow", "--model", str(small), "--steps", "3", "--device", "cpu"]
+        words += ["--out", str(out)]
         said = CliRunner().invoke(app, [*words, *(["--sampler", asked] if asked else [])])
         assert said.exit_code == 0, said.output or repr(said.exception)
         (image,) = (path for path in out.glob("*.png") if "sheet" not in path.name)
@@ -54,12 +63,15 @@ def test_diffusers_draws_the_same_latents_with_eta_1_and_the_same_noise() -> Non
     assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(by_ddim, theirs, atol=0.1)
 
 
-def test_guidance_ends_where_moji_s_own_ends_unless_another_share_is_asked_for(tmp_path: Path) -> None:
+def test_guidance_ends_where_moji_s_own_ends_unless_another_share_is_asked_for(
+    small: Path, tmp_path: Path
+) -> None:
     start, stop = own_guided(DEFAULTS)
     drawn, facts = {}, {}
     for asked in ((), ("--guidance-stop", str(stop)), ("--guidance-stop", "1"), ("--guidance", "1")):
         out = tmp_path / "-".join(("by", *asked))
-        words = ["sample", "a dog in the snow", "--steps", "5", "--device", "cpu", "--out", str(out)]
+        words = ["sample", "a dog in the snow", "--model", str(small), "--steps", "5", "--device", "cpu"]
+        words += ["--out", str(out)]
         said = CliRunner().invoke(app, [*words, *asked])
         assert said.exit_code == 0, said.output or repr(said.exception)
         drawn[asked] = (out / "p00-s00.png").read_bytes()

@@ -31,6 +31,7 @@ from backbone.media.clips import encode_webp, read_film
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
+from backbone.training.run import take_steps
 from customize.cli import app
 from customize.clips.cli import call_of_motion, refuse_other_scales
 from customize.clips.films import Captioned, list_films
@@ -395,7 +396,6 @@ def test_captions_of_clips_are_read_as_those_of_images(walks: Path, tmp_path: Pa
         said()
 
 
-@pytest.mark.slow
 @contextmanager
 def stopped_at_the_second_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside the `with`, whatever learns a motion stops before its second step."""
@@ -411,6 +411,27 @@ def stopped_at_the_second_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
+def test_a_motion_goes_on_bit_for_bit(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    clips = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+
+    def begin() -> MotionLearning:
+        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        set_in_motion(model, Moves(str(adapter)))
+        asked = TrainMotionOptions(clips="x", motion="y", frames=3, rank=2, steps=2)
+        conditions = encode_prompts_cached(model, ["a dog", ""])
+        return MotionLearning(model, clips, conditions, asked, Prior(clips, conditions))
+
+    whole, first, second = begin(), begin(), begin()
+    list(take_steps(whole))
+    next(iter(take_steps(first)))
+    first.save(tmp_path)
+    second.resume(tmp_path)
+    assert [step.step for step in take_steps(second)] == [2]
+    assert all(torch.equal(second.parameters[name], value) for name, value in whole.parameters.items())
+    assert any(not torch.equal(first.parameters[name], value) for name, value in whole.parameters.items())
+
+
+@pytest.mark.slow
 def test_a_motion_that_was_stopped_goes_on_to_the_same_weights(
     tiny_folder: Path, adapter: Path, walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,7 +175,9 @@ def test_what_an_edit_costs(inverted: Callable[..., Inversion], name: str) -> No
 
 
 @pytest.mark.parametrize("method", METHODS)
-@transformers
+@pytest.mark.parametrize(
+    "name", [*TRANSFORMERS[:2], *(pytest.param("pixart", marks=pytest.mark.slow), *SLOWLY)]
+)
 def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: Method) -> None:
     """The exact ones lead back, the others' source row arrives where their replay does."""
     model = family(name)
