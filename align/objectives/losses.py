@@ -263,12 +263,12 @@ class PreferenceLoss:
 
     loss       (batch, settings) → [B]
     reference  nothing, its errors (which can be cached), or its predictions (asked anew in every step)
-    asks_mean  whether a record's loss depends on a mean over the whole batch
+    averaged   (batch, settings) → [B], values whose mean over the whole batch a record's loss depends on
     """
 
     loss: Callable[[PairBatch, LossSettings], Tensor]
     reference: Literal["nothing", "errors", "predictions"] = "errors"
-    asks_mean: bool = False
+    averaged: Callable[[PairBatch, LossSettings], Tensor] | None = None
 
 
 def _of_pairs(loss: PairLoss) -> Callable[[PairBatch, LossSettings], Tensor]:
@@ -288,10 +288,16 @@ def _dspo(batch: PairBatch, settings: LossSettings) -> Tensor:
     return dspo(batch.pair, settings.beta, batch.drift, pull=settings.dspo_pull)
 
 
+def _rewards(batch: PairBatch, settings: LossSettings) -> Tensor:
+    """The implicit rewards [B] of single images."""
+    assert batch.reference is not None
+    return 0.5 * settings.beta * (batch.reference[0] - batch.errors[0])
+
+
 def _kto(batch: PairBatch, settings: LossSettings) -> Tensor:
     assert batch.reference is not None
     (error,), (reference,) = batch.errors, batch.reference
-    baseline = kto_baseline(batch.mean(0.5 * settings.beta * (reference - error)))
+    baseline = kto_baseline(batch.mean(_rewards(batch, settings)))
     return kto(error, settings.beta, reference, batch.preference, baseline=baseline)
 
 
@@ -299,7 +305,7 @@ LOSSES: dict[str, PreferenceLoss] = {
     "dpo": PreferenceLoss(_of_pairs(dpo)),
     "ipo": PreferenceLoss(_of_pairs(ipo)),
     "hinge": PreferenceLoss(_of_pairs(hinge)),
-    "kto": PreferenceLoss(_kto, asks_mean=True),
+    "kto": PreferenceLoss(_kto, averaged=_rewards),
     "mapo": PreferenceLoss(_mapo, reference="nothing"),
     "dspo": PreferenceLoss(_dspo, reference="predictions"),
     "sft": PreferenceLoss(_of_pairs(sft), reference="nothing"),

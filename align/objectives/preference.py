@@ -188,7 +188,7 @@ class PreferenceTraining(Objective):
         batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
         known: Sequence[PairBatch | None] = [None] * len(parts)
         apart = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
-        if apart and LOSSES[self.settings.loss].asks_mean:
+        if apart and LOSSES[self.settings.loss].averaged:
             batches = list(batches)
             known = self._look_ahead(parts, batches)
         for part, batch, before in zip(parts, batches, known, strict=True):
@@ -206,16 +206,10 @@ class PreferenceTraining(Objective):
 
         It takes one more prediction of each, without gradients.
         """
-        asked: list[Tensor] = []
-
-        def gather(values: Tensor) -> Tensor:
-            asked.append(values)
-            return values.mean()
-
+        averaged = LOSSES[self.settings.loss].averaged
+        assert averaged is not None
         found = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
-        for one in found:
-            LOSSES[self.settings.loss].loss(replace(one, mean=gather), self.settings)
-        mean = processes.reduce_mean(torch.cat(asked))
+        mean = processes.reduce_mean(torch.cat([averaged(one, self.settings) for one in found]))
         return [replace(one, mean=lambda values: mean) for one in found]
 
     def loss(

@@ -38,7 +38,7 @@ from backbone.families.base import (
     TextEncoder,
 )
 from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
-from backbone.families.components.noise_paths import flow_sampling
+from backbone.families.components.noise_paths import scheduler_sampling
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet.family import UNetFamily, widen_input
@@ -264,7 +264,7 @@ class Backbone:
         own = read_usual(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
-        family = self.family.sampling_defaults(self.location) | flow_sampling(self.location)
+        family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
         return usual | family | own | few
 
     @cached_property

@@ -29,10 +29,6 @@ UNSUPPORTED_FLOW_SETTINGS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("invert_sigmas", "scale_factors"),
 )
-FLOW_SAMPLERS: Mapping[str, str] = {  # of the classes that step otherwise than along the velocity
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "FlowMatchLCMScheduler": "consistency",
-}
 VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
@@ -53,6 +49,12 @@ BY_ALPHA = (
     *("DDPMScheduler", "DDPMParallelScheduler"),
 )
 DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
+DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
+    "LCMScheduler": "consistency",
+    "TCDScheduler": "ddim",
+    "FlowMatchLCMScheduler": "consistency",
+}
+EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
 MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1
 FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
 
@@ -191,34 +193,17 @@ def flow_path(
     on the number of tokens. `lowest(S)` is the last level above 0 before shifting; None takes the scheduler's own.
     `shift(tokens, S)` is the log of the dynamic shift, and of training's without S; None takes the scheduler's line.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = location.config("scheduler")
-    name = scheduler.get("_class_name", "")
-    with refuse_damaged(location.name, "scheduler"):
-        config = (
-            dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
-        )
-    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if {**scheduler, **config}.get(setting)]
-    if not config or strange or config["time_shift_type"] != "exponential":
-        what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
-        raise UserError(
-            f"The scheduler of {location.name} ({what}) is not the FlowMatchEulerDiscreteScheduler that this family "
-            "was published with. Restore scheduler/."
-        )
-    _refuse_other_shifts(location.name, config)
+    config = _read_flow_config(location)
     train_steps = int(config["num_train_timesteps"])
 
     def dynamic(size: tuple[int, int], *steps: int) -> float | None:
-        """log of the shift for latents of this size, linear in the number of tokens; None without dynamic shifting."""
+        """log of the shift for latents of this size; None without dynamic shifting."""
         if not config["use_dynamic_shifting"]:
             return None
         tokens = (size[0] // patch) * (size[1] // patch)
         if shift is not None:
             return shift(tokens, *steps)
-        few, many = config["base_image_seq_len"], config["max_image_seq_len"]
-        slope = (config["max_shift"] - config["base_shift"]) / (many - few)
-        mu = float(config["base_shift"] + slope * (tokens - few))
+        mu = _linear_shift(config, tokens)
         if abs(mu) > MOST_SHIFT:
             raise UserError(
                 f"The scheduler of {location.name} shifts latents of {size[0]} × {size[1]} by exp({mu:g}), which "
@@ -241,21 +226,54 @@ def flow_path(
     return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)
 
 
-def flow_sampling(location: Location) -> dict[str, Any]:
-    """How a rectified flow whose scheduler is not plain Euler's is drawn: the settings that differ; of others none.
+def scheduler_sampling(location: Location) -> dict[str, Any]:
+    """How a model is drawn whose scheduler is that of a distillation, or a flow's that takes other steps than Euler's.
 
-    A scheduler of latent consistency is that of a distillation, drawn in few steps without guidance by a second call.
+    Of other schedulers nothing differs. A network that is told the guidance keeps one; distilled ones are else drawn
+    without guidance by a second call.
     """
     if location.file is not None:
-        return {}  # its scheduler is a published one, which is Euler's
+        return {}  # its scheduler is a published one, of neither kind
     scheduler = location.config("scheduler")
     name = scheduler.get("_class_name", "")
-    if name == "FlowMatchLCMScheduler":
-        told = location.config("transformer").get("guidance_embeds")
-        return {"steps": 4, "sampler": FLOW_SAMPLERS[name]} | ({} if told else {"guidance": 1.0})
+    if name in DISTILLED_SAMPLERS:
+        denoiser = location.config("transformer" if "transformer" in location.index else "unet")
+        guidance = {"guidance": EMBEDDED_GUIDANCE if denoiser.get("time_cond_proj_dim") else 1.0}
+        told = denoiser.get("guidance_embeds")  # the family says how strongly
+        return {"steps": 4, "sampler": DISTILLED_SAMPLERS[name]} | ({} if told else guidance)
+    if name == "FlowMatchHeunDiscreteScheduler":
+        return {"sampler": "heun"}
     if name == "FlowMatchEulerDiscreteScheduler" and scheduler.get("stochastic_sampling"):
         return {"sampler": "consistency"}  # the same step: each clean estimate noised anew
-    return {"sampler": FLOW_SAMPLERS[name]} if name in FLOW_SAMPLERS else {}
+    return {}
+
+
+def _read_flow_config(location: Location) -> dict[str, Any]:
+    """The config of a flow's scheduler with diffusers' defaults; `UserError` for one that this path cannot follow."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = location.config("scheduler")
+    name = scheduler.get("_class_name", "")
+    with refuse_damaged(location.name, "scheduler"):
+        config = (
+            dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
+        )
+    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if {**scheduler, **config}.get(setting)]
+    if not config or strange or config["time_shift_type"] != "exponential":
+        what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
+        raise UserError(
+            f"The scheduler of {location.name} ({what}) is not the FlowMatchEulerDiscreteScheduler that this family "
+            "was published with. Restore scheduler/."
+        )
+    _refuse_other_shifts(location.name, config)
+    return config
+
+
+def _linear_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """log of a dynamic shift: linear in the number of tokens, through the scheduler's two points."""
+    few, many = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (many - few)
+    return float(config["base_shift"] + slope * (tokens - few))
 
 
 def _refuse_other_shifts(name: str, config: Mapping[str, Any]) -> None:

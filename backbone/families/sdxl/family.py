@@ -101,7 +101,7 @@ class StableDiffusionXL(UNetFamily):
         )
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
-        return {"guidance": 5.0} | super().sampling_defaults(location)
+        return {"guidance": 5.0}
 
     def network(self, denoiser: nn.Module, conditions: Conditions) -> Network:
         dtype = working_dtype(denoiser)

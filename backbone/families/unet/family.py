@@ -24,9 +24,6 @@ from backbone.families.unet.control_files import load_control_file
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
-DISTILLED_SAMPLERS = {"LCMScheduler": "consistency", "TCDScheduler": "ddim"}
-EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
-
 
 class UNetFamily:
     """Part of `Family`: the UNet's layers, the shape of its latents, its noise path."""
@@ -66,12 +63,7 @@ class UNetFamily:
         return int(location.config("vae")["latent_channels"]), int(side), int(side)
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
-        """Few steps of a model whose scheduler is that of a distillation (Luo et al. 2023, Zheng et al. 2024)."""
-        sampler = DISTILLED_SAMPLERS.get(location.config("scheduler").get("_class_name", ""))
-        if sampler is None:
-            return {}
-        embedded = location.config("unet").get("time_cond_proj_dim")
-        return {"steps": 4, "guidance": EMBEDDED_GUIDANCE if embedded else 1.0, "sampler": sampler}
+        return {}
 
     def longest_side(self, location: Location) -> None:
         return None

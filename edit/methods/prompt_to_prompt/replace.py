@@ -95,8 +95,7 @@ def replace(
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:
                 needed = [step <= last for last in until]
-                regions.read_heat(control.maps, needed)
-                masks = _read_maps(control.maps, regions, masks, needed if step >= due else ())
+                masks = _read_maps(control.maps, regions, masks, needed, due=step >= due)
             if masks is not None:
                 now = blend_into_source(now, masks)
             trajectory.append(now)
@@ -258,16 +257,19 @@ def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estima
     return torch.cat([inversion.states[step + 1][None].to(there), there])
 
 
-def _read_maps(maps: Maps, regions: Regions, masks: Tensor | None, anew: Sequence[bool]) -> Tensor | None:
-    """The masks after a step, those of the targets `anew` that are read again, () where it is too early for any; maps
-    are means over the steps so far, so a word's place becomes clearer step by step."""
+def _read_maps(
+    maps: Maps, regions: Regions, masks: Tensor | None, needed: Sequence[bool], *, due: bool
+) -> Tensor | None:
+    """The masks after a step, read anew of the targets that need it once they are due; maps are means over the steps so
+    far, so a word's place becomes clearer step by step."""
+    regions.read_heat(maps, needed)
     maps.settle()
-    if not anew or not regions.named.any():
+    if not due or not regions.named.any():
         return masks
     found = regions.masks(maps)
-    if found is None or masks is None or all(anew):
+    if found is None or masks is None or all(needed):
         return found
-    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(anew)])
+    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(needed)])
 
 
 def blend_into_source(now: Tensor, masks: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
@@ -23,7 +24,7 @@ from backbone.models import sample as sampling
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
-from tests.tiny import tiny_flux, tiny_stable_diffusion_3
+from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
 
 PROMPT = "a dog in the snow"
 WITHOUT = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
@@ -81,6 +82,12 @@ def test_a_flow_that_is_told_the_guidance_keeps_its_own_under_a_consistency_sche
     folder = with_scheduler(tiny_flux(tmp_path / "model"), FlowMatchLCMScheduler, use_dynamic_shifting=True)
     drawing = usual_drawing(opened(folder))
     assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 3.5, "consistency")
+
+
+def test_a_transformer_with_the_scheduler_of_a_distillation_is_drawn_in_few_steps(tmp_path: Path) -> None:
+    folder = with_scheduler(tiny_pixart(tmp_path / "model"), LCMScheduler, beta_schedule="linear")
+    drawing = usual_drawing(opened(folder))
+    assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 1.0, "consistency")
 
 
 def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
