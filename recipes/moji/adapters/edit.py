@@ -35,7 +35,7 @@ from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
 from recipes.moji.data.pictures import align_to_grid
-from recipes.moji.training.run import make_readable
+from recipes.moji.training.run import make_readable, round_to_grid
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
@@ -133,13 +133,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run folder of `train`.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/moji/moji-edit"),
 ) -> None:
-    """Writes the best checkpoint in fp16, as a run folder that edits alone are made with; `UserError` if too large."""
+    """Writes the best checkpoint in fp16 on the grid, as a run folder that edits alone are made with; `UserError` if too large."""
     concept = read_concept(checkpoint(run))
     out.mkdir(parents=True, exist_ok=True)
     concept.write(out)
     for name in (concept.weights, concept.changed):
         tensors, said = read_tensors(concept.folder / name)
-        write_tensors(out / name, {key: value.half() for key, value in tensors.items()}, said)
+        write_tensors(out / name, {key: value.half() for key, value in round_to_grid(tensors).items()}, said)
     write_text(out / "README.md", CARD.format(model=concept.model))
     make_readable(out)
     size = sum(path.stat().st_size for path in out.iterdir())

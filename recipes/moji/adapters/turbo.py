@@ -40,7 +40,15 @@ from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
-from recipes.moji.training.run import TRAINING, LoopSettings, Training, fill, make_readable, read_trained
+from recipes.moji.training.run import (
+    TRAINING,
+    LoopSettings,
+    Training,
+    fill,
+    make_readable,
+    read_trained,
+    round_to_grid,
+)
 
 NAME = "few_step"  # of the adapter
 STEPS, SUBSTEPS = 4, 4  # of the student; of the teacher for each of them
@@ -249,14 +257,16 @@ def export(
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
-    """Writes the adapter in fp16, its scheduler and how it is drawn with; `UserError` where it is too large."""
+    """Writes the adapter in fp16 on the grid, its scheduler and how it is drawn with; `UserError` where it is too large."""
     kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
     base = json.loads(header["facts"])["model"]
     model = Backbone.open(base, device="cpu")
     fill(add_trained(model, kept), kept)
     save_lora(out / LORA_WEIGHTS, model.denoiser, NAME)
     whole, said = read_tensors(out / LORA_WEIGHTS)
-    write_tensors(out / LORA_WEIGHTS, {key: value.half() for key, value in whole.items()}, said)
+    write_tensors(
+        out / LORA_WEIGHTS, {key: value.half() for key, value in round_to_grid(whole).items()}, said
+    )
     write_scheduler(model, out)
     record: dict[str, Any] = {"base": base, "steps": STEPS, "guidance": 1.0, "sampler": "ddim"}
     write_json(out / FEW_STEP, record)
