@@ -133,7 +133,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run folder of `train`.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/moji/moji-edit"),
 ) -> None:
-    """Writes the best checkpoint in fp16 on the grid, as a run folder that edits alone are made with; `UserError` if too large."""
+    """Writes the best checkpoint in fp16, on the grid, as a run folder for edits; `UserError` if it is too large."""
     concept = read_concept(checkpoint(run))
     out.mkdir(parents=True, exist_ok=True)
     concept.write(out)

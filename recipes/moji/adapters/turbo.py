@@ -257,7 +257,7 @@ def export(
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
-    """Writes the adapter in fp16 on the grid, its scheduler and how it is drawn with; `UserError` where it is too large."""
+    """Writes the adapter in fp16, on the grid, its scheduler and how to draw with it; `UserError` if too large."""
     kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
     base = json.loads(header["facts"])["model"]
     model = Backbone.open(base, device="cpu")
