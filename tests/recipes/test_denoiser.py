@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from recipes.moji.denoiser import LatentSettings, LatentTraining
+from recipes.moji.training.run import round_to_grid
 
 SETTINGS = LatentSettings(steps=6, batch=2, learning_rate=1e-2, matrix_rate=1e-2, text_rows=0, decay=2)
 
@@ -20,25 +22,30 @@ def network() -> nn.Sequential:
 
 
 def trained(settings: LatentSettings) -> dict[str, Tensor]:
-    """The weights at the end, beginning at the folder's checkpoint."""
+    """The weights at the end, beginning at the folder's checkpoint; rounded ones are seen on the grid alone."""
     model = network()
     weights = dict(model.named_parameters())
     training = LatentTraining(settings, "toy", weights, [weights["0.weight"]], slow=[weights["1.weight"]])
 
     def losses(step: int) -> Iterator[Tensor]:
         given = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        seen = {name: value.detach() for name, value in weights.items()}
+        on_grid = all(torch.equal(value, seen[name]) for name, value in round_to_grid(seen).items())
+        assert on_grid == settings.rounded
         yield model(given).square().mean()
 
     training.follow(losses, 0)
     return model.state_dict()
 
 
-def test_a_stopped_training_ends_at_the_same_weights(tmp_path: Path) -> None:
-    whole = trained(replace(SETTINGS, workdir=tmp_path / "whole"))
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_stopped_training_ends_at_the_same_weights(tmp_path: Path, rounded: bool) -> None:
+    settings = replace(SETTINGS, rounded=rounded)
+    whole = trained(replace(settings, workdir=tmp_path / "whole"))
     parts = tmp_path / "parts"
-    trained(replace(SETTINGS, workdir=parts, minutes=0.0))  # stops, and saves, after its first step
+    trained(replace(settings, workdir=parts, minutes=0.0))  # stops, and saves, after its first step
     assert (parts / "toy-stable.safetensors").exists()
-    resumed = trained(replace(SETTINGS, workdir=parts))
+    resumed = trained(replace(settings, workdir=parts))
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     assert any(not torch.equal(value, whole[name]) for name, value in network().state_dict().items())
 
