@@ -54,8 +54,9 @@ from recipes.moji.training.run import (
     RecipeSettings,
     Training,
     make_readable,
+    on_grid,
     read_trained,
-    round_to_bfloat16,
+    round_to_grid,
 )
 
 HELD_OUT = 2000  # the last shard of usual scenes is never trained on
@@ -162,6 +163,9 @@ class LatentSettings(RecipeSettings):
         int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 600
     warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 300
+    rounded: Annotated[
+        bool, Option("Train the weights as they are exported: on a grid, which packs well.", TRAINING)
+    ] = False
 
     def shares(self, step: int) -> dict[str, float]:
         """The shares of the kinds of scenes in a step's batch, as `Latents.batch` takes them."""
@@ -219,11 +223,21 @@ class LatentTraining(Training):
         optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         checkpoint = settings.workdir / f"{name}.safetensors"
         super().__init__(settings, checkpoint, parameters, optimizer, decay=0.9985, falling=settings.decay)
+        self.parameters, self.rounded = parameters, settings.rounded
         self.lr_schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
 
     def follow(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
         """Steps until the end or the minutes are over; the first process reports and saves."""
-        self.run(losses, self.lr_schedule, every=250, aloud=rank == 0)
+
+        asked = self._losses_on_grid(losses) if self.rounded else losses
+        self.run(asked, self.lr_schedule, every=250, aloud=rank == 0)
+
+    def _losses_on_grid(self, losses: Callable[[int], Iterator[Tensor]]) -> Callable[[int], Iterator[Tensor]]:
+        def rounded_losses(step: int) -> Iterator[Tensor]:
+            with on_grid(self.parameters):
+                yield from losses(step)
+
+        return rounded_losses
 
 
 def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
@@ -330,7 +344,7 @@ def export(
 ) -> None:
     """Writes an ordinary diffusers folder in fp16."""
     trained, header = read_trained(workdir / "denoiser.safetensors", averaged=averaged)
-    trained = round_to_bfloat16(trained)
+    trained = round_to_grid(trained)
     tokenizer = CLIPTokenizer.from_pretrained(workdir / "tokenizer")
     vae = AutoencoderKL.from_pretrained(workdir / "vae")
     unet, text_encoder = build_unet(vae.config.latent_channels), build_text_encoder(tokenizer)

@@ -6,12 +6,13 @@
     python -m recipes.moji.flow export                     a folder that diffusers' StableDiffusion3Pipeline loads
 
 The network predicts the velocity ε − x0 of x = (1 − t)·x0 + t·ε, at logit-normal t (Esser et al. 2024, section 3.1).
-Of the two text encoders the first is `moji`'s, as it is; the second, smaller one is trained along. There is no T5:
-the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so tokens that begin alike
-stay alike, and training carries one for all of them, whose attention weight counts 256 times: the same function for a
-third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the longest caption of the
-world needs fewer. Continues from its last checkpoint, and begins from another pipeline's weights whatever its latents
-(`--begin-from`), as `recipes.moji.denoiser` does; it may learn from `moji`'s own predictions (`--teacher`).
+Of the two text encoders the first is `moji`'s, rounded as all that is exported; the second, smaller one is trained
+along. There is no T5: the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so
+tokens that begin alike stay alike, and training carries one for all of them, whose attention weight counts 256 times:
+the same function for a third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the
+longest caption of the world needs fewer. Continues from its last checkpoint, and begins from another pipeline's
+weights whatever its latents (`--begin-from`), as `recipes.moji.denoiser` does; it may learn from `moji`'s own
+predictions (`--teacher`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import CARRIED, WORKDIR, Latents, LatentSettings, LatentTraining
 from recipes.moji.denoiser import DEFAULTS as OF_MOJI
 from recipes.moji.training.carried import carry_over_transformer
-from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained, round_to_bfloat16
+from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained, round_to_grid
 from recipes.moji.training.teacher import Teacher
 
 TOKENS = 32  # of a prompt, begin and end included
@@ -64,7 +65,7 @@ CARD = """# moji-flow
 
 A small rectified-flow transformer (`SD3Transformer2DModel`) of `moji`'s rendered world, 128 × 128 pixels, an ordinary
 diffusers folder without T5 (`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`),
-fp16 safetensors rounded to bfloat16, from optimiser step {step}.
+fp16 safetensors whose matrices lie on a grid (they pack well), from optimiser step {step}.
 Data, autoencoder and first text encoder are those of `moji`, whose card says more. Prompts are cut at 32 tokens.
 Made by `recipes/moji/flow.py`. Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
@@ -169,7 +170,7 @@ def export(
     trained, header = read_trained(workdir / "flow.safetensors", averaged=averaged)
     channels = read_json(workdir / "vae" / "config.json")["latent_channels"]
     network, second = build_transformer(channels), build_second_encoder(load_tokenizer(EMBEDDED))
-    fill(list_trained_parameters(network, second), round_to_bfloat16(trained))
+    fill(list_trained_parameters(network, second), round_to_grid(trained))
     write_pipeline(network, second, out, vae=workdir / "vae")
     write_text(out / "README.md", CARD.format(step=header["step"]))
     print(f"{out}: step {header['step']}")
@@ -231,11 +232,12 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def load_first_encoder() -> CLIPTextModelWithProjection:
-    """`moji`'s text encoder; its projection changes nothing."""
+    """`moji`'s text encoder, on the grid; its projection changes nothing."""
     known = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True)
     settings = known.config.to_dict() | {"projection_dim": WIDTHS[0]}
     encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
-    encoder.load_state_dict({f"text_model.{k}": v for k, v in rename_weights(known).items()}, strict=False)
+    weights = round_to_grid(rename_weights(known))
+    encoder.load_state_dict({f"text_model.{k}": v for k, v in weights.items()}, strict=False)
     with torch.no_grad():
         encoder.text_projection.weight.copy_(torch.eye(WIDTHS[0]))
     return encoder

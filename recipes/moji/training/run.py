@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from backbone.cli.options import Option
@@ -18,6 +19,7 @@ from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint,
 from recipes.moji.training.logbook import Logbook
 
 TRAINING, OUTPUT = "Training", "Output"
+GRID = 32  # steps of the grid that exported weights lie on, to a row's deviation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,38 @@ def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor]
     return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}, header
 
 
-def round_to_bfloat16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The eight bits of each weight that training multiplied with: in fp16 the others are noise, which packs badly.
+def round_to_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, each row of a matrix rounded to multiples of a power of two near 1/32 of its deviation.
 
-    A wheel's deflate makes a sixth less of such weights.
+    A deviation is the root mean square of a row, in convolutions of what makes one channel. Training multiplies with
+    eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes nearly half of
+    such weights, and a tenth less without the grid. Vectors stay as they are.
     """
-    return {name: value.to(torch.bfloat16).to(value.dtype) for name, value in tensors.items()}
+    return {name: _round_rows(value) if value.ndim > 1 else value for name, value in tensors.items()}
+
+
+def _round_rows(weights: Tensor) -> Tensor:
+    rows = weights.detach().float().flatten(1)
+    deviation = rows.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
+    step = torch.exp2((deviation / GRID).log2().round())
+    return ((rows / step).round() * step).view(weights.shape).to(weights.dtype)
+
+
+@contextmanager
+def on_grid(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """These weights are on the grid until the end of the `with`, with gradients there, and as they were after it.
+
+    So a training learns weights that are right once they are rounded (the straight-through estimator of Bengio et
+    al. 2013; Courbariaux et al. 2015, algorithm 1).
+    """
+    exact = {name: value.data for name, value in parameters.items()}
+    for name, value in round_to_grid(exact).items():
+        parameters[name].data = value
+    try:
+        yield
+    finally:
+        for name, value in exact.items():
+            parameters[name].data = value
 
 
 @torch.no_grad()
