@@ -113,8 +113,10 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     given = location.config("scheduler")
     name = given.get("_class_name") or "DDIMScheduler"
     kind = getattr(diffusers, NEEDS_NO_PACKAGE.get(name, name), None)
-    known_to = inspect.signature(kind.__init__).parameters if kind is not None else {}
-    if "beta_schedule" not in known_to or "snr_shift_scale" in known_to:  # CogVideoX's shift every level
+    own = {} if kind is None else inspect.signature(kind.__init__).parameters
+    if (
+        kind is None or "beta_schedule" not in own or "snr_shift_scale" in own
+    ):  # CogVideoX's shift every level
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
@@ -124,7 +126,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
                 f"The scheduler of {location.name} has {setting} {given[setting]!r}, and understood are "
                 f"{', '.join(known)}. Restore scheduler/."
             )
-    own = {key: value.default for key, value in known_to.items()}
+    own = {key: value.default for key, value in own.items()}
     # A config keeps settings of other classes
     said = {key: value for key, value in given.items() if key in own}
     with refuse_damaged(location.name, "scheduler"):
