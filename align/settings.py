@@ -48,7 +48,8 @@ OFFLINE = {"online": ("",)}
 GIVEN_PAIRS = {**OF_PAIRS, **OFFLINE}
 A_LORA = {"full": (False,)}
 WITH_BETA = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")
-COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo", "sft")  # the two images of a pair
+COMPARES = ("dpo", "ipo", "hinge", "mapo", "dspo")  # the two images of a pair
+WITHOUT_REFERENCE = ("mapo", "sft")
 IN_ROUNDS = {"online": (), "loss": (*PAIR_LOSSES, "ddpo")}
 
 
@@ -190,7 +191,7 @@ class Settings(TrainingSettings):
             "Diffusion-SDPO's μ; below 0: off.",
             "Preference",
             by_model=True,
-            needs={"loss": ("dpo", "ipo", "hinge", "mapo", "dspo")},
+            needs={"loss": COMPARES},
             off=-1,
             max=1,
         ),
@@ -520,6 +521,19 @@ def refuse_out_of_reach(settings: Settings, asked: Mapping[str, Any]) -> None:
         more = (
             f"--clip-range bounds how far the policy goes from the one that drew, and in one step a round "
             f"(--steps {settings.steps}, --rounds {settings.rounds}) it is that one"
+        )
+    if "reference" in asked and settings.loss in WITHOUT_REFERENCE and not settings.full:
+        more = f"{settings.loss} learns without the base's errors, wherever --reference {settings.reference} has them"
+    apart = {"mapo": settings.mapo_weight, "dspo": settings.dspo_pull}.get(settings.loss)
+    idle = [name for name in ("beta", "safeguard") if name in asked and apart == 0]
+    if idle and not settings.label_smoothing:
+        weight = "--mapo-weight 0" if settings.loss == "mapo" else "--dspo-pull 0"
+        more = f"With {weight} the winners alone are learned, and --{idle[0]} is of what is compared"
+    stops = "on_winner_rise" in asked and settings.on_winner_rise == "stop" and not settings.online
+    if stops and settings.evaluation_steps >= settings.steps:
+        more = (
+            f"--on-winner-rise stop looks every {settings.evaluation_steps} steps (--evaluation-steps), and there are "
+            f"{settings.steps}"
         )
     if more:
         raise UserError(f"{more}: it has no effect. Leave it out.")

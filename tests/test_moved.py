@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import customize.clips.train as motion
+from align.collect.sample import _claim_folder as claim_samples
+from align.comparison.compare import OpenedSide
+from align.comparison.compare import _claim_folder as claim_side
+from align.comparison.sides import Side
 from align.training.start import as_kept
+from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
+from backbone.models.encode import encoder_facts
+from backbone.models.fingerprint import earlier_fingerprint
+from backbone.models.locate import locate
+from backbone.models.model import Backbone
+from backbone.training.prepared import PreparedFacts, hold_prepared
 from customize.settings import Settings
 from customize.training.start import as_kept as as_kept_by_a_concept
 from tests.commands import run_here
@@ -51,6 +63,51 @@ def test_a_run_goes_on_with_a_model_and_images_that_have_moved(
     assert concept["model"] == str(tmp_path / "new-model")
     lines = (tmp_path / "elsewhere" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_from_before_every_tensor_counted_goes_on_with_its_model(
+    tmp_path: Path, model: Path, subject: Path
+) -> None:
+    words = ("--images", subject, "--token", "[V]", "--class", "dog", "--model", model, *FEW, "--out", "run")
+    run_here("customize", "train", *words, cwd=tmp_path)
+    tensors, header = read_tensors(tmp_path / "run" / CHECKPOINT)
+    facts = json.loads(header["facts"])
+    now, before = facts["model"], earlier_fingerprint(locate(str(model)))
+    assert now != before
+    facts["model"] = before
+    write_tensors(tmp_path / "run" / CHECKPOINT, tensors, {**header, "facts": json.dumps(facts)})
+    run_here("customize", "train", "--resume", "run", "--steps", "3", cwd=tmp_path)
+    _, header = read_tensors(tmp_path / "run" / CHECKPOINT)
+    assert (header["step"], json.loads(header["facts"])["model"]) == ("3", now)
+
+
+def test_what_was_begun_before_every_tensor_counted_goes_on(tmp_path: Path, tiny: Backbone) -> None:
+    """Images drawn, sides compared, latents prepared."""
+    samples = {"format": 1, "fingerprint": tiny.fingerprint, "per_prompt": 2}
+    write_json(tmp_path / "samples.json", {**samples, "fingerprint": earlier_fingerprint(tiny.location)})
+    claim_samples(tmp_path, samples, tiny)
+    write_json(tmp_path / "samples.json", {**samples, "fingerprint": "abc"})
+    with pytest.raises(UserError, match="another fingerprint"):
+        claim_samples(tmp_path, samples, tiny)
+
+    one, drawing = OpenedSide(Side("a", str(tiny.location.folder)), tiny, ()), SamplingSettings()
+    claim_side(tmp_path, one, [], drawing)
+    drawn = read_json(tmp_path / "drawn.json")
+    write_json(tmp_path / "drawn.json", {**drawn, "model": earlier_fingerprint(tiny.location)})
+    claim_side(tmp_path, one, [], drawing)
+    write_json(tmp_path / "drawn.json", {**drawn, "model": "abc"})
+    with pytest.raises(UserError, match="drawn in another way"):
+        claim_side(tmp_path, one, [], drawing)
+
+    encoder = encoder_facts(tiny)
+    facts = PreparedFacts("images", "there", tiny.location.name, tiny.resolution, 3, encoder=encoder)
+    before = {**encoder, "model": earlier_fingerprint(tiny.location)}
+    for other, refused in ((before, False), ({**encoder, "model": "abc"}, True)):
+        folder = tmp_path / f"prepared-{refused}"
+        write_json(folder / "prepared.json", asdict(replace(facts, encoder=other)))
+        expected = pytest.raises(UserError, match="another") if refused else nullcontext()
+        with expected, hold_prepared(folder, facts, tiny):
+            pass
 
 
 def test_preferences_are_learned_on_from_where_their_pairs_and_model_lie_now(

@@ -85,7 +85,7 @@ def _draw_missing(
     """Claims the folder, samples what it lacks, and finishes its record; the number of images sampled."""
     record = _describe_folder(backbone, concepts, prompts, asked)
     with processes.main_process_first():
-        _claim_folder(out, record)
+        _claim_folder(out, record, backbone)
     missing = [
         (i, j)
         for i in range(len(prompts))
@@ -219,7 +219,7 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt.text, "category": prompt.category, **negatives}
 
 
-def _claim_folder(out: Path, record: dict[str, Any]) -> None:
+def _claim_folder(out: Path, record: dict[str, Any], model: Backbone) -> None:
     """Begin a folder with its record; `UserError` where it was begun with another one."""
     path = out / SAMPLES
     if not path.exists():
@@ -229,6 +229,7 @@ def _claim_folder(out: Path, record: dict[str, Any]) -> None:
         write_json(path, record)
         return
     stored = read_json(path)
+    stored = {**stored, "fingerprint": model.renew_fingerprint(stored.get("fingerprint"))}
     for name, value in record.items():
         before: Any = stored.get(name)
         if before != value:

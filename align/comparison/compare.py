@@ -42,6 +42,7 @@ from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify, progress
 from backbone.io.files import content_hash, read_json, refuse_filled, write_json
 from backbone.io.prompts import Prompt
+from backbone.io.records import read_as
 from backbone.io.report import write_report
 from backbone.io.run_folder import hold_folder, package_versions, refuse_among_others
 from backbone.media.parameters import describe_concepts, describe_drawing
@@ -252,7 +253,9 @@ def _claim_folder(
         "sampling": sampling.facts(),
     }
     path = folder / DRAWN
-    if path.exists() and read_json(path) != json.loads(json.dumps(record)):
+    before = read_as(dict[str, Any], read_json(path), path) if path.exists() else {}
+    before = {**before, "model": one.model.renew_fingerprint(before.get("model"))}
+    if path.exists() and before != json.loads(json.dumps(record)):
         raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
     write_json(path, record)
 

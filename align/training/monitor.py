@@ -7,7 +7,7 @@ from typing import Any
 
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
-from align.settings import EVALUATIONS, Settings
+from align.settings import COMPARES, EVALUATIONS, WITH_BETA, Settings
 from align.training.reporting.logs import LoggedEvaluation, read_evaluations
 from align.training.reporting.pictures import Pictures
 from align.training.reporting.report import write_running_report
@@ -70,6 +70,13 @@ class Validation:
             return ""
         return (
             f"the preferred pictures' error has risen by {rise:.1%}, so the model is being spoiled although it may "
-            "still tell pictures apart. Lower --learning-rate, raise --beta, or add --safeguard 0.9 or "
-            "--sft-weight 0.5."
+            f"still tell pictures apart. {_remedies(self.settings.loss)}"
         )
+
+
+def _remedies(loss: str) -> str:
+    """What holds the winners' error back: settings that the loss has."""
+    beta = ", or raise --beta" if loss in WITH_BETA else ""
+    if loss in COMPARES:
+        return "Lower --learning-rate, raise --beta, or add --safeguard 0.9 or --sft-weight 0.5."
+    return f"Lower --learning-rate{beta}."

@@ -140,11 +140,11 @@ def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str
         return carry_on(run, settings, model)
 
 
-def sources_of(model: Backbone, settings: Settings) -> dict[str, str]:
+def sources_of(model: Backbone, settings: Settings) -> dict[str, Any]:
     """What a checkpoint was learned from, by name: it goes on with the same alone."""
     prompts = [(one.text, one.hard_negatives) for one in read_prompts(Path(settings.prompts))]
     return {
-        "model": model.fingerprint,
+        "model": model.fingerprints,
         "set of prompts": content_hash(repr(prompts).encode()),
         **hash_concepts(settings.concepts),
     }

@@ -172,7 +172,7 @@ def prepare_pairs(
         listing=_hash_found(found) if isinstance(found, Preferences) else "",
     )  # fmt: skip
     plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
-    with hold_prepared(out, facts):
+    with hold_prepared(out, facts, model):
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
         bad = [*known, *(" ".join(filter(None, one)) for one in list_bad(table, called="name"))]

@@ -120,10 +120,10 @@ def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path
         return carry_on(run, settings, model, records, began=began)
 
 
-def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, str]:
+def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, Any]:
     """What a checkpoint was learned from, by name: it goes on with the same alone."""
     return {
-        "model": model.fingerprint,
+        "model": model.fingerprints,
         "images": learn.fingerprint(),
         "set of prompts and choices": learn.choices(),
         **hash_concepts(settings.concepts),

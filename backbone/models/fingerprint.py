@@ -86,6 +86,11 @@ def earlier_fingerprint(location: Location) -> str:
     return _with_few_step(location, found)
 
 
+def fingerprints_of(location: Location) -> tuple[str, str]:
+    """Under which fingerprints records know a model: those that are written now, and those from before."""
+    return fingerprint_of(location), earlier_fingerprint(location)
+
+
 def _own_files(folder: Path, location: Location) -> list[Path]:
     """The files of a model's parts, and the index of them."""
     own = {"model_index.json", *location.index}

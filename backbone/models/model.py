@@ -274,7 +274,16 @@ class Backbone:
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Whether a record's fingerprint is this model's, also one from before every tensor had a share in it."""
-        return recorded == self.fingerprint or recorded == earlier_fingerprint(self.location)
+        return recorded in self.fingerprints
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Under which records know this model: its fingerprint, and that of records from before."""
+        return self.fingerprint, earlier_fingerprint(self.location)
+
+    def renew_fingerprint(self, recorded: Any) -> Any:
+        """This model's fingerprint for one that a record from before has of it; of another what was recorded."""
+        return self.fingerprint if recorded in self.fingerprints else recorded
 
     def free(self, *parts: str) -> None:
         """Unload parts; they load again when used. Text encoders with learned embeddings or adapters stay."""

@@ -373,7 +373,7 @@ def save_checkpoint(
         "step": str(step),
         "optimizer": type(optimizer).__name__,
         "groups": json.dumps(numbers, default=_plain_number),
-        "facts": json.dumps(dict(facts or {})),
+        "facts": json.dumps({name: _alike(fact)[0] for name, fact in (facts or {}).items()}),
         "tensors": _hash_kinds(tensors),
         "sums": _hash_sums(tensors),
     }
@@ -485,7 +485,10 @@ def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[s
 
 
 def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
-    """`UserError` where a checkpoint was saved with other `facts`; one that is not there was saved with any."""
+    """`UserError` where a checkpoint was saved with other `facts`; one that is not there was saved with any.
+
+    A fact that is a tuple is saved as its first value, and any of them is the same.
+    """
     if path.exists():
         with reading_checkpoint(path):
             header = read_metadata(path)
@@ -496,11 +499,15 @@ def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[st
     with reading_checkpoint(path):
         known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
     for name, fact in facts.items():
-        if known.get(name, fact) != fact:
+        if name in known and known[name] not in _alike(fact):
             raise UserError(
                 f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
             )
     return known
+
+
+def _alike(fact: Any) -> tuple[Any, ...]:
+    return fact if isinstance(fact, tuple) else (fact,)
 
 
 def _state_like(saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:

@@ -137,7 +137,7 @@ class PreparedFolder:
     def refuse_other_encoder(self, model: Backbone, *, flip: bool) -> None:
         """`UserError` where the folder was prepared for another model, size or precision, or without mirroring."""
         facts, now = self.facts, encoder_facts(model)
-        if facts.size != model.resolution or facts.encoder != now:
+        if facts.size != model.resolution or _renewed(facts, model) != now:
             other = f"{model.location.name} at {model.resolution} px in {now['precision']}"
             beside = "" if facts.describe() != other else ", with other weights or another placement"
             raise UserError(
@@ -187,14 +187,14 @@ def hash_listing(records: Iterable[tuple[str, Sequence[ImageRecord]]]) -> str:
 
 
 @contextmanager
-def hold_prepared(out: Path, facts: PreparedFacts) -> Iterator[None]:
+def hold_prepared(out: Path, facts: PreparedFacts, model: Backbone) -> Iterator[None]:
     """The folder begun, or gone on with, and held for this preparation; call it in all processes of a run.
 
     Raises `UserError` for a folder that is another preparation's or another process's, and for a full disk.
     """
     with processes.hold_folder(out):
         if processes.is_main_process():
-            _begin(out, facts)
+            _begin(out, facts, model)
         processes.barrier()
         try:
             yield
@@ -207,14 +207,23 @@ def hold_prepared(out: Path, facts: PreparedFacts) -> Iterator[None]:
             ) from error
 
 
-def _begin(out: Path, facts: PreparedFacts) -> None:
+def _begin(out: Path, facts: PreparedFacts, model: Backbone) -> None:
     """Writes what is begun, or refuses a folder that was begun otherwise."""
     if not (out / FILE).is_file():
         refuse_among_others(out)
         refuse_filled(out)
         write_json(out / FILE, asdict(facts))
         return
-    _refuse_other_preparation(read_facts(out, facts.kind), facts, out)
+    before = read_facts(out, facts.kind)
+    _refuse_other_preparation(replace(before, encoder=_renewed(before, model)), facts, out)
+
+
+def _renewed(facts: PreparedFacts, model: Backbone) -> dict[str, str]:
+    """What latents depended on when a folder was begun; its model by today's fingerprint."""
+    return {
+        name: model.renew_fingerprint(fact) if name == "model" else fact
+        for name, fact in facts.encoder.items()
+    }
 
 
 def _refuse_other_preparation(before: PreparedFacts, now: PreparedFacts, out: Path) -> None:

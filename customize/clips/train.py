@@ -120,7 +120,7 @@ def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
         kind = WholeMotionLearning if whole else MotionLearning
         learning = kind(model, latents, conditions, settled, kept)
         learning.sources = {
-            "model": model.fingerprint,
+            "model": model.fingerprints,
             "clips": " ".join(one.film.content for one in films),
             "set of captions": content_hash("\n".join(prompts).encode()),
             **({} if whole else {"motion adapter": hash_motion(model.denoiser)}),

@@ -31,7 +31,7 @@ def begin_from(model: Backbone, trained: Sequence[Any], concept: Concept) -> Non
     Raises `UserError` for an adapter of other layers, a higher rank, another scale or kind, and for text encoders that
     only the earlier run has trained.
     """
-    if concept.fingerprint != model.fingerprint:
+    if not model.has_fingerprint(concept.fingerprint):
         notify(f"{concept.folder} was trained on {concept.model} with other weights than are trained on now.")
     copy_learned(model, trained, concept)
 

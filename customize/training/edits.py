@@ -99,7 +99,7 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
-        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
+        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
@@ -117,7 +117,7 @@ def carry_on(
     read = CropReader()
     measured = prepare_held_out(model, held or learned[:SHOWN], settings, read)
     training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
-    training.sources = {"model": model.fingerprint}
+    training.sources = {"model": model.fingerprints}
     training.resume(run)
     notify(
         f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out."

@@ -124,7 +124,7 @@ def prepare_images(
         listing=hash_listing((one.caption or "", [one]) for one in listed) if listed else "",
     )  # fmt: skip
     sizes = bucket_sizes(model.resolution) if cuts.aspect_buckets else [(model.resolution, model.resolution)]
-    with hold_prepared(out, facts):
+    with hold_prepared(out, facts, model):
         _encode(model, Plan(images, sizes), out, flip=cuts.flip, workers=workers)
         table = Table(out / RECORDS)
         if not len(table):

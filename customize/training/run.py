@@ -137,7 +137,7 @@ def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in changes:
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)
-        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
+        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         concept, groups = make_prompts(settings, model, pictures)
         if anew:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
@@ -200,7 +200,7 @@ def carry_on(
     measured = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
-    training.sources = {"model": model.fingerprint}
+    training.sources = {"model": model.fingerprints}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)

@@ -315,9 +315,11 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 
 
 def read_inversion(
-    path: str | Path, model: Backbone, *, identity: str | None = None, of_clip: bool = False
+    path: str | Path, model: Backbone, *, known: tuple[str, ...] = (), of_clip: bool = False
 ) -> Inversion:
-    """An inversion from its file, of an image, or with `of_clip` of a clip. `identity` is as in `invert`.
+    """An inversion from its file, of an image, or with `of_clip` of a clip.
+
+    `known` are the `identities` of the model with its concepts; without, those of the model alone.
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
@@ -326,12 +328,14 @@ def read_inversion(
     if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:
         what, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
         raise UserError(f"{path} is the inversion of {what}. Edit it with edit {command}.")
-    if fields["identity"] != (identity or identify(model)):
+    known = known or identities(model)
+    if fields["identity"] not in known:
         raise UserError(
             f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
             f"now. Give the --model, --concept{', --motion' * of_clip} and --scale that it was made with, or invert "
             f"the {'clip' if of_clip else 'image'} again."
         )
+    fields["identity"] = known[0]
     _check_tensors(path, tensors, model)
     schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
     on_device: dict[str, Any] = {
@@ -352,7 +356,12 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
 
     Of a motion adapter that is attached, its weights count too.
     """
-    parts = [model.fingerprint]
+    return identities(model, concepts, scale=scale)[0]
+
+
+def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> tuple[str, ...]:
+    """What `identify` gives, and after it what records from before have in its place."""
+    parts = []
     if motion_of(model.denoiser) is not None:
         parts.append(hash_motion(model.denoiser))
     if concepts and scale != 1:
@@ -361,7 +370,7 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
         for name in (concept.weights, concept.words, concept.changed):
             if name:
                 parts.append(content_hash(concept.folder / name))
-    return content_hash("\n".join(parts).encode())
+    return tuple(content_hash("\n".join([one, *parts]).encode()) for one in model.fingerprints)
 
 
 def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Beginning:
 
 def open_inversion(loaded: ModelWithConcepts, file: str, source: str | None) -> Inversion:
     """The inversion of a clip from its file; `UserError` for one of an image, another prompt or another model."""
-    inversion = read_inversion(file, loaded.model, identity=loaded.identity, of_clip=True)
+    inversion = read_inversion(file, loaded.model, known=loaded.identities, of_clip=True)
     if source is not None and loaded.resolve(source) != inversion.prompt:
         raise UserError(f"{file} is of “{inversion.prompt}”, not of “{source}”. Leave --source out.")
     return inversion

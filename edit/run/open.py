@@ -25,7 +25,7 @@ from backbone.media.transforms import to_image
 from backbone.models.control import OpenedControl
 from backbone.models.model import Backbone, Task
 from edit import checks
-from edit.inversion.inversion import Inversion, Method, count_rounds, identify, invert, read_inversion
+from edit.inversion.inversion import Inversion, Method, count_rounds, identities, invert, read_inversion
 from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
 from edit.masks import fit_mask
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
@@ -50,7 +50,12 @@ class ModelWithConcepts:
     @cached_property
     def identity(self) -> str:
         """Tells it from all others."""
-        return identify(self.model, self.concepts, scale=self.scale)
+        return self.identities[0]
+
+    @cached_property
+    def identities(self) -> tuple[str, ...]:
+        """Its identity, and after it that of records from before."""
+        return identities(self.model, self.concepts, scale=self.scale)
 
     def resolve(self, prompt: str) -> str:
         """A person's prompt in the model's words: placeholder tokens replaced by what they stand for."""
@@ -158,7 +163,7 @@ class Start:
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
         """Reads or makes the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
         if self.inversion is not None:
-            inversion = read_inversion(self.inversion, loaded.model, identity=loaded.identity)
+            inversion = read_inversion(self.inversion, loaded.model, known=loaded.identities)
             if self.source is not None and loaded.resolve(self.source) != inversion.prompt:
                 raise UserError(
                     f"{self.inversion} is of “{inversion.prompt}”, not of “{self.source}”. Leave --source out."

@@ -140,7 +140,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
     def load() -> ModelWithConcepts:
         asked = {**pick(wishes, OPENING), "model": recorded.model}
         loaded = load_model(Opening(**asked), shown=count_shown(recorded.command, wishes))
-        if loaded.identity != recorded.identity:
+        if recorded.identity not in loaded.identities:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "
                 "Put the old ones back."

@@ -11,10 +11,15 @@ import torch
 from diffusers import (
     DDIMParallelScheduler,
     DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 
 from backbone.families.base import NoisePath
@@ -145,8 +150,61 @@ def test_what_a_config_leaves_out_is_the_default_of_its_own_class(
 
 
 @pytest.mark.parametrize(
+    "kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler, SASolverScheduler]
+)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", None])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_the_levels_of_a_solver_are_its_own(kind: Any, spacing: str | None, final: str) -> None:
+    """They are not DDIM's of the same spacing: of S + 1 timesteps the cleanest is left out."""
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    settings |= {"timestep_spacing": spacing} if spacing else {}
+    own = (
+        {"final_sigmas_type": final} if kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler) else {}
+    )
+    scheduler = kind(**settings, **own)
+    path = vp_path(cast(Location, WithScheduler({"_class_name": kind.__name__, **settings, **own})))
+    for steps in (2, 7, 20, 25):
+        scheduler.set_timesteps(steps)
+        levels = path.schedule(steps, (8, 8))
+        assert levels.time is not None and torch.equal(levels.time[:-1].long(), scheduler.timesteps)
+        torch.testing.assert_close(
+            (levels.b / levels.a).float(), scheduler.sigmas.float(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_solver_without_a_spacing_of_its_own_has_its_one() -> None:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DPMSolverSinglestepScheduler(**settings)
+    left = {"timestep_spacing": "leading"}  # of the class that the folder had before
+    config = {"_class_name": "DPMSolverSinglestepScheduler", **settings, **left}
+    for steps in (2, 20, 25):
+        scheduler.set_timesteps(steps)
+        time = vp_path(cast(Location, WithScheduler(config))).schedule(steps, (8, 8)).time
+        assert time is not None and torch.equal(time[:-1].long(), scheduler.timesteps)
+
+
+def test_a_solver_has_one_step_less_than_there_are_levels() -> None:
+    path = path_of(_class_name="UniPCMultistepScheduler", timestep_spacing="linspace")
+    assert len(path.schedule(999, (8, 8))) == 1000
+    with pytest.raises(UserError, match="in 1 to 999 steps, not 1000"):
+        path.schedule(1000, (8, 8))
+
+
+def test_a_first_generation_solver_that_ends_above_zero_is_read() -> None:
+    """diffusers has `dpmsolver` with `sigma_min` alone."""
+    settings = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    path = path_of(_class_name="DPMSolverMultistepScheduler", **settings)
+    assert float(path.schedule(8, (8, 8)).b[-1]) > 0
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
+        (
+            {"_class_name": "CogVideoXDDIMScheduler"},
+            "is a CogVideoXDDIMScheduler, which is not of its family",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "x"}, "final_sigmas_type 'x'"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "is a CMStochasticIterativeScheduler"),
         ({"_class_name": "FancyScheduler"}, "is a FancyScheduler, which is not of its family"),
         ({"steps_offset": -5}, "steps_offset -5"),
@@ -177,6 +235,23 @@ def test_spacings_that_are_not_used_are_said(capsys: pytest.CaptureFixture[str])
     )  # left over from another
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("use_karras_sigmas true, which is not used here") == said.count("not used here") == 1
+
+
+def test_what_is_beside_the_levels_of_a_solver_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    solver = {"_class_name": "DPMSolverMultistepScheduler"}
+    path_of(**solver, use_lu_lambdas=True, lambda_min_clipped=-5.1, thresholding=True)
+    path_of(clip_sample=True, timestep_spacing="linspace")
+    said = " ".join(capsys.readouterr().err.split())
+    for setting in (
+        "use_lu_lambdas true",
+        "lambda_min_clipped -5.1",
+        "thresholding true",
+        "clip_sample true",
+    ):
+        assert said.count(f"{setting}, which is not used here") == 1
+    path_of(**solver, lambda_min_clipped=float("-inf"), thresholding=False, final_sigmas_type="sigma_min")
+    path_of()  # where nothing is said of it
+    assert "not used" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

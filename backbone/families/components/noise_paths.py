@@ -33,12 +33,14 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "final_sigmas_type": ("zero", "sigma_min"),
 }
 OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # under which a network is told no timesteps
 OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
-    *("interpolation_type", "final_sigmas_type"),
+    *("interpolation_type", "lambda_min_clipped"),
 )
+CLIPPING = ("thresholding", "clip_sample")  # of the clean estimate, for models of pixels
 # Classes that diffusers has with another package alone (scipy, torchsde) → one with the same defaults, without
 NEEDS_NO_PACKAGE = {
     "LMSDiscreteScheduler": "EulerDiscreteScheduler",
@@ -48,6 +50,14 @@ BY_ALPHA = (
     *("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "TCDScheduler"),
     *("DDPMScheduler", "DDPMParallelScheduler"),
 )
+SOLVERS = (  # whose S steps are the first of S + 1, but for trailing ones in diffusers
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("DEISMultistepScheduler", "SASolverScheduler"),
+)
+ENDS_AT_FIRST = (
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)  # at the cleanest level trained, never at σ = 0
 DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
 DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
     "LCMScheduler": "consistency",
@@ -62,14 +72,16 @@ FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of
 def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath:
     """The noise path of a model trained on a β schedule, from its scheduler's config.
 
-    What the config leaves out is the default of its own class. Schedulers that sample in σ (Euler, DPM-Solver …) end at
-    σ = 0 whatever `set_alpha_to_one` says. `steps_offset` stands in for the config's, as some pipelines have it.
+    What the config leaves out is the default of its own class. Schedulers that sample in σ (Euler, DPM-Solver …) end
+    where `final_sigmas_type` says, whatever `set_alpha_to_one` does. `steps_offset` stands in for the config's, as some
+    pipelines have it. Raises `UserError`, and its schedule does for more steps than the scheduler has.
     """
     config = _read_vp_config(location)
     name = config["_class_name"]
     alpha_bar = _read_alphas_cumprod(location.name, config)
+    at_first = name in ENDS_AT_FIRST or config["final_sigmas_type"] == "sigma_min"
     by_alpha = name in BY_ALPHA and not config.get("set_alpha_to_one", True)
-    final: Literal["one", "first"] = "first" if by_alpha else "one"
+    final: Literal["one", "first"] = "first" if at_first or by_alpha else "one"
     distilled = int(config.get("original_inference_steps") or len(alpha_bar))
     offset = int(config.get("steps_offset", 0)) if steps_offset is None else steps_offset
 
@@ -78,11 +90,14 @@ def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath
         spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
         if name in DISTILLING:
             spacing = "distilled"
-            if steps > distilled:
-                raise UserError(f"{location.name} is drawn with in 1 to {distilled} steps, not {steps}.")
-        return vp_schedule(
-            alpha_bar, steps, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
+        beyond = int(name in SOLVERS and spacing != "trailing")  # a step that is left out
+        most = distilled if name in DISTILLING else len(alpha_bar) - beyond
+        if steps > most and (beyond or name in DISTILLING):
+            raise UserError(f"{location.name} is drawn with in 1 to {most} steps, not {steps}.")
+        levels = vp_schedule(
+            alpha_bar, steps + beyond, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
         )
+        return levels[torch.cat([torch.arange(steps), torch.tensor([steps + beyond])])]
 
     kind = cast(PredictionType, config["prediction_type"])
     return NoisePath(kind, vp(alpha_bar, torch.arange(len(alpha_bar))), schedule)
@@ -98,7 +113,10 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     given = location.config("scheduler")
     name = given.get("_class_name") or "DDIMScheduler"
     kind = getattr(diffusers, NEEDS_NO_PACKAGE.get(name, name), None)
-    if kind is None or "beta_schedule" not in inspect.signature(kind.__init__).parameters:
+    own = {} if kind is None else inspect.signature(kind.__init__).parameters
+    if (
+        kind is None or "beta_schedule" not in own or "snr_shift_scale" in own
+    ):  # CogVideoX's shift every level
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
@@ -108,12 +126,15 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
                 f"The scheduler of {location.name} has {setting} {given[setting]!r}, and understood are "
                 f"{', '.join(known)}. Restore scheduler/."
             )
-    own = {key: value.default for key, value in inspect.signature(kind.__init__).parameters.items()}
+    own = {key: value.default for key, value in own.items()}
     # A config keeps settings of other classes
     said = {key: value for key, value in given.items() if key in own}
     with refuse_damaged(location.name, "scheduler"):
         kind(**{key: value for key, value in said.items() if key not in OTHER_SPACINGS})  # some need scipy
-    config = {key: known[0] for key, known in VP_SETTINGS.items()} | own | said | {"_class_name": name}
+    usual = {key: known[0] for key, known in VP_SETTINGS.items()}
+    if name in SOLVERS:
+        usual["timestep_spacing"] = "linspace"  # also of the one that has no such setting
+    config = usual | own | said | {"_class_name": name}
     # Says how the model was trained, whatever samples it
     config["rescale_betas_zero_snr"] = bool(given.get("rescale_betas_zero_snr"))
     other = {
@@ -126,11 +147,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
             f"The scheduler of {location.name} has {strange[0]} {config[strange[0]]!r}, under which a network is told "
             "other times than the timesteps that are understood here. Restore scheduler/."
         )
-    for key, value in other.items():
-        notify_once(
-            f"The scheduler of {location.name} has {key} {json.dumps(value)}, which is not used here: steps are spaced "
-            f"by its timestep_spacing, {config['timestep_spacing']}."
-        )
+    _say_unused(location.name, config, other, [key for key in CLIPPING if said.get(key)])
     offset = config.get("steps_offset", 0)
     if not isinstance(offset, int) or not 0 <= offset < config["num_train_timesteps"]:
         raise UserError(
@@ -138,6 +155,20 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
             "Restore scheduler/."
         )
     return config
+
+
+def _say_unused(name: str, config: Mapping[str, Any], spacings: Mapping[str, Any], clips: list[str]) -> None:
+    """Say what a scheduler has beside its levels that nothing here follows."""
+    for key, value in spacings.items():
+        notify_once(
+            f"The scheduler of {name} has {key} {json.dumps(value)}, which is not used here: steps are spaced "
+            f"by its timestep_spacing, {config['timestep_spacing']}."
+        )
+    for key in clips:
+        notify_once(
+            f"The scheduler of {name} has {key} {json.dumps(config[key])}, which is not used here: it limits the clean "
+            "estimate to the values of pixels, and latents have others."
+        )
 
 
 def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:

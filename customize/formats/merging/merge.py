@@ -23,6 +23,7 @@ from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
 from backbone.io.console import UserError, count_of, notify, progress
 from backbone.io.files import read_tensors
+from backbone.models.fingerprint import fingerprints_of
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
 from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_loras, truncate_lora
@@ -193,7 +194,7 @@ def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
     """Raise `UserError` unless two adapters fit one base model: fingerprint, family, and shapes of shared layers."""
     names = f"{first.source} and {second.source}"
     concepts = [concept for concept in (first.concept, second.concept) if concept is not None]
-    if len({concept.fingerprint for concept in concepts}) > 1:
+    if not _are_of_one_model(concepts):
         models = " and ".join(concept.model for concept in concepts)
         raise UserError(f"{names} were trained on different weights ({models}). Merge runs of one model.")
     bases = first.adapter.base, second.adapter.base
@@ -208,6 +209,18 @@ def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
                 f"{names} are for different models: {name} is {shapes[0][0]} × {shapes[0][1]} in one "
                 f"and {shapes[1][0]} × {shapes[1][1]} in the other. Merge adapters of one model."
             )
+
+
+def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
+    """Whether concepts have one fingerprint, or two under which records know the model of one of them."""
+    found = {concept.fingerprint for concept in concepts}
+    for name in {concept.model for concept in concepts} if len(found) > 1 else ():
+        try:
+            if found <= {*fingerprints_of(locate(name))}:
+                return True
+        except UserError:
+            continue  # it lies elsewhere now
+    return len(found) < 2
 
 
 def merge_exact(parts: Sequence[MergeInput]) -> AdapterFile:

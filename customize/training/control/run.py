@@ -127,7 +127,7 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
     processes.init_process(settings.device)
     with processes.hold_folder(run):
         model = open_model(settings)
-        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprint})
+        refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         pairs = open_pairs(settings, (model.resolution, model.resolution))
         for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
             notify(sentence)
@@ -184,7 +184,7 @@ def carry_on(
     learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
     data = PairData(model, learned, settings.condition, flip=settings.flip)
     training = ControlTraining(model, network, data, settings)
-    training.sources = {"model": model.fingerprint}
+    training.sources = {"model": model.fingerprints}
     previews = Previews(model, training, preview_maps(settings, held, model))
     validation = Validation(run, training, encode_held_out(model, held, settings.condition))
     model.free("text_encoder")

@@ -56,7 +56,7 @@ def transfer_run(asked: TransferOptions) -> Path:
     with hold_folder(out) if asked.resume else processes.hold_new_run(out):
         begin(out, asked, own)
         fit = prepare_fit(asked, settings, base, concept, few, moved)
-        fit.sources = {"model": few.fingerprint, "run": content_hash(concept.weights_path)}
+        fit.sources = {"model": few.fingerprints, "run": content_hash(concept.weights_path)}
         fit.resume(out)
         drive(fit, out, command=asked.command(), label="transferring")
         return finish(out, fit, own, moved, asked, seconds=time.perf_counter() - began)

@@ -33,11 +33,12 @@ from align.objectives.reference import CachedReference, open_cached_reference, r
 from align.pairs.prepared import Prepared
 from align.pairs.read import read_preferences
 from align.pairs.records import Records, check_preferences, split_held_out, to_singles
-from align.settings import Settings, as_command, refuse_out_of_reach, resolve_settings
+from align.settings import PAIR_LOSSES, Settings, as_command, refuse_out_of_reach, resolve_settings
+from align.training.monitor import _remedies
 from align.training.prepare import prepare_pairs
 from align.training.run import describe_idle_ties
 from backbone.adapters.lora import load_lora, use_adapters
-from backbone.cli.options import fields_of
+from backbone.cli.options import fields_of, find_unmet, refuse_idle
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
@@ -673,6 +674,51 @@ def test_a_number_beyond_what_others_leave_it_is_refused(asked: dict[str, Any], 
         return
     with pytest.raises(UserError, match=complaint):
         refuse_out_of_reach(found, asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"loss": "sft", "reference": "live"}, "sft learns without the base's errors"),
+        ({"loss": "mapo", "reference": "cached"}, "mapo learns without the base's errors"),
+        ({"loss": "mapo", "full": True, "reference": "copy"}, ""),  # by which the noise gap is measured
+        ({"loss": "kto", "reference": "live"}, ""),
+        ({"loss": "mapo", "mapo_weight": 0.0, "beta": 500.0}, "--mapo-weight 0 the winners alone .* --beta"),
+        ({"loss": "dspo", "reference": "live", "dspo_pull": 0.0, "safeguard": 0.5}, "--safeguard is of what"),
+        ({"loss": "dspo", "reference": "live", "dspo_pull": 0.0}, ""),
+        ({"loss": "mapo", "mapo_weight": 0.0, "beta": 500.0, "label_smoothing": 0.1}, ""),
+        ({"on_winner_rise": "stop", "steps": 20}, "looks every 50 steps .* and there are 20"),
+        ({"on_winner_rise": "stop", "steps": 20, "evaluation_steps": 5}, ""),
+        ({"on_winner_rise": "warn", "steps": 20}, ""),
+    ],
+)
+def test_what_a_loss_leaves_unread_is_refused(asked: dict[str, Any], complaint: str) -> None:
+    found = Settings(pairs="p", **asked)
+    if not complaint:
+        refuse_out_of_reach(found, asked)
+        return
+    with pytest.raises(UserError, match=f"{complaint}.*no effect. Leave it out."):
+        refuse_out_of_reach(found, asked)
+
+
+@pytest.mark.parametrize("loss", ["sft", "kto", "dpo", "mapo"])
+def test_more_weight_on_the_winners_is_of_losses_that_hold_more(loss: str) -> None:
+    """A multiple of a loss is the same loss to AdamW."""
+    asked = {"pairs": "p", "loss": loss, "sft_weight": 0.5}
+    if loss in ("dpo", "mapo"):
+        refuse_idle(Settings(**asked), asked)  # type: ignore[arg-type]
+        return
+    with pytest.raises(UserError, match="--sft-weight has no effect without --loss"):
+        refuse_idle(Settings(**asked), asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_what_is_advised_against_spoiled_winners_is_what_the_loss_reads(loss: str) -> None:
+    advised = _remedies(loss)
+    known = fields_of(Settings)
+    for flag in ("beta", "safeguard", "sft_weight"):
+        takes = find_unmet(known[flag], {"loss": loss}) is None
+        assert (known[flag].flag in advised) == takes
 
 
 @pytest.mark.parametrize("size", [(96, 96), (96, 64)])

@@ -351,6 +351,16 @@ def test_runs_of_different_models_are_not_merged(run: Make) -> None:
         read_inputs([str(first), str(second)])
 
 
+def test_a_run_from_before_every_tensor_counted_is_merged_with_one_of_today(
+    run: Make, tiny: Backbone
+) -> None:
+    name, (now, before) = str(tiny.location.folder), tiny.fingerprints
+    first, second = run("a"), run("b", seed=1)
+    for folder, fingerprint in ((first, before), (second, now)):
+        replace(read_concept(folder), fingerprint=fingerprint, model=name).write(folder)
+    assert len(read_inputs([str(first), str(second)])) == 2
+
+
 def test_an_adapter_that_is_merged_with_itself_is_told(run: Make, capsys: pytest.CaptureFixture[str]) -> None:
     first, copy, other = run("a"), run("b"), run("c", seed=1)
     read_inputs([str(first), f"{first / '..' / 'a'}:0.5"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.media.transforms import to_image, working_size
 from backbone.models.model import Backbone
-from edit.inversion.inversion import METHODS, Method, identify, invert, read_inversion, reconstruct
+from edit.inversion.inversion import (
+    METHODS,
+    Method,
+    identify,
+    identities,
+    invert,
+    read_inversion,
+    reconstruct,
+)
 from edit.inversion.null_text import optimize_null_texts
 from tests.edit.models import PATHS, paths, photo, tiny_on
 
@@ -179,7 +188,14 @@ def test_an_inversion_of_another_model_or_other_concepts_is_refused(tiny: Backbo
         "lora", "tiny", tiny.fingerprint, {"[V]": "bcd"}, "dog", "weights.safetensors", folder=tmp_path
     )
     with pytest.raises(UserError, match="--concept"):
-        read_inversion(file, tiny, identity=identify(tiny, [concept]))
+        read_inversion(file, tiny, known=identities(tiny, [concept]))
+
+
+def test_an_inversion_from_before_every_tensor_counted_is_its_model_s(tiny: Backbone, tmp_path: Path) -> None:
+    now, before = identities(tiny)
+    assert now == identify(tiny) != before
+    replace(invert(tiny, photo(), PROMPT, steps=2), identity=before).write(tmp_path / "one.safetensors")
+    assert read_inversion(tmp_path / "one.safetensors", tiny).identity == now
 
 
 @pytest.mark.parametrize(
