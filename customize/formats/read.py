@@ -67,7 +67,7 @@ _FACTOR_BY_SUFFIX = {
 }
 _WRAPPER = "module."  # DistributedDataParallel's
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!(?:weight|bias)$)(?P<name>[^.]+)(\.weight)?$"
+    r"\.(?:(lora_A|lora_B|lora_magnitude_vector)|((?:hada|lokr)_\w+))\.(?!(?:weight|bias)$)(?P<name>[^.]+)(\.weight)?$"
 )
 _BARE = re.compile(r"(?P<stem>.*)\.lora_(?P<factor>[ABab])")  # written by hand, or by MLX
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
@@ -396,7 +396,10 @@ def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:
         raise UserError(
             f"{path} holds {len(adapters)} adapters ({', '.join(adapters)}). Save each in a file of its own."
         )
-    return found | {key: f"{match.string[: match.start()]}.{match[1]}.weight" for key, match in named.items()}
+    return found | {
+        key: f"{match.string[: match.start()]}.{f'{match[1]}.weight' if match[1] else match[2]}"
+        for key, match in named.items()
+    }
 
 
 def _read_configs(

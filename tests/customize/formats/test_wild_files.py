@@ -637,6 +637,16 @@ def test_what_wrappers_and_peft_put_into_names_is_no_part_of_them(tmp_path: Path
     ):
         (layer,) = read_adapter(write(name)).layers.items()
         assert layer[0] == "unet.conv_in" and bool((layer[1].delta_weight() == 2).all())
+    factors = {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(2, 1), "lokr_w2_b": torch.ones(1, 2)}
+    file = tmp_path / "lokr.safetensors"  # as peft's LoKr and LoHa are called in a model's own state dict
+    write_tensors(
+        file,
+        {
+            f"base_model.model.mid_block.attentions.0.proj_in.{name}.default": value
+            for name, value in factors.items()
+        },
+    )
+    assert set(read_adapter(file).layers) == {"unet.mid_block.attentions.0.proj_in"}
     with pytest.raises(UserError, match=r"holds 2 adapters \(dog, style\)"):
         read_adapter(write("unet.conv_in.lora_{}.dog.weight", "unet.conv_in.lora_{}.style.weight"))
     with pytest.raises(UserError, match=r"holds unet\.conv_in twice"):
