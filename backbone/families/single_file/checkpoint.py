@@ -43,7 +43,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 # Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
 BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
-OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2)$|\.quant_state\."
+OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2|weight_scale_inv)$|\.quant_state\."
 TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
