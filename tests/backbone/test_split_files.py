@@ -399,6 +399,46 @@ def test_a_file_of_qwen_image_says_by_its_name_what_it_was_trained_for(tmp_path:
         assert found == [name]
 
 
+def test_a_file_of_the_edition_of_2511_is_read_as_one_by_its_mark_or_its_name(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"), (1,)
+    )
+    marked = shapes | {"__index_timestep_zero__": (0,)}
+    below_unet = {UNET + name: shape for name, shape in marked.items()}
+    for stem, names, clean in (
+        ("Qwen-Rapid-AIO-v23", below_unet, True),
+        ("qwen_image_edit_2511_bf16", shapes, True),
+        ("qwen_image_edit_2509_bf16", shapes, False),
+    ):
+        header = Header(tmp_path / f"{stem}.safetensors", names, {})
+        ((family, settings),) = [
+            (one, found) for one in families() if (found := one.match_checkpoint(header)) is not None
+        ]
+        assert family.name == "Qwen-Image-Edit-Plus"
+        config = Location(stem, str(header.path), {}, settings).config("transformer")
+        assert config.get("zero_cond_t", False) == clean
+    layered = shapes | {"time_text_embed.addition_t_embedding.weight": (2, 1)}
+    with pytest.raises(UserError, match="is of Qwen-Image-Layered, which is not supported"):
+        locate_shapes(layered, tmp_path)
+    transformer, vae, text = three_files(tmp_path, "qwen-edit", folders["qwen-edit"])
+    named = transformer.with_name("qwen_image_edit_2511_bf16.safetensors")
+    write_tensors(
+        named, transformer_of("qwen-edit", folders["qwen-edit"]) | {"__index_timestep_zero__": torch.zeros(0)}
+    )
+    read_all = Backbone.open(
+        join_files(*map(str, (named, vae, text))), device="cpu", precision="fp32", task="edit"
+    )
+    mine, theirs = (model.denoiser.state_dict() for model in (read_all, opened(folders["qwen-edit"])))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def locate_shapes(shapes: dict[str, tuple[int, ...]], place: Path) -> None:
+    for family in families():
+        family.match_checkpoint(Header(place / "qwen_image_layered.safetensors", shapes, {}))
+
+
 # Refusals ---------------------------------------------------------------------------------------------------
 
 
