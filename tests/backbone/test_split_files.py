@@ -28,6 +28,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, 
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import read_concept
+from backbone.families.flux2.family import DEV
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.registry import families
 from backbone.families.single_file import split_files
@@ -437,6 +438,34 @@ def test_a_file_of_the_edition_of_2511_is_read_as_one_by_its_mark_or_its_name(
 def locate_shapes(shapes: dict[str, tuple[int, ...]], place: Path) -> None:
     for family in families():
         family.match_checkpoint(Header(place / "qwen_image_layered.safetensors", shapes, {}))
+
+
+def test_a_text_encoder_that_ends_at_the_last_layer_that_is_read_says_the_same(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # As ComfyUI publishes the Mistral of FLUX.2 dev: 30 of 40 layers, no norm behind them, the tokenizer as bytes
+    transformer, vae, text = three_files(tmp_path, "flux2-dev", folders["flux2-dev"])
+    whole, spelt = text_of(folders["flux2-dev"]), join_files(*map(str, (transformer, vae, text)))
+    last = max(DEV.layers)
+    kept = {
+        name: value
+        for name, value in whole.items()
+        if name != "model.norm.weight"
+        and not ((found := re.search(r"layers\.(\d+)\.", name)) and int(found[1]) >= last)
+    }
+    assert len(kept) < len(whole) - 1
+    write_tensors(text, kept | {"tekken_model": torch.zeros(9, dtype=torch.uint8)})
+    one, other = Backbone.open(spelt, device="cpu", precision="fp32"), opened(folders["flux2-dev"])
+    said = [model.encode_prompts(["a dog in the snow"]).text for model in (one, other)]
+    assert all(torch.equal(value, said[1][name]) for name, value in said[0].items())
+    write_tensors(text, {name: value for name, value in kept.items() if f"layers.{last - 1}." not in name})
+    with pytest.raises(UserError, match=f"layer {last} is read"):
+        Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
+    transformer, vae, text = three_files(tmp_path / "z", "z-image", folders["z-image"])
+    whole, spelt = text_of(folders["z-image"]), join_files(*map(str, (transformer, vae, text)))
+    write_tensors(text, {name: value for name, value in whole.items() if name != "model.norm.weight"})
+    with pytest.raises(UserError, match="cut off behind a layer in the middle, and its last ones are read"):
+        Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
 
 
 # Refusals ---------------------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ def load_t5_below(prefix: str, location: Location, number: str, dtype: torch.dty
             for name, value in tensors.items()
             if name in (SHARED, TIED) or name.startswith("encoder.")
         }
-    tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
+    table = tensors.get(SHARED, tensors.get(TIED, torch.empty(0)))
+    tensors = {SHARED: table, TIED: table} | tensors
     with refuse_damaged(location.name, part), without_weights():
         expected = T5EncoderModel(config).state_dict()
     if {name: value.shape for name, value in tensors.items()} != {
