@@ -242,8 +242,18 @@ def describe_unknown_file(header: Header) -> str:
     """What a file of no known family seems to be, and the remedy."""
     takes, latents = unet_and_latent_channels(header)
     if takes is not None and latents is not None and takes != latents:
-        what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
-        return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
+        if takes == 2 * latents:
+            return (
+                f"{header.path} reads an image's latents beside the noisy ones (its UNet takes {takes} channels), as "
+                "InstructPix2Pix does, which is not read from a single file. Name its diffusers folder or hub id, as "
+                "timbrooks/instruct-pix2pix."
+            )
+        what = f"its UNet takes {takes} channels and a latent has {latents}"
+        inpaints = ", as for inpainting" if takes == 2 * latents + 1 else ""
+        return (
+            f"{header.path} seems to be a model for another task ({what}{inpaints}). Name the model that it was made "
+            "from."
+        )
     if not any(name.startswith(UNET) for name in header.shapes) and _holds_mean(header):
         return (
             f"{header.path} holds the UNet as the mean over its training (EMA) alone, under names without their dots. "

@@ -72,7 +72,8 @@ def require_complete(
     if in_channels != latents:
         raise UserError(
             f"{header.path} seems to be a model for another task (its transformer takes {in_channels} channels and a "
-            f"latent has {latents}, as for inpainting). Name the model that it was made from."
+            f"latent has {latents}{', as under a map' if in_channels == 2 * latents else ', as for inpainting'}). Name "
+            "the model that it was made from."
         )
     refuse_quantized(header)
 
