@@ -338,6 +338,34 @@ def test_a_file_s_name_says_whether_it_is_distilled(
         )
 
 
+def test_of_a_file_whose_name_does_not_say_whether_it_was_distilled_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marks: dict[str, tuple[str, ...]] = {
+        "Z-Image": ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", "x_embedder.weight"),
+        "Krea 2": ("txtfusion.projector.weight", "first.weight"),
+        "FLUX.2": ("double_stream_modulation_img.lin.weight", "img_in.weight"),
+    }
+    for name, stem, said, few in (
+        ("Z-Image", "moodyMix_zitV2", False, True),
+        ("Z-Image", "z_image_de_turbo_v1_bf16", False, False),
+        ("Z-Image", "z_image_fp8_e4m3fn", False, False),
+        ("Z-Image", "transition_v2", True, False),
+        ("Krea 2", "krea2_raw_bf16", False, False),
+        ("Krea 2", "portraits_v3", True, False),
+        ("FLUX.2", "flux-2-klein-4b", False, True),
+        ("FLUX.2", "portraits_v3", True, False),
+    ):
+        header = Header(tmp_path / f"{stem}.safetensors", dict.fromkeys(marks[name], (3072, 4)), {})
+        family = next(one for one in families() if one.name == name)
+        settings = family.match_checkpoint(header)
+        assert settings is not None
+        line = "does not say by its name whether it was distilled to few steps"
+        assert (line in capsys.readouterr().err) == said
+        location = Location(stem, str(header.path), {}, settings)
+        assert (family.sampling_defaults(location)["guidance"] == 1) == few
+
+
 @pytest.mark.parametrize(
     ("part", "kind", "size"),
     [
