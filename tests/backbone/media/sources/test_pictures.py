@@ -1218,6 +1218,28 @@ def test_what_a_folder_holds_beside_its_pictures_is_said_in_a_line(tmp_path: Pat
     assert describe_unused(tmp_path / "more" / "deeper", list_images(tmp_path / "more" / "deeper")) == []
 
 
+def test_images_that_are_called_as_maps_of_others_are_said(tmp_path: Path) -> None:
+    for name in ("1.png", "1_depth.png", "1-Canny.png", "my pose.png", "2.png"):
+        write(tmp_path / name)
+    (doubt,) = describe_unused(tmp_path, list_images(tmp_path))
+    assert doubt.startswith("1-Canny.png counts as an image of its own, and is called as a map")
+    assert doubt.endswith("So does 1 other of such a name.")
+
+
+def test_names_in_a_list_may_begin_with_its_own_folder_and_be_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "dogs" / "dogs"  # what lies above is not looked at
+    for name in ("1.png", "2.png", "a/3.png", "../4.png"):
+        write(folder / name)
+    rows = [{"file_name": "dogs/1.png", "text": "a"}, {"file_name": 2, "text": "b"}]
+    rows += [{"file_name": "dogs/a/3", "text": "c"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = {record.path.relative_to(folder).as_posix(): record.caption for record in list_images(folder)}
+    assert found == {"1.png": "a", "2.png": "b", "a/3.png": "c"}
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "dogs/4.png", "text": "a"}))
+    with pytest.raises(UserError, match=r"dogs/dogs/dogs/4\.png does not exist"):
+        check_images(list_images(folder))
+
+
 def test_a_folder_of_captions_and_a_mask_of_another_spelling_are_said(tmp_path: Path) -> None:
     for name in ("1.png", "mask_1.png", "1.alpha.png"):
         write(tmp_path / name)
