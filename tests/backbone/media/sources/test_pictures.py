@@ -190,6 +190,35 @@ def test_a_see_through_value_of_grey_is_white_and_masked_out_whatever_its_bits(
     assert np.asarray(open_as(file, map_from_image))[0, :, 3].tolist() == [255, 255, 0, 0] * 8
 
 
+def test_a_see_through_colour_of_16_bits_is_white(tmp_path: Path) -> None:
+    row = struct.pack(">HHH", 300, 400, 500) * 4 + struct.pack(">HHH", 65535, 0, 0) * 4
+    chunks = {
+        "IHDR": struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0),
+        "tRNS": struct.pack(">HHH", 300, 400, 500),
+        "IDAT": zlib.compress((b"\0" + row) * 8),
+        "IEND": b"",
+    }
+    whole = [
+        struct.pack(">I", len(data)) + (both := name.encode() + data) + struct.pack(">I", zlib.crc32(both))
+        for name, data in chunks.items()
+    ]
+    (file := tmp_path / "rgb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+    assert np.asarray(open_rgb(file))[0, :, 1].tolist() == [255] * 4 + [0] * 4
+
+
+def test_a_bitmap_whose_fourth_channel_nobody_filled_is_not_see_through(tmp_path: Path) -> None:
+    # As programs of Windows write screenshots: 32 bits, masks for four channels, zeros in the last one
+    pixels = np.full((4, 4, 4), (200, 10, 0, 0), dtype=np.uint8)
+    head = struct.pack("<IiiHHIIiiII", 108, 4, 4, 1, 32, 3, pixels.nbytes, 2835, 2835, 0, 0)
+    head += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    start = b"BM" + struct.pack("<IHHI", 14 + len(head) + pixels.nbytes, 0, 0, 14 + len(head))
+    (file := tmp_path / "x.bmp").write_bytes(start + head + pixels.tobytes())
+    assert open_rgb(file).getpixel((0, 0)) == (0, 10, 200)
+    pixels[0, :, 3] = 255  # of which somebody filled a part
+    file.write_bytes(start + head + pixels.tobytes())
+    assert open_rgb(file).getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
 def test_whole_numbers_of_32_bits_have_the_smallest_full_scale_that_holds_them(
     tmp_path: Path, white: int
