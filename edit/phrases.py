@@ -20,7 +20,7 @@ DETERMINERS = frozenset([
     "her", "its", "their", "my", "your", "our", "this", "that", "these", "those", "another", "each", "every",
     "both", "no",
 ])  # fmt: skip
-AND = frozenset(["and", "or", "&", ",", ";", "plus"])
+AND = frozenset(["and", "or", "&", ",", ";", "plus", "—", "–", "-"])
 BESIDE = frozenset([
     "beside", "besides", "near", "with", "alongside", "by", "next to", "close to", "together with",
 ])  # fmt: skip
@@ -49,6 +49,27 @@ VERBS = frozenset([
     "sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims",
     "is", "are", "was", "were",
 ])  # fmt: skip
+PARTICIPLES = frozenset([  # that stand behind a thing, and say how or where it is
+    "parked", "perched", "curled", "dressed", "clad", "covered", "filled", "surrounded", "seated", "seen", "made",
+    "placed", "located", "decorated", "topped", "tied", "held", "worn", "hung", "mounted", "wrapped", "hidden",
+    "stretched", "crouched", "tucked", "lined", "stacked", "built", "carved", "painted", "drawn", "lit",
+    "illuminated", "framed", "set", "shown", "posed", "pictured", "followed", "ridden", "driven", "pulled",
+])  # fmt: skip
+PARTICLES = frozenset(["up", "down", "out"])  # “curled up”
+MEDIA = frozenset([  # which show what stands behind “of”
+    "photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "watercolor", "portrait", "rendering",
+    "illustration", "etching", "engraving", "view", "shot", "close-up",
+])  # fmt: skip
+POSSESSIVES = frozenset(["its", "his", "her", "their", "my", "your"])
+BODY = frozenset([  # where what somebody wears or holds is
+    "mouth", "beak", "head", "neck", "hand", "hands", "arm", "arms", "back", "shoulder", "shoulders", "lap", "face",
+    "nose", "ear", "ears", "eyes", "hair", "wrist", "waist", "finger", "fingers", "paw", "paws", "claws", "feet",
+    "legs", "tail", "teeth", "body", "side",
+])  # fmt: skip
+SIDES = frozenset([  # of an image
+    "left", "right", "foreground", "background", "middle", "center", "centre", "corner", "top", "bottom", "distance",
+])  # fmt: skip
+WEIGHTED = re.compile(r"\(([^()]*?)(?::\s*\d*\.?\d+)?\)")  # in other programs' prompts
 NOUNS = frozenset([  # in -ing, and no verbs
     "drawing", "painting", "rendering", "etching", "engraving", "building", "ceiling", "clothing", "earring",
     "evening", "morning", "lightning", "pudding", "dumpling", "duckling", "railing", "string", "spring", "swing",
@@ -69,13 +90,13 @@ def without(prompt: str, phrase: str) -> str:
     wears, and what joined it to the rest. "" where nothing is left; the prompt itself where the phrase is not in it.
     """
     wanted = [token.lower() for token in _cut(phrase)]
-    tokens = _cut(prompt)
     if not wanted:
         return prompt
+    tokens = _cut(_open_brackets(prompt, phrase))
     found = False
     for first in range(len(tokens) - len(wanted), -1, -1):
         here = [token.lower() for token in tokens[first : first + len(wanted)]]
-        if here == wanted or (here[-1:] and [*here[:-1], re.sub(r"['’]s$", "", here[-1])] == wanted):
+        if here == wanted or (here[-1:] and [*here[:-1], re.sub(r"['’]s?$", "", here[-1])] == wanted):
             tokens = _take_out(tokens, first, first + len(wanted))
             found = True
     if not found:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
@@ -85,9 +106,19 @@ def without(prompt: str, phrase: str) -> str:
     return _join(tokens)
 
 
+def _open_brackets(prompt: str, phrase: str) -> str:
+    """The prompt without the brackets around a phrase, with or without a weight: “(a cat:1.2)”, “(with a hat)”."""
+    around = re.compile(
+        rf"\(([^()]*(?<![\w-]){re.escape(phrase.strip())}(?![\w-])[^()]*?)(?::\s*\d*\.?\d+)?\)", re.IGNORECASE
+    )
+    for _ in range(3):  # ((cat))
+        prompt = around.sub(r"\1", prompt)
+    return prompt
+
+
 def things(prompt: str) -> list[str]:
     """The nouns of a prompt that name things: not what says where they are (“in a park”), nor how they are drawn."""
-    tokens, found = _cut(prompt), []
+    tokens, found = _cut(WEIGHTED.sub(r"\1", prompt)), []
     start = 0
     while start < len(tokens):
         length = _length_of_phrase(tokens, start)
@@ -116,6 +147,11 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
             rest[first - 1] = "an" if rest[first][0].lower() in "aeiou" else "a"
         return rest
     start, end = _begin_of_phrase(tokens, first), _end_of_modifiers(tokens, last)
+    while _key(tokens[end : end + 1]) in OF and (length := _length_of_phrase(tokens, end + 1)):
+        # “a glass of water” goes, and of “a painting of a cat” the cat stays
+        end += 1 if tokens[end - 1].lower() in MEDIA else 1 + length
+    worn = start > 0 and tokens[start - 1].lower() in WEARING | {"with"}
+    end += _length_of_place(tokens[end : end + 3], worn=worn)
     before, after = tokens[:start], tokens[end:]
     ahead, behind = _connector_before(before), _connector_after(after)
     joins = bool(behind) and _key(behind) in AND | BESIDE
@@ -127,6 +163,15 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
     if joins and _takes_its_place(ahead, behind, after[len(behind) :]):
         return before + after[len(behind) :]
     return before[: len(before) - len(ahead)] + after
+
+
+def _length_of_place(tokens: Sequence[str], *, worn: bool) -> int:
+    """How many tokens say where a thing alone is: “on the left”, of what is worn or held “on its head”; 0 if none."""
+    words = [token.lower() for token in tokens]
+    if len(words) < 3 or words[0] not in PLACES:
+        return 0
+    beside = words[1] == "the" and words[2] in SIDES
+    return 3 if beside or (worn and words[1] in POSSESSIVES and words[2] in BODY) else 0
 
 
 def _takes_its_place(ahead: Sequence[str], behind: Sequence[str], following: Sequence[str]) -> bool:
@@ -147,7 +192,8 @@ def _begin_of_phrase(tokens: Sequence[str], noun: int) -> int:
         word = tokens[place].lower()
         if word in DETERMINERS:
             # Of “two of the cats” all goes
-            return place
+            some = [token.lower() for token in tokens[max(place - 2, 0) : place]]
+            return place - 2 if len(some) == 2 and some[0] in DETERMINERS and some[1] in OF else place
         if _is_boundary(tokens, place):
             break
         start = place
@@ -167,13 +213,15 @@ def _is_boundary(tokens: Sequence[str], place: int) -> bool:
     ):
         return True
     before = tokens[place - 1].lower() if place else ""
-    # “a dog chasing cats” against “a sleeping cat”
-    return _is_verb(word) and bool(before) and before not in DETERMINERS | ADJECTIVES | AND
+    # “a dog chasing cats” against “a sleeping cat”, “a brightly painted car”
+    within = before in DETERMINERS | ADJECTIVES | AND or before.endswith("ly")
+    return _is_verb(word) and bool(before) and not within
 
 
 def _is_verb(word: str) -> bool:
-    """Whether a word is what a thing does: “sitting”."""
-    return len(word) > 4 and word.lower().endswith("ing") and word.lower() not in NOUNS
+    """Whether a word is what a thing does, or what was done to it: “sitting”, “parked”."""
+    does = len(word) > 4 and word.lower().endswith("ing") and word.lower() not in NOUNS
+    return does or word.lower() in PARTICIPLES
 
 
 def _ends_phrase(tokens: Sequence[str], place: int) -> bool:
@@ -190,6 +238,7 @@ def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:
         word = tokens[end].lower()
         if word in ("that", "who", "which") or (word not in WEARING and (word in VERBS or _is_verb(word))):
             end += 1  # “that”, “sitting”: where it does so is what is left
+            end += end < len(tokens) and tokens[end].lower() in PARTICLES
             continue
         worn = word in WEARING or word == "with" or (word == "and" and end > first)
         length = _length_of_phrase(tokens, end + 1)

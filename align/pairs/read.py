@@ -46,7 +46,7 @@ from backbone.io.files import read_json
 from backbone.io.records import is_json_list, iterate_entries, refuse_pipe, resolve_inside
 from backbone.io.run_folder import LEFT_BEHIND, RECORD, is_prepared
 from backbone.media.sources.columns import column_of, join_lines
-from backbone.media.sources.names import find_by_name, list_visible
+from backbone.media.sources.names import find_in_list, list_visible
 from backbone.media.sources.pictures import describe_unused, list_by_name, read_image_list
 from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
@@ -331,7 +331,7 @@ def _picture_from(value: Any, *, listed: Path, where: str) -> ImageRecord | None
     """
     if not isinstance(value, str) or not value:
         return None
-    path = find_by_name(resolve_inside(listed.parent, value, where), where)
+    path = find_in_list(listed, value, where)
     below = listed.parent / listed.stem / path.relative_to(listed.parent)
     return ImageRecord(below if not path.exists() and below.exists() else path)
 

@@ -7,7 +7,7 @@ that name another model. A folder may come from anybody, so all that is read her
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,10 @@ NUMBERED = re.compile(r"-\d+-of-(?P<all>\d+)\.safetensors$")
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
 REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model and the adapter that it names
 REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file or a module
+# What lies beside weights that were quantised, which loaders of folders leave out
+QUANTIZED = re.compile(
+    r"(?:^|\.)(?:scale_weight|weight_scale\w*|scaled_fp8|comfy_quant|absmax|nested_absmax|quant_map)$|\.quant_state\."
+)
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,23 @@ def _refuse_other_names(folder: Path) -> None:
 
 
 def read_weights_header(path: Path) -> Header:
-    """The header of a network's file; `UserError` for one whose weights are no floating-point numbers."""
+    """The header of a network's file; `UserError` for one whose weights are not the numbers that are stored.
+
+    So are those of other kinds than floating-point numbers, and those with scales beside them.
+    """
     header = read_header(path)
     refuse_other_numbers(header)
+    refuse_scaled(header.shapes, str(path))
     return header
+
+
+def refuse_scaled(names: Iterable[str], where: str) -> None:
+    """`UserError` for weights that were quantised, told by names of what lies beside them: loaders leave that out."""
+    if (mark := next(filter(QUANTIZED.search, names), None)) is not None:
+        raise UserError(
+            f"{where} is quantised: it has {mark} beside its weights, which is not read here. Take its version in "
+            "fp16, bf16 or fp32."
+        )
 
 
 def refuse_other_numbers(header: Header) -> None:
@@ -181,7 +198,8 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
 
 
 def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:
-    """The network, unless some of its weights were not in its files, and are random."""
+    """The network, unless some of its weights were not in its files, and are random, or were quantised there."""
+    refuse_scaled(map(str, found.get("unexpected_keys", ())), f"The {part} of {name}")
     wrapped = filter(None, (WRAPPERS.search(str(key)) for key in found.get("unexpected_keys", ())))
     if mark := next((match[0] for match in wrapped), ""):
         tool, remedy = ("torch.compile", ", network._orig_mod") if "_orig" in mark else ("its training", "")

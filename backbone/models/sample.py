@@ -39,6 +39,7 @@ from backbone.models.clips.windows import Windows, attention_in_windows, in_wind
 from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
+from backbone.models.usual import say_few_step_name
 
 Asked = TypeVar("Asked", bound=SamplingSettings)
 
@@ -391,6 +392,8 @@ def resolve_sampling(asked: Asked, model: Backbone, *, resolution: int = 0) -> A
 
     Raises `UserError` for a size that the model cannot sample, and for more steps than it was trained with.
     """
+    if asked.guidance is None:
+        say_few_step_name(model.location.source, model.defaults)
     asked = asked.at_resolution(resolution).with_defaults(model.defaults)
     latent_size(model, asked.size)
     model.schedule(asked.for_sampler()["steps"])

@@ -7,6 +7,7 @@ What a command is asked for stands above them. `align` and `draft` hold settings
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Annotated, Any, get_args
 from backbone.cli.conditions import KINDS, ROWS
 from backbone.cli.options import Field, Option, convert_value, fields_of, find_nearest
 from backbone.cli.sampling import Sampler, name_sampler, own_guided
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_json
 from backbone.io.records import read_as
 
 FILE = "limner.json"
+# What few-step models are called that are built as others are
+FEW_STEPS = re.compile(r"(?<!de)(?<!de[-_ ])turbo|lightning|hyper[-_ ]?sd|(?<![a-z])lcm(?![a-z])|dmd2")
 LEARNED = ("lora", "full", "textual-inversion", "pivotal", "custom-diffusion", "pairs", "pairs-full")
 NETWORKS = ("t2i-adapter", "t2i-adapter-lora", "controlnet", "control-lora")
 
@@ -142,3 +145,17 @@ def _read_by_name(
             )
         numbers[name] = convert_value(one, value, f"{key}.{name}", file)
     return numbers
+
+
+def say_few_step_name(source: str, usual: Mapping[str, Any]) -> None:
+    """Say of a model that is called as one distilled to few steps, and drawn by its usual settings, if these are many.
+
+    `source` is its file, folder or hub id: no file says how it was distilled, and not every folder does.
+    """
+    steps, guidance = int(usual["steps"]), float(usual["guidance"])
+    if steps > 12 and guidance > 2 and FEW_STEPS.search(Path(source).name.lower()):
+        notify_once(
+            f"{source} is called as one that was distilled to few steps, and nothing beside it says so: it is drawn in "
+            f"{steps} steps at guidance {guidance:g}, which burn the images of such a model. If it is one, say "
+            "--steps 6 --guidance 1."
+        )

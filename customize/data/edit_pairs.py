@@ -27,7 +27,7 @@ from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.columns import column_of
 from backbone.media.sources.decode import BadImageError
-from backbone.media.sources.names import find_by_name
+from backbone.media.sources.names import find_in_list
 from backbone.media.sources.pictures import (
     METADATA,
     PROMPT_LIST,
@@ -185,7 +185,7 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def find_listed(listed: Path, name: str, where: str) -> Path:
     """The file of this name beside a list; `UserError` where there is none."""
-    path = find_by_name(resolve_inside(listed.parent, name, where), where)
+    path = find_in_list(listed, name, where)
     if not path.is_file():
         raise UserError(
             f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from backbone.families.location import Location
 from backbone.io.console import UserError
-from backbone.io.files import open_tensors, read_header
-from backbone.io.weights import list_weight_files
+from backbone.io.files import open_tensors
+from backbone.io.weights import list_weight_files, read_weights_header
 from customize.formats.layers.names import COMPONENTS, TEXT_MODEL_PREFIX, is_text_encoder, split_component
 
 WEIGHT_SUFFIX = ".weight"
@@ -30,7 +30,7 @@ class ModelWeights(Mapping[str, Tensor]):
         if location.folder is not None:
             for component in COMPONENTS:
                 for path in list_weight_files(location.folder / component):
-                    for name, shape in read_header(path).shapes.items():
+                    for name, shape in read_weights_header(path).shapes.items():
                         canonical = canonical_name(component, name)
                         self._where[canonical] = (path, name)
                         self.shapes[canonical] = shape

@@ -45,7 +45,7 @@ from customize.formats.adapter import FOR_COMFYUI, AdapterFile
 from customize.formats.factors import Algorithm, LayerUpdate
 from customize.formats.layers.names import add_text_model, split_component
 from customize.formats.layers.split import split_layer
-from customize.formats.layers.translate import PREFIXES, translate
+from customize.formats.layers.translate import PREFIXES, names_other_part, translate
 
 # Suffix of a tensor's key → which factor of the layer it holds.
 _FACTOR_BY_SUFFIX = {
@@ -67,7 +67,7 @@ _FACTOR_BY_SUFFIX = {
 }
 _WRAPPER = "module."  # DistributedDataParallel's
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!(?:weight|bias)$)(?P<name>[^.]+)(\.weight)?$"
+    r"\.(?:(lora_A|lora_B|lora_magnitude_vector)|((?:hada|lokr)_\w+))\.(?!(?:weight|bias)$)(?P<name>[^.]+)(\.weight)?$"
 )
 _BARE = re.compile(r"(?P<stem>.*)\.lora_(?P<factor>[ABab])")  # written by hand, or by MLX
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
@@ -191,7 +191,7 @@ def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
     tensors = {name: value for name, value in tensors.items() if not (beside and name.startswith(beside))}
     check_tensors(path, _without_idle_alphas(tensors))
     tensors = _turn_bare_factors(tensors, path)
-    groups = _group_by_stem(tensors, path)
+    groups = _without_idle_parts(_group_by_stem(tensors, path), path)
     shapes = {stem: _stored_shape(group) for stem, group in groups.items()}
     translation = translate(groups, path, shapes)
     configs = _read_configs(path, metadata, groups)
@@ -200,13 +200,43 @@ def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
         target = translation.targets[stem]
         stored = _build_layer(stem, target.layers[0], group, configs, path)
         for name, layer in split_layer(target, stored, path).items():
-            if name in layers:
+            if name in layers and not _says_the_same(layers[name], layer):
                 raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
-            layers[name] = layer
+            layers.setdefault(name, layer)
     numbered = all(stem.startswith("lora_te1_") for stem in groups)
     return AdapterFile(
         layers, metadata, _describe_format(tensors), translation.network, numbered, translation.networks
     )
+
+
+def _without_idle_parts(
+    groups: Mapping[str, dict[str, Tensor]], path: Path
+) -> Mapping[str, dict[str, Tensor]]:
+    """The layers without those of parts that are not read (T5), where all of these change nothing; it is said."""
+    others = [stem for stem in groups if names_other_part(stem)]
+    if not others or len(others) == len(groups) or any(_changes(groups[stem]) for stem in others):
+        return groups
+    notify_once(
+        f"{path} holds {count_of(len(others), 'layer')} of other parts than are read here, as {others[0]}, which "
+        "change nothing: they are left out."
+    )
+    return {stem: group for stem, group in groups.items() if stem not in set(others)}
+
+
+def _changes(group: Mapping[str, Tensor]) -> bool:
+    """Whether a stored layer may change anything: none of its factors is zero, or it has magnitudes."""
+    beside = {"magnitude", "dora_scale"} & set(group)
+    return bool(beside) or all(
+        bool(value.any()) for factor, value in group.items() if factor not in _BESIDE_FACTORS
+    )
+
+
+def _says_the_same(one: LayerUpdate, other: LayerUpdate) -> bool:
+    """Whether two updates of a layer are the same change: a file may hold it under the names of two tools."""
+    if one.shape != other.shape or one.magnitude is not None or other.magnitude is not None:
+        return False
+    first, second = one.delta_weight(), other.delta_weight()
+    return float((first - second).norm()) <= 1e-3 * float(first.norm())
 
 
 def _without_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -396,7 +426,10 @@ def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:
         raise UserError(
             f"{path} holds {len(adapters)} adapters ({', '.join(adapters)}). Save each in a file of its own."
         )
-    return found | {key: f"{match.string[: match.start()]}.{match[1]}.weight" for key, match in named.items()}
+    return found | {
+        key: f"{match.string[: match.start()]}.{f'{match[1]}.weight' if match[1] else match[2]}"
+        for key, match in named.items()
+    }
 
 
 def _read_configs(

@@ -32,6 +32,7 @@ from backbone.io.console import UserError
 from backbone.io.prompts import compose
 
 EMOJI = "\ufe0f"  # says that the character before it is one
+TYPOGRAPHY = str.maketrans("’‘ʼ‐‑", "'''--")  # as text programs write apostrophes and hyphens
 
 Change = Literal["kept", "replaced", "added", "removed"]
 Window = tuple[float, float]
@@ -77,17 +78,22 @@ class TokenizedPrompt:
 
     def find(self, phrase: str) -> tuple[Word, ...]:
         """The words of every place where the phrase (one word or more) stands; empty where it does not."""
-        wanted = "".join(compose(phrase).lower().split())
+        wanted = _plainly("".join(compose(phrase).lower().split()))
         matches: list[Word] = []
         for start in range(len(self.words)):
             text = ""
             for end in range(start, len(self.words)):
-                text += self.words[end].text
+                text += _plainly(self.words[end].text)
                 if text == wanted:
                     matches += self.words[start : end + 1]
                 if len(text) >= len(wanted):
                     break
         return tuple(dict.fromkeys(matches))
+
+
+def _plainly(text: str) -> str:
+    """A text with apostrophes and hyphens as a keyboard has them."""
+    return text.translate(TYPOGRAPHY)
 
 
 @dataclass(frozen=True)
@@ -453,9 +459,9 @@ def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
 
 def _first_place(prompt: TokenizedPrompt, phrase: str) -> tuple[Word, ...]:
     matches = prompt.find(phrase)
-    wanted, text = "".join(compose(phrase).lower().split()), ""
+    wanted, text = _plainly("".join(compose(phrase).lower().split())), ""
     for count, word in enumerate(matches, start=1):
-        text += word.text
+        text += _plainly(word.text)
         if text == wanted:
             return matches[:count]
     raise AssertionError(phrase)

@@ -28,6 +28,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # what a published size has that diffu
     },
     "flux2-dev": {},
     "qwen-image": {},
+    "qwen-image-edit-2511": {"zero_cond_t": True},
     "krea2": {},
     "chroma": {},
     "qwen-image-2.1": {},

@@ -333,8 +333,16 @@ def test_a_checkpoint_with_the_mean_of_its_weights_is_read_by_the_plain_ones_and
 def test_an_inpainting_checkpoint_is_told_for_what_it_is(tmp_path: Path) -> None:
     tensors = few_tensors(768) | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3)}
     write_tensors(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(UserError, match="9 channels and a latent has 4"):
+    with pytest.raises(UserError, match="9 channels and a latent has 4, as for inpainting"):
         Backbone.open(str(tmp_path / "model.safetensors"))
+    for channels, said in (
+        (8, "InstructPix2Pix does, which is not read from a single file. .* timbrooks/instruct-pix2pix"),
+        (5, r"5 channels and a latent has 4\)"),
+    ):
+        kernel = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, channels, 3, 3)}
+        write_tensors(tmp_path / "model.safetensors", tensors | kernel)
+        with pytest.raises(UserError, match=said):
+            Backbone.open(str(tmp_path / "model.safetensors"))
 
 
 def opened(file: Path) -> Backbone:

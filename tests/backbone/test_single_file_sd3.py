@@ -285,6 +285,7 @@ def test_a_tensor_too_few_or_too_many_is_a_clear_mistake(
         ("weight.absmax", torch.zeros(4)),
         ("weight_scale", torch.ones(())),  # of a weight that is no fp8
         ("weight_scale_2", torch.ones(())),
+        ("weight_scale_inv", torch.ones(1, 1)),  # of blocks of 128 × 128
     ],
 )
 def test_weights_of_few_bits_in_another_form_are_refused(

@@ -28,6 +28,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, 
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import read_concept
+from backbone.families.flux2.family import DEV
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.registry import families
 from backbone.families.single_file import split_files
@@ -337,6 +338,34 @@ def test_a_file_s_name_says_whether_it_is_distilled(
         )
 
 
+def test_of_a_file_whose_name_does_not_say_whether_it_was_distilled_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marks: dict[str, tuple[str, ...]] = {
+        "Z-Image": ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", "x_embedder.weight"),
+        "Krea 2": ("txtfusion.projector.weight", "first.weight"),
+        "FLUX.2": ("double_stream_modulation_img.lin.weight", "img_in.weight"),
+    }
+    for name, stem, said, few in (
+        ("Z-Image", "moodyMix_zitV2", False, True),
+        ("Z-Image", "z_image_de_turbo_v1_bf16", False, False),
+        ("Z-Image", "z_image_fp8_e4m3fn", False, False),
+        ("Z-Image", "transition_v2", True, False),
+        ("Krea 2", "krea2_raw_bf16", False, False),
+        ("Krea 2", "portraits_v3", True, False),
+        ("FLUX.2", "flux-2-klein-4b", False, True),
+        ("FLUX.2", "portraits_v3", True, False),
+    ):
+        header = Header(tmp_path / f"{stem}.safetensors", dict.fromkeys(marks[name], (3072, 4)), {})
+        family = next(one for one in families() if one.name == name)
+        settings = family.match_checkpoint(header)
+        assert settings is not None
+        line = "does not say by its name whether it was distilled to few steps"
+        assert (line in capsys.readouterr().err) == said
+        location = Location(stem, str(header.path), {}, settings)
+        assert (family.sampling_defaults(location)["guidance"] == 1) == few
+
+
 @pytest.mark.parametrize(
     ("part", "kind", "size"),
     [
@@ -397,6 +426,74 @@ def test_a_file_of_qwen_image_says_by_its_name_what_it_was_trained_for(tmp_path:
         header = Header(tmp_path / f"{stem}.safetensors", shapes, {})
         found = [family.name for family in families() if family.match_checkpoint(header) is not None]
         assert found == [name]
+
+
+def test_a_file_of_the_edition_of_2511_is_read_as_one_by_its_mark_or_its_name(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"), (1,)
+    )
+    marked = shapes | {"__index_timestep_zero__": (0,)}
+    below_unet = {UNET + name: shape for name, shape in marked.items()}
+    for stem, names, clean in (
+        ("Qwen-Rapid-AIO-v23", below_unet, True),
+        ("qwen_image_edit_2511_bf16", shapes, True),
+        ("qwen_image_edit_2509_bf16", shapes, False),
+    ):
+        header = Header(tmp_path / f"{stem}.safetensors", names, {})
+        ((family, settings),) = [
+            (one, found) for one in families() if (found := one.match_checkpoint(header)) is not None
+        ]
+        assert family.name == "Qwen-Image-Edit-Plus"
+        config = Location(stem, str(header.path), {}, settings).config("transformer")
+        assert config.get("zero_cond_t", False) == clean
+    layered = shapes | {"time_text_embed.addition_t_embedding.weight": (2, 1)}
+    with pytest.raises(UserError, match="is of Qwen-Image-Layered, which is not supported"):
+        locate_shapes(layered, tmp_path)
+    transformer, vae, text = three_files(tmp_path, "qwen-edit", folders["qwen-edit"])
+    named = transformer.with_name("qwen_image_edit_2511_bf16.safetensors")
+    write_tensors(
+        named, transformer_of("qwen-edit", folders["qwen-edit"]) | {"__index_timestep_zero__": torch.zeros(0)}
+    )
+    read_all = Backbone.open(
+        join_files(*map(str, (named, vae, text))), device="cpu", precision="fp32", task="edit"
+    )
+    mine, theirs = (model.denoiser.state_dict() for model in (read_all, opened(folders["qwen-edit"])))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def locate_shapes(shapes: dict[str, tuple[int, ...]], place: Path) -> None:
+    for family in families():
+        family.match_checkpoint(Header(place / "qwen_image_layered.safetensors", shapes, {}))
+
+
+def test_a_text_encoder_that_ends_at_the_last_layer_that_is_read_says_the_same(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # As ComfyUI publishes the Mistral of FLUX.2 dev: 30 of 40 layers, no norm behind them, the tokenizer as bytes
+    transformer, vae, text = three_files(tmp_path, "flux2-dev", folders["flux2-dev"])
+    whole, spelt = text_of(folders["flux2-dev"]), join_files(*map(str, (transformer, vae, text)))
+    last = max(DEV.layers)
+    kept = {
+        name: value
+        for name, value in whole.items()
+        if name != "model.norm.weight"
+        and not ((found := re.search(r"layers\.(\d+)\.", name)) and int(found[1]) >= last)
+    }
+    assert len(kept) < len(whole) - 1
+    write_tensors(text, kept | {"tekken_model": torch.zeros(9, dtype=torch.uint8)})
+    one, other = Backbone.open(spelt, device="cpu", precision="fp32"), opened(folders["flux2-dev"])
+    said = [model.encode_prompts(["a dog in the snow"]).text for model in (one, other)]
+    assert all(torch.equal(value, said[1][name]) for name, value in said[0].items())
+    write_tensors(text, {name: value for name, value in kept.items() if f"layers.{last - 1}." not in name})
+    with pytest.raises(UserError, match=f"layer {last} is read"):
+        Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
+    transformer, vae, text = three_files(tmp_path / "z", "z-image", folders["z-image"])
+    whole, spelt = text_of(folders["z-image"]), join_files(*map(str, (transformer, vae, text)))
+    write_tensors(text, {name: value for name, value in whole.items() if name != "model.norm.weight"})
+    with pytest.raises(UserError, match="cut off behind a layer in the middle, and its last ones are read"):
+        Backbone.open(spelt, device="cpu", precision="fp32").text_encoder  # noqa: B018
 
 
 # Refusals ---------------------------------------------------------------------------------------------------

@@ -50,11 +50,37 @@ from edit.phrases import things, without
         ("in a park, a cat next to a dog", "cat", "in a park, a dog"),
         ("a cat beside a dog, watercolor", "dog", "a cat, watercolor"),
         ("A Cat and a Dog.", "cat", "a Dog."),
+        # With what it is made to do, and where it alone is
+        ("a car parked in front of a house", "car", "in front of a house"),
+        ("a car parked in front of a house", "house", "a car"),
+        ("a brightly painted car next to a tree", "car", "a tree"),
+        ("a cat curled up on a sofa", "cat", "on a sofa"),
+        ("a cat on the left and a dog on the right", "cat", "a dog on the right"),
+        ("a dog on the left and a cat on the right", "cat", "a dog on the left"),
+        ("a man with mountains in the background", "mountains", "a man"),
+        ("a cat wearing a crown on its head in a park", "crown", "a cat in a park"),
+        ("a bird with a fish in its beak on a rock", "fish", "a bird on a rock"),
+        ("a woman with a dog on her sofa", "dog", "a woman on her sofa"),
+        # With what it is of, but for a picture
+        ("a bowl of fruit and a glass of water on a table", "glass", "a bowl of fruit on a table"),
+        (
+            "a bowl of fruit and a glass of water on a table",
+            "water",
+            "a bowl of fruit and a glass on a table",
+        ),
+        ("one of the cats next to a dog", "cats", "a dog"),
+        ("a painting of a cat on a wall", "painting", "a cat on a wall"),
+        # In brackets, with a weight or without
+        ("(cat:1.2), a park", "cat", "a park"),
+        ("((a cat)) and (a dog:1.3) in a park", "cat", "(a dog:1.3) in a park"),
+        ("a man (with a hat) in a park", "hat", "a man in a park"),
+        ("a wall — a cat — a tree", "cat", "a wall — a tree"),
         # A word that is no thing of its own goes alone
         ("an orange cat in a park", "orange", "a cat in a park"),
         ("a cat toy near a dog", "cat", "a toy near a dog"),
         ("a caterpillar and a cat", "cat", "a caterpillar"),
         ("a cat's toy near a dog", "cat", "a toy near a dog"),
+        ("the dogs' bowl near a cat", "dogs", "the bowl near a cat"),
         # No part of another word
         ("two cats in a park", "cat", "two cats in a park"),
         ("a cat-like dog", "cat", "a cat-like dog"),

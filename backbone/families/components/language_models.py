@@ -72,6 +72,11 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
             )
         self.frame = before, after
         config = text_config(slot.model.config)
+        if min(reading.layers) < 0 and isinstance(getattr(slot.model, "norm", None), nn.Identity):
+            raise UserError(
+                f"The {slot.name} of {name} was cut off behind a layer in the middle, and its last ones are read. Give "
+                "the one that the model was published with."
+            )
         if max(reading.layers) > config.num_hidden_layers:
             raise UserError(
                 f"The {slot.name} of {name} has {config.num_hidden_layers} layers, and layer {max(reading.layers)} is "

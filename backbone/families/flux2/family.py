@@ -41,6 +41,7 @@ from backbone.families.components import joint_attention, language_models, loadi
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
+from backbone.families.single_file.checkpoint import say_what_a_name_leaves_open
 from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 from backbone.io.files import Header
@@ -61,6 +62,8 @@ EMBEDDERS = ("img_in.weight", "x_embedder.weight")
 def published_configs(header: Header) -> tuple[str, ...]:
     """Folders of published configs for a transformer's file, by its width."""
     width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
+    if width != DEV_WIDTH:
+        say_what_a_name_leaves_open(header, "klein|base", "klein")
     larger = {KLEIN_9B: ("flux2-klein-9b",), DEV_WIDTH: ("flux2-dev",)}
     return (*larger.get(width, ()), "flux2-klein")
 

@@ -35,8 +35,10 @@ from backbone.families.flux.family import latent_image_ids, pack_latents, unpack
 from backbone.families.location import Location
 from backbone.families.qwen.family import TEMPLATE
 from backbone.families.single_file import split_files
+from backbone.families.single_file.checkpoint import is_called_turbo, say_what_a_name_leaves_open
 from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.console import UserError
+from backbone.io.files import Header
 
 TOKENS, DROPPED, ENDING = 512, 34, 5  # what the network is given, the template's beginning and end
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
@@ -50,6 +52,15 @@ def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], convert_krea2_transformer_checkpoint_to_diffusers(dict(tensors)))
 
 
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file; says so where its name does not tell whether it is Turbo.
+
+    The autoencoder is Qwen-Image's.
+    """
+    say_what_a_name_leaves_open(header, "turbo|raw|base", "turbo")
+    return ("krea2", "qwen-image")
+
+
 FILES = SplitFiles(
     "Krea 2",
     marks=(
@@ -57,7 +68,7 @@ FILES = SplitFiles(
         ("text_fusion.projector.weight", "img_in.weight"),
     ),
     encoder="text encoder (Qwen3-VL-4B)",
-    published=lambda header: ("krea2", "qwen-image"),
+    published=published_configs,
     convert=convert_to_diffusers,
 )
 
@@ -189,7 +200,7 @@ def chosen_layers(location: Location) -> tuple[int, ...]:
 def is_turbo(location: Location) -> bool:
     """Whether the model was distilled to a few steps: a file says so by its name alone."""
     if location.file is not None and "is_distilled" not in location.index:
-        return "turbo" in location.file.stem.lower()
+        return is_called_turbo(location.file)
     return bool(location.index.get("is_distilled"))
 
 

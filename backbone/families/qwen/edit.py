@@ -26,7 +26,7 @@ from backbone.families.components import language_models, loading, tokenization
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.qwen import seeing
-from backbone.families.qwen.family import QwenImage, is_editor
+from backbone.families.qwen.family import QwenImage, is_editor, reads_clean
 from backbone.families.single_file import split_files
 from backbone.io.files import Header
 
@@ -60,14 +60,15 @@ class Looking:
 
 ONE = Looking(1, 0, 1440, numbered=False)  # 1024² pixels are 1369 tokens of 28 × 28
 PLUS = Looking(3, 384 * 384, 240, numbered=True)
-LATER = ("2509", "2511", "plus")  # in a file's name, which alone says what its transformer was trained for
+LATER = ("2509", "2511", "plus")  # in a file's name, which says what its transformer was trained for
 
 
-def edition_of(file: Path) -> Looking | None:
-    """The edition that a file of Qwen-Image's transformer is of, by its name; None for the one that draws."""
-    if not is_editor(file):
+def edition_of(header: Header) -> Looking | None:
+    """How an edition looks of which a file of Qwen-Image's transformer is; None for the one that draws."""
+    if not is_editor(header):
         return None
-    return PLUS if any(mark in file.stem.lower() for mark in LATER) else ONE
+    later = reads_clean(header) or any(mark in header.path.stem.lower() for mark in LATER)
+    return PLUS if later else ONE
 
 
 class SeeingEncoder(LanguageModelEncoder):
@@ -127,7 +128,7 @@ class QwenImageEdit(QwenImage):
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return self.files.match(header) if edition_of(header.path) is self.looking else None
+        return self.files.match(header) if edition_of(header) is self.looking else None
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> SeeingEncoder:
         if location.file is not None:

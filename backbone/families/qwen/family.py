@@ -40,6 +40,7 @@ from backbone.families.flux.family import pack_latents, unpack_latents
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
 from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
+from backbone.io.console import UserError
 from backbone.io.files import Header
 
 READING = Reading(layers=(-1,), tokens=1024, dropped=34)
@@ -48,11 +49,33 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
+# An empty tensor of ComfyUI's files of the edition of 2511, whose network is told of images beside the prompt that
+# they are clean at every step
+READS_CLEAN = "__index_timestep_zero__"
+OF_LAYERED = "time_text_embed.addition_t_embedding.weight"
+
+
+def published_configs(header: Header) -> tuple[str, ...]:
+    """Folders of published configs for a transformer's file; `UserError` for Qwen-Image-Layered's."""
+    if any(name.endswith(OF_LAYERED) for name in header.shapes):
+        raise UserError(
+            f"{header.path} is of Qwen-Image-Layered, which is not supported. Name another model."
+        )
+    later = reads_clean(header) or (is_editor(header) and "2511" in header.path.stem)
+    return ("qwen-image-edit-2511",) * later + ("qwen-image",)
+
+
+def without_marks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors without the one that only says which edition they are of."""
+    return {name: value for name, value in tensors.items() if name != READS_CLEAN}
+
+
 FILES = SplitFiles(
     "Qwen-Image",
     marks=(("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
     encoder="text encoder (Qwen2.5-VL-7B)",
-    published=lambda header: ("qwen-image",),
+    published=published_configs,
+    convert=without_marks,
 )
 
 
@@ -76,7 +99,7 @@ class QwenImage(SplitFileFamily):
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return None if is_editor(header.path) else super().match_checkpoint(header)
+        return None if is_editor(header) else super().match_checkpoint(header)
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         if location.file is not None:
@@ -136,9 +159,15 @@ class QwenImage(SplitFileFamily):
         return AttentionLayout(joint, max_map_queries=None, detail_layers=late)
 
 
-def is_editor(file: Path) -> bool:
-    """Whether a file of the transformer was trained for edits, of which its name alone tells."""
-    return re.search(r"(?<![a-z])edit(?![a-z])", file.stem.lower()) is not None
+def is_editor(header: Header) -> bool:
+    """Whether a file of the transformer was trained for edits, of which its name tells, and a mark of the last ones."""
+    named = re.search(r"(?<![a-z])edit(?![a-z])", header.path.stem.lower()) is not None
+    return named or reads_clean(header)
+
+
+def reads_clean(header: Header) -> bool:
+    """Whether a file says that its network reads images beside the prompt as clean ones, as that of 2511 does."""
+    return any(name.endswith(READS_CLEAN) for name in header.shapes)
 
 
 def guide_keeping_length(

@@ -39,11 +39,12 @@ VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says ho
 # The same of noise that no schedule of βs gives → whose it is
 OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
+TURBO = re.compile(r"(?<!de)(?<!de[-_ ])turbo|(?<![a-z])zit(?:v?\d|(?![a-z]))")  # Z-Image-Turbo is called ZIT
 SCHEDULER = "scheduler/scheduler_config.json"
 # Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
 BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
-OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2)$|\.quant_state\."
+OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2|weight_scale_inv)$|\.quant_state\."
 TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
@@ -126,6 +127,24 @@ def say_what_a_name_promises(header: Header) -> None:
         notify(
             f"{header.path} does not say what it predicts, and is read as predicting ε, though its name says v. If it "
             f"draws noise, put its {SCHEDULER} beside it."
+        )
+
+
+def is_called_turbo(file: Path) -> bool:
+    """Whether a transformer's file is called as one distilled to few steps; “de-turbo” is of one that is none again."""
+    return TURBO.search(file.stem.lower()) is not None
+
+
+def say_what_a_name_leaves_open(header: Header, tells: str, word: str) -> None:
+    """Say of a file whose name does not tell whether it was distilled that it is taken for one that was not.
+
+    `tells` finds what tells it either way in a name in small letters, and `word` in a name is what would say so.
+    """
+    beside = any(has_settings_beside(header, name) for name in (SCHEDULER, "model_index.json"))
+    if not beside and not is_called_turbo(header.path) and not re.search(tells, header.path.stem.lower()):
+        notify_once(
+            f"{header.path} does not say by its name whether it was distilled to few steps, and is read as one that "
+            f"was not. If it was, put “{word}” into its name."
         )
 
 
@@ -242,8 +261,18 @@ def describe_unknown_file(header: Header) -> str:
     """What a file of no known family seems to be, and the remedy."""
     takes, latents = unet_and_latent_channels(header)
     if takes is not None and latents is not None and takes != latents:
-        what = f"its UNet takes {takes} channels and a latent has {latents}, as for inpainting"
-        return f"{header.path} seems to be a model for another task ({what}). Name the model that it was made from."
+        if takes == 2 * latents:
+            return (
+                f"{header.path} reads an image's latents beside the noisy ones (its UNet takes {takes} channels), as "
+                "InstructPix2Pix does, which is not read from a single file. Name its diffusers folder or hub id, as "
+                "timbrooks/instruct-pix2pix."
+            )
+        what = f"its UNet takes {takes} channels and a latent has {latents}"
+        inpaints = ", as for inpainting" if takes == 2 * latents + 1 else ""
+        return (
+            f"{header.path} seems to be a model for another task ({what}{inpaints}). Name the model that it was made "
+            "from."
+        )
     if not any(name.startswith(UNET) for name in header.shapes) and _holds_mean(header):
         return (
             f"{header.path} holds the UNet as the mean over its training (EMA) alone, under names without their dots. "

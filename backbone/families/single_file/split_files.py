@@ -48,8 +48,9 @@ AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
-# What a language model has beside its layers
-NOT_TEXT = r"lm_head\.|visual\.|vision_|multi_modal_projector\."
+# What a language model has beside its layers, and tokenizers that ComfyUI's files carry as bytes
+NOT_TEXT = r"lm_head\.|visual\.|vision_|multi_modal_projector\.|(?:tekken|spiece)_model$|tokenizer_json$"
+NORM = re.compile(r"(?:model\.|language_model\.)*norm\.weight")  # behind a language model's last layer
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
 FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
 NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
@@ -210,8 +211,9 @@ def refuse_other_parts(location: Location) -> None:
         width, layers = (
             ("hidden_size", "num_hidden_layers") if "hidden_size" in inner else ("d_model", "num_layers")
         )
-        wanted = inner.get(width), inner.get(layers)
-        if None not in wanted and size_of_text(header) != wanted:
+        wanted, found = (inner.get(width), inner.get(layers)), size_of_text(header)
+        cut = found[0] == wanted[0] and is_cut(header)
+        if None not in wanted and found != wanted and not cut:
             raise other_part(location, TEXT)
     if VAE in location.parts and not is_like(read_header(location.parts[VAE]), location.config(VAE)):
         raise other_part(location, VAE)
@@ -226,6 +228,13 @@ def is_like(header: Header, config: Mapping[str, Any]) -> bool:
         return False
     over_time = has_frames(config) and config.get("_class_name") != FLAT
     return len(kernel) < 4 or (kernel[1] == channels and (len(kernel) == 5) == over_time)
+
+
+def is_cut(header: Header) -> bool:
+    """Whether a language model's file has no norm: it ends at the last layer that is read, as ComfyUI's of FLUX.2."""
+    prefix = text_prefix(header) or ""
+    own = {name.removeprefix(prefix) for name in header.shapes if name.startswith(prefix)}
+    return T5_MARK not in own and not any(map(NORM.fullmatch, own))
 
 
 def size_of_text(header: Header) -> tuple[int, int]:
@@ -301,15 +310,19 @@ def load_text_model(
 ) -> Any:
     """Load a language model from a file, or one with its eye; `UserError` for tensors that do not fit the config.
 
-    `part_name` gives a tensor's name in the model of class `kind`; what that has no place for is left out.
+    `part_name` gives a tensor's name in the model of class `kind`; what that has no place for is left out. One that
+    was cut off behind the last layer that is read has no norm there, as that layer has none in the whole model.
     """
-    file = location.file_of(TEXT)
-    prefix = text_prefix(read_header(file))
+    header = read_header(location.file_of(TEXT))
+    prefix = text_prefix(header)
     assert prefix is not None
     with refuse_damaged(location.name, TEXT):
         said = location.config(TEXT)
         whole = "text_config" in kind.config_class.sub_configs
         config = kind.config_class.from_dict(said if whole else said.get("text_config", said))
+        cut = not whole and is_cut(header)
+        if cut:
+            config.num_hidden_layers = min(config.num_hidden_layers, size_of_text(header)[1])
         with without_weights():
             expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     tensors = {
@@ -317,10 +330,15 @@ def load_text_model(
     }
     beside = NOT_TEXT if not whole else r"lm_head\."
     tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
+    if cut:
+        tensors["norm.weight"] = torch.ones(expected["norm.weight"], dtype=dtype)
     if {name: value.shape for name, value in tensors.items()} != expected:
         raise other_part(location, TEXT)
     with refuse_damaged(location.name, TEXT):
-        return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    if cut:
+        model.norm = nn.Identity()
+    return model
 
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:

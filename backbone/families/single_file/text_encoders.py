@@ -72,7 +72,8 @@ def require_complete(
     if in_channels != latents:
         raise UserError(
             f"{header.path} seems to be a model for another task (its transformer takes {in_channels} channels and a "
-            f"latent has {latents}, as for inpainting). Name the model that it was made from."
+            f"latent has {latents}{', as under a map' if in_channels == 2 * latents else ', as for inpainting'}). Name "
+            "the model that it was made from."
         )
     refuse_quantized(header)
 
@@ -142,7 +143,8 @@ def load_t5_below(prefix: str, location: Location, number: str, dtype: torch.dty
             for name, value in tensors.items()
             if name in (SHARED, TIED) or name.startswith("encoder.")
         }
-    tensors.setdefault(TIED, tensors.get(SHARED, torch.empty(0)))
+    table = tensors.get(SHARED, tensors.get(TIED, torch.empty(0)))
+    tensors = {SHARED: table, TIED: table} | tensors
     with refuse_damaged(location.name, part), without_weights():
         expected = T5EncoderModel(config).state_dict()
     if {name: value.shape for name, value in tensors.items()} != {

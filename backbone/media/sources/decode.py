@@ -253,7 +253,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
             image.draft(None, (width // 2, height // 2))
         image.load()
         _unpack_text_profiles(image)
-        _scale_transparent_grey(image, start)
+        _scale_transparent_value(image, start)
         if "icc_profile" not in image.info and _is_adobe_rgb(image):
             notify_once(
                 "Images say by their EXIF block that their colours are Adobe RGB, which is not applied without a "
@@ -299,19 +299,25 @@ def _find_opacity(image: Image.Image) -> Image.Image | None:
     if not image.has_transparency_data:
         return None
     if not image.mode.startswith("I"):
-        return image.convert("RGBA").getchannel("A")
+        opacity = image.convert("RGBA").getchannel("A")
+        # What is see-through everywhere in a bitmap is a channel that nobody filled
+        return None if image.format in ("BMP", "DIB") and not opacity.getbbox() else opacity
     import numpy as np
 
     # Of a PNG's 16-bit grey, one value is see-through, which Pillow keeps and does not convert
     return Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
 
 
-def _scale_transparent_grey(image: Image.Image, start: bytes) -> None:
-    """Give the see-through value of a PNG of 2 or 4 bits of grey the scale of its pixels, as Pillow does not."""
+def _scale_transparent_value(image: Image.Image, start: bytes) -> None:
+    """Give the see-through value of a PNG of 2 or 4 bits of grey, or 16 of RGB, the scale of its pixels."""
     bits, kind = start[24:25], start[25:26]
     full = {b"\x02": 3, b"\x04": 15}.get(bits)
-    if image.format == "PNG" and kind == b"\0" and full and "transparency" in image.info:
+    if image.format != "PNG" or "transparency" not in image.info:
+        return
+    if kind == b"\0" and full:
         image.info["transparency"] = image.info["transparency"] * 255 // full
+    elif kind == b"\x02" and bits == b"\x10":  # of which Pillow keeps the upper halves
+        image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
 
 
 def describe_unused_range(image: Image.Image) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backbone.io.console import UserError
 from backbone.io.files import describe_link
+from backbone.io.records import resolve_inside
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -82,3 +83,17 @@ def find_by_name(path: Path, where: str) -> Path:
         named = " and ".join(file.name for file in files[:2])
         raise UserError(f"{where} names {path.name}, and there are {named}. Write its whole name.")
     return files[0] if files else found
+
+
+def find_in_list(listed: Path, name: str, where: str) -> Path:
+    """The file that a list names beside itself, as `find_by_name` finds it; names may begin with the list's own folder.
+
+    The path itself where there is no such file. Raises `UserError` for a name that leads out of the folder.
+    """
+    folder = listed.parent
+    found = find_by_name(resolve_inside(folder, name, where), where)
+    first, *rest = found.relative_to(folder).parts or ("",)
+    if rest and not found.exists() and normalize_name(first) == normalize_name(folder.absolute().name):
+        below = find_by_name(folder.joinpath(*rest), where)
+        return below if below.exists() else found
+    return found

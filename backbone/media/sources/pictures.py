@@ -35,7 +35,6 @@ from backbone.io.records import (
     plain,
     read_text,
     refuse_pipe,
-    resolve_inside,
 )
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
@@ -43,7 +42,7 @@ from backbone.media.sources.names import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     SYSTEM_FILES,
-    find_by_name,
+    find_in_list,
     list_visible,
     natural_sort_key,
     normalize_name,
@@ -67,6 +66,11 @@ MASK_STEM = re.compile(r"(.+)(?:\.mask|[-_.]masklabel)", re.IGNORECASE)  # ours,
 # OneTrainer's images for a condition: no subject's
 CONDITION_STEM = re.compile(r".+[-_.]condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
+PERHAPS_MAP = re.compile(
+    r"(.+)[-_. ](?:depth|canny|edges?|normals?|normalbae|(?:open)?pose|lineart|lines|mlsd|hed|softedge|pidi|scribble|"
+    r"sketch|labels?)",
+    re.IGNORECASE,
+)
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 # What files of that name hold that are no captions, by how these begin
 NO_CAPTION = {
@@ -383,6 +387,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         words |= {name: None for name, value in entry.items() if isinstance(value, str)}
         name_column = columns.find("image", list(entry), where)
         name = entry.get(name_column) if name_column else None
+        name = str(name) if type(name) is int else name  # 1 for 1.jpg
         if not isinstance(name, str) or not name:
             named = f"its keys are {', '.join(entry)}" if entry else "it is empty"
             raise UserError(
@@ -396,7 +401,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
             raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
         refuse_control(caption or "", where)
         folder = metadata.parent
-        name = find_by_name(resolve_inside(folder, name, where), where).relative_to(folder).as_posix()
+        name = find_in_list(metadata, name, where).relative_to(folder).as_posix()
         if name in captions:
             raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption, where)
@@ -547,6 +552,17 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
             found.append(
                 f"{one.path.name} counts as an image of its own. If it is the mask of {of}, name it {of}.mask.png."
             )
+    maps = [
+        one.path
+        for one in pictures
+        if (match := PERHAPS_MAP.fullmatch(one.path.stem)) and match[1].casefold() in stems
+    ]
+    if maps:
+        more = f" So does {count_of(len(maps) - 1, 'other')} of such a name." if maps[1:] else ""
+        found.append(
+            f"{maps[0].name} counts as an image of its own, and is called as a map of another is. If it is one, move "
+            f"it away, or learn it with customize train-control.{more}"
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from backbone.cli.sampling import ALL_STEPS, Sampler, own_guided, own_sampler
 from backbone.io.console import UserError
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone
+from backbone.models.usual import say_few_step_name
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def usual_drawing(
 ) -> SamplingDefaults:
     """A model's own steps, guidance, its share of the steps, and sampler; these steps and guidance where given."""
     usual = model.defaults
+    if guidance is None:
+        say_few_step_name(model.location.source, usual)
     return SamplingDefaults(
         int(usual["steps"]) if steps is None else steps,
         float(usual["guidance"]) if guidance is None else guidance,

@@ -201,6 +201,11 @@ def split_prefix(stem: str) -> tuple[str, tuple[Network, ...], str]:
     return component, networks, stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
 
 
+def names_other_part(stem: str) -> bool:
+    """Whether a stored name is of another part of a model than its denoiser and CLIP."""
+    return any(pattern.search(stem) for pattern in _PARTS.values())
+
+
 def find(network: Network, module: str) -> Target | None:
     """The layers of a network that a name means, in whichever way it is written; None where it has none such."""
     flat = module.replace(".processor.", ".").replace(".", "_")

@@ -15,7 +15,9 @@ from backbone.evaluation.clip import load_image_encoder
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.io.weights import check_weights, list_weight_files, read_weight_index
+from backbone.models.locate import locate
 from backbone.models.model import Backbone
+from customize.formats.model_weights import ModelWeights
 from tests.tiny import tiny_eye
 
 EVIL = b"\x80\x04cos\nsystem\n(S'touch evil'\ntR."
@@ -171,6 +173,28 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_and_not_drawn_wi
     write_tensors(file, {**tensors, name: tensors[name].to(kind)}, {"format": "pt"})
     with pytest.raises(UserError, match=rf"{name} is of type (I8|C64|BOOL)\. Take its version in fp16"):
         load(model, part)
+
+
+@pytest.mark.parametrize("end", ["scale_weight", "weight_scale_inv"])
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_of_eight_bits_with_scales_beside_them_are_refused_in_a_folder_whose_loaders_drop_them(
+    model: Path, part: str, end: str
+) -> None:
+    file = model / part / f"{PARTS[part]}.safetensors"
+    tensors, _ = read_tensors(file)
+    name = next(name for name in sorted(tensors) if name.endswith(".weight") and tensors[name].ndim == 2)
+    scale = tensors[name].abs().max().float() / 448
+    small = {
+        name: (tensors[name] / scale).to(torch.float8_e4m3fn),
+        f"{name.removesuffix('weight')}{end}": scale,
+    }
+    write_tensors(file, tensors | small, {"format": "pt"})
+    said = rf"is quantised: it has .*{end} beside its weights.*fp16, bf16 or fp32"
+    with pytest.raises(UserError, match=said):
+        load(model, part)
+    if part != "vae":  # what is extracted from it, or baked, would be of other weights
+        with pytest.raises(UserError, match=said):
+            ModelWeights(locate(str(model)))
 
 
 @pytest.mark.parametrize("left", [0, 1, -1])

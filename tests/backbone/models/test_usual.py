@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 
 from align.settings import resolve_settings as resolve_align
 from backbone.cli.options import fields_of
+from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
 from backbone.models.locate import EMBEDDED
-from backbone.models.usual import FILE, LEARNED, NETWORKS, UsualEdit, read_usual
+from backbone.models.model import Backbone
+from backbone.models.sample import resolve_sampling
+from backbone.models.usual import FILE, LEARNED, NETWORKS, UsualEdit, read_usual, say_few_step_name
 from customize import control_settings
 from customize.settings import METHOD_RATES, Settings
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
@@ -39,6 +43,28 @@ def test_what_a_file_says_is_taken_and_nothing_else(tmp_path: Path) -> None:
     read = read_usual(said(tmp_path, record))
     assert read == {**record, "sampler": "dpmpp-2m", "sheet_prompts": ("a {}",)}
     assert read_usual(said(tmp_path, {})) == {}
+
+
+def test_of_a_model_that_is_called_as_a_few_step_one_and_drawn_in_many_it_is_said(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many, few = {"steps": 30, "guidance": 7.5}, {"steps": 4, "guidance": 1.0}
+    for name, usual, said_so in (
+        ("dreamshaperXL_lightningDPMSDE.safetensors", many, True),
+        ("stabilityai/sdxl-turbo", many, True),
+        ("some_lcm_v1.safetensors", few, False),
+        ("z_image_de_turbo.safetensors", many, False),
+        ("helcmann.safetensors", many, False),
+    ):
+        say_few_step_name(str(tmp_path / name), usual)
+        assert ("which burn the images of such a model" in capsys.readouterr().err) == said_so, name
+    folder = shutil.copytree(tiny_folder, tmp_path / "portraits-turbo")
+    (folder / FILE).unlink(missing_ok=True)
+    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+    resolve_sampling(SamplingSettings(guidance=1.0), model)
+    assert "distilled" not in capsys.readouterr().err
+    resolve_sampling(SamplingSettings(), model)
+    assert "is called as one that was distilled to few steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["moji", "moji-flow"])

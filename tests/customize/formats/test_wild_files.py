@@ -605,6 +605,39 @@ def test_an_adapter_that_changes_nothing_is_said_once_and_by_its_own_name(
     assert said == [f"{file} changes nothing: the factors of all its layers give zero. Was it trained?"]
 
 
+def test_layers_of_other_parts_that_change_nothing_are_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A LoRA of FLUX.1 whose trainer listed T5 and taught it nothing: its second factors are zero
+    own, other = (lora(torch.empty(6, 4))[0] for _ in range(2))
+    file = tmp_path / "a.safetensors"
+    for stem in (
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wo",
+    ):
+        named = {f"lora_unet_img_in.{end}": value for end, value in own.items()}
+        others = {f"{stem}.{end}": value * (end != "lora_up.weight") for end, value in other.items()}
+        write_tensors(file, named | others)
+        assert set(read_adapter(file).layers) == {"transformer.x_embedder"}
+        assert f"holds 1 layer of other parts than are read here, as {stem}" in capsys.readouterr().err
+        write_tensors(file, named | {f"{stem}.{end}": value for end, value in other.items()})
+        with pytest.raises(UserError, match="adapts T5 in 1 layer"):
+            read_adapter(file)
+
+
+def test_a_layer_under_the_names_of_two_tools_counts_once_where_both_say_the_same(tmp_path: Path) -> None:
+    (factors, change), file = lora(torch.empty(6, 4)), tmp_path / "a.safetensors"
+    kohya = {f"lora_unet_conv_out.{end}": value for end, value in factors.items()}
+    scaled = factors["lora_up.weight"] * (factors["alpha"] / len(factors["lora_down.weight"]))
+    peft = {"lora_A.weight": factors["lora_down.weight"], "lora_B.weight": scaled}
+    write_tensors(file, kohya | {f"unet.conv_out.{end}": value for end, value in peft.items()})
+    (layer,) = read_adapter(file).layers.values()
+    torch.testing.assert_close(layer.delta_weight(), change)
+    write_tensors(file, kohya | {f"unet.conv_out.{end}": 2 * value for end, value in peft.items()})
+    with pytest.raises(UserError, match=r"changes unet\.conv_out twice, under two names"):
+        read_adapter(file)
+
+
 def test_dora_scales_of_some_layers_alone_are_kept_or_refused_before_anything_is_written(
     models: dict[str, Tiny], tmp_path: Path
 ) -> None:
@@ -637,6 +670,16 @@ def test_what_wrappers_and_peft_put_into_names_is_no_part_of_them(tmp_path: Path
     ):
         (layer,) = read_adapter(write(name)).layers.items()
         assert layer[0] == "unet.conv_in" and bool((layer[1].delta_weight() == 2).all())
+    factors = {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(2, 1), "lokr_w2_b": torch.ones(1, 2)}
+    file = tmp_path / "lokr.safetensors"  # as peft's LoKr and LoHa are called in a model's own state dict
+    write_tensors(
+        file,
+        {
+            f"base_model.model.mid_block.attentions.0.proj_in.{name}.default": value
+            for name, value in factors.items()
+        },
+    )
+    assert set(read_adapter(file).layers) == {"unet.mid_block.attentions.0.proj_in"}
     with pytest.raises(UserError, match=r"holds 2 adapters \(dog, style\)"):
         read_adapter(write("unet.conv_in.lora_{}.dog.weight", "unet.conv_in.lora_{}.style.weight"))
     with pytest.raises(UserError, match=r"holds unet\.conv_in twice"):

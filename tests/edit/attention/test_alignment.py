@@ -219,6 +219,14 @@ def test_a_letter_and_its_mark_say_what_one_character_says() -> None:
     assert prompt(one).find("cafe\u0301") == prompt(apart).find("café") != ()
 
 
+def test_apostrophes_and_hyphens_of_text_programs_are_those_of_a_keyboard() -> None:
+    for text in ("the king’s t‑shirt", "the king's t-shirt"):
+        read = prompt(text)
+        assert "".join(word.text for word in read.find("king's")) == text.split()[1]
+        assert read.find("King’s") == read.find("king's") != ()
+        assert read.find("t-shirt") == read.find("T‑Shirt") != ()
+
+
 def test_a_phrase_is_found_wherever_it_stands() -> None:
     read = prompt("a red cat in the snow, a red hat")
     assert len(read.find("red")) == 2

@@ -190,6 +190,35 @@ def test_a_see_through_value_of_grey_is_white_and_masked_out_whatever_its_bits(
     assert np.asarray(open_as(file, map_from_image))[0, :, 3].tolist() == [255, 255, 0, 0] * 8
 
 
+def test_a_see_through_colour_of_16_bits_is_white(tmp_path: Path) -> None:
+    row = struct.pack(">HHH", 300, 400, 500) * 4 + struct.pack(">HHH", 65535, 0, 0) * 4
+    chunks = {
+        "IHDR": struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0),
+        "tRNS": struct.pack(">HHH", 300, 400, 500),
+        "IDAT": zlib.compress((b"\0" + row) * 8),
+        "IEND": b"",
+    }
+    whole = [
+        struct.pack(">I", len(data)) + (both := name.encode() + data) + struct.pack(">I", zlib.crc32(both))
+        for name, data in chunks.items()
+    ]
+    (file := tmp_path / "rgb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+    assert np.asarray(open_rgb(file))[0, :, 1].tolist() == [255] * 4 + [0] * 4
+
+
+def test_a_bitmap_whose_fourth_channel_nobody_filled_is_not_see_through(tmp_path: Path) -> None:
+    # As programs of Windows write screenshots: 32 bits, masks for four channels, zeros in the last one
+    pixels = np.full((4, 4, 4), (200, 10, 0, 0), dtype=np.uint8)
+    head = struct.pack("<IiiHHIIiiII", 108, 4, 4, 1, 32, 3, pixels.nbytes, 2835, 2835, 0, 0)
+    head += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    start = b"BM" + struct.pack("<IHHI", 14 + len(head) + pixels.nbytes, 0, 0, 14 + len(head))
+    (file := tmp_path / "x.bmp").write_bytes(start + head + pixels.tobytes())
+    assert open_rgb(file).getpixel((0, 0)) == (0, 10, 200)
+    pixels[0, :, 3] = 255  # of which somebody filled a part
+    file.write_bytes(start + head + pixels.tobytes())
+    assert open_rgb(file).getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
 def test_whole_numbers_of_32_bits_have_the_smallest_full_scale_that_holds_them(
     tmp_path: Path, white: int
@@ -1216,6 +1245,28 @@ def test_what_a_folder_holds_beside_its_pictures_is_said_in_a_line(tmp_path: Pat
     )
     assert "1_mask.png counts as an image" in doubt and "1.mask.png" in doubt
     assert describe_unused(tmp_path / "more" / "deeper", list_images(tmp_path / "more" / "deeper")) == []
+
+
+def test_images_that_are_called_as_maps_of_others_are_said(tmp_path: Path) -> None:
+    for name in ("1.png", "1_depth.png", "1-Canny.png", "my pose.png", "2.png"):
+        write(tmp_path / name)
+    (doubt,) = describe_unused(tmp_path, list_images(tmp_path))
+    assert doubt.startswith("1-Canny.png counts as an image of its own, and is called as a map")
+    assert doubt.endswith("So does 1 other of such a name.")
+
+
+def test_names_in_a_list_may_begin_with_its_own_folder_and_be_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "dogs" / "dogs"  # what lies above is not looked at
+    for name in ("1.png", "2.png", "a/3.png", "../4.png"):
+        write(folder / name)
+    rows = [{"file_name": "dogs/1.png", "text": "a"}, {"file_name": 2, "text": "b"}]
+    rows += [{"file_name": "dogs/a/3", "text": "c"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = {record.path.relative_to(folder).as_posix(): record.caption for record in list_images(folder)}
+    assert found == {"1.png": "a", "2.png": "b", "a/3.png": "c"}
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "dogs/4.png", "text": "a"}))
+    with pytest.raises(UserError, match=r"dogs/dogs/dogs/4\.png does not exist"):
+        check_images(list_images(folder))
 
 
 def test_a_folder_of_captions_and_a_mask_of_another_spelling_are_said(tmp_path: Path) -> None:
