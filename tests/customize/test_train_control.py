@@ -285,7 +285,7 @@ def test_computing_again_in_the_backward_pass_gives_the_same_gradients(
             for module in one.modules():
                 if type(module).__name__ == "ResnetBlock2D":
 
-                    def add(*_: object, one: Any = one) -> None:
+                    def add(*_: object, one: Any = one, count: Any = count) -> None:
                         count[one] += 1
 
                     module.register_forward_pre_hook(add)  # the second time ends early
