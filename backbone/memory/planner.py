@@ -365,7 +365,7 @@ GRADIENT_CHECKPOINTING = _setting_saving(
     "gradient checkpointing", "a third more time", "checkpointing", True, False
 )
 SINGLE_IMAGE_SAMPLING = _placement_saving("sampling one image at a time", "slower", "one_by_one", True, False)
-VAE_TILING = _placement_saving("VAE tiling", "faint seams are possible", "tiling", True, False)
+VAE_TILING = _placement_saving("VAE tiling", "seams; images of few pixels change", "tiling", True, False)
 TEXT_ON_CPU = _placement_saving(
     "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
 )

@@ -55,6 +55,7 @@ from backbone.models.usual import FILE, read_usual
 PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
+LEAST_TILE = 256  # pixels a side, below which an autoencoder of photographs is off
 USUAL_GUIDANCE, MOST_GUIDANCE = 12, 30  # the most that is usual, and from where on images burn
 
 
@@ -227,7 +228,12 @@ class Backbone:
         if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
             notify_once(f"The autoencoder of {self.location.name} works in fp32: in fp16 it overflows.")
         if self.placement.tiling:
-            enable_tiling(loaded, self.resolution // 2)
+            enable_tiling(loaded, side := self.resolution // 2)
+            if side < LEAST_TILE:
+                notify_once(
+                    f"In tiles of {side} pixels the autoencoder of {self.location.name} sees little of an image: what "
+                    "it encodes and decodes is off by several percent."
+                )
         return loaded.to(self.device)
 
     @cached_property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backbone.distributed.device import resolve_device
+from backbone.io.console import notify_once
 from backbone.models.locate import absolute_model, is_path
 from backbone.models.model import Backbone, Task
 from backbone.models.placement import get_placement
@@ -48,6 +49,10 @@ def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-imag
         resolution=resolution,
         task=task,
     )
+    idle = ["--cpu-offload"] * bool(settings.cpu_offload) + ["--text-on-cpu"] * bool(settings.text_on_cpu)
+    if idle and model.device.type == "cpu":
+        have = "has" if len(idle) == 1 else "have"
+        notify_once(f"{' and '.join(idle)} {have} no effect on a CPU, in whose memory the whole model lies.")
     if settings.sample_steps:
         model.schedule(settings.sample_steps)  # which refuses too many before anything is done
     return model

@@ -167,7 +167,9 @@ class TrainingSettings:
             max=1,
         ),
     ] = 0.0
-    vae_tiling: Annotated[bool, Option("Encode and decode large images in tiles.", "Memory")] = False
+    vae_tiling: Annotated[
+        bool, Option("Encode and decode images in tiles of half a side: seams are possible.", "Memory")
+    ] = False
     text_on_cpu: Annotated[bool, Option("Keep the text encoders on the CPU.", "Memory")] = False
     one_by_one: Annotated[bool, Option("Draw one image at a time instead of a batch.", "Memory")] = False
     compile: Annotated[

@@ -153,8 +153,9 @@ class ControlTraining(Objective):
         self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         self.compiled = CompiledBlocks([model.denoiser, network.module]) if settings.compile else None
-        if settings.gradient_checkpointing:
-            cast(Any, model.denoiser).enable_gradient_checkpointing()
+        for one in (model.denoiser, network.module) if settings.gradient_checkpointing else ():
+            if getattr(one, "_supports_gradient_checkpointing", False):  # a T2I-Adapter has nothing to repeat
+                cast(Any, one).enable_gradient_checkpointing()
 
     @property
     def images(self) -> int:

@@ -30,7 +30,7 @@ from customize.control_settings import PROGRAM, read_settings, resolve_settings,
 from customize.data.control_pairs import ControlColumns, read_control_pairs
 from customize.data.maps import maps_of_picture
 from customize.evaluation.condition_fidelity import Agreement, agreement
-from customize.objectives.control import mirror_map
+from customize.objectives.control import ControlTraining, PairData, mirror_map
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
@@ -262,6 +262,43 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
     assert (again / FIDELITY).read_text() == (trained.run / FIDELITY).read_text()
     assert "--steps 4" in read_json(again / "settings.json")["command"]
     assert read_settings(again).condition == "sketch"
+
+
+@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet", "control-lora"])
+def test_computing_again_in_the_backward_pass_gives_the_same_gradients(
+    kind: str, tiny_folder: Path, pairs: Path
+) -> None:
+    """Of the denoiser's blocks and of the copy's."""
+    found, calls = [], []
+    for again in (False, True):
+        model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+        asked = {"images": str(pairs), "condition": "sketch", "kind": kind, "rank": 2, "batch": 2}
+        settings = resolve_settings({**asked, "gradient_checkpointing": again}, {})
+        network = make_network(model, settings)
+        for value in network.module.parameters():  # some begin with nothing
+            if value.requires_grad:
+                torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(1))
+        data = PairData(model, read_control_pairs(str(pairs), "sketch")[:4], "sketch", flip=False)
+        training = ControlTraining(model, network, data, settings)
+        count = dict.fromkeys((model.denoiser, network.module), 0)
+        for one in count:
+            for module in one.modules():
+                if type(module).__name__ == "ResnetBlock2D":
+
+                    def add(*_: object, one: Any = one, count: Any = count) -> None:
+                        count[one] += 1
+
+                    module.register_forward_pre_hook(add)  # the second time ends early
+        with training.learning():
+            for loss in training.losses(0):
+                loss.backward()
+        found.append({name: value.grad for name, value in training.parameters.items()})
+        calls.append(list(count.values()))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+    assert any(gradient.any() for gradient in found[0].values() if gradient is not None)
+    assert calls[1][0] > calls[0][0]
+    assert (calls[1][1] > calls[0][1]) == (kind != "t2i-adapter")  # which has no blocks that are recomputed
 
 
 def test_a_control_lora_is_the_controlnet_that_its_factors_make(tiny: Backbone, tmp_path: Path) -> None:

@@ -92,6 +92,17 @@ def test_tiles_are_taken_where_a_picture_is_larger() -> None:
     assert autoencoder.decode(parts).sample.shape == pictures.shape
 
 
+def test_tiles_that_are_too_small_to_see_much_in_are_said(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for resolution, said in ((0, True), (512, False)):
+        model = Backbone.open(
+            str(tiny_folder), device="cpu", placement=Placement(tiling=True), resolution=resolution
+        )
+        assert model.autoencoder is not None
+        assert ("is off by several percent" in " ".join(capsys.readouterr().err.split())) == said
+
+
 @pytest.mark.parametrize("kind", ["nf4", "8bit"])
 def test_a_base_in_few_bits_is_near_the_whole_one_and_carries_an_adapter(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

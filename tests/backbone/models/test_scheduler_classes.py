@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
@@ -40,7 +41,7 @@ def change_json(path: Path, **settings: Any) -> None:
 
 def with_scheduler(folder: Path, kind: Any, **settings: Any) -> Path:
     """The same folder with another scheduler of a flow, as diffusers saves it."""
-    (folder / "limner.json").unlink()  # quick settings of the tiny models
+    (folder / "limner.json").unlink(missing_ok=True)  # quick settings of the tiny models
     shutil.rmtree(folder / "scheduler")
     kind(**settings).save_pretrained(folder / "scheduler")
     change_json(folder / "model_index.json", scheduler=["diffusers", kind.__name__])
@@ -96,6 +97,25 @@ def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="scale_factors"):
         _ = opened(folder).path
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_a_folder_with_dpm_solver_is_drawn_as_diffusers_draws_it(
+    tiny_folder: Path, tmp_path: Path, spacing: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    with_scheduler(folder, DPMSolverMultistepScheduler, **betas, timestep_spacing=spacing, steps_offset=1)
+    model = opened(folder)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise(model, 0, 0, 0)
+    expected = pipeline(
+        PROMPT, num_inference_steps=7, guidance_scale=3.0, latents=noise[None].clone(), output_type="latent"
+    ).images
+    how: dict[str, Any] = {"steps": 7, "guidance": 3.0, "seed": 0, "sampler": "dpmpp-2m"}
+    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], **how)
+    assert (latents - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("said", ["LCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
