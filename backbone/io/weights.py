@@ -25,6 +25,7 @@ REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file 
 # What lies beside weights that were quantised, which loaders of folders leave out
 QUANTIZED = re.compile(
     r"(?:^|\.)(?:scale_weight|weight_scale\w*|scaled_fp8|comfy_quant|absmax|nested_absmax|quant_map)$|\.quant_state\."
+    r"|\.(?:qweight|qzeros|wscales)$"
 )
 
 
