@@ -25,6 +25,7 @@ REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file 
 # What lies beside weights that were quantised, which loaders of folders leave out
 QUANTIZED = re.compile(
     r"(?:^|\.)(?:scale_weight|weight_scale\w*|scaled_fp8|comfy_quant|absmax|nested_absmax|quant_map)$|\.quant_state\."
+    r"|\.(?:qweight|qzeros|wscales)$"
 )
 
 
@@ -206,6 +207,11 @@ def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str)
         raise UserError(
             f"The {part} of {name} was saved as {tool} wraps it ({mark} in its names). Save the network "
             f"itself{remedy}."
+        )
+    if any(".base_layer." in str(key) for key in found.get("unexpected_keys", ())):
+        raise UserError(
+            f"The {part} of {name} was saved with an adapter on it (base_layer in its names). Merge the adapter there "
+            "(fuse_lora and unload_lora_weights, or peft's merge_and_unload), and save it again."
         )
     missing = sorted({str(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ()))})
     if missing:

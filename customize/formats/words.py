@@ -50,6 +50,7 @@ SLOTS = {
     "text_encoders_1": "text_encoder_2",
 }
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+SUFFIXES = ("", ".safetensors", ".sft")  # of files of words
 ALONE = ("emb_params", "string_to_param.*")  # of the model's only encoder
 OTHERS = ("t5", "t5xxl")  # encoders whose words are not learned here
 WIDTHS: dict[tuple[int, ...], str] = {
@@ -77,7 +78,7 @@ def find_word_file(path: Path) -> Path | None:
     """The file of learned words that a path names, which may be the folder of diffusers' script; None for any other."""
     if path.is_dir():
         path = path / EMBEDDINGS_FILE if not (path / CONCEPT).is_file() else path
-    if not path.is_file() or path.suffix != ".safetensors":
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         return None
     shapes = read_header(path).shapes
     known = {*SLOTS, *ALONE}

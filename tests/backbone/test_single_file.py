@@ -330,6 +330,15 @@ def test_a_checkpoint_with_the_mean_of_its_weights_is_read_by_the_plain_ones_and
     assert "ema.safetensors also holds the mean" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end", ["qweight", "wscales", "weight.absmax"])
+def test_a_transformer_of_four_bits_is_told_for_what_it_is(tmp_path: Path, end: str) -> None:
+    # As Nunchaku's and bitsandbytes' files of FLUX.1 and Qwen-Image, in diffusers' names
+    name = f"transformer_blocks.0.attn.to_out.0.{end}"
+    write_tensors(tmp_path / "model.safetensors", {name: torch.zeros(4, 4)})
+    with pytest.raises(UserError, match=rf"is quantised in a format that is not supported \(it has {name}\)"):
+        Backbone.open(str(tmp_path / "model.safetensors"))
+
+
 def test_an_inpainting_checkpoint_is_told_for_what_it_is(tmp_path: Path) -> None:
     tensors = few_tensors(768) | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3)}
     write_tensors(tmp_path / "model.safetensors", tensors)

@@ -67,6 +67,13 @@ def test_a_single_file_is_the_same_model_as_the_folder(folder: Path, tmp_path: P
     assert one.defaults["guidance"] == other.defaults["guidance"]
 
 
+def test_a_transformer_without_a_prefix_beside_its_encoders_is_the_same_too(
+    dev: Path, tmp_path: Path
+) -> None:
+    plain = {name.removeprefix(UNET): tensor for name, tensor in checkpoint_of(dev).items()}
+    assert_same_model(opened(written(tmp_path / "flux.safetensors", plain, settings=dev)), opened(dev))
+
+
 def test_its_names_become_those_that_diffusers_gives_them() -> None:
     checkpoint = names_of_width(3072)  # the only one that diffusers' converter knows
     ours = flux_file.convert_to_diffusers(dict(checkpoint))

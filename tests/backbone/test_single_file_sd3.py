@@ -104,6 +104,13 @@ def test_a_transformer_without_norms_and_second_attention_is_the_same_too(
     assert_same_model(opened(file), opened(other))
 
 
+def test_a_transformer_without_a_prefix_beside_its_encoders_is_the_same_too(
+    folder: Path, tmp_path: Path, checkpoint: Tensors
+) -> None:
+    plain = {name.removeprefix(UNET): tensor for name, tensor in checkpoint.items()}
+    assert_same_model(opened(written(tmp_path / "sd3.safetensors", plain, settings=folder)), opened(folder))
+
+
 @pytest.mark.parametrize("scaled", ["", "scale_weight", "weight_scale"])
 def test_weights_of_8_bits_are_read_as_what_they_stand_for(
     tmp_path: Path, folder: Path, checkpoint: Tensors, scaled: str

@@ -18,7 +18,7 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.flux.original import LAYERS, Layers, from_original
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
-from backbone.families.single_file.checkpoint import UNET, config_mismatch
+from backbone.families.single_file.checkpoint import config_mismatch
 from backbone.families.single_file.text_encoders import (
     CLIP_L,
     PROJECTION,
@@ -33,6 +33,7 @@ REMEDY = (
     "Take a file that includes them, as ComfyUI's full checkpoints do, or name the model's diffusers folder or "
     "hub id."
 )
+MARK = "img_in.weight"  # of the transformer
 LATENTS_PER_TOKEN = 4  # latents in a token
 
 
@@ -41,7 +42,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
     Raises `UserError` for a file that lacks a component, like those of the transformer alone.
     """
-    prefix = text_encoders.transformer_prefix(header, "img_in.weight")
+    prefix = text_encoders.transformer_prefix(header, MARK)
     marks = ("vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight")
     if prefix is None or any(prefix + mark not in header.shapes for mark in marks):
         return None
@@ -65,7 +66,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the transformer; `UserError` where it does not fit its config."""
     try:
-        tensors = convert_to_diffusers(read_weights(location, UNET, dtype))
+        tensors = convert_to_diffusers(text_encoders.read_transformer(location, MARK, dtype))
     except (KeyError, ValueError) as error:
         raise config_mismatch(location, "transformer") from error
     return build_network(FluxTransformer2DModel, location, "transformer", tensors)

@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection
 from backbone.families.base import TextEncoderSlot
 from backbone.families.location import PUBLISHED_CONFIGS, Location
 from backbone.families.single_file import text_encoders
-from backbone.families.single_file.checkpoint import UNET, config_mismatch
+from backbone.families.single_file.checkpoint import config_mismatch
 from backbone.families.single_file.text_encoders import (
     CLIP_G,
     CLIP_L,
@@ -29,6 +29,7 @@ from backbone.families.single_file.text_encoders import (
 )
 from backbone.io.files import Header, read_header
 
+KERNEL = "x_embedder.proj.weight"  # of the transformer
 REMEDY = (
     "Take the version that includes them (often with incl_clips in its name), or name the model's diffusers "
     "folder or hub id."
@@ -40,15 +41,14 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
     Raises `UserError` for a file that lacks a component; T5 may be missing.
     """
-    kernel = "x_embedder.proj.weight"
-    prefix = text_encoders.transformer_prefix(header, kernel)
+    prefix = text_encoders.transformer_prefix(header, KERNEL)
     if prefix is None or f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" not in header.shapes:
         return None
     text_encoders.require_complete(
         header,
         "the transformer of a Stable Diffusion 3",
         encoders=(CLIP_L, CLIP_G),
-        in_channels=header.shapes[prefix + kernel][1],
+        in_channels=header.shapes[prefix + KERNEL][1],
         patch=1,
         remedy=REMEDY,
     )
@@ -68,7 +68,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 
 def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the transformer through diffusers' converter; `UserError` where it does not fit its config."""
-    tensors = read_weights(location, UNET, dtype)
+    tensors = text_encoders.read_transformer(location, KERNEL, dtype)
     try:
         converted = convert_sd3_transformer_checkpoint_to_diffusers(tensors)  # pops what it knows
     except (KeyError, IndexError, ValueError) as error:

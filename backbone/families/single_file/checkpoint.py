@@ -44,7 +44,9 @@ SCHEDULER = "scheduler/scheduler_config.json"
 # Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
 BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
-OTHER_QUANTIZATION = r"\.(absmax|quant_map|nested_absmax|weight_scale_2|weight_scale_inv)$|\.quant_state\."
+OTHER_QUANTIZATION = (  # of bitsandbytes, ModelOpt, DeepSeek's blocks, GPTQ, AWQ and Nunchaku
+    r"\.(absmax|quant_map|nested_absmax|weight_scale_2|weight_scale_inv|qweight|qzeros|wscales)$|\.quant_state\."
+)
 TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
@@ -168,10 +170,14 @@ def refuse_quantized(header: Header) -> None:
         else:
             read = not re.search(OTHER_QUANTIZATION, name)
         if not read:
-            raise UserError(
-                f"{header.path} is quantised in a format that is not supported (it has {name}). Take its version in "
-                "fp16, bf16 or fp8."
-            )
+            raise UserError(_describe_quantized(header, name))
+
+
+def _describe_quantized(header: Header, name: str) -> str:
+    return (
+        f"{header.path} is quantised in a format that is not supported (it has {name}). Take its version in fp16, bf16 "
+        "or fp8."
+    )
 
 
 def unscale(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -278,6 +284,8 @@ def describe_unknown_file(header: Header) -> str:
             f"{header.path} holds the UNet as the mean over its training (EMA) alone, under names without their dots. "
             "Take the file with the plain weights, or the model's diffusers folder."
         )
+    if quantized := next((name for name in header.shapes if re.search(OTHER_QUANTIZATION, name)), ""):
+        return _describe_quantized(header, quantized)
     for pattern, what, remedy in UNKNOWN_FILES:
         if any(re.search(pattern, name) for name in header.shapes):
             return f"{header.path} seems to be {what}. {remedy}"

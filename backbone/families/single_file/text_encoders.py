@@ -43,6 +43,15 @@ def transformer_prefix(header: Header, name: str) -> str | None:
     return next((prefix for prefix in (UNET, "") if prefix + name in header.shapes), None)
 
 
+def read_transformer(location: Location, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The transformer's tensors, found by one of its names, without their prefix, of a file of all components."""
+    prefix = transformer_prefix(read_header(location.source), name)
+    assert prefix is not None
+    others = ("text_encoders.", AUTOENCODER, "vae.", "model_sampling.")
+    tensors = read_weights(location, prefix, dtype)
+    return tensors if prefix else {name: one for name, one in tensors.items() if not name.startswith(others)}
+
+
 def autoencoder_prefix(header: Header) -> str | None:
     """The prefix of the autoencoder's tensors; None if the file has none."""
     prefixes = (AUTOENCODER, "vae.")

@@ -41,6 +41,9 @@ PREFIXES: dict[str, tuple[str, tuple[Network, ...]]] = {
     "transformer.": ("denoiser", TRANSFORMERS),
     "diffusion_model.": ("denoiser", DENOISERS),
     "model.diffusion_model.": ("denoiser", DENOISERS),
+    "pipe.unet.": ("denoiser", DENOISERS),  # DiffSynth-Studio's, as are those below
+    "pipe.dit.": ("denoiser", TRANSFORMERS),
+    "dit.": ("denoiser", TRANSFORMERS),
     "lora_te_": ("text_encoder", ("clip",)),
     "lora_te1_": ("text_encoder", ("clip",)),
     "lora_te2_": ("text_encoder_2", ("clip",)),
@@ -198,7 +201,12 @@ def split_prefix(stem: str) -> tuple[str, tuple[Network, ...], str]:
     if prefix == "lycoris_":
         networks = (*DENOISERS, "clip")
         component = ""
-    return component, networks, stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
+    module = stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
+    return (
+        component,
+        networks,
+        re.sub(r"^sformer_blocks\.", "transformer_blocks.", module),
+    )  # some FLUX.2 exports
 
 
 def names_other_part(stem: str) -> bool:

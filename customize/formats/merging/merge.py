@@ -27,7 +27,8 @@ from backbone.models.fingerprint import fingerprints_of
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
 from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_loras, truncate_lora
-from customize.formats.layers.names import split_component
+from customize.formats.layers.known import is_known
+from customize.formats.layers.names import is_text_encoder, split_component
 from customize.formats.metadata import read_run_concept
 from customize.formats.model_weights import WEIGHT_SUFFIX, ModelWeights
 from customize.formats.origin import say_other_noise
@@ -370,7 +371,8 @@ def extract_lora(
 ) -> tuple[AdapterFile, RankReduction]:
     """W_tuned − W_base of two models (folders, checkpoint files) as a LoRA, by the SVD of every changed layer.
 
-    Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy. Of a model in half precision and
+    Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy, and those of text encoders other
+    than CLIP are left out, of which no LoRA is read; that is said. Of a model in half precision and
     one in fp32, what rounding alone has changed is no change.
     That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
@@ -389,6 +391,7 @@ def extract_lora(
     for component in sorted(lacking):
         notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
     truncations: dict[str, Truncation] = {}
+    unread: dict[str, int] = {}
     outside = 0.0
     with progress(len(shared), "extracting") as bar:
         for name in shared:
@@ -402,10 +405,18 @@ def extract_lora(
             energy_of_change = float(change.double().square().sum())
             if energy_of_change <= (UNCHANGED * float(base_weight.norm())) ** 2:
                 continue
-            if is_adaptable(name, base_weight):
+            component, module = split_component(name.removesuffix(WEIGHT_SUFFIX))
+            if is_text_encoder(component) and not is_known("clip", module):
+                unread[component] = unread.get(component, 0) + is_adaptable(name, base_weight)
+            elif is_adaptable(name, base_weight):
                 truncations[name.removesuffix(WEIGHT_SUFFIX)] = fit_lora(change, rank=rank, energy=energy)
             else:
                 outside += energy_of_change
+    for component, layers in unread.items():
+        if layers:
+            notify(
+                f"{component} differs in {count_of(layers, 'layer')} that no LoRA is read of: they are left out."
+            )
     if not truncations:
         raise UserError(
             f"No layer of {tuned} and {base} differs that an adapter could change. Give two other models."

@@ -151,6 +151,20 @@ def test_a_text_encoder_that_was_saved_as_it_was_compiled_is_told(model: Path) -
         load(model, "text_encoder")
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_was_saved_with_an_adapter_on_it_is_told(model: Path, part: str) -> None:
+    file = model / part / f"{PARTS[part]}.safetensors"
+    tensors, _ = read_tensors(file)
+    layer = next(name for name in tensors if name.endswith(("to_q.weight", "q_proj.weight"))).removesuffix(
+        ".weight"
+    )
+    wrapped = {name.replace(f"{layer}.", f"{layer}.base_layer."): value for name, value in tensors.items()}
+    width = tensors[f"{layer}.weight"].shape[1]
+    write_tensors(file, wrapped | {f"{layer}.lora_A.default.weight": torch.ones(2, width)}, {"format": "pt"})
+    with pytest.raises(UserError, match=r"was saved with an adapter on it \(base_layer in its names\)"):
+        load(model, part)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\x08", bytes(100), EVIL, b"PK\x03\x04" + bytes(60), b"<html>", (2**63).to_bytes(8, "little")],

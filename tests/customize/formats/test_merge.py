@@ -294,6 +294,25 @@ def test_the_same_model_twice_has_nothing_to_extract(tiny_folder: Path) -> None:
         extract_lora(str(tiny_folder), str(tiny_folder), rank=2)
 
 
+def test_a_text_encoder_that_no_lora_is_read_of_is_left_out_of_what_is_extracted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_pixart(tmp_path / "base")
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    for part, ends in (
+        ("text_encoder", (".q.weight", "shared.weight")),
+        ("transformer", ("0.attn1.to_q.weight",)),
+    ):
+        (file,) = (tuned / part).glob("*.safetensors")
+        tensors, metadata = read_tensors(file)
+        changed = {name: value + 0.1 for name, value in tensors.items() if name.endswith(ends)}
+        write_tensors(file, tensors | changed, metadata)
+    found, loss = extract_lora(str(tuned), str(base), rank=1)
+    assert list(found.layers) == ["transformer.transformer_blocks.0.attn1.to_q"] and loss.energy_kept > 0.99
+    assert "text_encoder differs in 2 layers that no LoRA is read of" in capsys.readouterr().err
+    assert write_adapter(tmp_path / "a.safetensors", found, "peft") < 1e-6
+
+
 def test_models_that_predict_different_things_are_told_when_their_difference_is_extracted(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -225,6 +225,18 @@ def test_xlabs_processors_and_onetrainer_s_separate_parts_are_flux_s_layers(tmp_
     assert_read(tensors, truth, tmp_path)
 
 
+def test_names_of_diffsynth_and_of_some_exports_of_flux2_are_read(tmp_path: Path) -> None:
+    for start, layer in (
+        ("pipe.dit.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+        ("dit.layers.0.attention.to_q", "transformer.layers.0.attention.to_q"),
+        ("pipe.unet.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0.proj_in"),
+        ("diffusion_model.sformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+    ):
+        factors = {"lora_A.default.weight": torch.ones(2, 8), "lora_B.default.weight": torch.ones(8, 2)}
+        write_tensors(tmp_path / "a.safetensors", {f"{start}.{end}": value for end, value in factors.items()})
+        assert set(read_adapter(tmp_path / "a.safetensors").layers) == {layer}
+
+
 @pytest.mark.parametrize(
     ("stems", "said"),
     [

@@ -21,7 +21,7 @@ from backbone.models.model import Backbone
 from customize.cli import app
 from customize.formats.adapter import FileFormat
 from customize.formats.convert import export_adapter, import_adapter
-from customize.formats.words import read_word_file
+from customize.formats.words import inspect_words, read_word_file
 from tests.parity import by_both
 from tests.tiny import tiny_pixart, tiny_stable_diffusion_xl
 
@@ -173,6 +173,15 @@ def test_a_pickled_embedding_is_refused_by_every_door(tmp_path: Path, tiny_folde
             isinstance(done.exception, UserError | SystemExit) and ".pt" in f"{done.output}{done.exception}"
         )
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["style.sft", "STYLE.SAFETENSORS", "style"])
+def test_a_word_s_file_may_be_called_otherwise(name: str, tmp_path: Path) -> None:
+    facts = inspect_words(write(tmp_path / name, {"emb_params": rows(2)}))
+    assert (
+        facts is not None
+        and next(iter(facts["words"].values()))["encoders"]["its only encoder"]["vectors"] == 2
+    )
 
 
 def test_info_says_what_an_embedding_is(tmp_path: Path) -> None:
