@@ -74,7 +74,8 @@ def test_its_latents_and_its_first_words_are_those_of_moji() -> None:
     files = (read_tensors(one / "text_encoder" / "model.safetensors")[0] for one in (FOLDER, EMBEDDED))
     its, own = ({key.removeprefix("text_model."): value for key, value in file.items()} for file in files)
     shared = its.keys() & own.keys()
-    assert len(shared) > 60 and all(torch.equal(its[key], own[key]) for key in shared)
+    off = sum((its[key].float() - own[key].float()).square().sum() for key in shared)
+    assert len(shared) > 60 and off < 1e-3 * sum(own[key].float().square().sum() for key in shared)  # rounded
 
 
 def test_no_licence_of_others_weights_is_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,15 +54,17 @@ SOLVERS = (  # whose S steps are the first of S + 1, but for trailing ones in di
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "SASolverScheduler"),
 )
-ENDS_AT_FIRST = (
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-)  # at the cleanest level trained, never at σ = 0
+ENDS_AT_FIRST = SOLVERS[-2:]  # at the cleanest level trained, never at σ = 0
 DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
 DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
     "LCMScheduler": "consistency",
     "TCDScheduler": "ddim",
     "FlowMatchLCMScheduler": "consistency",
+}
+SAMPLERS_OF: Mapping[str, str] = {  # other schedulers that step otherwise than along the ODE by Euler's steps
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "EulerAncestralDiscreteScheduler": "ancestral",
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
 MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1
@@ -113,10 +115,10 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     given = location.config("scheduler")
     name = given.get("_class_name") or "DDIMScheduler"
     kind = getattr(diffusers, NEEDS_NO_PACKAGE.get(name, name), None)
-    own = {} if kind is None else inspect.signature(kind.__init__).parameters
-    if (
-        kind is None or "beta_schedule" not in own or "snr_shift_scale" in own
-    ):  # CogVideoX's shift every level
+    parameters = {} if kind is None else inspect.signature(kind.__init__).parameters
+    own = {key: value.default for key, value in parameters.items()}
+    # CogVideoX's schedulers, which have that scale, shift every level
+    if kind is None or "beta_schedule" not in own or "snr_shift_scale" in own:
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
@@ -126,7 +128,6 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
                 f"The scheduler of {location.name} has {setting} {given[setting]!r}, and understood are "
                 f"{', '.join(known)}. Restore scheduler/."
             )
-    own = {key: value.default for key, value in own.items()}
     # A config keeps settings of other classes
     said = {key: value for key, value in given.items() if key in own}
     with refuse_damaged(location.name, "scheduler"):
@@ -258,13 +259,13 @@ def flow_path(
 
 
 def scheduler_sampling(location: Location) -> dict[str, Any]:
-    """How a model is drawn whose scheduler is that of a distillation, or a flow's that takes other steps than Euler's.
+    """How a model is drawn whose scheduler is that of a distillation, or takes other steps than Euler's and DDIM's.
 
-    Of other schedulers nothing differs. A network that is told the guidance keeps one; distilled ones are else drawn
-    without guidance by a second call.
+    Of other schedulers nothing differs, nor of those whose steps no sampler here takes. A network that is told the
+    guidance keeps one; distilled ones are else drawn without guidance by a second call.
     """
     if location.file is not None:
-        return {}  # its scheduler is a published one, of neither kind
+        return {}  # its scheduler is a published one, of none of these kinds
     scheduler = location.config("scheduler")
     name = scheduler.get("_class_name", "")
     if name in DISTILLED_SAMPLERS:
@@ -272,11 +273,12 @@ def scheduler_sampling(location: Location) -> dict[str, Any]:
         guidance = {"guidance": EMBEDDED_GUIDANCE if denoiser.get("time_cond_proj_dim") else 1.0}
         told = denoiser.get("guidance_embeds")  # the family says how strongly
         return {"steps": 4, "sampler": DISTILLED_SAMPLERS[name]} | ({} if told else guidance)
-    if name == "FlowMatchHeunDiscreteScheduler":
-        return {"sampler": "heun"}
     if name == "FlowMatchEulerDiscreteScheduler" and scheduler.get("stochastic_sampling"):
         return {"sampler": "consistency"}  # the same step: each clean estimate noised anew
-    return {}
+    solver = scheduler.get("algorithm_type", "dpmsolver++"), scheduler.get("solver_order", 2)
+    if name == "DPMSolverMultistepScheduler" and solver != ("dpmsolver++", 2):
+        return {}
+    return {"sampler": SAMPLERS_OF[name]} if name in SAMPLERS_OF else {}
 
 
 def _read_flow_config(location: Location) -> dict[str, Any]:

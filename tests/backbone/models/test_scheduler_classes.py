@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
@@ -99,23 +100,39 @@ def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
         _ = opened(folder).path
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
-def test_a_folder_with_dpm_solver_is_drawn_as_diffusers_draws_it(
-    tiny_folder: Path, tmp_path: Path, spacing: str
+@pytest.mark.parametrize(
+    ("kind", "spacing"),
+    [
+        *((DPMSolverMultistepScheduler, spacing) for spacing in ("linspace", "leading", "trailing")),
+        (EulerAncestralDiscreteScheduler, "leading"),
+    ],
+)
+def test_a_folder_with_another_solver_is_drawn_as_diffusers_draws_it(
+    tiny_folder: Path, tmp_path: Path, kind: Any, spacing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    with_scheduler(folder, DPMSolverMultistepScheduler, **betas, timestep_spacing=spacing, steps_offset=1)
+    with_scheduler(folder, kind, **betas, timestep_spacing=spacing, steps_offset=1)
     model = opened(folder)
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     noise = initial_noise(model, 0, 0, 0)
+    torch.manual_seed(7)
     expected = pipeline(
         PROMPT, num_inference_steps=7, guidance_scale=3.0, latents=noise[None].clone(), output_type="latent"
     ).images
-    how: dict[str, Any] = {"steps": 7, "guidance": 3.0, "seed": 0, "sampler": "dpmpp-2m"}
-    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], **how)
+    monkeypatch.setattr(
+        sampling, "generator", lambda *key: generator(*key) if "steps" not in key else torch.manual_seed(7)
+    )
+    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], steps=7, guidance=3.0, seed=0)
     assert (latents - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_a_solver_of_another_order_is_drawn_by_plain_steps(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    assert usual_drawing(opened(with_scheduler(folder, DPMSolverMultistepScheduler))).sampler == "dpmpp-2m"
+    first = with_scheduler(folder, DPMSolverMultistepScheduler, solver_order=1)
+    assert usual_drawing(opened(first)).sampler == "ddim"
 
 
 @pytest.mark.parametrize("said", ["LCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
