@@ -61,10 +61,11 @@ DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023
     "TCDScheduler": "ddim",
     "FlowMatchLCMScheduler": "consistency",
 }
-SAMPLERS_OF: Mapping[str, str] = {  # other schedulers that step otherwise than along the ODE by Euler's steps
+SAMPLERS_OF: Mapping[str, str] = {  # other schedulers whose steps are not Euler's along the ODE
     "FlowMatchHeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp-2m",
     "EulerAncestralDiscreteScheduler": "ancestral",
+    "DDPMScheduler": "ancestral",
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
 MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1

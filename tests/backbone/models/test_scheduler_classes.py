@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -44,8 +46,9 @@ def with_scheduler(folder: Path, kind: Any, **settings: Any) -> Path:
     """The same folder with another scheduler of a flow, as diffusers saves it."""
     (folder / "limner.json").unlink(missing_ok=True)  # quick settings of the tiny models
     shutil.rmtree(folder / "scheduler")
-    kind(**settings).save_pretrained(folder / "scheduler")
-    change_json(folder / "model_index.json", scheduler=["diffusers", kind.__name__])
+    scheduler = kind(**settings)
+    scheduler.save_pretrained(folder / "scheduler")
+    change_json(folder / "model_index.json", scheduler=["diffusers", scheduler.__class__.__name__])
     return folder
 
 
@@ -105,6 +108,7 @@ def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
     [
         *((DPMSolverMultistepScheduler, spacing) for spacing in ("linspace", "leading", "trailing")),
         (EulerAncestralDiscreteScheduler, "leading"),
+        (partial(DDPMScheduler, clip_sample=False), "leading"),
     ],
 )
 def test_a_folder_with_another_solver_is_drawn_as_diffusers_draws_it(
