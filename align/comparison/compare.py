@@ -253,10 +253,11 @@ def _claim_folder(
         "sampling": sampling.facts(),
     }
     path = folder / DRAWN
-    before = read_as(dict[str, Any], read_json(path), path) if path.exists() else {}
-    before = {**before, "model": one.model.renew_fingerprint(before.get("model"))}
-    if path.exists() and before != json.loads(json.dumps(record)):
-        raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
+    if path.exists():
+        before = read_as(dict[str, Any], read_json(path), path)
+        before["model"] = one.model.renew_fingerprint(before.get("model"))
+        if before != json.loads(json.dumps(record)):
+            raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
     write_json(path, record)
 
 

@@ -202,11 +202,9 @@ def split_prefix(stem: str) -> tuple[str, tuple[Network, ...], str]:
         networks = (*DENOISERS, "clip")
         component = ""
     module = stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
-    return (
-        component,
-        networks,
-        re.sub(r"^sformer_blocks\.", "transformer_blocks.", module),
-    )  # some FLUX.2 exports
+    # Some FLUX.2 exports have lost the beginning of the name
+    module = re.sub(r"^sformer_blocks\.", "transformer_blocks.", module)
+    return component, networks, module
 
 
 def names_other_part(stem: str) -> bool:

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
+from torch import Tensor
 
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
@@ -43,13 +44,34 @@ def change_json(path: Path, **settings: Any) -> None:
 
 
 def with_scheduler(folder: Path, kind: Any, **settings: Any) -> Path:
-    """The same folder with another scheduler of a flow, as diffusers saves it."""
+    """The same folder with another scheduler, as diffusers saves it."""
     (folder / "limner.json").unlink(missing_ok=True)  # quick settings of the tiny models
     shutil.rmtree(folder / "scheduler")
     scheduler = kind(**settings)
     scheduler.save_pretrained(folder / "scheduler")
     change_json(folder / "model_index.json", scheduler=["diffusers", scheduler.__class__.__name__])
     return folder
+
+
+def draw_both(
+    model: Backbone, pipeline: Any, monkeypatch: pytest.MonkeyPatch, *, steps: int, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Latents from one noise, ours and those of diffusers' pipeline, with one generator's noise in the steps."""
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise(model, 0, 0, 0)
+    torch.manual_seed(7)  # theirs is not told the generator by the pipeline
+    expected = pipeline(
+        PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=noise[None].clone(),
+        output_type="latent",
+    ).images
+    monkeypatch.setattr(
+        sampling, "generator", lambda *key: generator(*key) if "steps" not in key else torch.manual_seed(7)
+    )
+    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], steps=steps, guidance=guidance, seed=0)
+    return latents, expected
 
 
 @pytest.mark.parametrize(
@@ -70,16 +92,7 @@ def test_a_flow_is_drawn_by_its_scheduler_s_own_steps(
     assert drawing.sampler == sampler
     assert ((drawing.steps, drawing.guidance) == (4, 1.0)) == (kind is FlowMatchLCMScheduler)
     pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, **dict.fromkeys(WITHOUT))
-    pipeline.set_progress_bar_config(disable=True)
-    noise = initial_noise(model, 0, 0, 0)
-    torch.manual_seed(7)  # theirs is not told the generator by the pipeline
-    expected = pipeline(
-        PROMPT, num_inference_steps=5, guidance_scale=1.0, latents=noise[None].clone(), output_type="latent"
-    ).images
-    monkeypatch.setattr(
-        sampling, "generator", lambda *key: generator(*key) if "steps" not in key else torch.manual_seed(7)
-    )
-    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], steps=5, guidance=1.0, seed=0)
+    latents, expected = draw_both(model, pipeline, monkeypatch, steps=5, guidance=1.0)
     assert (latents - expected).abs().max() < 1e-4
 
 
@@ -119,16 +132,7 @@ def test_a_folder_with_another_solver_is_drawn_as_diffusers_draws_it(
     with_scheduler(folder, kind, **betas, timestep_spacing=spacing, steps_offset=1)
     model = opened(folder)
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = initial_noise(model, 0, 0, 0)
-    torch.manual_seed(7)
-    expected = pipeline(
-        PROMPT, num_inference_steps=7, guidance_scale=3.0, latents=noise[None].clone(), output_type="latent"
-    ).images
-    monkeypatch.setattr(
-        sampling, "generator", lambda *key: generator(*key) if "steps" not in key else torch.manual_seed(7)
-    )
-    (latents,) = sample_latents(model, [Request(PROMPT, (0, 0))], steps=7, guidance=3.0, seed=0)
+    latents, expected = draw_both(model, pipeline, monkeypatch, steps=7, guidance=3.0)
     assert (latents - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
