@@ -53,8 +53,8 @@ from recipes.moji.training.run import (
     TRAINING,
     RecipeSettings,
     Training,
+    losses_on_grid,
     make_readable,
-    on_grid,
     read_trained,
     round_to_grid,
 )
@@ -228,16 +228,8 @@ class LatentTraining(Training):
 
     def follow(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
         """Steps until the end or the minutes are over; the first process reports and saves."""
-
-        asked = self._losses_on_grid(losses) if self.rounded else losses
+        asked = losses_on_grid(losses, self.parameters) if self.rounded else losses
         self.run(asked, self.lr_schedule, every=250, aloud=rank == 0)
-
-    def _losses_on_grid(self, losses: Callable[[int], Iterator[Tensor]]) -> Callable[[int], Iterator[Tensor]]:
-        def rounded_losses(step: int) -> Iterator[Tensor]:
-            with on_grid(self.parameters):
-                yield from losses(step)
-
-        return rounded_losses
 
 
 def train_denoiser(rank: int, settings: DenoiserSettings) -> None:

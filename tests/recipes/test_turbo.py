@@ -22,6 +22,7 @@ from recipes.moji.adapters.turbo import (
     TurboSettings,
     app,
     distil,
+    draw,
     draw_trajectories,
     step_error,
     student_schedule,
@@ -110,6 +111,35 @@ def test_the_export_is_a_few_step_model_of_its_base(
     assert {value.dtype for value in stored.values()} == {torch.float16}
     average = sorted(value.abs().sum().item() for value in training.average.values.values())
     assert sum(float(value.abs().sum()) for value in stored.values()) == pytest.approx(sum(average), rel=1e-2)
+
+
+def test_a_distillation_begins_from_an_exported_one_on_the_grid(
+    settings: Callable[..., TurboSettings], tmp_path: Path
+) -> None:
+    first = settings("first", steps=40, rank=4)
+    distil(first)
+    words = ["export", "--out", str(tmp_path), "--workdir", str(first.workdir), "--no-averaged"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    stored = {
+        key.removeprefix("unet."): value.float()
+        for key, value in read_tensors(tmp_path / LORA_WEIGHTS)[0].items()
+    }
+    later = settings("later", steps=1, begin_from=tmp_path, rounded=True, learning_rate=0.0)
+    for name, value in distil(later).kept.items():
+        assert torch.equal(value, stored[name.replace(".few_step", "")])
+    with pytest.raises(FileNotFoundError, match=r"pytorch_lora_weights\.safetensors"):
+        distil(replace(later, begin_from=tmp_path / "elsewhere", workdir=settings("none").workdir))
+
+
+def test_several_processes_draw_trajectories_apart(
+    settings: Callable[..., TurboSettings], tmp_path: Path
+) -> None:
+    base = settings("apart").model
+    words = ["draw", "--count", "101", "--first", "100", "--model", base, "--workdir", str(tmp_path)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert [path.name for path in (tmp_path / "trajectories").iterdir()] == ["000100.safetensors"]
+    with pytest.raises(UserError, match="no multiple of 100"):
+        draw(count=101, first=50, model=base, workdir=tmp_path)
 
 
 @pytest.mark.slow

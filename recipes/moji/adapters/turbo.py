@@ -26,7 +26,7 @@ import typer
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.adapters.lora import LORA_WEIGHTS, add_lora, load_lora, lora_parameters, save_lora
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import squared_error
@@ -45,6 +45,7 @@ from recipes.moji.training.run import (
     LoopSettings,
     Training,
     fill,
+    losses_on_grid,
     make_readable,
     read_trained,
     round_to_grid,
@@ -77,6 +78,12 @@ class TurboSettings(LoopSettings):
         int, Option("Steps of linear learning-rate decay to zero, at the end.", TRAINING, min=1)
     ] = 400
     warmup: Annotated[int, Option("Steps of linear learning-rate warm-up.", TRAINING)] = 50
+    begin_from: Annotated[
+        Path | None, Option("A folder of this kind whose LoRA to begin with; its rank counts.", TRAINING)
+    ] = None
+    rounded: Annotated[
+        bool, Option("Train the weights as they are exported: on a grid, which packs well.", TRAINING)
+    ] = False
 
 
 # The teacher ---------------------------------------------------------------------------------------------------
@@ -84,7 +91,15 @@ class TurboSettings(LoopSettings):
 
 @app.command()
 def draw(
-    count: Annotated[int, typer.Option(help="How many trajectories, of the scenes from seed 0.")] = 2_500,
+    count: Annotated[
+        int, typer.Option(help="How many trajectories, of the scenes from seed 0.", min=1)
+    ] = 2_500,
+    first: Annotated[
+        int,
+        typer.Option(
+            help=f"The first to draw, a multiple of {SHARD}: several processes share the work.", min=0
+        ),
+    ] = 0,
     model: Annotated[str, typer.Option(help="The base that is distilled.")] = "moji",
     guidance: Annotated[
         float, typer.Option(help="The base's guidance scale, which is distilled along.", min=1)
@@ -94,12 +109,14 @@ def draw(
 ) -> None:
     """Draws the base's trajectories; finished files are kept."""
     base = Backbone.open(model, device=device)
-    for first in range(0, min(count, len(TRAINING_SEEDS)), SHARD):
-        path = workdir / "trajectories" / f"{first:06d}.safetensors"
+    if first % SHARD:
+        raise UserError(f"--first {first} is no multiple of {SHARD}: files begin at those.")
+    for begin in range(first, min(count, len(TRAINING_SEEDS)), SHARD):
+        path = workdir / "trajectories" / f"{begin:06d}.safetensors"
         if not path.exists():
-            seeds = range(first, min(first + SHARD, count))
+            seeds = range(begin, min(begin + SHARD, count))
             captions = [sample_scene(seed).caption_for_training() for seed in seeds]
-            states = draw_trajectories(base, captions, guidance, seed=first)
+            states = draw_trajectories(base, captions, guidance, seed=begin)
             write_tensors(
                 path, {"states": states}, {"captions": json.dumps(captions), "guidance": str(guidance)}
             )
@@ -189,14 +206,7 @@ def distil(settings: TurboSettings) -> Training:
             f"The states in {settings.workdir} are {tuple(data.states.shape[2:])} and the latents of "
             f"{settings.model} {model.latent_shape}. Draw the trajectories with the base that is distilled."
         )
-    parameters = add_lora(
-        model.denoiser,
-        NAME,
-        rank=settings.rank,
-        alpha=float(settings.rank),
-        targets=model.family.lora_targets["all"],
-        seed=settings.seed,
-    )
+    parameters = begin_lora(model, settings)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True
     )
@@ -212,8 +222,24 @@ def distil(settings: TurboSettings) -> Training:
 
     schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
     with fast_attention_backward(model.denoiser):
-        training.run(losses, schedule, every=100)
+        asked = losses_on_grid(losses, parameters) if settings.rounded else losses
+        training.run(asked, schedule, every=100)
     return training
+
+
+def begin_lora(model: Backbone, settings: TurboSettings) -> dict[str, Tensor]:
+    """Adds the LoRA that is trained, a new one or that of `begin_from`, and gives its weights by name."""
+    if settings.begin_from is None:
+        rank, targets = settings.rank, model.family.lora_targets["all"]
+        return add_lora(
+            model.denoiser, NAME, rank=rank, alpha=float(rank), targets=targets, seed=settings.seed
+        )
+    load_lora(settings.begin_from / LORA_WEIGHTS, model.denoiser, NAME)
+    parameters = lora_parameters(model.denoiser, NAME)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters
 
 
 def step_error(predict: Predict, here: Tensor, there: Tensor, levels: Schedule, place: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.cli.options import Option
@@ -71,7 +71,7 @@ def _round_rows(weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def on_grid(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def on_grid(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """These weights are on the grid until the end of the `with`, with gradients there, and as they were after it.
 
     So a training learns weights that are right once they are rounded (the straight-through estimator of Bengio et
@@ -85,6 +85,18 @@ def on_grid(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     finally:
         for name, value in exact.items():
             parameters[name].data = value
+
+
+def losses_on_grid(
+    losses: Callable[[int], Iterator[Tensor]], parameters: Mapping[str, Tensor]
+) -> Callable[[int], Iterator[Tensor]]:
+    """The same losses of each step, and their gradients, with these weights on the grid."""
+
+    def rounded_losses(step: int) -> Iterator[Tensor]:
+        with on_grid(parameters):
+            yield from losses(step)
+
+    return rounded_losses
 
 
 @torch.no_grad()
