@@ -4,11 +4,10 @@
     python -m recipes.moji.rounding export                      a copy of the folder with the rounded weights
     python -m recipes.moji.denoiser compare backbone/moji build/moji/rounded
 
-Rounding trained weights moves what they predict, and training them on, rounded, on scenes moves it further: the noise
-of the scenes' target is in every step, and a short training does not take it off again. So here the target is what the
-exact network predicts at the same noisy latents (as in distillation, Hinton et al. 2015), which has no noise and is
-met to the last bit but for the grid; gradients go straight through the rounding (`recipes.moji.training.run.on_grid`).
-What is learned is which way to round. Continues from its last checkpoint, `rounded.safetensors` in the work directory.
+Rounding trained weights moves what they predict. What is learned here is which way to round each: the target is what
+the exact network predicts at the same noisy latents (as in distillation, Hinton et al. 2015), which has none of the
+noise that a scene's own target has, so that a few minutes are enough; gradients go straight through the rounding
+(`recipes.moji.training.run.on_grid`). Continues from its last checkpoint, `rounded.safetensors` in the work directory.
 """
 
 from __future__ import annotations

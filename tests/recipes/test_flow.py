@@ -147,3 +147,20 @@ def test_a_training_on_the_grid_has_its_gradients_there_and_keeps_its_exact_weig
     there(torch.ones(3, 16)).square().sum().backward()
     assert layer.weight.grad is not None and there.weight.grad is not None
     assert torch.equal(layer.weight.grad, there.weight.grad)
+
+
+def test_a_fused_optimiser_on_the_grid_steps_the_weights_that_the_gradients_belong_to() -> None:
+    """It goes by memory: a gradient in another layout than its weights is applied to others, in silence."""
+    stepped = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+        for number in range(2):
+            given = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(number))
+            with on_grid(dict(layer.named_parameters())):
+                (layer(given) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        stepped.append(layer.weight.detach())
+    assert torch.allclose(*stepped, atol=1e-5)

@@ -64,10 +64,11 @@ def round_to_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _round_rows(weights: Tensor) -> Tensor:
-    rows = weights.detach().float().flatten(1)
-    deviation = rows.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
-    step = torch.exp2((deviation / GRID).log2().round())
-    return ((rows / step).round() * step).view(weights.shape).to(weights.dtype)
+    """A matrix or convolution on its grid, in its own memory layout: fused optimisers go by memory."""
+    exact = weights.detach().float()
+    deviation = exact.square().mean(tuple(range(1, exact.ndim)), keepdim=True).sqrt()
+    step = torch.exp2((deviation.clamp(min=torch.finfo(torch.float16).tiny) / GRID).log2().round())
+    return ((exact / step).round() * step).to(weights.dtype)
 
 
 @contextmanager
