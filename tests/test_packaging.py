@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("backbone", "customize", "edit", "align", "limner")
 CONTROL_LIMIT = 12e6  # bytes of the networks that read maps
 WEIGHTS_LIMIT = 80e6  # bytes
+WHEEL_LIMIT = 110e6  # bytes, packed
 
 # Found by every Python that has its folder on the path, before anything else runs.
 SITECUSTOMIZE = """
@@ -160,6 +162,13 @@ def test_the_embedded_weights_stay_small() -> None:
     control = {*(folder / "control").rglob("*.safetensors")}
     assert 0 < sum(path.stat().st_size for path in weights - control) <= WEIGHTS_LIMIT
     assert 0 < sum(path.stat().st_size for path in control) <= CONTROL_LIMIT
+
+
+@pytest.mark.slow
+def test_the_wheel_packs_into_what_is_small_enough_to_fetch(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = sum(len(zlib.compress(archive.read(name))) for name in archive.namelist())
+    assert packed <= WHEEL_LIMIT
 
 
 def test_the_blocked_network_is_blocked(offline: Offline) -> None:

@@ -32,10 +32,9 @@ from backbone.diffusion.noise import add_noise, generator, vp
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.locate import EMBEDDED
-from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from recipes.moji.autoencoder import precision
-from recipes.moji.denoiser import WORKDIR, Latents, build_scheduler, timestep_density
+from recipes.moji.denoiser import WORKDIR, Latents, build_scheduler
 from recipes.moji.training.run import (
     TRAINING,
     LoopSettings,
@@ -54,7 +53,7 @@ FILES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.s
 class RoundingSettings(LoopSettings):
     """What the rounding is asked for."""
 
-    steps: int = 1_000
+    steps: int = 300
     batch: int = 16
     learning_rate: float = 1e-5
     model: Annotated[Path, Option("The pipeline folder whose weights are rounded.", TRAINING)] = EMBEDDED
@@ -99,12 +98,11 @@ def learn_rounding(settings: RoundingSettings, data: Latents) -> Training:
     training = Training(settings, checkpoint, matrices, optimizer, decay=0.98)
     training.facts = {"model": str(settings.model.resolve())}
     alpha_bar = build_scheduler().alphas_cumprod
-    density = timestep_density(alpha_bar)
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step)
         clean, tokens = data.batch(settings.batch, random, SHARES)
-        index = torch.multinomial(density, settings.batch, replacement=True, generator=random)
+        index = torch.randint(len(alpha_bar), (settings.batch,), generator=random)
         noise = torch.randn(clean.shape, generator=random).to(clean.device)
         noisy = add_noise(clean, noise, vp(alpha_bar[index].to(clean.device)))
         given = noisy.contiguous(memory_format=torch.channels_last), index.to(clean.device), tokens
@@ -113,8 +111,7 @@ def learn_rounding(settings: RoundingSettings, data: Latents) -> Training:
         yield squared_error(networks(*given), wanted).mean()
 
     lr_schedule = warm_stable_decay(settings.steps, warmup=10, decay=settings.steps)
-    with fast_attention_backward(networks.unet):
-        training.run(losses_on_grid(losses, matrices), lr_schedule, every=100)
+    training.run(losses_on_grid(losses, matrices), lr_schedule, every=100)
     return training
 
 
