@@ -41,7 +41,7 @@ from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, sample
+from backbone.models.sample import GivenLatents, Request, sample
 from backbone.world.edits import GREY_STYLES
 from backbone.world.rendering.render import find_font, render
 from backbone.world.rendering.textures import draw_texture
@@ -312,12 +312,17 @@ class Gallery:
         return [Image.open(path).convert("RGB") for path in paths]
 
 
-def sample_images(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
-    """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it."""
+def sample_images(
+    model: Backbone, scenes: Sequence[Scene], setting: Setting, given: GivenLatents | None = None
+) -> list[Image.Image]:
+    """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it.
+
+    Or from `given` latents [B, C, h, w], one of each scene.
+    """
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
     drawn = sample(
         model, requests, steps=setting.steps, guidance=setting.guidance, sampler=setting.sampler,
-        guided=setting.guided_of(model), seed=0, batch=len(requests),
+        guided=setting.guided_of(model), seed=0, batch=len(requests), given=given,
     )  # fmt: skip
     return list(drawn)
 

@@ -1,6 +1,7 @@
 """Glyph fidelity: whether a drawn thing is the thing, or a monster that a classifier calls by its name.
 
     python -m benchmarks.judges.fidelity                                     300 prompts of benchmarks.moji, drawn once
+    python -m benchmarks.judges.fidelity --from-true 0.3 --from-true 0.7     and where in the steps it is lost
     python -m benchmarks.judges.fidelity --grades benchmarks/results/grades.json      how well it agrees with an eye
 
 The world of `moji` knows the true glyph of every noun. It is registered to the picture over place, size and mirroring
@@ -34,12 +35,13 @@ from backbone.io.console import progress, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
+from backbone.models.sample import GivenLatents
 from backbone.world.rendering.render import SIZE, Figure, draw_sprite, render
 from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from benchmarks.judges.classifier import prepare_images
-from benchmarks.moji import WHAT, DrawnSettings, select_scenes
+from benchmarks.moji import WHAT, DrawnSettings, sample_images, select_scenes
 
 SIZES = {"small": range(26, 46, 4), "one": range(52, 92, 5), "two": range(38, 66, 4)}  # longest sides, pixels
 NEARBY = (-2, -1, 1, 2)  # sizes that are tried around the best of these
@@ -61,6 +63,10 @@ class FidelitySettings(DrawnSettings):
     grades: Annotated[
         Path | None, Option("JSON of seeds with a grade by eye: the rank correlation is added.", WHAT)
     ] = None
+    from_true: Annotated[
+        tuple[float, ...],
+        Option("Also from the true scenes, noised, by this last share of the steps alone (0.3).", WHAT),
+    ] = ()
 
 
 @settled_command(app, FidelitySettings)
@@ -82,6 +88,10 @@ def main(settings: FidelitySettings) -> None:
             for scene, one in zip(scenes, drawn, strict=True)
         ],
     }  # fmt: skip
+    if settings.from_true:
+        facts["from_true"] = [
+            measure_from_true(backbone, scenes, settings, each) for each in settings.from_true
+        ]
     if settings.grades is not None:
         facts["agreement"] = agreement(read_json(settings.grades)["grades"], scenes, drawn)
     write_json(out / "fidelity.json", facts)
@@ -270,6 +280,23 @@ def decode_renderings(model: Backbone, scenes: Sequence[Scene]) -> Tensor:
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
+@torch.no_grad()
+def measure_from_true(
+    model: Backbone, scenes: Sequence[Scene], settings: FidelitySettings, share: float
+) -> dict[str, float]:
+    """Mean figures of the scenes drawn by the last `share` of the steps alone, from true renderings noised so far."""
+    drawn: list[Image.Image] = []
+    with progress(len(scenes), f"drawing (the last {share:.0%})") as bar:
+        for first in range(0, len(scenes), settings.batch):
+            some = scenes[first : first + settings.batch]
+            clean = model.encode(prepare_images([render(scene).image for scene in some])).mean
+            drawn += sample_images(model, some, settings.setting, GivenLatents(clean, share))
+            bar.advance(len(some), images=len(some))
+    found = measure_all(scenes, drawn, f"the last {share:.0%}")
+    names = ("correlation", "ssim", "psnr_db")
+    return {"share": share} | {name: sum(getattr(one, name) for one in found) / len(found) for name in names}
+
+
 # --- the table -------------------------------------------------------------------------------------------------
 
 GROUPS = ("all", "one thing, plain", "with an accessory", "in a style", "two things")
@@ -338,6 +365,16 @@ def markdown(facts: dict[str, Any]) -> str:
         f"| {one['n']} |"
         for one in facts["rows"]
     ]
+    if "from_true" in facts:
+        lines += [
+            "",
+            "| from the true scenes, by the last | correlation | SSIM | PSNR dB |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {one['share']:.0%} of the steps | {one['correlation']:.3f} | {one['ssim']:.3f} | {one['psnr_db']:.1f} |"
+            for one in facts["from_true"]
+        ]
     if "agreement" in facts:
         eye = facts["agreement"]
         text = ", ".join(f"{name} {value:.2f}" for name, value in eye.items() if name != "n")

@@ -35,7 +35,7 @@ from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
 from recipes.moji.data.pictures import align_to_grid
-from recipes.moji.training.run import make_readable, round_to_grid
+from recipes.moji.training.run import ADAPTER_GRID, make_readable, round_to_grid
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
@@ -139,7 +139,11 @@ def export(
     concept.write(out)
     for name in (concept.weights, concept.changed):
         tensors, said = read_tensors(concept.folder / name)
-        write_tensors(out / name, {key: value.half() for key, value in round_to_grid(tensors).items()}, said)
+        write_tensors(
+            out / name,
+            {key: value.half() for key, value in round_to_grid(tensors, ADAPTER_GRID).items()},
+            said,
+        )
     write_text(out / "README.md", CARD.format(model=concept.model))
     make_readable(out)
     size = sum(path.stat().st_size for path in out.iterdir())

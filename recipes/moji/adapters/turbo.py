@@ -41,6 +41,7 @@ from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import warm_stable_decay
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
 from recipes.moji.training.run import (
+    ADAPTER_GRID,
     TRAINING,
     LoopSettings,
     Training,
@@ -222,7 +223,7 @@ def distil(settings: TurboSettings) -> Training:
 
     schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
     with fast_attention_backward(model.denoiser):
-        asked = losses_on_grid(losses, parameters) if settings.rounded else losses
+        asked = losses_on_grid(losses, parameters, ADAPTER_GRID) if settings.rounded else losses
         training.run(asked, schedule, every=100)
     return training
 
@@ -291,7 +292,9 @@ def export(
     save_lora(out / LORA_WEIGHTS, model.denoiser, NAME)
     whole, said = read_tensors(out / LORA_WEIGHTS)
     write_tensors(
-        out / LORA_WEIGHTS, {key: value.half() for key, value in round_to_grid(whole).items()}, said
+        out / LORA_WEIGHTS,
+        {key: value.half() for key, value in round_to_grid(whole, ADAPTER_GRID).items()},
+        said,
     )
     write_scheduler(model, out)
     record: dict[str, Any] = {"base": base, "steps": STEPS, "guidance": 1.0, "sampler": "ddim"}

@@ -19,7 +19,9 @@ from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint,
 from recipes.moji.training.logbook import Logbook
 
 TRAINING, OUTPUT = "Training", "Output"
-GRID = 32  # steps of the grid that exported weights lie on, to a row's deviation
+GRID, FINE_GRID = 16, 256  # steps of the grids that exported weights lie on, to a row's deviation
+FEW = 2**16  # weights of a matrix that lies on the fine one
+ADAPTER_GRID = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,33 +55,40 @@ def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor]
     return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}, header
 
 
-def round_to_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights, each row of a matrix rounded to multiples of a power of two near 1/32 of its deviation.
+def round_to_grid(tensors: Mapping[str, Tensor], grid: int | None = None) -> dict[str, Tensor]:
+    """The same weights, each row of a matrix rounded to multiples of a power of two near 1/`grid` of its deviation.
 
     A deviation is the root mean square of a row, in convolutions of what makes one channel. Training multiplies with
-    eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes 0.6 of such
-    weights, and 0.93 of them without the grid. Vectors stay as they are.
+    eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes half of such
+    weights, and 0.93 of them without the grid. Without a `grid` it is by size: a matrix of few weights, as at a
+    network's ends and where pixels are many, takes little room and would carry most of the error. Vectors stay as they
+    are.
     """
-    return {name: _round_rows(value) if value.ndim > 1 else value for name, value in tensors.items()}
+    return {
+        name: _round_rows(value, grid or (FINE_GRID if value.numel() < FEW else GRID))
+        if value.ndim > 1
+        else value
+        for name, value in tensors.items()
+    }
 
 
-def _round_rows(weights: Tensor) -> Tensor:
+def _round_rows(weights: Tensor, grid: int) -> Tensor:
     """A matrix or convolution on its grid, in its own memory layout: fused optimisers go by memory."""
     exact = weights.detach().float()
     deviation = exact.square().mean(tuple(range(1, exact.ndim)), keepdim=True).sqrt()
-    step = torch.exp2((deviation.clamp(min=torch.finfo(torch.float16).tiny) / GRID).log2().round())
+    step = torch.exp2((deviation.clamp(min=torch.finfo(torch.float16).tiny) / grid).log2().round())
     return ((exact / step).round() * step).to(weights.dtype)
 
 
 @contextmanager
-def on_grid(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def on_grid(parameters: Mapping[str, Tensor], grid: int | None = None) -> Iterator[None]:
     """These weights are on the grid until the end of the `with`, with gradients there, and as they were after it.
 
     So a training learns weights that are right once they are rounded (the straight-through estimator of Bengio et
     al. 2013; Courbariaux et al. 2015, algorithm 1).
     """
     exact = {name: value.data for name, value in parameters.items()}
-    for name, value in round_to_grid(exact).items():
+    for name, value in round_to_grid(exact, grid).items():
         parameters[name].data = value
     try:
         yield
@@ -89,12 +98,12 @@ def on_grid(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def losses_on_grid(
-    losses: Callable[[int], Iterator[Tensor]], parameters: Mapping[str, Tensor]
+    losses: Callable[[int], Iterator[Tensor]], parameters: Mapping[str, Tensor], grid: int | None = None
 ) -> Callable[[int], Iterator[Tensor]]:
     """The same losses of each step, and their gradients, with these weights on the grid."""
 
     def rounded_losses(step: int) -> Iterator[Tensor]:
-        with on_grid(parameters):
+        with on_grid(parameters, grid):
             yield from losses(step)
 
     return rounded_losses
