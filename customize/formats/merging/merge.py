@@ -217,7 +217,8 @@ def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
     found = {concept.fingerprint for concept in concepts}
     for name in {concept.model for concept in concepts} if len(found) > 1 else ():
         try:
-            if found <= {*fingerprints_of(locate(name))}:
+            own = fingerprints_of(locate(name))
+            if all(one in own for one in found):
                 return True
         except UserError:
             continue  # it lies elsewhere now
