@@ -206,7 +206,8 @@ def read_lines(path: Path) -> list[Prompt]:
 
 def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
     """The prompts of lines of text, each with where it stands; None for what is none."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Word's and the web's soft line breaks (U+000B, U+2028) stand within a prompt, where they are blanks
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.startswith("#"):
             yield f"line {number}", _from_text(line)
 

@@ -40,6 +40,13 @@ def test_lines_and_json_lines_say_the_same(tmp_path: Path) -> None:
     assert group_by_category(read_prompts(text)) == {"animals": [0], "": [1]}
 
 
+def test_a_soft_line_break_of_a_text_program_stands_within_a_prompt(tmp_path: Path) -> None:
+    text = "a dog\u2028in the snow\x0bat\x85night\r\na cat\u2029asleep\ra bird\n"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    found = [prompt.text for prompt in read_prompts(tmp_path / "p.txt")]
+    assert found == ["a dog in the snow at night", "a cat asleep", "a bird"]
+
+
 def test_a_prompt_that_stands_in_a_file_again_is_said_and_is_another_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

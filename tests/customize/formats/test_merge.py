@@ -502,6 +502,11 @@ def test_a_strength_is_what_follows_the_last_colon(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     Path("a=5").mkdir()
     assert parse_strength("a=5") == (Path("a=5"), 1.0)  # a run may be called so
+    Path("dog:2").mkdir()
+    assert parse_strength("dog:2") == (Path("dog:2"), 1.0)
+    assert parse_strength("dog:2:0.5") == (Path("dog:2"), 0.5)
+    Path("dog").mkdir()
+    assert parse_strength("dog:2") == (Path("dog"), 2.0)
 
 
 def test_a_run_is_read_as_what_it_holds(run: Make) -> None:
