@@ -16,6 +16,7 @@ from backbone.adapters.concept import (
     Concept,
     needs_whole_base,
     resolve_placeholder_tokens,
+    resolve_prompts,
     summarize_concepts,
     trained_resolution,
 )
@@ -96,7 +97,7 @@ def sample_to_folder(
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
     """
     processes.init_process(asked.device)
-    expanded = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    expanded = resolve_prompts(prompts, concepts)
     negative = resolve_placeholder_tokens(asked.negative, concepts)
     backbone, concepts, name = open_model(asked, concepts, on)
     asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))

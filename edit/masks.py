@@ -11,8 +11,8 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator, randn_like
 from backbone.diffusion.transfer import send
-from backbone.io.console import UserError
-from backbone.media.transforms import crop_and_resize, mask_to_tensor
+from backbone.io.console import UserError, notify_once
+from backbone.media.transforms import crop_and_resize, is_same_shape, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
@@ -117,7 +117,7 @@ def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | No
 def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
     """A drawn mask (white = may change) as the model is shown the image [8H, 8W], in 0…1, on its device; None without.
 
-    It must have the size that the image had, or that in which the model is shown it, and something white in it;
+    It must have the shape that the image had, or that in which the model is shown it, and something white in it;
     `UserError` otherwise.
     """
     if mask is None:
@@ -133,10 +133,16 @@ def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int])
     Raises `UserError` as `load_pixel_mask` does.
     """
     drawn = read_mask(mask).image
-    if drawn.size not in (shown, original):
-        sizes = " or ".join(f"{width} × {height}" for width, height in dict.fromkeys([original, shown]))
+    sizes = list(dict.fromkeys([original, shown]))
+    if not any(is_same_shape(drawn.size, size) for size in sizes):
+        said = " or ".join(f"{width} × {height}" for width, height in sizes)
         raise UserError(
-            f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."
+            f"The mask is {drawn.width} × {drawn.height} pixels and the image {said}: another shape. Draw it on the "
+            "image."
+        )
+    if drawn.size not in sizes:
+        notify_once(
+            f"The mask of {drawn.width} × {drawn.height} pixels is scaled to the image's {original[0]} × {original[1]}."
         )
     drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
     if not drawn.getbbox():

@@ -123,10 +123,6 @@ class Items(Sequence[Item]):
             return self
         return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]
 
-    def is_moved(self) -> bool:
-        """Whether any cut of a record shows another part of its pictures than the centred one."""
-        return bool((self.cuts != self.pictures[:, None]).any())
-
     @staticmethod
     def of(items: Sequence[Item]) -> Items:
         """The same records as columns."""
@@ -187,9 +183,15 @@ def prepare(
         assert not isinstance(held_out, PreparedRecords)
         data = _encode(model, train, held_out, settings, concepts)
     model.free("autoencoder", "text_encoder")
-    if settings.random_crop and len(data.train) and not data.train.is_moved():
-        notify(UNMOVED)
+    if settings.random_crop:
+        say_unmoved(data.train.pictures, data.train.cuts)
     return data
+
+
+def say_unmoved(centred: Any, cuts: Any) -> None:
+    """Say so where no cut of N records [N, R, …] shows another part than the centred one [N, …]."""
+    if len(centred) and not bool((cuts != centred[:, None]).any()):
+        notify(UNMOVED)
 
 
 def _encode(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.objectives.dataset import UNMOVED, crop_place, is_square
+from align.objectives.dataset import crop_place, is_square, say_unmoved
 from align.pairs.prepared import IMAGES, MIRRORED, Prepared
 from align.pairs.read import PairStream
 from align.pairs.records import (
@@ -185,8 +185,10 @@ def prepare_pairs(
             found.refuse_none(len(table))
         _refuse_useless(table, source, records.passed_over)
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
-        if cuts.random_crop and not _is_cut(table):
-            notify(UNMOVED)
+        if cuts.random_crop:
+            used = usable_rows(table)
+            views = table.numbers("images")[used].reshape(len(used), 2, -1)
+            say_unmoved(views, table.numbers("cuts")[used].reshape(len(used), -1, *views.shape[1:]))
         if cuts.flip and (said := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)):
             notify(said)
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
@@ -293,13 +295,6 @@ def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tenso
     if random_crop:
         columns["cuts"] = keys([[key for place in row[1:] for key in place] for row in views], random_crop, 2)
     return columns
-
-
-def _is_cut(table: Table) -> bool:
-    """Whether any random crop of a record that can be used is another one than that at the centre."""
-    rows = usable_rows(table)
-    centred, cuts = table.numbers("images")[rows], table.numbers("cuts")[rows]
-    return bool((cuts.reshape(len(rows), -1, 2, 32) != centred.reshape(len(rows), 1, 2, 32)).any())
 
 
 def _refuse_useless(table: Table, source: str, waiting: int) -> None:

@@ -25,6 +25,8 @@ EDITS = "edits"  # the kind of what was learned from pairs: an image and an inst
 # Carried along: an adapter by which `moji` follows instructions
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
+# Brackets of tokens, and what keyboards of other scripts write for them
+LIKE_BRACKETS = (("[［【〔", "]］】〕"), ("<＜〈《‹", ">＞〉》›"))
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 SWITCH = re.compile(r"\[[^\[\]]*(?::\s*\d*\.?\d+|\|[^\[\]]*)\]")  # webui's [red:blue:0.5], [red|blue]
 # Letters of writing without spaces between words (Thai to Khmer, Chinese, Japanese), or with endings joined on (Korean)
@@ -191,9 +193,11 @@ def resolve_placeholder_tokens(
 ) -> str:
     """Replace each placeholder token of the concepts by the words that the model reads for it.
 
-    Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does.
+    Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does, and
+    for a token that is written with other brackets.
     """
     _refuse_two_meanings(prompt, concepts)
+    _refuse_other_brackets(prompt, concepts)
     _say_shared_words(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
@@ -221,6 +225,30 @@ def resolve_placeholder_tokens(
     for found, what in find_foreign_syntax(prompt):
         notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
     return resolved
+
+
+def resolve_prompts(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """`resolve_placeholder_tokens` of all prompts of a command; says of which concepts none has a token."""
+    resolved = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    for concept in concepts:
+        if concept.tokens and not any(mentions(one, token) for one in prompts for token in concept.tokens):
+            has_none = "No prompt has" if len(prompts) > 1 else "The prompt has no"
+            called = " or ".join(concept.tokens)
+            notify_once(f"{has_none} {called}, by which {concept.folder} is called: little of it is drawn.")
+    return resolved
+
+
+def _refuse_other_brackets(prompt: str, concepts: Sequence[Concept]) -> None:
+    """`UserError` for a token with blanks inside its brackets, or in those of another keyboard: `[V ]`, `［V］`."""
+    own = [token for concept in concepts for token in concept.tokens]
+    for token in own:
+        pair = next((pair for pair in LIKE_BRACKETS if token[0] in pair[0] and token[-1] in pair[1]), None)
+        if pair is None:
+            continue
+        opening, closing = map(re.escape, pair)
+        for found in re.finditer(rf"[{opening}]\s*{re.escape(token[1:-1])}\s*[{closing}]", prompt):
+            if found[0] not in own:
+                raise UserError(f"“{found[0]}” in the prompt “{prompt}” is not {token}. Write {token}.")
 
 
 def find_foreign_placeholders(text: str, own: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.records import join_once, parse_json, plain, read_text
+from backbone.io.records import join_once, parse_json, plain, read_text, repair
 
 # 010 is no 8, and 1:30 no 90, as YAML 1.1 has them: texts, which are read as on the command line
 OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
@@ -36,7 +36,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
             data = _toml(text) if kind == ".toml" else _yaml(text)
     except (ValueError, RecursionError) as error:  # also what is nested too deeply
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). Repair it.") from error
+        raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). {repair(reason)}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
     for keys, what in FOREIGN.items():

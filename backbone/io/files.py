@@ -461,8 +461,8 @@ def remove_abandoned(folder: Path, start: str = ".") -> None:
 
 
 def _start_of(path: Path) -> str:
-    """How the names of a file's temporary files begin."""
-    return f".{path.name[:100]}."
+    """How the names of a file's temporary files begin: with 100 bytes of its own, for a name has no more than 255."""
+    return f".{path.name.encode('utf-8', 'surrogateescape')[:100].decode('utf-8', 'ignore')}."
 
 
 def _mark() -> str:

@@ -20,7 +20,11 @@ from backbone.io.records import UTF16, iterate_entries, read_text, refuse_pipe
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.split` takes for blanks
 # A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
 # characters, as which other encodings' quotation marks are taken too
-NO_WIDTH = re.compile("[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x1b\x7f-\x9f]")
+_CONTROLS = "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # but those that `str.split` takes for blanks
+NO_WIDTH = re.compile(f"[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069{_CONTROLS}]")
+BREAKS = re.compile(
+    r"\s*[\t-\r\x1c-\x1f\x85\u2028\u2029]\s*"
+)  # ends of lines and tabs, with the blanks around them
 # What a mirrored image shows otherwise than its prompt says: a side, letters
 SIDED = re.compile(
     r"\b(?:left|right)(?:most|wards?|-?hand(?:ed)?)?\b|\b(?:text|letters|lettering|inscription|logos?|watermark)\b",
@@ -111,7 +115,8 @@ def prompts_of(
 
 
 def _see(words: str) -> str:
-    """The words of a prompt as they were given, but for marks that nobody sees, of which it is said."""
+    """The words of a prompt as they were given, on one line, but for marks that nobody sees, of which it is said."""
+    words = " ".join(part for part in BREAKS.split(words) if part)
     if (seen := drop_unseen(words)) == " ".join(compose(words).split()):
         return compose(words) if seen else ""
     notify_once("A prompt has marks of no width in it. They are left out.")
@@ -206,7 +211,8 @@ def read_lines(path: Path) -> list[Prompt]:
 
 def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
     """The prompts of lines of text, each with where it stands; None for what is none."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Word's and the web's soft line breaks (U+000B, U+2028) stand within a prompt, where they are blanks
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.startswith("#"):
             yield f"line {number}", _from_text(line)
 

@@ -24,6 +24,8 @@ from backbone.io.console import UserError, shorten
 DEEPEST = 64  # levels of lists and objects in each other
 # What a JSON text has that stands for a NUL or for half of a surrogate pair, or for both halves
 ODD = re.compile(r"[\0\ud800-\udfff]|\\u(0000|[dD][89a-fA-F])")
+# How parsers of JSON, TOML and YAML say that what follows a \\ is no escape
+_ESCAPE = re.compile(r"escape|hex value|Unescaped", re.IGNORECASE)
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
 UTF32 = b"\xff\xfe\0\0"
 LONGEST_SHOWN = 60  # characters of a value in a message
@@ -61,9 +63,17 @@ def parse_json(
         ValueError,
         RecursionError,
     ) as error:  # no JSON, no UTF-8, a number of thousands of digits, a deep nest
-        raise UserError(f"{where} is not JSON ({_reason(error)}). Repair or delete it.") from error
+        reason = _reason(error)
+        raise UserError(
+            f"{where} is not JSON ({reason}). {repair(reason, 'Repair or delete it.')}"
+        ) from error
     # A tokenizer's hundred thousand texts need not be looked at one by one.
     return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
+
+
+def repair(reason: str, otherwise: str = "Repair it.") -> str:
+    """What to do about a text that a parser refuses for this reason: a path of Windows has what begins an escape."""
+    return "Write \\ in paths twice, or as /." if _ESCAPE.search(reason) else otherwise
 
 
 def refuse_pipe(path: str | Path) -> None:

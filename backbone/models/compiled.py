@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from backbone.families.components.prompt_lengths import in_classes
 
 BLOCKS = (  # diffusers' classes that a denoiser repeats
     *("BasicTransformerBlock", "JointTransformerBlock"),
@@ -45,17 +47,43 @@ class CompiledBlocks:
         how: dict[str, Any] = {"backend": backend, "dynamic": False}
         if backend == "inductor":
             how["options"] = dict(self.OPTIONS)
-        self.calls = [torch.compile(block._call_impl, **how) for block in self.blocks]
+        self.calls = [with_plain_inputs(torch.compile(block._call_impl, **how)) for block in self.blocks]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the `with`, the blocks run compiled; afterwards as they did before."""
+        """Inside the `with`, the blocks run compiled, and prompts' lengths are few; afterwards as they did before."""
         blocks: list[Any] = list(self.blocks)
         before = [block._compiled_call_impl for block in blocks]
         for block, call in zip(blocks, self.calls, strict=True):
             block._compiled_call_impl = call
         try:
-            yield
+            with in_classes():
+                yield
         finally:
             for block, call in zip(blocks, before, strict=True):
                 block._compiled_call_impl = call
+
+
+def with_plain_inputs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a compiled block, given tensors as their shapes are, not as what they were cut from lay in memory.
+
+    A graph is compiled for the strides of its inputs too: Z-Image's angles of a prompt are cut from those of all
+    positions, as many as its words want.
+    """
+
+    def call_plainly(*inputs: Any, **named: Any) -> Any:
+        return call(*map(close_gaps, inputs), **{name: close_gaps(value) for name, value in named.items()})
+
+    return call_plainly
+
+
+def close_gaps(value: Any) -> Any:
+    """A tensor whose rows are a part of longer ones as one of its own strides, anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    reach = 1  # of the dimensions so far, from the innermost: the next one's stride, if nothing lies between
+    for stride, length in sorted(zip(value.stride(), value.shape, strict=True)):
+        if stride > reach:  # also of a dimension of one, which `contiguous` would leave alone
+            return value.reshape(-1).view(value.shape)
+        reach = max(reach, stride * length)
+    return value

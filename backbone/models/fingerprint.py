@@ -8,8 +8,10 @@ that work well) is not the model, nor are the files into which its weights were 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import overload
 
 from backbone.families.location import Location
 from backbone.families.single_file.checkpoint import CONFIG_FILES
@@ -86,9 +88,29 @@ def earlier_fingerprint(location: Location) -> str:
     return _with_few_step(location, found)
 
 
-def fingerprints_of(location: Location) -> tuple[str, str]:
-    """Under which fingerprints records know a model: those that are written now, and those from before."""
-    return fingerprint_of(location), earlier_fingerprint(location)
+class Fingerprints(Sequence[str]):
+    """Under which fingerprints records know something: the one that is written now, and behind it those from before.
+
+    Each of these is computed where the ones in front of it did not fit.
+    """
+
+    def __init__(self, now: str, *before: Callable[[], str]) -> None:
+        self._each: tuple[Callable[[], str], ...] = (lambda: now, *map(cache, before))
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    @overload
+    def __getitem__(self, which: int) -> str: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[str]: ...
+    def __getitem__(self, which: int | slice) -> str | Sequence[str]:
+        return self._each[which]() if isinstance(which, int) else [one() for one in self._each[which]]
+
+
+def fingerprints_of(location: Location) -> Fingerprints:
+    """Under which fingerprints records know a model."""
+    return Fingerprints(fingerprint_of(location), partial(earlier_fingerprint, location))
 
 
 def _own_files(folder: Path, location: Location) -> list[Path]:

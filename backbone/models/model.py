@@ -47,7 +47,7 @@ from backbone.io.console import UserError, guess_meant, notify_once, progress, q
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.few_step.adapter import fuse_lora, read_few_step
-from backbone.models.fingerprint import earlier_fingerprint, fingerprint_of
+from backbone.models.fingerprint import Fingerprints, fingerprints_of
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 from backbone.models.usual import FILE, read_usual
@@ -273,19 +273,19 @@ class Backbone:
         family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
         return usual | family | own | few
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Tells this model from others, by its weights and settings (`fingerprint_of`)."""
-        return fingerprint_of(self.location)
+        return self.fingerprints[0]
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Whether a record's fingerprint is this model's, also one from before every tensor had a share in it."""
         return recorded in self.fingerprints
 
     @cached_property
-    def fingerprints(self) -> tuple[str, str]:
+    def fingerprints(self) -> Fingerprints:
         """Under which records know this model: its fingerprint, and that of records from before."""
-        return self.fingerprint, earlier_fingerprint(self.location)
+        return fingerprints_of(self.location)
 
     def renew_fingerprint(self, recorded: Any) -> Any:
         """This model's fingerprint for one that a record from before has of it; of another what was recorded."""

@@ -7,13 +7,13 @@ What a command is asked for stands above them. `align` and `draft` hold settings
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from backbone.cli.conditions import KINDS, ROWS
+from backbone.cli.few_step import is_called_few_step
 from backbone.cli.options import Field, Option, convert_value, fields_of, find_nearest
 from backbone.cli.sampling import Sampler, name_sampler, own_guided
 from backbone.io.console import UserError, notify_once
@@ -21,8 +21,6 @@ from backbone.io.files import read_json
 from backbone.io.records import read_as
 
 FILE = "limner.json"
-# What few-step models are called that are built as others are
-FEW_STEPS = re.compile(r"(?<!de)(?<!de[-_ ])turbo|lightning|hyper[-_ ]?sd|(?<![a-z])lcm(?![a-z])|dmd2")
 LEARNED = ("lora", "full", "textual-inversion", "pivotal", "custom-diffusion", "pairs", "pairs-full")
 NETWORKS = ("t2i-adapter", "t2i-adapter-lora", "controlnet", "control-lora")
 
@@ -150,10 +148,10 @@ def _read_by_name(
 def say_few_step_name(source: str, usual: Mapping[str, Any]) -> None:
     """Say of a model that is called as one distilled to few steps, and drawn by its usual settings, if these are many.
 
-    `source` is its file, folder or hub id: no file says how it was distilled, and not every folder does.
+    `source` is its file, folder or hub id.
     """
     steps, guidance = int(usual["steps"]), float(usual["guidance"])
-    if steps > 12 and guidance > 2 and FEW_STEPS.search(Path(source).name.lower()):
+    if steps > 12 and guidance > 2 and is_called_few_step(Path(source).name):
         notify_once(
             f"{source} is called as one that was distilled to few steps, and nothing beside it says so: it is drawn in "
             f"{steps} steps at guidance {guidance:g}, which burn the images of such a model. If it is one, say "

@@ -487,7 +487,7 @@ def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[s
 def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
     """`UserError` where a checkpoint was saved with other `facts`; one that is not there was saved with any.
 
-    A fact that is a tuple is saved as its first value, and any of them is the same.
+    A fact that is a sequence is saved as its first value, and any of them is the same.
     """
     if path.exists():
         with reading_checkpoint(path):
@@ -506,8 +506,8 @@ def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[st
     return known
 
 
-def _alike(fact: Any) -> tuple[Any, ...]:
-    return fact if isinstance(fact, tuple) else (fact,)
+def _alike(fact: Any) -> Sequence[Any]:
+    return fact if isinstance(fact, Sequence) and not isinstance(fact, str) else (fact,)
 
 
 def _state_like(saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:

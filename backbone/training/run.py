@@ -106,7 +106,7 @@ class Objective(ABC):
     saved       the step of the last checkpoint, from which `resume` continues
     compiled    the denoiser's blocks, compiled inside a step, or None
     sources     fingerprints of the model and the data, by name: a checkpoint resumes with the same ones only. Of a
-                tuple the first is saved, and any is the same
+                sequence the first is saved, and any is the same
     """
 
     settings: RunSettings
@@ -119,7 +119,7 @@ class Objective(ABC):
     saved: int = 0
     compiled: CompiledBlocks | None = None
     scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
-    sources: Mapping[str, str | tuple[str, ...]] = MappingProxyType({})
+    sources: Mapping[str, str | Sequence[str]] = MappingProxyType({})
 
     @property
     @abstractmethod

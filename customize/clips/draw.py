@@ -16,6 +16,7 @@ from backbone.adapters.concept import (
     Concept,
     needs_whole_base,
     resolve_placeholder_tokens,
+    resolve_prompts,
     summarize_concepts,
     trained_resolution,
 )
@@ -112,7 +113,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     held = (*gather_controls(conditions), *camera, *given)
     plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
-    said = [resolve_placeholder_tokens(plan.prompt, concepts) for plan in plans]
+    said = resolve_prompts([plan.prompt for plan in plans], concepts)
     requests = [
         [Request(words, (i, j), negative) for j in range(asked.count)] for i, words in enumerate(said)
     ]

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,13 @@ def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, T
     found = {slot: rows.shape[1] for slot, rows in vectors.items()}
     if found == slots:
         return vectors
+    if found.items() < slots.items():
+        lacking, kind = sorted(set(slots) - set(found)), WIDTHS.get(tuple(found.values()))
+        raise UserError(
+            f"{file} holds vectors for {name_slots(sorted(found))} alone, and {model.location.name} reads a word with "
+            f"{name_slots(lacking)} too. Learn the word for both"
+            + (f", or give the --model if it was learned on {kind}." if kind else ".")
+        )
     given, wanted = (
         " and ".join(
             f"{width}" + (f" ({KEYS.get(slot, slot)})" if slot else "") for slot, width in one.items()
@@ -247,6 +254,11 @@ def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, T
         f"{file} holds vectors of width {given}" + (f", as {kind} reads them" if kind else "") + ", and "
         f"{model.location.name} reads width {wanted}. Give the --model that the word was learned on."
     )
+
+
+def name_slots(slots: Sequence[str]) -> str:
+    """Text encoders as tools' files call them."""
+    return " and ".join(KEYS.get(slot, slot) for slot in slots)
 
 
 def read_words(source: Path) -> tuple[dict[str, Encoders], dict[str, str]] | None:
@@ -318,8 +330,9 @@ def name_for_tool(token: str, vectors: Encoders, file_format: FileFormat) -> dic
     rows = {slot: value.reshape(-1, value.shape[-1]) for slot, value in vectors.items()}
     if len(rows) > 1:
         return {KEYS[slot]: value for slot, value in rows.items()}
-    (value,) = rows.values()
-    return {token if file_format == "diffusers" else ALONE[0]: value}
+    ((slot, value),) = rows.items()
+    alone = KEYS[slot] if slot == "text_encoder_2" else ALONE[0]  # the second encoder is no tool's only one
+    return {token if file_format == "diffusers" else alone: value}
 
 
 def list_word_files(out: Path, tokens: list[str]) -> dict[str, Path]:

@@ -24,6 +24,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,6 +43,7 @@ from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import hash_motion, motion_of
+from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 from edit import checks
@@ -315,7 +317,7 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 
 
 def read_inversion(
-    path: str | Path, model: Backbone, *, known: tuple[str, ...] = (), of_clip: bool = False
+    path: str | Path, model: Backbone, *, known: Sequence[str] = (), of_clip: bool = False
 ) -> Inversion:
     """An inversion from its file, of an image, or with `of_clip` of a clip.
 
@@ -359,7 +361,7 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
     return identities(model, concepts, scale=scale)[0]
 
 
-def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> tuple[str, ...]:
+def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> Fingerprints:
     """What `identify` gives, and after it what records from before have in its place."""
     parts = []
     if motion_of(model.denoiser) is not None:
@@ -370,7 +372,11 @@ def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: floa
         for name in (concept.weights, concept.words, concept.changed):
             if name:
                 parts.append(content_hash(concept.folder / name))
-    return tuple(content_hash("\n".join([one, *parts]).encode()) for one in model.fingerprints)
+
+    def identity(number: int) -> str:
+        return content_hash("\n".join([model.fingerprints[number], *parts]).encode())
+
+    return Fingerprints(identity(0), partial(identity, 1))
 
 
 def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def sdedit(
     with noise alone, as diffusers' inpainting does, however noisy the first level of the schedule is. `layout` holds
     control maps; `progress` is called after every step of each batch (`draw_in_batches`).
 
-    Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another size, an unreadable image, and a
+    Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another shape, an unreadable image, and a
     count that nobody means.
     """
     asked = build(SDEditSettings, settings)

@@ -13,13 +13,12 @@ from backbone.io.files import write_json
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import fill_new_folder, package_versions
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.transforms import crop_and_resize, mask_to_tensor, to_image, to_tensor
-from edit.masks import mask_to_image
+from backbone.media.transforms import crop_and_resize, is_same_shape, mask_to_tensor, to_image, to_tensor
+from edit.masks import fit_mask, mask_to_image
 from edit.methods.keep_background import KeptBackground, keep_background
 from edit.pictures import SourceImage
 from edit.run.report import RECORD, REPORT, difference
 
-SAME_SHAPE = 0.02  # of the aspect ratio, by which an edit's may differ from its source's
 NOTICED = 0.05  # pixels of drift
 
 
@@ -34,7 +33,7 @@ def write_kept_background(
 ) -> tuple[Path, list[str]]:
     """Writes the run folder, and gives it with lines that say what was found.
 
-    Raises `UserError` for images of other shapes, a mask of another size than the source's, equal images, and an edit
+    Raises `UserError` for images of other shapes, a mask of another shape than the source's, equal images, and an edit
     that has no background left.
     """
     image = fit_to_source(source, edited)
@@ -42,10 +41,8 @@ def write_kept_background(
         raise UserError(
             f"{edited.name} is {source.name}: nothing was edited. Name the image before and after."
         )
-    if mask is not None and mask.image.size != source.image.size:
-        sizes = [" × ".join(map(str, one.image.size)) for one in (mask, source)]
-        raise UserError(f"The mask is {sizes[0]} pixels and the source {sizes[1]}. Draw it on the source.")
-    changed = None if mask is None else mask_to_tensor(mask.image)[0]
+    drawn = None if mask is None else fit_mask(mask, source.image.size, source.image.size)
+    changed = None if drawn is None else (mask_to_tensor(drawn)[0] >= 0.5).float()
     kept = keep_background(to_tensor(image), to_tensor(source.image), changed=changed, align=align)
     lines = describe(kept, source, edited)
     figures = measure(kept, source)
@@ -77,7 +74,7 @@ def write_kept_background(
 def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
     """The edit in its source's size; `UserError` where it has another shape."""
     (width, height), (wide, high) = source.image.size, edited.image.size
-    if abs(wide * height / (high * width) - 1) > SAME_SHAPE:
+    if not is_same_shape((width, height), (wide, high)):
         shown = (
             Path(edited.name).parent / "source.png"
         )  # of a run folder: the source as the model was shown it

@@ -23,6 +23,7 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import read_metadata
 from backbone.media.transforms import to_image
 from backbone.models.control import OpenedControl
+from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone, Task
 from edit import checks
 from edit.inversion.inversion import Inversion, Method, count_rounds, identities, invert, read_inversion
@@ -53,7 +54,7 @@ class ModelWithConcepts:
         return self.identities[0]
 
     @cached_property
-    def identities(self) -> tuple[str, ...]:
+    def identities(self) -> Fingerprints:
         """Its identity, and after it that of records from before."""
         return identities(self.model, self.concepts, scale=self.scale)
 

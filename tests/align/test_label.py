@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -90,6 +91,32 @@ def choose(client: TestClient, verdict: str, number: int | None = None) -> Any:
 
 
 # What is asked ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_labelled_where_files_cannot_be_locked_and_by_one_person_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(UserError, match="being labelled by another"),
+        lock_folder(tmp_path),
+    ):
+        pass
+    assert (tmp_path / ".labelling").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with lock_folder(tmp_path):
+        pass
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def test_every_pair_of_a_prompt_is_asked_once_and_disjoint_ones_first(tmp_path: Path) -> None:

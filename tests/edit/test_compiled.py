@@ -22,7 +22,7 @@ from backbone.models.sample import Request, sample_latents
 from edit.attention.control import AttentionControl, SelfAttention
 from edit.attention.install import control_attention
 from tests.backbone.models.test_compiled import Counting
-from tests.edit.conftest import Open
+from tests.edit.conftest import NEWER, Open
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def test_edits_by_compiled_blocks_are_the_same_and_compile_once(tiny: Backbone) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["xl", "sd3", "flux-dev", "pixart", "z-image", "qwen-image"])
+@pytest.mark.parametrize("name", ["xl", "sd3", "flux-dev", "pixart", *NEWER])
 def test_every_family_draws_and_edits_with_compiled_blocks(family: Open, name: str) -> None:
     model = family(name)
     check(model, draw, ("a dog", "a red cat"), ("a bird in the snow", "a"))

@@ -130,6 +130,21 @@ def test_a_photograph_of_any_size_is_encoded_and_its_mask_fits(tiny: Backbone, s
     assert white is not None and bool(white.all()) and white.shape == encoded.latent.shape[-2:]
 
 
+def test_a_mask_of_another_size_and_the_image_s_shape_is_scaled_and_of_another_shape_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    drawn = painted("L", 0, 255)
+    (width, height), expected = SIZE, places(drawn)
+    assert "is scaled" not in capsys.readouterr().err
+    for factor in (3, 2):
+        size = (factor * width, factor * height)
+        assert torch.equal(places(drawn.resize(size, Image.Resampling.NEAREST)), expected)
+        said = f"{size[0]} × {size[1]} pixels is scaled to the image's {width} × {height}"
+        assert said in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="another shape"):
+        places(drawn.resize((width, height * 2)))
+
+
 @pytest.mark.parametrize("box", [(0, 0, 40, 64), (700, 30, 700, 30)])
 def test_a_mask_of_which_the_model_is_shown_nothing_is_refused(box: tuple[int, int, int, int]) -> None:
     size = (1500, 500) if box[2] < 64 else (4000, 4000)

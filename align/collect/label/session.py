@@ -211,7 +211,8 @@ def list_label_pairs(
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder while it is labelled; raises `UserError` where another process holds it."""
     path = folder / ".labelling"
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    # Which stays: another person who labels the folder next has to be able to open it
+    descriptor = os.open(path, os.O_CREAT | os.O_RDONLY, 0o666)
     try:
         _lock(descriptor, folder)
         yield
@@ -226,10 +227,12 @@ def _lock(descriptor: int, folder: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise UserError(
             f"{folder} is being labelled by another `align` already. Use its window, or end it."
         ) from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def _disjoint_first(names: Sequence[str]) -> list[tuple[str, str]]:

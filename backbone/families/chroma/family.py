@@ -33,7 +33,8 @@ from backbone.families.base import (
     transformers_spec,
     working_dtype,
 )
-from backbone.families.components import language_models, loading, tokenization
+from backbone.families.components import loading, prompt_lengths, tokenization
+from backbone.families.components.prompt_lengths import PromptLengths
 from backbone.families.flux import family as flux
 from backbone.families.flux.checkpoint import convert_to_diffusers as convert_flux
 from backbone.families.flux.original import CHROMA
@@ -96,7 +97,7 @@ class Chroma(SplitFileFamily):
         network = cast(Any, denoiser)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            hidden, mask = language_models.cut_padding(conditions.text)
+            hidden, mask = prompt_lengths.cut_padding(conditions.text)
             time = time.expand(len(noisy))
             checkpointing = network.gradient_checkpointing and torch.is_grad_enabled()
             if mask is None or not checkpointing:
@@ -111,8 +112,7 @@ class Chroma(SplitFileFamily):
         return predict
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
-        tokens = language_models.cut_padding(conditions.text)[0].shape[1]
-        read = partial(joint_attention_inputs, text_tokens=tokens)
+        read = partial(joint_attention_inputs, lengths=PromptLengths.of(conditions.text["mask"]))
         return AttentionLayout(
             {FluxAttnProcessor: read}, max_map_queries=None, detail_layers=("single_transformer_blocks.",)
         )
@@ -159,8 +159,9 @@ def joint_attention_inputs(
     mask: Tensor | None = None,
     rotary: Any = None,
     *,
-    text_tokens: int,
+    lengths: PromptLengths,
 ) -> JointAttentionInputs:
     """One call of an attention layer as FLUX.1's; padding is no key (`mask` [B, 1, tokens, tokens])."""
-    inputs = flux.joint_attention_inputs(attn, hidden, text_hidden, None, rotary, text_tokens=text_tokens)
+    tokens, _ = lengths.kept()
+    inputs = flux.joint_attention_inputs(attn, hidden, text_hidden, None, rotary, text_tokens=tokens)
     return inputs if mask is None else replace(inputs, bias=mask[:, :, -1:])  # the keys of an image token

@@ -204,16 +204,3 @@ def text_spec(kind: Any, location: Location, dtype: torch.dtype) -> ModuleSpec:
             return cast(nn.Module, kind(kind.config_class.from_dict(config.get("text_config", config))))
 
     return ModuleSpec(build, dtype)
-
-
-def cut_padding(text: Text) -> tuple[Tensor, Tensor | None]:
-    """hidden [B, T, …] up to the longest prompt's end, and its mask [B, T], None where all tokens are there.
-
-    On `meta` every prompt has all its tokens.
-    """
-    hidden, mask = text["hidden"], text["mask"]
-    if mask.is_meta:
-        return hidden, None
-    longest = int(mask.sum(1).max())
-    mask = mask[:, :longest].bool()
-    return hidden[:, :longest], None if bool(mask.all()) else mask

@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
+from backbone.cli.few_step import is_called_turbo
 from backbone.conditions.conditions import Conditions, Text
 from backbone.families.base import (
     AttentionLayout,
@@ -35,7 +36,7 @@ from backbone.families.flux.family import latent_image_ids, pack_latents, unpack
 from backbone.families.location import Location
 from backbone.families.qwen.family import TEMPLATE
 from backbone.families.single_file import split_files
-from backbone.families.single_file.checkpoint import is_called_turbo, say_what_a_name_leaves_open
+from backbone.families.single_file.checkpoint import say_what_a_name_leaves_open
 from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.console import UserError
 from backbone.io.files import Header
@@ -200,7 +201,7 @@ def chosen_layers(location: Location) -> tuple[int, ...]:
 def is_turbo(location: Location) -> bool:
     """Whether the model was distilled to a few steps: a file says so by its name alone."""
     if location.file is not None and "is_distilled" not in location.index:
-        return is_called_turbo(location.file)
+        return is_called_turbo(location.file.stem)
     return bool(location.index.get("is_distilled"))
 
 

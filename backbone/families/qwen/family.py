@@ -34,7 +34,13 @@ from backbone.families.base import (
     diffusers_spec,
     working_dtype,
 )
-from backbone.families.components import joint_attention, language_models, loading, noise_paths
+from backbone.families.components import (
+    joint_attention,
+    language_models,
+    loading,
+    noise_paths,
+    prompt_lengths,
+)
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.flux.family import pack_latents, unpack_latents
 from backbone.families.location import Location
@@ -137,7 +143,7 @@ class QwenImage(SplitFileFamily):
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
-            hidden, mask = language_models.cut_padding(conditions.text)
+            hidden, mask = prompt_lengths.cut_padding(conditions.text)
             images = (noisy, *conditions.references)
             output = network(
                 hidden_states=torch.cat([pack_latents(image) for image in images], 1).to(dtype),

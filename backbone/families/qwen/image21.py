@@ -42,6 +42,7 @@ from backbone.families.components import (
     language_models,
     loading,
     noise_paths,
+    prompt_lengths,
     tokenization,
 )
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
@@ -202,7 +203,7 @@ def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None
 
     hidden [B, T, D], mask [B, T] or None as of `cut_padding`, and slots [B, T + drawn / 4], in the processor's memory.
     """
-    hidden, mask = language_models.cut_padding(conditions.text)
+    hidden, mask = prompt_lengths.cut_padding(conditions.text)
     count, width = len(hidden), hidden.shape[2]
     at = places_of_images(conditions)
     parts, masks, slots, start = [], [], [], 0

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from backbone.cli.few_step import is_called_turbo
 from backbone.families.components.empty import without_weights
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify, notify_once
@@ -39,7 +40,6 @@ VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says ho
 # The same of noise that no schedule of βs gives → whose it is
 OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
-TURBO = re.compile(r"(?<!de)(?<!de[-_ ])turbo|(?<![a-z])zit(?:v?\d|(?![a-z]))")  # Z-Image-Turbo is called ZIT
 SCHEDULER = "scheduler/scheduler_config.json"
 # Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
@@ -132,18 +132,17 @@ def say_what_a_name_promises(header: Header) -> None:
         )
 
 
-def is_called_turbo(file: Path) -> bool:
-    """Whether a transformer's file is called as one distilled to few steps; “de-turbo” is of one that is none again."""
-    return TURBO.search(file.stem.lower()) is not None
-
-
 def say_what_a_name_leaves_open(header: Header, tells: str, word: str) -> None:
     """Say of a file whose name does not tell whether it was distilled that it is taken for one that was not.
 
     `tells` finds what tells it either way in a name in small letters, and `word` in a name is what would say so.
     """
     beside = any(has_settings_beside(header, name) for name in (SCHEDULER, "model_index.json"))
-    if not beside and not is_called_turbo(header.path) and not re.search(tells, header.path.stem.lower()):
+    if (
+        not beside
+        and not is_called_turbo(header.path.stem)
+        and not re.search(tells, header.path.stem.lower())
+    ):
         notify_once(
             f"{header.path} does not say by its name whether it was distilled to few steps, and is read as one that "
             f"was not. If it was, put “{word}” into its name."

@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnP
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
+from backbone.cli.few_step import is_called_turbo
 from backbone.conditions.conditions import Conditions
 from backbone.families.base import (
     AttentionLayout,
@@ -33,7 +34,7 @@ from backbone.families.components import joint_attention, language_models, loadi
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
-from backbone.families.single_file.checkpoint import is_called_turbo, say_what_a_name_leaves_open
+from backbone.families.single_file.checkpoint import say_what_a_name_leaves_open
 from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.files import Header
 
@@ -45,7 +46,7 @@ TURBO_SHIFT = 3.0  # of Turbo's scheduler; the base's is larger
 def published_configs(header: Header) -> tuple[str, ...]:
     """Folders of published configs for a transformer's file: by its name it is Turbo or the base."""
     say_what_a_name_leaves_open(header, r"turbo|base|^z[-_ ]?image[-_ ]?([bf]\w+)?$", "turbo")
-    return ("z-image-turbo", "z-image") if is_called_turbo(header.path) else ("z-image",)
+    return ("z-image-turbo", "z-image") if is_called_turbo(header.path.stem) else ("z-image",)
 
 
 def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.records import read_text
 
 # Widths sideways and up, times, degrees: where nothing is said
 PAN, RISE, ZOOM, ROLL = 0.3125, 0.1875, 1.35, 20.0
@@ -298,8 +299,8 @@ def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
     """A path from RealEstate10K's lines; the first may be the film's address."""
     _refuse_missing(file)
     try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (UnicodeDecodeError, OSError) as error:
+        lines = [line.split() for line in read_text(file).split("\n") if line.strip()]
+    except OSError as error:
         raise UserError(
             f"{file} cannot be read as a camera's path. Give text, a line for each frame."
         ) from error

@@ -35,14 +35,13 @@ from backbone.media.sources.decode import (
     open_rgb,
 )
 from backbone.media.sources.pictures import list_images
-from backbone.media.transforms import CROPS, crop_box
+from backbone.media.transforms import CROPS, crop_box, is_same_shape
 
 Palette = Mapping[str, tuple[int, int, int]]
 COMPUTED = ("edges", "lines", "sketch")  # kinds that are found in a picture without another network
 LOW, HIGH = 100.0, 200.0  # Canny's thresholds, of 0…255, as ControlNets were trained with
 GREY = (0.15, 0.85)  # between them a pixel is neither ink nor paper
 MOST_GREY, MOST_COLOUR = 0.4, 0.06  # share of grey pixels, mean saturation: beyond, it is no line drawing
-SAME_SHAPE = 0.02  # of the logarithm of width by height
 FAINT = 85  # of 255: a depth map that stays below is told
 MANY_COLOURS = 512  # in a map of labels of no known palette
 
@@ -326,11 +325,6 @@ def refuse_other_shape(size: tuple[int, int], wanted: tuple[int, int], name: str
             f"{name} has {width} × {height} pixels and the picture {wide} × {high}: another shape. Crop the map, or "
             "draw a picture of its shape with --width and --height."
         )
-
-
-def is_same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes (width, height) have about the same aspect ratio."""
-    return abs(float(np.log(size[0] * other[1] / (size[1] * other[0])))) <= SAME_SHAPE
 
 
 def refuse_wrong_kind(drawn: np.ndarray, asked: AskedMap, palette: Palette | None) -> None:

@@ -64,6 +64,7 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
     for part in parts:
         shapes = {name: layer.shape for name, layer in part.adapter.layers.items()}
         refuse_mismatch(shapes, weights.shapes, str(part.source), model)
+        _refuse_other_scales(part, weights.shapes)
         for name, value in part.weight_deltas.items():
             if not _fits(weights.shapes.get(name), name, value):
                 raise UserError(
@@ -77,6 +78,20 @@ def bake(parts: Sequence[MergeInput], model: str, out: Path) -> int:
         for component, learned in rows.items():
             add_tokens(unfinished, component, learned)
     return changed + len(rows)
+
+
+def _refuse_other_scales(part: MergeInput, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`UserError` for DoRA scales over the inputs that are not one for each input of the model's own layer.
+
+    Reading alone cannot tell the number of a kernel's inputs from how many numbers a row of it has.
+    """
+    for name, layer in part.adapter.layers.items():
+        inputs = shapes[name + WEIGHT_SUFFIX][1]
+        if layer.magnitude is not None and layer.magnitude.ndim == 2 and layer.magnitude.numel() != inputs:
+            raise UserError(
+                f"The DoRA scales of {name} in {part.source} are {list(layer.magnitude.shape)} for a layer of {inputs} "
+                "inputs. Export the file again."
+            )
 
 
 def _is_wider(shape: Sequence[int], deltas: Mapping[str, Tensor]) -> bool:

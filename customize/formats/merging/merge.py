@@ -164,7 +164,7 @@ def parse_strength(text: str) -> tuple[Path, float]:
     Raises `UserError` for `:0.8` and `:inf`, and strengths as others write them: `runs/dog=0.8`, or a number alone.
     """
     path, colon, number = text.rpartition(":")
-    if not colon:
+    if not colon or (os.path.lexists(text) and not os.path.lexists(path)):  # a name may have a colon in it
         if (odd := ODD_STRENGTH.fullmatch(text)) and not os.path.lexists(text):
             meant = f"{odd['path'] or 'runs/dog'}:{odd['number']}"
             raise UserError(f"“{text}” is no adapter. A strength stands behind a colon: {meant}.")
@@ -217,7 +217,8 @@ def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
     found = {concept.fingerprint for concept in concepts}
     for name in {concept.model for concept in concepts} if len(found) > 1 else ():
         try:
-            if found <= {*fingerprints_of(locate(name))}:
+            own = fingerprints_of(locate(name))
+            if all(one in own for one in found):
                 return True
         except UserError:
             continue  # it lies elsewhere now

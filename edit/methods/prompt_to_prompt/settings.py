@@ -50,7 +50,7 @@ class ReplaceSettings:
                             says how the image is made (“a watercolor of”), or more than half of it is predicted
                             differently (three tenths where nothing but the place differs); empty: nowhere
     keep                    words in whose place the source stays
-    mask                    where the image may change (white); of the image's size, or as it was cropped
+    mask                    where the image may change (white); of the image's shape, or as it was cropped
     threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from
                             which share of the steps on
     guidance, negative      of the targets; the model's usual guidance if None

@@ -9,7 +9,7 @@ import pytest
 
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
-from backbone.io.prompts import Prompt, prompts_of, read_lines, read_prompts
+from backbone.io.prompts import Prompt, drop_unseen, prompts_of, read_lines, read_prompts
 from tests.align.conftest import picture
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
@@ -40,6 +40,13 @@ def test_lines_and_json_lines_say_the_same(tmp_path: Path) -> None:
     assert group_by_category(read_prompts(text)) == {"animals": [0], "": [1]}
 
 
+def test_a_soft_line_break_of_a_text_program_stands_within_a_prompt(tmp_path: Path) -> None:
+    text = "a dog\u2028in the snow\x0bat\x85night\r\na cat\u2029asleep\ra bird\n"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    found = [prompt.text for prompt in read_prompts(tmp_path / "p.txt")]
+    assert found == ["a dog in the snow at night", "a cat asleep", "a bird"]
+
+
 def test_a_prompt_that_stands_in_a_file_again_is_said_and_is_another_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +70,15 @@ def test_marks_that_nobody_sees_are_no_part_of_a_prompt(
     assert prompts_of(["\ufeffa  dog", "a  cat"]) == [Prompt("a dog"), Prompt("a  cat")]
     with pytest.raises(UserError, match="A prompt is empty"):
         prompts_of("\u200b \u2060")
+
+
+@pytest.mark.parametrize("gap", ["\n", "\r\n", "\t", " \n  ", "\x0b", "\u2028", "\x85", "\n\n"])
+def test_a_prompt_of_several_lines_is_one_line_of_whole_words(
+    gap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prompts_of(f"a dog{gap}in the snow{gap}") == [Prompt("a dog in the snow")]
+    assert drop_unseen(f"a dog{gap}in the snow{gap}") == "a dog in the snow"
+    assert not capsys.readouterr().err
 
 
 def test_a_letter_and_its_mark_are_one_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

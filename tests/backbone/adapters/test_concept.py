@@ -24,6 +24,7 @@ from backbone.adapters.concept import (
     read_concept,
     replace_tokens,
     resolve_placeholder_tokens,
+    resolve_prompts,
     why_no_run,
 )
 from backbone.io.console import UserError
@@ -257,6 +258,34 @@ def test_a_plain_token_begins_a_sentence_with_a_capital_and_brackets_are_as_they
         kind="lora", model="moji", fingerprint="f", tokens={"sks": "bcd", "SKS": "fgh"}, class_noun=""
     )
     assert resolve_placeholder_tokens("sks SKS", [two], runs=None) == "bcd fgh"
+
+
+@pytest.mark.parametrize(
+    ("token", "written"),
+    [
+        ("[V]", "［V］"),
+        ("[V]", "[V ]"),
+        ("[V]", "[ V ]"),
+        ("[V]", "【V】"),
+        ("[V]", "［V]"),
+        ("<cat>", "< cat >"),
+    ],
+)
+def test_a_token_in_other_brackets_is_refused_and_not_drawn_as_text(token: str, written: str) -> None:
+    concept = Concept(kind="lora", model="moji", fingerprint="f", tokens={token: "bcd"}, class_noun="")
+    with pytest.raises(UserError, match=re.escape(f"is not {token}. Write {token}.")):
+        resolve_placeholder_tokens(f"a {written} dog", [concept], runs=None)
+    assert resolve_placeholder_tokens(f"a ({token}) [{token}]", [concept], runs=None) == "a (bcd) [bcd]"
+
+
+def test_a_concept_that_no_prompt_names_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = {"[V]": "bcd", "[W]": "fgh"}
+    one = Concept(kind="lora", model="moji", fingerprint="f", tokens=tokens, class_noun="", folder=Path("a"))
+    style = replace(one, tokens={}, folder=Path("b"))
+    assert resolve_prompts(["a dog", "a [W] dog"], [one, style]) == ["a dog", "a fgh dog"]
+    assert not capsys.readouterr().err
+    assert resolve_prompts(["a dog", "a cat"], [one, style]) == ["a dog", "a cat"]
+    assert "No prompt has [V] or [W], by which a is called" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["a", "(", "((a", "__a", " :", "(a:1", "[a:", "{a|", "[", "中"])

@@ -228,6 +228,10 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
         ("a.yaml", f"steps: {LAUGHS}", "steps in .*a.yaml is .*not a whole number"),
         ("a.yaml", "- steps", "does not hold settings"),
         ("a.toml", "steps = ", "a.toml is not TOML"),
+        ("a.toml", 'images = "C:\\Users\\dog"', r"a.toml is not TOML .*Write \\ in paths twice, or as /"),
+        ("a.toml", 'images = "C:\\dog"', r"a.toml is not TOML .*Write \\ in paths twice, or as /"),
+        ("a.yaml", 'images: "C:\\Users\\dog"', r"a.yaml is not YAML .*Write \\ in paths twice, or as /"),
+        ("a.json", '{"images": "C:\\dog"}', r"a.json is not JSON .*Write \\ in paths twice, or as /"),
         ("a.json", "{", "a.json is not JSON"),
         (
             "a.json",

@@ -94,6 +94,13 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["狗" * 85, "é" * 127, "a" * 255])
+def test_a_file_may_be_called_as_long_as_the_system_has_it(tmp_path: Path, name: str) -> None:
+    for text in ("one", "two"):
+        write_text(tmp_path / name, text)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "two"
+
+
 def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         write_text(tmp_path, "x")

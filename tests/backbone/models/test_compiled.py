@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from backbone.adapters.lora import add_lora, lora_parameters
-from backbone.models.compiled import CompiledBlocks
+from backbone.models.compiled import CompiledBlocks, close_gaps
 from backbone.models.model import Backbone
 from backbone.training.run import Objective, take_steps
 from customize.objectives.dreambooth import DreamBooth
@@ -112,6 +112,21 @@ def test_blocks_run_as_they_did_before_inside_and_outside() -> None:
             assert network[0]._compiled_call_impl is inner.calls[0]
         assert network[0]._compiled_call_impl is outer.calls[0]
     assert network[0]._compiled_call_impl is None
+
+
+def test_inputs_that_are_parts_of_longer_tensors_compile_once() -> None:
+    """Of one row too, whose stride says nothing but what it was cut from."""
+    network: Any = nn.ModuleList([BasicTransformerBlock(8, 1, 8, cross_attention_dim=4)])
+    counting = Counting()
+    with CompiledBlocks([network], backend=counting).active():
+        for rows in (1, 1, 2):
+            for longer in (3, 5, 9):
+                x, text = torch.randn(rows, 6, 8), torch.randn(rows, longer, 4)[:, :3]
+                network[0](x, encoder_hidden_states=text)
+    assert counting.graphs == 2
+    whole = torch.randn(4, 2, 3).permute(1, 2, 0)  # as pixels lie behind their channels
+    assert close_gaps(whole) is whole and torch.equal(close_gaps(whole[:, :2]), whole[:, :2])
+    assert close_gaps(torch.zeros(1).expand(3, 2)).stride() == (0, 0)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
-from backbone.models.fingerprint import earlier_fingerprint
+from backbone.models.fingerprint import Fingerprints, earlier_fingerprint
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
 from tests.parity import by_both
@@ -192,6 +192,14 @@ def test_a_record_from_before_knows_its_model(tiny: Backbone) -> None:
     assert tiny.has_fingerprint(earlier_fingerprint(tiny.location))
     assert tiny.has_fingerprint(tiny.fingerprint)
     assert not tiny.has_fingerprint("0" * 64)
+
+
+def test_the_fingerprint_of_records_from_before_is_computed_where_today_s_does_not_fit() -> None:
+    asked: list[int] = []
+    known = Fingerprints("now", lambda: asked.append(1) or "before")  # type: ignore[func-returns-value]
+    assert known[0] == "now" and "now" in known and len(known) == 2 and not asked
+    assert "before" in known and "other" not in known and asked == [1]
+    assert [*known] == ["now", "before"] == known[:]
 
 
 def test_a_prediction_at_an_index_is_the_networks_at_that_levels_time(tiny: Backbone) -> None:

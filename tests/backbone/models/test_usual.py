@@ -55,6 +55,10 @@ def test_of_a_model_that_is_called_as_a_few_step_one_and_drawn_in_many_it_is_sai
         ("some_lcm_v1.safetensors", few, False),
         ("z_image_de_turbo.safetensors", many, False),
         ("helcmann.safetensors", many, False),
+        ("ZIT_v2.safetensors", many, True),
+        ("sdxl_4step_unet.safetensors", many, True),
+        ("my-dog-500-steps.safetensors", many, False),
+        ("flashlight-v2.safetensors", many, False),
     ):
         say_few_step_name(str(tmp_path / name), usual)
         assert ("which burn the images of such a model" in capsys.readouterr().err) == said_so, name

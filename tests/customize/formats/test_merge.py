@@ -410,6 +410,25 @@ def test_an_adapter_of_another_model_is_not_baked(run: Make, tmp_path: Path, tin
     assert not (tmp_path / "baked").exists()
 
 
+def test_scales_that_are_not_one_for_each_input_of_a_kernel_are_refused_before_anything_is_baked(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    """Nine inputs of one place, or one of nine places: the factors alone do not say."""
+    layer = random_layer(nn.Conv2d(4, 16, 3), 2, 1.0, torch.Generator())
+    matrices = {name: value.flatten(1) for name, value in layer.factors.items()}
+    for inputs in (4, 9, 12):
+        scaled = replace(layer, factors=matrices, magnitude=torch.ones(1, inputs))
+        part = MergeInput(Path("s"), 1.0, AdapterFile({"unet.conv_in": scaled}))
+        if inputs == 4:
+            assert bake([part], str(tiny_folder), tmp_path / "right") == 1
+            continue
+        with pytest.raises(
+            UserError, match=rf"unet\.conv_in in s are \[1, {inputs}\] for a layer of 4 inputs"
+        ):
+            bake([part], str(tiny_folder), tmp_path / "baked")
+        assert not (tmp_path / "baked").exists()
+
+
 def test_strengths_that_add_nothing_or_too_much_are_told(
     run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -483,6 +502,11 @@ def test_a_strength_is_what_follows_the_last_colon(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     Path("a=5").mkdir()
     assert parse_strength("a=5") == (Path("a=5"), 1.0)  # a run may be called so
+    Path("dog:2").mkdir()
+    assert parse_strength("dog:2") == (Path("dog:2"), 1.0)
+    assert parse_strength("dog:2:0.5") == (Path("dog:2"), 0.5)
+    Path("dog").mkdir()
+    assert parse_strength("dog:2") == (Path("dog"), 2.0)
 
 
 def test_a_run_is_read_as_what_it_holds(run: Make) -> None:

@@ -126,6 +126,29 @@ def test_the_second_file_of_diffusers_script_is_the_second_encoder_s(xl_folder: 
 
 
 @pytest.mark.parametrize(
+    ("key", "width", "said"),
+    [
+        (
+            "clip_g",
+            24,
+            r"vectors for clip_g alone, and .* reads a word with clip_l too\. Learn the word for both\.$",
+        ),
+        ("clip_l", 16, r"vectors for clip_l alone, and .* reads a word with clip_g too"),
+        ("clip_g", 16, r"width 16 \(clip_g\), and .* reads width 16 \(clip_l\) and 24 \(clip_g\)"),
+    ],
+)
+def test_a_word_of_one_of_two_encoders_is_refused_by_the_one_that_lacks_and_stays_that_encoder_s(
+    key: str, width: int, said: str, xl_folder: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "word.safetensors", {key: rows(1, width)})
+    with pytest.raises(UserError, match=said):
+        import_adapter(file, tmp_path / "run", model=str(xl_folder))
+    assert not (tmp_path / "run").exists()
+    export_adapter(file, tmp_path / "out.safetensors", "comfyui")
+    assert set(load_file(tmp_path / "out.safetensors")) == {"clip_g" if key == "clip_g" else "emb_params"}
+
+
+@pytest.mark.parametrize(
     ("tensors", "options", "said"),
     [
         ({"clip_l": rows(1), "clip_g": rows(1, 24)}, {}, r"width 16 \(clip_l\) and 24 \(clip_g\), and .* width 16 "),

@@ -170,16 +170,31 @@ def test_an_edit_of_another_size_is_brought_to_its_source_s(files: tuple[Path, P
     assert Image.open(tmp_path / "run" / "kept.png").size == (96, 80)
 
 
+def test_a_mask_may_be_larger_than_its_source(files: tuple[Path, Path], tmp_path: Path) -> None:
+    before, after = files
+    size = Image.open(before).size
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    kept = []
+    for factor in (1, 2):
+        mask.resize((factor * size[0], factor * size[1])).save(tmp_path / "mask.png")
+        command = ["keep-background", str(before), str(after), "--mask", str(tmp_path / "mask.png")]
+        found = CliRunner().invoke(app, [*command, "--out", str(tmp_path / f"run-{factor}")])
+        assert found.exception is None, found.exception
+        kept.append((tmp_path / f"run-{factor}" / "kept.png").read_bytes())
+    assert kept[0] == kept[1]
+
+
 def test_mistakes_are_a_sentence_and_leave_nothing(files: tuple[Path, Path], tmp_path: Path) -> None:
     before, after = files
     tall, small = tmp_path / "tall.png", tmp_path / "small.png"
     Image.open(after).resize((60, 80)).save(tall)
-    Image.new("L", (10, 10), 255).save(small)
+    Image.new("L", (10, 20), 255).save(small)
     for words, complaint in (
         ([before, before], "nothing was edited"),
         ([before, tall], "other shapes"),
         ([before, tmp_path / "gone.png"], "gone.png"),
-        ([before, after, "--mask", small], "The mask is 10 × 10"),
+        ([before, after, "--mask", small], "The mask is 10 × 20"),
     ):
         command = ["keep-background", *map(str, words), "--out", str(tmp_path / "run")]
         found = CliRunner().invoke(app, command)

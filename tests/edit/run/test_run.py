@@ -544,14 +544,14 @@ def test_a_prompt_that_still_names_what_is_removed_is_said(
     ("arguments", "complaint"),
     [
         (("remove", "photo.png", "--source", "a cat", "--remove", "dog"), "not in the prompt"),
-        (("remove", "photo.png", "--source", "a cat", "--mask", "small.png"), "The mask is 5 × 5 pixels"),
-        (("invert-and-replace", "photo.png", *WORDS, "--mask", "small.png"), "The mask is 5 × 5 pixels"),
+        (("remove", "photo.png", "--source", "a cat", "--mask", "small.png"), "The mask is 5 × 9 pixels"),
+        (("invert-and-replace", "photo.png", *WORDS, "--mask", "small.png"), "The mask is 5 × 9 pixels"),
     ],
 )
 def test_words_and_masks_are_looked_at_before_an_image_is_inverted(
     edit: Edit, arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Image.new("L", (5, 5), 255).save("small.png")
+    Image.new("L", (5, 9), 255).save("small.png")
     assert edit(*arguments) == 2
     said = capsys.readouterr().err
     assert complaint in said and "Inverting" not in said

@@ -102,7 +102,8 @@ def test_a_paths_lines_and_its_json_are_read_back_as_it_is(tmp_path: Path) -> No
     (tmp_path / "it.txt").write_text(as_lines(path))
     lines = {"pan": [[x, y] for x, y, _, _ in values], "zoom": [row[2] for row in values], "roll": [0, 5, 10]}
     (tmp_path / "it.json").write_text(json.dumps({**lines, "width": 64}))
-    for name in ("it.txt", "it.json"):
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + as_lines(path).replace("\n", "\r\n").encode())
+    for name in ("it.txt", "windows.txt", "it.json"):
         read = read_camera(str(tmp_path / name), 3, (64, 64))
         torch.testing.assert_close(embed_rays(read, (64, 64)), embed_rays(path, (64, 64)), atol=1e-6, rtol=0)
 
