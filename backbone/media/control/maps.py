@@ -25,6 +25,7 @@ from backbone.cli.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once, quote
 from backbone.media.clips import FILMS, read_film
 from backbone.media.control.outlines import draw_lines, draw_outlines
+from backbone.media.shapes import is_same_shape
 from backbone.media.sources.decode import (
     count_frames,
     describe_further_frames,
@@ -35,7 +36,7 @@ from backbone.media.sources.decode import (
     open_rgb,
 )
 from backbone.media.sources.pictures import list_images
-from backbone.media.transforms import CROPS, crop_box, is_same_shape
+from backbone.media.transforms import CROPS, crop_box
 
 Palette = Mapping[str, tuple[int, int, int]]
 COMPUTED = ("edges", "lines", "sketch")  # kinds that are found in a picture without another network

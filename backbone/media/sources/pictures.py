@@ -36,6 +36,7 @@ from backbone.io.records import (
     read_text,
     refuse_pipe,
 )
+from backbone.media.shapes import is_same_shape
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
 from backbone.media.sources.names import (
@@ -253,10 +254,10 @@ def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
 
 
 def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], record: ImageRecord) -> None:
-    """Raise `BadImageError` where aspect ratios differ by more than 2 %."""
-    (mask_width, mask_height), (width, height) = mask_size, image_size
-    if abs(mask_width * height - width * mask_height) > 0.02 * mask_width * height:
-        reason = f"is a mask of {mask_width} × {mask_height}, another aspect ratio than its image {record.path.name}"
+    """Raise `BadImageError` for a mask that is not its image scaled."""
+    if not is_same_shape(mask_size, image_size):
+        width, height = mask_size
+        reason = f"is a mask of {width} × {height}, another aspect ratio than its image {record.path.name}"
         raise BadImageError(str(record.mask), reason)
 
 
