@@ -12,7 +12,8 @@ from torch import Tensor
 from backbone.diffusion.noise import add_noise, generator, randn_like
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError, notify_once
-from backbone.media.transforms import crop_and_resize, is_same_shape, mask_to_tensor
+from backbone.media.shapes import is_same_shape
+from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET

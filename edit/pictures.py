@@ -11,6 +11,7 @@ from PIL import Image
 
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash
+from backbone.io.written import written_path
 from backbone.media.clips import Film
 from backbone.media.sources.decode import (
     BadImageError,
@@ -55,7 +56,7 @@ def read_image(image: ImageLike) -> SourceImage:
     if isinstance(image, Image.Image):
         rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
-    _refuse_other_kinds(image)
+    image = _named(image)
     try:
         rgb = open_named(image)
     except BadImageError as error:
@@ -66,13 +67,14 @@ def read_image(image: ImageLike) -> SourceImage:
     return SourceImage(rgb, str(image), content_hash(Path(image)))
 
 
-def _refuse_other_kinds(image: object) -> None:
-    """`UserError` for what is neither an image nor its path: of an array nobody knows what its values mean."""
+def _named(image: object) -> str | Path:
+    """The path that is meant; `UserError` for what is none: of an array nobody knows what its values mean."""
     if not isinstance(image, (str, Path)):
         raise UserError(
             f"An image is a PIL image or a path, and {type(image).__name__} is neither. Of an array of 0 to 255, "
             "[H, W, 3], PIL.Image.fromarray makes one."
         )
+    return image if Path(image).exists() else written_path(image)
 
 
 def read_mask(mask: ImageLike) -> SourceImage:
@@ -88,7 +90,7 @@ def read_mask(mask: ImageLike) -> SourceImage:
         grey, name = mask_from_image(mask), ""
         content = content_hash(grey.tobytes())
     else:
-        _refuse_other_kinds(mask)
+        mask = _named(mask)
         if further := describe_further_frames(Path(mask)):
             notify_once(further)
         grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))

@@ -32,11 +32,8 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
     """
     if not math.isfinite(scale):
         raise UserError(f"The scale of the concepts is {scale}, which is no strength. Give a finite number.")
-    if concepts and abs(scale) > MOST_SCALE:
-        notify_once(
-            f"At {scale:g} times the strength that they were learned at, concepts tear images apart: 0.5 to 1.5 is "
-            f"usual.{guess_meant(scale, USUAL_SCALE)}"
-        )
+    if concepts:
+        say_far_scale(scale, "concepts")
     folders = [concept.folder.resolve() for concept in concepts]
     for concept in concepts:
         check_concept_fits(concept, model)
@@ -73,6 +70,15 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
             for slot in model.text_encoder.slots:
                 activate_adapters(slot.model, names)
     return names
+
+
+def say_far_scale(scale: float, adapters: str) -> None:
+    """Say so where adapters are put on so strongly that nothing can be seen of what they learned."""
+    if abs(scale) > MOST_SCALE:
+        notify_once(
+            f"At {scale:g} times the strength that they were learned at, {adapters} tear images apart: 0.5 to 1.5 is "
+            f"usual.{guess_meant(scale, USUAL_SCALE)}"
+        )
 
 
 @torch.no_grad()

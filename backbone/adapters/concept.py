@@ -228,10 +228,15 @@ def resolve_placeholder_tokens(
 
 
 def resolve_prompts(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    """`resolve_placeholder_tokens` of all prompts of a command; says of which concepts none has a token."""
+    """`resolve_placeholder_tokens` of all prompts of a command; says of which subjects none has a token.
+
+    What has no class may be a style or a slider, whose token nobody has to say.
+    """
     resolved = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     for concept in concepts:
-        if concept.tokens and not any(mentions(one, token) for one in prompts for token in concept.tokens):
+        if concept.class_noun and not any(
+            mentions(one, token) for one in prompts for token in concept.tokens
+        ):
             has_none = "No prompt has" if len(prompts) > 1 else "The prompt has no"
             called = " or ".join(concept.tokens)
             notify_once(f"{has_none} {called}, by which {concept.folder} is called: little of it is drawn.")

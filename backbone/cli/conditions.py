@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from backbone.cli.options import Option
 from backbone.io.console import UserError, notify
+from backbone.io.written import written_path
 
 CONTROL = "Control"
 LINE_KINDS = ("sketch", "lines", "edges")
@@ -219,7 +219,7 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
 def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     """`KIND=MAP` in its parts; other tools' words for a kind are understood. `UserError` for anything else."""
     kind, equals, path = said.partition("=")
-    kind, path = kind.strip().lower(), os.path.expanduser(path.strip())
+    kind, path = kind.strip().lower(), str(written_path(path.strip()))
     kind = SYNONYMS.get(kind, kind)
     # A file alone, as diffusers' spellings have it: its network says what it is
     if not equals and "." in said:

@@ -22,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from backbone.cli.other_names import describe_flag, find_command
 from backbone.io.console import UserError, quote, quote_text, refuse_address, refuse_other_encodings
+from backbone.io.written import written_path
 
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
@@ -177,14 +178,14 @@ def _off(flag: Any) -> Any:
 
 
 def expand_path(path: Path, typed: Any, name: str) -> Path:
-    """A path with the home folder in place of ~, which a shell leaves in quotation marks and behind `--out=`.
+    """A path as `written_path` has it: a shell leaves ~ alone in quotation marks and behind `--out=`.
 
     Raises `UserError` for one that was typed as nothing (a variable of the shell that was never set), which would be
     the working folder.
     """
     if typed == "":
         raise UserError(f"{name.upper()} is empty. Name one.")
-    return path.expanduser()
+    return written_path(path)
 
 
 def refuse_typography(words: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 from backbone.cli.options import build, refuse_idle
 from backbone.io.console import UserError
 from backbone.io.run import Run
+from backbone.io.written import written_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
@@ -64,7 +65,7 @@ def folder_of(out: object) -> Path | None:
         return None
     if not isinstance(out, (str, Path)) or not str(out):
         raise UserError(f"out is {str(out)[:60]!r}, which names no folder. Name one, or leave it out.")
-    return Path(out).expanduser()
+    return written_path(out)
 
 
 def folders_of(runs: object) -> tuple[Path, ...]:

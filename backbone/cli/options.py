@@ -39,6 +39,7 @@ from backbone.cli.other_names import find_setting
 from backbone.io.console import UserError, quote, refuse_address
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
+from backbone.io.written import written_path
 
 SHOWN = 12  # unknown keys of a file that a message lists
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
@@ -250,7 +251,7 @@ def _register(
             def run(config: str | None = None, **given: Any) -> None:
                 asked = values_from_flags(given, known)
                 if config is not None:
-                    asked = {**values_from_file(Path(config).expanduser(), known, asked), **asked}
+                    asked = {**values_from_file(written_path(config), known, asked), **asked}
                 called(function, join_values(asked, given, known))
 
             run.__name__ = function.__name__
@@ -549,7 +550,7 @@ def _convert_one(one: Field, value: Any, where: str) -> Any:
     if one.option.understood:
         return one.option.understood(str(value))
     # A shell leaves ~ alone behind `--out=` and in files
-    return Path(value).expanduser() if one.kind is Path else one.kind(value)
+    return written_path(value) if one.kind is Path else one.kind(value)
 
 
 def _no_text(one: Field, value: Any, where: str) -> UserError:

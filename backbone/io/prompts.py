@@ -16,6 +16,7 @@ from typing import Any
 
 from backbone.io.console import UserError, count_of, notify_once
 from backbone.io.records import UTF16, iterate_entries, read_text, refuse_pipe
+from backbone.io.written import written_path
 
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but those that `str.split` takes for blanks
 # A byte order mark, what web pages put into words and between them, marks of the direction of writing, and control
@@ -87,7 +88,7 @@ def prompts_of(
             raise UserError(
                 f"A prompt is text, and {type(words).__name__} is none. Give words, or several in a list."
             )
-        if os.path.isfile(path := os.path.expanduser(words)):
+        if os.path.isfile(path := str(written_path(words))):
             found += (read or read_prompts)(Path(path))
             continue
         refuse_pipe(path)  # as a shell's <(…) is: its name is no prompt

@@ -34,6 +34,7 @@ from backbone.io.files import (
     write_text,
 )
 from backbone.io.records import parse_json, read_as
+from backbone.io.written import written_path
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run
@@ -90,7 +91,7 @@ class StepRecord(Protocol):
 
 def is_prepared(source: str | Path) -> bool:
     """Whether a source is a folder that `customize prepare` or `align prepare` has made."""
-    return (Path(source).expanduser() / PREPARED).is_file()
+    return (written_path(source) / PREPARED).is_file()
 
 
 def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
@@ -101,7 +102,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
     """
     refuse_unwritable(run)
     refuse_among_others(run)
-    if any(run.resolve() == Path(source).expanduser().resolve() for source in sources if source):
+    if any(run.resolve() == written_path(source).resolve() for source in sources if source):
         raise UserError(
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
@@ -459,11 +460,11 @@ def peak_memory() -> int | None:
 
 def make_absolute(path: str) -> str:
     """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
-    place = Path(path).expanduser()
+    place = written_path(path)
     return str(place.absolute()) if path and place.exists() else path
 
 
 def run_name(images: str) -> str:
     """A run's default name: that of its image folder, or of its image file without the suffix."""
-    path = Path(images).expanduser().resolve()
+    path = written_path(images).resolve()
     return (path.stem if path.is_file() else path.name) or "run"

@@ -21,6 +21,7 @@ from PIL import Image, ImageSequence
 
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
+from backbone.io.written import written_path
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import (
     DECODER_ERRORS,
@@ -64,7 +65,7 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
     `convert` makes RGB of what a file stores: as pictures, or for maps `lay_on_white`.
     Raises `UserError` for what is none, has one frame only, or frames of unlike size.
     """
-    path = Path(source).expanduser()
+    path = written_path(source)
     if path.is_dir():
         records = list_images(str(path))
         if records[0].path.parent != path and records[0].row is None:

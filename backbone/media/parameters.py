@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backbone.io.written import written_path
+
 NAMES = {  # of A1111, in its order
     "steps": "Steps",
     "sampler": "Sampler",
@@ -59,7 +61,7 @@ def describe_concepts(folders: Sequence[str | Path], scale: float) -> dict[str, 
 
 def last_name(place: str) -> str:
     """A folder's or a file's own name, for a run's best checkpoint the run's with it; anything else as it is."""
-    path = Path(place).expanduser()
+    path = written_path(place)
     if not path.exists():
         return place
     whole = path.resolve()

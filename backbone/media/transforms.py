@@ -23,7 +23,6 @@ class CropPosition(NamedTuple):
     side: float = 1.0
 
 
-SAME_SHAPE = 0.02  # of the logarithm of width by height
 MAX_ASPECT_RATIO = 2.0  # longer images are cropped to it
 CROPS: dict[str, CropPosition] = {
     "center": CropPosition(0.5, 0.5),
@@ -32,11 +31,6 @@ CROPS: dict[str, CropPosition] = {
     "left": CropPosition(0.0, 0.5),
     "right": CropPosition(1.0, 0.5),
 }
-
-
-def is_same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes (width, height) have about the same aspect ratio, so that one is the other scaled."""
-    return abs(math.log(size[0] * other[1] / (size[1] * other[0]))) <= SAME_SHAPE
 
 
 def crop_square(image: Image.Image, size: int, *, crop: str = "center") -> Image.Image:

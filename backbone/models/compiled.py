@@ -2,7 +2,8 @@
 
 A transformer is the same block many times over, so one graph a shape serves all of them, and compiling takes seconds
 where a whole network takes minutes. Blocks are compiled for the shapes that they meet, never for shapes in general:
-prompts are padded to one length and images come in few sizes, so that nothing is compiled again after the first steps.
+prompts are padded to one length or to few (`prompt_lengths`), and images come in few sizes: nothing is compiled again
+after the first steps.
 In a training a preview or an evaluation runs the same blocks as they are; a model that was opened to draw or to edit
 (`Backbone.open(…, compile=True)`) compiles them in every prediction.
 """

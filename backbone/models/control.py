@@ -27,6 +27,7 @@ from backbone.io.console import UserError, notify, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
 from backbone.io.run_folder import CONDITION_FILE, LORA_WEIGHTS
 from backbone.io.weights import read_weights_header
+from backbone.io.written import written_path
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.model import Backbone
@@ -410,7 +411,7 @@ class FoundControl(NamedTuple):
 
 def find_control(name: str) -> FoundControl:
     """Look a control network up, without its weights; `UserError` for what is none."""
-    path = Path(name).expanduser()
+    path = written_path(name)
     if path.suffix.lower() in PICKLE_SUFFIXES or path.is_file():
         # Which says why a pickle is not read
         return FoundControl(name, read_weights_header(path).path, ControlRecord())

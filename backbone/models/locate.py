@@ -18,6 +18,7 @@ from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.io.weights import refuse_other_numbers, refuse_shard
+from backbone.io.written import written_path
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
@@ -48,7 +49,7 @@ PARTS = (
 def locate(model: str) -> Location:
     """Where a model of this name is; `UserError` when it is nowhere."""
     place = place_of(model)
-    path = Path(place).expanduser()
+    path = written_path(place)
     if path.is_dir():
         index = path / "model_index.json"
         if (path / FEW_STEP).is_file():
@@ -65,10 +66,10 @@ def locate(model: str) -> Location:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
         )
-    files = [Path(one).expanduser() for one in split_files(place)]
+    files = [written_path(one) for one in split_files(place)]
     if path.name == "model_index.json" and path.is_file():
         raise UserError(f"{path} is one file of a model. Name its folder: {path.parent}.")
-    whole = Path(place.split(JOIN)[0]).expanduser() if JOIN in place else path
+    whole = written_path(place.split(JOIN)[0]) if JOIN in place else path
     if whole != path and whole.is_dir() and not path.exists():
         raise UserError(
             f"{whole} is a whole model, whose other components lie in it: --vae and --text-encoder have no effect. "
@@ -110,14 +111,14 @@ def _locate_with_adapter(name: str, folder: Path) -> Location:
 
 def is_path(model: str) -> bool:
     """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
-    return place_of(model) == model and all(Path(one).expanduser().exists() for one in split_files(model))
+    return place_of(model) == model and all(written_path(one).exists() for one in split_files(model))
 
 
 def absolute_model(model: str) -> str:
     """A model's name as a run keeps it: with the whole paths of its folder or files, so that it is found anywhere."""
     if not is_path(model):
         return model
-    return join_files(*(os.path.abspath(Path(one).expanduser()) for one in split_files(model)))
+    return join_files(*(os.path.abspath(written_path(one)) for one in split_files(model)))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def split_files(model: str) -> list[str]:
     """The files that a model's name joins; the name alone where it is that of a file or folder, or joins none."""
     files = model.split(JOIN)
     joined = len(files) > 1 and all(Path(one).suffix.lower() in WEIGHTS for one in files)
-    return files if joined and not Path(model).expanduser().exists() else [model]
+    return files if joined and not written_path(model).exists() else [model]
 
 
 def _read_beside(settings: Sequence[Path]) -> dict[str, Any]:

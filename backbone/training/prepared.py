@@ -24,6 +24,7 @@ from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.run_folder import PREPARED as FILE
 from backbone.io.run_folder import refuse_among_others
+from backbone.io.written import written_path
 from backbone.media.sources.record import ImageRecord
 from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
@@ -107,7 +108,7 @@ class PreparedFolder:
     """A finished folder. Raises `UserError` for one that is not finished, or of which a shard is gone or damaged."""
 
     def __init__(self, folder: Path, kind: str, program: str) -> None:
-        self.folder = folder = folder.expanduser()
+        self.folder = folder = written_path(folder)
         self.facts = read_facts(folder, kind)
         self.again = (
             f"Run `{program} prepare` with --out {quote(folder)} again: only what is missing is done."

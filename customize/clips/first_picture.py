@@ -11,9 +11,10 @@ from PIL import Image
 
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.io.console import UserError, notify, progress
+from backbone.media.shapes import is_same_shape
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_mask, open_named
-from backbone.media.transforms import crop_and_resize, is_same_shape
+from backbone.media.transforms import crop_and_resize
 from backbone.models.model import Backbone
 from customize.clips.planned.cut_out import Bools, Floats
 from customize.clips.planned.in_picture import find_changed, find_named

@@ -26,7 +26,8 @@ from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control as MapControl
 from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
-from backbone.media.transforms import crop_and_resize, is_same_shape, to_tensor
+from backbone.media.shapes import is_same_shape
+from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.sample import refuse_negative
 from edit import checks

@@ -12,8 +12,9 @@ from backbone.io.console import UserError, quote
 from backbone.io.files import write_json
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import fill_new_folder, package_versions
+from backbone.media.shapes import is_same_shape
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from backbone.media.transforms import crop_and_resize, is_same_shape, mask_to_tensor, to_image, to_tensor
+from backbone.media.transforms import crop_and_resize, mask_to_tensor, to_image, to_tensor
 from edit.masks import fit_mask, mask_to_image
 from edit.methods.keep_background import KeptBackground, keep_background
 from edit.pictures import SourceImage

@@ -25,6 +25,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import read_text
+from backbone.io.written import written_path
 
 # Widths sideways and up, times, degrees: where nothing is said
 PAN, RISE, ZOOM, ROLL = 0.3125, 0.1875, 1.35, 20.0
@@ -183,9 +184,9 @@ def read_camera(said: str, frames: int, size: tuple[int, int]) -> CameraPath:
     """
     suffix = Path(said).suffix.lower()
     if suffix == ".json":
-        path = _read_values(Path(said).expanduser(), size)
+        path = _read_values(written_path(said), size)
     elif suffix == ".txt":
-        path = _read_lines(Path(said).expanduser(), size)
+        path = _read_lines(written_path(said), size)
     else:
         return flat_path(_spell(said, frames, size[0]), size[0], size[0] / size[1], said)
     if len(path) != frames:

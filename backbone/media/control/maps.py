@@ -23,8 +23,10 @@ from torch import Tensor
 
 from backbone.cli.conditions import LINE_KINDS, AskedMap
 from backbone.io.console import UserError, notify_once, quote
+from backbone.io.written import written_path
 from backbone.media.clips import FILMS, read_film
 from backbone.media.control.outlines import draw_lines, draw_outlines
+from backbone.media.shapes import is_same_shape
 from backbone.media.sources.decode import (
     count_frames,
     describe_further_frames,
@@ -35,7 +37,7 @@ from backbone.media.sources.decode import (
     open_rgb,
 )
 from backbone.media.sources.pictures import list_images
-from backbone.media.transforms import CROPS, crop_box, is_same_shape
+from backbone.media.transforms import CROPS, crop_box
 
 Palette = Mapping[str, tuple[int, int, int]]
 COMPUTED = ("edges", "lines", "sketch")  # kinds that are found in a picture without another network
@@ -83,7 +85,7 @@ def read_maps(
     """
     if not asked.path:
         return [read_map(asked, target, picture=frame) for frame in film]
-    path = Path(asked.path).expanduser()
+    path = written_path(asked.path)
     if path.is_dir():
         files = [record.path for record in list_images(path)]
         refuse_other_count(asked, len(files), frames)
@@ -114,7 +116,7 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
     named = files_by_frame(path)
     if named:
         return _place_files(named, frames)
-    if not Path(path).expanduser().is_dir():
+    if not written_path(path).is_dir():
         raise UserError(
             f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png, or files "
             "with their frames: 0=first.png,15=last.png."
@@ -145,7 +147,7 @@ def files_by_frame(said: str) -> list[tuple[int, Path]]:
         return []
     parts = re.split(r",(?=-?\d+=)", said)
     pairs = [part.partition("=") for part in parts]
-    return [(int(number), Path(file.strip()).expanduser()) for number, _, file in pairs]
+    return [(int(number), written_path(file.strip())) for number, _, file in pairs]
 
 
 def _place_files(named: Sequence[tuple[int, Path]], frames: int) -> dict[int, Path]:

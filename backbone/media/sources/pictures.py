@@ -36,6 +36,8 @@ from backbone.io.records import (
     read_text,
     refuse_pipe,
 )
+from backbone.io.written import written_path
+from backbone.media.shapes import is_same_shape
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
 from backbone.media.sources.names import (
@@ -99,7 +101,7 @@ def list_images(
     Raises `UserError` for a source that does not exist or has no images, unreadable captions, or a dataset that
     cannot be loaded.
     """
-    path = Path(source).expanduser()
+    path = written_path(source)
     columns = Columns(caption_column, image_column)
     named = caption_column or image_column
     if path.is_dir():
@@ -253,10 +255,10 @@ def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
 
 
 def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], record: ImageRecord) -> None:
-    """Raise `BadImageError` where aspect ratios differ by more than 2 %."""
-    (mask_width, mask_height), (width, height) = mask_size, image_size
-    if abs(mask_width * height - width * mask_height) > 0.02 * mask_width * height:
-        reason = f"is a mask of {mask_width} × {mask_height}, another aspect ratio than its image {record.path.name}"
+    """Raise `BadImageError` for a mask that is not its image scaled."""
+    if not is_same_shape(mask_size, image_size):
+        width, height = mask_size
+        reason = f"is a mask of {width} × {height}, another aspect ratio than its image {record.path.name}"
         raise BadImageError(str(record.mask), reason)
 
 
@@ -517,7 +519,7 @@ def _describe_empty_folder(folder: Path) -> str:
 
 def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list[str]:
     """Sentences on what a folder holds beside its listed images: other files, subfolders, masks of doubtful names."""
-    root = Path(source).expanduser()
+    root = written_path(source)
     used = {path for one in pictures for path in (one.path, one.mask, one.caption_file) if path}
     if pictures and (row := pictures[0].row) is not None:
         return _describe_other_images(row, source)

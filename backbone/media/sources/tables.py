@@ -15,6 +15,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import plain, resolve_inside
+from backbone.io.written import written_path
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
@@ -38,7 +39,7 @@ def is_dataset_folder(path: Path) -> bool:
 
 def could_be_dataset(source: str) -> bool:
     """`org/name`, unless that or `org` is here, or it ends as files do: then it is a path, if a mistyped one."""
-    path = Path(source).expanduser()
+    path = written_path(source)
     if path.exists() or path.parent.exists() or path.suffix.lower() in FILES:
         return False
     return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source) is not None

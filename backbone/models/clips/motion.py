@@ -27,6 +27,7 @@ from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.weights import check_weights, read_weights_header, refuse_damaged, refuse_missing
+from backbone.io.written import written_path
 
 ORIGINAL = re.compile(r"(?:module\.|motion_modules\.)?(?=(?:down_blocks|mid_block|up_blocks)\.)")
 RENAMED = {  # of an original AnimateDiff file
@@ -86,7 +87,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
 
     Raises `UserError` for what is none of them, is damaged, or conditions on a picture (PIA).
     """
-    path = Path(source).expanduser()
+    path = written_path(source)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
             f"{path} is a pickle, which is never read. Take the motion adapter's .safetensors version."

@@ -28,6 +28,7 @@ from backbone.families.unet.control import EMBEDDING, MIDDLE, MUST_AGREE, SKIPS,
 from backbone.io.console import UserError, progress
 from backbone.io.files import PICKLE_SUFFIXES, read_tensors
 from backbone.io.weights import read_weights_header
+from backbone.io.written import written_path
 from backbone.models.clips.motion import POSITIONS, motion_of, rename_original, rows_as_frames
 from backbone.models.model import Backbone
 
@@ -137,7 +138,7 @@ def open_sparsectrl(model: Backbone, name: str) -> SparseControl:
 
 
 def _load(model: Backbone, name: str) -> nn.Module:
-    path = Path(name).expanduser()
+    path = written_path(name)
     if path.is_file() or path.suffix.lower() in (*PICKLE_SUFFIXES, ".safetensors"):
         return _read_original(model, path)  # which says why a pickle is not read
     if not path.is_dir() and (name.count("/") != 1 or path.parent.exists()):

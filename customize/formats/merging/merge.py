@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backbone.adapters.apply import say_far_scale
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
 from backbone.io.console import UserError, count_of, notify, progress
@@ -100,6 +101,7 @@ def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
     for part in parts:
         if part.strength == 0:
             notify(f"{part.source} has the strength 0, so it adds nothing.")
+        say_far_scale(part.strength, f"the weights of {part.source}")
     for number, part in enumerate(parts[1:], start=1):
         refuse_other_base(parts[0], part)
         for before in parts[:number]:

@@ -280,8 +280,10 @@ def test_a_token_in_other_brackets_is_refused_and_not_drawn_as_text(token: str, 
 
 def test_a_concept_that_no_prompt_names_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = {"[V]": "bcd", "[W]": "fgh"}
-    one = Concept(kind="lora", model="moji", fingerprint="f", tokens=tokens, class_noun="", folder=Path("a"))
-    style = replace(one, tokens={}, folder=Path("b"))
+    one = Concept(
+        kind="lora", model="moji", fingerprint="f", tokens=tokens, class_noun="dog", folder=Path("a")
+    )
+    style = replace(one, tokens={"[S]": "mnp"}, class_noun="", folder=Path("b"))
     assert resolve_prompts(["a dog", "a [W] dog"], [one, style]) == ["a dog", "a fgh dog"]
     assert not capsys.readouterr().err
     assert resolve_prompts(["a dog", "a cat"], [one, style]) == ["a dog", "a cat"]

@@ -440,6 +440,13 @@ def test_strengths_that_add_nothing_or_too_much_are_told(
     said = capsys.readouterr().err
     assert f"{first} has the strength 0, so it adds nothing." in said
     assert "its strengths add up to 0, so it adds nothing." in said
+    read_inputs([f"{first}:80", str(second)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"At 80 times the strength that they were learned at, the weights of {first} tear images apart"
+        in said
+    )
+    assert "0.8" in said
     parts = read_inputs([f"{first}:1e39", str(second)])
     with pytest.raises(UserError, match=r"larger than numbers can be\. Lower its strength"):
         save_merged(tmp_path / "m.safetensors", merge_exact(parts), parts)
