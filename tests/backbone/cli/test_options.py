@@ -645,6 +645,7 @@ def test_the_page_of_spellings_is_what_the_code_understands() -> None:
             ("DPMPP-2M", "dpmpp-2m"),
             ("Heun", "heun"),
             ("lcm", "consistency"),
+            ("uni_pc_bh2", "unipc"),
         ),
     ],
 )
@@ -661,7 +662,7 @@ def test_what_our_pictures_say_of_their_sampler_is_understood() -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("UniPC", "sampler is UniPC, which is none of ddim, heun, dpmpp-2m, ancestral, consistency"),
+        ("PLMS", "sampler is PLMS, which is none of ddim, heun, dpmpp-2m, unipc, ancestral, consistency"),
         ("DPM++ 2M SDE", "which is none of ddim"),
         ("DPM++ SDE Karras", "which is none of ddim"),
         ("DPM++ 2M Karras", "asks for another spacing of the steps.* Write dpmpp-2m"),
