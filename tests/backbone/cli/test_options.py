@@ -449,6 +449,12 @@ def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: 
     [
         ({"num_class_images": 4}, "--num-class-images has no effect without --prior class-images"),
         ({"method": "full", "rank": 4}, "--rank has no effect without --method lora or pivotal"),
+        *(
+            ({"method": method, **base}, f"{flag} has no effect without --method lora or pivotal or textual")
+            for method in ("full", "custom-diffusion")
+            for base, flag in (({"quantize": "nf4"}, "--quantize"), ({"cpu_offload": 0.5}, "--cpu-offload"))
+        ),
+        ({"adapter": "lokr", "quantize": "8bit"}, "--quantize has no effect without --adapter lora or dora"),
         ({"method": "textual-inversion", "prior": "base"}, "--prior has no effect without --method"),
         ({"text_encoder_lr": 1e-3}, "--text-encoder-lr has no effect without --train-text-encoder"),
         ({"hub_model_id": "a/b"}, "without --push-to-hub"),
