@@ -431,12 +431,12 @@ def plan_memory(
 ) -> MemoryPlan:
     """The cheapest settings, starting from `start`, with which the run fits a device of `size` GiB.
 
-    Savings that `start` has are kept, but on a CPU those that move weights into its memory, where all of them lie.
-    `library` says whether bitsandbytes can be used. Raises `UserError` with the nearest remedy where nothing fits.
+    Savings that `start` has are kept; on a CPU those that move weights into its memory, where all of them lie, count as
+    none. `library` says whether bitsandbytes can be used. Raises `UserError` with the nearest remedy where nothing fits.
     """
-    usable = usable_bytes(size, estimator.device)
+    usable, asked = usable_bytes(size, estimator.device), start.placement
     if estimator.device == "cpu":
-        start = replace(start, placement=replace(start.placement, text_on_cpu=False, offload=0.0))
+        start = replace(start, placement=replace(asked, text_on_cpu=False, offload=0.0))
     allowed = applicable_savings(estimator.work, start, library=library, device=estimator.device)
     choice = find_cheapest(estimator, usable, start, allowed)
     hint = ""
@@ -450,8 +450,11 @@ def plan_memory(
             hint = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
     if choice is None:
         raise UserError(_describe_misfit(estimator, size, start, allowed, hint))
-    reasons = _explain_savings(estimator, usable, start, choice)
-    return MemoryPlan(choice, size, usable, estimator.phases(choice), reasons, hint)
+    reasons, phases = _explain_savings(estimator, usable, start, choice), estimator.phases(choice)
+    if estimator.device == "cpu":
+        kept = replace(choice.placement, text_on_cpu=asked.text_on_cpu, offload=asked.offload)
+        choice = replace(choice, placement=kept)
+    return MemoryPlan(choice, size, usable, phases, reasons, hint)
 
 
 def fit_to_memory(

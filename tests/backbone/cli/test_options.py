@@ -479,6 +479,8 @@ def test_customize_refuses_what_has_no_effect(asked: dict[str, Any], complaint: 
     [
         ({"pairs": "p", "rounds": 3}, "--rounds has no effect without --online"),
         ({"pairs": "p", "full": True, "rank": 3}, "--rank has no effect with --full"),
+        ({"pairs": "p", "full": True, "quantize": "nf4"}, "--quantize has no effect with --full"),
+        ({"pairs": "p", "full": True, "cpu_offload": 0.5}, "--cpu-offload has no effect with --full"),
         ({"pairs": "p", "mapo_weight": 0.3}, "--mapo-weight has no effect without --loss mapo"),
         ({"pairs": "p", "loss": "sft", "beta": 3.0}, "--beta has no effect without --loss"),
         ({**ONLINE, "limit": 4}, "--limit has no effect with --online"),
