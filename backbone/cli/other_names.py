@@ -50,6 +50,10 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     **dict.fromkeys(("neg", "negative-prompts", "uncond"), (("negative",), "")),
     **dict.fromkeys(("text", "caption"), (("prompts", "prompt", "instruction"), "")),
+    "prompt": (("target", "instruction", "prompts"), ""),
+    "target": (("prompt", "instruction", "prompts"), ""),
+    "instruction": (("prompt", "target"), ""),
+    **dict.fromkeys(("frames", "num-frames"), (("count",), "")),
     **dict.fromkeys(("loss-fn", "objective", "algo", "algorithm"), (("loss", "method"), "")),
 }
 COMMANDS: Mapping[str, tuple[str, ...]] = {
