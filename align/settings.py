@@ -71,7 +71,7 @@ class Settings(TrainingSettings):
     """
 
     NEEDS: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("rank", "lora_alpha", "lora_layers"), A_LORA),
+        **dict.fromkeys(("rank", "lora_alpha", "lora_layers", "quantize", "cpu_offload"), A_LORA),
         "gradient_checkpointing": OF_PAIRS,
     }
 

@@ -90,6 +90,7 @@ METHODS = {  # what each trains; the classes are in `customize.methods.registry`
 OWN_WORDS = ("textual-inversion", "pivotal", "custom-diffusion")
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
 WITH_WORDS = {"method": OWN_WORDS}
+BESIDE_A_BASE = {"method": ("lora", "pivotal", "textual-inversion")}  # whose weights stay as they are
 A_CONCEPT = {"pairs": ("",)}  # a subject with a token is learned, not edits from pairs
 OF_PAIRS: dict[str, tuple[Any, ...]] = {"pairs": ()}
 MOVES_DENOISER = {"method": ("lora", "full", "pivotal", "custom-diffusion")}  # so a class has to be preserved
@@ -117,7 +118,11 @@ SHEET_PROMPTS = (
 class Settings(TrainingSettings):
     """The settings of `customize train`. The trained weights are a function of these, the images and the model."""
 
-    NEEDS: ClassVar[Mapping[str, Any]] = dict.fromkeys(("rank", "lora_alpha", "lora_layers"), WITH_ADAPTER)
+    NEEDS: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("rank", "lora_alpha", "lora_layers"), WITH_ADAPTER),
+        "quantize": {**BESIDE_A_BASE, "adapter": ("lora", "dora")},  # peft's others ask a layer for its shape
+        "cpu_offload": BESIDE_A_BASE,
+    }
 
     images: Annotated[
         str,

@@ -100,9 +100,10 @@ def without(prompt: str, phrase: str) -> str:
             tokens = _take_out(tokens, first, first + len(wanted))
             found = True
     if not found:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
-        whole = rf"(?<![\w-]){re.escape(phrase.strip())}(?![\w-])"
-        part = re.escape(phrase.strip()) if re.search(f"[{UNSPACED}]", phrase) else whole
-        return " ".join(re.sub(part, " ", prompt, flags=re.IGNORECASE).split())
+        part = re.escape(phrase.strip())
+        if re.search(f"[{UNSPACED}]", phrase):
+            return " ".join(re.sub(part, "", prompt, flags=re.IGNORECASE).split())
+        return " ".join(re.sub(rf"(?<![\w-]){part}(?![\w-])", " ", prompt, flags=re.IGNORECASE).split())
     return _join(tokens)
 
 

@@ -110,6 +110,11 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
         )
     if concept.changed:
         require_whole_model(f"{concept.folder} changes the base's own weights, which")
+        if model.placement.quantize:
+            raise UserError(
+                f"{concept.folder} changes the base's own weights, which cannot lie in {model.placement.quantize}. "
+                "Leave out --quantize."
+            )
     for name in filter(None, (concept.weights, concept.words, concept.changed)):
         if not (concept.folder / name).is_file():
             raise UserError(

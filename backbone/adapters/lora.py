@@ -255,6 +255,11 @@ def load_factors(
             f"{path} is a DoRA: a strength of {scale:g} scales its direction, and its magnitudes stay as they are, as "
             "in diffusers. Towards the base, as in ComfyUI, it goes in a whole model: customize merge --bake."
         )
+    in_few_bits = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if in_few_bits and any(config.adapter_type in ("loha", "lokr") for config in configs.values()):
+        raise UserError(
+            f"{path} is a LoHa or LoKr, which reads the base's weights as they are. Leave out --quantize."
+        )
     parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     foreign = next((key for key in tensors if not key.startswith(tuple(parts))), None)
     if foreign is not None:

@@ -596,6 +596,8 @@ _SAME = {
     **dict.fromkeys(("float16", "half", "16"), ("fp16",)),
     **dict.fromkeys(("bfloat16", "bf-16"), ("bf16",)),
     **dict.fromkeys(("float32", "float", "full", "32"), ("fp32",)),
+    **dict.fromkeys(("4bit", "4-bit", "4", "int4", "fp4"), ("nf4",)),
+    **dict.fromkeys(("8-bit", "8", "int8"), ("8bit",)),
 }
 
 

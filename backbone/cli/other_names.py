@@ -44,8 +44,16 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("scheduler", "sampler-name", "sampling-method"), (("sampler", "lr-scheduler"), "")),
     **dict.fromkeys(("gpu", "gpus", "cuda"), (("device",), " As in --{flag} cuda:0.")),
     **dict.fromkeys(("dtype", "fp16", "bf16", "half"), (("precision",), " As in --{flag} bf16.")),
+    **dict.fromkeys(
+        ("load-in-4bit", "load-in-8bit", "quantization", "quantize-base"),
+        (("quantize",), " As in --{flag} nf4."),
+    ),
     **dict.fromkeys(("neg", "negative-prompts", "uncond"), (("negative",), "")),
     **dict.fromkeys(("text", "caption"), (("prompts", "prompt", "instruction"), "")),
+    "prompt": (("target", "instruction", "prompts"), ""),
+    "target": (("prompt", "instruction", "prompts"), ""),
+    "instruction": (("prompt", "target"), ""),
+    **dict.fromkeys(("frames", "num-frames"), (("count",), "")),
     **dict.fromkeys(("loss-fn", "objective", "algo", "algorithm"), (("loss", "method"), "")),
 }
 COMMANDS: Mapping[str, tuple[str, ...]] = {

@@ -14,7 +14,7 @@ from backbone.io.console import UserError
 if TYPE_CHECKING:
     from typing import Self
 
-Sampler = Literal["ddim", "heun", "dpmpp-2m", "ancestral", "consistency"]
+Sampler = Literal["ddim", "heun", "dpmpp-2m", "unipc", "ancestral", "consistency"]
 ALL_STEPS = (0.0, 1.0)
 Size: TypeAlias = tuple[int | None, int | None]
 """(width, height) in pixels; None for the model's own."""
@@ -28,6 +28,7 @@ SAMPLERS_ELSEWHERE: Mapping[Sampler, tuple[str, ...]] = {
     ),
     "heun": ("Heun", "k_heun", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
     "dpmpp-2m": ("DPM++ 2M", "k_dpmpp_2m", "dpmsolver++", "DPMSolverMultistepScheduler"),
+    "unipc": ("UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"),
     "ancestral": (
         *("Euler a", "k_euler_a", "euler_ancestral", "k_euler_ancestral", "DDPM"),
         *("EulerAncestralDiscreteScheduler", "DDPMScheduler"),

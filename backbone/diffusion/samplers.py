@@ -9,14 +9,15 @@ probability-flow ODE (Song et al. 2021, eq. 13) reads the same on every path: dx
 | `ddim`, `invert`      | the ODE, either way (DDIM, flow Euler) | 1        | no     |
 | `heun`                | the ODE                                | 2        | no     |
 | `dpmpp_2m`            | the ODE, in log(a/b) (DPM-Solver++ 2M) | 2        | no     |
+| `unipc`               | the same, each step then corrected     | 2        | no     |
 | `ancestral`           | the posterior chain (DDPM)             | weak 1   | yes    |
 | `consistency`         | jumps to x̂0, each noised anew (LCM)    | –        | yes    |
 | `reverse_sde`         | the reverse SDE (Euler–Maruyama)       | weak 1   | yes    |
 | `langevin`            | each level's density, one by one       | –        | yes    |
 | `predictor_corrector` | ancestral steps, each then corrected   | –        | yes    |
 
-`dpmpp_2m` and the stochastic ones only go from noisy to clean. `generator` is one torch.Generator, or one for each
-sample; gradients are recorded unless the caller says otherwise.
+`dpmpp_2m`, `unipc` and the stochastic ones only go from noisy to clean. `generator` is one torch.Generator, or one for
+each sample; gradients are recorded unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -120,12 +121,71 @@ def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
         clean = predict(noisy, here).clean
         expected = clean
         if before is not None and not _is_clean(there):
-            ratio = (_log_ratio(there) - _log_ratio(here)) / (_log_ratio(here) - _log_ratio(before[1]))
-            expected = clean + broadcast_like(ratio / 2, noisy) * (clean - before[0])
-        a, b = here.broadcast_like(noisy)
-        noisy = add_noise(expected, (noisy - a * expected) / b, there)
+            expected = _half_way(clean, here, there, *before)
+        noisy = _step_onto(expected, noisy, here, there)
         before = clean, here
     return noisy
+
+
+def unipc(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
+    """The state at `schedule[-1]` by UniPC of order 2, B(h) = eʰ − 1, for one prediction a step (Zhao et al. 2023).
+
+    A step of `dpmpp_2m`, taken anew from its beginning once x̂0 is known at its end too: the prediction that the next
+    step begins with. The last step takes x̂0 as it is, as diffusers' UniPCMultistepScheduler does. From noisy to clean
+    only.
+    """
+    _require_falling(schedule)
+    known: deque[tuple[Tensor, Level]] = deque(maxlen=2)
+    begun = noisy
+    for step, (here, there) in enumerate(pairwise(schedule), start=1):
+        clean = predict(noisy, here).clean
+        if known:
+            noisy = _step_onto(_corrected(clean, here, *reversed(known)), begun, known[-1][1], here)
+        known.append((clean, here))
+        begun = noisy
+        last = step == len(schedule) - 1
+        expected = clean if step == 1 or last else _half_way(clean, here, there, *known[0])
+        noisy = _step_onto(expected, begun, here, there)
+    return noisy
+
+
+def _half_way(clean: Tensor, here: Level, there: Level, clean_before: Tensor, before: Level) -> Tensor:
+    """x̂0 half way to `there`, on the line through two estimates in λ."""
+    ratio = (_log_ratio(there) - _log_ratio(here)) / (_log_ratio(here) - _log_ratio(before))
+    return clean + broadcast_like(ratio / 2, clean) * (clean - clean_before)
+
+
+def _corrected(
+    clean: Tensor,
+    there: Level,
+    behind: tuple[Tensor, Level],
+    before: tuple[Tensor, Level] | None = None,
+) -> Tensor:
+    """The x̂0 with which a step that began at `behind` reaches `there`, where x̂0 is `clean` (UniC).
+
+    Of a first step, with nothing `before`, the mean of both.
+    """
+    change = clean - behind[0]
+    if before is None:
+        return behind[0] + change / 2
+    h = (_log_ratio(there) - _log_ratio(behind[1])).double()
+    first = torch.expm1(-h)
+    second = -first / h - 1
+    third = -second / h - 1 / 2
+    back = (_log_ratio(before[1]) - _log_ratio(behind[1])).double() / h
+    weight_before = (2 * third - second) / first / (back - 1)
+    weight = second / first - weight_before
+    return (
+        behind[0]
+        + broadcast_like(weight_before / back, clean) * (before[0] - behind[0])
+        + broadcast_like(weight, clean) * change
+    )
+
+
+def _step_onto(expected: Tensor, noisy: Tensor, here: Level, there: Level) -> Tensor:
+    """The deterministic step with this clean estimate: the noise is what it leaves of `noisy`."""
+    a, b = here.broadcast_like(noisy)
+    return add_noise(expected, (noisy - a * expected) / b, there)
 
 
 # With fresh noise -------------------------------------------------------------------------------------------

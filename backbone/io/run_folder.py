@@ -63,8 +63,9 @@ FOLDERS = (
     "pictures",
 )  # of all kinds
 FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # as what is written into a folder ends
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 OF_A_FILE = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *PICTURES,
     *(".mp4", ".mov", ".mkv", ".avi", ".webm"),
     *(".safetensors", ".ckpt", ".pt", ".pth", ".bin"),
     *(".json", ".jsonl", ".yaml", ".yml", ".toml", ".csv", ".parquet"),
@@ -98,7 +99,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
     """`UserError` for a folder that holds a run: one of which a step has been saved, or a finished one.
 
     Settings alone do not take it, so that a command that failed can be repeated, corrected. One that cannot be written
-    is refused too, and one of `sources`, what is learned from, or of somebody's own files.
+    is refused too, and one of `sources`, what is learned from, or of somebody's own images or files of such names.
     """
     refuse_unwritable(run)
     refuse_among_others(run)
@@ -112,6 +113,13 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
         raise UserError(
             f"{run} is no run's folder, and a run would replace its {own[0]}. Choose another --out."
         )
+    if run.is_dir() and not (run / RECORD).is_file():
+        images = [entry.name for entry in run.iterdir() if entry.suffix.lower() in PICTURES]
+        if images:
+            raise UserError(
+                f"{run} holds images ({min(images)}), and a run writes its own there too, which would be taken for "
+                "more of them. Choose another --out."
+            )
     if any((run / name).exists() for name in SAVED):
         raise UserError(
             f"{run} already holds a run. Continue it with --resume {quote(run)}, or choose another --out."

@@ -26,7 +26,8 @@ NAMES = {  # of A1111, in its order
     "strength": "Denoising strength",
 }
 SAMPLERS = {
-    "ddim": "DDIM", "heun": "Heun", "dpmpp-2m": "DPM++ 2M", "ancestral": "Euler a", "consistency": "LCM"
+    "ddim": "DDIM", "heun": "Heun", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC",
+    "ancestral": "Euler a", "consistency": "LCM",
 }  # fmt: skip
 
 

@@ -431,25 +431,30 @@ def plan_memory(
 ) -> MemoryPlan:
     """The cheapest settings, starting from `start`, with which the run fits a device of `size` GiB.
 
-    Savings that `start` has are kept. `library` says whether bitsandbytes can be used. Raises `UserError` with the
-    nearest remedy where nothing fits.
+    Savings that `start` has are kept; on a CPU those that move weights into its memory, where all of them lie, count as
+    none. `library` says whether bitsandbytes can be used. Raises `UserError` with the nearest remedy where nothing fits.
     """
-    usable = usable_bytes(size, estimator.device)
-    allowed = applicable_savings(estimator.work, start, library=library)
+    usable, asked = usable_bytes(size, estimator.device), start.placement
+    if estimator.device == "cpu":
+        start = replace(start, placement=replace(asked, text_on_cpu=False, offload=0.0))
+    allowed = applicable_savings(estimator.work, start, library=library, device=estimator.device)
     choice = find_cheapest(estimator, usable, start, allowed)
     hint = ""
     if not library and (choice is None or choice.placement.offload):
         others = [
             saving
-            for saving in applicable_savings(estimator.work, start, library=True)
+            for saving in applicable_savings(estimator.work, start, library=True, device=estimator.device)
             if saving not in CPU_OFFLOAD
         ]
         if find_cheapest(estimator, usable, start, others) is not None:
             hint = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
     if choice is None:
         raise UserError(_describe_misfit(estimator, size, start, allowed, hint))
-    reasons = _explain_savings(estimator, usable, start, choice)
-    return MemoryPlan(choice, size, usable, estimator.phases(choice), reasons, hint)
+    reasons, phases = _explain_savings(estimator, usable, start, choice), estimator.phases(choice)
+    if estimator.device == "cpu":
+        kept = replace(choice.placement, text_on_cpu=asked.text_on_cpu, offload=asked.offload)
+        choice = replace(choice, placement=kept)
+    return MemoryPlan(choice, size, usable, phases, reasons, hint)
 
 
 def fit_to_memory(
@@ -492,18 +497,21 @@ def peak_bytes(estimator: MemoryEstimator, choice: MemorySettings) -> int:
     return max(phase.total_bytes for phase in estimator.phases(choice).values())
 
 
-def applicable_savings(work: Workload, start: MemorySettings, *, library: bool) -> list[Saving]:
-    """The savings that apply to this workload, cheapest first."""
+def applicable_savings(
+    work: Workload, start: MemorySettings, *, library: bool, device: str = "cuda"
+) -> list[Saving]:
+    """The savings that apply to this workload on a `device` (cpu, cuda), cheapest first."""
+    beside = device != "cpu"  # the CPU's memory is another one
     frozen = work.supports_compressed_base and not work.full_finetuning
     apply = {
-        TEXT_ON_CPU: not work.trains_text_encoders,
+        TEXT_ON_CPU: beside and not work.trains_text_encoders,
         EIGHT_BIT_OPTIMIZER: library
         and work.full_finetuning
         and not start.fixed_optimizer
         and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
         **dict.fromkeys(QUANTIZATION, frozen and library and not start.placement.offload),
-        **dict.fromkeys(CPU_OFFLOAD, frozen and not start.placement.quantize),
+        **dict.fromkeys(CPU_OFFLOAD, beside and frozen and not start.placement.quantize),
     }
     return [saving for saving in SAVINGS if apply.get(saving, True)]
 

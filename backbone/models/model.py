@@ -22,6 +22,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from backbone.cli.sampling import own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.diffusion.transfer import send
@@ -38,7 +39,7 @@ from backbone.families.base import (
     TextEncoder,
 )
 from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
-from backbone.families.components.noise_paths import scheduler_sampling
+from backbone.families.components.noise_paths import say_nearest_sampler, scheduler_sampling
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet.family import UNetFamily, widen_input
@@ -271,6 +272,8 @@ class Backbone:
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
         family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
+        if "sampler" not in own | few:
+            say_nearest_sampler(self.location, own_sampler(family))
         return usual | family | own | few
 
     @property

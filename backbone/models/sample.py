@@ -30,7 +30,7 @@ from backbone.cli.sampling import (
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator, keep
-from backbone.diffusion.samplers import ancestral, consistency, ddim, dpmpp_2m, heun
+from backbone.diffusion.samplers import ancestral, consistency, ddim, dpmpp_2m, heun, unipc
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError, notify_once
 from backbone.media.transforms import to_image
@@ -307,6 +307,8 @@ def get_sampler(
             return heun
         case "dpmpp-2m":
             return dpmpp_2m
+        case "unipc":
+            return unipc
         case "ancestral":
             return lambda noisy, predict, schedule: ancestral(noisy, predict, schedule, generator=randoms)
         case "consistency":

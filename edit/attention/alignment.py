@@ -10,8 +10,9 @@ all of it for one pair of prompts and positions T of the encoded prompts:
 
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
 a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
-punctuation apart. Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's
-tokens are those of all of them, and each takes attention from its own change.
+punctuation apart; of Chinese and Japanese, which put no spaces between words, each token is one, and a row of kana.
+Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's tokens are those
+of all of them, and each takes attention from its own change.
 """
 
 from __future__ import annotations
@@ -27,12 +28,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from backbone.adapters.concept import LETTER
 from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 from backbone.io.prompts import compose
 
 EMOJI = "\ufe0f"  # says that the character before it is one
 TYPOGRAPHY = str.maketrans("’‘ʼ‐‑", "'''--")  # as text programs write apostrophes and hyphens
+SCRIPTS = {  # of Chinese and Japanese, written without spaces between words
+    "han": "\u2e80-\u2fdf\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
+    "hiragana": "\u3041-\u309f",
+    "katakana": "\u30a0-\u30ff\u31f0-\u31ff",  # with its mark of a long vowel
+}
+ANY_SCRIPT = f"[{''.join(SCRIPTS.values())}]"
 
 Change = Literal["kept", "replaced", "added", "removed"]
 Window = tuple[float, float]
@@ -202,8 +210,11 @@ def restore_placeholders(text: str, placeholders: Mapping[str, str]) -> str:
 
 
 def whole_words(phrase: str) -> re.Pattern[str]:
-    """What finds a phrase in a text, whatever its case, where it is not a part of other words."""
-    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+    """What finds a phrase in a text, whatever its case, where it is not a part of other words.
+
+    In scripts without spaces any place counts.
+    """
+    return re.compile(rf"(?<!{LETTER}){re.escape(phrase)}(?!{LETTER})", re.IGNORECASE)
 
 
 def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:
@@ -413,7 +424,18 @@ def _is_word_boundary(text: str, at: int) -> bool:
     before = next((one for one in reversed(text[:at]) if not _is_mark(one)), "")
     if before in ("'", "’") and text[max(at - 2, 0) : at - 1].isalnum():
         return False
-    return bool(before.strip()) and not _is_mark(text[at]) and before.isalnum() != text[at].isalnum()
+    if not before.strip() or _is_mark(text[at]):
+        return False
+    return before.isalnum() != text[at].isalnum() or _is_between_scripts(before, text[at])
+
+
+def _is_between_scripts(before: str, here: str) -> bool:
+    """Whether a word may end between two characters of an unspaced text: at each of Han, and at the ends of kana."""
+    first, second = (
+        next((name for name, its in SCRIPTS.items() if re.match(f"[{its}]", character)), "")
+        for character in (before, here)
+    )
+    return "han" in (first, second) or first != second
 
 
 def _is_mark(character: str) -> bool:
@@ -530,4 +552,6 @@ def _positions(words: Sequence[Word]) -> list[int]:
 
 
 def _text_of(words: Sequence[Word]) -> str:
-    return " ".join(word.text for word in words)
+    """Words as a person writes them, those of scripts without spaces side by side."""
+    text = " ".join(word.text for word in words)
+    return re.sub(f"(?<={ANY_SCRIPT}) (?={ANY_SCRIPT})", "", text)

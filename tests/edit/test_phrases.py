@@ -86,6 +86,7 @@ from edit.phrases import things, without
         ("a cat-like dog", "cat", "a cat-like dog"),
         # Without spaces
         ("公园里的猫", "猫", "公园里的"),
+        ("公园里的白猫和狗", "白猫", "公园里的和狗"),
         ("แมวในหิมะ", "แมว", "ในหิมะ"),
         ("공원의 고양이는", "고양이", "공원의 는"),
         ("a dog", "cat", "a dog"),

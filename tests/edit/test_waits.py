@@ -37,7 +37,7 @@ def waits_of(model: Backbone, act: Callable[[], Any]) -> list[str]:
     return waits.found
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp-2m", "ancestral"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp-2m", "unipc", "ancestral"])
 def test_sampling_waits_once_for_its_pictures(tiny: Backbone, sampler: Any) -> None:
     requests = [Request("a dog", (0, number)) for number in range(2)]
 

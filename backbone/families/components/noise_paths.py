@@ -54,6 +54,7 @@ SOLVERS = (  # whose S steps are the first of S + 1, but for trailing ones in di
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "SASolverScheduler"),
 )
+DPM_SOLVERS = SOLVERS[:2]
 ENDS_AT_FIRST = SOLVERS[-2:]  # at the cleanest level trained, never at σ = 0
 DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
 DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
@@ -64,8 +65,26 @@ DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023
 SAMPLERS_OF: Mapping[str, str] = {  # other schedulers whose steps are not Euler's along the ODE
     "FlowMatchHeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "UniPCMultistepScheduler": "unipc",
     "EulerAncestralDiscreteScheduler": "ancestral",
     "DDPMScheduler": "ancestral",
+}
+# Settings under which a solver takes other steps than its sampler here
+OTHER_STEPS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver",),
+        "solver_order": (3,),
+        "solver_type": ("heun",),
+    },
+    "UniPCMultistepScheduler": {"solver_order": (1, 3), "solver_type": ("bh1",), "predict_x0": (False,)},
+}
+NEAREST: Mapping[str, str] = {  # of schedulers whose steps are of no sampler here, the one that comes nearest
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "ancestral",
+    "DEISMultistepScheduler": "dpmpp-2m",
+    **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverSinglestepScheduler"), "ddim"),
+    **dict.fromkeys(("DPMSolverSDEScheduler", "SASolverScheduler"), "ancestral"),
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
 MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1
@@ -262,8 +281,8 @@ def flow_path(
 def scheduler_sampling(location: Location) -> dict[str, Any]:
     """How a model is drawn whose scheduler is that of a distillation, or takes other steps than Euler's and DDIM's.
 
-    Of other schedulers nothing differs, nor of those whose steps no sampler here takes. A network that is told the
-    guidance keeps one; distilled ones are else drawn without guidance by a second call.
+    Of other schedulers nothing differs. A network that is told the guidance keeps one; distilled ones are else drawn
+    without guidance by a second call.
     """
     if location.file is not None:
         return {}  # its scheduler is a published one, of none of these kinds
@@ -276,10 +295,40 @@ def scheduler_sampling(location: Location) -> dict[str, Any]:
         return {"steps": 4, "sampler": DISTILLED_SAMPLERS[name]} | ({} if told else guidance)
     if name == "FlowMatchEulerDiscreteScheduler" and scheduler.get("stochastic_sampling"):
         return {"sampler": "consistency"}  # the same step: each clean estimate noised anew
-    solver = scheduler.get("algorithm_type", "dpmsolver++"), scheduler.get("solver_order", 2)
-    if name == "DPMSolverMultistepScheduler" and solver != ("dpmsolver++", 2):
-        return {}
-    return {"sampler": SAMPLERS_OF[name]} if name in SAMPLERS_OF else {}
+    sampler, _ = _nearest_sampler(scheduler)
+    return {} if sampler is None else {"sampler": sampler}
+
+
+def say_nearest_sampler(location: Location, sampler: str) -> None:
+    """Say where a folder's scheduler takes other steps than the `sampler` by which the model is drawn."""
+    if location.file is not None:
+        return
+    if unlike := _nearest_sampler(location.config("scheduler"))[1]:
+        notify_once(
+            f"The scheduler of {location.name} is a {unlike}, whose steps no sampler here takes: images are drawn by "
+            f"{sampler} at its timesteps, unless --sampler names another."
+        )
+
+
+def _nearest_sampler(scheduler: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The sampler that comes nearest to a scheduler's steps, None for DDIM's and Euler's own.
+
+    And the scheduler in words where it takes other steps; empty where it takes the same.
+    """
+    name, kind = scheduler.get("_class_name", ""), str(scheduler.get("algorithm_type"))
+    first = scheduler.get("solver_order") == 1
+    if name in DPM_SOLVERS and kind.startswith("sde-"):
+        return "ancestral", "" if first else f"{name} with algorithm_type {kind}"
+    if first and name in (*DPM_SOLVERS, "DEISMultistepScheduler"):
+        return None, ""  # DDIM is the first-order step of them all
+    if name in NEAREST:
+        return NEAREST[name], name
+    other = (
+        f"{name} with {key} {json.dumps(scheduler[key])}"
+        for key, values in OTHER_STEPS.get(name, {}).items()
+        if scheduler.get(key) in values
+    )
+    return SAMPLERS_OF.get(name), next(other, "")
 
 
 def _read_flow_config(location: Location) -> dict[str, Any]:

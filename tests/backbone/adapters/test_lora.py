@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError, said_of
 from backbone.io.files import read_header
 from backbone.models.model import Backbone
+from backbone.models.placement import Placement
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -134,6 +136,21 @@ def test_that_a_strength_leaves_a_dora_s_magnitudes_is_said(
         again = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
         load_lora(tmp_path / LORA_WEIGHTS, again.denoiser, "one", scale=scale)
         assert ("a strength of 0.5 scales its direction" in capsys.readouterr().err) is told
+
+
+def test_what_reads_the_base_s_weights_is_refused_on_one_in_few_bits(
+    tmp_path: Path, tiny_folder: Path, tiny: Backbone
+) -> None:
+    add_lora(tiny.denoiser, "one", rank=2, alpha=4.0, targets=("to_q",), kind=AdapterKind("loha"))
+    save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
+    again: Any = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
+    again.denoiser.is_loaded_in_8bit = True  # as `quantize` marks it
+    with pytest.raises(UserError, match="a LoHa or LoKr, which reads the base"):
+        load_lora(tmp_path / LORA_WEIGHTS, again.denoiser, "one")
+    changes = Concept("subject", tiny.location.name, tiny.fingerprint, {}, "", changed="d", folder=tmp_path)
+    small = Backbone.open(str(tiny_folder), device="cpu", placement=Placement(quantize="8bit"))
+    with pytest.raises(UserError, match="changes the base's own weights, which cannot lie in 8bit"):
+        load_concepts(small, [changes])
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_folder: Path, tiny: Backbone) -> None:

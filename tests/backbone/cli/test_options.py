@@ -453,6 +453,12 @@ def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: 
     [
         ({"num_class_images": 4}, "--num-class-images has no effect without --prior class-images"),
         ({"method": "full", "rank": 4}, "--rank has no effect without --method lora or pivotal"),
+        *(
+            ({"method": method, **base}, f"{flag} has no effect without --method lora or pivotal or textual")
+            for method in ("full", "custom-diffusion")
+            for base, flag in (({"quantize": "nf4"}, "--quantize"), ({"cpu_offload": 0.5}, "--cpu-offload"))
+        ),
+        ({"adapter": "lokr", "quantize": "8bit"}, "--quantize has no effect without --adapter lora or dora"),
         ({"method": "textual-inversion", "prior": "base"}, "--prior has no effect without --method"),
         ({"text_encoder_lr": 1e-3}, "--text-encoder-lr has no effect without --train-text-encoder"),
         ({"hub_model_id": "a/b"}, "without --push-to-hub"),
@@ -477,6 +483,8 @@ def test_customize_refuses_what_has_no_effect(asked: dict[str, Any], complaint: 
     [
         ({"pairs": "p", "rounds": 3}, "--rounds has no effect without --online"),
         ({"pairs": "p", "full": True, "rank": 3}, "--rank has no effect with --full"),
+        ({"pairs": "p", "full": True, "quantize": "nf4"}, "--quantize has no effect with --full"),
+        ({"pairs": "p", "full": True, "cpu_offload": 0.5}, "--cpu-offload has no effect with --full"),
         ({"pairs": "p", "mapo_weight": 0.3}, "--mapo-weight has no effect without --loss mapo"),
         ({"pairs": "p", "loss": "sft", "beta": 3.0}, "--beta has no effect without --loss"),
         ({**ONLINE, "limit": 4}, "--limit has no effect with --online"),
@@ -649,6 +657,7 @@ def test_the_page_of_spellings_is_what_the_code_understands() -> None:
             ("DPMPP-2M", "dpmpp-2m"),
             ("Heun", "heun"),
             ("lcm", "consistency"),
+            ("uni_pc_bh2", "unipc"),
         ),
     ],
 )
@@ -665,7 +674,7 @@ def test_what_our_pictures_say_of_their_sampler_is_understood() -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("UniPC", "sampler is UniPC, which is none of ddim, heun, dpmpp-2m, ancestral, consistency"),
+        ("PLMS", "sampler is PLMS, which is none of ddim, heun, dpmpp-2m, unipc, ancestral, consistency"),
         ("DPM++ 2M SDE", "which is none of ddim"),
         ("DPM++ SDE Karras", "which is none of ddim"),
         ("DPM++ 2M Karras", "asks for another spacing of the steps.* Write dpmpp-2m"),

@@ -17,6 +17,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -50,6 +51,7 @@ from backbone.diffusion.samplers import (
     reverse_sde,
     reverse_sde_step,
     trajectory,
+    unipc,
 )
 from backbone.diffusion.schedules import Spacing, alphas_cumprod, flow_schedule, karras_schedule, vp_schedule
 from tests.backbone.mixture import THREE_MODES, Mixture
@@ -95,6 +97,7 @@ inner = pytest.mark.parametrize("schedule", INNER.values(), ids=INNER.keys())
         (ddim, 100),
         (heun, 40),
         (dpmpp_2m, 40),
+        (unipc, 40),
         (lambda x, predict, schedule: ancestral(x, predict, schedule, generator=generator(1)), 100),
         (lambda x, predict, schedule: ancestral(x, predict, schedule, generator=generator(1), eta=0.5), 100),
         (lambda x, predict, schedule: reverse_sde(x, predict, schedule, generator=generator(1)), 100),
@@ -104,6 +107,7 @@ inner = pytest.mark.parametrize("schedule", INNER.values(), ids=INNER.keys())
         "deterministic",
         "heun",
         "DPM++ 2M",
+        "UniPC",
         "ancestral",
         "half ancestral",
         "reverse SDE",
@@ -176,11 +180,14 @@ def test_the_order_of_a_deterministic_sampler(
     [INNER["ve"], INNER["vp"], lambda steps: flow(evenly(0.95, 0.3, steps))],
     ids=["ve", "vp", "flow"],
 )
-def test_remembering_one_estimate_has_order_two(schedule: Callable[[int], Schedule]) -> None:
+@pytest.mark.parametrize("sampler", [dpmpp_2m, unipc])
+def test_remembering_one_estimate_has_order_two(
+    schedule: Callable[[int], Schedule], sampler: Callable[[Tensor, Predict, Schedule], Tensor]
+) -> None:
     """Where λ is finite at the noisy end: its extrapolation in λ is worth nothing in the step that leaves −∞."""
     x, exact = walked_finely(schedule)
     errors = [
-        float((dpmpp_2m(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
+        float((sampler(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
         for steps in (64, 128, 256)
     ]
     assert measured_order(errors) == pytest.approx(2, abs=0.1)
@@ -363,7 +370,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_its_neighbours() -> 
 
 def test_stochastic_samplers_refuse_to_walk_up() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
-    for sampler in (dpmpp_2m, ancestral, reverse_sde, langevin, predictor_corrector):
+    for sampler in (dpmpp_2m, unipc, ancestral, reverse_sde, langevin, predictor_corrector):
         with pytest.raises(ValueError, match="falls at every level"):
             sampler(x, THREE_MODES.predict, flow_schedule(4).flip())
 
@@ -373,7 +380,7 @@ def test_a_state_keeps_its_dtype() -> None:
         return estimate(torch.tanh(noisy), noisy, level, "flow")
 
     x = torch.randn(2, 4, 8, 8, generator=generator())
-    for sampler in (ddim, heun, dpmpp_2m, ancestral, reverse_sde, langevin, predictor_corrector):
+    for sampler in (ddim, heun, dpmpp_2m, unipc, ancestral, reverse_sde, langevin, predictor_corrector):
         assert sampler(x, predict, flow_schedule(3)).dtype is torch.float32
 
 
@@ -449,13 +456,21 @@ def test_an_ancestral_walk_is_ddim_with_eta_one() -> None:
     assert_parity(ancestral(LATENT, predictor(network, "epsilon"), schedule, generator=generator(7)), theirs)
 
 
+multistep = pytest.mark.parametrize(
+    ("scheduler_class", "sampler"),
+    [(DPMSolverMultistepScheduler, dpmpp_2m), (UniPCMultistepScheduler, unipc)],
+    ids=["DPM++ 2M", "UniPC"],
+)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0)])
-def test_a_walk_of_two_steps_memory_is_dpm_solver_multistep(
-    kind: PredictionType, spacing: Spacing, offset: int
+@multistep
+def test_a_walk_of_two_steps_memory_is_diffusers_multistep_solver(
+    scheduler_class: Any, sampler: Any, kind: PredictionType, spacing: Spacing, offset: int
 ) -> None:
     scheduler = scheduled(
-        DPMSolverMultistepScheduler,
+        scheduler_class,
         **SETTINGS,
         timestep_spacing=spacing,
         steps_offset=offset,
@@ -467,20 +482,28 @@ def test_a_walk_of_two_steps_memory_is_dpm_solver_multistep(
     steps = [int(time) for time in scheduler.timesteps]
     alpha_bar = alphas_cumprod()
     levels = vp(torch.cat([alpha_bar[steps], torch.ones(1)]), torch.tensor([*map(float, steps), 0.0]))
-    assert_parity(dpmpp_2m(LATENT, predictor(network, kind), levels), theirs)
+    assert_parity(sampler(LATENT, predictor(network, kind), levels), theirs)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_two_steps_memory_on_a_flow_are_dpm_solver_multistep(shift: float) -> None:
+@multistep
+def test_two_steps_memory_on_a_flow_are_diffusers_multistep_solver(
+    scheduler_class: Any, sampler: Any, shift: float
+) -> None:
     scheduler = scheduled(
-        DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+        scheduler_class, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
     )
     theirs = LATENT
     for time in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
     sigmas = scheduler.sigmas
     levels = flow(sigmas, torch.cat([scheduler.timesteps.float(), torch.zeros(1)]))
-    assert_parity(dpmpp_2m(LATENT, predictor(network, "flow"), levels), theirs)
+    assert_parity(sampler(LATENT, predictor(network, "flow"), levels), theirs)
+
+
+def test_a_flow_s_first_step_whose_ratio_has_no_logarithm_is_walked_by_every_multistep_solver() -> None:
+    for sampler in (dpmpp_2m, unipc):
+        assert sampler(LATENT, predictor(network, "flow"), flow_schedule(6)).isfinite().all()
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -79,6 +79,16 @@ def test_somebody_s_own_folder_is_neither_cleared_nor_written_into(tmp_path: Pat
         refuse_taken(tmp_path / "README.md" / "run")
 
 
+@pytest.mark.parametrize("name", ["dog.png", "DOG.JPG", "dog.webp"])
+def test_a_run_is_not_written_among_somebody_s_images(tmp_path: Path, name: str) -> None:
+    """Its sheet.png was learned as one of the subject's by the next run."""
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"holds images .{name}., and a run writes its own there"):
+        refuse_taken(tmp_path)
+    (tmp_path / "settings.json").write_text("{}")  # a run that failed
+    refuse_taken(tmp_path)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize(
     ("name", "is_folder"),

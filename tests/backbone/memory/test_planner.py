@@ -18,8 +18,10 @@ from backbone.io.files import read_json, write_json
 from backbone.memory import count
 from backbone.memory.count import StepBytes, training_step_bytes
 from backbone.memory.planner import (
+    CPU_OFFLOAD,
     GIB,
     SAVINGS,
+    TEXT_ON_CPU,
     MemoryEstimator,
     MemorySettings,
     Phase,
@@ -330,6 +332,15 @@ def test_all_weights_where_they_do_not_fit_are_refused_for_an_adapter(whole: Mem
 def test_what_the_user_chose_stays(account: MemoryEstimator) -> None:
     start = MemorySettings("bf16", placement=Placement(quantize="nf4"))
     assert plan_memory(account, 80, start, library=False).settings == start
+
+
+def test_on_a_cpu_nothing_is_planned_into_the_memory_where_it_lies(account: MemoryEstimator) -> None:
+    here, start = MemoryEstimator(account.model, account.work, device="cpu"), MemorySettings("bf16")
+    allowed = applicable_savings(here.work, start, library=False, device=here.device)
+    assert allowed and not {TEXT_ON_CPU, *CPU_OFFLOAD} & set(allowed)
+    moved = replace(start, placement=Placement(text_on_cpu=True, offload=0.5))
+    found = plan_memory(here, 80, moved, library=False)
+    assert found.settings == moved and found.phases == here.phases(start)
 
 
 def test_phases_are_sums() -> None:

@@ -66,7 +66,9 @@ def test_both_looks_of_a_step_of_heun_follow_their_own_levels() -> None:
     assert "".join(said).startswith("...##") and set(said[3:]) == {"#"}
 
 
-@pytest.mark.parametrize(("sampler", "times"), [("ddim", 3), ("ancestral", 3), ("dpmpp-2m", 3), ("heun", 6)])
+@pytest.mark.parametrize(
+    ("sampler", "times"), [("ddim", 3), ("ancestral", 3), ("dpmpp-2m", 3), ("unipc", 3), ("heun", 6)]
+)
 def test_what_was_done_is_told_after_each_prediction_and_adds_up_to_the_images(
     tiny: Backbone, sampler: Sampler, times: int
 ) -> None:
@@ -193,7 +195,7 @@ def test_what_is_known_of_a_sample_stays_and_the_rest_is_drawn_beside_it(tiny_fo
     clean = torch.randn(len(ASKED), *tiny.latent_shape, generator=random)
     kept = torch.zeros(tiny.latent_shape[-2:], dtype=torch.bool)
     kept[:, : kept.shape[1] // 2] = True
-    for sampler in ("ddim", "ancestral", "heun", "dpmpp-2m"):
+    for sampler in ("ddim", "ancestral", "heun", "dpmpp-2m", "unipc"):
         how: dict[str, Any] = {"steps": 3, "guidance": 2.0, "seed": 1, "sampler": sampler}
         (drawn,) = sample_latents(tiny, ASKED, given=GivenLatents(clean, kept=kept), **how)
         (other,) = sample_latents(tiny, ASKED, given=GivenLatents(clean), **how)

@@ -12,14 +12,19 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -120,6 +125,7 @@ def test_a_flow_that_grows_between_its_steps_is_refused(tmp_path: Path) -> None:
     ("kind", "spacing"),
     [
         *((DPMSolverMultistepScheduler, spacing) for spacing in ("linspace", "leading", "trailing")),
+        *((UniPCMultistepScheduler, spacing) for spacing in ("linspace", "leading", "trailing")),
         (EulerAncestralDiscreteScheduler, "leading"),
         (partial(DDPMScheduler, clip_sample=False), "leading"),
     ],
@@ -136,11 +142,47 @@ def test_a_folder_with_another_solver_is_drawn_as_diffusers_draws_it(
     assert (latents - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_a_solver_of_another_order_is_drawn_by_plain_steps(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    assert usual_drawing(opened(with_scheduler(folder, DPMSolverMultistepScheduler))).sampler == "dpmpp-2m"
-    first = with_scheduler(folder, DPMSolverMultistepScheduler, solver_order=1)
-    assert usual_drawing(opened(first)).sampler == "ddim"
+@pytest.mark.parametrize(
+    ("kind", "settings", "sampler", "other"),
+    [
+        (DPMSolverMultistepScheduler, {}, "dpmpp-2m", None),
+        (DPMSolverMultistepScheduler, {"solver_order": 1}, "ddim", None),
+        (DPMSolverMultistepScheduler, {"solver_order": 3}, "dpmpp-2m", "with solver_order 3"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "ancestral", "sde-dpmsolver++"),
+        (UniPCMultistepScheduler, {"solver_type": "midpoint"}, "unipc", None),  # read as bh2
+        (UniPCMultistepScheduler, {"solver_type": "bh1"}, "unipc", 'with solver_type "bh1"'),
+        (DEISMultistepScheduler, {}, "dpmpp-2m", "a DEISMultistepScheduler"),
+        (HeunDiscreteScheduler, {}, "heun", "a HeunDiscreteScheduler"),
+        (PNDMScheduler, {}, "ddim", "a PNDMScheduler"),
+        (EulerDiscreteScheduler, {}, "ddim", None),
+    ],
+)
+def test_a_scheduler_whose_steps_no_sampler_takes_is_told_of(
+    tiny_folder: Path,
+    tmp_path: Path,
+    kind: Any,
+    settings: dict[str, Any],
+    sampler: str,
+    other: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = with_scheduler(Path(shutil.copytree(tiny_folder, tmp_path / "model")), kind, **settings)
+    assert usual_drawing(opened(folder)).sampler == sampler
+    told = " ".join(capsys.readouterr().err.split())
+    if other is None:
+        assert "whose steps" not in told
+    else:
+        assert f"{other}, whose steps no sampler here takes" in told
+        assert f"drawn by {sampler} at its timesteps" in told
+
+
+def test_a_model_that_names_its_sampler_is_told_nothing_of_its_scheduler_s_steps(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_scheduler(Path(shutil.copytree(tiny_folder, tmp_path / "model")), PNDMScheduler)
+    (folder / "limner.json").write_text('{"sampler": "heun"}')
+    assert usual_drawing(opened(folder)).sampler == "heun"
+    assert "whose steps" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("said", ["LCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])

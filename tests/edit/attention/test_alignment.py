@@ -21,6 +21,7 @@ from edit.attention.alignment import (
     token_weights,
     token_windows,
 )
+from edit.methods.prompt_to_prompt.weigh import without_phrase
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER: Any = tiny_tokenizer()  # a, dog, cat, in, the, snow, red are one token each; "hat" is three
@@ -225,6 +226,36 @@ def test_apostrophes_and_hyphens_of_text_programs_are_those_of_a_keyboard() -> N
         assert "".join(word.text for word in read.find("king's")) == text.split()[1]
         assert read.find("King’s") == read.find("king's") != ()
         assert read.find("t-shirt") == read.find("T‑Shirt") != ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("公园里的猫", ["公", "园", "里", "的", "猫"]),
+        ("公園にいる白い猫", ["公", "園", "にいる", "白", "い", "猫"]),
+        ("コーヒーを飲む猫", ["コーヒー", "を", "飲", "む", "猫"]),
+        ("a 猫 in the park", ["a", "猫", "in", "the", "park"]),
+        ("jkw狗", ["jkw", "狗"]),
+        ("공원에 있는 고양이", ["공원에", "있는", "고양이"]),
+    ],
+)
+def test_words_of_writing_without_spaces_are_told_apart(text: str, words: list[str]) -> None:
+    read = prompt(text)
+    assert [word.text for word in read.words] == words
+    assert sorted(position for word in read.words for position in word.positions) == list(
+        range(1, read.sections[0].end)
+    )
+
+
+def test_a_word_without_spaces_around_it_is_replaced_weighted_and_found() -> None:
+    source, target = prompt("公园里的猫"), prompt("公园里的狗")
+    alignment = align(source, target)
+    assert [(span.change, len(span.source)) for span in alignment.spans] == [("kept", 4), ("replaced", 1)]
+    assert str(alignment).splitlines()[0] == "source │ 公园里的 │ 猫"
+    assert [word.text for word in source.find("公园")] == ["公", "园"]
+    assert alignment.find_both("猫") == (source.words[-1:], target.words[-1:])
+    assert token_weights(source, {"猫": 2.0})[source.words[-1].positions[0]] == 2
+    assert without_phrase("公园里的猫", "公园") == "里的猫"
 
 
 def test_a_phrase_is_found_wherever_it_stands() -> None:

@@ -62,7 +62,7 @@ def test_an_instruction_gives_diffusers_own_latents(folder: Path, model: Backbon
     assert float((ours.latents - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("ancestral", 4), ("heun", 8), ("dpmpp-2m", 4)])
+@pytest.mark.parametrize(("sampler", "calls"), [("ancestral", 4), ("heun", 8), ("dpmpp-2m", 4), ("unipc", 4)])
 def test_any_sampler_draws_an_edit_and_tells_of_every_step_once(
     model: Backbone, sampler: Sampler, calls: int
 ) -> None:
