@@ -13,6 +13,7 @@ from PIL import Image
 
 from backbone.adapters.concept import choose_rare_word
 from backbone.diffusion.noise import add_noise
+from backbone.io.files import read_json
 from backbone.media.transforms import to_tensor
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
@@ -107,6 +108,11 @@ def test_its_files_are_small_and_safe() -> None:
     assert sum(path.stat().st_size for path in {*files} - {*control}) < 80e6
     assert max(path.stat().st_size for path in files) < 60e6
     assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md", ".png"}
+
+
+def test_its_control_network_was_trained_on_these_weights(moji: Backbone) -> None:
+    (record,) = (EMBEDDED / "control").glob("*/condition.json")
+    assert moji.has_fingerprint(read_json(record)["base"])  # else each use of it says that it may be obeyed less
 
 
 def test_the_scheduler_writes_out_what_matters() -> None:
