@@ -346,6 +346,9 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
             "Write --resolution. It is a number of pixels, as in",
         ),
         ("edit", ["sdedit", "a.png", "--num-images", "2"], "Write --count."),
+        ("edit", ["sdedit", "a.png", "--target", "a dog"], "Write --prompt."),
+        ("edit", ["flow-edit", "a.png", "--prompt", "a dog"], "Write --target."),
+        ("customize", ["train", "--images", "d", "--load_in_4bit"], "Write --quantize. As in --quantize nf4"),
         ("align", ["train", "--dataset", "p"], "for PAIRS is read without one"),
     ],
 )

@@ -606,7 +606,10 @@ def _choice(one: Field, value: str, where: str) -> str:
     for word in one.option.choices:
         if meant.lower().replace("_", "-") == word:
             return word
-    same = next((word for word in _SAME.get(value.lower(), ()) if word in one.option.choices), "")
+    known = _SAME.get(value.lower(), ())
+    same = next((word for word in known if word in one.option.choices), "")
+    if known == _NOTHING and not same and one.default == "":
+        raise UserError(f"{where} is {value}, which it is where nothing is said. Leave it out.")
     meant = f" That is {same} here." if same else find_nearest(value, one.option.choices)
     raise UserError(f"{where} is {value}, which is none of {', '.join(one.option.choices)}.{meant}")
 

@@ -432,8 +432,9 @@ def plan_memory(
     """The cheapest settings, starting from `start`, with which the run fits a device of `size` GiB.
 
     Savings that `start` has are kept; on a CPU those that move weights into its memory, where all of them lie, count as
-    none. `library` says whether bitsandbytes can be used. Raises `UserError` with the nearest remedy where nothing
-    fits.
+    none. `library` says whether bitsandbytes can be used.
+
+    Raises `UserError` with the nearest remedy where nothing fits.
     """
     usable, asked = usable_bytes(size, estimator.device), start.placement
     if estimator.device == "cpu":

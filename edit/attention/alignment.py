@@ -407,11 +407,14 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
 def _is_same_word(text: str, end: int, start: int) -> bool:
     """Whether what begins at a character is of the word that ends before `end`, though a tokenizer counts another.
 
-    CLIP's cuts at the marks on and around letters: vowels of Hindi and Thai, and the dot that it makes of a capital İ.
+    CLIP's cuts at the marks on and around letters: vowels of Hindi and Thai, and the dot that it makes of a capital İ;
+    and behind a text program's apostrophe, though not behind a keyboard's (“cat’s”).
     """
     if start != end:
         return start < end
     before, here = text[end - 1].lower()[-1], text[start]
+    if before in "’ʼ" and here.isalnum():
+        return text[max(end - 2, 0) : end - 1].isalnum()
     return _is_mark(here) or (_is_mark(before) and before != EMOJI and here.isalnum())
 
 
@@ -466,7 +469,7 @@ _Unit = tuple[tuple[Word, ...], str | tuple[str, int]]
 
 def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
     """The words of a prompt, each phrase's first place as one unit."""
-    units: list[_Unit] = [((word,), word.text) for word in prompt.words]
+    units: list[_Unit] = [((word,), _plainly(word.text)) for word in prompt.words]
     for number, phrase in enumerate(phrases):
         require([prompt], phrase)
         if phrase.lower() in (other.lower() for other in phrases[:number]):

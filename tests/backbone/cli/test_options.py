@@ -304,10 +304,15 @@ def test_a_mistake_in_python_names_the_argument() -> None:
         build(Settings, {})
     with pytest.raises(UserError, match="lr_scheduler is cosin"):
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", lr_scheduler="cosin")
-    for name, value, meant in (("prior", "false", "off"), ("precision", "float16", "fp16")):
+    for name, value, meant in (
+        *(("prior", "false", "off"), ("precision", "float16", "fp16")),
+        *(("quantize", "4bit", "nf4"), ("quantize", "int8", "8bit")),
+    ):
         said: dict[str, Any] = {"images": "x", "token": "[V]", "class_noun": "dog", name: value}
         with pytest.raises(UserError, match=f"{name} is {value}, which is none of .* That is {meant} here"):
             customize.settings.Settings(**said)
+    with pytest.raises(UserError, match="quantize is off, which it is where nothing is said"):
+        customize.settings.Settings(images="x", token="[V]", class_noun="dog", quantize="off")
     with pytest.raises(UserError, match=r"snr_gamma is 0; it is at least 0\.01"):
         customize.settings.Settings(
             images="x", token="[V]", class_noun="dog", loss_weighting="min-snr", snr_gamma=0

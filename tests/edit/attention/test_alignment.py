@@ -226,6 +226,8 @@ def test_apostrophes_and_hyphens_of_text_programs_are_those_of_a_keyboard() -> N
         assert "".join(word.text for word in read.find("king's")) == text.split()[1]
         assert read.find("King’s") == read.find("king's") != ()
         assert read.find("t-shirt") == read.find("T‑Shirt") != ()
+    mixed = align(prompt("a king's red t-shirt"), prompt("a king’s blue t‑shirt"))
+    assert [[word.text for word in span.source] for span in mixed.changes()] == [["red"]]
 
 
 @pytest.mark.parametrize(
