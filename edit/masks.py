@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, generator, randn_like
 from backbone.diffusion.transfer import send
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.media.transforms import crop_and_resize, mask_to_tensor
 from backbone.models.cache import encode_prompts_cached
 from edit.inversion.inversion import Inversion
@@ -21,6 +21,8 @@ from edit.pictures import EncodedImage, ImageLike, read_mask
 # Of the way down: late enough to see where a thing is, early enough to see what.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 FLOOR = 0.1  # share of the places that are taken to differ by nothing
+SAME_SHAPE = 0.01  # by which the sides of a mask may be in another proportion than the image's, as rounding leaves them
+COARSEST = 0.25  # of the image's width, for a mask of the same shape
 
 
 @torch.no_grad()
@@ -117,8 +119,8 @@ def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | No
 def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
     """A drawn mask (white = may change) as the model is shown the image [8H, 8W], in 0…1, on its device; None without.
 
-    It must have the size that the image had, or that in which the model is shown it, and something white in it;
-    `UserError` otherwise.
+    It must have the size that the image had, or that in which the model is shown it, or the image's shape, which is
+    said; and something white in it. `UserError` otherwise.
     """
     if mask is None:
         return None
@@ -133,7 +135,14 @@ def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int])
     Raises `UserError` as `load_pixel_mask` does.
     """
     drawn = read_mask(mask).image
-    if drawn.size not in (shown, original):
+    alike = drawn.width * original[1] / (drawn.height * original[0])
+    fine = drawn.width >= COARSEST * original[0]
+    if drawn.size not in (shown, original) and fine and abs(alike - 1) < SAME_SHAPE:
+        notify_once(
+            f"The mask is {drawn.width} × {drawn.height} pixels and the image {original[0]} × {original[1]}, of the "
+            "same shape: it is scaled to the image."
+        )
+    elif drawn.size not in (shown, original):
         sizes = " or ".join(f"{width} × {height}" for width, height in dict.fromkeys([original, shown]))
         raise UserError(
             f"The mask is {drawn.width} × {drawn.height} pixels and the image {sizes}. Draw it on the image."

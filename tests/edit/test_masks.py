@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.masks import load_latent_mask
+from edit.masks import fit_mask, load_latent_mask
 from edit.pictures import EncodedImage, ImageLike, SourceImage, encode_image, read_mask, show_image
 from edit.run.run import perform
 from tests.edit.models import photo
@@ -155,3 +155,21 @@ def test_what_is_cropped_off_a_long_image_is_said(
     show_image(model, SourceImage(Image.new("RGB", size), f"{size}", ""))
     heard = " ".join(capsys.readouterr().err.split())
     assert said in heard if said else not heard
+
+
+@pytest.mark.parametrize("size", [(80, 60), (320, 240), (1067, 800)])
+def test_a_mask_of_the_image_s_shape_is_scaled_to_it(
+    size: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    fitted = np.asarray(fit_mask(mask, (64, 64), (160, 120))) > 127
+    own = mask.resize((160, 120))
+    assert (fitted == (np.asarray(fit_mask(own, (64, 64), (160, 120))) > 127)).mean() > 0.95
+    assert "of the same shape: it is scaled" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("size", [(160, 160), (120, 160), (20, 15)])
+def test_a_mask_of_another_shape_or_far_too_coarse_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=f"The mask is {size[0]} × {size[1]} pixels"):
+        fit_mask(Image.new("L", size, 255), (64, 64), (160, 120))
