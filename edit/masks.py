@@ -22,6 +22,7 @@ from edit.pictures import EncodedImage, ImageLike, read_mask
 # Of the way down: late enough to see where a thing is, early enough to see what.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 FLOOR = 0.1  # share of the places that are taken to differ by nothing
+COARSEST = 0.25  # of the image's width, for a mask of the same shape
 
 
 @torch.no_grad()
@@ -118,8 +119,8 @@ def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | No
 def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
     """A drawn mask (white = may change) as the model is shown the image [8H, 8W], in 0…1, on its device; None without.
 
-    It must have the shape that the image had, or that in which the model is shown it, and something white in it;
-    `UserError` otherwise.
+    It must have the size that the image had, or that in which the model is shown it, or be scaled to it, if it is of
+    its shape and not far too coarse; and something white in it. `UserError` otherwise.
     """
     if mask is None:
         return None
@@ -135,11 +136,10 @@ def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int])
     """
     drawn = read_mask(mask).image
     sizes = list(dict.fromkeys([original, shown]))
-    if not any(is_same_shape(drawn.size, size) for size in sizes):
+    if drawn.size not in sizes and not _covers(drawn.size, original):
         said = " or ".join(f"{width} × {height}" for width, height in sizes)
         raise UserError(
-            f"The mask is {drawn.width} × {drawn.height} pixels and the image {said}: another shape. Draw it on the "
-            "image."
+            f"The mask is {drawn.width} × {drawn.height} pixels and the image {said}. Draw it on the image."
         )
     if drawn.size not in sizes:
         notify_once(
@@ -152,6 +152,11 @@ def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int])
             f"{shown[0]} × {shown[1]} pixels. Paint more of it white, or edit a part of the image."
         )
     return drawn
+
+
+def _covers(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a mask of this size lies over such an image once it is scaled, and shows where its parts are."""
+    return is_same_shape(mask, image) and mask[0] >= COARSEST * image[0]
 
 
 def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:

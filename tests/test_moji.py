@@ -112,7 +112,9 @@ def test_its_files_are_small_and_safe() -> None:
 
 def test_its_control_network_was_trained_on_these_weights(moji: Backbone) -> None:
     (record,) = (EMBEDDED / "control").glob("*/condition.json")
-    assert moji.has_fingerprint(read_json(record)["base"])  # else each use of it says that it may be obeyed less
+    assert moji.has_fingerprint(
+        read_json(record)["base"]
+    )  # else each use of it says that it may be obeyed less
 
 
 def test_the_scheduler_writes_out_what_matters() -> None:

@@ -219,7 +219,7 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
 def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     """`KIND=MAP` in its parts; other tools' words for a kind are understood. `UserError` for anything else."""
     kind, equals, path = said.partition("=")
-    kind, path = kind.strip().lower(), str(written_path(path.strip()))
+    kind, path = kind.strip().lower(), path.strip() and str(written_path(path.strip()))
     kind = SYNONYMS.get(kind, kind)
     # A file alone, as diffusers' spellings have it: its network says what it is
     if not equals and "." in said:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.masks import load_latent_mask
+from edit.masks import fit_mask, load_latent_mask
 from edit.pictures import EncodedImage, ImageLike, SourceImage, encode_image, read_mask, show_image
 from edit.run.run import perform
 from tests.edit.models import photo
@@ -141,7 +141,7 @@ def test_a_mask_of_another_size_and_the_image_s_shape_is_scaled_and_of_another_s
         assert torch.equal(places(drawn.resize(size, Image.Resampling.NEAREST)), expected)
         said = f"{size[0]} × {size[1]} pixels is scaled to the image's {width} × {height}"
         assert said in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(UserError, match="another shape"):
+    with pytest.raises(UserError, match="Draw it on the image"):
         places(drawn.resize((width, height * 2)))
 
 
@@ -170,3 +170,9 @@ def test_what_is_cropped_off_a_long_image_is_said(
     show_image(model, SourceImage(Image.new("RGB", size), f"{size}", ""))
     heard = " ".join(capsys.readouterr().err.split())
     assert said in heard if said else not heard
+
+
+@pytest.mark.parametrize("size", [(160, 160), (120, 160), (20, 15)])
+def test_a_mask_of_another_shape_or_far_too_coarse_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=f"The mask is {size[0]} × {size[1]} pixels"):
+        fit_mask(Image.new("L", size, 255), (64, 64), (160, 120))

@@ -110,7 +110,8 @@ def damaged_json(value: Any, random: Random) -> tuple[bytes, bool]:
     if way < 0.45:
         return damaged_bytes(text, random), False
     if way < 0.5:
-        return json.dumps(value).encode(random.choice(("utf-16", "utf-32"))), True
+        encoding = random.choice(("utf-16", "utf-32"))
+        return json.dumps(value).encode(encoding), encoding == "utf-32"  # PowerShell's UTF-16 is read
     changed = copy.deepcopy(value)
     for _ in range(random.choice((1, 1, 1, 3))):
         changed = with_another(changed, random)

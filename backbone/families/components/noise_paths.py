@@ -82,8 +82,8 @@ NEAREST: Mapping[str, str] = {  # of schedulers whose steps are of no sampler he
     "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "heun",
     "KDPM2AncestralDiscreteScheduler": "ancestral",
-    "DEISMultistepScheduler": "dpmpp-2m",
-    **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverSinglestepScheduler"), "ddim"),
+    **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverSinglestepScheduler"), "dpmpp-2m"),
+    **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler"), "ddim"),
     **dict.fromkeys(("DPMSolverSDEScheduler", "SASolverScheduler"), "ancestral"),
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
