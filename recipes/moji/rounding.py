@@ -1,4 +1,4 @@
-"""A pipeline folder of `moji` with its weights on the grid of exported ones, which packs in two thirds of the room.
+"""A pipeline folder of `moji` with its weights on the grid of exported ones, which packs in three fifths of the room.
 
     python -m recipes.moji.rounding backbone/moji --out build/moji/rounded
     python -m recipes.moji.denoiser compare backbone/moji build/moji/rounded

@@ -29,13 +29,13 @@ from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, progress, run_app
-from backbone.io.files import read_tensors, write_tensors, write_text
+from backbone.io.files import write_text
 from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS
 from customize.training.start import start
 from recipes.moji.data.pictures import align_to_grid
-from recipes.moji.training.run import ADAPTER_GRID, make_readable, round_to_grid
+from recipes.moji.training.run import export_adapter, make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
@@ -138,12 +138,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     concept.write(out)
     for name in (concept.weights, concept.changed):
-        tensors, said = read_tensors(concept.folder / name)
-        write_tensors(
-            out / name,
-            {key: value.half() for key, value in round_to_grid(tensors, ADAPTER_GRID).items()},
-            said,
-        )
+        export_adapter(concept.folder / name, out / name)
     write_text(out / "README.md", CARD.format(model=concept.model))
     make_readable(out)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -45,11 +45,11 @@ from recipes.moji.training.run import (
     TRAINING,
     LoopSettings,
     Training,
+    export_adapter,
     fill,
     losses_on_grid,
     make_readable,
     read_trained,
-    round_to_grid,
 )
 
 NAME = "few_step"  # of the adapter
@@ -290,12 +290,7 @@ def export(
     model = Backbone.open(base, device="cpu")
     fill(add_trained(model, kept), kept)
     save_lora(out / LORA_WEIGHTS, model.denoiser, NAME)
-    whole, said = read_tensors(out / LORA_WEIGHTS)
-    write_tensors(
-        out / LORA_WEIGHTS,
-        {key: value.half() for key, value in round_to_grid(whole, ADAPTER_GRID).items()},
-        said,
-    )
+    export_adapter(out / LORA_WEIGHTS, out / LORA_WEIGHTS)
     write_scheduler(model, out)
     record: dict[str, Any] = {"base": base, "steps": STEPS, "guidance": 1.0, "sampler": "ddim"}
     write_json(out / FEW_STEP, record)

@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 
 from backbone.cli.options import Option
 from backbone.distributed.processes import any_process, gradient_averaging
-from backbone.io.files import read_tensors, write_bytes
+from backbone.io.files import read_tensors, write_bytes, write_tensors
 from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
 from recipes.moji.training.logbook import Logbook
 
 TRAINING, OUTPUT = "Training", "Output"
 GRID, FINE_GRID = 16, 256  # steps of the grids that exported weights lie on, to a row's deviation
 FEW = 2**16  # weights of a matrix that lies on the fine one
-ADAPTER_GRID = 32
+ADAPTER_GRID = 32  # of LoRAs, whose matrices are all of few weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,13 @@ def round_to_grid(tensors: Mapping[str, Tensor], grid: int | None = None) -> dic
         else value
         for name, value in tensors.items()
     }
+
+
+def export_adapter(source: Path, out: Path) -> None:
+    """Writes an adapter's file in fp16, its matrices on the adapters' grid; `out` may be `source`."""
+    tensors, said = read_tensors(source)
+    rounded = round_to_grid(tensors, ADAPTER_GRID)
+    write_tensors(out, {key: value.half() for key, value in rounded.items()}, said)
 
 
 def _round_rows(weights: Tensor, grid: int) -> Tensor:
