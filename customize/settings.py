@@ -215,9 +215,9 @@ class Settings(TrainingSettings):
             needs={**A_CONCEPT, "method": ("lora", "full")},
         ),
     ] = ""
-    instance_prompt: Annotated[str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT)] = (
-        INSTANCE_PROMPT
-    )
+    instance_prompt: Annotated[
+        str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT, understood=words_of)
+    ] = INSTANCE_PROMPT
     class_prompt: Annotated[
         str,
         Option(
@@ -227,6 +227,7 @@ class Settings(TrainingSettings):
                 {"prior": ("base", "class-images"), **KEEPS_A_CLASS},
                 {"mask": ("auto",), **A_CONCEPT},
             ),
+            understood=words_of,
         ),
     ] = CLASS_PROMPT
     caption_column: Annotated[

@@ -228,19 +228,23 @@ def resolve_placeholder_tokens(
 
 
 def resolve_prompts(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    """`resolve_placeholder_tokens` of all prompts of a command; says of which subjects none has a token.
+    """`resolve_placeholder_tokens` of all prompts of a command; says of which subjects none has a token."""
+    resolved = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    say_uncalled(prompts, concepts)
+    return resolved
+
+
+def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Says of which subjects no prompt of a command has a token, or the words that it stands for.
 
     What has no class may be a style or a slider, whose token nobody has to say.
     """
-    resolved = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
     for concept in concepts:
-        if concept.class_noun and not any(
-            mentions(one, token) for one in prompts for token in concept.tokens
-        ):
+        called_by = (*concept.tokens, *concept.tokens.values())
+        if concept.class_noun and not any(mentions(one, word) for one in prompts for word in called_by):
             has_none = "No prompt has" if len(prompts) > 1 else "The prompt has no"
             called = " or ".join(concept.tokens)
             notify_once(f"{has_none} {called}, by which {concept.folder} is called: little of it is drawn.")
-    return resolved
 
 
 def _refuse_other_brackets(prompt: str, concepts: Sequence[Concept]) -> None:

@@ -40,6 +40,8 @@ from backbone.diffusion.noise import (
     randn_like,
 )
 
+FEW_STEPS = 15  # of fewer, DPM-Solver++ ends at first order for stability (diffusers' `lower_order_final`)
+
 # Deterministic --------------------------------------------------------------------------------------------------
 
 
@@ -112,15 +114,17 @@ def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The state at `schedule[-1]` by DPM-Solver++(2M), for one prediction a step (Lu et al. 2022, algorithm 2).
 
     A step of `ddim` in which x̂0 is the one expected half way, along the line through this step's and the last one's in
-    λ = log(a/b). The first step, and one onto b = 0, which lies at infinite λ, take x̂0 as it is, as diffusers'
-    DPMSolverMultistepScheduler does. From noisy to clean only.
+    λ = log(a/b). The first step, one onto b = 0, which lies at infinite λ, and the last of fewer than FEW_STEPS take
+    x̂0 as it is, as diffusers' DPMSolverMultistepScheduler does. From noisy to clean only.
     """
     _require_falling(schedule)
+    steps = len(schedule) - 1
     before: tuple[Tensor, Level] | None = None
-    for here, there in pairwise(schedule):
+    for step, (here, there) in enumerate(pairwise(schedule), start=1):
         clean = predict(noisy, here).clean
         expected = clean
-        if before is not None and not _is_clean(there):
+        ends = _is_clean(there) or (step == steps < FEW_STEPS)
+        if before is not None and not ends:
             expected = _half_way(clean, here, there, *before)
         noisy = _step_onto(expected, noisy, here, there)
         before = clean, here

@@ -124,7 +124,9 @@ def draw_edit(
     each. `after_step` is called with each step and the clean latent that was estimated at its beginning.
     """
     noise = torch.randn(references[0].latents.shape, generator=generator(*key, "instruct"))
-    sampler = sampler or own_sampler(model.defaults)
+    if sampler is None:
+        sampler = own_sampler(model.defaults)
+        model.say_own_sampler(sampler)
     words = (instruction, guidances.negative)
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))

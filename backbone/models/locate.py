@@ -40,6 +40,7 @@ SAME_PARTS = re.compile(
     r"|LatentConsistencyModel(?:Img2Img)?Pipeline"
 )
 EMBEDDED = OWN["moji"]
+MODULAR_INDEX = "modular_model_index.json"
 PARTS = (
     *("unet", "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
     *("tokenizer", "tokenizer_2", "tokenizer_3"),
@@ -56,6 +57,11 @@ def locate(model: str) -> Location:
             return _locate_with_adapter(model, path)
         if not index.exists() and (path / CONCEPT_FILE).exists():
             raise UserError(f"{path} is a run, not a whole model. Give it with --concept {quote(path)}.")
+        if not index.exists() and (path / MODULAR_INDEX).is_file():
+            raise UserError(
+                f"{path} is a modular pipeline of diffusers ({MODULAR_INDEX}), whose components lie elsewhere. Name "
+                f"the model that they are of{_list_sources(path / MODULAR_INDEX)}."
+            )
         if not index.exists():
             raise UserError(
                 f"{path} is not a diffusers model: it has no model_index.json. "
@@ -93,6 +99,14 @@ def locate(model: str) -> Location:
         f"There is no model {model}.{meant} Name one of {', '.join(known_names())}, a diffusers folder, "
         f"a checkpoint file, or a hub id.{moved if path.is_absolute() else ''}"
     )
+
+
+def _list_sources(index: Path) -> str:
+    """The models from which a modular pipeline takes its components, to follow a sentence; empty where none is said."""
+    specs = [value[-1] for value in read_json(index).values() if isinstance(value, list) and value]
+    named = [spec.get("pretrained_model_name_or_path") for spec in specs if isinstance(spec, dict)]
+    models = dict.fromkeys(name for name in named if isinstance(name, str))
+    return f": {' or '.join(models)}" if models else ""
 
 
 def _locate_with_adapter(name: str, folder: Path) -> Location:

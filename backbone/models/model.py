@@ -22,7 +22,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from backbone.cli.sampling import own_sampler
+from backbone.cli.sampling import Sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.diffusion.transfer import send
@@ -267,14 +267,22 @@ class Backbone:
             "rank": 8,
             "batch": 1,
         }
+        family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
+        return usual | family | self._named_defaults
+
+    @cached_property
+    def _named_defaults(self) -> dict[str, Any]:
+        """What the `limner.json` beside the model says, and a few-step model's own file."""
         file = self.location.local(FILE)
         own = read_usual(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
-        family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
-        if "sampler" not in own | few:
-            say_nearest_sampler(self.location, own_sampler(family))
-        return usual | family | own | few
+        return own | few
+
+    def say_own_sampler(self, sampler: Sampler) -> None:
+        """Say, where it draws by this `sampler` because none was asked for, that its scheduler takes other steps."""
+        if "sampler" not in self._named_defaults:
+            say_nearest_sampler(self.location, sampler)
 
     @property
     def fingerprint(self) -> str:

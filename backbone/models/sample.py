@@ -164,6 +164,8 @@ def sample_latents(
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
     sampler, guided = asked.sampler or own(model.defaults), asked.guided_of(model)
+    if asked.sampler is None:
+        model.say_own_sampler(sampler)
     places = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=places)
     batch = 1 if model.placement.one_by_one else asked.batch
@@ -396,7 +398,9 @@ def resolve_sampling(asked: Asked, model: Backbone, *, resolution: int = 0) -> A
     """
     if asked.guidance is None:
         say_few_step_name(model.location.source, model.defaults)
-    asked = asked.at_resolution(resolution).with_defaults(model.defaults)
+    named, asked = asked.sampler, asked.at_resolution(resolution).with_defaults(model.defaults)
+    if named is None and asked.sampler is not None:
+        model.say_own_sampler(asked.sampler)
     latent_size(model, asked.size)
     model.schedule(asked.for_sampler()["steps"])
     return asked

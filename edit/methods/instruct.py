@@ -109,6 +109,8 @@ def instruct(
     more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
     sampler = asked.sampler or own_sampler(model.defaults)
+    if asked.sampler is None:
+        model.say_own_sampler(sampler)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     kept_frames = KeptEstimates(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0

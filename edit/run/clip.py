@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.adapters.concept import read_concept
+from backbone.adapters.concept import read_concept, say_uncalled
 from backbone.cli.options import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
@@ -82,6 +82,7 @@ def perform_clip(
         film, source = film_of(inversion), inversion.prompt if source is None else source
     assert film is not None, "the command has read one"
     refuse_longer(loaded.model, film, asked.motion)
+    say_uncalled([source or "", *targets], loaded.concepts)
     if inversion is None:
         begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, asked.controls))
     else:

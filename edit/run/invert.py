@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backbone.adapters.concept import say_uncalled
 from backbone.evaluation.image_metrics import psnr
 from edit.attention.alignment import restore_placeholders
 from edit.inversion.inversion import Inversion, read_source_prompt, reconstruct
@@ -60,6 +61,7 @@ def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
     source = wishes["source"]
     prompt = read_source_prompt(wishes["inversion"]) if source is None else loaded.resolve(source)
     targets = [loaded.resolve(target) for target in wishes["targets"]]
+    say_uncalled([prompt, source or "", *wishes["targets"]], loaded.concepts)
     alignments = align_prompts(loaded.model, prompt, targets, settings)
     refuse_ambiguous_auto(wishes.get("blend") or (), alignments)
     lines = []

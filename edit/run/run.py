@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from backbone.adapters.concept import say_uncalled
 from backbone.cli.conditions import ControlOptions
 from backbone.cli.options import UnknownSettingError
 from backbone.io.console import UserError, quote
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder, refuse_unwritable
+from edit.inversion.inversion import read_source_prompt
 from edit.layout import AskedLayout
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
 from edit.pictures import read_image, read_mask
@@ -174,6 +176,7 @@ def _run(
     files |= {path: content_hash(Path(path)) for path in asked.paths if Path(path).is_file()}
     with _claim(out):
         loaded = load()
+        say_uncalled(texts_of(wishes), loaded.concepts)
         own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING, *CONTROL)}
         own |= {"asked": asked} if asked else {}
         measured = command.compared and wishes.get("metrics", True)
@@ -207,6 +210,17 @@ def _run(
                 },
             )
     return folder
+
+
+def texts_of(wishes: Mapping[str, Any]) -> list[str]:
+    """What is said in words among the wishes, and the prompt of an inversion that is named in place of a source."""
+    said = [wishes.get(name) for name in ("prompt", "source", "word", "instruction")]
+    said += [wishes.get("first_prompt"), wishes.get("second_prompt")]
+    said += [*(wishes.get("targets") or ()), *(wishes.get("then") or ())]
+    said += [str(prompt) for prompt, _ in wishes.get("toward") or ()]
+    if wishes.get("inversion") is not None:
+        said.append(read_source_prompt(wishes["inversion"]))
+    return [text for text in said if text]
 
 
 def _read_images(wishes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

@@ -270,3 +270,9 @@ def test_a_flow_s_shift_that_leaves_no_levels_is_refused(settings: dict[str, Any
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **settings}
     with pytest.raises(UserError, match=says):
         flow_path(cast(Location, WithScheduler(scheduler)), size=(8, 8)).schedule(4, (8, 8))
+
+
+def test_a_solver_in_a_flow_s_folder_is_refused_with_the_sampler_that_has_its_steps() -> None:
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    with pytest.raises(UserError, match=r"Restore scheduler/; its steps are those of --sampler unipc\.$"):
+        flow_path(cast(Location, WithScheduler(scheduler)), size=(8, 8))

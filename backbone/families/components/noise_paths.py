@@ -75,14 +75,27 @@ OTHER_STEPS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "algorithm_type": ("dpmsolver",),
         "solver_order": (3,),
         "solver_type": ("heun",),
+        "euler_at_final": (True,),
+        "lower_order_final": (False,),
     },
-    "UniPCMultistepScheduler": {"solver_order": (1, 3), "solver_type": ("bh1",), "predict_x0": (False,)},
+    "UniPCMultistepScheduler": {
+        "solver_order": (1, 3),
+        "solver_type": ("bh1",),
+        "predict_x0": (False,),
+        "lower_order_final": (False,),
+    },
 }
+ENDINGS = (
+    "euler_at_final",
+    "lower_order_final",
+)  # of DPM-Solver++, which ends a clean schedule at first order
 NEAREST: Mapping[str, str] = {  # of schedulers whose steps are of no sampler here, the one that comes nearest
     "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "heun",
     "KDPM2AncestralDiscreteScheduler": "ancestral",
     **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverSinglestepScheduler"), "dpmpp-2m"),
+    # PNDM's guided images are as far from those of all samplers here (on `moji`, 30 steps: .32 of their deviation from
+    # ddim's, .31 from unipc's); ddim is the one by which images are inverted too
     **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler"), "ddim"),
     **dict.fromkeys(("DPMSolverSDEScheduler", "SASolverScheduler"), "ancestral"),
 }
@@ -306,7 +319,7 @@ def say_nearest_sampler(location: Location, sampler: str) -> None:
     if unlike := _nearest_sampler(location.config("scheduler"))[1]:
         notify_once(
             f"The scheduler of {location.name} is a {unlike}, whose steps no sampler here takes: images are drawn by "
-            f"{sampler} at its timesteps, unless --sampler names another."
+            f"{sampler} at its timesteps, where --sampler names no other."
         )
 
 
@@ -323,12 +336,13 @@ def _nearest_sampler(scheduler: Mapping[str, Any]) -> tuple[str | None, str]:
         return None, ""  # DDIM is the first-order step of them all
     if name in NEAREST:
         return NEAREST[name], name
-    other = (
-        f"{name} with {key} {json.dumps(scheduler[key])}"
-        for key, values in OTHER_STEPS.get(name, {}).items()
-        if scheduler.get(key) in values
-    )
-    return SAMPLERS_OF.get(name), next(other, "")
+    other = [key for key, values in OTHER_STEPS.get(name, {}).items() if scheduler.get(key) in values]
+    if name in DPM_SOLVERS and scheduler.get("final_sigmas_type") != "sigma_min":
+        other = [key for key in other if key not in ENDINGS]
+    if name == "UniPCMultistepScheduler" and scheduler.get("disable_corrector"):
+        other.append("disable_corrector")
+    unlike = f"{name} with {other[0]} {json.dumps(scheduler[other[0]])}" if other else ""
+    return SAMPLERS_OF.get(name), unlike
 
 
 def _read_flow_config(location: Location) -> dict[str, Any]:
@@ -346,10 +360,16 @@ def _read_flow_config(location: Location) -> dict[str, Any]:
         what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
         raise UserError(
             f"The scheduler of {location.name} ({what}) is not the FlowMatchEulerDiscreteScheduler that this family "
-            "was published with. Restore scheduler/."
+            f"was published with. Restore scheduler/{_of_solver(name)}."
         )
     _refuse_other_shifts(location.name, config)
     return config
+
+
+def _of_solver(name: str) -> str:
+    """How a flow is drawn by a solver that its scheduler/ names in place of its own, to follow “Restore scheduler/”."""
+    sampler = SAMPLERS_OF.get(name, "") if name in SOLVERS else ""
+    return sampler and f"; its steps are those of --sampler {sampler}"
 
 
 def _linear_shift(config: Mapping[str, Any], tokens: int) -> float:

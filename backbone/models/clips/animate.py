@@ -100,6 +100,8 @@ def animate(
     """
     asked = SamplerArguments(**how)
     sampler = asked.sampler or own_sampler_of_clips(model.defaults)
+    if asked.sampler is None:
+        model.say_own_sampler(sampler)
     places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
     schedule = model.schedule(asked.steps, size=places)
     scales = torch.linspace(min_guidance, asked.guidance, frames.count)

@@ -36,6 +36,7 @@ def usual_drawing(
     usual = model.defaults
     if guidance is None:
         say_few_step_name(model.location.source, usual)
+    model.say_own_sampler(own_sampler(usual))
     return SamplingDefaults(
         int(usual["steps"]) if steps is None else steps,
         float(usual["guidance"]) if guidance is None else guidance,

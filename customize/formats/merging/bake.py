@@ -161,7 +161,20 @@ def _merge_tensor(name: str, weight: Tensor, parts: Sequence[MergeInput]) -> Ten
             if delta.shape != merged.shape:  # input channels for an image, which begin at zero
                 merged = torch.cat([merged, merged.new_zeros(delta[:, merged.shape[1] :].shape)], 1)
             merged += part.strength * delta
-    return merged.to(weight.dtype)
+    return _held_in(weight.dtype, name, merged)
+
+
+def _held_in(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
+    """A merged tensor in the model's dtype; `UserError` where that holds no such numbers."""
+    held = value.to(dtype)
+    if bool(torch.isfinite(held).all()):
+        return held
+    kind = str(dtype).removeprefix("torch.")
+    model = ", or bake into a model in fp32" if bool(torch.isfinite(value).all()) else ""
+    raise UserError(
+        f"Nothing was written: {name} would be larger than numbers of {kind} can be. Lower the strengths, take another "
+        f"adapter{model}."
+    )
 
 
 def collect_embeddings(parts: Sequence[MergeInput]) -> dict[str, dict[str, Tensor]]:
@@ -212,7 +225,8 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
         )
     # The new ids follow one another; rows behind them (padding of the table) stay.
     first = tokenizer.convert_tokens_to_ids(names[0])
-    longer = torch.cat([table[:first], rows.to(table.dtype), table[first + len(names) :]])
+    new = _held_in(table.dtype, f"the embedding of {names[0]}", rows)
+    longer = torch.cat([table[:first], new, table[first + len(names) :]])
     write_tensors(path, tensors | {key: longer.clone() for key in keys}, metadata)
     config = read_json(folder / component / "config.json")
     inner = config.get("text_config", config)  # of a language model that reads pictures too

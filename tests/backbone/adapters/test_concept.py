@@ -25,6 +25,7 @@ from backbone.adapters.concept import (
     replace_tokens,
     resolve_placeholder_tokens,
     resolve_prompts,
+    say_uncalled,
     why_no_run,
 )
 from backbone.io.console import UserError
@@ -288,6 +289,8 @@ def test_a_concept_that_no_prompt_names_is_said(capsys: pytest.CaptureFixture[st
     assert not capsys.readouterr().err
     assert resolve_prompts(["a dog", "a cat"], [one, style]) == ["a dog", "a cat"]
     assert "No prompt has [V] or [W], by which a is called" in capsys.readouterr().err
+    say_uncalled(["a bcd dog"], [one])  # as an inversion has it
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["a", "(", "((a", "__a", " :", "(a:1", "[a:", "{a|", "[", "中"])

@@ -485,6 +485,22 @@ def test_a_walk_of_two_steps_memory_is_diffusers_multistep_solver(
     assert_parity(sampler(LATENT, predictor(network, kind), levels), theirs)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 14, 15, 20])
+@multistep
+def test_a_solver_that_ends_above_no_noise_ends_as_diffusers_does(
+    scheduler_class: Any, sampler: Any, steps: int
+) -> None:
+    """DPM-Solver++'s last step is of first order where there are fewer than 15."""
+    scheduler = scheduler_class(**SETTINGS, final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(steps)
+    theirs = LATENT
+    for time in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, time), time, theirs).prev_sample
+    times, alpha_bar = scheduler.timesteps.long(), alphas_cumprod()
+    levels = vp(torch.cat([alpha_bar[times], alpha_bar[:1]]), torch.cat([times.float(), torch.zeros(1)]))
+    assert_parity(sampler(LATENT, predictor(network, "epsilon"), levels), theirs)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @multistep
 def test_two_steps_memory_on_a_flow_are_diffusers_multistep_solver(

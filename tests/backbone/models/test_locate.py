@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from backbone.io.console import UserError
+from backbone.io.files import write_json
 from backbone.models import locate
 from backbone.models.locate import OWN, is_path
 
@@ -30,6 +31,21 @@ def test_a_short_name_is_no_path_even_where_a_folder_is_called_so(
     for name in ("sd15", "mine"):
         (tmp_path / name).mkdir()
     assert is_path("mine") and not is_path("sd15")
+
+
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        ({"vae": ["diffusers", "AutoencoderKL", {"pretrained_model_name_or_path": "a/b"}]}, "of: a/b."),
+        ({"_class_name": "X", "vae": [None, None, {"pretrained_model_name_or_path": None}]}, "of."),
+    ],
+)
+def test_a_modular_pipeline_is_said_to_be_one_with_the_models_that_it_names(
+    tmp_path: Path, index: dict[str, Any], named: str
+) -> None:
+    write_json(tmp_path / "modular_model_index.json", index)
+    with pytest.raises(UserError, match=rf"is a modular pipeline.* Name the model that they are {named}$"):
+        locate.locate(str(tmp_path))
 
 
 def test_a_part_of_a_whole_model_is_not_taken_for_its_file(tiny_folder: Path) -> None:

@@ -28,12 +28,13 @@ from diffusers import (
 )
 from torch import Tensor
 
+from backbone.cli.sampling import SamplingSettings
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models import sample as sampling
 from backbone.models.few_step.model import usual_drawing
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, initial_noise, resolve_sampling, sample_latents
 from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
 
 PROMPT = "a dog in the snow"
@@ -151,6 +152,15 @@ def test_a_folder_with_another_solver_is_drawn_as_diffusers_draws_it(
         (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "ancestral", "sde-dpmsolver++"),
         (UniPCMultistepScheduler, {"solver_type": "midpoint"}, "unipc", None),  # read as bh2
         (UniPCMultistepScheduler, {"solver_type": "bh1"}, "unipc", 'with solver_type "bh1"'),
+        (UniPCMultistepScheduler, {"disable_corrector": [0]}, "unipc", "with disable_corrector [0]"),
+        (UniPCMultistepScheduler, {"lower_order_final": False}, "unipc", "with lower_order_final false"),
+        (DPMSolverMultistepScheduler, {"euler_at_final": True}, "dpmpp-2m", None),  # as it ends anyway
+        (
+            DPMSolverMultistepScheduler,
+            {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+            "dpmpp-2m",
+            "with lower_order_final false",
+        ),
         (DEISMultistepScheduler, {}, "dpmpp-2m", "a DEISMultistepScheduler"),
         (HeunDiscreteScheduler, {}, "heun", "a HeunDiscreteScheduler"),
         (PNDMScheduler, {}, "ddim", "a PNDMScheduler"),
@@ -174,6 +184,21 @@ def test_a_scheduler_whose_steps_no_sampler_takes_is_told_of(
     else:
         assert f"{other}, whose steps no sampler here takes" in told
         assert f"drawn by {sampler} at its timesteps" in told
+
+
+def test_another_sampler_s_steps_are_told_of_where_images_are_drawn_by_it_and_once(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_scheduler(Path(shutil.copytree(tiny_folder, tmp_path / "model")), PNDMScheduler)
+    model = opened(folder)
+    assert model.defaults["steps"]
+    resolve_sampling(SamplingSettings(sampler="unipc"), model)
+    list(sample_latents(model, [Request("a dog", (0, 0))], steps=2, guidance=2.0, seed=0, sampler="heun"))
+    assert "whose steps" not in capsys.readouterr().err
+    asked = resolve_sampling(SamplingSettings(steps=2), model)
+    list(sample_latents(model, [Request("a dog", (0, 0))], **asked.for_sampler()))
+    list(sample_latents(model, [Request("a dog", (0, 0))], steps=2, guidance=2.0, seed=0))
+    assert capsys.readouterr().err.count("whose steps") == 1
 
 
 def test_a_model_that_names_its_sampler_is_told_nothing_of_its_scheduler_s_steps(

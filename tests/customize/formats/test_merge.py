@@ -410,6 +410,20 @@ def test_an_adapter_of_another_model_is_not_baked(run: Make, tmp_path: Path, tin
     assert not (tmp_path / "baked").exists()
 
 
+def test_a_change_that_the_model_s_numbers_do_not_hold_is_not_baked(
+    run: Make, tmp_path: Path, tiny_folder: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "half"))
+    for path in (model / "unet").glob("*.safetensors"):
+        tensors, metadata = read_tensors(path)
+        write_tensors(path, {name: value.half() for name, value in tensors.items()}, metadata)
+    out = tmp_path / "baked"
+    with pytest.raises(UserError, match=r"larger than numbers of float16 can be.*bake into a model in fp32"):
+        bake(read_inputs([f"{run('a')}:1e9"]), str(model), out)
+    assert not out.exists()
+    bake(read_inputs([f"{run('b')}:1e9"]), str(tiny_folder), out)
+
+
 def test_scales_that_are_not_one_for_each_input_of_a_kernel_are_refused_before_anything_is_baked(
     tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import customize
 from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
+from backbone.cli.options import convert_value, fields_of
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
@@ -83,6 +84,14 @@ def test_the_instance_prompt_s_word_is_the_token(
     assert (subject.token, subject.token_words, subject.class_noun) == (token, words, "dog")
     assert settings.get("instance_prompt") == template
     assert subject.images == str(dog)
+
+
+def test_prompts_of_a_run_are_on_one_line_and_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "class.txt").write_text("a photo of a dog\n")
+    asked = {"instance_prompt": "a photo of\n{token} {class}", "class_prompt": str(tmp_path / "class.txt")}
+    options = fields_of(Settings)
+    said = {name: convert_value(options[name], value, name) for name, value in asked.items()}
+    assert said == {"instance_prompt": "a photo of {token} {class}", "class_prompt": "a photo of a dog"}
 
 
 def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> None:

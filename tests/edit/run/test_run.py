@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import add_lora, lora_parameters, save_lora
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.prompts import one_prompt
 from backbone.models.model import Backbone
 from edit import checks
@@ -225,6 +225,32 @@ def test_a_concept_is_worn_and_its_token_understood(
     assert "[V] dog" in record("worn")["alignment"][0]
     assert edit("invert-and-replace", "photo.png", *words) == 2
     assert "No given concept owns the token [V]" in capsys.readouterr().err
+
+
+def test_a_concept_that_no_prompt_of_an_edit_calls_is_said(
+    edit: Edit, tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_lora(tiny.denoiser, "x", rank=2, alpha=4.0, targets=("to_q", "to_v"))
+    save_lora(Path("dog/weights.safetensors"), tiny.denoiser, "x")
+    name, owned = str(tiny.location.name), {"[V]": "bcd"}
+    Concept("lora", name, tiny.fingerprint, owned, "dog", "weights.safetensors").write(Path("dog"))
+    worn, said = ("--concept", "dog", "--no-metrics"), "has [V], by which dog is called"
+    calls = ("invert-and-replace", "photo.png", "--source", "a [V] dog", "--target", "a cat", *worn)
+    assert edit(*calls, "--out", "a") == 0
+    from_file = ("invert-and-replace", "--inversion", "a/inversion.safetensors", "--target", "a cat", *worn)
+    assert edit(*from_file) == 0
+    assert edit("invert", "photo.png", "--source", "a dog", *worn[:2], "--out", "b.safetensors") == 0
+    assert said not in capsys.readouterr().err
+    for command in (
+        ("invert-and-replace", "photo.png", *WORDS),
+        ("invert-and-replace", "--inversion", "b.safetensors", "--target", "a cat"),
+        ("flow-edit", "photo.png", *WORDS),
+        ("compose", "photo.png", "--source", "a cat", "--toward", "a dog=1"),
+        ("invert-and-replace", "photo.png", *WORDS, "--dry-run"),
+    ):
+        assert edit(*command, *worn) == 0
+        assert said in capsys.readouterr().err
+        notify_once.cache_clear()
 
 
 def test_words_may_stand_in_files(edit: Edit) -> None:
