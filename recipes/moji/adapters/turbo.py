@@ -30,7 +30,7 @@ from backbone.adapters.lora import LORA_WEIGHTS, add_lora, load_lora, lora_param
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.diffusion.losses import squared_error
-from backbone.diffusion.noise import Predict, Schedule, generator
+from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step, dpmpp_2m
 from backbone.diffusion.schedules import vp_schedule
 from backbone.io.console import UserError, run_app
@@ -129,28 +129,32 @@ def draw_trajectories(
     model: Backbone, captions: Sequence[str], guidance: float, *, seed: int, at_once: int = 20
 ) -> Tensor:
     """The base's states at the student's levels [N, STEPS + 1, C, h, w] in fp16, noise first and clean last."""
+    schedule = vp_schedule(trained_alphas(model), STEPS * SUBSTEPS, "trailing")
     empty, found = model.encode_prompts([""]), []
     for first in range(0, len(captions), at_once):
         some = captions[first : first + at_once]
         noise = torch.randn(len(some), *model.latent_shape, generator=generator(seed, first))
         text = model.encode_prompts(some)
         predict = model.guided_predictor(text, empty.repeat(len(some)), guidance)
-        states = [noise.to(model.device)]
-        for place in range(STEPS):
-            states.append(dpmpp_2m(states[-1], predict, subdivide(model, place)))
-        found.append(torch.stack(states, 1).half().cpu())
+        found.append(torch.stack(draw_states(noise.to(model.device), predict, schedule), 1).half().cpu())
     return torch.cat(found)
+
+
+def draw_states(noise: Tensor, predict: Predict, schedule: Schedule) -> list[Tensor]:
+    """The teacher's states [B, C, h, w] before every SUBSTEPS of its steps, and the one at the schedule's end."""
+    passed: list[Tensor] = []
+
+    def noted(noisy: Tensor, level: Level) -> Estimate:
+        passed.append(noisy)
+        return predict(noisy, level)
+
+    last = dpmpp_2m(noise, noted, schedule)  # which asks for one prediction a step
+    return [*passed[::SUBSTEPS], last]
 
 
 def student_schedule(model: Backbone) -> Schedule:
     """The student's levels [STEPS + 1], from the noisiest that was trained to clean."""
     return vp_schedule(trained_alphas(model), STEPS, "trailing")
-
-
-def subdivide(model: Backbone, place: int) -> Schedule:
-    """The teacher's levels [SUBSTEPS + 1] within the student's step number `place`, ends and all."""
-    fine = vp_schedule(trained_alphas(model), STEPS * SUBSTEPS, "trailing")
-    return fine[place * SUBSTEPS : (place + 1) * SUBSTEPS + 1]
 
 
 def trained_alphas(model: Backbone) -> Tensor:
