@@ -419,7 +419,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             error.filename = os.fspath(path)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only, and says so of any file
+            temporary.unlink()
         _being_written.discard(temporary)
 
 
