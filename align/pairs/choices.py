@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from backbone.io.console import UserError, notify_once
-from backbone.io.files import append_jsonl
+from backbone.io.files import append_jsonl, refuse_gone
 from backbone.io.records import iterate_entries, read_as, refuse_pipe
 
 CHOICES = "choices.jsonl"
@@ -57,8 +57,7 @@ class Undo:
 
 def append_entry(path: Path, entry: Choice | Undo) -> None:
     """Append a line and return once it is on disk (fsync). Raises `UserError` where the folder is gone."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is gone, so the choice was not kept. Put the folder back.")
+    refuse_gone(path.parent, "the choice")
     append_jsonl(path, asdict(entry))
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -283,6 +283,24 @@ def refuse_filled(path: Path) -> None:
         raise UserError(f"{path} is not empty. Name another folder, or remove this one.")
 
 
+def refuse_gone(folder: Path, what: str) -> None:
+    """`UserError` for a folder that was moved or removed while it is worked in: a writer would make another one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is gone, so {what} was not kept. Put the folder back.")
+
+
+@contextmanager
+def keep_whole(files: Collection[Path]) -> Iterator[None]:
+    """What is written together: after a failure none of these new files is there."""
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            with suppress(OSError):
+                file.unlink()
+        raise
+
+
 @contextmanager
 def fill_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder inside `path`, new or empty; on a clean exit what was written there is moved up.
@@ -401,7 +419,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             error.filename = os.fspath(path)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only, and says so of any file
+            temporary.unlink()
         _being_written.discard(temporary)
 
 

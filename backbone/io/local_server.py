@@ -82,7 +82,7 @@ async def answer_post(request: Request, act: Callable[[dict[str, Any]], Any]) ->
     try:
         return JSONResponse(await run_in_threadpool(act, await read_post(request, LARGEST_POST)))
     except Overtaken:
-        return PlainTextResponse("something newer has come", 409)
+        return PlainTextResponse("Another window asked for something newer, so this was not made.", 409)
     except (ValueError, UserError) as error:
         return PlainTextResponse(str(error), 400)
     except OSError as error:
@@ -115,23 +115,37 @@ class NewestOnly:
 
     def __init__(self) -> None:
         self.done = 0.0  # share of what is under way
-        self._turn, self._newest = threading.Lock(), 0
+        self._turn, self._newest, self._ended = threading.Lock(), 0, False
 
     @contextmanager
     def turn(self) -> Iterator[Callable[[float], None]]:
-        """A call's turn; what it is given takes shares of the work as they are done, and raises `Overtaken`."""
+        """A call's turn; what it is given takes shares of the work as they are done.
+
+        It raises `Overtaken` when a newer call has come, and `UserError` once all has ended.
+        """
         self._newest += 1
         number = self._newest
         with self._turn:
             self.done = 0.0
 
             def advance(share: float) -> None:
+                if self._ended:
+                    raise UserError("The server has ended before this was made.")
                 if self._newest != number:
                     raise Overtaken
                 self.done = min(1.0, self.done + share)
 
             advance(0)
             yield advance
+
+    def end(self) -> None:
+        """Lets no work begin, and what is under way end with the share that it is at: as a handler of signals may."""
+        self._ended = True
+
+    def wait(self) -> None:
+        """Returns when nothing is under way, so that what is being written is whole."""
+        with self._turn:
+            pass
 
 
 async def read_post(request: Request, largest: int) -> dict[str, Any]:
@@ -216,14 +230,16 @@ def serve_locally(
     port: int = 0,
     token: str | None = None,
     browser: bool = False,
+    turns: NewestOnly | None = None,
 ) -> None:
     """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
 
     build   of the keywords token and port makes the application
     note    what is said behind the address, in brackets
     port    0 takes a free one; `UserError` when one is taken
+    turns   the work of its answers, which ends with it
     """
-    import uvicorn
+    turns = turns or NewestOnly()
 
     token = token or secrets.token_urlsafe(16)
     with _bound(port) as listening:
@@ -240,16 +256,31 @@ def serve_locally(
         if browser and has_screen():
             # One that shows pages in the terminal returns when it is left, and would wait for a server not yet there
             threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
-        quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
-        config = uvicorn.Config(
-            app, lifespan="off", http=_impatient_protocol(), timeout_graceful_shutdown=LAST_SECONDS, **quiet
-        )
         # A polite end is an end: uvicorn sends the signal on once it has stopped.
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            _make_server(app, turns).run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, before)
+            turns.end()
+            turns.wait()
+
+
+def _make_server(app: ASGIApp, turns: NewestOnly) -> Any:
+    """A uvicorn that says nothing, and ends the work of its answers with itself: a process waits for its threads."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            turns.end()
+            super().handle_exit(sig, frame)
+
+    quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
+    impatient: dict[str, Any] = {
+        "http": _impatient_protocol(),
+        "timeout_graceful_shutdown": LAST_SECONDS,
+    }
+    return Server(uvicorn.Config(app, lifespan="off", **impatient, **quiet))
 
 
 def _open_browser(address: str) -> None:

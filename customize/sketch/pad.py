@@ -24,7 +24,7 @@ from backbone.adapters.concept import (
 from backbone.cli.conditions import AskedControl, AskedMap
 from backbone.cli.options import as_command
 from backbone.io.console import UserError
-from backbone.io.files import write_json
+from backbone.io.files import keep_whole, refuse_gone, write_json
 from backbone.io.local_server import NewestOnly
 from backbone.io.run_folder import package_versions
 from backbone.media.control.maps import resize_map
@@ -120,12 +120,13 @@ class SketchPad:
         """The images of a wish under black lines on white; they and the record are written before it returns.
 
         Raises `Overtaken` when another call has come meanwhile, and `UserError` for a page without lines, a token that
-        no concept has, and a negative prompt that the model does not read.
+        no concept has, a negative prompt that the model does not read, and a folder that is gone.
         """
         prompt, negative = (
             resolve_placeholder_tokens(text, self.concepts) for text in (wish.prompt, wish.negative)
         )
         refuse_negative(self.model, wish.negative, self.asked.guidance)
+        refuse_gone(self.folder, "the drawing")
         condition = self._condition(lines, wish.scale)
         requests = [Request(prompt, (0, j), negative) for j in range(wish.count)]
         how = {**self.asked.for_sampler(), "seed": wish.seed, "controls": gather_controls([condition])}
@@ -145,7 +146,6 @@ class SketchPad:
         number = len(self.drawings)
         stem = f"d{number:03d}"
         sketch, files = f"{stem}-{KIND}.png", tuple(f"{stem}-s{j:02d}.png" for j in range(len(images)))
-        save_png(self.folder / sketch, condition.map)
         asked = replace(self.asked, seed=wish.seed, negative=wish.negative)
         facts = {
             "model": self.name,
@@ -153,20 +153,23 @@ class SketchPad:
             **describe_concepts([concept.folder for concept in self.concepts], asked.scale),
             "conditions": [{**condition.brief(), "map": sketch}],
         }
-        for j, (file, image) in enumerate(zip(files, images, strict=True)):
-            text = describe_drawing(wish.prompt, image.size, {**facts, "sample": j})
-            save_png(self.folder / file, image, text=text)
         drawn = Drawn(number, wish, sketch, files, round(seconds, 2))
-        self.drawings.append(drawn)
         record = {
             "model": self.name,
             "network": self.network.name,
             "concepts": summarize_concepts(self.concepts),
             **{key: value for key, value in self.asked.facts().items() if key not in ("seed", "negative")},
             "versions": package_versions(),
-            "drawings": [{**asdict(one), "command": self.command(one)} for one in self.drawings],
+            "drawings": [{**asdict(one), "command": self.command(one)} for one in (*self.drawings, drawn)],
         }
-        write_json(self.folder / RECORD, record)
+        refuse_gone(self.folder, "the drawing")
+        with keep_whole([self.folder / name for name in (sketch, *files)]):
+            save_png(self.folder / sketch, condition.map)
+            for j, (file, image) in enumerate(zip(files, images, strict=True)):
+                text = describe_drawing(wish.prompt, image.size, {**facts, "sample": j})
+                save_png(self.folder / file, image, text=text)
+            write_json(self.folder / RECORD, record)
+        self.drawings.append(drawn)
         return drawn
 
     def command(self, drawn: Drawn) -> str:

@@ -19,6 +19,13 @@ from customize.sketch.pad import MOST_IMAGES, SketchPad, Wish, describe_drawn, d
 
 PAGE = Path(__file__).with_name("page.html")
 NUMBERS = [str(number) for number in range(MOST_IMAGES)]
+KINDS: dict[str, tuple[Any, str]] = {
+    "prompt": (str, "a text"),
+    "negative": (str, "a text"),
+    "seed": (int, "a whole number"),
+    "scale": ((int, float), "a number"),
+    "count": (int, "a whole number"),
+}
 
 
 def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
@@ -34,14 +41,14 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
         return JSONResponse({"done": pad.turns.done})
 
     async def image(request: Request) -> Response:
-        number, file = int(request.path_params["number"]), request.path_params["file"]
-        drawn = pad.drawings[number] if number < len(pad.drawings) else None
+        drawn = {str(one.number): one for one in pad.drawings}.get(request.path_params["number"])
         files = (
             {} if drawn is None else {"sketch": drawn.sketch, **dict(zip(NUMBERS, drawn.files, strict=False))}
         )
-        if file not in files:
+        name = files.get(request.path_params["file"])
+        if name is None:
             return PlainTextResponse("there is no such image", 404)
-        return answer_image(pad.folder / files[file])
+        return answer_image(pad.folder / name)
 
     async def draw(request: Request) -> Response:
         return await answer_post(
@@ -49,21 +56,21 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
             lambda body: describe_drawn(pad.draw(read_data_url(body.get("lines"), "lines"), read_wish(body))),
         )
 
-    gets = {"": page, "state": state, "done": done, "image/{number:int}/{file}": image}
+    gets = {"": page, "state": state, "done": done, "image/{number}/{file}": image}
     return local_server.build_app(token, port, gets=gets, posts={"draw": draw})
 
 
 def serve(pad: SketchPad, *, port: int, browser: bool) -> None:
     """Serves the page until Ctrl-C: `serve_locally`."""
     note = f"Ctrl-C ends; every drawing is kept in {pad.folder}"
-    serve_locally(partial(build_app, pad), note=note, port=port, browser=browser)
+    serve_locally(partial(build_app, pad), note=note, port=port, browser=browser, turns=pad.turns)
 
 
 def read_wish(body: dict[str, Any]) -> Wish:
     """What the page wishes; `ValueError` for values of another type, `UserError` for those out of bounds."""
-    kinds: dict[str, Any] = {"prompt": str, "negative": str, "seed": int, "scale": (int, float), "count": int}
-    given = {name: body[name] for name in kinds if name in body}
+    given = {name: body[name] for name in KINDS if name in body}
     for name, value in given.items():
-        if not isinstance(value, kinds[name]) or isinstance(value, bool):
-            raise ValueError(f"the post's {name} is of another kind")
+        kind, what = KINDS[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"The {name} is {what}, and what was sent is not.")
     return Wish(**{"prompt": "", **given})

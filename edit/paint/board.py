@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from backbone.cli.options import as_command
-from backbone.io.files import write_json
+from backbone.io.files import keep_whole, refuse_gone, write_json
 from backbone.io.local_server import NewestOnly
 from backbone.io.run_folder import package_versions
 from backbone.media.parameters import describe_concepts, describe_drawing
@@ -88,11 +88,12 @@ class PaintBoard:
         """The image as wished, changed where `painted` is bright, or where the words say if it is black all over.
 
         What it writes is written before it returns. Raises `Overtaken` when another call has come meanwhile, and
-        `UserError` for prompts that share no words, and a token that no concept has.
+        `UserError` for prompts that share no words, a token that no concept has, and a folder that is gone.
         """
         source = self.loaded.resolve(checks.prompt(wish.source, "source prompt"))
         target = self.loaded.resolve(checks.prompt(wish.target, "target prompt"))
         refuse_idle_negative(self.asked.method, wish.negative)
+        refuse_gone(self.folder, "the edit")
         mask = make_mask(painted, self.shown.size)
         settings = replace_settings(
             self.loaded,
@@ -142,16 +143,18 @@ class PaintBoard:
             **describe_concepts([one.folder for one in self.loaded.concepts], self.loaded.scale),
         }
         places = mask_images(result) or [Image.new("L", image.size, 255)]
-        save_png(self.folder / kept.mask, places[0])
-        save_png(self.folder / kept.file, image, text=describe_drawing(wish.target, image.size, facts))
-        self.edits.append(kept)
         record = {
             "image": dict(result.encoded.facts),
             **self.loaded.facts(),
             "versions": package_versions(),
-            "edits": [{**asdict(one), "command": self.command(one)} for one in self.edits],
+            "edits": [{**asdict(one), "command": self.command(one)} for one in (*self.edits, kept)],
         }
-        write_json(self.folder / RECORD, record)
+        refuse_gone(self.folder, "the edit")
+        with keep_whole([self.folder / kept.mask, self.folder / kept.file]):
+            save_png(self.folder / kept.mask, places[0])
+            save_png(self.folder / kept.file, image, text=describe_drawing(wish.target, image.size, facts))
+            write_json(self.folder / RECORD, record)
+        self.edits.append(kept)
         return kept
 
     def _settings(self, kept: Kept) -> dict[str, Any]:

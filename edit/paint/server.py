@@ -39,11 +39,11 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
         return Response(stream.getvalue(), media_type="image/png")
 
     async def image(request: Request) -> Response:
-        number, file = int(request.path_params["number"]), request.path_params["file"]
-        if number >= len(board.edits) or file not in ("edit", "mask"):
+        kept = {str(one.number): {"edit": one.file, "mask": one.mask} for one in board.edits}
+        name = kept.get(request.path_params["number"], {}).get(request.path_params["file"])
+        if name is None:
             return PlainTextResponse("there is no such image", 404)
-        kept = board.edits[number]
-        return answer_image(board.folder / (kept.file if file == "edit" else kept.mask))
+        return answer_image(board.folder / name)
 
     async def edit(request: Request) -> Response:
         return await answer_post(
@@ -53,14 +53,14 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
             ),
         )
 
-    gets = {"": page, "state": state, "done": done, "source": source, "image/{number:int}/{file}": image}
+    gets = {"": page, "state": state, "done": done, "source": source, "image/{number}/{file}": image}
     return local_server.build_app(token, port, gets=gets, posts={"edit": edit})
 
 
 def serve(board: PaintBoard, *, port: int, browser: bool) -> None:
     """Serves the page until Ctrl-C: `serve_locally`."""
     note = f"Ctrl-C ends; every edit is kept in {board.folder}"
-    serve_locally(partial(build_app, board), note=note, port=port, browser=browser)
+    serve_locally(partial(build_app, board), note=note, port=port, browser=browser, turns=board.turns)
 
 
 def read_wish(body: dict[str, Any]) -> Wish:

@@ -95,6 +95,40 @@ def test_a_killed_server_loses_nothing(browser: Browser, folder: Path) -> None:
     assert verdicts(folder) == ["left", "tie"]
 
 
+def test_a_server_that_ends_between_an_answer_and_its_pictures_is_said(
+    browser: Browser, folder: Path
+) -> None:
+    process, where = started(folder)
+    tab = browser.open(where)
+    ready(tab)
+    tab.run(
+        """(() => {
+          const others = window.fetch;
+          window.fetch = (where, how) => where === "state" ? Promise.reject(new TypeError()) : others(where, how);
+          window.picture = () => Promise.resolve(false);
+        })()"""
+    )
+    tab.press("ArrowLeft")
+    tab.until("document.getElementById('message').textContent.includes('does not answer')")
+    assert not tab.run("document.getElementById('reload').hidden")
+    process.kill()
+    process.wait()
+
+
+def test_a_choice_that_could_not_be_kept_says_why(browser: Browser, folder: Path, address: str) -> None:
+    tab = browser.open(address)
+    ready(tab)
+    folder.rename(folder.with_name("elsewhere"))
+    tab.press("ArrowLeft")
+    message = "document.getElementById('message').textContent"
+    tab.until(f"{message}.includes('is gone, so the choice was not kept')")
+    folder.with_name("elsewhere").rename(folder)
+    tab.click("reload")
+    ready(tab)
+    answer(tab, "ArrowRight")
+    assert verdicts(folder) == ["right"]
+
+
 def test_two_tabs_never_answer_one_question_twice(browser: Browser, folder: Path, address: str) -> None:
     one, other = browser.open(address), browser.open(address)
     ready(one)

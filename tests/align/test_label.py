@@ -114,6 +114,18 @@ def test_a_folder_is_labelled_where_files_cannot_be_locked_and_by_one_person_aft
         pass
 
 
+def test_a_folder_in_which_no_choice_could_be_kept_is_refused_before_the_page_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / CHOICES
+    kept.touch()  # another person's
+    for place in (kept, tmp_path):
+        monkeypatch.setattr(os, "access", lambda path, mode, place=place: path != place)
+        with pytest.raises(UserError, match=f"{place} is read-only"), lock_folder(tmp_path):
+            pass
+        kept.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     os.umask(mask := os.umask(0))
     return mask

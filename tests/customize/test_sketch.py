@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
+import os
 import shlex
 import socket
 import threading
@@ -159,7 +161,27 @@ def test_the_page_draws_and_shows_what_was_drawn_before(client: TestClient, pad:
             assert image.size == pad.size
     for name in ("2", "..", "d000-s00.png"):
         assert client.get(f"/{TOKEN}/image/0/{name}").status_code == 404
-    assert client.get(f"/{TOKEN}/image/1/0").status_code == 404
+    for number in ("1", "-1", "9" * 5000):
+        assert client.get(f"/{TOKEN}/image/{number}/0").status_code == 404
+
+
+def test_a_drawing_that_cannot_be_kept_whole_is_not_kept(
+    client: TestClient, pad: SketchPad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pad.folder = tmp_path / "drawings"
+    answer = draw(client)
+    assert answer.status_code == 400 and "is gone, so the drawing was not kept" in answer.text
+    assert not pad.folder.exists(), "no other folder is made in its place"
+    pad.folder.mkdir()
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pads, "write_json", full)
+        assert draw(client).status_code == 503
+    assert not list(pad.folder.iterdir()) and not pad.drawings
+    assert draw(client).json()["number"] == 0
 
 
 @pytest.mark.parametrize(
@@ -170,8 +192,9 @@ def test_the_page_draws_and_shows_what_was_drawn_before(client: TestClient, pad:
         ({"lines": "data:image/png;base64,?"}, "no PNG"),
         ({"lines": as_sent(Image.new("L", (5000, 1)))}, "4096 pixels a side"),
         ({"lines": "x" * LARGEST_POST}, "too long"),
-        ({"seed": "1"}, "seed is of another kind"),
-        ({"count": True}, "count is of another kind"),
+        ({"seed": "1"}, "seed is a whole number"),
+        ({"seed": 1.5}, "seed is a whole number"),
+        ({"count": True}, "count is a whole number"),
         ({"prompt": "a [V] dog"}, "[V]"),
     ],
 )

@@ -94,6 +94,25 @@ def test_the_newest_drawing_is_asked_for_again_where_an_older_one_overtook_it(
     assert tab.run("asking.running") == 0
 
 
+def test_what_another_window_or_server_put_an_end_to_is_said(
+    browser: Browser, folder: Path, address: str
+) -> None:
+    tab = open_pad(browser, address)
+    message = "document.getElementById('message').textContent"
+    for status, said in ((409, "Another window"), (404, "open its new address"), (503, "No space left")):
+        answered = f"() => Promise.resolve(new Response('{said}', {{ status: {status} }}))"
+        tab.run(f"(window.others ??= window.fetch, window.fetch = {answered}, asking.ask('draw', {{}}))")
+        assert said in tab.run(message)
+    tab.run("window.fetch = window.others, true")
+    draw_apple(tab)
+    tab.click("draw")
+    tab.until("document.querySelectorAll('.kept').length && !asking.running")
+    for path in folder.glob("*-sketch.png"):
+        path.unlink()
+    tab.open_canvas(address)  # as after a reload: the page works without them
+    assert "image is gone" in tab.run(message)
+
+
 def test_lines_are_taken_back_erased_and_cleared(browser: Browser, address: str) -> None:
     tab = open_pad(browser, address)
     tab.run("document.getElementById('live').checked = false")

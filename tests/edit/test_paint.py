@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,26 @@ def test_what_cannot_be_edited_is_said_and_nothing_is_kept(board: PaintBoard, tm
     assert not list(tmp_path.iterdir()) and not board.edits
 
 
+def test_an_edit_that_cannot_be_kept_whole_is_not_kept(
+    board: PaintBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.folder = tmp_path / "edits"
+    with pytest.raises(UserError, match="is gone, so the edit was not kept"):
+        board.edit(nothing(), CAT)
+    assert not board.folder.exists(), "no other folder is made in its place"
+    board.folder.mkdir()
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edit.paint.board.write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            board.edit(nothing(), CAT)
+    assert not list(board.folder.iterdir()) and not board.edits
+    assert board.edit(nothing(), CAT).number == 0
+
+
 # The server and the command ---------------------------------------------------------------------------------------
 
 
@@ -165,7 +187,7 @@ def test_the_page_shows_the_image_its_edits_and_their_masks(client: TestClient, 
     for where in ("source", "image/0/edit", "image/0/mask"):
         with Image.open(io.BytesIO(client.get(f"/{TOKEN}/{where}").content)) as image:
             assert image.size == board.shown.size
-    for where in ("image/1/edit", "image/0/e000.png", "image/0/.."):
+    for where in ("image/1/edit", "image/0/e000.png", "image/0/..", f"image/{'9' * 5000}/edit"):
         assert client.get(f"/{TOKEN}/{where}").status_code == 404
 
 

@@ -209,7 +209,13 @@ def list_label_pairs(
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder while it is labelled; raises `UserError` where another process holds it."""
+    """Hold a lock on a folder while it is labelled; `UserError` where another does, or no choice could be kept."""
+    kept = folder / CHOICES
+    place = kept if kept.exists() else folder
+    if not os.access(place, os.W_OK):
+        raise UserError(
+            f"{place} is read-only, so no choice could be kept. Change its permissions, or copy the folder."
+        )
     path = folder / ".labelling"
     # Which stays: another person who labels the folder next has to be able to open it
     descriptor = os.open(path, os.O_CREAT | os.O_RDONLY, 0o666)

@@ -1,6 +1,7 @@
 "use strict";
 const at = name => document.getElementById(name);
 const say = text => { at("message").textContent = text; };
+const LOST = "The server does not answer. Everything so far is kept; start it again and open its new address.";
 
 /* What is drawn with the mouse, a pen or a finger on a canvas, in one colour on nothing. `size` is that of the image below,
    which the canvas has several times; `lifted` is called behind every stroke, and after an undo. */
@@ -112,9 +113,10 @@ class Asking {
         method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
       });
       if (mine === this.newest && answer.ok) return await answer.json();
-      if (mine === this.newest && answer.status !== 409) say(await answer.text());
+      /* One that does not know this address is another server, which was started there since. */
+      if (mine === this.newest) say(answer.status === 404 ? LOST : await answer.text());
     } catch {
-      say("The server does not answer. Everything so far is kept; start it again and open its new address.");
+      say(LOST);
     } finally {
       this.running -= 1;
       if (!this.running) at("progress").value = 0;

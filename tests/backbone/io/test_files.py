@@ -94,6 +94,19 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
+def test_a_disk_that_became_read_only_is_said_of_the_file_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str | Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # which such a disk refuses of what is not there too
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_text(tmp_path / "a.txt", "a")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("name", ["狗" * 85, "é" * 127, "a" * 255])
 def test_a_file_may_be_called_as_long_as_the_system_has_it(tmp_path: Path, name: str) -> None:
     for text in ("one", "two"):
