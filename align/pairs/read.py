@@ -522,8 +522,9 @@ def _add_row(
     to_picture: ToPicture,
 ) -> None:
     """Add one row as a pair, a single image or part of a ranking, or its problem; `to_picture` reads a column."""
-    preferences.columns.update(dict.fromkeys(_idle_columns(row)))
+    idle = dict.fromkeys(_idle_columns(row))
     if ranking_columns(row):
+        preferences.columns.update(idle)
         rankings.add(preferences, row, Ranking(_prompt_of(row, where), _user_of(row)), where, to_picture)
         return
     record = _read_row(row, where, to_picture)
@@ -531,10 +532,12 @@ def _add_row(
         preferences.skipped += 1
     elif isinstance(record, str):
         preferences.problems.append(record)
-    elif isinstance(record, Pair):
-        preferences.pairs.append(record)
     else:
-        preferences.singles.append(record)
+        preferences.columns.update(idle)
+        if isinstance(record, Pair):
+            preferences.pairs.append(record)
+        else:
+            preferences.singles.append(record)
 
 
 def _idle_columns(row: Mapping[str, Any]) -> list[str]:
@@ -571,6 +574,9 @@ def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Reco
     # Pick-a-Pic's unlabelled rows
     if any(_is_false(row.get(name)) for name in ("has_label", "are_different")) or _has_no_votes(row):
         return None
+    foreign = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), (list, dict))), None)
+    if foreign is not None and not prompt:
+        return f"{where} has a {foreign} that is no text, but a {type(row[foreign]).__name__}"
     columns = next((names for names in PAIR_COLUMNS if names[0] in row and names[1] in row), None)
     try:
         if columns is not None:

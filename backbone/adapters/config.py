@@ -38,7 +38,7 @@ OTHER_VARIANTS = {
     "use_qalora": "QA-LoRA, whose inputs are pooled",
 }
 # Initialisations of peft that also change the base's weights: the factors alone are no update of the published ones.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "orthogonal")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)

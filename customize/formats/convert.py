@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import EDITS, Concept, check_token, name_call
+from backbone.adapters.concept import EDITS, PLACEHOLDER, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
 from backbone.io.console import UserError, count_of, notify, quote
@@ -340,6 +340,8 @@ def _spoken_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> di
     Raises `UserError` where no words are known, and for one token in place of several.
     """
     own = _own_tokens(file, metadata)
+    if not named.words:
+        _refuse_learned(file, metadata, own)
     if len(own) > 1 and not named.words:
         if named.token:
             raise UserError(
@@ -349,6 +351,26 @@ def _spoken_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> di
         return own
     token = named.token or next(iter(own), "[V]")
     return {token: _trigger_words(file, metadata, named.words)}
+
+
+def _refuse_learned(file: Path, metadata: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """`UserError` for words that a run learned beside its adapter, whose file does not hold them: nothing is drawn."""
+    concept = read_run_concept(file)
+    if concept is not None:
+        learned = concept.learned_tokens if concept.words else []
+    else:
+        begun = [token for token, words in own.items() if words.split()[:1] == [token]]
+        learned = metadata.get("limner_learned", "").split() or list(filter(PLACEHOLDER.fullmatch, begun))
+    if learned:
+        where = (
+            f"of the run, whose {concept.words} an import leaves out. Draw with --concept {quote(file)} itself"
+            if concept is not None
+            else "that lie in a file of their own. Draw with --concept and the run that it was written of"
+        )
+        raise UserError(
+            f"{file} was trained with learned words ({', '.join(learned)}) {where}, or name other words with "
+            "--token-words."
+        )
 
 
 def _own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:

@@ -147,6 +147,7 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
             "limner_words": words,
             "limner_class": concept.class_noun,
         }
+        entries |= {"limner_learned": " ".join(concept.learned_tokens)} if concept.words else {}
         phrase = f"{words} {concept.class_noun}".strip()
         entries["modelspec.trigger_phrase"] = phrase
         entries["modelspec.usage_hint"] = f"Write “{phrase}” in the prompt."

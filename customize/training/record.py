@@ -14,7 +14,7 @@ from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.settings import TrainingSettings
-from customize.settings import FILE
+from customize.settings import FILE, OWN_WORDS
 
 APART = ":"  # between an image's hash and that of what lies beside it
 
@@ -55,6 +55,7 @@ def weights_metadata(concept: Concept) -> dict[str, str]:
         "limner_token": " ".join(concept.tokens),
         "limner_words": " ".join(concept.tokens.values()),
         "base_model": concept.model,
+        **({"limner_learned": " ".join(concept.learned_tokens)} if concept.kind in OWN_WORDS else {}),
     }
 
 

@@ -302,7 +302,7 @@ def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
     if any(prompt.find(phrase) for prompt in prompts):
         return
     known = sorted({word.text for prompt in prompts for word in prompt.words if word.text.isalnum()})
-    near = difflib.get_close_matches(phrase.lower(), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(phrase.lower(), known, n=1)
     remedy = f"Did you mean “{near[0]}”?" if near else f"Choose among {', '.join(known)}."
     parts = [part.strip() for part in re.split("[,;|]", phrase) if part.strip()]
     if len(parts) > 1 and all(any(prompt.find(part) for prompt in prompts) for part in parts):

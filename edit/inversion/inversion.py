@@ -225,11 +225,17 @@ def invert(
     `progress` is called as often as `count_rounds` says: for each prediction of the inversion, and each step
     of null-text's optimisation.
 
-    Raises `UserError` for an image that cannot be read, an empty prompt, or an unknown method or number of steps.
+    Raises `UserError` for an image that cannot be read, an empty prompt, or an unknown method or number of steps, and
+    for null-text without guidance.
     """
     asked = build(InversionSettings, settings)
     checks.opened(model)
     check_method(model, asked.method, asked.steps)
+    if asked.method == "null-text" and guidance_of(model, asked.guidance) == 1:
+        raise UserError(
+            "At guidance 1 nothing is predicted without a prompt, which null-text would optimise. Raise --guidance, or "
+            "choose --method direct."
+        )
     checks.prompt(prompt, "source prompt")
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, asked.steps, encoded.latent)

@@ -22,7 +22,7 @@ from torch import Tensor
 from backbone.adapters.apply import say_far_scale
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify, progress, quote
 from backbone.io.files import read_tensors
 from backbone.models.fingerprint import fingerprints_of
 from backbone.models.locate import locate
@@ -380,6 +380,12 @@ def extract_lora(
     That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
     """
+    for name in (tuned, base):
+        if read_run_concept(Path(name)) is not None:
+            raise UserError(
+                f"{name} is a run, not a whole model. Make one of it first: customize merge {quote(name)} --bake --out "
+                "FOLDER"
+            )
     places = locate(tuned), locate(base)
     tuned_weights, base_weights = map(ModelWeights, places)
     shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))

@@ -385,6 +385,7 @@ def test_without_a_connection_a_dataset_is_asked_for_once_and_a_file_s_name_not_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("backbone.media.sources.tables.hub_answers", lambda name, kind: asked.append(name))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     with pytest.raises(UserError, match="some/pairs is nothing here, and no dataset of that name"):
         read_preferences("some/pairs")
     assert asked == ["some/pairs"] and not datasets.config.HF_HUB_OFFLINE
@@ -1183,3 +1184,19 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path: Path, name: str) -> Non
 
 def test_a_problem_is_one_line_whatever_a_file_is_called() -> None:
     assert format_problems("here", 2, ["a\nb.png is bad"]).split("\n")[1] == "  a\\nb.png is bad"
+
+
+def test_a_prompt_that_is_no_text_is_said_and_columns_of_rows_that_fit_no_layout_are_not_called_unused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        Image.new("RGB", (8, 8), (90 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    chat = {"prompt": [{"role": "user", "content": "a dog"}], "chosen": "0.png", "rejected": "1.png"}
+    for row, problem in (
+        (chat, "line 1 of .* has a prompt that is no text, but a list"),
+        ({"prompt": "a dog", "win": "0.png", "lose": "1.png"}, "none of the columns of pairs"),
+    ):
+        (tmp_path / "p.jsonl").write_text(json.dumps(row))
+        (said,) = read_preferences(tmp_path / "p.jsonl").problems
+        assert re.search(problem, said)
+    assert "Every choice counts alike" not in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
+from backbone.io.files import write_tensors
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.formats.adapter import AdapterFile
@@ -99,6 +100,25 @@ def test_an_import_has_the_token_that_the_run_says(tokens: dict[str, str], run: 
             assert read_concept(out).tokens == {"[Z]": "b"}
 
 
+@pytest.mark.parametrize("tokens", [{"[V]": "[V] [V]_1"}, {"sks": "sks"}])
+def test_an_adapter_whose_words_were_learned_beside_it_is_not_imported_without_them(
+    tokens: dict[str, str], run: Path, tmp_path: Path
+) -> None:
+    """The model would read the token as plain text, of which it has learned nothing."""
+    rows = torch.ones(len(next(iter(tokens.values())).split()), 16)
+    write_tensors(run / "learned_embeds.safetensors", {next(iter(tokens)): rows})
+    concept = replace(read_concept(run), kind="pivotal", words="learned_embeds.safetensors", tokens=tokens)
+    concept.write(run)
+    file, own, out = tmp_path / "k.safetensors", tmp_path / "own.safetensors", tmp_path / "out"
+    customize("export", run, "--to", "kohya", "--out", file)
+    write_adapter(own, read_adapter(run), "peft", metadata=weights_metadata(concept))
+    for source in (run, file, own):
+        with pytest.raises(UserError, match=r"was trained with learned words \(.*--token-words"):
+            customize("import", source, "--out", out)
+        assert not out.exists()
+    customize("import", file, "--out", out, "--token-words", "bcd")
+
+
 def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:
     customize("export", run, "--to", "kohya", "--out", tmp_path / "a.safetensors")
     said = customize("info", tmp_path / "a.safetensors")
@@ -130,6 +150,13 @@ def test_merge_resize_and_extract_write_what_they_say(run: Path, tmp_path: Path,
     said = customize("extract", tmp_path / "baked", tiny_folder, "--rank", 4, "--out", out)
     assert "100.00%" in said
     assert compare_updates(once, read_adapter(out))[0] < 1e-3
+
+
+def test_nothing_is_extracted_of_a_run_before_it_is_a_whole_model(
+    run: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    with pytest.raises(UserError, match=r"is a run, not a whole model\. Make one of it .* --bake"):
+        customize("extract", run, tiny_folder, "--rank", 2, "--out", tmp_path / "x.safetensors")
 
 
 def test_an_import_that_does_not_fit_its_model_is_refused(tmp_path: Path, tiny_folder: Path) -> None:

@@ -1058,7 +1058,15 @@ def test_lokr_of_fused_layers_that_cannot_be_cut_is_refused_with_the_reason(tmp_
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_k": 2}}, {"use_dora": True}]
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"attn2.to_k": 2}},
+        {"use_dora": True},
+        {"init_lora_weights": "orthogonal"},  # whose factors begin with a product of 0, as MiCA's do
+        {"init_lora_weights": "mica"},
+    ],
 )
 def test_peft_s_folder_is_read_with_its_strength(
     settings: dict[str, Any],

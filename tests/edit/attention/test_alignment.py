@@ -336,6 +336,8 @@ def test_a_word_that_is_missing_is_answered_with_the_nearest() -> None:
         require(prompts, "snwo")
     with pytest.raises(UserError, match="Choose among a, cat, dog, in, snow, the"):
         require(prompts, "helicopter")
+    with pytest.raises(UserError, match="Choose among a, dog"):  # and not “Did you mean a?”
+        require([prompt("a dog")], "cat")
     with pytest.raises(
         UserError, match="Say each by itself: the option stands once for “cat”, and again for “dog”"
     ):

@@ -262,3 +262,8 @@ def test_a_picture_keeps_its_shape_and_stands_upright(tiny: Backbone, tmp_path: 
 )
 def test_working_sizes(size: tuple[int, int], found: tuple[int, int]) -> None:
     assert working_size(size, area=512 * 512, unit=16) == found
+
+
+def test_without_guidance_nothing_is_left_for_null_text_to_optimise(tiny: Backbone) -> None:
+    with pytest.raises(UserError, match="At guidance 1 nothing is predicted without a prompt"):
+        invert(tiny, photo(), PROMPT, method="null-text", steps=2, guidance=1.0)
