@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
 from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
-from backbone.cli.options import build, fit_given
+from backbone.cli.options import build, fit_given, refuse_idle
 from backbone.cli.sampling import DrawingOptions
+from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.prompts import some_prompts
 from backbone.io.run import Run
-from backbone.io.run_folder import fill_new_folder
 from backbone.media.gallery import Images
-from customize.settings import Settings, read_subject_settings
+from customize.evaluation.measure import MeasureSettings, measure
+from customize.settings import Settings
 from customize.training.start import start
 
 
@@ -85,7 +87,7 @@ def sample(
     out, vram = folder_of(out), memory_of(vram)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else out
-        beside = Beside(tuple(map(str, references)), controls)
+        beside = Beside(_references(references), controls)
         sheet = sample_to_folder(asked, drawing, folder, concepts=concepts, beside=beside, on=on, vram=vram)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
@@ -113,6 +115,18 @@ def _drawing_of(
     return build_drawing(DrawingOptions, own, runs), controls
 
 
+def _references(given: Any) -> tuple[str, ...]:
+    """Files of images, given as one or several; `UserError` for what is no path."""
+    alone = isinstance(given, (str, bytes, os.PathLike)) or not isinstance(given, Iterable)
+    several = [given] if alone else list(given)
+    for one in several:
+        if not isinstance(one, (str, os.PathLike)):
+            raise UserError(
+                f"A reference is the path of an image, and {type(one).__name__} is none. Save it, and give its path."
+            )
+    return tuple(map(os.fsdecode, several))
+
+
 def _as_several(given: Any) -> tuple[Any, ...]:
     """What was given as one or several, as several."""
     return (given,) if isinstance(given, (str, Path, Run, int, float)) else tuple(given)
@@ -127,29 +141,19 @@ def read_samples(folder: Path, record: dict[str, Any]) -> Images:
     return Images(images, [row["prompt"] for row in rows], title=f"{record['model']}, seed {record['seed']}")
 
 
-def evaluate(
-    run: str | Path | Run,
-    *,
-    count: int = 4,
-    seed: int = 0,
-    against_references: bool = False,
-    model: str | Path | None = None,
-    out: str | Path | None = None,
-) -> dict[str, Any]:
+@takes(MeasureSettings, without=("run",))
+def evaluate(run: str | Path | Run, **settings: Any) -> dict[str, Any]:
     """Measure a run by the DreamBench protocol on prompts of its own, as `customize evaluate` does.
 
     Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench`
-    (`dreambench-2` … where that exists) or in `out`, which is new or empty. `against_references` measures the base with
-    the subject's own images as references beside it. `model` is the one that the run was trained from, where it lies
-    elsewhere now.
+    (`dreambench-2` … where that exists) or in `out`, which is new or empty. `settings` are the fields of
+    `MeasureSettings`, by name: `count=4`, `prompts=["a {} in the snow"]`, `scorer="dino/"` … `model` is the one that
+    the run was trained from, where it lies elsewhere now. Raises `UserError`, naming the argument, for what is not
+    known, does not fit, or has no effect.
     """
-    from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_run, moji_prompts
-
-    place, prompts = Path(str(run)), moji_prompts()
-    read_subject_settings(place)  # before a folder is made in it
-    with fill_new_folder(folder_of(out), place / DREAMBENCH) as (_, unfinished):
-        evaluate_run(
-            place, prompts=prompts, per_prompt=count, scorer=None, seed=seed, out=unfinished,
-            against_references=against_references, model=None if model is None else str(model),
-        )  # fmt: skip
-        return read_json(unfinished / TABLE)
+    if not isinstance(run, (str, os.PathLike)) or not os.fspath(run):
+        raise UserError(f"run is {run!r}, which is no run folder. Give its path.")
+    known = fit_given(MeasureSettings, settings)
+    asked = build(MeasureSettings, {"run": Path(os.fsdecode(run)), **known})
+    refuse_idle(asked, known)
+    return measure(asked)[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,20 +17,17 @@ from backbone.cli.flags import (
     DRAWING,
     MODEL,
     OUTPUT,
-    RUNS_MODEL,
     SAMPLING,
-    SCORING,
     JsonOptions,
     ModelOptions,
-    out_option,
 )
 from backbone.cli.options import Option, command, settled_command
-from backbone.cli.sampling import CountOption
 from backbone.io.console import UserError, count_of, is_main_rank, notify, on_one_line, quote, run_app
 from backbone.io.files import read_json
-from backbone.io.run_folder import fill_new_folder, hold_new_folder, refuse_finished, run_name
+from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
 from customize.clips import cli as clips_cli
+from customize.evaluation.measure import MeasureSettings, measure
 from customize.formats import cli as files_cli
 from customize.sample_settings import SampleOptions
 from customize.settings import (
@@ -39,7 +35,6 @@ from customize.settings import (
     Settings,
     TrainOptions,
     read_settings,
-    read_subject_settings,
     resolve_settings,
 )
 from customize.sketch.settings import SketchOptions
@@ -249,129 +244,20 @@ def sketch(asked: SketchOptions) -> None:
     notify(f"{kept} in {folder}." if pad.drawings else "Nothing was drawn, so no folder is kept.")
 
 
-SURVIVAL = "survival"  # in a run folder
-
-
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(JsonOptions, CountOption):
+class EvaluateOptions(JsonOptions, MeasureSettings):
     """Options of `customize evaluate`."""
-
-    run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
-    images: Annotated[
-        Path | None,
-        Option("Compare these pNN-sNN.png instead of drawing.", DRAWING, metavar="FOLDER"),
-    ] = None
-    prompts: Annotated[
-        tuple[str, ...],
-        Option(
-            "Words with {} for the subject, a file with such a prompt on each line, or google/dreambooth's "
-            "prompts_and_classes.txt; repeatable.",
-            DRAWING,
-            aliases=("prompt",),
-            metavar="PROMPTS",
-            default_text="25 of moji's world",
-        ),
-    ] = ()
-    on: Annotated[
-        str,
-        Option(
-            "Also measure the concept on this few-step model, or on a run of customize transfer.",
-            DRAWING,
-            metavar="MODEL",
-            default_text="the run's model alone",
-            needs={"images": (None,)},
-        ),
-    ] = ""
-    model: Annotated[str | None, RUNS_MODEL] = None
-    living: Annotated[
-        bool,
-        Option(
-            "Use the list for living subjects of prompts_and_classes.txt instead of that for objects.",
-            DRAWING,
-            switches={"thing": False},
-            needs={"prompts": ()},
-        ),
-    ] = False
-    count: int = 4
-    seed: Annotated[
-        int,
-        Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING, needs={"images": (None,)}),
-    ] = 0
-    scorer: Annotated[
-        Path | None,
-        Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
-    ] = None
-    against_references: Annotated[
-        bool,
-        Option(
-            "Also measure the untrained base model with the subject's images as references.",
-            DRAWING,
-            needs={"images": (None,)},
-        ),
-    ] = False
-    out: Annotated[
-        Path | None,
-        out_option("The folder to write the table to, new or empty.", "RUN/dreambench, dreambench-2 …"),
-    ] = None
 
 
 @settled_command(app, EvaluateOptions)
 def evaluate(asked: EvaluateOptions) -> None:
     """Measure a run by the DreamBench protocol: subject and prompt fidelity, prior preservation, diversity."""
-    run = asked.run
-    read_subject_settings(run)  # user errors are raised before torch is imported
-    from customize.evaluation.dreambench import DREAMBENCH, TABLE, evaluate_images, evaluate_run
-
-    prompts, count, scorer = _templates(asked), asked.count, asked.scorer
-    with fill_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as (folder, unfinished):
-        if asked.on:
-            from customize.evaluation.few_step import measure_survival
-
-            found = measure_survival(
-                run,
-                asked.on,
-                prompts=prompts,
-                per_prompt=count,
-                scorer=scorer,
-                seed=asked.seed,
-                out=unfinished,
-                model=asked.model,
-            )
-        elif asked.images is None:
-            found = evaluate_run(
-                run,
-                prompts=prompts,
-                per_prompt=count,
-                scorer=scorer,
-                seed=asked.seed,
-                out=unfinished,
-                against_references=asked.against_references,
-                model=asked.model,
-            )
-        else:
-            found = evaluate_images(
-                asked.images,
-                run,
-                prompts=prompts,
-                per_prompt=count,
-                scorer=scorer,
-                out=unfinished,
-                model=asked.model,
-            )
+    folder, found = measure(asked)
     if asked.as_json:
-        print_json({"folder": folder, **read_json(folder / TABLE)})
+        print_json({"folder": folder, **found})
     else:
         typer.echo(found["text"])
     notify(f"{folder}/sheet.png shows the images.")
-
-
-def _templates(asked: EvaluateOptions) -> Sequence[str]:
-    """The prompts with `{}` for the subject; `UserError` for `--living` where no list is of living beings."""
-    from customize.evaluation.dreambench import is_prompt_lists, moji_prompts, read_templates
-
-    if asked.living and not any(is_prompt_lists(given) for given in asked.prompts):
-        raise UserError("--living has no effect without a prompts_and_classes.txt. Leave it out.")
-    return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
 
 
 control_commands.register(app)  # map, train-control

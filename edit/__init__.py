@@ -12,6 +12,7 @@ The names load what they need when they are first used, so that `edit --help` im
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from backbone.cli.lazy import export_lazily
@@ -63,4 +64,16 @@ _MODULES = {
     "edit.result": ("Result",),
 }
 
-__getattr__, __dir__ = export_lazily(__name__, _MODULES)
+# Flags of the commands whose keyword, or field of `ReplaceSettings`, has another name
+_FLAGS = {
+    "self": "self_attention",
+    "window": "windows",
+    "reweight": "weights",
+    "swap": "swaps",
+    "heatmap": "heatmaps",
+    "reference": "references",
+    **{name: name for name in ("cross", "blend", "keep", "features", "threshold", "strength", "method")},
+    **{name: name for name in ("guidance", "negative", "mask", "frames")},
+}
+# An edit changes the attention of its model while it runs
+__getattr__, __dir__ = export_lazily(__name__, _MODULES, flags=_FLAGS, lock=threading.RLock())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from backbone.cli.sampling import MOST_EDITS
-from backbone.io.console import UserError, guess_meant, notify, quote
+from backbone.io.console import UserError, guess_meant, notify, quote, refuse_other_encodings
 
 T = TypeVar("T")
 # Of a word, or of a prompt to compose with: what is much, and what nobody means
@@ -66,6 +66,7 @@ def prompt(text: str, what: str) -> str:
     """The prompt, if it says something; `what` names it in the complaint."""
     if not isinstance(text, str):
         raise UserError(f"The {what} is text, and {type(text).__name__} is none. Give its words.")
+    refuse_other_encodings(text, f"The {what} ")
     if not text.strip():
         told = what == "instruction"
         remedy = "to do: “make it snow”" if told else "the picture shows and what it should show"
@@ -74,10 +75,21 @@ def prompt(text: str, what: str) -> str:
 
 
 def opened(model: object) -> None:
-    """Refuse the name of a model, where an open one is needed."""
+    """Refuse the name of a model, and what is none, where an open one is needed."""
     if isinstance(model, (str, os.PathLike)):
         raise UserError(
             f"{os.fspath(model)} is a model's name. Open it first: backbone.open({str(model)!r})."
+        )
+    if not hasattr(model, "denoiser"):
+        raise UserError(f'{type(model).__name__} is no open model. Open one first: backbone.open("moji").')
+
+
+def inverted(inversion: object) -> None:
+    """Refuse what is no inversion, where an edit begins from one."""
+    if not hasattr(inversion, "overwrites"):
+        raise UserError(
+            f"{type(inversion).__name__} is no inversion. Make one: edit.invert(model, image, prompt), or read one: "
+            "edit.read_inversion(path, model)."
         )
 
 
@@ -85,10 +97,11 @@ def prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
     """The prompts, if there are any and each says something; a text is one."""
     if isinstance(texts, str):
         texts = (texts,)
-    if texts is not None and not isinstance(texts, Sequence):
+    if texts is not None and (isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable)):
         raise UserError(
             f"The {what} is text, or a list of some, and {type(texts).__name__} is none. Give its words."
         )
+    texts = () if texts is None else tuple(texts)
     if not texts:
         raise UserError(f"There is no {what}. Say what the picture should show.")
     return tuple(prompt(text, what) for text in texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from backbone.io.written import written_path
 from backbone.media.clips import Film
 from backbone.media.sources.decode import (
     BadImageError,
+    convert_loaded,
     describe_further_frames,
     mask_from_image,
     open_loaded,
@@ -69,7 +71,9 @@ def read_image(image: ImageLike) -> SourceImage:
 
 def _named(image: object) -> str | Path:
     """The path that is meant; `UserError` for what is none: of an array nobody knows what its values mean."""
-    if not isinstance(image, (str, Path)):
+    if isinstance(image, os.PathLike):
+        image = os.fsdecode(image)
+    if not isinstance(image, str):
         raise UserError(
             f"An image is a PIL image or a path, and {type(image).__name__} is neither. Of an array of 0 to 255, "
             "[H, W, 3], PIL.Image.fromarray makes one."
@@ -87,7 +91,7 @@ def read_mask(mask: ImageLike) -> SourceImage:
     if isinstance(mask, SourceImage):
         grey, name, content = mask_from_image(mask.image), mask.name, mask.content
     elif isinstance(mask, Image.Image):
-        grey, name = mask_from_image(mask), ""
+        grey, name = convert_loaded(mask, mask_from_image), ""
         content = content_hash(grey.tobytes())
     else:
         mask = _named(mask)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.door import as_torch_comes
 from backbone.media.sheet import Cell, draw_sheet
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
@@ -92,22 +93,25 @@ class Result:
     @cached_property
     def decoded(self) -> Tensor:
         """The reconstruction and the edits [1 + N, 3, 8H, 8W] in −1…1, the edits where they were allowed to differ."""
-        if self.finished is not None:
-            return torch.cat([self.model.decode(self.source_latent[None]).cpu(), self.finished])
-        source, *edits = self.model.decode(torch.cat([self.source_latent[None], self.latents]))
-        return torch.cat([source[None], composite(torch.stack(edits), source, self.masks)])
+        with as_torch_comes():
+            if self.finished is not None:
+                return torch.cat([self.model.decode(self.source_latent[None]).cpu(), self.finished])
+            source, *edits = self.model.decode(torch.cat([self.source_latent[None], self.latents]))
+            return torch.cat([source[None], composite(torch.stack(edits), source, self.masks)])
 
     @cached_property
     def autoencoded(self) -> Tensor:
         """What the autoencoder alone makes of the image [3, 8H, 8W]: the bound of every reconstruction."""
         if torch.equal(self.source_latent, self.clean):
             return self.decoded[0]
-        return self.model.decode(self.clean[None])[0]
+        with as_torch_comes():
+            return self.model.decode(self.clean[None])[0]
 
     def frames(self) -> list[Image.Image]:
         """The film: what the edits were estimated to become, side by side."""
         rows = [] if self.estimates is None else list(self.estimates)
-        return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
+        with as_torch_comes():
+            return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
 
     def __repr__(self) -> str:
         width, height = self.source.size

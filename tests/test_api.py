@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,7 +135,9 @@ def test_a_keyword_that_there_is_not_is_answered_with_the_nearest_one() -> None:
         customize.sample("a dog", guidence=3.0)
     with pytest.raises(UserError, match=r"concepts\. Give .* concept"):
         align.sample("a dog", "out", concepts=["runs/dog"])
-    with pytest.raises(UserError, match="--scale has no effect without --concept"):
+    with pytest.raises(
+        UserError, match=r"scale has no effect without concept\. Add that, or leave out scale"
+    ):
         customize.sample("a dog", scale=0.5)
 
 
@@ -146,7 +153,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an empty folder": ({"out": ""}, "out is '', which names no folder"),
     "a folder's number": ({"out": 5}, "out is '5', which names no folder"),
     "no memory": ({"vram": math.nan}, "vram is nan"),
-    "memory in words": ({"vram": "8"}, "vram is '8'"),
+    "memory in words": ({"vram": "much"}, "vram is much, which is not a number"),
     "a concept's number": ({"concept": 5}, "concept is int, which is no run folder"),
     "a seed in words": ({"seed": "cpu"}, "seed is cpu, which is not a whole number"),
     "half a seed": ({"seed": 1.5}, "seed is 1.5, which is not a whole number"),
@@ -182,7 +189,7 @@ WRONGLY_TRAINED: dict[str, tuple[dict[str, Any], str]] = {
     "pairs": ({"images": None, "pairs": ["a", "b"]}, "pairs is a list .*and one is taken"),
     "steps in words": ({"steps": "many"}, "steps is many, which is not a whole number or auto"),
     "an empty folder": ({"images": " "}, "images is empty"),
-    "two ways": ({"class_images": "x", "prior": "off"}, "--class-images has no effect"),
+    "two ways": ({"class_images": "x", "prior": "off"}, "class_images has no effect"),
 }
 
 
@@ -261,5 +268,261 @@ def test_a_model_is_opened_by_its_name_or_path(tiny_folder: Path) -> None:
     for wrong in names:
         with pytest.raises(UserError, match="is no model's name or folder"):
             backbone.open(wrong)
-    with pytest.raises(UserError, match="no number of pixels"):
-        backbone.open(str(tiny_folder), resolution="64")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="resolution is 64px, which is not a whole number"):
+        backbone.open(str(tiny_folder), resolution="64px")  # type: ignore[arg-type]
+
+
+# Whatever a notebook has set -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SET: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": float64,
+    "another device": lambda: torch.device("meta"),
+}
+
+
+def pixels(images: list[Image.Image]) -> bytes:
+    return b"".join(image.tobytes() for image in images)
+
+
+def test_what_a_notebook_has_set_for_torch_changes_no_image_and_no_weight(
+    trained: customize.Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    images = Path(trained.settings["images"])
+    source, results = images / "0.png", list[tuple[bytes, ...]]()
+    for number, given in enumerate([ExitStack, *SET.values()]):
+        with given():
+            drawn = customize.sample("a [V] dog", concept=trained, steps=2, **TINY)
+            model = backbone.open(tiny_folder, **TINY)
+            inversion = edit.invert(model, source, "a cat", steps=3, method="null-text", iterations=1)
+            edited = edit.replace(inversion, "a dog").images
+            out = tmp_path / str(number)
+            customize.train(
+                images,
+                class_noun="dog",
+                model=tiny_folder,
+                out=out,
+                steps=2,
+                rank=2,
+                evaluation_steps=0,
+                **TINY,
+            )
+        weights = (out / "pytorch_lora_weights.safetensors").read_bytes()
+        results.append((pixels(drawn), pixels(edited), weights))
+    assert len(set(results)) == 1
+
+
+def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What each call gives in a thread of its own, or the exception that ends it."""
+    found: dict[int, Any] = {}
+
+    def run(number: int) -> None:
+        try:
+            found[number] = calls[number]()
+        except Exception as error:  # noqa: BLE001
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in range(len(calls))]
+
+
+def test_threads_draw_train_and_edit_what_one_alone_does(
+    trained: customize.Run, tiny_folder: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    images = Path(trained.settings["images"])
+    alone = pixels(customize.sample("a cat", model=tiny_folder, steps=2, **TINY))
+    assert (
+        in_threads([lambda: pixels(customize.sample("a cat", model=tiny_folder, steps=2, **TINY))] * 3)
+        == [alone] * 3
+    )
+    small: dict[str, Any] = {"steps": 2, "rank": 2, "evaluation_steps": 0, "model": tiny_folder, **TINY}
+    out = tmp_path / "run"
+    run = in_threads([lambda: customize.train(images, class_noun="dog", out=out, **small)])[0]
+    assert (run.path / "pytorch_lora_weights.safetensors").read_bytes() == (
+        trained.path / "pytorch_lora_weights.safetensors"
+    ).read_bytes()
+    inversion = edit.invert(tiny, images / "0.png", "a cat", steps=4)
+    calls: list[Callable[[], Any]] = [
+        lambda: pixels(edit.replace(inversion, "a dog").images),
+        lambda: pixels(edit.sdedit(tiny, images / "1.png", "a dog", steps=4).images),
+    ]
+    one_by_one = [call() for call in calls]
+    assert in_threads(calls * 4) == one_by_one * 4
+
+
+def test_a_run_is_found_from_another_folder_and_says_so_where_it_is_gone(
+    trained: customize.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained.path.parent)
+    run = customize.Run(Path("run"))
+    assert str(run) == "run" and run == customize.Run(trained.path) == copy.deepcopy(run)
+    monkeypatch.chdir(tmp_path)
+    assert run.settings == trained.settings and os.fspath(run) == str(trained.path)
+    gone = customize.Run(tmp_path / "gone")
+    assert repr(gone) == "Run('gone', which is no run folder)" and gone._repr_png_() is None
+
+
+def test_images_that_are_taken_away_added_or_moved_keep_their_own_prompts() -> None:
+    from backbone.media.gallery import Images
+
+    colours = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    images = Images(colours, ["red", "green", "blue"])
+    images.reverse()
+    assert images.sheet().tobytes() == Images(colours[::-1], ["blue", "green", "red"]).sheet().tobytes()
+    del images[0]
+    images.append(colours[0].copy())
+    changed = Images([colours[1], colours[0], colours[0].copy()], ["green", "red", ""]).sheet()
+    assert images.sheet().tobytes() == changed.tobytes()
+    assert copy.deepcopy(images).sheet().tobytes() == changed.tobytes()
+    for columns in (0, -1, 2.5):
+        with pytest.raises(UserError, match="columns is"):
+            images.sheet(columns)  # type: ignore[arg-type]
+
+
+class Placed:
+    """A path of another kind, as a run or an entry of a folder is one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_no_part_of_one_is_dropped() -> None:
+    for whole in (np.int64(2), np.float32(2), torch.tensor(2), Fraction(2)):
+        assert build(DrawingOptions, {"count": whole}).count == 2
+    for part in (np.float32(2.5), torch.tensor(2.5), Fraction(5, 2), np.bool_(True), torch.tensor(True)):
+        with pytest.raises(UserError, match=r"count is .*, which is not a whole number"):
+            build(DrawingOptions, {"count": part})
+    assert build(DrawingOptions, {"compile": np.bool_(True)}).compile is True
+
+
+def test_paths_devices_and_several_values_come_in_the_types_that_python_has_for_them(tmp_path: Path) -> None:
+    given = {
+        "model": Placed(tmp_path), "device": torch.device("cpu"), "sheet_prompts": (one for one in ["a", "b"]),
+        "rank_pattern": {"attn2": 4},
+    }  # fmt: skip
+    wanted = {
+        "model": str(tmp_path), "device": "cpu", "sheet_prompts": ("a", "b"), "rank_pattern": ("attn2=4",),
+    }  # fmt: skip
+    assert fit_given(Settings, given) == wanted
+    with pytest.raises(UserError, match=r"model is <.*which is no text. Give a name or a path"):
+        fit_given(Settings, {"model": object()})
+    with pytest.raises(UserError, match=r"images is a list, and what is in it is <PIL.*no text"):
+        fit_given(Settings, {"images": [Image.new("RGB", (8, 8))]})
+
+
+def test_a_concept_and_references_come_one_by_one_or_several(
+    trained: customize.Run, tiny_folder: Path
+) -> None:
+    for concept in ({trained}, iter([trained]), Placed(trained.path), np.array([str(trained.path)])):
+        assert len(customize.sample("a [V] dog", concept=concept, references=None, steps=2, **TINY)) == 1  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="concept is empty"):
+        customize.sample("a dog", concept="")
+    with pytest.raises(UserError, match="A reference is the path of an image, and Image is none"):
+        customize.sample("a dog", references=[Image.new("RGB", (8, 8))], model=tiny_folder, **TINY)  # type: ignore[list-item]
+    for text in ("a \ud800 dog", "a \udcff dog"):
+        with pytest.raises(UserError, match="is no text in UTF-8"):
+            customize.sample(text)
+
+
+def test_a_run_is_measured_by_every_setting_of_the_command(trained: customize.Run) -> None:
+    shown = inspect.signature(customize.evaluate).parameters
+    assert {"prompts", "scorer", "images", "on", "living", "count"} <= set(shown) and "as_json" not in shown
+    wrong: dict[str, tuple[Any, str]] = {
+        "count": ("x", "count is x, which is not a whole number"),
+        "living": (True, "living has no effect without prompts"),
+        "prompts": ("a dog", "has no {} where the subject stands"),
+        "nonsense": (1, "There is no setting nonsense"),
+    }
+    for name, (value, said) in wrong.items():
+        with pytest.raises(UserError, match=said):
+            customize.evaluate(trained, **{name: value})
+    with pytest.raises(UserError, match="run is None, which is no run folder"):
+        customize.evaluate(None)  # type: ignore[arg-type]
+
+
+REPLACED: dict[str, tuple[dict[str, Any], str]] = {
+    "a share in words": ({"cross": "much"}, "cross is much, which is not a number"),
+    "another layer": ({"layers": "early"}, "layers is early, which is none of all, late"),
+    "a weight in words": ({"weights": {"dog": "2"}}, "weight of “dog” is '2', which is no number"),
+    "weights in a list": ({"weights": [("dog", 2)]}, "weights is .*a dictionary by words is taken"),
+    "half a window": ({"windows": {"dog": 0.5}}, "The window of “dog” is 0.5"),
+    "a swap in words": ({"swaps": "cat=dog"}, "swaps is 'cat=dog', and pairs of words are taken"),
+    "words in numbers": ({"keep": [3]}, "keep is .*and words are taken"),
+    "frames in words": ({"frames": "x"}, "frames is x, which is not a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_a_replacement_is_given_in_another_type_is_a_sentence(name: str) -> None:
+    given, said = REPLACED[name]
+    with pytest.raises(UserError, match=said):
+        edit.ReplaceSettings(**given)
+
+
+def test_a_replacement_s_settings_are_understood_as_every_setting_is() -> None:
+    words = (one for one in ["dog"])
+    given: dict[str, Any] = {
+        "keep": "cat",
+        "blend": words,
+        "cross": "0.5",
+        "strength": None,
+        "negative": None,
+    }
+    made = edit.ReplaceSettings(**given, swaps=cast(Any, {"cat": "dog"}))
+    assert (made.keep, made.blend, made.cross, made.strength) == (("cat",), ("dog",), 0.5, 1.0)
+    assert made.negative == "" and made.swaps == (("cat", "dog"),)
+
+
+def test_what_is_no_inversion_and_no_model_is_said_to_be_none(tiny: Backbone, tmp_path: Path) -> None:
+    wrong: list[Any] = [None, "cat.safetensors", tiny]
+    for given in wrong:
+        with pytest.raises(UserError, match=r"is no inversion. Make one"):
+            edit.replace(given, "a dog")
+        with pytest.raises(UserError, match=r"is no inversion. Make one"):
+            edit.remove(given, "dog")
+        with pytest.raises(UserError, match=r"is no inversion. Make one"):
+            edit.interpolate(given, given)
+    with pytest.raises(UserError, match="NoneType is no open model"):
+        edit.sdedit(cast(Any, None), "cat.png", "a dog")
+    with pytest.raises(UserError, match="Backbone is no path of an inversion"):
+        edit.read_inversion(cast(Any, tiny), tiny)
+
+
+def test_an_open_file_that_is_cut_off_and_a_turned_mask_are_read_as_files_are(
+    tiny: Backbone, tmp_path: Path
+) -> None:
+    from edit.pictures import read_mask
+
+    random = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    with (
+        Image.open(tmp_path / "cut.png") as image,
+        pytest.raises(UserError, match=r"cannot be used .*truncated"),
+    ):
+        edit.sdedit(tiny, image, "a dog", steps=2)
+    mask, turned = Image.new("L", (8, 4)), Image.Exif()
+    mask.paste(255, (0, 0, 2, 4))
+    turned[0x0112] = 6
+    mask.save(tmp_path / "mask.png", exif=turned)
+    with Image.open(tmp_path / "mask.png") as image:
+        assert read_mask(image).image.tobytes() == read_mask(tmp_path / "mask.png").image.tobytes()

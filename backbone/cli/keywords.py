@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from backbone.cli.options import build, refuse_idle
 from backbone.io.console import UserError
-from backbone.io.run import Run
 from backbone.io.written import written_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -40,6 +41,7 @@ def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Fun
                 if one.name not in found and one.name not in without:
                     found[one.name] = _parameter(one, hints[one.name])
         function.__signature__ = own.replace(parameters=list(found.values()))  # type: ignore[attr-defined]
+        function.taken = kinds  # type: ignore[attr-defined]
         return function
 
     return show
@@ -70,19 +72,21 @@ def folder_of(out: object) -> Path | None:
 
 def folders_of(runs: object) -> tuple[Path, ...]:
     """Run folders that were given as one, as several, or not at all; `UserError` for what is no path and no run."""
-    several: Sequence[object] = runs if isinstance(runs, (list, tuple)) else [runs]
-    given = [] if runs is None else several
+    one_alone = isinstance(runs, (str, bytes, os.PathLike)) or not isinstance(runs, Iterable)
+    given: list[object] = [] if runs is None else [runs] if one_alone else list(runs)  # type: ignore[call-overload]
     for one in given:
-        if not isinstance(one, (str, Path, Run)):
+        if not isinstance(one, (str, os.PathLike)):
             raise UserError(f"concept is {type(one).__name__}, which is no run folder. Give its path.")
-    return tuple(Path(str(one)) for one in given)
+        if not os.fspath(one):
+            raise UserError("concept is empty. Name a run folder, or leave it out.")
+    return tuple(Path(os.fsdecode(one)) for one in given)  # type: ignore[arg-type]
 
 
 def memory_of(vram: object) -> float | None:
     """A device's memory in GiB, None for what is not planned; `UserError` for what is no number above 0."""
     if vram is None:
         return None
-    if isinstance(vram, bool) or not isinstance(vram, (int, float)) or not 0 < vram < math.inf:
+    if isinstance(vram, bool) or not isinstance(vram, Real) or not 0 < float(vram) < math.inf:
         raise UserError(f"vram is {vram!r}, which is no number of GiB. Give one above 0.")
     return float(vram)
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 
 def export_lazily(
-    package: str, modules: Mapping[str, Sequence[str]]
+    package: str,
+    modules: Mapping[str, Sequence[str]],
+    *,
+    flags: Mapping[str, str] | None = None,
+    lock: threading.RLock | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package that exports names of other modules, and `__version__`."""
+    """`__getattr__` and `__dir__` of a package that exports names of other modules, and `__version__`.
+
+    Functions are called through `backbone.cli.door`, which `flags` and `lock` are for.
+    """
     home = {name: module for module, names in modules.items() for name in names}
+    opened: dict[str, Any] = {}
 
     def get(name: str) -> Any:
         if name == "__version__":
@@ -23,6 +33,13 @@ def export_lazily(
                 return "0+unknown"
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(home[name]), name)
+        found = getattr(import_module(home[name]), name)
+        if not inspect.isroutine(found):
+            return found
+        if name not in opened:
+            from backbone.cli.door import open_door
+
+            opened[name] = open_door(found, package, flags=flags or {}, lock=lock)
+        return opened[name]
 
     return get, lambda: sorted([*home, "__version__"])

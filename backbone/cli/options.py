@@ -21,9 +21,11 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import reprlib
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
+from datetime import date, time
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,7 +38,7 @@ import typer
 from backbone.cli.config_file import read_mapping
 from backbone.cli.help import ReadLater, hyphens
 from backbone.cli.other_names import find_setting
-from backbone.io.console import UserError, quote, refuse_address
+from backbone.io.console import UserError, quote, refuse_address, refuse_other_encodings
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
 from backbone.io.written import written_path
@@ -45,6 +47,7 @@ SHOWN = 12  # unknown keys of a file that a message lists
 SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
 RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
+CHOOSE = " Choose one of them."
 SHORT = reprlib.Repr()  # of a value in a message
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
 Made = TypeVar("Made")
@@ -54,6 +57,7 @@ class UnknownSettingError(UserError):
     """A setting that does not exist."""
 
 
+QUOTED = (bool, int, float, date, time)  # as which a file's values are read that have no quotes
 PLACES = ("FOLDER", "FILE", "RUN", "MODEL", "IMAGE", "PICTURE", "PATH", "ADAPTER", "CLIP", "CLIPS", "PAIRS")
 
 
@@ -374,8 +378,8 @@ def _switch(one: Field, switch: str) -> str:
 class _Said(dict[str, Any]):
     """Values by field, none of them said twice in different ways."""
 
-    def __init__(self, known: Mapping[str, Field], file: Path | None = None) -> None:
-        self.known, self.file, self.by = known, file, dict[str, str]()
+    def __init__(self, known: Mapping[str, Field], file: Path | None = None, *, record: bool = False) -> None:
+        self.known, self.file, self.record, self.by = known, file, record, dict[str, str]()
 
     def put(self, name: str, value: Any, by: str) -> None:
         if name in self and self[name] != value:
@@ -396,9 +400,13 @@ class _Said(dict[str, Any]):
             if isinstance(part, str) and one.option.is_place(one.kind):
                 refuse_address(part)
         empty = any(isinstance(part, str) and not part.strip() for part in values)
-        if self.file is None and empty and one.option.is_place(one.kind):
+        where = f"{name} in {self.file}" if self.file else name
+        said = not self.record and (self.file is None or value != one.default)
+        if said and empty and one.option.is_place(one.kind):
             # An empty path is the working folder, and a variable of the shell that was never set is empty
-            raise UserError(f"{name} is empty. Name one, or leave it out.")
+            raise UserError(f"{where} is empty. Name one, or leave it out.")
+        if value is None and not self.record and one.default is not None:
+            raise UserError(f"{where} is empty. Give a value, or leave it out.")
         self.put(one.name, convert_value(one, value, name, self.file), name)
 
     def with_implied(self) -> _Said:
@@ -452,7 +460,7 @@ def values_from_file(path: Path, known: Mapping[str, Field], flags: Mapping[str,
     """
     data = read_mapping(path)
     record = isinstance(data.get("settings"), dict) and "command" in data
-    said = _Said(known, path)
+    said = _Said(known, path, record=record)
     names = {name: one for one in known.values() for name in one.spellings}
     switches = {
         hyphens(name): (one, meant) for one in known.values() for name, meant in one.option.switches.items()
@@ -527,16 +535,40 @@ def convert_value(one: Field, value: Any, name: str, file: str | Path | None = N
     if type(value) is type(one.default) and value == one.default:
         return value  # also where it stands for something else, as 0 for all
     if one.many:
-        values = [value] if isinstance(value, (str, int, float, Path)) else value
+        values = _as_list(value)
         fits = (int, float, str) if one.kind in (int, float) else (str, Path)
-        if not isinstance(values, (list, tuple)) or not all(isinstance(part, fits) for part in values):
+        if values is None or not all(isinstance(part, fits) for part in values):
             raise UserError(f"{where} is not a list of texts ({SHORT.repr(value)}). Put each in quotes.")
         return tuple(_convert_one(one, part, where) for part in values)
     return _convert_one(one, value, where)
 
 
+def _as_list(value: Any) -> list[Any] | None:
+    """The values of a field that holds many: one, several, or a dict's as key=value; None for what is neither."""
+    value = _written(value)
+    if isinstance(value, (str, int, float, Path)):
+        return [value]
+    if isinstance(value, Mapping):
+        return [f"{key}={_written(part)}" for key, part in value.items()]
+    return (
+        list(map(_written, value)) if isinstance(value, Iterable) and not isinstance(value, bytes) else None
+    )
+
+
+def _written(value: Any) -> Any:
+    """A value from Python as it is written: a scalar of numpy or torch, a run's folder, a torch.device."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, os.PathLike) and not isinstance(value, Path):
+        return os.fsdecode(value)
+    if type(value).__module__ == "torch" and type(value).__name__ in ("device", "dtype"):
+        return str(value).removeprefix("torch.")
+    return value
+
+
 def _convert_one(one: Field, value: Any, where: str) -> Any:
     """One value, also of a field that holds many."""
+    value = _written(value)
     if one.kind is bool:
         if not isinstance(value, bool):
             raise UserError(f"{where} is {SHORT.repr(value)}. Write true or false.")
@@ -545,6 +577,7 @@ def _convert_one(one: Field, value: Any, where: str) -> Any:
         return _number(one, value, where)
     if not isinstance(value, (str, Path)):
         raise _no_text(one, value, where)
+    refuse_other_encodings(str(value), f"{where} is ")
     if one.option.choices:
         return _choice(one, str(value), where)
     if one.option.understood:
@@ -556,8 +589,13 @@ def _convert_one(one: Field, value: Any, where: str) -> Any:
 def _no_text(one: Field, value: Any, where: str) -> UserError:
     """What to say of a value that is no text: of a list that one is taken, unless it is a text in brackets, as [V]."""
     if not isinstance(value, (list, tuple)):
-        return UserError(f"{where} is {SHORT.repr(value)}, which is no text. Put it in quotes.")
+        remedy = "Put it in quotes." if isinstance(value, QUOTED) else "Give text."
+        if one.option.is_place(one.kind) and remedy == "Give text.":
+            remedy = "Give a name or a path; what is in memory is saved first."
+        return UserError(f"{where} is {SHORT.repr(value)}, which is no text. {remedy}")
     shown = f"{where} is a list ({SHORT.repr(value)})"
+    if len(value) == 1 and not isinstance(value[0], (str, Path)):
+        return _no_text(one, value[0], f"{where} is a list, and what is in it")
     if len(value) == 1 and not one.option.is_place(one.kind):
         return UserError(f'{shown}. If it is a text in brackets, put it in quotes: "[{value[0]}]".')
     if len(value) == 1:
@@ -568,7 +606,7 @@ def _no_text(one: Field, value: Any, where: str) -> UserError:
 def _number(one: Field, value: Any, where: str) -> Any:
     option, whole = one.option, one.kind is int
     try:
-        if isinstance(value, bool) or (whole and isinstance(value, float) and value != int(value)):
+        if isinstance(value, bool) or (whole and not isinstance(value, str) and value != int(value)):
             raise ValueError
         number = one.kind(value)
         if not math.isfinite(number):
@@ -623,7 +661,7 @@ def find_meant(key: str, known: Sequence[str]) -> str:
 def find_nearest(word: str, known: Sequence[str]) -> str:
     """“ Did you mean …?”, to follow a sentence; what else there is to say where nothing is near."""
     near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f" Did you mean {near[0]}?" if near else " Choose one of them." if len(known) < 12 else ""
+    return f" Did you mean {near[0]}?" if near else CHOOSE if len(known) < 12 else ""
 
 
 def check_values(settings: Any) -> None:
@@ -669,6 +707,8 @@ def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
             spelled = fields_of(declared) if isinstance(declared, type) else {}
             called = [one.name for one in spelled.values() if name.replace("-", "_") in one.spellings]
             meant = f" It is {called[0]} here." if called else find_meant(name, list(known))
+            if meant == CHOOSE:
+                meant = f" There are {', '.join(known)}."
             raise UnknownSettingError(f"There is no setting {name}.{meant}")
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
@@ -692,6 +732,21 @@ def fit_given(declared: type, given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             said.read(known[name], value, name)
     return {**said.with_implied(), **asked}
+
+
+def fit_made(settings: Any) -> None:
+    """Brings what a made dataclass was given to the types of its fields; None where nothing else may be is its default.
+
+    Raises `UserError`, naming the argument, for what does not fit.
+    """
+    given = {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings)}
+    usual = {
+        one.name: one.default_factory() if one.default_factory is not MISSING else one.default
+        for one in dataclasses.fields(settings)
+        if given[one.name] is None
+    }
+    for name, value in {**usual, **_fit_values(type(settings), given)}.items():
+        object.__setattr__(settings, name, value)
 
 
 def _fit_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -719,16 +774,27 @@ def _plain_fields(declared: Hashable) -> dict[str, tuple[Field | None, bool]]:
     for one in dataclasses.fields(declared):
         hint = hints[one.name]
         kind, many = _kind_of(hint)
-        plain = known.get(one.name) or Field(one.name, kind, many, one.default, Option("", ""))
+        choices = _choices_of(hint)
+        plain = known.get(one.name) or Field(
+            one.name, kind, many, one.default, Option("", "", choices=choices)
+        )
         told = kind in (int, float, str, bool) and (one.name in known or _is_plain(hint))
         found[one.name] = (plain if told else None, type(None) in get_args(hint))
     return found
 
 
+def _choices_of(hint: Any) -> tuple[str, ...]:
+    """The words that a type allows, of a Literal or of one or nothing; none of another."""
+    alone = [one for one in get_args(hint) if get_origin(one) is Literal] or [hint]
+    return get_args(alone[0]) if get_origin(alone[0]) is Literal else ()
+
+
 def _is_plain(hint: Any) -> bool:
-    """Whether a type is one of a number, of text or of yes and no, or that or nothing."""
+    """Whether a type is one of a number, of text, of some words or of yes and no, or that or nothing."""
+    if get_origin(hint) in (tuple, list, Sequence, Mapping):
+        return False
     inner = [one for one in get_args(hint) if one is not type(None)] or [hint]
-    return len(inner) == 1 and inner[0] in (int, float, str, bool)
+    return bool(_choices_of(hint)) or (len(inner) == 1 and inner[0] in (int, float, str, bool))
 
 
 def part(declared: type[Made], settings: Any) -> Made:

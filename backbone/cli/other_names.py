@@ -11,7 +11,10 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(
         ("epochs", "epoch", "max-train-epochs", "num-train-epochs", "num-epochs"), (("steps",), _STEPS)
     ),
-    **dict.fromkeys(("iterations", "max-steps", "train-steps", "num-steps", "total-steps"), (("steps",), "")),
+    **dict.fromkeys(
+        ("iterations", "max-steps", "train-steps", "num-steps", "total-steps", "num-inference-steps"),
+        (("steps",), ""),
+    ),
     **dict.fromkeys(
         ("repeats", "num-repeats", "dataset-repeats"),
         (("steps",), " Images are learned equally often for as many steps as it says."),
@@ -29,9 +32,18 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (("concept",), " It takes a run; make one of a file: customize import FILE --out runs/NAME"),
     ),
     **dict.fromkeys(("lora-strength", "strength", "weight", "lora-weight"), (("scale",), "")),
-    **dict.fromkeys(("cfg", "guidance-weight"), (("guidance",), "")),
+    **dict.fromkeys(("cfg", "guidance-weight", "guidance-scale"), (("guidance",), "")),
     **dict.fromkeys(
-        ("num-images", "n-images", "num-samples", "n-samples", "samples", "number", "num"),
+        (
+            "num-images",
+            "n-images",
+            "num-samples",
+            "n-samples",
+            "samples",
+            "number",
+            "num",
+            "num-images-per-prompt",
+        ),
         (("count", "per-prompt"), ""),
     ),
     **dict.fromkeys(
@@ -48,8 +60,10 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("load-in-4bit", "load-in-8bit", "quantization", "quantize-base"),
         (("quantize",), " As in --{flag} nf4."),
     ),
-    **dict.fromkeys(("neg", "negative-prompts", "uncond"), (("negative",), "")),
+    **dict.fromkeys(("neg", "negative-prompts", "negative-prompt", "uncond"), (("negative",), "")),
     **dict.fromkeys(("text", "caption"), (("prompts", "prompt", "instruction"), "")),
+    "mask-image": (("mask",), ""),
+    "generator": (("seed",), " It is a whole number."),
     "prompt": (("target", "instruction", "prompts"), ""),
     "target": (("prompt", "instruction", "prompts"), ""),
     "instruction": (("prompt", "target"), ""),

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn, TypeAlias
@@ -29,7 +30,9 @@ MAIN_PROCESS_GRACE_SECONDS = 5.0
 LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
 LINK_LOOP = "Symlink loop from "
-BROKEN = re.compile("[\udc80-\udcff]")  # as Python reads bytes that are none of the encoding
+BROKEN = re.compile(
+    "[\ud800-\udfff]"
+)  # as Python reads bytes that are none of the encoding, and halves of characters
 # A word of a command that is an address, or ends in one (`sketch=https://…`); a page of a model or dataset on the hub
 ADDRESS = re.compile(r"(?:[\w-]+=)?(([a-z][a-z0-9+]+)://(\S+))")
 HUB_PAGE = re.compile(
@@ -193,7 +196,7 @@ def refuse_address(word: str) -> None:
 
 def show_text(text: str) -> str:
     """A text with a mark for each byte that is no UTF-8, cut after 80 characters."""
-    return shorten(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), 80)
+    return shorten(BROKEN.sub("\ufffd", text), 80)
 
 
 def looks_like_prompt(said: str | os.PathLike[str]) -> bool:
@@ -273,7 +276,20 @@ def _folders_above(where: str) -> list[str]:
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     if is_main_rank():
-        print(show_plainly(text), file=sys.stderr, flush=True)
+        print(show_plainly(_spoken.get()(text)), file=sys.stderr, flush=True)
+
+
+_spoken: ContextVar[Callable[[str], str]] = ContextVar("spoken", default=str)
+
+
+@contextmanager
+def speaking(spoken: Callable[[str], str]) -> Iterator[None]:
+    """Inside, `notify` prints what `spoken` makes of a text: the same in the words of who reads it."""
+    before = _spoken.set(spoken)
+    try:
+        yield
+    finally:
+        _spoken.reset(before)
 
 
 def show_plainly(text: str) -> str:

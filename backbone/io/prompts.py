@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, notify_once
+from backbone.io.console import UserError, count_of, notify_once, refuse_other_encodings
 from backbone.io.records import UTF16, iterate_entries, read_text, refuse_pipe
 from backbone.io.written import written_path
 
@@ -88,6 +88,7 @@ def prompts_of(
             raise UserError(
                 f"A prompt is text, and {type(words).__name__} is none. Give words, or several in a list."
             )
+        refuse_other_encodings(words, "The prompt ")
         if os.path.isfile(path := str(written_path(words))):
             found += (read or read_prompts)(Path(path))
             continue

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl
 from backbone.io.records import RunRecord
+from backbone.io.written import written_path
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
     """A run folder of `customize train` or `align train`. It serves wherever a `concept` is asked for.
 
-    A notebook shows its sheet, if it has one.
+    A notebook shows its sheet, if it has one. It is found from whatever folder is the working one later.
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(os.path.abspath(written_path(self.path))))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -36,14 +42,19 @@ class Run:
         return read_jsonl(self.path / "log.jsonl")
 
     def __fspath__(self) -> str:
-        return str(self.path)
+        return str(self)
 
     def __str__(self) -> str:
-        return str(self.path)
+        """Its path, from the working folder where it lies in there."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
     def __repr__(self) -> str:
-        settings = self.settings
-        return f"Run({str(self.path)!r}, model={settings['model']!r}, steps={settings['steps']})"
+        try:
+            settings = self.settings
+        except (UserError, OSError):
+            return f"Run({str(self)!r}, which is no run folder)"
+        return f"Run({str(self)!r}, model={settings['model']!r}, steps={settings['steps']})"
 
     def _repr_png_(self) -> bytes | None:
         sheet = self.path / "sheet.png"

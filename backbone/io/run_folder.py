@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -355,11 +356,14 @@ _stopping: list[list[int]] = []  # the lists of the `stopping` contexts that are
 def catch_interrupts() -> Iterator[list[int]]:
     """Yield a list that stays empty until Ctrl-C, SIGTERM or SIGHUP arrives; a second one raises `KeyboardInterrupt`.
 
-    Inside another `catch_interrupts` it is that one's list.
+    Inside another `catch_interrupts` it is that one's list. In another thread than the main one none arrives.
 
     A launcher of several processes forwards a signal that the terminal has already sent to each of them: there a
     second one counts only after FORWARDED_SIGNAL_SECONDS.
     """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield []
+        return
     if _stopping:
         yield _stopping[-1]
         return

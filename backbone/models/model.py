@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
@@ -197,7 +198,7 @@ class Backbone:
         """The network that predicts, in the working precision, its weights frozen."""
         if self.location.name not in OWN and (licence := self.family.licence(self.location)):
             notify_once(licence)
-        with progress(None, f"loading {self.location.name}", brief=True):
+        with _loading(self.location.name):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
             if self.location.few_step is not None:
                 fuse_lora(self.location.few_step / ADAPTER, loaded)
@@ -224,7 +225,7 @@ class Backbone:
     @cached_property
     def autoencoder(self) -> nn.Module:
         """Pictures to latents and back."""
-        with progress(None, "loading the autoencoder", brief=True):
+        with _loading("the autoencoder"):
             loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
         if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
             notify_once(f"The autoencoder of {self.location.name} works in fp32: in fp16 it overflows.")
@@ -241,14 +242,14 @@ class Backbone:
     def text_encoder(self) -> TextEncoder:
         """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
-        with progress(None, "loading the text encoder", brief=True):
+        with _loading("the text encoder"):
             return self.family.text_encoder(self.location, self.dtype).to(device)
 
     @cached_property
     def picture_encoder(self) -> PictureEncoder:
         """The image encoder of a model that makes clips of pictures."""
         assert isinstance(self.family, PictureFamily)
-        with progress(None, "loading the picture encoder", brief=True):
+        with _loading("the picture encoder"):
             return self.family.picture_encoder(self.location, self.dtype).to(self.device)
 
     @cached_property
@@ -595,4 +596,12 @@ class Backbone:
         return latent_space(self.autoencoder)
 
 
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """One part of a model loads at a time: libraries that load patch torch's classes meanwhile, in every thread."""
+    with _LOADING, progress(None, f"loading {what}", brief=True):
+        yield
+
+
+_LOADING = threading.RLock()
 open = Backbone.open  # as `backbone.open("moji")`

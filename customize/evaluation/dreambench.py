@@ -36,7 +36,6 @@ from customize.settings import Settings, read_subject_settings
 
 TABLE = "table.json"
 REFERENCES = 5  # images of a subject beside a prompt, where the model reads so many
-DREAMBENCH = "dreambench"  # in a run folder
 PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
 PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 

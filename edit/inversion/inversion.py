@@ -152,6 +152,8 @@ class Inversion:
 
     def write(self, path: str | Path) -> None:
         """Writes everything into one safetensors file."""
+        if not isinstance(path, (str, Path)):
+            raise UserError(f"{type(path).__name__} is no path. Name the file to write, as cat.safetensors.")
         tensors = {
             "states": self.states,
             "image": _to_bytes(self.image),
@@ -308,6 +310,7 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 
     Its error at guidance 1 is that of the inversion; at higher guidance, that which guidance adds.
     """
+    checks.inverted(inversion)
     model, schedule = inversion.model, inversion.schedule
     text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
     text = inversion.layout.under(text, schedule, [SOURCE])
@@ -331,6 +334,9 @@ def read_inversion(
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
+    checks.opened(model)
+    if not isinstance(path, (str, Path)):
+        raise UserError(f"{type(path).__name__} is no path of an inversion. Give the path, then the model.")
     tensors, metadata = read_tensors(path)
     fields = _fields(path, metadata)
     if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:

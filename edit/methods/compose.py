@@ -38,6 +38,7 @@ def compose(
 
     Raises `UserError` without prompts, or for a strength outside 0…1.
     """
+    checks.inverted(inversion)
     toward = checks.weighted(toward, "prompt to compose with")
     checks.strength(strength, inversion.steps)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()

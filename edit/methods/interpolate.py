@@ -36,6 +36,8 @@ def interpolate(
     Raises `UserError` for inversions of different models, steps or sizes, fewer than three images, or more than can be
     meant.
     """
+    for one in (first, second):
+        checks.inverted(one)
     if first.identity != second.identity:
         raise UserError("The two inversions are of different models. Invert both images with the same one.")
     if first.states.shape != second.states.shape or not torch.equal(first.schedule.a, second.schedule.a):

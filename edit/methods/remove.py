@@ -91,6 +91,7 @@ def remove(
     Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
     another size, or a count that nobody means.
     """
+    checks.inverted(inversion)
     asked = build(RemoveSettings, settings)
     model, schedule, count = inversion.model, inversion.schedule, checks.count(asked.count)
     checks.share("threshold", asked.threshold)

@@ -118,7 +118,8 @@ def test_a_window_that_ends_before_it_begins_is_refused() -> None:
 def test_the_name_of_a_model_is_answered_with_how_it_is_opened(name: Any) -> None:
     with pytest.raises(UserError, match=r"Open it first: backbone\.open\('"):
         checks.opened(name)
-    checks.opened(object())
+    with pytest.raises(UserError, match=r"object is no open model\. Open one first: backbone\.open"):
+        checks.opened(object())
 
 
 def test_a_word_has_one_weight_and_one_window_and_a_weight_of_one_is_said_to_be_none(

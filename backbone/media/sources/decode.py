@@ -85,12 +85,17 @@ def open_bytes(path: Path) -> bytes:
 
 def open_loaded(image: Image.Image) -> Image.Image:
     """An image that is in memory already as `open_rgb` would have read it; `BadImageError` where that cannot be."""
+    return convert_loaded(image, flatten_on_white)
+
+
+def convert_loaded(image: Image.Image, convert: Convert) -> Image.Image:
+    """An image in memory or of an open file, upright, as `convert` makes it; `BadImageError` where that cannot be."""
     if not image.width or not image.height:
         raise BadImageError("The image", "has no pixels")
     try:
         _unpack_text_profiles(image)
-        return flatten_on_white(ImageOps.exif_transpose(image))
-    except ValueError as error:
+        return convert(ImageOps.exif_transpose(image))
+    except DECODER_ERRORS as error:
         raise BadImageError("The image", f"cannot be used ({error})") from error
 
 

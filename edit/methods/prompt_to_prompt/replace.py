@@ -62,7 +62,10 @@ def replace(
     Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
     size, and what the model cannot do.
     """
+    checks.inverted(inversion)
     targets = checks.prompts(targets, "target prompt")
+    if settings is not None and not isinstance(settings, ReplaceSettings):
+        raise UserError(f"settings is {type(settings).__name__}. Write edit.ReplaceSettings(keep=[…]).")
     model, steps = inversion.model, inversion.steps
     settings = (settings or ReplaceSettings()).resolve(model)
     check_supported(model, settings)

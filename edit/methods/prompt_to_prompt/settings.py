@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal
 
+from backbone.cli.options import fit_made
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window
@@ -24,6 +26,34 @@ BY_MODEL = (
     "place_self_attention",
 )
 BY_CHANGE = BY_MODEL[2:]  # of some targets alone, by what changes in them
+
+
+def _words(name: str, given: Any) -> tuple[str, ...]:
+    """Words as one or several; `UserError` for what is none."""
+    words = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f'{name} is {given!r}, and words are taken. Write ["cat"].')
+    return words
+
+
+def _pairs(name: str, given: Any) -> tuple[tuple[str, str], ...]:
+    """Pairs of words; `UserError` for what is none."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    pairs = list(given.items() if isinstance(given, Mapping) else given) if several else [given]
+    if not all(isinstance(pair, (tuple, list)) and len(_words(name, pair)) == 2 for pair in pairs):
+        raise UserError(f'{name} is {given!r}, and pairs of words are taken. Write [("cat", "tiger")].')
+    return tuple((old, new) for old, new in pairs)
+
+
+def _table(name: str, given: Any) -> dict[str, Any]:
+    """What is said of each word; `UserError` for what is no dictionary."""
+    if not isinstance(given, Mapping) or not all(isinstance(word, str) for word in given):
+        raise UserError(f"{name} is {given!r}, and a dictionary by words is taken.")
+    return dict(given)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -83,14 +113,21 @@ class ReplaceSettings:
     frames: int = 0
 
     def __post_init__(self) -> None:
+        fit_made(self)
+        for name, as_given in (("windows", _table), ("weights", _table), ("swaps", _pairs)):
+            object.__setattr__(self, name, as_given(name, getattr(self, name)))
+        for name in ("blend", "keep", "heatmaps"):
+            object.__setattr__(self, name, _words(name, getattr(self, name)))
         for name in (*BY_MODEL, "features", "threshold", "blend_from", "strength"):
             value = getattr(self, name)
             share(name, 0.0 if value is None else value)
-        for word, (start, end) in self.windows.items():
-            between(f"the window of “{word}”", start, end)
+        for word, window in self.windows.items():
+            if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(map(_is_number, window)):
+                raise UserError(f"The window of “{word}” is {window!r}. Write (0.0, 0.8).")
+            between(f"the window of “{word}”", *window)
         for word, weight in self.weights.items():
-            if not math.isfinite(weight):
-                raise UserError(f"The weight of “{word}” is {weight}, which is no number. Give one, as 2.")
+            if not _is_number(weight) or not math.isfinite(weight):
+                raise UserError(f"The weight of “{word}” is {weight!r}, which is no number. Give one, as 2.")
         if self.guidance is not None:
             not_negative("guidance", self.guidance)
 

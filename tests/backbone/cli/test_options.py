@@ -226,6 +226,8 @@ LAUGHS = "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for
         ("a.yaml", "images: https://e.com/dogs", "https://e.com/dogs is an address"),
         ("a.yaml", 'images: "\\ud800"', "a.yaml is not YAML .*is no text"),
         ("a.yaml", f"steps: {LAUGHS}", "steps in .*a.yaml is .*not a whole number"),
+        ("a.yaml", 'images: ""', "images in .*a.yaml is empty"),
+        ("a.yaml", "steps:", "steps in .*a.yaml is empty. Give a value, or leave it out"),
         ("a.yaml", "- steps", "does not hold settings"),
         ("a.toml", "steps = ", "a.toml is not TOML"),
         ("a.toml", 'images = "C:\\Users\\dog"', r"a.toml is not TOML .*Write \\ in paths twice, or as /"),

@@ -217,7 +217,7 @@ def test_a_file_that_is_no_inversion_is_refused(
 @pytest.mark.parametrize(
     ("wishes", "complaint"),
     [
-        ({"method": "other"}, "no inversion called other"),
+        ({"method": "other"}, "method is other, which is none of direct"),
         ({"prompt": " "}, "empty"),
         ({"steps": 0}, "cannot take"),
         ({"steps": 2000}, "cannot take"),

@@ -1,0 +1,121 @@
+"""What `customize evaluate` measures of a run, from its settings to its table. No torch until it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from backbone.cli.flags import DATA, DRAWING, RUNS_MODEL, SAMPLING, SCORING, out_option
+from backbone.cli.options import Option
+from backbone.cli.sampling import CountOption
+from backbone.io.console import UserError
+from backbone.io.files import read_json
+from backbone.io.run_folder import fill_new_folder
+from customize.settings import read_subject_settings
+
+DREAMBENCH, SURVIVAL = "dreambench", "survival"  # in a run folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings(CountOption):
+    """What is measured of a run, and against what."""
+
+    run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
+    images: Annotated[
+        Path | None,
+        Option("Compare these pNN-sNN.png instead of drawing.", DRAWING, metavar="FOLDER"),
+    ] = None
+    prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Words with {} for the subject, a file with such a prompt on each line, or google/dreambooth's "
+            "prompts_and_classes.txt; repeatable.",
+            DRAWING,
+            aliases=("prompt",),
+            metavar="PROMPTS",
+            default_text="25 of moji's world",
+        ),
+    ] = ()
+    on: Annotated[
+        str,
+        Option(
+            "Also measure the concept on this few-step model, or on a run of customize transfer.",
+            DRAWING,
+            metavar="MODEL",
+            default_text="the run's model alone",
+            needs={"images": (None,)},
+        ),
+    ] = ""
+    model: Annotated[str | None, RUNS_MODEL] = None
+    living: Annotated[
+        bool,
+        Option(
+            "Use the list for living subjects of prompts_and_classes.txt instead of that for objects.",
+            DRAWING,
+            switches={"thing": False},
+            needs={"prompts": ()},
+        ),
+    ] = False
+    count: int = 4
+    seed: Annotated[
+        int,
+        Option("Image j of prompt i depends on the seed, i and j only.", SAMPLING, needs={"images": (None,)}),
+    ] = 0
+    scorer: Annotated[
+        Path | None,
+        Option("A folder of CLIP or DINO.", SCORING, metavar="FOLDER", default_text="the model's own"),
+    ] = None
+    against_references: Annotated[
+        bool,
+        Option(
+            "Also measure the untrained base model with the subject's images as references.",
+            DRAWING,
+            needs={"images": (None,)},
+        ),
+    ] = False
+    out: Annotated[
+        Path | None,
+        out_option("The folder to write the table to, new or empty.", "RUN/dreambench, dreambench-2 …"),
+    ] = None
+
+
+def measure(asked: MeasureSettings) -> tuple[Path, dict[str, Any]]:
+    """Measure a run; returns the folder with its table and its sheet, and what the table holds.
+
+    Raises `UserError` for what is no run, and for what cannot be measured, before torch is imported where that shows.
+    """
+    run = asked.run
+    read_subject_settings(run)
+    from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
+
+    prompts = _templates(asked)
+    with fill_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as (folder, unfinished):
+        if asked.on:
+            from customize.evaluation.few_step import measure_survival
+
+            measure_survival(
+                run, asked.on, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed,
+                out=unfinished, model=asked.model,
+            )  # fmt: skip
+        elif asked.images is None:
+            evaluate_run(
+                run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed, out=unfinished,
+                against_references=asked.against_references, model=asked.model,
+            )  # fmt: skip
+        else:
+            evaluate_images(
+                asked.images, run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, out=unfinished,
+                model=asked.model,
+            )  # fmt: skip
+    return folder, read_json(folder / TABLE)
+
+
+def _templates(asked: MeasureSettings) -> Sequence[str]:
+    """The prompts with `{}` for the subject; `UserError` for `--living` where no list is of living beings."""
+    from customize.evaluation.dreambench import is_prompt_lists, moji_prompts, read_templates
+
+    if asked.living and not any(is_prompt_lists(given) for given in asked.prompts):
+        raise UserError("--living has no effect without a prompts_and_classes.txt. Leave it out.")
+    return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
