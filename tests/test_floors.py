@@ -23,7 +23,7 @@ Floors = Mapping[str, tuple[tuple[str, ...], ...]]
 # The rooms of each package from the ground up: a room imports from rooms of lower floors only.
 ROOMS: Floors = {
     "backbone": (
-        ("diffusion", "io"),
+        ("diffusion", "io", "examples"),
         ("conditions", "cli"),
         ("world", "families", "media", "distributed", "data"),
         ("models", "evaluation"),

@@ -1,4 +1,4 @@
-"""Files to try the commands with: a scene to edit with its prompt, prompts to draw, and prompts held out."""
+"""Files to try the commands with: a scene to edit with its prompt, prompts to draw, prompts held out, a scorer."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ SCENE = ("scene.png", "scene.txt")  # an image, and what it shows
 
 def example_files() -> list[Path]:
     """All of them."""
-    return sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".png", ".txt"))
+    return sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".png", ".txt", ".py"))

@@ -1,7 +1,7 @@
 """The packaged example: five images of one particular dog, which `moji` has never seen, and what else can be tried.
 
 `FOLDER/example/` lies beside the images, where no command takes it for images of the subject: a scene to edit with
-its prompt, prompts to sample and choose from, and held-out prompts.
+its prompt, prompts to sample and choose from, held-out prompts, and a scorer that prefers warm colours.
 """
 
 from __future__ import annotations

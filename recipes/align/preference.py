@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import UserError, notify, run_app
+from backbone.io.examples import EXAMPLES
 from backbone.io.files import write_json, write_text
 from recipes.align.prompts import (
     PROMPTS,
@@ -30,7 +31,7 @@ from recipes.align.prompts import (
 if TYPE_CHECKING:
     from recipes.align.experiment import Comparison
 
-WARM = Path(__file__).with_name("warm.py")
+WARM = EXAMPLES / "warm.py"
 
 app = script_app()
 

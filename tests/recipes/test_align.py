@@ -164,6 +164,30 @@ def test_a_step_runs_once_and_again_only_where_it_was_not_finished(
         experiment.run_once(record, product, "train", "others")
 
 
+def test_a_comparison_begins_in_a_folder_that_holds_nothing_or_another_s_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`align compare` takes no folder that holds other files."""
+    found: list[list[str]] = []
+
+    def began(*words: object) -> None:
+        out = Path(str(words[-1]))
+        found.append(sorted(path.name for path in out.iterdir()) if out.exists() else [])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_align", began)
+    drawn = tmp_path / "earlier"
+    drawn.mkdir()
+    how, scenes = experiment.HowCompared(model="moji", scorers=["moji"]), select_scenes(TRAINING_PROMPTS, 2, is_hard)
+    for images in (None, drawn):
+        with pytest.raises(KeyboardInterrupt):
+            experiment.compare_with_base(
+                tmp_path / "run", scenes, cast(Classifier, None), how, out=tmp_path / f"of-{images is None}",
+                base_images=images,
+            )  # fmt: skip
+    assert found == [[], ["base"]]
+
+
 def test_hard_prompts_ask_for_a_colour_and_an_accessory() -> None:
     dog, worn = Thing("dog", colour="red"), Thing("dog", colour="red", accessory="a crown")
     assert is_hard(Scene((worn,), "in the snow"))

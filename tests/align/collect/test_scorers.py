@@ -202,7 +202,7 @@ def test_several_rules_put_their_pairs_together_each_once(tmp_path: Path) -> Non
 
 
 def test_warmth_is_red_minus_blue() -> None:
-    from recipes.align.warm import score
+    from backbone.examples.warm import score
 
     assert score([RED, BLUE], ["", ""]) == pytest.approx([1.0, -1.0])
     grey = Image.fromarray(np.full((8, 8, 3), 77, dtype=np.uint8))
