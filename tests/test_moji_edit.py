@@ -91,5 +91,14 @@ def test_diffusers_opens_the_whole_model_and_draws_our_latents(tmp_path: Path) -
         "make it night", image=(to_tensor(picture)[None] + 1) / 2, latents=noise, num_inference_steps=4,
         guidance_scale=4.0, image_guidance_scale=1.5, output_type="latent",
     ).images  # fmt: skip
-    ours = instruct(model, picture, ["make it night"], steps=4, guidance=4.0, sampler="ddim", keep="none")
+    ours = instruct(
+        model,
+        picture,
+        ["make it night"],
+        steps=4,
+        guidance=4.0,
+        guidance_stop=1.0,
+        sampler="ddim",
+        keep="none",
+    )
     assert float((ours.latents - theirs).abs().max()) < 2e-2 * float(theirs.abs().max())  # baked in fp16

@@ -57,7 +57,7 @@ PAIRS: dict[str, Any] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "--method full": {"method": "full"},
     "DoRA": {"adapter": "dora"},
-    "lent from the CPU": {"cpu_offload": 0.5},
+    "offloaded to the CPU": {"cpu_offload": 0.5},
 }
 
 
