@@ -12,7 +12,7 @@ from backbone.cli import options
 from backbone.cli.flags import DATA, JsonOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import LONGEST_SIDE
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.io.prompts import drop_unseen, words_of
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
@@ -670,6 +670,10 @@ class Settings(TrainingSettings):
         super().__post_init__()
         self.ranks()
         self._check_timestep_bias()
+        if self.train_text_encoder and self.text_encoder_lr == 0:
+            notify_once("The text encoder's learning rate is 0: it learns nothing.")
+        if self.method in ("textual-inversion", "pivotal") and self.words_learning_rate == 0:
+            notify_once("The learning rate of the token's embedding is 0: it learns nothing.")
         if self.pairs:
             return
         named = len(self.subjects())

@@ -15,6 +15,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
 from backbone.io.records import plain, resolve_inside
+from backbone.io.run_folder import is_prepared
 from backbone.io.written import written_path
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
@@ -47,6 +48,10 @@ def could_be_dataset(source: str) -> bool:
 
 def load_saved(path: Path) -> Any:
     """A dataset that `save_to_disk` wrote; `UserError` for a damaged one, or one that names files outside of it."""
+    if is_prepared(path):
+        raise UserError(
+            f"{path} holds prepared data, of which training alone reads. Name what it was prepared from."
+        )
     for name in ("dataset_dict.json", "dataset_info.json", "state.json"):
         for record in path.rglob(name):
             for file in read_json(record, SavedTable)._data_files:

@@ -581,3 +581,20 @@ def test_a_bound_of_weights_above_every_level_s_ratio_is_said(
             say_idle_bound(settings, tiny, asked)
             found = " ".join(capsys.readouterr().err.split())
             assert (f"--snr-gamma {gamma:g} has no effect" in found) == (said and bool(asked))
+
+
+def test_rates_at_which_nothing_is_learned_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"images": "x", "token": "[V]", "class_noun": "dog"}
+    Settings(**asked, train_text_encoder=False, text_encoder_lr=0.0)
+    assert "learns nothing" not in capsys.readouterr().err
+    Settings(**asked, train_text_encoder=True, text_encoder_lr=0.0)
+    assert "The text encoder's learning rate is 0" in capsys.readouterr().err
+    Settings(**asked, method="textual-inversion", words_learning_rate=0.0)
+    assert "The learning rate of the token's embedding is 0" in capsys.readouterr().err
+
+
+def test_prepared_data_are_not_read_as_images(tmp_path: Path) -> None:
+    for name, record in (("prepared.json", {}), ("dataset_dict.json", {"splits": ["images-64x64"]})):
+        write_json(tmp_path / name, record)
+    with pytest.raises(UserError, match="holds prepared data, of which training alone reads"):
+        list_images(str(tmp_path))
