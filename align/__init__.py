@@ -21,5 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "compare", "sample", "train"]
 __getattr__, __dir__ = export_lazily(
-    __name__, {"align.api": ("compare", "sample", "train"), "backbone.io.run": ("Run",)}
+    __name__,
+    {"align.api": ("compare", "sample", "train"), "backbone.io.run": ("Run",)},
+    flags={"resume": "align train --resume"},
 )

@@ -10,7 +10,7 @@ from align.settings import ComparisonSettings, PairSampling, Settings
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
+from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, side_of, takes
 from backbone.cli.options import build, fit_given, refuse_idle
 from backbone.io.console import UserError
 from backbone.io.prompts import some_prompts, unique_prompts
@@ -92,7 +92,9 @@ def compare(
     known = {name: value for name, value in settings.items() if value is not None}
     how = build(ComparisonSettings, {"count": count, **known})
     refuse_idle(how, known)
-    sides = sides_of(str(base), str(tuned), None if model is None else str(model))
+    sides = sides_of(
+        side_of(base, "base"), side_of(tuned, "tuned"), None if model is None else side_of(model, "model")
+    )
     return compare_models(*sides, asked, _named(out), how)
 
 

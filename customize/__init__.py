@@ -20,5 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "evaluate", "sample", "train"]
 __getattr__, __dir__ = export_lazily(
-    __name__, {"customize.api": ("evaluate", "sample", "train"), "backbone.io.run": ("Run",)}
+    __name__,
+    {"customize.api": ("evaluate", "sample", "train"), "backbone.io.run": ("Run",)},
+    flags={"resume": "customize train --resume"},
 )

@@ -97,6 +97,10 @@ def test_preferences_are_sampled_ranked_learned_and_compared(tiny_folder: Path, 
         moved, run, prompts[:2], tmp_path / "elsewhere", model=moved, scorers=[str(scorer)], steps=2, **TINY
     )
     assert elsewhere["wins"] == compared["wins"]
+    sides: list[Any] = [None, "", tiny_folder.open, Image]
+    for side in sides:
+        with pytest.raises(UserError, match=r"base is .*which is no model and no run"):
+            align.compare(side, run, prompts, tmp_path / "idle")
     with pytest.raises(UserError, match="model has no effect"):
         align.compare(tiny_folder, moved, prompts[:2], tmp_path / "idle", model=moved)
 
@@ -374,8 +378,18 @@ def test_a_run_is_found_from_another_folder_and_says_so_where_it_is_gone(
     assert str(run) == "run" and run == customize.Run(trained.path) == copy.deepcopy(run)
     monkeypatch.chdir(tmp_path)
     assert run.settings == trained.settings and os.fspath(run) == str(trained.path)
+    with pytest.raises(
+        UserError, match=r"Continue it with customize train --resume .*, or choose another out"
+    ):
+        customize.train(run.settings["images"], class_noun="dog", out=run.path)
     gone = customize.Run(tmp_path / "gone")
     assert repr(gone) == "Run('gone', which is no run folder)" and gone._repr_png_() is None
+    (tmp_path / "lost").mkdir()
+    monkeypatch.chdir(tmp_path / "lost")
+    (tmp_path / "lost").rmdir()
+    assert str(run) == str(trained.path)
+    with pytest.raises(UserError, match="The working folder is not there any more"):
+        customize.sample("a dog")
 
 
 def test_images_that_are_taken_away_added_or_moved_keep_their_own_prompts() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from backbone.io.console import UserError, speaking
+from backbone.io.console import UserError, refuse_lost_folder, speaking
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 PART = re.compile(
@@ -41,6 +41,7 @@ def open_door(
         held: AbstractContextManager[Any] = nullcontext() if lock is None else lock
         with held, as_torch_comes(), speaking(lambda text: name_keywords(text, names)):
             try:
+                refuse_lost_folder()
                 return function(*args, **fit_keywords(function, named))
             except UserError as error:
                 error.args = (name_keywords(str(error), names), *error.args[1:])

@@ -65,9 +65,18 @@ def folder_of(out: object) -> Path | None:
     """A folder to write, None for none; `UserError` for what is no path. An empty one is no working folder."""
     if out is None:
         return None
-    if not isinstance(out, (str, Path)) or not str(out):
+    if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError(f"out is {str(out)[:60]!r}, which names no folder. Name one, or leave it out.")
-    return written_path(out)
+    return written_path(os.fsdecode(out))
+
+
+def side_of(model: object, name: str) -> str:
+    """A model or a run by its name or path; `UserError`, which names the argument, for what is neither."""
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise UserError(
+            f"{name} is {str(model)[:80]!r}, which is no model and no run. Give its name or path."
+        )
+    return os.fsdecode(model)
 
 
 def folders_of(runs: object) -> tuple[Path, ...]:

@@ -46,8 +46,10 @@ class Run:
 
     def __str__(self) -> str:
         """Its path, from the working folder where it lies in there."""
-        here = Path.cwd()
-        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+        try:
+            return str(self.path.relative_to(Path.cwd()))
+        except (OSError, ValueError):  # it lies elsewhere, or that folder is gone
+            return str(self.path)
 
     def __repr__(self) -> str:
         try:
