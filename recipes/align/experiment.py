@@ -227,7 +227,9 @@ def compare_with_base(
 
     `base_images` and `tuned_images` are folders of images that another comparison sampled alike, to be copied.
     """
-    prompts = write_prompts(out.with_name(f"{out.name}.jsonl"), scenes)  # a comparison's folder holds its own alone
+    prompts = write_prompts(
+        out.with_name(f"{out.name}.jsonl"), scenes
+    )  # a comparison's folder holds its own alone
     tuned, per_prompt = tuned_side_name(how.scale), how.per_prompt
     for side, source in (("base", base_images), (tuned, tuned_images)):
         if source is not None and source != out / side and not (out / side).exists():

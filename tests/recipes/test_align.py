@@ -178,7 +178,10 @@ def test_a_comparison_begins_in_a_folder_that_holds_nothing_or_another_s_images(
     monkeypatch.setattr(experiment, "run_align", began)
     drawn = tmp_path / "earlier"
     drawn.mkdir()
-    how, scenes = experiment.HowCompared(model="moji", scorers=["moji"]), select_scenes(TRAINING_PROMPTS, 2, is_hard)
+    how, scenes = (
+        experiment.HowCompared(model="moji", scorers=["moji"]),
+        select_scenes(TRAINING_PROMPTS, 2, is_hard),
+    )
     for images in (None, drawn):
         with pytest.raises(KeyboardInterrupt):
             experiment.compare_with_base(

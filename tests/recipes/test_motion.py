@@ -13,6 +13,7 @@ from diffusers import AnimateDiffPipeline, MotionAdapter
 from torch import Tensor
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.sampling import ALL_STEPS
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.clips.motion import new_motion_adapter, read_motion_adapter
 from backbone.models.model import Backbone
@@ -74,7 +75,10 @@ def test_a_stopped_training_ends_at_the_same_weights_and_diffusers_draws_the_sam
     pipeline.set_progress_bar_config(disable=True)
     frames = Frames(3)
     request = [Request("a dog in a park, moving left", (0, 0))]
-    ours = next(sample_latents(model, request, steps=3, guidance=3.0, seed=0, frames=frames))
+    # In all steps, as diffusers guides
+    ours = next(
+        sample_latents(model, request, steps=3, guidance=3.0, guided=ALL_STEPS, seed=0, frames=frames)
+    )
     theirs = pipeline(
         request[0].prompt, latents=initial_noise(model, 0, 0, 0, frames=frames)[None], num_frames=3,
         num_inference_steps=3, guidance_scale=3.0, output_type="latent",
