@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def _references(given: Any) -> tuple[str, ...]:
 
 def _as_several(given: Any) -> tuple[Any, ...]:
     """What was given as one or several, as several."""
-    return (given,) if isinstance(given, (str, Path, Run, int, float)) else tuple(given)
+    alone = isinstance(given, (str, bytes, os.PathLike, Real)) or not isinstance(given, Iterable)
+    return (given,) if alone else tuple(given)
 
 
 def read_samples(folder: Path, record: dict[str, Any]) -> Images:

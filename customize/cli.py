@@ -252,11 +252,11 @@ class EvaluateOptions(JsonOptions, MeasureSettings):
 @settled_command(app, EvaluateOptions)
 def evaluate(asked: EvaluateOptions) -> None:
     """Measure a run by the DreamBench protocol: subject and prompt fidelity, prior preservation, diversity."""
-    folder, found = measure(asked)
+    folder, table, text = measure(asked)
     if asked.as_json:
-        print_json({"folder": folder, **found})
+        print_json({"folder": folder, **table})
     else:
-        typer.echo(found["text"])
+        typer.echo(text)
     notify(f"{folder}/sheet.png shows the images.")
 
 

@@ -392,6 +392,16 @@ def test_a_run_is_found_from_another_folder_and_says_so_where_it_is_gone(
         customize.sample("a dog")
 
 
+def test_a_model_is_loaded_from_another_folder_than_it_was_opened_in(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_folder.parent)
+    model = backbone.open(tiny_folder.name, **TINY)
+    monkeypatch.chdir(tmp_path)
+    assert edit.sdedit(model, Image.new("RGB", (64, 64)), "a dog", steps=2).images
+    assert model.location.name == tiny_folder.name
+
+
 def test_images_that_are_taken_away_added_or_moved_keep_their_own_prompts() -> None:
     from backbone.media.gallery import Images
 

@@ -51,10 +51,11 @@ def locate(model: str) -> Location:
     """Where a model of this name is; `UserError` when it is nowhere."""
     place = place_of(model)
     path = written_path(place)
+    here = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then
     if path.is_dir():
         index = path / "model_index.json"
         if (path / FEW_STEP).is_file():
-            return _locate_with_adapter(model, path)
+            return _locate_with_adapter(model, here)
         if not index.exists() and (path / CONCEPT_FILE).exists():
             raise UserError(f"{path} is a run, not a whole model. Give it with --concept {quote(path)}.")
         if not index.exists() and (path / MODULAR_INDEX).is_file():
@@ -67,7 +68,7 @@ def locate(model: str) -> Location:
                 f"{path} is not a diffusers model: it has no model_index.json. "
                 "Name the folder that `save_pretrained` wrote."
             )
-        return Location(model, str(path), read_index(index))
+        return Location(model, str(here), read_index(index))
     if model in OWN:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
@@ -82,7 +83,7 @@ def locate(model: str) -> Location:
             "Leave them out."
         )
     if path.is_file() or len(files) > 1:
-        return _locate_files(model, files)
+        return _locate_files(model, [Path(os.path.abspath(one)) for one in files])
     if path.suffix.lower() in WEIGHTS:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
     is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()

@@ -81,8 +81,8 @@ class MeasureSettings(CountOption):
     ] = None
 
 
-def measure(asked: MeasureSettings) -> tuple[Path, dict[str, Any]]:
-    """Measure a run; returns the folder with its table and its sheet, and what the table holds.
+def measure(asked: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
+    """Measure a run; returns the folder with its table and its sheet, what the table holds, and as text.
 
     Raises `UserError` for what is no run, and for what cannot be measured, before torch is imported where that shows.
     """
@@ -95,21 +95,21 @@ def measure(asked: MeasureSettings) -> tuple[Path, dict[str, Any]]:
         if asked.on:
             from customize.evaluation.few_step import measure_survival
 
-            measure_survival(
+            found = measure_survival(
                 run, asked.on, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed,
                 out=unfinished, model=asked.model,
             )  # fmt: skip
         elif asked.images is None:
-            evaluate_run(
+            found = evaluate_run(
                 run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed, out=unfinished,
                 against_references=asked.against_references, model=asked.model,
             )  # fmt: skip
         else:
-            evaluate_images(
+            found = evaluate_images(
                 asked.images, run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, out=unfinished,
                 model=asked.model,
             )  # fmt: skip
-    return folder, read_json(folder / TABLE)
+    return folder, read_json(folder / TABLE), str(found["text"])
 
 
 def _templates(asked: MeasureSettings) -> Sequence[str]:

@@ -219,7 +219,7 @@ def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.Mo
         (out / "table.json").write_text(json.dumps({"seed": how["seed"]}))
         return {"text": "a table"}
 
-    monkeypatch.setattr("customize.cli.read_subject_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: None)
     monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
     for fails, seed in ((False, 0), (True, 1), (False, 2)):
         assert invoked("evaluate", run, "--seed", seed).exit_code == (1 if fails else 0)
@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_leaves_no_table_without_its_sheet(
             raise OSError(28, "No space left on device", str(out / "sheet.png"))
         return {"text": "a table"}
 
-    monkeypatch.setattr("customize.cli.read_subject_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: None)
     monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
     full = True
     failed = invoked("evaluate", run, "--out", tmp_path / "out")
