@@ -321,7 +321,7 @@ class Settings(TrainingSettings):
             needs=OF_PAIRS,
             min=0,
         ),
-    ] = 0.05
+    ] = 0.1
     on_winner_rise: Annotated[
         str,
         Option("What to do when it rises further.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS),
