@@ -380,12 +380,8 @@ def extract_lora(
     That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
     """
-    for name in (tuned, base):
-        if read_run_concept(Path(name)) is not None:
-            raise UserError(
-                f"{name} is a run, not a whole model. Make one of it first: customize merge {quote(name)} --bake --out "
-                "FOLDER"
-            )
+    _refuse_run(tuned)
+    _refuse_run(base)
     places = locate(tuned), locate(base)
     tuned_weights, base_weights = map(ModelWeights, places)
     shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
@@ -432,6 +428,15 @@ def extract_lora(
         )
     adapter, reduction = _collect_truncations(truncations)
     return adapter, replace(reduction, outside=outside)
+
+
+def _refuse_run(model: str) -> None:
+    """`UserError` for a run, whose weights are no whole model's."""
+    if read_run_concept(Path(model)) is not None:
+        raise UserError(
+            f"{model} is a run, not a whole model. Make one of it first: customize merge {quote(model)} --bake --out "
+            "FOLDER"
+        )
 
 
 def round_alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

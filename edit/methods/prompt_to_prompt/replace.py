@@ -64,10 +64,8 @@ def replace(
     """
     checks.inverted(inversion)
     targets = checks.prompts(targets, "target prompt")
-    if settings is not None and not isinstance(settings, ReplaceSettings):
-        raise UserError(f"settings is {type(settings).__name__}. Write edit.ReplaceSettings(keep=[…]).")
     model, steps = inversion.model, inversion.steps
-    settings = (settings or ReplaceSettings()).resolve(model)
+    settings = _settled(settings).resolve(model)
     check_supported(model, settings)
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
@@ -110,6 +108,13 @@ def replace(
         facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
         trajectory=torch.stack(trajectory), alignments=alignments, heatmaps=regions.heatmaps(),
     )  # fmt: skip
+
+
+def _settled(settings: ReplaceSettings | None) -> ReplaceSettings:
+    """These settings, or the usual ones; `UserError` for what is none."""
+    if settings is not None and not isinstance(settings, ReplaceSettings):
+        raise UserError(f"settings is {type(settings).__name__}. Write edit.ReplaceSettings(keep=[…]).")
+    return settings or ReplaceSettings()
 
 
 def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
