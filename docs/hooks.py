@@ -30,12 +30,12 @@ def on_config(config: Any) -> Any:
 
 
 def folders() -> dict[str, list[str]]:
-    """Every folder of modules by its dotted name, `backbone.families`, with its modules' names."""
+    """Every package by its dotted name, `backbone.families`, with its modules' names; no folder of examples."""
     found: dict[str, list[str]] = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             *folder, name = path.relative_to(ROOT).with_suffix("").parts
-            if not name.startswith("__"):
+            if not name.startswith("__") and path.with_name("__init__.py").exists():
                 found.setdefault(".".join(folder), []).append(name)
     return dict(sorted(found.items()))
 
