@@ -18,6 +18,7 @@ from backbone.models.usual import FILE as FILE_OF_MODEL
 from backbone.models.usual import OF_ALIGN, read_section
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
+    SCHEDULES,
     WEIGHTINGS,
     PrepareOptions,
     TrainingSettings,
@@ -293,7 +294,15 @@ class Settings(TrainingSettings):
             min=1,
         ),
     ] = 0
-    lr_scheduler: str = "constant"
+    lr_scheduler: Annotated[
+        str,
+        Option(
+            "Learning-rate schedule after the warm-up: cosine decay to 0, or constant.",
+            "Training",
+            by_model=True,
+            choices=SCHEDULES,
+        ),
+    ] = "constant"
     loss_weighting: Annotated[
         str,
         Option(
@@ -321,7 +330,7 @@ class Settings(TrainingSettings):
             needs=OF_PAIRS,
             min=0,
         ),
-    ] = 0.1
+    ] = 0.05
     on_winner_rise: Annotated[
         str,
         Option("What to do when it rises further.", "Evaluation", choices=("warn", "stop"), needs=OF_PAIRS),

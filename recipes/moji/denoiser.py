@@ -96,7 +96,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "align": {
         "learning_rate": 1e-4,  # `python -m recipes.align.preference`; at twice that prompts are lost
         "lr_scheduler": "cosine",
-        "beta": 5000.0,  # at 500 a few pairs spoil the images that they prefer
+        "beta": 1e4,  # at 500 a few pairs spoil the images that they prefer
         "loss_weighting": "debiased",
         "least_noise": 0.2,
         "safeguard": 0.6,

@@ -75,7 +75,7 @@ def test_of_a_model_that_is_called_as_a_few_step_one_and_drawn_in_many_it_is_sai
 def test_the_embedded_models_say_what_can_be_read(name: str) -> None:
     read = read_usual(EMBEDDED.parent / name / FILE)
     of_pairs = resolve_align({"pairs": "p"}, read)
-    assert read["steps"] and (of_pairs.beta, of_pairs.lr_scheduler) == (5000, "cosine")
+    assert read["steps"] and (of_pairs.beta, of_pairs.lr_scheduler) == (10_000, "cosine")
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,9 @@ def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_
     else:
         location = locate(str(tiny_folder) if name == "tiny" else name)
     model = SimpleNamespace(
-        location=location, defaults={"steps": 25, "guidance": 4.0, "sampler": "ancestral"}
+        location=location,
+        defaults={"steps": 25, "guidance": 4.0, "sampler": "ancestral"},
+        say_own_sampler=lambda sampler: None,
     )
     write_tensors(tmp_path / EMBEDDINGS_FILE, {"[V]": torch.zeros(1, 4)})
     lines = in_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
