@@ -764,8 +764,9 @@ def test_the_repeating_command_names_what_was_chosen() -> None:
         Settings(pairs="my pairs", loss="ipo", beta=500.0, full=True, concepts=("a", "b")), Path("out")
     )
     assert command == (
-        "align train 'my pairs' --steps 300 --batch 4 --learning-rate 0.0001 --lr-scheduler constant --loss-weighting none "
-        "--no-compile --concept a --concept b --loss ipo --beta 500.0 --safeguard -1.0 --least-noise 0.0 --full --out out"
+        "align train 'my pairs' --steps 300 --batch 4 --learning-rate 0.0001 --lr-scheduler constant "
+        "--loss-weighting none --no-compile --concept a --concept b --loss ipo --beta 500.0 --safeguard -1.0 "
+        "--least-noise 0.0 --full --out out"
     )
 
 
