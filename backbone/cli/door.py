@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 from backbone.io.console import UserError, refuse_lost_folder, speaking
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-PART = re.compile(
-    r"((?<=[.:;])\s+|[`()])"
-)  # between sentences and their parts, of which one may be a command
+# Between sentences and their parts, of which one may be a command
+PART = re.compile(r"((?<=[.:;])\s+|[`()])")
 COMMAND = re.compile(r"\b(?:customize|edit|align|limner) [a-z]")
 FLAG = re.compile(r"(?<![\w./-])--([a-z][a-z0-9-]*)")
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}

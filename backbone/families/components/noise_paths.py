@@ -85,10 +85,8 @@ OTHER_STEPS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "lower_order_final": (False,),
     },
 }
-ENDINGS = (
-    "euler_at_final",
-    "lower_order_final",
-)  # of DPM-Solver++, which ends a clean schedule at first order
+# Of DPM-Solver++, which ends a clean schedule at first order
+ENDINGS = ("euler_at_final", "lower_order_final")
 NEAREST: Mapping[str, str] = {  # of schedulers whose steps are of no sampler here, the one that comes nearest
     "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "heun",
