@@ -80,7 +80,7 @@ def opened(model: object) -> None:
         raise UserError(
             f"{os.fspath(model)} is a model's name. Open it first: backbone.open({str(model)!r})."
         )
-    if not hasattr(model, "denoiser"):
+    if not hasattr(type(model), "denoiser"):  # asked of the model itself, it would load its weights
         raise UserError(f'{type(model).__name__} is no open model. Open one first: backbone.open("moji").')
 
 
