@@ -143,10 +143,9 @@ def _cross(
 
 
 def _without_hidden(streams: JointAttentionInputs, visible: Tensor) -> Tensor:
-    """Every query finds the words and, of the picture, the visible keys alone, by their indices."""
-    words = torch.arange(streams.text.start, streams.text.stop, device=visible.device)
-    parts = [words, streams.image.start + visible]
-    shown = torch.cat(parts if streams.text.start <= streams.image.start else parts[::-1])
+    """Every query finds, of the picture, the visible keys alone, by their indices, and all that is not picture."""
+    picture, keys = streams.image, torch.arange(streams.key.shape[2], device=visible.device)
+    shown = torch.cat([keys[: picture.start], picture.start + visible, keys[picture.stop :]])
     bias = None if streams.bias is None else streams.bias[..., shown]
     found = replace(streams, bias=bias)
     return found.attend(streams.query, streams.key[:, :, shown], streams.value[:, :, shown])

@@ -538,7 +538,10 @@ class Found(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         some = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
-        if "softmax" in str(operation) or any(tuple(x.shape[-2:]) in self.shapes for x in some):
+        maps = (
+            x for x in some if x.dim() > 3
+        )  # [B, heads, …]; a layer of as many numbers as there are words has fewer
+        if "softmax" in str(operation) or any(tuple(x.shape[-2:]) in self.shapes for x in maps):
             self.found.append(str(operation))
         return result
 
