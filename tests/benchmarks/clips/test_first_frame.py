@@ -39,7 +39,7 @@ def test_the_benchmark_writes_its_table_beside_source_and_bound(tmp_path: Path) 
     model = str(tiny_moji(tmp_path / "moji"))
     main(model=model, motion=str(tmp_path / "motion"), clips=1, frames=3, steps=2, out=tmp_path / "out")
     rows = read_json(tmp_path / "out" / "table.json")["rows"]
-    assert list(rows)[:3] == ["source", "bound", "words"] and len(rows) == 7
+    assert list(rows)[:3] == ["source", "bound", "words"] and len(rows) == 8
     assert rows["source"]["flicker"]["value"] > 0 and rows["source"]["noun"]["value"] in (0, 50, 100)
     assert "track, px off" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "000.png").is_file()

@@ -126,7 +126,7 @@ def test_a_random_model_of_a_shape_is_a_whole_model(
 
 @pytest.mark.slow
 def test_a_side_that_fails_is_named_with_its_last_line() -> None:
-    with pytest.raises(UserError, match=r"customize_script side nobody .* failed"):
+    with pytest.raises(UserError, match=r"benchmarks.speed.script side nobody .* failed"):
         run_module("benchmarks.speed.script", "side", "nobody", "moji", ".")
 
 
