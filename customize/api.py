@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
-from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, takes
+from backbone.cli.keywords import as_several, build_drawing, folder_of, folders_of, memory_of, takes
 from backbone.cli.options import build, fit_given, refuse_idle
 from backbone.cli.sampling import DrawingOptions
 from backbone.io.console import UserError
@@ -104,7 +103,7 @@ def _drawing_of(
     names = {one.name for one in fields(ControlOptions)}
     known = {name: value for name, value in settings.items() if value is not None}
     control = {
-        name: value if name in ("condition_rows", "guess_mode") else _as_several(value)
+        name: value if name in ("condition_rows", "guess_mode") else as_several(value)
         for name, value in known.items()
         if name in names
     }
@@ -118,20 +117,13 @@ def _drawing_of(
 
 def _references(given: Any) -> tuple[str, ...]:
     """Files of images, given as one or several; `UserError` for what is no path."""
-    alone = isinstance(given, (str, bytes, os.PathLike)) or not isinstance(given, Iterable)
-    several = [given] if alone else list(given)
+    several = as_several(given)
     for one in several:
         if not isinstance(one, (str, os.PathLike)):
             raise UserError(
                 f"A reference is the path of an image, and {type(one).__name__} is none. Save it, and give its path."
             )
     return tuple(map(os.fsdecode, several))
-
-
-def _as_several(given: Any) -> tuple[Any, ...]:
-    """What was given as one or several, as several."""
-    alone = isinstance(given, (str, bytes, os.PathLike, Real)) or not isinstance(given, Iterable)
-    return (given,) if alone else tuple(given)
 
 
 def read_samples(folder: Path, record: dict[str, Any]) -> Images:

@@ -81,14 +81,19 @@ def side_of(model: object, name: str) -> str:
 
 def folders_of(runs: object) -> tuple[Path, ...]:
     """Run folders that were given as one, as several, or not at all; `UserError` for what is no path and no run."""
-    one_alone = isinstance(runs, (str, bytes, os.PathLike)) or not isinstance(runs, Iterable)
-    given: list[object] = [] if runs is None else [runs] if one_alone else list(runs)  # type: ignore[call-overload]
+    given = () if runs is None else as_several(runs)
     for one in given:
         if not isinstance(one, (str, os.PathLike)):
             raise UserError(f"concept is {type(one).__name__}, which is no run folder. Give its path.")
         if not os.fspath(one):
             raise UserError("concept is empty. Name a run folder, or leave it out.")
-    return tuple(Path(os.fsdecode(one)) for one in given)  # type: ignore[arg-type]
+    return tuple(Path(os.fsdecode(one)) for one in given)
+
+
+def as_several(given: Any) -> tuple[Any, ...]:
+    """What was given as one or several, as several; a text or a path is one."""
+    alone = isinstance(given, (str, bytes, os.PathLike)) or not isinstance(given, Iterable)
+    return (given,) if alone else tuple(given)
 
 
 def memory_of(vram: object) -> float | None:

@@ -30,9 +30,8 @@ MAIN_PROCESS_GRACE_SECONDS = 5.0
 LONGEST_NAME = 100  # characters of a name that is too long for a file
 GC_THRESHOLD = 200_000
 LINK_LOOP = "Symlink loop from "
-BROKEN = re.compile(
-    "[\ud800-\udfff]"
-)  # as Python reads bytes that are none of the encoding, and halves of characters
+# As Python reads bytes that are none of the encoding, and halves of characters
+BROKEN = re.compile("[\ud800-\udfff]")
 # A word of a command that is an address, or ends in one (`sketch=https://…`); a page of a model or dataset on the hub
 ADDRESS = re.compile(r"(?:[\w-]+=)?(([a-z][a-z0-9+]+)://(\S+))")
 HUB_PAGE = re.compile(

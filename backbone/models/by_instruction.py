@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.cli.sampling import ALL_STEPS, Sampler, own_sampler
+from backbone.cli.sampling import ALL_STEPS, Sampler
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
@@ -124,9 +124,7 @@ def draw_edit(
     each. `after_step` is called with each step and the clean latent that was estimated at its beginning.
     """
     noise = torch.randn(references[0].latents.shape, generator=generator(*key, "instruct"))
-    if sampler is None:
-        sampler = own_sampler(model.defaults)
-        model.say_own_sampler(sampler)
+    sampler = model.choose_sampler(sampler)
     words = (instruction, guidances.negative)
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))

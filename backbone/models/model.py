@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from backbone.cli.sampling import Sampler
+from backbone.cli.sampling import Sampler, own_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.diffusion.transfer import send
@@ -279,6 +279,16 @@ class Backbone:
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
         return own | few
+
+    def choose_sampler(
+        self, asked: Sampler | None = None, own: Callable[[Mapping[str, Any]], Sampler] = own_sampler
+    ) -> Sampler:
+        """The sampler that was asked for, or the model's own by its defaults, of which `say_own_sampler` says more."""
+        if asked is not None:
+            return asked
+        sampler = own(self.defaults)
+        self.say_own_sampler(sampler)
+        return sampler
 
     def say_own_sampler(self, sampler: Sampler) -> None:
         """Say, where it draws by this `sampler` because none was asked for, that its scheduler takes other steps."""

@@ -163,9 +163,7 @@ def sample_latents(
     """
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
-    sampler, guided = asked.sampler or own(model.defaults), asked.guided_of(model)
-    if asked.sampler is None:
-        model.say_own_sampler(sampler)
+    sampler, guided = model.choose_sampler(asked.sampler, own), asked.guided_of(model)
     places = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=places)
     batch = 1 if model.placement.one_by_one else asked.batch

@@ -22,7 +22,6 @@ from backbone.cli.sampling import (
     GuidedShare,
     Sampler,
     check_guidance_interval,
-    own_sampler,
     refuse_unguided,
 )
 from backbone.io.console import UserError, guess_meant, notify, notify_once
@@ -108,9 +107,7 @@ def instruct(
     encoded = encode_image(model, image)
     more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
     changed = load_pixel_mask(asked.mask, encoded)
-    sampler = asked.sampler or own_sampler(model.defaults)
-    if asked.sampler is None:
-        model.say_own_sampler(sampler)
+    sampler = model.choose_sampler(asked.sampler)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     kept_frames = KeptEstimates(0, asked.steps, asked.frames)
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0

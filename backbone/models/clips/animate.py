@@ -99,9 +99,7 @@ def animate(
     `SamplerArguments`; the size is the still's. `advance` is called after each step with its work in clips.
     """
     asked = SamplerArguments(**how)
-    sampler = asked.sampler or own_sampler_of_clips(model.defaults)
-    if asked.sampler is None:
-        model.say_own_sampler(sampler)
+    sampler = model.choose_sampler(asked.sampler, own_sampler_of_clips)
     places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
     schedule = model.schedule(asked.steps, size=places)
     scales = torch.linspace(min_guidance, asked.guidance, frames.count)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backbone.cli.sampling import ALL_STEPS, Sampler, own_guided, own_sampler
+from backbone.cli.sampling import ALL_STEPS, Sampler, own_guided
 from backbone.io.console import UserError
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone
@@ -36,11 +36,10 @@ def usual_drawing(
     usual = model.defaults
     if guidance is None:
         say_few_step_name(model.location.source, usual)
-    model.say_own_sampler(own_sampler(usual))
     return SamplingDefaults(
         int(usual["steps"]) if steps is None else steps,
         float(usual["guidance"]) if guidance is None else guidance,
-        own_sampler(usual),
+        model.choose_sampler(),
         own_guided(usual),
     )
 

@@ -65,8 +65,7 @@ def replace(
     checks.inverted(inversion)
     targets = checks.prompts(targets, "target prompt")
     model, steps = inversion.model, inversion.steps
-    settings = _settled(settings).resolve(model)
-    check_supported(model, settings)
+    settings = _settled(model, settings)
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
@@ -110,11 +109,13 @@ def replace(
     )  # fmt: skip
 
 
-def _settled(settings: ReplaceSettings | None) -> ReplaceSettings:
-    """These settings, or the usual ones; `UserError` for what is none."""
+def _settled(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettings:
+    """These settings for a model, or its usual ones; `UserError` for what is none, and for what it cannot do."""
     if settings is not None and not isinstance(settings, ReplaceSettings):
         raise UserError(f"settings is {type(settings).__name__}. Write edit.ReplaceSettings(keep=[…]).")
-    return settings or ReplaceSettings()
+    resolved = (settings or ReplaceSettings()).resolve(model)
+    check_supported(model, resolved)
+    return resolved
 
 
 def check_supported(model: Backbone, settings: ReplaceSettings) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
 
+from backbone.cli.keywords import as_several
 from backbone.cli.options import fit_made
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
@@ -30,7 +31,7 @@ BY_CHANGE = BY_MODEL[2:]  # of some targets alone, by what changes in them
 
 def _words(name: str, given: Any) -> tuple[str, ...]:
     """Words as one or several; `UserError` for what is none."""
-    words = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    words = as_several(given)
     if not all(isinstance(word, str) for word in words):
         raise UserError(f'{name} is {given!r}, and words are taken. Write ["cat"].')
     return words

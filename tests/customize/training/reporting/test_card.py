@@ -168,7 +168,7 @@ def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_
     model = SimpleNamespace(
         location=location,
         defaults={"steps": 25, "guidance": 4.0, "sampler": "ancestral"},
-        say_own_sampler=lambda sampler: None,
+        choose_sampler=lambda: "ancestral",
     )
     write_tensors(tmp_path / EMBEDDINGS_FILE, {"[V]": torch.zeros(1, 4)})
     lines = in_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
