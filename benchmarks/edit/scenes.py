@@ -69,7 +69,7 @@ from benchmarks.judges.classifier import (
     most_likely,
 )
 from benchmarks.judges.tables import format_percent
-from edit.inversion.inversion import Inversion, Method, invert, read_inversion
+from edit.inversion.inversion import Inversion, Method, invert, read_inversion, settings_for
 from edit.layout import AskedLayout, open_layout
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
@@ -383,10 +383,9 @@ class Work:
             if found.prompt == case.source:
                 return replace(found, method=method), float(found.facts["seconds"])
         began = time.perf_counter()
-        found = invert(
-            self.model, source, case.source, method="direct" if kept else method, steps=self.asked.steps,
-            guidance=self.asked.guidance,
-        )  # fmt: skip
+        by = "direct" if kept else method
+        guidance = settings_for(by, guidance=self.asked.guidance)
+        found = invert(self.model, source, case.source, method=by, steps=self.asked.steps, **guidance)
         seconds = time.perf_counter() - began
         if kept:
             replace(found, facts={**found.facts, "seconds": seconds}).write(file)

@@ -208,6 +208,14 @@ class InversionSettings:
     iterations: int = 10
 
 
+USED_BY: dict[str, Method] = {"guidance": "null-text", "iterations": "null-text", "seed": "edit-friendly"}
+
+
+def settings_for(method: Method, **settings: Any) -> dict[str, Any]:
+    """Those of these settings of an inversion that the method uses."""
+    return {name: value for name, value in settings.items() if USED_BY.get(name, method) == method}
+
+
 @takes(InversionSettings)
 def invert(
     model: Backbone,
@@ -227,12 +235,17 @@ def invert(
     `progress` is called as often as `count_rounds` says: for each prediction of the inversion, and each step
     of null-text's optimisation.
 
-    Raises `UserError` for an image that cannot be read, an empty prompt, or an unknown method or number of steps, and
-    for null-text without guidance.
+    Raises `UserError` for an image that cannot be read, an empty prompt, an unknown method or number of steps, a
+    setting that the method does not use, and for null-text without guidance.
     """
     asked = build(InversionSettings, settings)
     checks.opened(model)
     check_method(model, asked.method, asked.steps)
+    for name, method in USED_BY.items():
+        if settings.get(name) is not None and asked.method != method:
+            raise UserError(
+                f"{name} is a setting of the method {method} alone, and this one is {asked.method}. Leave {name} out."
+            )
     if asked.method == "null-text" and guidance_of(model, asked.guidance) == 1:
         raise UserError(
             "At guidance 1 nothing is predicted without a prompt, which null-text would optimise. Raise --guidance, or "

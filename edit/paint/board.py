@@ -24,7 +24,7 @@ from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.models.sample import refuse_negative
 from edit import checks
-from edit.inversion.inversion import Inversion, check_method, count_rounds, invert
+from edit.inversion.inversion import Inversion, check_method, count_rounds, invert, settings_for
 from edit.methods.prompt_to_prompt.replace import refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
@@ -114,8 +114,10 @@ class PaintBoard:
     def _invert(self, source: str, settings: ReplaceSettings, step: Any) -> Inversion:
         asked, loaded = self.asked, self.loaded
         inversion = invert(
-            loaded.model, self.image, source, method=asked.method, steps=asked.steps, seed=asked.seed,
-            iterations=asked.iterations, guidance=settings.guidance, identity=loaded.identity, progress=step,
+            loaded.model, self.image, source, method=asked.method, steps=asked.steps, identity=loaded.identity,
+            progress=step, **settings_for(
+                asked.method, seed=asked.seed, iterations=asked.iterations, guidance=settings.guidance
+            ),
         )  # fmt: skip
         while len(self._inversions) >= MOST_INVERSIONS:
             self._inversions.pop(next(iter(self._inversions)))

@@ -28,7 +28,7 @@ from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
 from backbone.world.motions import find_moves
-from edit.inversion.inversion import Inversion, count_rounds, read_inversion
+from edit.inversion.inversion import Inversion, count_rounds, read_inversion, settings_for
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import (
@@ -184,9 +184,9 @@ def invert_aloud(
     assert asked.method != "flow-edit"
     with progress(count_rounds(asked.method, asked.steps), "inverting", brief=True) as bar:
         return invert_film(
-            loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps, seed=asked.seed,
-            identity=loaded.identity, layout=layout, progress=bar.advance, guidance=asked.guidance,
-            iterations=asked.iterations,
+            loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps,
+            identity=loaded.identity, layout=layout, progress=bar.advance,
+            **settings_for(asked.method, seed=asked.seed, guidance=asked.guidance, iterations=asked.iterations),
         )  # fmt: skip
 
 

@@ -26,7 +26,15 @@ from backbone.models.control import OpenedControl
 from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone, Task
 from edit import checks
-from edit.inversion.inversion import Inversion, Method, count_rounds, identities, invert, read_inversion
+from edit.inversion.inversion import (
+    Inversion,
+    Method,
+    count_rounds,
+    identities,
+    invert,
+    read_inversion,
+    settings_for,
+)
 from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
 from edit.masks import fit_mask
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
@@ -183,8 +191,8 @@ class Start:
         with progress(count_rounds(self.method, self.steps), "inverting", brief=True) as bar:
             return invert(
                 loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps,
-                guidance=guidance, seed=self.seed, iterations=self.iterations, identity=loaded.identity,
-                layout=loaded.layout(self.image, self.asked), progress=bar.advance,
+                identity=loaded.identity, layout=loaded.layout(self.image, self.asked), progress=bar.advance,
+                **settings_for(self.method, guidance=guidance, seed=self.seed, iterations=self.iterations),
             )  # fmt: skip
 
 

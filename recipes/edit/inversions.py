@@ -19,7 +19,7 @@ from recipes.edit import Model, Steps, picture_to_edit
 def main(model: Model = "moji", *, steps: Steps = 20) -> None:
     """Inverts an image by every method and prints the errors of reconstruction."""
     from backbone.evaluation.image_metrics import psnr
-    from edit.inversion.inversion import METHODS, reconstruct
+    from edit.inversion.inversion import METHODS, reconstruct, settings_for
 
     # %% A picture and the autoencoder's bound
     opened = backbone.open(model)
@@ -31,7 +31,8 @@ def main(model: Model = "moji", *, steps: Steps = 20) -> None:
     print(f"{'method':16} {'NFE':>5} {'seconds':>8} {'error':>9} {'dB':>6} {'dB guided':>9}")
     for method in METHODS:
         began = time.perf_counter()
-        inversion = edit.invert(opened, image, source, method=method, steps=steps, guidance=guidance)
+        wanted = settings_for(method, steps=steps, guidance=guidance)
+        inversion = edit.invert(opened, image, source, method=method, **wanted)
         seconds = time.perf_counter() - began
         plain, led = (reconstruct(inversion, guidance=scale).float() for scale in (1.0, guidance))
         error = float((plain - inversion.clean).abs().max())

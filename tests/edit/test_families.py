@@ -19,7 +19,7 @@ from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 from edit.attention.alignment import align, tokenize_prompt
 from edit.cli import main
-from edit.inversion.inversion import METHODS, Inversion, Method, invert, reconstruct
+from edit.inversion.inversion import METHODS, Inversion, Method, invert, reconstruct, settings_for
 from edit.methods.flow_edit import flow_edit
 from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
@@ -186,7 +186,9 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
             invert(model, photo(), SOURCE, method=method, steps=2)
         return
     steps = 3 if method == "reversible" else 2
-    inversion = invert(model, photo(), SOURCE, method=method, steps=steps, guidance=3.0, iterations=1)
+    inversion = invert(
+        model, photo(), SOURCE, method=method, steps=steps, **settings_for(method, guidance=3.0, iterations=1)
+    )
     edited = replace(inversion, TARGET, ReplaceSettings(guidance=3.0, blend=()))
     if inversion.overwrites:
         assert edited.trajectory is not None

@@ -22,7 +22,7 @@ from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
-from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct
+from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct, settings_for
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, AskedLayout, Layout, fill_outlines, open_layout
 from edit.masks import difference_maps
 from edit.methods.flow_edit import flow_edit
@@ -109,7 +109,7 @@ EXACT = ("edit-friendly", "reversible")  # the others miss by more on a random n
 def test_every_inversion_is_made_under_its_map(model: Backbone, place: Path, method: Any) -> None:
     """Its trajectory is another one than without, and what retraces it exactly does so under the map alone."""
     layout = opened(model, place, "edges=auto", net="controlnet")
-    how: dict[str, Any] = {"method": method, "steps": 4, "iterations": 1}
+    how: dict[str, Any] = {"method": method, **settings_for(method, steps=4, iterations=1)}
     plain, under = (
         invert(model, place / "scene.png", PROMPT, layout=one, **how) for one in (NO_LAYOUT, layout)
     )

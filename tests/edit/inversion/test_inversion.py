@@ -25,6 +25,7 @@ from edit.inversion.inversion import (
     invert,
     read_inversion,
     reconstruct,
+    settings_for,
 )
 from edit.inversion.null_text import optimize_null_texts
 from tests.edit.models import PATHS, paths, photo, tiny_on
@@ -62,7 +63,9 @@ def test_fixed_points_lead_back_better_than_plain_inversion(tiny_folder: Path, p
 def test_every_method_ends_at_the_autoencoders_latent(tiny_folder: Path, path: Any) -> None:
     model = tiny_on(tiny_folder, *path)
     for method in METHODS:
-        inversion = invert(model, photo(), PROMPT, method=method, steps=3, iterations=1)
+        inversion = invert(
+            model, photo(), PROMPT, method=method, steps=3, **settings_for(method, iterations=1)
+        )
         latent = model.encode(inversion.image[None]).mean[0]
         assert torch.equal(inversion.clean, latent)
         assert inversion.states.shape == (4, *latent.shape)
@@ -70,7 +73,9 @@ def test_every_method_ends_at_the_autoencoders_latent(tiny_folder: Path, path: A
 
 def test_plain_inversion_is_one_evaluation_a_step(tiny: Backbone) -> None:
     for method in METHODS:
-        inversion = invert(tiny, photo(), PROMPT, method=method, steps=3, iterations=2)
+        inversion = invert(
+            tiny, photo(), PROMPT, method=method, steps=3, **settings_for(method, iterations=2)
+        )
         if method in ("renoise", "null-text"):
             assert 3 < inversion.nfe <= 6 * 3
         else:
@@ -158,7 +163,9 @@ def test_noise_maps_follow_from_the_seed(tiny: Backbone) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_file_gives_everything_back(tiny: Backbone, tmp_path: Path, method: Method) -> None:
-    inversion = invert(tiny, photo(), PROMPT, method=method, steps=3, iterations=1, seed=5)
+    inversion = invert(
+        tiny, photo(), PROMPT, method=method, steps=3, **settings_for(method, iterations=1, seed=5)
+    )
     inversion.write(tmp_path / "one.safetensors")
     again = read_inversion(tmp_path / "one.safetensors", tiny)
     for name in ("states", "noise", "empties"):
@@ -222,6 +229,9 @@ def test_a_file_that_is_no_inversion_is_refused(
         ({"steps": 0}, "cannot take"),
         ({"steps": 2000}, "cannot take"),
         ({"image": "nowhere.png"}, "does not exist"),
+        ({"iterations": 50}, "iterations is a setting of the method null-text alone, and this one is direct"),
+        ({"guidance": 3.0, "method": "ddim"}, "guidance is a setting of the method null-text alone"),
+        ({"seed": 1, "method": "renoise"}, "seed is a setting of the method edit-friendly alone"),
     ],
 )
 def test_what_cannot_be_inverted_is_refused(tiny: Backbone, wishes: dict[str, Any], complaint: str) -> None:
@@ -234,7 +244,9 @@ def test_too_few_steps_to_invert_are_refused(tiny: Backbone, method: Method) -> 
     least = 3 if method == "reversible" else 2
     with pytest.raises(UserError, match=f"too few to invert an image by {method}. Take at least {least}"):
         invert(tiny, photo(), "a cat", method=method, steps=least - 1)
-    states = invert(tiny, photo(), "a cat", method=method, steps=least, iterations=1).states
+    states = invert(
+        tiny, photo(), "a cat", method=method, steps=least, **settings_for(method, iterations=1)
+    ).states
     assert float((states[0] - states[-1]).square().mean().sqrt()) > 0.05  # it went somewhere
 
 

@@ -15,7 +15,7 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
-from edit.inversion.inversion import Inversion, Method, invert, reconstruct
+from edit.inversion.inversion import Inversion, Method, invert, reconstruct, settings_for
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import (
     Regions,
@@ -90,7 +90,9 @@ def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(kept: 
 
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text"])
 def test_methods_that_walk_arrive_where_their_replay_does(kept: Backbone, method: Method) -> None:
-    inversion = invert(kept, photo(), SOURCE, steps=3, method=method, guidance=3.0, iterations=1)
+    inversion = invert(
+        kept, photo(), SOURCE, steps=3, method=method, **settings_for(method, guidance=3.0, iterations=1)
+    )
     wishes: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
     edited = replace(inversion, TARGET, ReplaceSettings(**wishes, blend=()))
     assert deviation(edited.source_latent, reconstruct(inversion, guidance=3.0)) < 1e-4
@@ -465,7 +467,7 @@ def test_a_swap_that_nothing_reads_is_said(inversion: Inversion, capsys: pytest.
 
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
 def test_nothing_stays_away_from_what_an_inversion_has_replaced(kept: Backbone, method: Any) -> None:
-    inversion = invert(kept, photo(), SOURCE, method=method, steps=2, iterations=1)
+    inversion = invert(kept, photo(), SOURCE, method=method, steps=2, **settings_for(method, iterations=1))
     with pytest.raises(UserError, match=f"inversion by {method} puts .* in the place of a negative prompt"):
         replace(inversion, TARGET, ReplaceSettings(negative="snow"))
 
