@@ -274,8 +274,29 @@ def _folders_above(where: str) -> list[str]:
 
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
+    _hear(text)
     if is_main_rank():
         print(show_plainly(_spoken.get()(text)), file=sys.stderr, flush=True)
+
+
+_heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing() -> Iterator[list[str]]:
+    """Inside, what `notify` prints is listed too, and what `notify_once` said before, for who sees no terminal."""
+    heard: list[str] = []
+    before = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(before)
+
+
+def _hear(text: str) -> None:
+    heard = _heard.get()
+    if heard is not None and text not in heard:
+        heard.append(text)
 
 
 _spoken: ContextVar[Callable[[str], str]] = ContextVar("spoken", default=str)
@@ -305,10 +326,16 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and end
 _ENDLESS = re.compile(r"[^\s/\\]{400,}|\S{4200,}")
 
 
-@cache
 def notify_once(text: str) -> None:
     """`notify`, unless this very text was said before in this process."""
-    notify(text)
+    if text in said_once:
+        _hear(text)
+    else:
+        said_once.add(text)
+        notify(text)
+
+
+said_once: set[str] = set()
 
 
 def guess_meant(value: float, most: float) -> str:

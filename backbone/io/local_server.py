@@ -32,7 +32,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from backbone.io.console import UserError, error_message, notify
+from backbone.io.console import UserError, error_message, hearing, notify
 from backbone.io.records import parse_json
 
 SHARED = sorted(Path(__file__).with_name("pages").iterdir())  # what pages have in common, by file name
@@ -73,14 +73,17 @@ def answer_image(path: Path) -> Response:
         return PlainTextResponse(error_message(error) or "the image cannot be read", 404)
 
 
-async def answer_post(request: Request, act: Callable[[dict[str, Any]], Any]) -> Response:
+async def answer_post(request: Request, act: Callable[[dict[str, Any]], dict[str, Any]]) -> Response:
     """As JSON what `act` makes of the object of a post with an image in it, in a thread of its own.
 
+    Beside it, as `said`, stands what was printed meanwhile, which who looks at the page does not see.
     400 with the sentence for what is no such post (`ValueError`, `UserError`), 409 where a newer one has come
     (`Overtaken`), 503 where what was made could not be kept.
     """
     try:
-        return JSONResponse(await run_in_threadpool(act, await read_post(request, LARGEST_POST)))
+        with hearing() as heard:
+            made = await run_in_threadpool(act, await read_post(request, LARGEST_POST))
+        return JSONResponse({**made, "said": heard})
     except Overtaken:
         return PlainTextResponse("Another window asked for something newer, so this was not made.", 409)
     except (ValueError, UserError) as error:

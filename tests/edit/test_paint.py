@@ -191,6 +191,14 @@ def test_the_page_shows_the_image_its_edits_and_their_masks(client: TestClient, 
         assert client.get(f"/{TOKEN}/{where}").status_code == 404
 
 
+def test_what_a_model_does_not_see_of_a_prompt_is_said_on_the_page_each_time(client: TestClient) -> None:
+    longer = f"a dog {'very ' * 90}far away in a park"
+    for _ in range(2):
+        (said,) = post(client, nothing(), target=longer).json()["said"]
+        assert "will not see" in said and "far away in a park" in said
+    assert post(client, nothing()).json()["said"] == []
+
+
 def test_posts_that_are_no_wish_and_strangers_are_refused(
     client: TestClient, board: PaintBoard, tmp_path: Path
 ) -> None:

@@ -26,12 +26,13 @@ def test_a_server_ends_with_what_it_is_making_and_says_so(
 ) -> None:
     turns, begun, answers = NewestOnly(), threading.Event(), []
 
-    def make(body: dict[str, Any]) -> None:
+    def make(body: dict[str, Any]) -> dict[str, Any]:
         with turns.turn() as advance:
             for _ in range(2000):  # forty seconds of steps
                 advance(0.0005)
                 begun.set()
                 time.sleep(0.02)
+        return {}
 
     async def answer(request: Request) -> Response:
         return await answer_post(request, make)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from backbone.io.console import notify_once
+from backbone.io.console import said_once
 from backbone.models import encode
 from backbone.models.cache import VARIABLE
 from backbone.models.encode import SAID, encode_texts
@@ -19,7 +19,7 @@ LONG = [f"dog number {number} stands in the snow " * 15 for number in range(SAID
 
 def said_of(model: Backbone, prompts: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What is said where a process of its own encodes prompts."""
-    notify_once.cache_clear()
+    said_once.clear()
     capsys.readouterr()
     encode_texts(model, prompts)
     return capsys.readouterr().err.splitlines()

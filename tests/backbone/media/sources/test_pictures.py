@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from backbone.io.console import UserError, notify_once, said_of
+from backbone.io.console import UserError, said_of, said_once
 from backbone.io.run_folder import refuse_unwritable
 from backbone.media.sources.decode import (
     BadImageError,
@@ -335,7 +335,7 @@ def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
             at = stored.index(mark) + len(mark)
             stored = stored[:at] + struct.pack(">HH", primaries, curve) + stored[at + 4 :]
         path.write_bytes(stored)
-        notify_once.cache_clear()
+        said_once.clear()
         open_rgb(path)
         told = capsys.readouterr().err
         assert f"that their colours are {said}" in told if said else not told
@@ -352,7 +352,7 @@ def test_adobe_rgb_that_a_camera_names_without_a_profile_is_said_not_to_be_appli
     exif.get_ifd(0x8769).update({0xA001: space} | ({0xA005: {1: index}} if index else {}))
     exif[0x112] = 6  # on its side
     Image.new("RGB", (48, 32), "red").save(tmp_path / "a.jpg", exif=exif)
-    notify_once.cache_clear()
+    said_once.clear()
     assert open_rgb(tmp_path / "a.jpg").size == (32, 48)
     assert ("Adobe RGB" in capsys.readouterr().err) == said
 
