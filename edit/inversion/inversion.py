@@ -46,7 +46,7 @@ from backbone.models.clips.motion import hash_motion, motion_of
 from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
-from edit import checks
+from edit.checks import check_prompt, refuse_no_inversion, refuse_unopened
 from edit.inversion.null_text import optimize_null_texts
 from edit.inversion.trajectories import (
     corrected_step,
@@ -231,14 +231,14 @@ def invert(
     for null-text without guidance.
     """
     asked = build(InversionSettings, settings)
-    checks.opened(model)
+    refuse_unopened(model)
     check_method(model, asked.method, asked.steps)
     if asked.method == "null-text" and guidance_of(model, asked.guidance) == 1:
         raise UserError(
             "At guidance 1 nothing is predicted without a prompt, which null-text would optimise. Raise --guidance, or "
             "choose --method direct."
         )
-    checks.prompt(prompt, "source prompt")
+    check_prompt(prompt, "source prompt")
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
@@ -310,7 +310,7 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 
     Its error at guidance 1 is that of the inversion; at higher guidance, that which guidance adds.
     """
-    checks.inverted(inversion)
+    refuse_no_inversion(inversion)
     model, schedule = inversion.model, inversion.schedule
     text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
     text = inversion.layout.under(text, schedule, [SOURCE])
@@ -334,7 +334,7 @@ def read_inversion(
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
-    checks.opened(model)
+    refuse_unopened(model)
     if not isinstance(path, (str, Path)):
         raise UserError(f"{type(path).__name__} is no path of an inversion. Give the path, then the model.")
     tensors, metadata = read_tensors(path)

@@ -40,10 +40,10 @@ from backbone.models.sample import (
     say_same_negative,
 )
 from backbone.world.motions import find_moves
-from edit import checks
 from edit.attention.alignment import Alignment
 from edit.attention.control import AttentionControl, Reach
 from edit.attention.install import control_attention
+from edit.checks import check_not_negative, check_prompt, check_share, check_strength
 from edit.inversion.inversion import Inversion, InversionSettings, invert
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import composite, difference_maps
@@ -88,7 +88,7 @@ class ClipEdit:
     def __post_init__(self) -> None:
         for name in ("cross", "self_attention", "temporal", "threshold", "strength"):
             value = getattr(self, name)
-            checks.share(name, 0.0 if value is None else value)
+            check_share(name, 0.0 if value is None else value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -223,14 +223,14 @@ def _edit_alike(
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
-    guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
+    guidance = check_not_negative("guidance", target_guidance(inversion, settings.guidance))
     text = encode_source_and_targets(inversion, targets)
     refuse_negative(model, settings.negative, guidance)
     say_same_negative(targets, settings.negative)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
     # Where the edit begins, and where each frame may differ from the source's
-    first = inversion.start(checks.strength(settings.strength, steps))
+    first = inversion.start(check_strength(settings.strength, steps))
     with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
     masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
@@ -376,7 +376,7 @@ def redraw_film(
     Frames have noise of their own, as in diffusers' video-to-video pipeline. `progress` is told of the share that is
     done with each step. Raises `UserError` as `sdedit`.
     """
-    checks.prompt(prompt, "prompt")
+    check_prompt(prompt, "prompt")
     guidance = guidance_of(model, settings.guidance)
     refuse_negative(model, settings.negative, guidance)
     encoded = encode_film(model, film)

@@ -67,7 +67,7 @@ def perform_clip(
     Without a `film` it begins from the inversion that was named. `first` is its edited first frame, where that is what
     the others are to follow.
 
-    Raises `UserError` for every mistake of the wishes, before the folder is taken.
+    Raises `UserError` for every mistake of the options, before the folder is taken.
     """
     began = time.perf_counter()
     for said in asked.keep_frames:

@@ -140,11 +140,11 @@ class Place:
         config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": layers}
         write_tensors(self.root / "a.safetensors", factors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
         self.networks()
-        wishes = {
+        options = {
             "image": str(self.root / "image.png"), "prompt": "a dog", "steps": 2, "metrics": False,
             "model": str(self.model), "precision": "fp32", "device": "cpu", "concepts": [], "seed": 0,
         }  # fmt: skip
-        perform("sdedit", wishes, out=self.root / "edit")
+        perform("sdedit", options, out=self.root / "edit")
         programs: list[Any] = [customize.settings, align.settings]
         for program in programs:
             made = program.resolve_settings(NEEDED[program.__name__], {})

@@ -26,11 +26,11 @@ from backbone.io.console import UserError, notify
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative, say_same_negative
-from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import AttentionControl, Maps
 from edit.attention.install import control_attention
 from edit.attention.separate import features_of
+from edit.checks import check_prompts, check_strength, refuse_no_inversion
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
@@ -62,8 +62,8 @@ def replace(
     Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
     size, and what the model cannot do.
     """
-    checks.inverted(inversion)
-    targets = checks.prompts(targets, "target prompt")
+    refuse_no_inversion(inversion)
+    targets = check_prompts(targets, "target prompt")
     model, steps = inversion.model, inversion.steps
     settings = _settled(model, settings)
     say_same_negative(targets, settings.negative)
@@ -163,7 +163,7 @@ def _say_unread_swap(settings: ReplaceSettings, regions: Regions, plan: ControlP
 
 def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     """The step at which the edit begins; `UserError` for heat maps where no step is left to read them in."""
-    first = inversion.start(checks.strength(settings.strength, inversion.steps))
+    first = inversion.start(check_strength(settings.strength, inversion.steps))
     if settings.heatmaps and first == inversion.steps:
         raise UserError(
             "Nothing is sampled at this strength, so no attention can be read. Leave --heatmap out."

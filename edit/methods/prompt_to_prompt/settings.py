@@ -14,7 +14,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window
 from edit.attention.control import Reach, SelfAttention
-from edit.checks import between, not_negative, share
+from edit.checks import check_interval, check_not_negative, check_share
 from edit.pictures import ImageLike
 
 AUTO = "auto"  # as a word to blend: wherever the prompts differ
@@ -121,16 +121,16 @@ class ReplaceSettings:
             object.__setattr__(self, name, _words(name, getattr(self, name)))
         for name in (*BY_MODEL, "features", "threshold", "blend_from", "strength"):
             value = getattr(self, name)
-            share(name, 0.0 if value is None else value)
+            check_share(name, 0.0 if value is None else value)
         for word, window in self.windows.items():
             if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(map(_is_number, window)):
                 raise UserError(f"The window of “{word}” is {window!r}. Write (0.0, 0.8).")
-            between(f"the window of “{word}”", *window)
+            check_interval(f"the window of “{word}”", *window)
         for word, weight in self.weights.items():
             if not _is_number(weight) or not math.isfinite(weight):
                 raise UserError(f"The weight of “{word}” is {weight!r}, which is no number. Give one, as 2.")
         if self.guidance is not None:
-            not_negative("guidance", self.guidance)
+            check_not_negative("guidance", self.guidance)
 
     def resolve(self, model: Backbone) -> ReplaceSettings:
         """With numbers in place of the None that stand for what works with the model, guidance excepted."""
