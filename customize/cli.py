@@ -177,8 +177,8 @@ def prepare(asked: PrepareImages) -> None:
 def train(asked: dict[str, Any], run: TrainOptions) -> None:
     """Teach the model a subject from a few images (DreamBooth with LoRA), or edits from pairs (InstructPix2Pix)."""
     source = asked.get("pairs") or asked.get("images")
-    usual = None if source is None else Path("runs") / run_name(source)
-    resumed = None if run.resume is None else find_resumed(run, "customize train", usual)
+    default = None if source is None else Path("runs") / run_name(source)
+    resumed = None if run.resume is None else find_resumed(run, "customize train", default)
     if resumed is None:
         finished = start(asked, out=run.out, vram=run.vram)
     else:

@@ -786,36 +786,38 @@ class PrepareImages(PrepareOptions, JsonOptions):
 
 
 def resolve_settings(
-    asked: Mapping[str, Any], usual: Mapping[str, Any], *, captioned: bool = False
+    asked: Mapping[str, Any], defaults: Mapping[str, Any], *, captioned: bool = False
 ) -> Settings:
-    """The settings of a run: what the user asked for, over the usual settings of the model (its `limner.json`).
+    """The settings of a run: what the user asked for, over the model's defaults (its `limner.json`).
 
-    Its further prior prompts are for subjects whose every image is `captioned`: kept beside images that do not say
-    where the subject stands, they take the subject away. Raises `UserError` for an unknown setting.
+    The model's further prior prompts are used only if every image is `captioned`: preserved beside images that do not
+    say where the subject stands, they take the subject away. Raises `UserError` for an unknown setting.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
-    rates = METHOD_RATES | usual.get("learning_rates", {})
-    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # early stopping ends it sooner
+    rates = METHOD_RATES | defaults.get("learning_rates", {})
+    steps = defaults.get("train_steps", Settings.steps) * (
+        2 if patient else 1
+    )  # early stopping ends it sooner
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
-        "learning_rate": rates.get(kind, usual.get("learning_rate", Settings.learning_rate)),
+        "learning_rate": rates.get(kind, defaults.get("learning_rate", Settings.learning_rate)),
         "words_learning_rate": Settings.words_learning_rate,
-        "rank": usual.get("rank", Settings.rank),
-        "batch": usual.get("batch", Settings.batch),
-        "flip": usual.get("flip", False),
-        "random_crop": 0 if asked.get("pairs") else usual.get("random_crop", 0),
-        "sample_steps": usual.get("steps", Settings.sample_steps),
-        "guidance": usual.get("guidance", Settings.guidance),
-        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
-        "lora_layers": usual.get("lora_layers", "attention"),
-        "prior_batch": usual.get("prior_batch", 1),
-        "prior_draws": usual.get("prior_draws", Settings.prior_draws),
-        "prior_prompts": tuple(usual.get("prior_prompts", ())) if captioned else (),
-        "loss_weighting": usual.get("loss_weighting", "none"),
-        "evaluation_steps": 50 if patient else usual.get("evaluation_steps", Settings.evaluation_steps),
+        "rank": defaults.get("rank", Settings.rank),
+        "batch": defaults.get("batch", Settings.batch),
+        "flip": defaults.get("flip", False),
+        "random_crop": 0 if asked.get("pairs") else defaults.get("random_crop", 0),
+        "sample_steps": defaults.get("steps", Settings.sample_steps),
+        "guidance": defaults.get("guidance", Settings.guidance),
+        "sheet_prompts": tuple(defaults.get("sheet_prompts", SHEET_PROMPTS)),
+        "lora_layers": defaults.get("lora_layers", "attention"),
+        "prior_batch": defaults.get("prior_batch", 1),
+        "prior_draws": defaults.get("prior_draws", Settings.prior_draws),
+        "prior_prompts": tuple(defaults.get("prior_prompts", ())) if captioned else (),
+        "loss_weighting": defaults.get("loss_weighting", "none"),
+        "evaluation_steps": 50 if patient else defaults.get("evaluation_steps", Settings.evaluation_steps),
     }
     if kind == "textual-inversion":  # which learns nothing else
         from_model["words_learning_rate"] = rates.get(kind, Settings.words_learning_rate)

@@ -77,7 +77,7 @@ def draw_in_batches(
 
 
 def guidance_of(model: Backbone, guidance: float | None) -> float:
-    """The guidance scale, the model's usual one for None. Raises `UserError` if it is negative."""
+    """The guidance scale, the model's default for None. Raises `UserError` if it is negative."""
     if guidance is None:
         return float(model.defaults["guidance"])
     return check_not_negative("guidance", guidance)

@@ -48,11 +48,11 @@ from backbone.families.unet.row_lora import row_lora_of
 from backbone.io.console import UserError, guess_meant, notify_once, progress, quote
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
+from backbone.models.defaults import FILE, read_defaults
 from backbone.models.few_step.adapter import fuse_lora, read_few_step
 from backbone.models.fingerprint import Fingerprints, fingerprints_of
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
-from backbone.models.usual import FILE, read_usual
 
 PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
@@ -260,7 +260,7 @@ class Backbone:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """Recommended settings: the `limner.json` beside the model over those of its family."""
-        usual = {
+        general = {
             "steps": 30,
             "guidance": 7.5,
             "train_steps": 500,
@@ -269,13 +269,13 @@ class Backbone:
             "batch": 1,
         }
         family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
-        return usual | family | self._named_defaults
+        return general | family | self._named_defaults
 
     @cached_property
     def _named_defaults(self) -> dict[str, Any]:
         """What the `limner.json` beside the model says, and a few-step model's own file."""
         file = self.location.local(FILE)
-        own = read_usual(file) if file else {}
+        own = read_defaults(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
         return own | few

@@ -21,9 +21,9 @@ from backbone.training.settings import RunFolderOptions, read_run_settings
 from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import (
     ADAPTER_FILE,
+    DEFAULT_FRAMES,
     MOTION,
     TRAINING,
-    USUAL_FRAMES,
     ClipOptions,
     EvaluateClipOptions,
     TrainMotionOptions,
@@ -131,7 +131,7 @@ def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
     else:
         model = "" if settings.model == "moji" else f" --model {quote(settings.model)}"
         how = f'"a dog in a park" --motion {quote(run)}{model}'
-    frames = "" if settings.frames == USUAL_FRAMES else f" --frames {settings.frames}"
+    frames = "" if settings.frames == DEFAULT_FRAMES else f" --frames {settings.frames}"
     return f"customize clip {how}{frames}"
 
 

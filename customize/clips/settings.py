@@ -33,8 +33,8 @@ MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
 SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
 OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
-USUAL_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
-USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that words describe
+DEFAULT_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
+DEFAULT_FRAMES, DEFAULT_FPS = 16, 8.0  # of clips that words describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,8 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
         self._check_track()
         if not self.by_picture_alone:
-            object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
-            object.__setattr__(self, "fps", self.fps or USUAL_FPS)
+            object.__setattr__(self, "frames", self.frames or DEFAULT_FRAMES)
+            object.__setattr__(self, "fps", self.fps or DEFAULT_FPS)
         self._check_scales()
         if self.redraw and (self.motion or self.condition or self.images):
             said = "--motion" if self.motion else "--condition" if self.condition else "--image"
@@ -330,7 +330,7 @@ class TrainMotionOptions(PlaceOptions):
             "Peak learning rate, reached after the warm-up.",
             TRAINING,
             min=0,
-            default_text=f"{USUAL_RATES['lora']:g}; of --method full {USUAL_RATES['full']:g}",
+            default_text=f"{DEFAULT_RATES['lora']:g}; of --method full {DEFAULT_RATES['full']:g}",
         ),
     ] = None
     lr_scheduler: Annotated[
@@ -396,7 +396,7 @@ class TrainMotionOptions(PlaceOptions):
         if self.method == "full":
             object.__setattr__(self, "prior", "off")
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", USUAL_RATES[self.method])
+            object.__setattr__(self, "learning_rate", DEFAULT_RATES[self.method])
         for flag, value in (("--clips", self.clips), ("--motion", self.motion or self.method == "full")):
             if not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")

@@ -19,7 +19,7 @@ from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -231,7 +231,7 @@ class Previews:
             return []
         requests = self.requests[:count]
         steps, guidance = self.settings.sample_steps, self.settings.guidance
-        drawing = few.drawing if few else usual_drawing(self.model, steps=steps, guidance=guidance)
+        drawing = few.drawing if few else get_sampling_defaults(self.model, steps=steps, guidance=guidance)
         with (
             few.opened() if few else nullcontext(self.model) as model,
             progress(

@@ -22,7 +22,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
-from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
 from customize.evaluation.survival import Fidelity, Survival
@@ -51,11 +51,11 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
 
 def sampler_of(few: Backbone, settings: Settings) -> SamplingDefaults:
     """How the few-step model samples: its own steps and guidance, unless the settings give others."""
-    usual = usual_drawing(few)
+    defaults = get_sampling_defaults(few)
     return replace(
-        usual,
-        steps=settings.preview_on_steps or usual.steps,
-        guidance=usual.guidance if settings.preview_on_guidance is None else settings.preview_on_guidance,
+        defaults,
+        steps=settings.preview_on_steps or defaults.steps,
+        guidance=defaults.guidance if settings.preview_on_guidance is None else settings.preview_on_guidance,
     )
 
 

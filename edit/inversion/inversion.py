@@ -196,7 +196,7 @@ WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 class InversionSettings:
     """How an image is inverted.
 
-    guidance    null-text: the guidance scale that its embeddings are optimised for; None: the model's usual one
+    guidance    null-text: the guidance scale that its embeddings are optimised for; None: the model's default
     seed        edit-friendly: of its noise
     iterations  null-text: iterations of Adam at each step
     """

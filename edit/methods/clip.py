@@ -25,7 +25,7 @@ from torch import Tensor
 from backbone.cli.conditions import AskedControl
 from backbone.cli.keywords import takes
 from backbone.io.console import UserError
-from backbone.media.clips import USUAL_FPS, Film
+from backbone.media.clips import DEFAULT_FPS, Film
 from backbone.media.transforms import to_image
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
@@ -70,7 +70,7 @@ class ClipEdit:
     cross, self_attention  until when the targets take the source's, in each frame; None: what works with the model
     temporal               until when the layers over time look where the source's look; None: as self-attention
     threshold              how much of the greatest difference of the predictions makes a place differ; 0: all does
-    guidance               of the targets; the model's usual one if None
+    guidance               of the targets; None: the model's default
     negative               what the targets stay away from
     strength               the share of the steps that is sampled
     keep_frames            frames that stay the source's, by their numbers; the last one is −1
@@ -166,7 +166,10 @@ def film_of(inversion: Inversion) -> Film:
     facts = inversion.facts
     frames = tuple(to_image(frame) for frame in inversion.image)
     return Film(
-        frames, float(facts.get("fps", USUAL_FPS)), str(facts.get("name", "")), str(facts.get("content", ""))
+        frames,
+        float(facts.get("fps", DEFAULT_FPS)),
+        str(facts.get("name", "")),
+        str(facts.get("content", "")),
     )
 
 
@@ -352,7 +355,7 @@ class ClipRedraw:
 
     strength  the share of the steps that are taken, those nearest to the clip
     steps     of the whole schedule
-    guidance  the model's usual one if None
+    guidance  None: the model's default
     """
 
     strength: float = 0.6

@@ -38,7 +38,7 @@ class ClipFlow:
     strength         the share of the noise levels that is visited
     draws            noises averaged at every step
     shared           the share of the noise's variance that frames have in common; None: all, with a motion adapter none
-    guidance         of the targets; the model's usual one if None
+    guidance         of the targets; None: the model's default
     source_guidance  of the source's prompt
     steps            of the whole schedule
     """

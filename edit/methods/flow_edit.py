@@ -30,7 +30,7 @@ class FlowEditSettings:
     """How an image is moved.
 
     strength         share of the noise levels that are visited: the authors' n_max/T
-    guidance         of the targets; the model's usual one if None
+    guidance         of the targets; None: the model's default
     source_guidance  of the source's prompt
     draws            noises averaged at every step: the authors' n_avg
     mask             white = may change; None: everywhere

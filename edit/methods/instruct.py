@@ -57,7 +57,7 @@ class InstructSettings(GuidedShare):
     references      further images, for a model that reads several
     keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
                     `auto`: its own pixels, and what is drawn where nearly everything has changed
-    guidance        how closely the instruction is followed; the model's usual one if None
+    guidance        how closely the instruction is followed; None: the model's default
     image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
     sampler         the model's own if None
     negative        what to stay away from

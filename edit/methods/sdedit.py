@@ -39,7 +39,7 @@ class SDEditSettings:
     """How an image is noised and denoised.
 
     strength  diffusers': 0 leaves the image as it is, 1 begins with noise alone
-    guidance  the model's usual one if None
+    guidance  None: the model's default
     negative  what to stay away from
     mask      white = may change; None: everywhere
     count     images, of which image k depends on the seed and k alone

@@ -43,8 +43,8 @@ def describe_exactness(inversion: Inversion) -> list[str]:
     model = inversion.model
     bound = psnr(inversion.image, model.decode(inversion.clean[None])[0])
     lines = [f"The autoencoder alone gives the image back at {bound:.2f} dB."]
-    usual = float(model.defaults["guidance"]) if inversion.guidance is None else inversion.guidance
-    for guidance in (1.0, usual):
+    default = float(model.defaults["guidance"]) if inversion.guidance is None else inversion.guidance
+    for guidance in (1.0, default):
         latent = reconstruct(inversion, guidance=guidance).float()
         error = float((latent - inversion.clean).abs().max())
         decibels = psnr(inversion.image, model.decode(latent[None])[0])

@@ -84,7 +84,7 @@ class EditRecord:
     precision: str
     identity: str
     files: dict[str, str] = field(default_factory=dict)
-    guidance: float | None = None  # that was edited with, whatever the model's usual one is by now
+    guidance: float | None = None  # that was edited with, whatever the model's default is by now
     guidance_start: float = 0.0  # the same of the share of the steps with guidance
     guidance_stop: float = 1.0
 

@@ -37,7 +37,7 @@ from backbone.io.run_folder import fill_new_folder, refuse_new_file
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
-from customize.control_settings import PROGRAM, ControlSettings, read_settings, usual_folder
+from customize.control_settings import PROGRAM, ControlSettings, default_folder, read_settings
 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 # What may be said anew beside --resume; what is learned from and on may have moved
@@ -268,7 +268,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     if not asked.images:
         raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
     from backbone.evaluation.clip import load_scorer
-    from backbone.models.control import find_control, open_control, refuse_rows, usual_condition
+    from backbone.models.control import find_control, get_condition_defaults, open_control, refuse_rows
     from backbone.models.locate import OWN
     from backbone.models.model import Backbone
     from backbone.world.rendering.record import load_labels
@@ -296,7 +296,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
             asked.steps or int(model.defaults["steps"]),
             float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
             asked.seed,
-            asked.condition_rows or usual_condition(model, opened.record, kind)["rows"],
+            asked.condition_rows or get_condition_defaults(model, opened.record, kind)["rows"],
             tuple(asked.sweep),
         )
         read = None if scorer is None else load_scorer(scorer)
@@ -324,8 +324,8 @@ def kind_of(asked: EvaluateControlOptions, kinds: Sequence[str]) -> str:
 def train_control(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
     named = "images" in asked and "condition" in asked
-    usual = usual_folder(asked["images"], asked["condition"]) if named else None
-    resumed = None if run.resume is None else find_resumed(run, PROGRAM, usual)
+    default = default_folder(asked["images"], asked["condition"]) if named else None
+    resumed = None if run.resume is None else find_resumed(run, PROGRAM, default)
     if resumed is None:
         from customize.training.control.start import start
 

@@ -110,7 +110,7 @@ def replace(
 
 
 def _settled(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettings:
-    """These settings for a model, or its usual ones; `UserError` for what is none, and for what it cannot do."""
+    """These settings, or the defaults, resolved for a model; `UserError` for what it cannot do."""
     if settings is not None and not isinstance(settings, ReplaceSettings):
         raise UserError(f"settings is {type(settings).__name__}. Write edit.ReplaceSettings(keep=[…]).")
     resolved = (settings or ReplaceSettings()).resolve(model)
@@ -228,15 +228,15 @@ def source_is_guided(inversion: Inversion) -> bool:
 
 
 def target_guidance(inversion: Inversion, asked: float | None) -> float:
-    """The targets' guidance: what was asked for, else what the inversion was made for, else the model's usual one."""
+    """The targets' guidance: what was asked for, else what the inversion was made for, else the model's default."""
     made_for = inversion.guidance
     if made_for is not None and asked is not None and asked != made_for:
         raise UserError(
             f"This null-text inversion was made for guidance {made_for:g}, not {asked:g}. "
             f"Leave --guidance out, or invert again with it."
         )
-    usual = float(inversion.model.defaults["guidance"]) if made_for is None else made_for
-    return usual if asked is None else asked
+    default = float(inversion.model.defaults["guidance"]) if made_for is None else made_for
+    return default if asked is None else asked
 
 
 def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
