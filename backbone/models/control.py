@@ -308,7 +308,7 @@ def make_control(network: ControlNetwork, maps: Tensor, how: Mapping[str, Any]) 
 
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
-    """The controls of conditions; those of one union ControlNet at the same steps are heard in one call."""
+    """The controls of conditions; those of one union ControlNet at the same steps go through one call."""
     groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
         joins = hasattr(control.network, "together") and float(control.scale[0]) > 0

@@ -48,11 +48,11 @@ class EditData(TrainingData):
     shift: float = 0.0
     sees: bool = False
 
-    def untold(self, rows: Tensor) -> Tensor:
+    def without_instruction(self, rows: Tensor) -> Tensor:
         """The rows of the conditions that are these pairs' without their instruction."""
         return len(self.prompts) + (rows if self.sees else torch.zeros_like(rows))
 
-    def shown(self, rows: Tensor) -> tuple[Tensor, ...]:
+    def reference_latents(self, rows: Tensor) -> tuple[Tensor, ...]:
         """What stands beside the noisy latents of pairs of one size, each [B, C, h, w]."""
         return tuple(each.gather(rows).mean * self.scale + self.shift for each in self.references)
 

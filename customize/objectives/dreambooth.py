@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import checkpoint, read_concept
 from backbone.conditions.conditions import Conditions
-from backbone.data.ahead import Movable, Steps
+from backbone.data.prefetch import Movable, StepLoader
 from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
@@ -93,7 +93,7 @@ class DreamBooth(Objective):
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
         self.share = share_of(settings)
         self.pool = len(data.frequency)
-        self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
+        self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=kept)
@@ -119,7 +119,7 @@ class DreamBooth(Objective):
         """Fast steps of the denoiser."""
         return fast_steps(self.model.denoiser)
 
-    def rest(self) -> None:
+    def close_loader(self) -> None:
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:

@@ -34,8 +34,8 @@ class InstructionEdits(DreamBooth):
         no_text, no_image = draw_dropout(len(whole.rows), self.settings.conditioning_dropout, random)
         mine = self.share.rows
         batch, no_text, no_image = whole.part(mine), no_text[mine], no_image[mine]
-        told = torch.where(no_text, self.data.untold(batch.rows), batch.rows)
-        shown = self.data.shown(batch.rows)
+        told = torch.where(no_text, self.data.without_instruction(batch.rows), batch.rows)
+        shown = self.data.reference_latents(batch.rows)
         if self.model.reads_as_channels:  # of tokens guidance never leaves the image out
             shown = drop_references(shown, no_image)
         known = self.data.conditions

@@ -27,7 +27,7 @@ from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to
 from backbone.models.by_instruction import refuse_image_guidance
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
-from backbone.training.loop import refuse_other_sources
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
@@ -183,7 +183,7 @@ def prepare_held_out(
         images.append([to_tensor(read(one, size)) for one in (pair.source, pair.target)])
     shown = []
     for row, pair in enumerate(pairs):
-        latents = data.shown(torch.tensor([row]))
+        latents = data.reference_latents(torch.tensor([row]))
         pictures = [
             read(one, pixels_of(model, z))
             for one, z in zip((pair.source, *pair.references), latents, strict=True)

@@ -19,7 +19,7 @@ from backbone.io.run_folder import CHECKPOINT, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
-from backbone.training.loop import refuse_other_sources
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings

@@ -48,7 +48,8 @@ from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
 from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone
-from backbone.training.loop import Report, load_checkpoint, save_checkpoint
+from backbone.training.checkpoint import load_checkpoint, save_checkpoint
+from backbone.training.loop import Report
 from customize.data.control_pairs import check_control_pairs, read_control_pairs
 from customize.data.edit_pairs import read_edit_pairs, usable_pairs
 from customize.evaluation.metrics import ConceptMetrics

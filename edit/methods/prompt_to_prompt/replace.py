@@ -137,8 +137,8 @@ def align_prompts(
     """
     if not targets:
         raise UserError("There is no target prompt. Say what the image should show.")
-    stretches = model.text_encoder.segments
-    first, *others = (tokenize_prompt(stretches, prompt) for prompt in (source, *targets))
+    segments = model.text_encoder.segments
+    first, *others = (tokenize_prompt(segments, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
         require(others, word)
     for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
