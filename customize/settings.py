@@ -263,7 +263,7 @@ class Settings(TrainingSettings):
     random_crop: Annotated[
         int,
         Option(
-            "Learn every image also as so many random crops of it.",
+            "Train on N random crops of each image too.",
             "Data",
             by_model=True,
             needs=A_CONCEPT,
@@ -299,7 +299,7 @@ class Settings(TrainingSettings):
     begin_from: Annotated[
         str,
         Option(
-            "Begin with what this run of customize train has learned, in place of new weights.",
+            "Start from the trained weights of this run of customize train.",
             "Method",
             aliases=("network-weights",),
             metavar="RUN",
@@ -465,8 +465,8 @@ class Settings(TrainingSettings):
     prior_prompts: Annotated[
         tuple[str, ...],
         Option(
-            "A further prompt of the class that is kept what it was, such as “a {class} wearing a hat”; repeatable. "
-            "“” for none.",
+            "A further prompt whose predictions are preserved, such as “a {class} wearing a hat”; repeatable. “” for "
+            "none.",
             "Loss",
             by_model=True,
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
@@ -524,7 +524,7 @@ class Settings(TrainingSettings):
     timestep_bias_strategy: Annotated[
         str,
         Option(
-            "Noise levels that are drawn more often: later ones are the noisier.",
+            "Timesteps to sample more often; later: the noisier ones.",
             "Loss",
             choices=("none", "later", "earlier", "range"),
         ),
@@ -532,7 +532,7 @@ class Settings(TrainingSettings):
     timestep_bias_begin: Annotated[
         int,
         Option(
-            "First timestep that is drawn more often.",
+            "range: the first timestep to sample more often.",
             "Loss",
             needs={"timestep_bias_strategy": ("range",)},
             min=0,
@@ -542,7 +542,7 @@ class Settings(TrainingSettings):
     timestep_bias_end: Annotated[
         int,
         Option(
-            "The timestep before which this ends.",
+            "range: the end of these timesteps, itself not among them.",
             "Loss",
             needs={"timestep_bias_strategy": ("range",)},
             min=0,
@@ -552,7 +552,7 @@ class Settings(TrainingSettings):
     timestep_bias_portion: Annotated[
         float,
         Option(
-            "Share of the levels that are drawn more often.",
+            "later, earlier: the share of the timesteps to sample more often.",
             "Loss",
             needs={"timestep_bias_strategy": ("later", "earlier")},
             min=0.01,
@@ -562,7 +562,7 @@ class Settings(TrainingSettings):
     timestep_bias_multiplier: Annotated[
         float,
         Option(
-            "How many times as often.",
+            "How many times as often they are sampled.",
             "Loss",
             needs={"timestep_bias_strategy": ("later", "earlier", "range")},
             min=0,

@@ -153,7 +153,7 @@ def flow_edit(asked: FlowEditOptions) -> None:
 
 @settled_command(app, InstructOptions, panels=PANELS)
 def instruct(asked: InstructOptions) -> None:
-    """Do what an instruction says to an image, with a model that reads both; the background stays."""
+    """Edit an image by an instruction, with a model that reads both; the background stays."""
     image = load_image(asked.image)
     instruction = check_prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
     check_prompts(asked.then, "instruction") if asked.then else None
@@ -191,7 +191,7 @@ def compose(asked: ComposeOptions) -> None:
 
 @settled_command(app, InterpolateOptions, panels=PANELS)
 def interpolate(asked: InterpolateOptions) -> None:
-    """Draw the images between two images, and a film of them."""
+    """Interpolate between two images, into images and a film."""
     both = list_prompts(asked.prompts, "prompt")
     if len(both) != 2:
         raise UserError(
@@ -222,7 +222,7 @@ def keep_background(asked: KeepBackgroundOptions) -> None:
 
 @settled_command(app, ClipOptions, panels=PANELS)
 def clip(asked: ClipOptions) -> None:
-    """Change what a clip's words say: one inversion of all frames; what moves, and the background, stay."""
+    """Edit a clip by its prompt, all frames in one inversion; its motion and its background stay."""
     source = None if asked.source is None else one_prompt(asked.source, "--source")
     said = asked.targets or ((asked.source,) if asked.first and asked.source else ())
     targets = list_prompts(said, "target prompt")
@@ -253,7 +253,7 @@ def clip(asked: ClipOptions) -> None:
 
 @settled_command(app, PaintOptions, panels=PANELS)
 def paint(asked: PaintOptions) -> None:
-    """Paint what may change on a page in your browser, say what it is to be, and see it there."""
+    """Paint a mask on a page in your browser, say what to draw there, and see the edit."""
     image = load_image(asked.image)
     options = collect_options(asked, [asked.source, asked.target, asked.negative])
     from backbone.io.local_server import check_port

@@ -232,7 +232,7 @@ class RunOptions(RunFolderOptions):
             "Fit the run into so many GiB of GPU memory: prints and applies the settings it takes, or refuses.",
             "Memory",
             min=0.1,
-            default_text="not looked at",
+            default_text="no limit",
         ),
     ] = None
 

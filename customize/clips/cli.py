@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
 
 def clip(asked: ClipOptions) -> None:
-    """Draw clips from prompts, with a motion adapter and concepts or without, or let a picture move."""
+    """Draw clips from prompts, with or without a motion adapter and concepts, or animate an image."""
     from backbone.adapters import concept as learning
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
@@ -136,7 +136,7 @@ def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
 
 
 def evaluate_clip(asked: EvaluateClipOptions) -> None:
-    """Measure clips: what moves, flicker, whether they stay one thing and are what their words say."""
+    """Measure clips: motion, flicker, consistency over the frames, and agreement with their prompts."""
     from customize.clips.evaluate import TABLE, describe
     from customize.clips.evaluate import evaluate_clip as measure
 

@@ -60,11 +60,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             aliases=("num-frames", "video-length"),
             min=SHORTEST,
             max=1024,
-            default_text="16; of SVD by model",
+            default_text="16; SVD: by model",
         ),
     ] = 0
     fps: Annotated[
-        float, Option("Frames per second.", MOTION, min=SLOWEST, max=240, default_text="8; of SVD 7")
+        float, Option("Frames per second.", MOTION, min=SLOWEST, max=240, default_text="8; SVD: 7")
     ] = 0.0
     motion: Annotated[
         str,
@@ -78,7 +78,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     lora: Annotated[
         tuple[Path, ...],
         Option(
-            "A motion LoRA's file, or a run of train-motion; of SVD a LoRA of its own, as strong as --scale.",
+            "A motion LoRA: a file or a run of train-motion; with SVD, a LoRA for SVD, whose strength is --scale.",
             MOTION,
             aliases=("motion-lora",),
             needs=({"motion": ()}, {"images": ()}),
@@ -92,16 +92,14 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     redraw: Annotated[
         bool,
         Option(
-            "Where words say how a thing moves, draw every frame under its own pose; else it is cut out of one "
-            "drawing. Without --motion.",
+            "Without --motion: draw every frame anew, by its pose, instead of moving a cut-out over one drawing.",
             MOTION,
         ),
     ] = False
     track: Annotated[
         Path | None,
         Option(
-            "A clip, or a track as .json (x, y, growth, turn): what is drawn moves as what moves in it. Without "
-            "--motion.",
+            "Without --motion: move along this track (.json: x, y, growth, turn), or as what moves in this clip.",
             MOTION,
             metavar="CLIP",
         ),
@@ -169,7 +167,12 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     ] = 0
     batch: Annotated[
         int,
-        Option("Clips drawn together; they do not depend on it.", SAMPLING, aliases=("batch-size",), min=1),
+        Option(
+            "Clips drawn together; what is drawn does not depend on it.",
+            SAMPLING,
+            aliases=("batch-size",),
+            min=1,
+        ),
     ] = 1
     mp4: Annotated[bool, Option("Also write an .mp4 of each clip (needs PyAV).", OUTPUT)] = False
     out: Annotated[Path | None, out_option("The folder to write, new or empty.", "clips, clips-2 …")] = None

@@ -115,7 +115,7 @@ class MapOptions(JsonOptions):
 
 
 def map(asked: MapOptions) -> None:
-    """Show what a condition looks like: the map of a picture, or the true one of a scene."""
+    """Draw control maps: those found in an image, or the true ones of a scene of moji's world."""
     kinds, pictures = split_words(asked.words)
     if asked.all and kinds:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
@@ -262,7 +262,7 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
 
 
 def evaluate_control(asked: EvaluateControlOptions) -> None:
-    """Measure how well a control network is obeyed: on pairs, beside no condition and the true images."""
+    """Measure how closely images follow the maps of pairs, against images without control and the true ones."""
     for scale in asked.sweep:
         check_strength(AskedControl(AskedMap("map", ""), scale=scale))
     if not asked.images:
