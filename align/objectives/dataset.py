@@ -157,8 +157,8 @@ class PreferenceData:
     held_out: Items
 
     @staticmethod
-    def nothing(model: Backbone) -> PreferenceData:
-        """No records, before there are any."""
+    def empty(model: Backbone) -> PreferenceData:
+        """A dataset without records."""
         return PreferenceData(
             torch.empty(0, *model.latent_shape), None, Conditions({}), Items.of([]), Items.of([])
         )

@@ -30,7 +30,7 @@ class Trajectories:
 
 
 class PolicyGradients(RewardTraining):
-    """DDPO: each of `rounds` draws `per_prompt` pictures of every prompt and scores them; then several steps learn."""
+    """DDPO: every round draws `per_prompt` images of every prompt and scores them; several steps then learn from them."""
 
     def __post_init__(self) -> None:
         self.scorer: ImageScorer = open_scorer(self.settings.online)
@@ -55,7 +55,7 @@ class PolicyGradients(RewardTraining):
                     yield self.loss(index, [rows[row] for row in part]) * scale
 
     def loss(self, index: int, rows: Sequence[int]) -> Tensor:
-        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's probability now over that when it was taken."""
+        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio, policy now over policy then."""
         trajectories = self.trajectories
         chosen = send(torch.tensor(list(rows)), trajectories.states.device)
         noisy, then = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
@@ -67,9 +67,9 @@ class PolicyGradients(RewardTraining):
 
     @torch.no_grad()
     def collect(self, number: int) -> Trajectories:
-        """Draws and scores a round's pictures with the policy as it is; `figures` holds their mean reward.
+        """Draw and score a round's images with the policy as it is; `figures` gets their mean reward.
 
-        Each process draws some of them, and all get all.
+        Each process draws some of them, and all processes get all.
         """
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
         device, levels = self.model.device, len(self.schedule)
@@ -100,7 +100,7 @@ class PolicyGradients(RewardTraining):
 def sample_trajectories(
     noisy: Tensor, predict: Predict, schedule: Level, randoms: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling with its record: states [S + 1, B, …] and log-probabilities of the steps [S, B]."""
+    """Ancestral sampling that keeps the states [S + 1, B, …] and the steps' log-probabilities [S, B]."""
     states, chances = [noisy], []
     for here, there in pairwise(schedule):
         estimate = predict(noisy, here)
@@ -133,7 +133,7 @@ def ancestral_std(here: Level, there: Level) -> float:
 
 
 def is_random(here: Level, there: Level) -> bool:
-    """Whether a step has a density."""
+    """Whether a step adds noise, so that it has a density."""
     return ancestral_std(here, there) > 1e-6
 
 
@@ -143,6 +143,6 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Rewards [P, J] less their prompt's mean, over the deviation of all of these, in −5…5."""
+    """Advantages [P, J]: rewards less their prompt's mean, over the standard deviation of all these, within −5…5."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / centred.std(correction=0).clamp(min=1e-6)).clamp(-5, 5)

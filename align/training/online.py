@@ -178,7 +178,7 @@ def _by_pairs(
     base: Sequence[str],
 ) -> Path:
     began = time.perf_counter()
-    training = PreferenceTraining(model, PreferenceData.nothing(model), settings, base, concepts)
+    training = PreferenceTraining(model, PreferenceData.empty(model), settings, base, concepts)
     training.sources = sources_of(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]

@@ -66,7 +66,7 @@ class FewStepSide:
         self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
         self.drawing = sampler_of(few, training.settings)
         most = training.settings.patience or training.settings.steps
-        self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
+        self.early_stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
         self.evaluator: Evaluator | None = None
 
     @contextmanager
@@ -87,13 +87,13 @@ class FewStepSide:
     def measure(self, step: int, loss: float) -> tuple[bool, Sequence[Image]]:
         """Evaluate it once for each step: whether that is the best so far, and the images. `loss` is the run's."""
         assert self.evaluator is not None
-        known = [figures for figures in self.patience.history if figures.step == step]
+        known = [figures for figures in self.early_stopping.history if figures.step == step]
         if known:
-            return self.patience.best is known[0], ()
+            return self.early_stopping.best is known[0], ()
         with self.opened() as few:
             self.evaluator.model = few
             figures, drawn = self.evaluator.measure(step, loss)
-        best = self.patience.update(figures)
+        best = self.early_stopping.update(figures)
         if processes.is_main_process():
             (self.run / ON).mkdir(exist_ok=True)
             append_jsonl(self.run / EVALUATIONS, asdict(figures))
@@ -105,15 +105,15 @@ class FewStepSide:
         path, done = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():
             trim_log(path, done)
-        self.patience.history[:] = kept = read_log(path, ConceptMetrics, done=done)
+        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
         self.evaluator.baseline = kept[0] if kept else None
 
     def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
         """The fidelity at the best step, beside that on the base; None without evaluations."""
-        few = self.patience.history
+        few = self.early_stopping.history
         if len(few) < 2 or len(base) < 2:
             return None
-        best = self.patience.best
+        best = self.early_stopping.best
         there = next((figures for figures in base if figures.step == best.step), base[-1])
         return Survival(
             self.name, self.drawing.steps, *(fidelity(one) for one in (base[0], there, few[0], best))

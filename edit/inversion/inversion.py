@@ -125,7 +125,7 @@ class Inversion:
         return max(first, 1) if self.method == "reversible" else first
 
     def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
-        """The states [B, C, H, W] after a step, from those before it and, for `reversible`, those before them."""
+        """The states [B, C, H, W] after a step from those at it, `now`, and for `reversible` those at the step before."""
         here, there = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
             assert before is not None
@@ -151,7 +151,7 @@ class Inversion:
         return dataclasses.replace(default, text={**default.text, "hidden": self.empties[number][None]})
 
     def write(self, path: str | Path) -> None:
-        """Writes everything into one safetensors file."""
+        """Write everything into one safetensors file."""
         if not isinstance(path, (str, Path)):
             raise UserError(f"{type(path).__name__} is no path. Name the file to write, as cat.safetensors.")
         tensors = {
@@ -219,7 +219,7 @@ def invert(
     progress: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> Inversion:
-    """Inverts an image, or an encoded clip, that shows what the prompt says (in the model's words).
+    """Invert an image, or an encoded clip, that shows what the prompt says (in the model's words).
 
     `settings` are the fields of `InversionSettings`, by name. `identity` is that of the model with the concepts that
     were loaded into it (`identify`); without any it is the model's own. The image keeps its shape, up to 2 : 1, at
@@ -300,15 +300,15 @@ def _invert_by(
 
 
 def count_rounds(method: Method, steps: int) -> int | None:
-    """How often `invert` predicts; None where that depends on the image."""
+    """How often `invert` calls `progress`; None where that depends on the image."""
     return {"renoise": None, "null-text": 2 * steps}.get(method, steps)
 
 
 @torch.no_grad()
 def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
-    """The latent [C, H, W] that sampling from the noisiest state ends at, without the stored trajectory.
+    """Sample from the noisiest state without the stored trajectory; returns the latent [C, H, W] at the end.
 
-    Its error at guidance 1 is that of the inversion; at higher guidance, that which guidance adds.
+    Its error at guidance 1 is the inversion's; at higher guidance, guidance adds to it.
     """
     refuse_no_inversion(inversion)
     model, schedule = inversion.model, inversion.schedule
@@ -328,9 +328,9 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 def read_inversion(
     path: str | Path, model: Backbone, *, known: Sequence[str] = (), of_clip: bool = False
 ) -> Inversion:
-    """An inversion from its file, of an image, or with `of_clip` of a clip.
+    """Read the inversion of an image from its file, or with `of_clip` that of a clip.
 
-    `known` are the `identities` of the model with its concepts; without, those of the model alone.
+    `known` are the `identities` of the model with its concepts; if left out, those of the model alone.
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
