@@ -14,8 +14,8 @@ from backbone.cli.sampling import MOST_STEPS, CountOption, DrawingOptions, Sampl
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
-from backbone.models.usual import FILE as FILE_OF_MODEL
-from backbone.models.usual import OF_ALIGN, read_section
+from backbone.models.defaults import FILE as FILE_OF_MODEL
+from backbone.models.defaults import OF_ALIGN, read_section
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     SCHEDULES,
@@ -484,19 +484,19 @@ class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
     tie: Annotated[float, Option("Scores that differ by no more than this are even.", SCORING, min=0)] = 0.0
 
 
-def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
-    """The settings of a run: what the user asked for over what works with the model.
+def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
+    """The settings of a run: what the user asked for, over the model's defaults.
 
-    That is `align` in `limner.json`, and `draft` there for what reward gradients want otherwise. Raises `UserError` for
-    what is not known and what contradicts itself.
+    Those are `align` in its `limner.json`, and `draft` there for what differs with reward gradients. Raises `UserError`
+    for an unknown setting, and for settings that contradict each other.
     """
     of_align, of_draft = (
-        read_section(Settings, usual.get(section, {}), f"The model's {FILE_OF_MODEL}", section)
+        read_section(Settings, defaults.get(section, {}), f"The model's {FILE_OF_MODEL}", section)
         for section in OF_ALIGN
     )
     from_model = {
-        "rank": usual.get("rank", 16),
-        "lora_layers": usual.get("lora_layers", "attention"),
+        "rank": defaults.get("rank", 16),
+        "lora_layers": defaults.get("lora_layers", "attention"),
         **of_align,
     }
     if asked.get("loss") == "draft":
@@ -512,8 +512,8 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Sett
         merged["reference"] = "copy" if merged.get("full") else "live"
     if merged.get("online"):
         merged.setdefault("reference", "live")  # a round's pairs are seldom visited twice
-        merged.setdefault("sample_steps", int(usual.get("steps", 0)))
-        merged.setdefault("guidance", float(usual.get("guidance", -1)))
+        merged.setdefault("sample_steps", int(defaults.get("steps", 0)))
+        merged.setdefault("guidance", float(defaults.get("guidance", -1)))
     return resolve(Settings, merged, asked)
 
 
@@ -559,5 +559,5 @@ def is_preference_run(run: Path) -> bool:
 
 
 def as_command(settings: Settings, out: Path) -> str:
-    """The command that repeats a run, whatever is usual for its model by then."""
+    """The command that repeats a run, whatever its model's defaults are by then."""
     return options.as_command("align train", settings, out=out)

@@ -172,7 +172,7 @@ def whole(
         os.environ["LIMNER_CACHE"] = folder  # nothing is remembered from before
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
-        training = PreferenceTraining(model, PreferenceData.nothing(model), settings)
+        training = PreferenceTraining(model, PreferenceData.empty(model), settings)
         training.take(prepare(model, chosen, [], settings))
         for _ in take_steps(training):
             pass
@@ -260,7 +260,7 @@ def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
     began = time.perf_counter()
     parts = open_parts("moji", settings.device, settings.precision)
     model = parts.model
-    training = PreferenceTraining(model, PreferenceData.nothing(model), settings)
+    training = PreferenceTraining(model, PreferenceData.empty(model), settings)
     script = Script(parts, training, [])
     for step in range(settings.steps):
         places = [n % len(chosen) for n in range(step * settings.batch, (step + 1) * settings.batch)]
@@ -276,7 +276,7 @@ def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
 def build_training(parts: Parts, batch: int) -> PreferenceTraining:
     """Our training with random latents and texts cached, and the cached reference error of every noise sample."""
     model = parts.model
-    training = PreferenceTraining(model, PreferenceData.nothing(model), make_settings(batch))
+    training = PreferenceTraining(model, PreferenceData.empty(model), make_settings(batch))
     random = generator(0, "material")
     config = cast(Any, model.denoiser).config
     latents = torch.randn(2 * batch, *model.latent_shape, generator=random)

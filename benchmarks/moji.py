@@ -39,7 +39,7 @@ from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, 
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import GivenLatents, Request, sample
 from backbone.world.edits import GREY_STYLES
@@ -85,12 +85,12 @@ class Setting:
 
     def guided_of(self, model: Backbone) -> tuple[float, float]:
         """The share of the steps in which a model is guided."""
-        own = usual_drawing(model).guided
+        own = get_sampling_defaults(model).guided
         return own if self.guidance_stop is None else (0.0, self.guidance_stop)
 
     def sampler_of(self, model: Backbone) -> Sampler:
         """The sampler that a model is drawn with."""
-        return self.sampler or usual_drawing(model).sampler
+        return self.sampler or get_sampling_defaults(model).sampler
 
 
 @dataclass(frozen=True, kw_only=True)

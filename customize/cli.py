@@ -56,7 +56,7 @@ def example(
         Path, typer.Argument(metavar="FOLDER", help="The folder to write; made when it is not there.")
     ],
 ) -> None:
-    """Write five images of one particular dog, and what the other commands can be tried with."""
+    """Write five example images of one dog, and files to try the other commands with."""
     from customize.data.example import EXTRAS, write_example
 
     images, extras = write_example(folder)
@@ -99,7 +99,7 @@ class CheckOptions(ModelOptions, JsonOptions):
 
 @settled_command(app, CheckOptions)
 def check(asked: CheckOptions) -> None:
-    """Open every image, list all bad ones, and say what may go wrong and what the run will need."""
+    """Open every image, list all bad ones, warn of what may spoil a run, and estimate what it will need."""
     if bool(asked.images) == bool(asked.pairs):
         raise UserError(
             "Name what to look at: images with --images FOLDER, or pairs of them with --pairs FOLDER."
@@ -177,8 +177,8 @@ def prepare(asked: PrepareImages) -> None:
 def train(asked: dict[str, Any], run: TrainOptions) -> None:
     """Teach the model a subject from a few images (DreamBooth with LoRA), or edits from pairs (InstructPix2Pix)."""
     source = asked.get("pairs") or asked.get("images")
-    usual = None if source is None else Path("runs") / run_name(source)
-    resumed = None if run.resume is None else find_resumed(run, "customize train", usual)
+    default = None if source is None else Path("runs") / run_name(source)
+    resumed = None if run.resume is None else find_resumed(run, "customize train", default)
     if resumed is None:
         finished = start(asked, out=run.out, vram=run.vram)
     else:

@@ -210,11 +210,11 @@ class ControlSettings(TrainingSettings):
         return list(zip(self.validation_image, prompts, strict=True))
 
 
-def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> ControlSettings:
-    """The settings of a run: what was asked for over what works with the model (`usual`, of its `limner.json`)."""
+def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> ControlSettings:
+    """The settings of a run: what the user asked for, over the model's defaults (its `limner.json`)."""
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     kind = asked.get("kind", ADAPTER)
-    own = usual.get("control", {})
+    own = defaults.get("control", {})
     steps = int(asked.get("steps", own.get("steps", 5000)))
     from_model = {
         "steps": steps,
@@ -222,8 +222,8 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Cont
         "learning_rate": own.get("learning_rates", {}).get(kind, RATES.get(kind, 1e-5)),
         "rank": own.get("rank", 32 if kind == CONTROL_LORA else 16),
         "flip": False,
-        "sample_steps": usual.get("steps", ControlSettings.sample_steps),
-        "guidance": usual.get("guidance", ControlSettings.guidance),
+        "sample_steps": defaults.get("steps", ControlSettings.sample_steps),
+        "guidance": defaults.get("guidance", ControlSettings.guidance),
         "lora_layers": "all",
         "loss_weighting": "none",
         "evaluation_steps": min(250, max(50, steps // 10)),
@@ -232,7 +232,7 @@ def resolve_settings(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> Cont
     return resolve(ControlSettings, from_model, asked)
 
 
-def usual_folder(images: str, condition: str) -> Path:
+def default_folder(images: str, condition: str) -> Path:
     """Where a run is written without --out: in runs/, by the folder of its images and the kind of its maps."""
     name = run_name(images)
     return Path("runs") / (f"{name}-{condition}" if Path(images).expanduser().is_dir() else name)

@@ -128,7 +128,7 @@ def sample_to_folder(
         if processes.is_main_process():
             seconds = round(time.perf_counter() - began, 2)
             record = {**described, "seconds": seconds, "versions": package_versions()}
-            note = _say_how(name, asked, concepts)
+            note = _describe_how(name, asked, concepts)
             columns = asked.count if asked.count > 1 else 4
             maps = _write_maps(folder, conditions)
             write_index(folder, requests, prompts, record, note=note, columns=columns, beside=maps)
@@ -168,7 +168,7 @@ def _count(
     )
 
 
-def _say_how(name: str, asked: DrawingOptions, concepts: Sequence[Concept]) -> str:
+def _describe_how(name: str, asked: DrawingOptions, concepts: Sequence[Concept]) -> str:
     """By what and how the images of a sheet were drawn."""
     drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
     return f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"

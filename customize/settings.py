@@ -263,7 +263,7 @@ class Settings(TrainingSettings):
     random_crop: Annotated[
         int,
         Option(
-            "Learn every image also as so many random crops of it.",
+            "Train on N random crops of each image too.",
             "Data",
             by_model=True,
             needs=A_CONCEPT,
@@ -299,7 +299,7 @@ class Settings(TrainingSettings):
     begin_from: Annotated[
         str,
         Option(
-            "Begin with what this run of customize train has learned, in place of new weights.",
+            "Start from the trained weights of this run of customize train.",
             "Method",
             aliases=("network-weights",),
             metavar="RUN",
@@ -465,8 +465,8 @@ class Settings(TrainingSettings):
     prior_prompts: Annotated[
         tuple[str, ...],
         Option(
-            "A further prompt of the class that is kept what it was, such as “a {class} wearing a hat”; repeatable. "
-            "“” for none.",
+            "A further prompt whose predictions are preserved, such as “a {class} wearing a hat”; repeatable. “” for "
+            "none.",
             "Loss",
             by_model=True,
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
@@ -524,7 +524,7 @@ class Settings(TrainingSettings):
     timestep_bias_strategy: Annotated[
         str,
         Option(
-            "Noise levels that are drawn more often: later ones are the noisier.",
+            "Timesteps to sample more often; later: the noisier ones.",
             "Loss",
             choices=("none", "later", "earlier", "range"),
         ),
@@ -532,7 +532,7 @@ class Settings(TrainingSettings):
     timestep_bias_begin: Annotated[
         int,
         Option(
-            "First timestep that is drawn more often.",
+            "range: the first timestep to sample more often.",
             "Loss",
             needs={"timestep_bias_strategy": ("range",)},
             min=0,
@@ -542,7 +542,7 @@ class Settings(TrainingSettings):
     timestep_bias_end: Annotated[
         int,
         Option(
-            "The timestep before which this ends.",
+            "range: the end of these timesteps, itself not among them.",
             "Loss",
             needs={"timestep_bias_strategy": ("range",)},
             min=0,
@@ -552,7 +552,7 @@ class Settings(TrainingSettings):
     timestep_bias_portion: Annotated[
         float,
         Option(
-            "Share of the levels that are drawn more often.",
+            "later, earlier: the share of the timesteps to sample more often.",
             "Loss",
             needs={"timestep_bias_strategy": ("later", "earlier")},
             min=0.01,
@@ -562,7 +562,7 @@ class Settings(TrainingSettings):
     timestep_bias_multiplier: Annotated[
         float,
         Option(
-            "How many times as often.",
+            "How many times as often they are sampled.",
             "Loss",
             needs={"timestep_bias_strategy": ("later", "earlier", "range")},
             min=0,
@@ -786,36 +786,38 @@ class PrepareImages(PrepareOptions, JsonOptions):
 
 
 def resolve_settings(
-    asked: Mapping[str, Any], usual: Mapping[str, Any], *, captioned: bool = False
+    asked: Mapping[str, Any], defaults: Mapping[str, Any], *, captioned: bool = False
 ) -> Settings:
-    """The settings of a run: what the user asked for, over the usual settings of the model (its `limner.json`).
+    """The settings of a run: what the user asked for, over the model's defaults (its `limner.json`).
 
-    Its further prior prompts are for subjects whose every image is `captioned`: kept beside images that do not say
-    where the subject stands, they take the subject away. Raises `UserError` for an unknown setting.
+    The model's further prior prompts are used only if every image is `captioned`: preserved beside images that do not
+    say where the subject stands, they take the subject away. Raises `UserError` for an unknown setting.
     """
     asked = {name: value for name, value in asked.items() if value is not None and value != ()}
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
-    rates = METHOD_RATES | usual.get("learning_rates", {})
-    steps = usual.get("train_steps", Settings.steps) * (2 if patient else 1)  # early stopping ends it sooner
+    rates = METHOD_RATES | defaults.get("learning_rates", {})
+    steps = defaults.get("train_steps", Settings.steps) * (
+        2 if patient else 1
+    )  # early stopping ends it sooner
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
-        "learning_rate": rates.get(kind, usual.get("learning_rate", Settings.learning_rate)),
+        "learning_rate": rates.get(kind, defaults.get("learning_rate", Settings.learning_rate)),
         "words_learning_rate": Settings.words_learning_rate,
-        "rank": usual.get("rank", Settings.rank),
-        "batch": usual.get("batch", Settings.batch),
-        "flip": usual.get("flip", False),
-        "random_crop": 0 if asked.get("pairs") else usual.get("random_crop", 0),
-        "sample_steps": usual.get("steps", Settings.sample_steps),
-        "guidance": usual.get("guidance", Settings.guidance),
-        "sheet_prompts": tuple(usual.get("sheet_prompts", SHEET_PROMPTS)),
-        "lora_layers": usual.get("lora_layers", "attention"),
-        "prior_batch": usual.get("prior_batch", 1),
-        "prior_draws": usual.get("prior_draws", Settings.prior_draws),
-        "prior_prompts": tuple(usual.get("prior_prompts", ())) if captioned else (),
-        "loss_weighting": usual.get("loss_weighting", "none"),
-        "evaluation_steps": 50 if patient else usual.get("evaluation_steps", Settings.evaluation_steps),
+        "rank": defaults.get("rank", Settings.rank),
+        "batch": defaults.get("batch", Settings.batch),
+        "flip": defaults.get("flip", False),
+        "random_crop": 0 if asked.get("pairs") else defaults.get("random_crop", 0),
+        "sample_steps": defaults.get("steps", Settings.sample_steps),
+        "guidance": defaults.get("guidance", Settings.guidance),
+        "sheet_prompts": tuple(defaults.get("sheet_prompts", SHEET_PROMPTS)),
+        "lora_layers": defaults.get("lora_layers", "attention"),
+        "prior_batch": defaults.get("prior_batch", 1),
+        "prior_draws": defaults.get("prior_draws", Settings.prior_draws),
+        "prior_prompts": tuple(defaults.get("prior_prompts", ())) if captioned else (),
+        "loss_weighting": defaults.get("loss_weighting", "none"),
+        "evaluation_steps": 50 if patient else defaults.get("evaluation_steps", Settings.evaluation_steps),
     }
     if kind == "textual-inversion":  # which learns nothing else
         from_model["words_learning_rate"] = rates.get(kind, Settings.words_learning_rate)

@@ -1,4 +1,4 @@
-"""What can be said of a request before a model is loaded. No heavy imports."""
+"""Checks of what an edit is asked for, and the parsing of its `word=value` options. No heavy imports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from backbone.cli.sampling import MOST_EDITS
 from backbone.io.console import UserError, guess_meant, notify, quote, refuse_other_encodings
 
 T = TypeVar("T")
-# Of a word, or of a prompt to compose with: what is much, and what nobody means
+# Of a word, or of a prompt to compose with: the most that is usual, and from where on images break
 USUAL_WEIGHT, MOST_WEIGHT = 10, 20
 
 
-def count(value: int) -> int:
-    """How many images an edit gives, if so many can be meant."""
+def check_count(value: int) -> int:
+    """Return the number of images; `UserError` outside 1 … MOST_EDITS."""
     if not 1 <= value <= MOST_EDITS:
         raise UserError(
             f"count is {value}, and an edit gives 1 to {MOST_EDITS} images. Ask for so many; further ones are another "
@@ -25,16 +25,16 @@ def count(value: int) -> int:
     return value
 
 
-def share(name: str, value: float) -> float:
-    """The value, if it is a share of the whole."""
+def check_share(name: str, value: float) -> float:
+    """Return the value; `UserError` outside 0…1, where `name` is what the message calls it."""
     if not 0 <= value <= 1:
         raise UserError(f"{name} is {value:g} and must lie between 0 and 1, a share of the whole.")
     return value
 
 
-def between(name: str, start: float, end: float) -> tuple[float, float]:
-    """Both, if they are shares of the whole, and the first is not after the second."""
-    found = share(name, start), share(name, end)
+def check_interval(name: str, start: float, end: float) -> tuple[float, float]:
+    """Return both ends; `UserError` unless 0 ≤ start ≤ end ≤ 1."""
+    found = check_share(name, start), check_share(name, end)
     if start > end:
         raise UserError(f"{name} begins at {start:g} and ends before, at {end:g}. Write {end:g}:{start:g}.")
     return found
@@ -43,9 +43,9 @@ def between(name: str, start: float, end: float) -> tuple[float, float]:
 UNCHANGED = "At a strength of 0 nothing is changed: what comes out is the image as the model keeps it."
 
 
-def strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> float:
-    """The value, if it is a share of the steps that is 0, of which `nothing` is said, or at least one of them."""
-    share("strength", value)
+def check_strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> float:
+    """Return the value; `UserError` outside 0…1, and for less than one step. At 0 `nothing` is said."""
+    check_share("strength", value)
     if value == 0:
         notify(nothing)
     if value > 0 and int(steps * value + 1e-9) == 0:
@@ -55,15 +55,15 @@ def strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> float:
     return value
 
 
-def not_negative(name: str, value: float) -> float:
-    """The value, if it is not negative."""
+def check_not_negative(name: str, value: float) -> float:
+    """Return the value; `UserError` below 0 and for NaN."""
     if not value >= 0:
         raise UserError(f"{name} is {value:g} and must not be negative. 1 is none.")
     return value
 
 
-def prompt(text: str, what: str) -> str:
-    """The prompt, if it says something; `what` names it in the complaint."""
+def check_prompt(text: str, what: str) -> str:
+    """Return the prompt; `UserError` for no text and for an empty one, which the message calls `what`."""
     if not isinstance(text, str):
         raise UserError(f"The {what} is text, and {type(text).__name__} is none. Give its words.")
     refuse_other_encodings(text, f"The {what} ")
@@ -74,8 +74,8 @@ def prompt(text: str, what: str) -> str:
     return text
 
 
-def opened(model: object) -> None:
-    """Refuse the name of a model, and what is none, where an open one is needed."""
+def refuse_unopened(model: object) -> None:
+    """`UserError` for a model's name, or what is no model, where an open `Backbone` is needed."""
     if isinstance(model, (str, os.PathLike)):
         raise UserError(
             f"{os.fspath(model)} is a model's name. Open it first: backbone.open({str(model)!r})."
@@ -84,8 +84,8 @@ def opened(model: object) -> None:
         raise UserError(f'{type(model).__name__} is no open model. Open one first: backbone.open("moji").')
 
 
-def inverted(inversion: object) -> None:
-    """Refuse what is no inversion, where an edit begins from one."""
+def refuse_no_inversion(inversion: object) -> None:
+    """`UserError` for what is no `Inversion`."""
     if not hasattr(inversion, "overwrites"):
         raise UserError(
             f"{type(inversion).__name__} is no inversion. Make one: edit.invert(model, image, prompt), or read one: "
@@ -93,8 +93,8 @@ def inverted(inversion: object) -> None:
         )
 
 
-def prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
-    """The prompts, if there are any and each says something; a text is one."""
+def check_prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """Return the prompts, of which a single text is one; `UserError` for none, and as `check_prompt` for each."""
     if isinstance(texts, str):
         texts = (texts,)
     if texts is not None and (isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable)):
@@ -104,15 +104,17 @@ def prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
     texts = () if texts is None else tuple(texts)
     if not texts:
         raise UserError(f"There is no {what}. Say what the picture should show.")
-    return tuple(prompt(text, what) for text in texts)
+    return tuple(check_prompt(text, what) for text in texts)
 
 
-def weighted(toward: Mapping[str, float] | Sequence[tuple[str, float]], what: str) -> list[tuple[str, float]]:
-    """Prompts with their weights, as pairs or in a dict, if there are any, and each says something."""
+def check_weighted(
+    toward: Mapping[str, float] | Sequence[tuple[str, float]], what: str
+) -> list[tuple[str, float]]:
+    """Return (prompt, weight) pairs, given as pairs or as a dict; `UserError` for none, and for what is no number."""
     pairs = list(toward.items()) if isinstance(toward, Mapping) else list(toward)
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise UserError(f"Each {what} needs its weight. Write [(“a painting”, 1.0)].")
-    texts = prompts([text for text, _ in pairs], what)
+    texts = check_prompts([text for text, _ in pairs], what)
     try:
         found = [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
         if not all(math.isfinite(weight) for _, weight in found):
@@ -122,7 +124,7 @@ def weighted(toward: Mapping[str, float] | Sequence[tuple[str, float]], what: st
         raise UserError(f"The weight of a {what} is a number, as in [(“a painting”, 1.0)].") from error
 
 
-def composed_once(weighted: Sequence[tuple[str, float]]) -> None:
+def refuse_composed_twice(weighted: Sequence[tuple[str, float]]) -> None:
     """`UserError` where an image is to be led towards a prompt twice, or towards it and away from it."""
     sums: dict[str, list[float]] = {}
     for text, weight in weighted:
@@ -137,7 +139,7 @@ def composed_once(weighted: Sequence[tuple[str, float]]) -> None:
 
 
 def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
-    """Says of weights that nobody means that they break the image."""
+    """Warn of weights so large that they break the image."""
     for text, weight in weighted:
         if abs(weight) > MOST_WEIGHT:
             meant = guess_meant(weight, USUAL_WEIGHT)
@@ -146,8 +148,8 @@ def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
             )
 
 
-def split_weight(asked: str, option: str) -> tuple[str, float]:
-    """`word=2` as a word and a number."""
+def parse_weight(asked: str, option: str) -> tuple[str, float]:
+    """Parse `word=2`; `UserError` for anything else."""
     word, separator, number = asked.rpartition("=")
     try:
         if separator and word.strip() and math.isfinite(weight := float(number)):
@@ -159,17 +161,17 @@ def split_weight(asked: str, option: str) -> tuple[str, float]:
     raise UserError(f"{option} {asked} is not a word and a number. Write {option} {quote(meant)}.")
 
 
-def weights(asked: Sequence[str]) -> dict[str, float]:
-    """The weights of `--reweight`, by word; `UserError` for a word that has two. That 1 changes nothing is said."""
-    found = by_word([split_weight(one, "--reweight") for one in asked], "--reweight")
+def parse_weights(asked: Sequence[str]) -> dict[str, float]:
+    """Parse the values of `--reweight` to word → weight; `UserError` for a word with two weights."""
+    found = map_words([parse_weight(one, "--reweight") for one in asked], "--reweight")
     say_far_weights("--reweight", list(found.items()))
     for word in [word for word, weight in found.items() if weight == 1]:
         notify(f"--reweight {word}=1 changes nothing: it is the weight that every word has.")
     return found
 
 
-def by_word(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
-    """What an option says of each word; `UserError` where it says two things of one."""
+def map_words(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
+    """Word → value of a repeatable option; `UserError` for a word that is given twice."""
     seen: set[str] = set()
     for word, _ in pairs:
         if word.lower() in seen:
@@ -178,8 +180,8 @@ def by_word(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
     return dict(pairs)
 
 
-def blend(asked: Sequence[str] | None) -> list[str] | None:
-    """The words to blend: none of them for `none`, and None where nothing was asked for."""
+def parse_blend(asked: Sequence[str] | None) -> list[str] | None:
+    """Parse the values of `--blend`: [] for `none`, and None where it is not given."""
     if not asked:
         return None
     if "none" in asked and len(asked) > 1:
@@ -187,20 +189,22 @@ def blend(asked: Sequence[str] | None) -> list[str] | None:
     return [word for word in asked if word != "none"]
 
 
-def window(asked: str, option: str) -> tuple[str, tuple[float, float]]:
-    """`word=0.2:0.8` (or `word=0.8`, from the start) as a word and its window."""
+def parse_window(asked: str, option: str) -> tuple[str, tuple[float, float]]:
+    """Parse `word=0.2:0.8`, or `word=0.8` for a window from the start; `UserError` for anything else."""
     word, separator, numbers = asked.rpartition("=")
     start, colon, end = numbers.rpartition(":")
     try:
         if separator and word.strip():
-            return word.strip(), between(f"{option} {word}", float(start) if colon else 0.0, float(end))
+            return word.strip(), check_interval(
+                f"{option} {word}", float(start) if colon else 0.0, float(end)
+            )
     except ValueError:
         pass
     raise UserError(f"{option} {asked} is not a word and its window. Write {option} word=0.2:0.8.")
 
 
-def swap(asked: str) -> tuple[str, str]:
-    """`cat=tiger` as a pair of phrases."""
+def parse_swap(asked: str) -> tuple[str, str]:
+    """Parse `cat=tiger`; `UserError` for anything else."""
     old, separator, new = asked.partition("=")
     if not separator or not old.strip() or not new.strip():
         raise UserError(f"--swap {asked} is not a pair of words. Write --swap cat=tiger.")

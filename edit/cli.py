@@ -17,7 +17,18 @@ from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
 from backbone.io.run_folder import hold_new_folder, refuse_new_file
-from edit import checks
+from edit.checks import (
+    check_prompt,
+    check_prompts,
+    map_words,
+    parse_blend,
+    parse_swap,
+    parse_weight,
+    parse_weights,
+    parse_window,
+    refuse_composed_twice,
+    say_far_weights,
+)
 from edit.settings import (
     PANELS,
     RANDOM,
@@ -71,9 +82,9 @@ def invert(asked: InvertOptions) -> None:
     """Write an image's inversion into a file, from which any number of edits can begin."""
     if asked.frames:
         refuse_idle_of_clips(asked)
-    image = None if asked.frames else readable(asked.image)
-    prompt = checks.prompt(one_prompt(asked.prompt, "--source"), "source prompt")
-    wishes = with_concepts(asked, [prompt])
+    image = None if asked.frames else load_image(asked.image)
+    prompt = check_prompt(one_prompt(asked.prompt, "--source"), "source prompt")
+    options = collect_options(asked, [prompt])
     file = asked.out or Path(f"{Path(asked.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
@@ -84,12 +95,12 @@ def invert(asked: InvertOptions) -> None:
         film = read_film(asked.image)
         from edit.run.clip import write_clip_inversion
 
-        notify(write_clip_inversion(file, film, prompt, asked, wishes["concepts"]))
+        notify(write_clip_inversion(file, film, prompt, asked, options["concepts"]))
         notify(f'{file} is written. Next: edit clip --inversion {quote(file)} --target "…"')
         return
     from edit.run.invert import write_inversion
 
-    for line in write_inversion(file, image, prompt, wishes):
+    for line in write_inversion(file, image, prompt, options):
         notify(line)
     notify(f'{file} is written. Next: edit invert-and-replace --inversion {quote(file)} --target "…"')
 
@@ -97,59 +108,59 @@ def invert(asked: InvertOptions) -> None:
 @settled_command(app, ReplaceOptions, panels=PANELS)
 def invert_and_replace(asked: ReplaceOptions) -> None:
     """Replace, add, remove or reweight words of an image's prompt; the rest stays (prompt-to-prompt)."""
-    targets = in_words(asked.targets, "target prompt")
+    targets = list_prompts(asked.targets, "target prompt")
     words = {
         "targets": targets,
-        "swaps": [checks.swap(swap) for swap in asked.swaps],
-        "weights": checks.weights(asked.weights),
-        "windows": checks.by_word([checks.window(one, "--window") for one in asked.windows], "--window"),
-        "blend": checks.blend(asked.blend),
+        "swaps": [parse_swap(swap) for swap in asked.swaps],
+        "weights": parse_weights(asked.weights),
+        "windows": map_words([parse_window(one, "--window") for one in asked.windows], "--window"),
+        "blend": parse_blend(asked.blend),
     }
     everywhere = words["blend"] == [] or (words["blend"] is None and asked.control != "prompt-to-prompt")
     if asked.threshold is not None and everywhere and not asked.keep:
         raise UserError(
             "--threshold has no effect where the image may change everywhere. Add --blend WORD, or leave it out."
         )
-    wishes = begins(asked, [*targets, asked.negative], dry=asked.dry_run) | words
-    del wishes["dry_run"]
+    options = collect_start(asked, [*targets, asked.negative], dry=asked.dry_run) | words
+    del options["dry_run"]
     if asked.dry_run:
         from edit.run.invert import print_alignment
 
-        for text in print_alignment(wishes):
+        for text in print_alignment(options):
             typer.echo(text)
         return
-    finish("invert-and-replace", wishes)
+    run_edit("invert-and-replace", options)
 
 
 @settled_command(app, SDEditOptions, panels=PANELS)
 def sdedit(asked: SDEditOptions) -> None:
     """Noise an image, a stroke painting or a masked part, and denoise it towards a prompt."""
-    image = readable(asked.image)
-    prompt = checks.prompt(one_prompt(asked.prompt, "--prompt"), "prompt")
-    wishes = with_concepts(asked, [prompt, asked.negative])
-    finish("sdedit", wishes | {"image": image, "prompt": prompt})
+    image = load_image(asked.image)
+    prompt = check_prompt(one_prompt(asked.prompt, "--prompt"), "prompt")
+    options = collect_options(asked, [prompt, asked.negative])
+    run_edit("sdedit", options | {"image": image, "prompt": prompt})
 
 
 @settled_command(app, FlowEditOptions, panels=PANELS)
 def flow_edit(asked: FlowEditOptions) -> None:
     """Move an image from one prompt to another without inverting it (FlowEdit, on every noise path)."""
-    image = readable(asked.image)
-    source = checks.prompt(one_prompt(asked.source, "--source"), "source prompt")
-    targets = in_words(asked.targets, "target prompt")
-    wishes = with_concepts(asked, [source, *targets])
-    finish("flow-edit", wishes | {"image": image, "source": source, "targets": targets})
+    image = load_image(asked.image)
+    source = check_prompt(one_prompt(asked.source, "--source"), "source prompt")
+    targets = list_prompts(asked.targets, "target prompt")
+    options = collect_options(asked, [source, *targets])
+    run_edit("flow-edit", options | {"image": image, "source": source, "targets": targets})
 
 
 @settled_command(app, InstructOptions, panels=PANELS)
 def instruct(asked: InstructOptions) -> None:
-    """Do what an instruction says to an image, with a model that reads both; the background stays."""
-    image = readable(asked.image)
-    instruction = checks.prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
-    checks.prompts(asked.then, "instruction") if asked.then else None
+    """Edit an image by an instruction, with a model that reads both; the background stays."""
+    image = load_image(asked.image)
+    instruction = check_prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
+    check_prompts(asked.then, "instruction") if asked.then else None
     then = [one.text for one in prompts_of(asked.then, read=read_lines)]  # “brighter” twice is brighter still
-    wishes = with_concepts(asked, [instruction, *then, asked.negative])
-    wishes |= {"references": [readable(one) for one in asked.references]}
-    finish("instruct", wishes | {"image": image, "instruction": instruction, "then": then})
+    options = collect_options(asked, [instruction, *then, asked.negative])
+    options |= {"references": [load_image(one) for one in asked.references]}
+    run_edit("instruct", options | {"image": image, "instruction": instruction, "then": then})
 
 
 @settled_command(app, RemoveOptions, panels=PANELS)
@@ -158,45 +169,45 @@ def remove(asked: RemoveOptions) -> None:
     if not asked.word.strip() and asked.mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
     prompt = None if asked.prompt is None else one_prompt(asked.prompt, "--prompt")
-    wishes = begins(asked, [asked.word, prompt or "", asked.negative])
-    finish("remove", wishes | {"prompt": prompt})
+    options = collect_start(asked, [asked.word, prompt or "", asked.negative])
+    run_edit("remove", options | {"prompt": prompt})
 
 
 @settled_command(app, ComposeOptions, panels=PANELS)
 def compose(asked: ComposeOptions) -> None:
     """Compose an image's prompt with others: towards some (a style, say) and away from others."""
-    weighted = [checks.split_weight(prompt, "--toward") for prompt in asked.toward]
-    away = [checks.split_weight(prompt, "--away") for prompt in asked.away]
+    weighted = [parse_weight(prompt, "--toward") for prompt in asked.toward]
+    away = [parse_weight(prompt, "--away") for prompt in asked.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
     weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
-    checks.composed_once(weighted)
-    checks.say_far_weights("Composing with", weighted)
+    refuse_composed_twice(weighted)
+    say_far_weights("Composing with", weighted)
     if not weighted:
         raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
-    wishes = begins(asked, [prompt for prompt, _ in weighted])
-    del wishes["away"]
-    finish("compose", wishes | {"toward": weighted})
+    options = collect_start(asked, [prompt for prompt, _ in weighted])
+    del options["away"]
+    run_edit("compose", options | {"toward": weighted})
 
 
 @settled_command(app, InterpolateOptions, panels=PANELS)
 def interpolate(asked: InterpolateOptions) -> None:
-    """Draw the images between two images, and a film of them."""
-    both = in_words(asked.prompts, "prompt")
+    """Interpolate between two images, into images and a film."""
+    both = list_prompts(asked.prompts, "prompt")
     if len(both) != 2:
         raise UserError(
             f"Two images need two prompts, not {count_of(len(both), 'prompt')}. Give --prompts twice."
         )
-    first, second = (readable(path) for path in (asked.first, asked.second))
-    wishes = with_concepts(asked, both)
-    del wishes["prompts"]
-    wishes |= {"first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1]}
-    finish("interpolate", wishes)
+    first, second = (load_image(path) for path in (asked.first, asked.second))
+    options = collect_options(asked, both)
+    del options["prompts"]
+    options |= {"first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1]}
+    run_edit("interpolate", options)
 
 
 @settled_command(app, KeepBackgroundOptions, panels=PANELS)
 def keep_background(asked: KeepBackgroundOptions) -> None:
     """Put an image's background back into an edit of it that any program made, and measure its drift."""
-    source, edited = readable(asked.source), readable(asked.edited)
+    source, edited = load_image(asked.source), load_image(asked.edited)
     from edit.pictures import read_mask
     from edit.run.keep_background import write_kept_background
 
@@ -211,13 +222,13 @@ def keep_background(asked: KeepBackgroundOptions) -> None:
 
 @settled_command(app, ClipOptions, panels=PANELS)
 def clip(asked: ClipOptions) -> None:
-    """Change what a clip's words say: one inversion of all frames; what moves, and the background, stay."""
+    """Edit a clip by its prompt, all frames in one inversion; its motion and its background stay."""
     source = None if asked.source is None else one_prompt(asked.source, "--source")
     said = asked.targets or ((asked.source,) if asked.first and asked.source else ())
-    targets = in_words(said, "target prompt")
+    targets = list_prompts(said, "target prompt")
     if asked.first and len(targets) > 1:
         raise UserError("The first frame shows one edit. Give one --target, or none.")
-    first = readable(asked.first) if asked.first else None
+    first = load_image(asked.first) if asked.first else None
     if (asked.clip is None) == (asked.inversion is None):
         raise UserError(
             "There is nothing to edit. Give a clip, or an inversion with --inversion FILE."
@@ -227,24 +238,24 @@ def clip(asked: ClipOptions) -> None:
     if asked.inversion is not None:
         refuse_no_file(asked.inversion, "edit clip, or edit invert --clip")
     if source is not None:
-        checks.prompt(source, "source prompt")
+        check_prompt(source, "source prompt")
     elif len(targets) > 1 and asked.inversion is None:
         raise UserError("Without --source one clip is drawn anew. Give one --target, or say what it shows.")
-    wishes = with_concepts(asked, [source or "", *targets, asked.negative])
+    options = collect_options(asked, [source or "", *targets, asked.negative])
     from backbone.media.clips import read_film
 
     film = None if asked.clip is None else read_film(asked.clip)
     from edit.run.clip import perform_clip
 
-    folder = perform_clip(film, source, targets, asked, concepts=wishes["concepts"], first=first)
+    folder = perform_clip(film, source, targets, asked, concepts=options["concepts"], first=first)
     notify(f"{folder}/report.html plays it; {folder}/sheet.png shows its frames.")
 
 
 @settled_command(app, PaintOptions, panels=PANELS)
 def paint(asked: PaintOptions) -> None:
-    """Paint what may change on a page in your browser, say what it is to be, and see it there."""
-    image = readable(asked.image)
-    wishes = with_concepts(asked, [asked.source, asked.target, asked.negative])
+    """Paint a mask on a page in your browser, say what to draw there, and see the edit."""
+    image = load_image(asked.image)
+    options = collect_options(asked, [asked.source, asked.target, asked.negative])
     from backbone.io.local_server import check_port
 
     check_port(asked.port)
@@ -252,7 +263,7 @@ def paint(asked: PaintOptions) -> None:
     from edit.paint.server import serve
 
     with hold_new_folder(asked.out, FOLDER) as folder:
-        board = PaintBoard.open(asked, image, wishes, folder)
+        board = PaintBoard.open(asked, image, options, folder)
         serve(board, port=asked.port, browser=asked.browser)
     kept = count_of(len(board.edits), "edit")
     notify(f"{kept} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
@@ -293,10 +304,11 @@ def refuse_no_file(inversion: str, made_by: str) -> None:
         raise UserError(f"{inversion} does not exist. Make it with {made_by}.")
 
 
-def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
-    """The wishes, with the image read. `prompts` are those beside the source's.
+def collect_start(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
+    """The command's options by name, as `collect_options`, with the source's prompt and the image read.
 
-    Raises `UserError` unless there is an image with a prompt, or an inversion.
+    `prompts` are those beside the source's. Raises `UserError` unless there is an image with a prompt, or an inversion;
+    a `dry` run needs no image.
     """
     source = None if asked.source is None else one_prompt(asked.source, "--source")
     if asked.inversion is not None:
@@ -308,14 +320,14 @@ def begins(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) ->
     elif source is None:
         raise UserError('What the image shows is not said. Give --source "a cat in a park".')
     else:
-        checks.prompt(source, "source prompt")
-    read = {} if asked.image is None else {"image": readable(asked.image)}
-    return with_concepts(asked, [source or "", *prompts]) | {"source": source, **read}
+        check_prompt(source, "source prompt")
+    read = {} if asked.image is None else {"image": load_image(asked.image)}
+    return collect_options(asked, [source or "", *prompts]) | {"source": source, **read}
 
 
-def in_words(given: Sequence[str], what: str) -> list[str]:
-    """The prompts of words and files; `UserError` for an empty one."""
-    checks.prompts(given, what)
+def list_prompts(given: Sequence[str], what: str) -> list[str]:
+    """The prompts in words and files, and a word on those given twice; `UserError` for an empty one."""
+    check_prompts(given, what)
     found = [prompt.text for prompt in prompts_of(given)]
     for text in {text: None for text in found if found.count(text) > 1 and what == "target prompt"}:
         notify(
@@ -324,15 +336,15 @@ def in_words(given: Sequence[str], what: str) -> list[str]:
     return found
 
 
-def readable(image: str) -> SourceImage:
-    """The image, read once for all; `UserError` if it cannot be."""
+def load_image(image: str) -> SourceImage:
+    """Read an image, once for all that need it; `UserError` where it cannot be decoded."""
     from edit.pictures import read_image
 
     return read_image(image)
 
 
-def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:
-    """The wishes, with the folders of the runs' chosen checkpoints as concepts, and with the mask read.
+def collect_options(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:
+    """The command's options by name, with checkpoint folders for the runs in `concepts`, and with the mask read.
 
     Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that no
     concept owns.
@@ -347,28 +359,28 @@ def with_concepts(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, An
         notify(f"--seed {asked.seed} changes nothing: nothing is random here.{_random_method(asked)}")
     if isinstance(asked, StepOptions):
         _ = asked.controls  # mistakes are answered before torch is imported
-    wishes = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
-    if wishes.get("mask") is not None:
+    options = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
+    if options.get("mask") is not None:
         from edit.pictures import read_mask
 
-        wishes["mask"] = read_mask(wishes["mask"])
-    return wishes | {"concepts": [str(folder) for folder in folders]}
+        options["mask"] = read_mask(options["mask"])
+    return options | {"concepts": [str(folder) for folder in folders]}
 
 
 def _random_method(asked: SamplerOptions) -> str:
-    """What would be random, to follow a sentence."""
+    """A sentence on the inversion that would be random, to follow another; "" where none is made."""
     anew = getattr(asked, "inversion", None) is None
     return f" An inversion by --method {RANDOM} is." if hasattr(asked, "method") and anew else ""
 
 
-def finish(name: str, wishes: dict[str, Any]) -> None:
-    """Runs the command and says where its sheet is."""
+def run_edit(name: str, options: dict[str, Any]) -> None:
+    """Run the command and say where its sheet is."""
     from edit.run.commands import COMMANDS
     from edit.run.run import perform
 
-    out = wishes.pop("out")
-    folder = perform(name, wishes, out=out, said=shlex.join(program_words("edit")))
-    measures = COMMANDS[name].compared and wishes.get("metrics", True)
+    out = options.pop("out")
+    folder = perform(name, options, out=out, said=shlex.join(program_words("edit")))
+    measures = COMMANDS[name].compared and options.get("metrics", True)
     notify(f"{folder}/sheet.png shows it; {folder}/report.html {'measures it' if measures else 'says how'}.")
 
 

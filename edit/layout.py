@@ -49,14 +49,14 @@ class AskedLayout:
     source: tuple[AskedControl, ...] = ()
 
     @classmethod
-    def of(cls, wishes: Mapping[str, Any]) -> AskedLayout:
-        """What an edit's wishes say, by the names of its options; `UserError` for what does not fit."""
+    def of(cls, options: Mapping[str, Any]) -> AskedLayout:
+        """What an edit's options say, by the names of its options; `UserError` for what does not fit."""
         names = [one.name for one in fields(ControlOptions)]
-        said: dict[str, Any] = {name: wishes[name] for name in names if wishes.get(name)}
+        said: dict[str, Any] = {name: options[name] for name in names if options.get(name)}
         for name, value in said.items():
             said[name] = tuple(value) if isinstance(value, list) else value  # a record's
         targets = ControlOptions(**said).controls
-        return cls(targets, tuple(of_source(one, targets) for one in wishes.get("source_condition") or ()))
+        return cls(targets, tuple(of_source(one, targets) for one in options.get("source_condition") or ()))
 
     @property
     def for_source(self) -> AskedLayout:

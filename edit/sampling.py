@@ -12,7 +12,7 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like
 from backbone.models.model import Backbone, say_odd_guidance
-from edit import checks
+from edit.checks import check_not_negative
 
 BATCH = 8  # images that are drawn together
 
@@ -77,10 +77,10 @@ def draw_in_batches(
 
 
 def guidance_of(model: Backbone, guidance: float | None) -> float:
-    """The guidance scale, the model's usual one for None. Raises `UserError` if it is negative."""
+    """The guidance scale, the model's default for None. Raises `UserError` if it is negative."""
     if guidance is None:
         return float(model.defaults["guidance"])
-    return checks.not_negative("guidance", guidance)
+    return check_not_negative("guidance", guidance)
 
 
 def nfe_of(model: Backbone, text: Conditions, guidance: float) -> int:

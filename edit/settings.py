@@ -589,7 +589,7 @@ class KeepBackgroundOptions(RunFolder):
     source: Annotated[str, Option("The image before the edit.", WORDS, argument=True, metavar="SOURCE")]
     edited: Annotated[
         str,
-        Option("The edited image, by whatever program.", WORDS, argument=True, metavar="EDITED"),
+        Option("The edited image, made by any program.", WORDS, argument=True, metavar="EDITED"),
     ]
     mask: Annotated[
         str | None,
@@ -666,7 +666,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     first: Annotated[
         str,
         Option(
-            "The first frame as it was edited, by whatever program; the other frames follow it.",
+            "An edited first frame, made by any program; the other frames follow it.",
             WORDS,
             aliases=("first-frame",),
             metavar="PICTURE",
@@ -727,7 +727,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     temporal: Annotated[
         float | None,
         Option(
-            "Share of the steps in which frames are linked as the source's are.",
+            "Share of the steps with the source's temporal attention.",
             HOW,
             default_text="as --self",
             min=0,

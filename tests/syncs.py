@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbone.data.ahead import Steps
+from backbone.data.prefetch import StepLoader
 from backbone.models.model import Backbone
 from backbone.training.run import Objective, take_steps
 
@@ -197,7 +197,7 @@ def count_waits(training: Objective, model: Backbone, *device: Any) -> list[str]
         group["fused"] = True
     training.optimizer.defaults["fused"] = True
     waits = HostSyncs()
-    for batches in (one for one in vars(training).values() if isinstance(one, Steps)):
+    for batches in (one for one in vars(training).values() if isinstance(one, StepLoader)):
         batches.make = waits.on_the_processor(batches.make)
     steps = take_steps(training, read_every=READ_EVERY)
     for _ in range(READ_EVERY):

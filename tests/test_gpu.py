@@ -15,15 +15,9 @@ from torch import Tensor
 
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.loop import (
-    READ_EVERY,
-    NotFiniteError,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-    warm_constant,
-)
-from backbone.training.optimizer import make_adamw
+from backbone.training.checkpoint import load_checkpoint, save_checkpoint
+from backbone.training.loop import READ_EVERY, NotFiniteError, train
+from backbone.training.optimizer import make_adamw, warm_constant
 from backbone.training.run import take_steps
 from benchmarks.align import build_training
 from benchmarks.gpu import (

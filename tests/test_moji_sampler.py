@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from backbone.cli.sampling import ALL_STEPS, own_guided
 from backbone.diffusion.noise import generator
 from backbone.io.files import read_json
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
@@ -33,7 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_folder_says_so_and_its_recipe_writes_it() -> None:
-    assert usual_drawing(Backbone.open("moji", device="cpu")).sampler == "ancestral"
+    assert get_sampling_defaults(Backbone.open("moji", device="cpu")).sampler == "ancestral"
     assert json.loads((EMBEDDED / "limner.json").read_text()) == DEFAULTS
 
 

@@ -33,7 +33,7 @@ from align.pairs.records import (
 from align.settings import Settings
 from backbone.adapters.concept import Concept, expand_tokens
 from backbone.conditions.conditions import Conditions
-from backbone.data.ahead import Movable
+from backbone.data.prefetch import Movable
 from backbone.data.table import Column
 from backbone.diffusion.noise import Level, add_noise, generator, target
 from backbone.distributed import processes
@@ -157,8 +157,8 @@ class PreferenceData:
     held_out: Items
 
     @staticmethod
-    def nothing(model: Backbone) -> PreferenceData:
-        """No records, before there are any."""
+    def empty(model: Backbone) -> PreferenceData:
+        """A dataset without records."""
         return PreferenceData(
             torch.empty(0, *model.latent_shape), None, Conditions({}), Items.of([]), Items.of([])
         )

@@ -21,7 +21,7 @@ from backbone.media.transforms import to_image
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """N walks of S stochastic steps: states [S + 1, N, …], log-probabilities [S, N], advantages [N]."""
+    """N trajectories of S stochastic steps: states [S + 1, N, …], log-probabilities [S, N], advantages [N]."""
 
     states: Tensor
     log_probability: Tensor
@@ -30,10 +30,10 @@ class Trajectories:
 
 
 class PolicyGradients(RewardTraining):
-    """DDPO: each of `rounds` draws `per_prompt` pictures of every prompt and scores them; then several steps learn."""
+    """DDPO: every round draws `per_prompt` images of every prompt and scores them; several steps then learn from them."""
 
     def __post_init__(self) -> None:
-        self.judge: ImageScorer = open_scorer(self.settings.online)
+        self.scorer: ImageScorer = open_scorer(self.settings.online)
         self.round = -1
         super().__post_init__()
 
@@ -41,9 +41,9 @@ class PolicyGradients(RewardTraining):
         """The clipped loss of `batch` trajectories, the gradient of one step after another."""
         number, place = divmod(step - 1, self.settings.steps // self.settings.rounds)
         if self.round != number and number < self.settings.rounds:
-            self.walks, self.round = self.collect(number), number
+            self.trajectories, self.round = self.collect(number), number
             self.order = torch.randperm(
-                len(self.walks.prompts), generator=generator(self.settings.seed, "order", number)
+                len(self.trajectories.prompts), generator=generator(self.settings.seed, "order", number)
             ).tolist()
         batch = self.settings.batch
         rows = [self.order[n % len(self.order)] for n in range(place * batch, (place + 1) * batch)]
@@ -55,21 +55,21 @@ class PolicyGradients(RewardTraining):
                     yield self.loss(index, [rows[row] for row in part]) * scale
 
     def loss(self, index: int, rows: Sequence[int]) -> Tensor:
-        """−mean over walks of min(ρ·A, clip(ρ)·A), ρ the step's probability now over that when it was taken."""
-        walks = self.walks
-        chosen = send(torch.tensor(list(rows)), walks.states.device)
-        noisy, then = walks.states[index, chosen], walks.states[index + 1, chosen]
-        predict = self.predictor([walks.prompts[row] for row in rows])
+        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio, policy now over policy then."""
+        trajectories = self.trajectories
+        chosen = send(torch.tensor(list(rows)), trajectories.states.device)
+        noisy, then = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
+        predict = self.predictor([trajectories.prompts[row] for row in rows])
         here, there = self.schedule[index], self.schedule[index + 1]
         now = log_probability(then, noisy, predict(noisy, here), here, there)
-        ratio = (now - walks.log_probability[index, chosen]).exp()
-        return clipped_loss(ratio, walks.advantage[chosen], self.settings.clip_range).mean()
+        ratio = (now - trajectories.log_probability[index, chosen]).exp()
+        return clipped_loss(ratio, trajectories.advantage[chosen], self.settings.clip_range).mean()
 
     @torch.no_grad()
     def collect(self, number: int) -> Trajectories:
-        """Draws and scores a round's pictures with the policy as it is; `figures` holds their mean reward.
+        """Draw and score a round's images with the policy as it is; `figures` gets their mean reward.
 
-        Each process draws some of them, and all get all.
+        Each process draws some of them, and all processes get all.
         """
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
         device, levels = self.model.device, len(self.schedule)
@@ -81,11 +81,11 @@ class PolicyGradients(RewardTraining):
             predict = self.predictor([i for i, _ in some])
             randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in some]
             names = [(1 + i, number * self.settings.per_prompt + j) for i, j in some]
-            states[:, here], chances[:, here] = stochastic_walk(
+            states[:, here], chances[:, here] = sample_trajectories(
                 self.start(names), predict, self.schedule, randoms
             )
             pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
-            rewards[here] = self.judge(pictures, [self.prompts[i].text for i, _ in some])
+            rewards[here] = self.scorer(pictures, [self.prompts[i].text for i, _ in some])
         processes.sum_in_place([states, chances, rewards])
         self.figures = {"reward": float(rewards.mean())}
         better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
@@ -97,10 +97,10 @@ class PolicyGradients(RewardTraining):
             super().save(run)
 
 
-def stochastic_walk(
+def sample_trajectories(
     noisy: Tensor, predict: Predict, schedule: Level, randoms: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling with its record: states [S + 1, B, …] and log-probabilities of the steps [S, B]."""
+    """Ancestral sampling that keeps the states [S + 1, B, …] and the steps' log-probabilities [S, B]."""
     states, chances = [noisy], []
     for here, there in pairwise(schedule):
         estimate = predict(noisy, here)
@@ -133,7 +133,7 @@ def ancestral_std(here: Level, there: Level) -> float:
 
 
 def is_random(here: Level, there: Level) -> bool:
-    """Whether a step has a density."""
+    """Whether a step adds noise, so that it has a density."""
     return ancestral_std(here, there) > 1e-6
 
 
@@ -143,6 +143,6 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Rewards [P, J] less their prompt's mean, over the deviation of all of these, in −5…5."""
+    """Advantages [P, J]: rewards less their prompt's mean, over the standard deviation of all these, within −5…5."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / centred.std(correction=0).clamp(min=1e-6)).clamp(-5, 5)

@@ -56,7 +56,7 @@ from backbone.adapters.lora import (
     say_useless_rank,
     use_adapters,
 )
-from backbone.data.ahead import Steps
+from backbone.data.prefetch import StepLoader
 from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType
 from backbone.diffusion.transfer import send
@@ -154,7 +154,7 @@ class PreferenceTraining(Objective):
         self.pool = len(data.train) * data.train.group
         self.__dict__.pop("gap_rows", None)
         self.steps = StepBatches(data, self.samples, self.settings, self.share)
-        self.batches = Steps(
+        self.batches = StepLoader(
             self.steps, self.settings.steps, self.model.device, workers=self.settings.workers
         )
 
@@ -175,7 +175,7 @@ class PreferenceTraining(Objective):
             finally:
                 self.model.denoiser.eval()
 
-    def rest(self) -> None:
+    def close_loader(self) -> None:
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:

@@ -48,11 +48,11 @@ def prepare(asked: PreparePairs) -> None:
 
 def train(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a model on pairs, so that it draws what was preferred (Diffusion-DPO and its relatives)."""
-    resumed = None if run.resume is None else find_resumed(run, "align train", _usual_folder(asked))
+    resumed = None if run.resume is None else find_resumed(run, "align train", _default_folder(asked))
     _done(start(asked, out=run.out, vram=run.vram) if resumed is None else _resume(resumed, asked, run))
 
 
-def _usual_folder(asked: dict[str, Any]) -> Path | None:
+def _default_folder(asked: dict[str, Any]) -> Path | None:
     """Where the same command writes without --out; None where it names nothing to learn from."""
     if "online" in asked and "prompts" in asked:
         return Path("runs") / f"{Path(asked['prompts']).stem}-online"

@@ -59,7 +59,7 @@ from backbone.io.run_folder import CHECKPOINT, catch_interrupts, make_absolute, 
 from backbone.media.parameters import describe_drawing, last_name
 from backbone.media.sheet import save_png
 from backbone.models.model import Backbone
-from backbone.training.loop import refuse_other_sources
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import refuse_gone
@@ -178,7 +178,7 @@ def _by_pairs(
     base: Sequence[str],
 ) -> Path:
     began = time.perf_counter()
-    training = PreferenceTraining(model, PreferenceData.nothing(model), settings, base, concepts)
+    training = PreferenceTraining(model, PreferenceData.empty(model), settings, base, concepts)
     training.sources = sources_of(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]

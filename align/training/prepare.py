@@ -31,7 +31,7 @@ from align.pairs.records import (
     record_key,
     refuse_another_model,
 )
-from backbone.data.ahead import work_ahead
+from backbone.data.prefetch import map_in_workers
 from backbone.data.table import KEY, Table, keys_of
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
@@ -223,7 +223,7 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     own = plan.records.chunks(_finished_numbers(table, images), length, out)
     writers, written = {mirrored: ShardWriter(one) for mirrored, one in images.items()}, ShardWriter(table)
     with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
-        for chunk in work_ahead(plan.read, own, workers=workers):
+        for chunk in map_in_workers(plan.read, own, workers=workers):
             _add_images(model, chunk, writers)
             if chunk.rows:
                 written.add(_columns(chunk.rows, plan.random_crop))

@@ -38,8 +38,8 @@ from backbone.io.files import content_hash, write_json
 from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import CHECKPOINT, package_versions, refuse_taken, run_name
 from backbone.models.model import Backbone
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.hardware import describe_hardware
-from backbone.training.loop import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import refuse_gone

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from backbone.io.console import UserError, refuse_lost_folder, speaking
+from backbone.io.console import UserError, refuse_lost_folder, rewording
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 # Between sentences and their parts, of which one may be a command
@@ -38,7 +38,7 @@ def open_door(
     def call(*args: Any, **named: Any) -> Any:
         names = {**keywords_of(function), **flags}
         held: AbstractContextManager[Any] = nullcontext() if lock is None else lock
-        with held, as_torch_comes(), speaking(lambda text: name_keywords(text, names)):
+        with held, as_torch_comes(), rewording(lambda text: name_keywords(text, names)):
             try:
                 refuse_lost_folder()
                 return function(*args, **fit_keywords(function, named))

@@ -28,8 +28,8 @@ MODEL_HELP = (
     "hub id."
 )
 SPLIT_FILES = {  # what a transformer's file leaves out
-    "vae": "The autoencoder's file, beside a --model that is a transformer's.",
-    "text-encoder": "The text encoder's file, beside a --model that is a transformer's.",
+    "vae": "File of the autoencoder, where --model is a transformer's file.",
+    "text-encoder": "File of the text encoder, where --model is a transformer's file.",
 }
 Checkpoint = Literal["best", "last"]
 WITH_CONCEPTS: dict[str, tuple[Any, ...]] = {"concepts": ()}

@@ -217,7 +217,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         return replace(self, width=self.width or resolution, height=self.height or resolution)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """With a model's usual steps, guidance, its share of the steps, and sampler where none were asked for.
+        """These settings with a model's defaults in place of None: steps, guidance, guidance interval, sampler.
 
         Raises `UserError` for no guidance in a share of the steps, and a share that none of them lies in.
         """

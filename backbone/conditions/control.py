@@ -31,7 +31,7 @@ class ControlNetwork(Protocol):
 
     module         diffusers' class, which is trained and saved
     prompted_only  whether it was made to act beside a prompt alone, as in guess mode
-    takes_guess    whether it hears the prompt, so that guess mode changes something
+    takes_guess    whether it reads the prompt, so that guess mode changes something
     """
 
     module: nn.Module

@@ -248,33 +248,36 @@ class Family(Protocol):
         ...
 
 
-class PictureEncoder(Protocol):
-    """The image encoder of a network that makes clips of pictures."""
+class ImageEncoder(Protocol):
+    """The image encoder of an image-to-video network."""
 
-    def to(self, device: torch.device) -> PictureEncoder:
+    def to(self, device: torch.device) -> ImageEncoder:
         """The same on another device."""
         ...
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in −1…1, of any size, to embeddings [B, T, D]."""
+        """Images [B, 3, H, W] in −1…1, of any size, to embeddings [B, T, D]."""
         ...
 
 
 @runtime_checkable
-class PictureFamily(Protocol):
-    """A family whose network is conditioned on a picture in the place of words, and makes a clip of it.
+class ImageToVideoFamily(Protocol):
+    """A family whose network is conditioned on an image in the place of words, and makes a clip of it.
 
-    Its conditions are `hidden` [B, T, D] of the picture and `ids` [B, 3] (frames a second less one, motion bucket,
-    deviation of the noise on the picture), and one reference, the picture's latents at the autoencoder's own scale.
+    Its conditions are `hidden` [B, T, D] of the image and `ids` [B, 3] (frames per second less one, motion bucket,
+    standard deviation of the noise on the image), and one reference, the image's latents at the autoencoder's own
+    scale.
     """
 
-    def picture_encoder(self, location: Location, dtype: torch.dtype) -> PictureEncoder:
-        """Load what makes `hidden` of a picture."""
+    def image_encoder(self, location: Location, dtype: torch.dtype) -> ImageEncoder:
+        """Load the encoder that gives `hidden` of an image."""
         ...
 
 
-def guide_alike(conditional: Estimate, unconditional: Estimate, scale: float, level: Level) -> Estimate:
-    """Classifier-free guidance as it is at every level (Ho & Salimans 2022)."""
+def classifier_free_guidance(
+    conditional: Estimate, unconditional: Estimate, scale: float, level: Level
+) -> Estimate:
+    """Classifier-free guidance, the same at every level (Ho & Salimans 2022, eq. 6)."""
     return guide(conditional, unconditional, scale)
 
 
@@ -291,7 +294,7 @@ class NoisePath:
     prediction_type: PredictionType
     levels: Level
     schedule: Callable[[int, tuple[int, int]], Schedule]
-    guide: Callable[[Estimate, Estimate, float, Level], Estimate] = guide_alike
+    guide: Callable[[Estimate, Estimate, float, Level], Estimate] = classifier_free_guidance
 
 
 @dataclass(frozen=True)

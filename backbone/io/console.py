@@ -276,7 +276,7 @@ def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     _hear(text)
     if is_main_rank():
-        print(show_plainly(_spoken.get()(text)), file=sys.stderr, flush=True)
+        print(show_plainly(_reword.get()(text)), file=sys.stderr, flush=True)
 
 
 _heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
@@ -299,17 +299,17 @@ def _hear(text: str) -> None:
         heard.append(text)
 
 
-_spoken: ContextVar[Callable[[str], str]] = ContextVar("spoken", default=str)
+_reword: ContextVar[Callable[[str], str]] = ContextVar("reword", default=str)
 
 
 @contextmanager
-def speaking(spoken: Callable[[str], str]) -> Iterator[None]:
-    """Inside, `notify` prints what `spoken` makes of a text: the same in the words of who reads it."""
-    before = _spoken.set(spoken)
+def rewording(reword: Callable[[str], str]) -> Iterator[None]:
+    """Inside the `with`, `notify` prints `reword(text)`: Python callers read keywords in the place of flags."""
+    before = _reword.set(reword)
     try:
         yield
     finally:
-        _spoken.reset(before)
+        _reword.reset(before)
 
 
 def show_plainly(text: str) -> str:

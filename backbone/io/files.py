@@ -441,8 +441,8 @@ def _put(temporary: Path, destination: Path) -> None:
 
 
 @contextmanager
-def saying_what_the_system_says(path: str | Path) -> Iterator[None]:
-    """Turns what a library written in Rust raises where the system refused a file (a full disk) into an `OSError`."""
+def raising_os_errors(path: str | Path) -> Iterator[None]:
+    """Inside the `with`, a system error (a full disk) that a Rust library raises as its own becomes an `OSError`."""
     try:
         yield
     except OSError:

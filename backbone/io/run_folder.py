@@ -241,9 +241,9 @@ def hold_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def refuse_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | None = None) -> None:
+def refuse_new_folder(named: Path | None, default: Path, what: Mapping[str, Any] | None = None) -> None:
     """`UserError` for a folder that `hold_new_folder` could not make, to be called before anything is computed."""
-    refuse_unwritable(named or usual.parent)
+    refuse_unwritable(named or default.parent)
     if named is not None and not _is_continued(named, what):
         refuse_among_others(named)
         refuse_filled(named)
@@ -256,18 +256,20 @@ def refuse_finished(folder: Path | None) -> None:
 
 
 @contextmanager
-def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """The folder that a command writes, kept for it: `named`, new or empty, or `usual`, numbered where that exists.
+def hold_new_folder(
+    named: Path | None, default: Path, what: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """The folder that a command writes, kept for it: `named`, new or empty, or `default`, numbered where that exists.
 
     Where nothing is in it at the end, or after a failure, it is gone again. `what` is all that its files depend on:
     where a command of the same was stopped, or killed, `named` is taken as it is, and its files, each of them whole,
     need not be made again. UNFINISHED says so until the end.
     """
-    refuse_new_folder(named, usual, what)
+    refuse_new_folder(named, default, what)
     goes_on = named is not None and _is_continued(named, what)
     folder = named if named is not None and goes_on else None
     if folder is None:
-        folder = make_numbered_folder(usual) if named is None else make_empty_folder(named)
+        folder = make_numbered_folder(default) if named is None else make_empty_folder(named)
     with hold_folder(folder):
         if not (goes_on and _is_continued(folder, what)):
             refuse_filled(folder)  # by a command that has been quicker
@@ -282,12 +284,12 @@ def hold_new_folder(named: Path | None, usual: Path, what: Mapping[str, Any] | N
 
 
 @contextmanager
-def fill_new_folder(named: Path | None, usual: Path) -> Iterator[tuple[Path, Path]]:
+def fill_new_folder(named: Path | None, default: Path) -> Iterator[tuple[Path, Path]]:
     """The folder of `hold_new_folder`, and one inside it to write into, whose files are moved up when all are whole.
 
     So what a full disk or a kill ends leaves nothing of a table, or an image, that its other half is not beside.
     """
-    with hold_new_folder(named, usual) as folder, fill_folder(folder) as unfinished:
+    with hold_new_folder(named, default) as folder, fill_folder(folder) as unfinished:
         yield folder, unfinished
 
 

@@ -34,7 +34,7 @@ from backbone.media.sources.pictures import list_images
 
 ANIMATED = (".webp", ".gif", ".png", ".apng", ".avif")
 FILMS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
-USUAL_FPS = 8.0
+DEFAULT_FPS = 8.0
 STRIP = 8  # frames of a strip, at most
 MOST_FRAMES = 10_000
 INSTALL = 'pip install "limner[video]"'
@@ -89,7 +89,7 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         frames = [record.open(convert=noted) for record in records]
         if any(see_through):
             notify(f"{source}: its transparent parts are white.")
-        film = Film(tuple(frames), USUAL_FPS, str(source), _hash_frames(frames))
+        film = Film(tuple(frames), DEFAULT_FPS, str(source), _hash_frames(frames))
     elif path.suffix.lower() in FILMS:
         film = _read_video(path)
     elif path.suffix.lower() == STACK:
@@ -153,7 +153,7 @@ def _read_animation(path: Path, convert: Convert) -> Film:
             for frame in ImageSequence.Iterator(opened):
                 clear |= is_see_through(frame)
                 frames.append(convert(frame))
-                lasting.append(float(frame.info.get("duration") or 1000 / USUAL_FPS))
+                lasting.append(float(frame.info.get("duration") or 1000 / DEFAULT_FPS))
     except DECODER_ERRORS as error:
         kind = "a film of an unknown kind" if path.suffix.lower() not in ANIMATED else "damaged"
         raise UserError(
@@ -208,7 +208,7 @@ def _read_stack(path: Path) -> Film:
             f"{path} has {len(frames)} frames of {shape[2]} × {shape[1]} pixels. Give 2 to {MOST_FRAMES}."
         )
     films = tuple(Image.fromarray(frame).convert("RGB") for frame in frames)
-    return Film(films, USUAL_FPS, str(path), content_hash(path))
+    return Film(films, DEFAULT_FPS, str(path), content_hash(path))
 
 
 def _read_video(path: Path) -> Film:
@@ -221,7 +221,7 @@ def _read_video(path: Path) -> Film:
             stream = max(container.streams.video, key=lambda one: one.frames, default=None)
             if stream is None:
                 raise UserError(f"{path} holds sound and no pictures. Give a film.")
-            fps, aspect = float(stream.average_rate or USUAL_FPS), float(stream.sample_aspect_ratio or 1)
+            fps, aspect = float(stream.average_rate or DEFAULT_FPS), float(stream.sample_aspect_ratio or 1)
             frames: list[Image.Image] = []
             shown: list[float] = []
             for frame in container.decode(stream):

@@ -147,7 +147,7 @@ class DrawingEstimator(MemoryEstimator):
             controls.append(Control.of(control, torch.zeros(rows, 3, *sides, device="meta")))
         return tuple(controls)
 
-    def ways_out(self) -> list[str]:
+    def remedies(self) -> list[str]:
         return [
             *(["leave a --reference out"] if self.drawn.references else []),
             *(["leave a --condition out"] if self.drawn.conditions else []),

@@ -92,5 +92,5 @@ class MotionEstimator(MemoryEstimator):
         attach_motion(denoiser, adapter.requires_grad_(False))
         return self.learned.learns(denoiser)
 
-    def ways_out(self) -> list[str]:
+    def remedies(self) -> list[str]:
         return ["ask for fewer --frames"]

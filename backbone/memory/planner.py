@@ -189,7 +189,7 @@ class MemoryEstimator:
             return 0
         return 2 * self.model_sizes(choice.precision).largest_layer
 
-    def ways_out(self) -> list[str]:
+    def remedies(self) -> list[str]:
         """What the user may ask for instead where nothing fits."""
         return [
             *(["train an adapter instead of all weights"] if self.work.full_finetuning else []),
@@ -573,7 +573,7 @@ def _describe_misfit(
     larger = next((gib for gib in DEVICE_SIZES if usable_bytes(gib, estimator.device) >= least), None)
     remedies = [
         *([f"install bitsandbytes ({INSTALL})"] if hint else []),
-        *estimator.ways_out(),
+        *estimator.remedies(),
         *([f"take a device of {larger} GiB"] if larger is not None else []),
     ]
     remedy = ", or ".join(remedies) or "choose a smaller model"

@@ -33,10 +33,10 @@ IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 
 @dataclass(frozen=True)
 class Guidances:
-    """How closely the instruction is followed, and how closely the image (eq. 3 of Brooks et al. 2023).
+    """Guidance scales of the instruction and of the image (Brooks et al. 2023, eq. 3).
 
-    `negative` is what stands in the instruction's place where there is none: what to stay away from. `guided` is the
-    share of the steps, from noisy to clean, in which there is guidance (Kynkäänniemi et al. 2024).
+    `negative` is the negative prompt, which takes the instruction's place in the predictions without it. `guided` is
+    the guidance interval: the share of the steps, from noisy to clean, with guidance (Kynkäänniemi et al. 2024).
     """
 
     text: float
@@ -54,21 +54,21 @@ def instructed_predictor(
 ) -> Predict:
     """Guided predictions of B samples, each conditioned on an instruction and images.
 
-    text, empty  instructions and what stands in their place without one, B rows each
+    text, empty  the encoded instructions, and the encoded negative prompts, B rows each
     references   latents [B, C, h, w] as the denoiser reads them
 
-    Of an image as channels: e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅)), of both halves
-    of an estimate, in one call of three times the batch.
+    Where the image is read as channels, e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅)), for
+    both halves of an estimate, in one call of three times the batch.
     """
     shown = tuple(references)
-    told = replace(text, references=shown)
+    text_and_image = replace(text, references=shown)
     unprompted = tuple(control.unprompted() for control in text.controls)
-    untold = replace(empty, references=shown, controls=unprompted)
+    image_alone = replace(empty, references=shown, controls=unprompted)
     if not model.reads_as_channels:
-        return model.guided_predictor(told, untold, guidances.text)
+        return model.guided_predictor(text_and_image, image_alone, guidances.text)
     say_odd_guidance(guidances.text)
-    blind = untold.drop_references(torch.ones(len(untold), dtype=torch.bool))
-    predict = model.predictor(Conditions.cat([told, untold, blind]))
+    neither = image_alone.drop_references(torch.ones(len(image_alone), dtype=torch.bool))
+    predict = model.predictor(Conditions.cat([text_and_image, image_alone, neither]))
 
     def guided(noisy: Tensor, level: Level) -> Estimate:
         halves = []
@@ -85,7 +85,7 @@ def instructed_predictor(
 
 
 def refuse_image_guidance(model: Backbone) -> None:
-    """`UserError` for a guidance by the image where the model reads it as a part of the sequence."""
+    """`UserError` for an image guidance scale where the model reads the image as a part of the sequence."""
     if not model.reads_as_channels:
         raise UserError(
             f"{model.location.name} reads the image as a part of the sequence and is not guided by it. Leave "
@@ -117,11 +117,11 @@ def draw_edit(
     controls: Sequence[Control] = (),
     after_step: Callable[[int, Tensor], Any] = lambda step, clean: None,
 ) -> Tensor:
-    """The latent [1, C, h, w] of an edit by an instruction.
+    """Draw an edit by an instruction; returns its latent [1, C, h, w].
 
-    `references` are the image that is edited, in whose size is drawn, and then further ones. `key` is the seed and the
-    edit's number, on which its noise depends. Without a `sampler` the model's own draws. `controls` are of one row
-    each. `after_step` is called with each step and the clean latent that was estimated at its beginning.
+    `references` are the image to edit, whose size the edit has, and then further ones. `key` is the seed and the edit's
+    number, on which its noise depends. `sampler` is the model's own if None. `controls` have one row each. `after_step`
+    is called with the number of each step and the clean latent that was estimated at its beginning.
     """
     noise = torch.randn(references[0].latents.shape, generator=generator(*key, "instruct"))
     sampler = model.choose_sampler(sampler)
@@ -134,15 +134,15 @@ def draw_edit(
     alone = model.predictor(replace(text, references=tuple(shown)))
     predict = limit_guidance(guidances.guided, predict, alone, schedule)
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-    asked = count()
+    calls = count()
     predictions_per_step = 2 if sampler == "heun" else 1
 
-    def predict_and_tell(noisy: Tensor, level: Level) -> Estimate:
+    def predict_and_report(noisy: Tensor, level: Level) -> Estimate:
         estimate = predict(noisy, level)
-        step, later = divmod(next(asked), predictions_per_step)
+        step, later = divmod(next(calls), predictions_per_step)
         if not later:
             after_step(step, estimate.clean)
         return estimate
 
     with fast_draws(model):
-        return get_sampler(sampler, [generator(*key, "steps")])(state, predict_and_tell, schedule)
+        return get_sampler(sampler, [generator(*key, "steps")])(state, predict_and_report, schedule)

@@ -30,9 +30,9 @@ from backbone.io.weights import read_weights_header
 from backbone.io.written import written_path
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
+from backbone.models.defaults import ConditionDefaults, read_section
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
-from backbone.models.usual import UsualCondition, read_section
 
 PARTS = ("t2i_adapter", "controlnet")  # folders beside a condition.json, of which one is there
 EMBEDDED = "control"  # folder beside a model's parts with the networks that come with it
@@ -263,9 +263,10 @@ def _open(
 def _condition(
     model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
-    usual = usual_condition(model, opened.record, asked.map.kind)
+    defaults = get_condition_defaults(model, opened.record, asked.map.kind)
     how: dict[str, Any] = {
-        name: usual[name] if getattr(asked, name) in (None, "") else getattr(asked, name) for name in usual
+        name: defaults[name] if getattr(asked, name) in (None, "") else getattr(asked, name)
+        for name in defaults
     }
     if asked.guess and not opened.network.takes_guess:
         raise UserError(
@@ -280,12 +281,12 @@ def _condition(
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
-def usual_condition(model: Backbone, record: ControlRecord, kind: str) -> dict[str, Any]:
-    """How a control network is heard on maps of a kind where nothing is said: scale, start, stop, rows of guidance."""
-    usual: dict[str, Any] = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
-    usual |= {**model.defaults.get("condition", {}), **record.defaults}
-    scales = usual.pop("scales", {})
-    return {**usual, "scale": scales.get(kind, usual["scale"])}
+def get_condition_defaults(model: Backbone, record: ControlRecord, kind: str) -> dict[str, Any]:
+    """Default scale, start, stop and rows of guidance of a control network on maps of a kind."""
+    defaults: dict[str, Any] = {"scale": 1.0, "start": 0.0, "stop": 1.0, "rows": "both"}
+    defaults |= {**model.defaults.get("condition", {}), **record.defaults}
+    scales = defaults.pop("scales", {})
+    return {**defaults, "scale": scales.get(kind, defaults["scale"])}
 
 
 def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> None:
@@ -307,7 +308,7 @@ def make_control(network: ControlNetwork, maps: Tensor, how: Mapping[str, Any]) 
 
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
-    """The controls of conditions; those of one union ControlNet at the same steps are heard in one call."""
+    """The controls of conditions; those of one union ControlNet at the same steps go through one call."""
     groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
         joins = hasattr(control.network, "together") and float(control.scale[0]) > 0
@@ -422,7 +423,8 @@ def find_control(name: str) -> FoundControl:
             else ControlRecord()
         )
         record = replace(
-            record, defaults=read_section(UsualCondition, record.defaults, path / CONDITION_FILE, "defaults")
+            record,
+            defaults=read_section(ConditionDefaults, record.defaults, path / CONDITION_FILE, "defaults"),
         )
         for part in ("", *PARTS):
             if (path / part / "config.json").exists():

@@ -32,10 +32,10 @@ from backbone.distributed.device import resolve_device, resolve_dtype
 from backbone.families.base import (
     NO_IMAGES,
     Family,
+    ImageEncoder,
     ImageInput,
+    ImageToVideoFamily,
     NoisePath,
-    PictureEncoder,
-    PictureFamily,
     SeeingTextEncoder,
     TextEncoder,
 )
@@ -48,13 +48,13 @@ from backbone.families.unet.row_lora import row_lora_of
 from backbone.io.console import UserError, guess_meant, notify_once, progress, quote
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
+from backbone.models.defaults import FILE, read_defaults
 from backbone.models.few_step.adapter import fuse_lora, read_few_step
 from backbone.models.fingerprint import Fingerprints, fingerprints_of
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
-from backbone.models.usual import FILE, read_usual
 
-PARTS = ("denoiser", "autoencoder", "text_encoder", "picture_encoder")
+PARTS = ("denoiser", "autoencoder", "text_encoder", "image_encoder")
 PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
 DECODED_AT_ONCE = 512 * 512  # pixels
 LEAST_TILE = 256  # pixels a side, below which an autoencoder of photographs is off
@@ -62,18 +62,17 @@ USUAL_GUIDANCE, MOST_GUIDANCE = 12, 30  # the most that is usual, and from where
 
 
 def decode_batch_size(places: Sequence[int], factor: int) -> int:
-    """How many latents of so many places are decoded in one call."""
+    """How many latents of this size (…, H, W) are decoded in one call; `factor` pixels a side for one latent."""
     return max(1, DECODED_AT_ONCE // (math.prod(places) * factor**2))
 
 
-# What a model is opened for. An edit reads an image beside the prompt; a UNet that reads none can learn to: it is given
-# input channels for the image's latents, whose weights begin at zero. A clip may be made of a picture, without words.
+# What a model is opened for. `edit` reads an image beside the prompt. A UNet that reads none can `learn-to-edit`: it is
+# given input channels for the image's latents, whose weights begin at zero. `image-to-video` needs no prompt.
 Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 
 
 def say_odd_guidance(guidance: float) -> None:
-    """Say that a scale of classifier-free guidance below 1 takes the prompt's effect away, 0 all of it, or that one
-    far above what is usual burns images."""
+    """Warn of a guidance scale below 1, which weakens the prompt (0 ignores it), or one so high that images burn."""
     if guidance > MOST_GUIDANCE:
         meant = guess_meant(guidance, USUAL_GUIDANCE)
         notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{meant}")
@@ -103,7 +102,7 @@ class Posterior(NamedTuple):
 
 
 class Backbone:
-    """A model: where it is, which family it belongs to, on which device and in which precision it works."""
+    """A latent diffusion model: where it lies, its family, the device and the precision that it works in."""
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class Backbone:
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
 
     def layers_called(self, name: str) -> tuple[str, ...]:
-        """The layers of a set that `--lora-layers` can name; `UserError` for one that the family does not know."""
+        """The layers of a set that `--lora-layers` can name, as peft's `target_modules`; `UserError` for another."""
         layers = self.family.lora_targets.get(name)
         if layers is None:
             known = ", ".join(self.family.lora_targets)
@@ -153,16 +152,16 @@ class Backbone:
         task: Task = "text-to-image",
         compile: bool = False,
     ) -> Backbone:
-        """Finds a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
+        """Find a model: a name (`moji`, `sd15` …), a diffusers folder, a checkpoint file, or a hub id.
 
         Loads no weights yet.
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
-        `placement` saves memory. It works at `resolution` pixels a side, 0: at its own. With `compile` every prediction
-        runs the denoiser's repeated blocks compiled. `task` says what the model must be able to do (see `Task`).
+        `placement` saves memory. The model works at `resolution` pixels a side, 0: at its own. With `compile` every
+        prediction runs the denoiser's repeated blocks compiled. `task` says what the model must be able to do (`Task`).
 
-        Raises `UserError` when there is no such model, when its family is not served, when it is made for another task,
-        or when it cannot work at that resolution.
+        Raises `UserError` when there is no such model, when its family is not supported, when it is made for another
+        task, or when it cannot work at that resolution.
         """
         if not isinstance(model, (str, os.PathLike)) or not isinstance(resolution, int):
             given = model if isinstance(resolution, int) else resolution
@@ -224,7 +223,7 @@ class Backbone:
 
     @cached_property
     def autoencoder(self) -> nn.Module:
-        """Pictures to latents and back."""
+        """The VAE: images to latents and back."""
         with _loading("the autoencoder"):
             loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
         if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
@@ -240,17 +239,17 @@ class Backbone:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once."""
+        """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once per prompt."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
         with _loading("the text encoder"):
             return self.family.text_encoder(self.location, self.dtype).to(device)
 
     @cached_property
-    def picture_encoder(self) -> PictureEncoder:
-        """The image encoder of a model that makes clips of pictures."""
-        assert isinstance(self.family, PictureFamily)
-        with _loading("the picture encoder"):
-            return self.family.picture_encoder(self.location, self.dtype).to(self.device)
+    def image_encoder(self) -> ImageEncoder:
+        """The image encoder of an image-to-video model."""
+        assert isinstance(self.family, ImageToVideoFamily)
+        with _loading("the image encoder"):
+            return self.family.image_encoder(self.location, self.dtype).to(self.device)
 
     @cached_property
     def path(self) -> NoisePath:
@@ -260,7 +259,7 @@ class Backbone:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """Recommended settings: the `limner.json` beside the model over those of its family."""
-        usual = {
+        general = {
             "steps": 30,
             "guidance": 7.5,
             "train_steps": 500,
@@ -269,13 +268,13 @@ class Backbone:
             "batch": 1,
         }
         family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
-        return usual | family | self._named_defaults
+        return general | family | self._named_defaults
 
     @cached_property
     def _named_defaults(self) -> dict[str, Any]:
         """What the `limner.json` beside the model says, and a few-step model's own file."""
         file = self.location.local(FILE)
-        own = read_usual(file) if file else {}
+        own = read_defaults(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         few.pop("base", None)
         return own | few
@@ -326,12 +325,12 @@ class Backbone:
 
     @cached_property
     def factor(self) -> int:
-        """Pixels a side for one latent."""
+        """Pixels a side for one latent: the VAE's scale factor."""
         return pixels_per_latent(self.autoencoder_config)
 
     @cached_property
     def autoencoder_config(self) -> dict[str, Any]:
-        """The autoencoder's settings, read without its weights."""
+        """The autoencoder's config, read without its weights."""
         return self.location.config("vae")
 
     @cached_property
@@ -393,7 +392,7 @@ class Backbone:
     @property
     def reads_words(self) -> bool:
         """Whether words condition it; else it makes a clip of a picture."""
-        return not isinstance(self.family, PictureFamily)
+        return not isinstance(self.family, ImageToVideoFamily)
 
     def refuse_other_task(self, task: Task = "text-to-image") -> None:
         """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …"""
@@ -458,13 +457,13 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Posterior:
-        """Pictures [B, 3, 8H, 8W] in −1…1 to the posterior of their latents, scaled to about unit variance."""
+        """Images [B, 3, 8H, 8W] in −1…1 to the posterior of their latents [B, C, H, W], of about unit variance."""
         dtype = next(self.autoencoder.parameters()).dtype
         pictures = send(pictures, self.device).to(dtype).contiguous(memory_format=torch.channels_last)
         return Posterior(*self.latent_space.encode(self.autoencoder, pictures))
 
     def encode_reference(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, 8H, 8W] in −1…1 as what is read beside noisy latents [B, C, H, W]."""
+        """Images [B, 3, 8H, 8W] in −1…1 to reference latents [B, C, H, W], which are read beside the noisy ones."""
         return self.as_reference(self.encode(pictures).mean)
 
     def as_reference(self, latents: Tensor) -> Tensor:
@@ -506,7 +505,7 @@ class Backbone:
     def encode_prompts(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Conditions:
         """Encode prompts to the network's conditioning, one row for each.
 
-        `seen` are images that the text encoder is shown with every one of them, where it sees any.
+        `seen` are images that the text encoder is shown with every prompt, where it looks at images.
         """
         if seen:
             return Conditions(cast(SeeingTextEncoder, self.text_encoder)(prompts, seen)).to(self.device)
@@ -559,8 +558,8 @@ class Backbone:
         """Bind the conditions with guidance.
 
         Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
-        conditioned on the scale and called once, whatever `empty` is. What is not said of the rows without a prompt
-        (controls) they share with those with one.
+        conditioned on the scale and called once, whatever `empty` is. Where `empty` has no controls, its rows have
+        those of `conditions`.
         """
         distilled = self.family.embed_guidance(self.denoiser, conditions, guidance)
         if distilled is not None or guidance == 1:

@@ -36,10 +36,10 @@ from backbone.io.console import UserError, notify_once
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.windows import Windows, attention_in_windows, in_windows
+from backbone.models.defaults import say_few_step_name
 from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
-from backbone.models.usual import say_few_step_name
 
 Asked = TypeVar("Asked", bound=SamplingSettings)
 
@@ -390,9 +390,10 @@ def say_same_negative(prompts: Iterable[str], negative: str) -> None:
 
 
 def resolve_sampling(asked: Asked, model: Backbone, *, resolution: int = 0) -> Asked:
-    """With this resolution (0: the model's own) and the model's usual steps, guidance and sampler where none is given.
+    """The options with the model's defaults in place of None.
 
-    Raises `UserError` for a size that the model cannot sample, and for more steps than it was trained with.
+    `resolution` stands for a width and a height that are None; 0: the model's own. Raises `UserError` for a size that
+    the model cannot sample, and for more steps than it was trained with.
     """
     if asked.guidance is None:
         say_few_step_name(model.location.source, model.defaults)
@@ -414,9 +415,9 @@ def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
     unit, longest = 2 * model.factor, model.family.longest_side(model.location)
     sides = []
     for name, pixels, latents in zip(("height", "width"), reversed(size), own, strict=True):
-        usual = latents * model.factor
-        side = usual if pixels is None else pixels
-        if side != usual and side % unit:
+        default = latents * model.factor
+        side = default if pixels is None else pixels
+        if side != default and side % unit:
             below = max(unit, side // unit * unit)
             raise UserError(
                 f"{model.location.name} draws sides of multiples of {unit} pixels, and the {name} is {side}. "

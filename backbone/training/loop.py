@@ -2,19 +2,18 @@
 
 A method brings four things: which parameters, the loss of a step, a learning-rate schedule, and what it does with the
 reports (log, preview, save, stop) in the body of its own `for`. Every random choice of a step is drawn from
-`generator(seed, step, …)`, so a run is a function of its seed and resuming needs only the saved tensors and the number
-of the next step: the weights come out bit for bit as if it had never stopped.
+`generator(seed, step, …)`, so a run is a function of its seed, and resuming needs only the saved tensors
+(`backbone.training.checkpoint`) and the number of the next step: the weights come out bit for bit as if it had never
+stopped.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
-from backbone.io.records import parse_json, read_as
-from backbone.io.run_folder import damaged_checkpoint, reading_checkpoint
+from backbone.training.optimizer import LRSchedule
 
-LRSchedule = Callable[[int], float]
-
-
-# What Prodigy finds while it runs, and keeps in its groups in place of its state
-FOUND = ("d", "d_max", "d_numerator", "k")
 READ_EVERY = 10  # steps on a GPU between two reads of their losses, unless somebody asks earlier
 
 
@@ -42,7 +34,7 @@ class NotFiniteError(UserError):
 class Report:
     """The metrics of one optimiser step. `step` counts from 1; `seconds` is the time of this step.
 
-    For steps whose metrics were read together, `seconds` is their mean.
+    Where the metrics of several steps were read together, `seconds` is the mean over them.
     """
 
     step: int
@@ -87,7 +79,7 @@ class Step:
 
     @property
     def report(self) -> Report:
-        """The step for the log."""
+        """The step's metrics for the log."""
         return Report(self.step, self.loss, self.gradient_norm, self.learning_rate, self.seconds)
 
     def _read(self) -> dict[str, float]:
@@ -97,7 +89,10 @@ class Step:
 
 
 class Readings:
-    """Metrics of steps, kept on the device until they are read, all of them in one transfer."""
+    """Metrics of steps, kept on the device until they are read in one transfer.
+
+    explain  (step, loss, gradient norm) → why a step was not finite, and what helps
+    """
 
     def __init__(self, explain: Callable[[int, float, float], str]) -> None:
         self.explain = explain
@@ -132,7 +127,7 @@ class Readings:
 
 
 def read_numbers(values: Sequence[Tensor]) -> list[float]:
-    """Numbers [] as floats, with one transfer for each device."""
+    """Scalars [] as floats, with one transfer for each device."""
     found: list[float] = [0.0] * len(values)
     for device in {value.device for value in values}:
         places = [place for place, value in enumerate(values) if value.device == device]
@@ -147,8 +142,8 @@ def read_numbers(values: Sequence[Tensor]) -> list[float]:
 class Update:
     """How the gradients of a step become an update of the weights.
 
-    clip     clips the norm of the gradients; 0: no clipping
-    reduce   replaces the gradients and the loss by their means over processes
+    clip     largest norm of the gradients; 0: no clipping
+    reduce   replaces tensors (the gradients and the loss) by their means over processes, in place
     average  a moving average of the weights, updated after each step
     """
 
@@ -161,8 +156,8 @@ class Update:
 class Monitor:
     """Further metrics of a step, and the error message for one that is not finite.
 
-    figures     further metrics, numbers [] that may lie on the device
-    explain     the reason why a step was not finite; "": unknown
+    figures     further metrics of the step that was just computed, scalars [] that may lie on the device
+    explain     step → why it was not finite; "": unknown
     scales      options that the message then says to lower
     read_every  steps between two reads of the metrics on a GPU; 0: READ_EVERY
     """
@@ -173,7 +168,7 @@ class Monitor:
     read_every: int = 0
 
     def reason(self, step: int, loss: float, norm: float) -> str:
-        """Why training stopped at a step, and what helps."""
+        """Why training stopped at a step that was not finite, and what helps."""
         usual = f"the loss is {loss} and its gradient {norm}. Lower {' or '.join(self.scales)}."
         return self.explain(step) or usual
 
@@ -189,15 +184,15 @@ def train(
     update: Update | None = None,
     monitor: Monitor | None = None,
 ) -> Iterator[Step]:
-    """Trains from step `done + 1` to `steps`.
+    """Train from step `done + 1` to `steps`; yields each step after its update.
 
     `losses(step)` yields the scalar losses of one step, one for each micro-batch (their gradients are averaged);
     `lr_schedule(step)` gives the learning rate's factor.
 
     A loss or gradient that is not finite never reaches the weights or the optimiser's state. On a GPU the metrics are
-    read only every `monitor.read_every` steps, or when somebody asks for them: the device itself skips the update and
-    all later ones (`can_skip`). Elsewhere every step is read before its update. Then `NotFiniteError` says which step
-    it was and why.
+    read only every `monitor.read_every` steps, or when the caller asks for them, so the device itself skips that update
+    and all later ones (`can_skip`). Elsewhere the metrics are read before every update. `NotFiniteError` then says
+    which step it was and why.
     """
     update, monitor = update or Update(), monitor or Monitor()
     bases = [group["lr"] for group in optimizer.param_groups]
@@ -240,9 +235,9 @@ def train(
 def accumulate_gradients(
     losses: Iterator[Tensor], parameters: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """Forward and backward of every micro-batch; returns the parameters that have a gradient, and the mean loss [].
+    """Backward pass of every micro-batch's loss; returns the parameters with a gradient, and the mean loss [].
 
-    A parameter without a gradient (pivotal tuning trains its parts one after the other) is not updated.
+    The others are not updated (pivotal tuning trains its parts one after the other).
     """
     parts = []
     for loss in losses:
@@ -276,48 +271,19 @@ def can_skip(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
 
 
 def choose_read_every(parameters: Mapping[str, Tensor]) -> int:
-    """Steps between two reads of the metrics: on a CPU every step, since nothing has to be waited for."""
+    """Steps between two reads of the metrics: READ_EVERY on a GPU, 1 on a CPU, where reading waits for nothing."""
     return READ_EVERY if any(value.device.type == "cuda" for value in parameters.values()) else 1
 
 
 def step_where(optimizer: Optimizer, finite: Tensor) -> None:
-    """A step of fused AdamW where `finite` [] is true; else weights, moments and its count stay as they are.
+    """A step of fused AdamW where `finite` [] is true; else weights, moments and step count stay as they are.
 
-    This is the flag by which torch's own gradient scaling skips a step.
+    `found_inf` is the flag by which torch's own gradient scaler skips a step.
     """
     fused: Any = optimizer
     fused.found_inf = (~finite).float()
     optimizer.step()
     del fused.found_inf
-
-
-def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> LRSchedule:
-    """Linear warm-up, then half a cosine down to `floor` at `steps` (Loshchilov & Hutter 2017, eq. 5)."""
-
-    def factor(step: int) -> float:
-        if step <= warmup:
-            return step / max(warmup, 1)
-        share = min(1.0, (step - warmup) / max(steps - warmup, 1))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-    return factor
-
-
-def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> LRSchedule:
-    """Linear warm-up, constant, and linearly down to zero over the last `decay` steps (Hu et al. 2024, "MiniCPM", §4).
-
-    Training can go on from the weights before the decay, so the number of steps need not be known in advance.
-    """
-
-    def factor(step: int) -> float:
-        return min(1.0, step / max(warmup, 1), (steps + 1 - step) / (decay + 1))
-
-    return factor
-
-
-def warm_constant(*, warmup: int = 0) -> LRSchedule:
-    """Linear warm-up, then constant."""
-    return lambda step: min(1.0, step / max(warmup, 1))
 
 
 class Average:
@@ -330,13 +296,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the parameters after optimiser step `step`."""
+        """Move the average towards the parameters after optimiser step `step`, from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the `with`, the parameters hold the averages."""
+        """Inside the `with`, the parameters hold their averages."""
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         self._put(self.values)
         try:
@@ -348,192 +314,3 @@ class Average:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
-
-
-@torch.no_grad()
-def save_checkpoint(
-    path: Path,
-    *,
-    step: int,
-    parameters: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    average: Average | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes one safetensors file, atomically: parameters, optimiser state, average, and the step in the header."""
-    tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
-    names = {id(value): name for name, value in parameters.items()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
-    if average is not None:
-        tensors.update({f"average/{name}": value for name, value in average.values.items()})
-    numbers = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    header = {
-        "step": str(step),
-        "optimizer": type(optimizer).__name__,
-        "groups": json.dumps(numbers, default=_plain_number),
-        "facts": json.dumps({name: _alike(fact)[0] for name, fact in (facts or {}).items()}),
-        "tensors": _hash_kinds(tensors),
-        "sums": _hash_sums(tensors),
-    }
-    write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, header)
-
-
-def _plain_number(value: Any) -> Any:
-    """A number of an optimiser's group that is kept as a tensor; other things by their names."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else str(value)
-
-
-def _hash_kinds(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the names, dtypes and shapes of tensors."""
-    kinds = sorted((name, str(value.dtype), list(value.shape)) for name, value in tensors.items())
-    return content_hash(json.dumps(kinds).encode())
-
-
-def _hash_sums(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the sums of the tensors' bits, which another bit, or a block of zeros, makes another."""
-    sums = [(name, _sum_bits(value)) for name, value in sorted(tensors.items())]
-    return content_hash(json.dumps(sums).encode())
-
-
-def _sum_bits(value: Tensor) -> int:
-    bits = value.detach().contiguous().reshape(-1).view(torch.uint8)
-    is_aligned = bits.numel() % 4 == 0 and bits.storage_offset() % 4 == 0
-    words = bits.view(torch.int32) if is_aligned else bits
-    return int(words.sum(dtype=torch.int64))
-
-
-@torch.no_grad()
-def load_checkpoint(
-    path: Path,
-    *,
-    parameters: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    average: Average | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> tuple[int, dict[str, Any]]:
-    """Restores what `save_checkpoint` wrote into the same parameters and optimiser; gives (step, facts).
-
-    Raises `UserError`, before anything is changed, when the file holds other parameters than these, was saved with
-    other `facts` or by another optimiser, or is not as it was saved.
-    """
-    with reading_checkpoint(path):
-        tensors, header = read_tensors(path)
-        step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
-        found = _read_found(path, header)
-    known = _refuse_other_facts(path, header, facts or {})
-    _refuse_changed(path, tensors, header, step)
-    kind = type(optimizer).__name__
-    if header.get("optimizer", kind) != kind:
-        raise UserError(
-            f"{path} was saved by another kind of run (its optimiser is {header['optimizer']}, and {kind} is wanted). "
-            "Start anew or resume that one."
-        )
-    saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
-    if saved != set(parameters):
-        odd = sorted(saved ^ set(parameters))[0]
-        raise UserError(
-            f"{path} was saved by another kind of run ({odd} differs). Start anew or resume that one."
-        )
-    _refuse_other_shapes(path, tensors, parameters, average)
-    for name, value in parameters.items():
-        value.copy_(tensors[f"parameter/{name}"])
-        state = {}
-        for full, saved_value in tensors.items():
-            if full.startswith("optimizer/") and full.split("/", 2)[2:] == [name]:
-                key = full.split("/", 2)[1]
-                state[key] = _state_like(saved_value, value, _state_device(optimizer, key, value))
-        if state:
-            optimizer.state[value] = state
-    if average is not None:
-        for name, value in average.values.items():
-            value.copy_(tensors[f"average/{name}"])
-    for group, numbers in zip(optimizer.param_groups, found, strict=False):
-        group.update({name: number for name, number in numbers.items() if name in group})
-    return step, known
-
-
-def _read_found(path: Path, header: Mapping[str, str]) -> list[dict[str, float]]:
-    """What an optimiser had found by itself, of each of its groups."""
-    groups = read_as(list[dict[str, Any]], parse_json(header.get("groups", "[]"), path), path, "groups")
-    return [
-        {
-            name: read_as(int if name == "k" else float, group[name], path, name)
-            for name in FOUND
-            if name in group
-        }
-        for group in groups
-    ]
-
-
-def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], step: int) -> None:
-    """`UserError` for a checkpoint whose tensors are not those that were saved in it, or not finite numbers."""
-    complaint = ""
-    if step < 0:
-        complaint = f"its step is {step}"
-    elif header.get("tensors") not in (None, _hash_kinds(tensors)):
-        complaint = "it holds other tensors than were saved in it"
-    else:
-        for name, value in tensors.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
-                complaint = f"{name} holds values that are not finite numbers"
-        if not complaint and header.get("sums") not in (None, _hash_sums(tensors)):
-            complaint = "its numbers are not those that were saved in it"
-    if complaint:
-        raise damaged_checkpoint(path, complaint)
-
-
-def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
-    """`UserError` where a checkpoint was saved with other `facts`; one that is not there was saved with any.
-
-    A fact that is a sequence is saved as its first value, and any of them is the same.
-    """
-    if path.exists():
-        with reading_checkpoint(path):
-            header = read_metadata(path)
-        _refuse_other_facts(path, header, facts)
-
-
-def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    with reading_checkpoint(path):
-        known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
-    for name, fact in facts.items():
-        if name in known and known[name] not in _alike(fact):
-            raise UserError(
-                f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
-            )
-    return known
-
-
-def _alike(fact: Any) -> Sequence[Any]:
-    return fact if isinstance(fact, Sequence) and not isinstance(fact, str) else (fact,)
-
-
-def _state_like(saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
-    """A piece of an optimiser's state, of a parameter's shape in its memory layout: fused kernels go by memory."""
-    if saved.shape != parameter.shape:
-        return saved.clone().to(device)
-    return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False).copy_(saved)
-
-
-def _state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:
-    """Where a piece of an optimiser's state belongs: beside its parameter, but for the count of a plain AdamW."""
-    counted_on_host = key == "step" and not optimizer.defaults.get("fused")
-    return torch.device("cpu") if counted_on_host else parameter.device
-
-
-def _refuse_other_shapes(
-    path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], average: Average | None
-) -> None:
-    """`UserError` where a checkpoint's tensors are not of the shapes of these parameters."""
-    wanted = {f"parameter/{name}": value for name, value in parameters.items()}
-    if average is not None:
-        wanted |= {f"average/{name}": value for name, value in average.values.items()}
-    for name, value in wanted.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != tuple(value.shape):
-            raise UserError(
-                f"{path} was saved by another kind of run ({name} is {found}, and {tuple(value.shape)} is wanted). "
-                "Start anew or resume that one."
-            )

@@ -1,4 +1,4 @@
-"""The model of a training, opened twice: its configs, for the usual settings; then in the placement of the run."""
+"""The model of a training, opened twice: its configs alone, for its default settings; then in the run's placement."""
 
 from __future__ import annotations
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
 
 from backbone.io.console import UserError
-from backbone.training.loop import (
-    LRSchedule,
-    warm_constant,
-    warm_cosine,
-)
+
+LRSchedule = Callable[[int], float]
+"""Optimiser step, from 1 → factor of the learning rate."""
 
 
 def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
-    """The learning rate's schedule by its name: a factor of the rate for every step."""
+    """The learning-rate schedule of this name (`--lr-scheduler`); `UserError` for an unknown one."""
     match name:
         case "cosine":
             return warm_cosine(steps, warmup=warmup, floor=0.05)
@@ -26,8 +25,37 @@ def make_schedule(name: str, *, steps: int, warmup: int) -> LRSchedule:
     raise UserError(f"There is no schedule {name}. Choose cosine or constant.")
 
 
+def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> LRSchedule:
+    """Linear warm-up, then half a cosine down to `floor` at `steps` (Loshchilov & Hutter 2017, eq. 5)."""
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / max(warmup, 1)
+        share = min(1.0, (step - warmup) / max(steps - warmup, 1))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+    return factor
+
+
+def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> LRSchedule:
+    """Linear warm-up, constant, then linearly down to zero over the last `decay` steps (Hu et al. 2024, "MiniCPM", §4).
+
+    Training can go on from the weights before the decay, so the number of steps need not be known in advance.
+    """
+
+    def factor(step: int) -> float:
+        return min(1.0, step / max(warmup, 1), (steps + 1 - step) / (decay + 1))
+
+    return factor
+
+
+def warm_constant(*, warmup: int = 0) -> LRSchedule:
+    """Linear warm-up, then constant."""
+    return lambda step: min(1.0, step / max(warmup, 1))
+
+
 def make_adamw(groups: list[dict[str, Any]], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused where one kernel updates all parameters; on a GPU it can skip an update by a flag on the device."""
+    """AdamW, fused where all parameters are on one kind of device; on a GPU a flag there can then skip an update."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(
         groups, weight_decay=weight_decay, fused=True if devices in ({"cuda"}, {"cpu"}) else None
@@ -35,7 +63,10 @@ def make_adamw(groups: list[dict[str, Any]], *, weight_decay: float) -> torch.op
 
 
 def make_optimizer(name: str, trained: Sequence[Any], *, weight_decay: float) -> Optimizer:
-    """The optimiser by its name; every part that is trained is a parameter group with its own learning rate."""
+    """The optimiser of this name (`--optimizer`); each part of `trained` is a parameter group with its learning rate.
+
+    Raises `UserError` for an unknown name, and for one whose package is not installed.
+    """
     groups = [
         {"params": list(part.parameters.values()), "lr": part.learning_rate}
         for part in trained

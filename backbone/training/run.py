@@ -1,9 +1,9 @@
 """A training run: the loop of `backbone.training.loop` with log, checkpoints, validation, previews and signals.
 
 A method of training is an `Objective`: the trained parameters, the losses of a step, the files that are written.
-`drive` takes it from its last checkpoint to its last step: log, progress bar, TensorBoard, validation and early
-stopping, previews, checkpoints, and a clean stop at SIGINT or SIGTERM. Of several processes all take the same steps,
-and rank 0 writes.
+`drive` takes it from its last checkpoint to its last step, with log, progress bar, TensorBoard, validation and early
+stopping, previews, checkpoints, and a clean stop at SIGINT or SIGTERM. Several processes all take the same steps, and
+rank 0 writes.
 """
 
 from __future__ import annotations
@@ -34,37 +34,18 @@ from backbone.io.console import (
 from backbone.io.files import append_jsonl, json_text, read_metadata
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts, read_record, restore_record, trim_log
 from backbone.models.compiled import CompiledBlocks
-from backbone.training.loop import (
-    Average,
-    Monitor,
-    NotFiniteError,
-    Report,
-    Step,
-    Update,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-)
+from backbone.training.checkpoint import load_checkpoint, save_checkpoint
+from backbone.training.loop import Average, Monitor, NotFiniteError, Report, Step, Update, train
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
-MOST_REPEATS = 16  # of an image in a step, before it is said
-# Settings that some command takes beside --resume, and says what follows
-SAID_ANEW = frozenset(
+MOST_REPEATS = 16  # of an image in one step, above which a message says so
+# Settings that a command takes beside --resume, so that a change of them needs no message
+RESETTABLE = frozenset(
     {
-        *(
-            "steps",
-            "learning_rate",
-            "device",
-            "model",
-            "images",
-            "pairs",
-            "prompts",
-            "class_images",
-            "subject",
-        ),
-        *("scorer", "concepts", "begin_from", "validation_image", "clips", "motion"),
-        *("run", "resume", "out", "vram", "as_json"),  # of the call, where its settings are a run's too
+        *("steps", "learning_rate", "device", "model", "images", "pairs", "prompts", "class_images"),
+        *("subject", "scorer", "concepts", "begin_from", "validation_image", "clips", "motion"),
+        *("run", "resume", "out", "vram", "as_json"),  # of the call, where one dataclass holds these too
     }
 )
 SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, where a step has them
@@ -101,12 +82,13 @@ class Objective(ABC):
     optimizer   the optimiser over them
     average     their exponential moving average, or None
     figures     further metrics of the last step for the log: numbers, or tensors [] on the device
-    pool        how many images there are that a step's are drawn from; 0 where each step makes its own
+    pool        number of images that a step's are drawn from; 0 where each step makes its own
     done        steps taken so far
     saved       the step of the last checkpoint, from which `resume` continues
     compiled    the denoiser's blocks, compiled inside a step, or None
-    sources     fingerprints of the model and the data, by name: a checkpoint resumes with the same ones only. Of a
-                sequence the first is saved, and any is the same
+    scales      options that scale the loss, beside the learning rate, for the message of a step that was not finite
+    sources     fingerprints of the model and the data, by name: a checkpoint resumes only with the same ones. Of a
+                sequence the first is saved, and any value of it matches
     """
 
     settings: RunSettings
@@ -118,7 +100,7 @@ class Objective(ABC):
     done: int = 0
     saved: int = 0
     compiled: CompiledBlocks | None = None
-    scales: tuple[str, ...] = ()  # options that scale the loss, beside the learning rate
+    scales: tuple[str, ...] = ()
     sources: Mapping[str, str | Sequence[str]] = MappingProxyType({})
 
     @property
@@ -136,22 +118,22 @@ class Objective(ABC):
 
     @abstractmethod
     def learning(self) -> AbstractContextManager[None]:
-        """The context in which steps are taken: modes and attention of the networks."""
+        """The context of all steps: the networks' modes and attention."""
 
-    def rest(self) -> None:
-        """Ends the data-loading processes, if there are any."""
+    def close_loader(self) -> None:
+        """End the data-loading processes, if there are any."""
         return
 
     def stepping(self) -> AbstractContextManager[None]:
-        """The context of a step alone, which does not hold between two steps."""
+        """The context of one step, left between two steps."""
         return nullcontext() if self.compiled is None else self.compiled.active()
 
     @abstractmethod
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Writes what was learned; gives the fields of `Concept` that name the files."""
+        """Write what was learned; returns the fields of `Concept` that name the files."""
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint from which `resume` continues bit for bit; an override without one leaves `saved`."""
+        """Write the checkpoint from which `resume` continues bit for bit. An override that skips it leaves `saved`."""
         self.saved = self.done
         if processes.is_main_process():
             save_checkpoint(
@@ -164,9 +146,9 @@ class Objective(ABC):
             )
 
     def resume(self, run: Path) -> None:
-        """Continues from the last checkpoint; from the start where there is none.
+        """Continue from the last checkpoint; from the start where there is none.
 
-        Raises `UserError` where the model or the images have changed. Settings that somebody has changed are said.
+        Raises `UserError` where the model or the images have changed. A message names settings that have changed.
         """
         if (run / CHECKPOINT).exists():
             self.done, known = load_checkpoint(
@@ -177,14 +159,12 @@ class Objective(ABC):
                 facts=self.sources,
             )
             self.saved = self.done
-            if said := describe_changed_settings(known.get("settings"), self.settings):
-                notify(
-                    f"{run} was trained up to step {self.done} with other settings than there are now: {said}"
-                )
+            if changes := describe_changed_settings(known.get("settings"), self.settings):
+                notify(f"{run} was trained up to step {self.done} with other settings: {changes}")
 
 
 def describe_repeats(objective: Objective) -> str:
-    """That a step sees the same few images again and again, and what does not; "" up to MOST_REPEATS of each."""
+    """A sentence where a step sees every image more than MOST_REPEATS times; else ""."""
     images, pool = objective.images, objective.pool
     if not pool or images <= MOST_REPEATS * pool:
         return ""
@@ -195,22 +175,22 @@ def describe_repeats(objective: Objective) -> str:
 
 
 def describe_changed_settings(kept: Any, settings: RunSettings) -> str:
-    """Which settings are not those that a checkpoint was saved with, apart from what a command may say anew; "": none.
+    """The settings that differ from those in a checkpoint, except RESETTABLE ones, in a sentence; "" for none.
 
-    A run's record is a text that anybody may edit. `kept` are the checkpoint's, of an older version None.
+    The record of a run can be edited by hand. `kept` is None for a checkpoint of an older version.
     """
     now = _as_kept(settings)
     before = {name: value for name, value in kept.items() if name in now} if isinstance(kept, dict) else {}
-    changed = [name for name, value in before.items() if name not in SAID_ANEW and now[name] != value]
-    told = [
-        f"{name} was {shorten(str(before[name]), 80)} and is {shorten(str(now[name]), 80)}"
-        for name in changed
+    changes = [
+        f"{name} was {shorten(str(value), 80)} and is {shorten(str(now[name]), 80)}"
+        for name, value in before.items()
+        if name not in RESETTABLE and now[name] != value
     ]
-    return f"{'; '.join(told)}. It goes on with those of now." if told else ""
+    return f"{'; '.join(changes)}. It goes on with the new ones." if changes else ""
 
 
 def _as_kept(settings: RunSettings) -> dict[str, Any]:
-    """Settings as JSON has them; {} for those that no record holds."""
+    """Settings as they come back from JSON; {} for settings that are no dataclass."""
     named: dict[str, Any] = asdict(cast(Any, settings)) if is_dataclass(settings) else {}
     return cast(dict[str, Any], json.loads(json_text(named)))
 
@@ -223,7 +203,7 @@ class Every(Generic[Answer]):
     call: Callable[[int], Answer]
 
     def due(self, step: int) -> bool:
-        """Whether it is called at this step, apart from the last."""
+        """Whether it is called at this step, the last one aside."""
         return step == 0 or (self.steps > 0 and step % self.steps == 0)
 
 
@@ -238,11 +218,11 @@ def drive(
     preview: Every[Any] | None = None,
     tensorboard: bool = False,
 ) -> bool:
-    """Trains from step `objective.done` to the last, or to `until`; returns whether validation stopped it early.
+    """Train from step `objective.done` to the last, or to `until`; returns whether validation stopped it early.
 
     `validate` returns the reason to stop, or an empty string; it is also called before the first step and after the
     last. In a resumed run it must find the earlier evaluations itself. `preview` draws samples of the current model.
-    `command` is the command that resumes a run, as `customize train`.
+    `command` is the command that resumes a run, as `customize train`; `label` stands beside the progress bar.
 
     Raises `KeyboardInterrupt`, with the step and the command to resume by, after a signal.
     """
@@ -290,7 +270,7 @@ def drive(
 
 
 def _save(objective: Objective, run: Path, record: bytes | None) -> None:
-    """Writes the checkpoint, from which `resume` continues, into a folder with the run's `record`."""
+    """Write the checkpoint into the run's folder, in which `record` is put back if it is gone."""
     if processes.is_main_process():
         restore_record(run, record)
     objective.save(run)
@@ -299,7 +279,7 @@ def _save(objective: Objective, run: Path, record: bytes | None) -> None:
 def _log(
     steps: Sequence[Step], run: Path | None, note: Callable[[Report], None], *, wait: bool
 ) -> list[Step]:
-    """Logs steps, to the run's folder if there is one, and returns those that are still to be logged.
+    """Log steps, to the run's folder if there is one, and return those that are still to be logged.
 
     Without `wait` these are all of them, if the metrics of one are not read yet.
     """
@@ -313,7 +293,7 @@ def _log(
 
 
 def _read_shown(step: Step) -> dict[str, float]:
-    """The metrics beside the progress bar; none where reading them would wait for the device."""
+    """The metrics beside the progress bar; {} where reading them would wait for the device."""
     if not step.is_read:
         return {}
     figures = {name: step.figures[name] for name in SHOWN if name in step.figures}
@@ -321,7 +301,7 @@ def _read_shown(step: Step) -> dict[str, float]:
 
 
 def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
-    """The same steps; to the message of a `NotFiniteError` it adds the checkpoint that can be resumed."""
+    """Yield the same steps; the message of a `NotFiniteError` gets the checkpoint that can be resumed."""
     try:
         yield from steps
     except NotFiniteError as error:
@@ -335,7 +315,7 @@ def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
 
 
 def take_steps(objective: Objective, *, until: int | None = None, read_every: int = 0) -> Iterator[Step]:
-    """The bare loop: trains from step `objective.done` to the last, or to `until`."""
+    """The bare loop: train from step `objective.done` to the last, or to `until`; yields each step."""
     settings = objective.settings
     last = settings.steps if until is None else until
     if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
@@ -373,7 +353,7 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
                 objective.done = step.step
                 yield step
         finally:
-            objective.rest()  # at garbage collection, each data-loading process would be waited for until a timeout
+            objective.close_loader()  # garbage collection would wait for each data-loading process until a timeout
 
 
 def _describe_stop(objective: Objective) -> str:
@@ -386,7 +366,7 @@ def _describe_stop(objective: Objective) -> str:
 
 
 def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
-    """Validates; returns whether any process has a reason to stop, which is printed."""
+    """Validate; returns whether any process has a reason to stop, which is printed."""
     with bar.pause():
         reason = validate.call(step)
         stops = processes.any_process(bool(reason))
@@ -397,7 +377,7 @@ def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bo
 
 @contextmanager
 def log_to_tensorboard(run: Path, *, wanted: bool, done: int) -> Iterator[Callable[[Report], None]]:
-    """Gives a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `wanted`.
+    """Yield a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `wanted`.
 
     TensorBoard's entries for steps after `done`, from before the run was stopped, are purged.
     """

@@ -232,7 +232,7 @@ class RunOptions(RunFolderOptions):
             "Fit the run into so many GiB of GPU memory: prints and applies the settings it takes, or refuses.",
             "Memory",
             min=0.1,
-            default_text="not looked at",
+            default_text="no limit",
         ),
     ] = None
 
@@ -276,12 +276,12 @@ Made = TypeVar("Made", bound=TrainingSettings)
 Declared = TypeVar("Declared")
 
 
-def resolve(declared: type[Made], usual: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
-    """The settings of a run: the values that were asked for, over the usual ones of the model and the method.
+def resolve(declared: type[Made], defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
+    """The settings of a run: the values that were asked for, over the defaults of the model and the method.
 
-    Usual values that have no effect with the rest are dropped. Raises `UserError` for an unknown setting.
+    Defaults that have no effect beside the rest are dropped. Raises `UserError` for an unknown setting.
     """
-    merged = {**usual, **asked}
+    merged = {**defaults, **asked}
     merged.setdefault("lora_alpha", float(merged["rank"]))
     return build(declared, drop_ineffective(declared, merged, asked))
 
@@ -302,12 +302,12 @@ def read_run_settings(declared: type[Declared], run: Path, program: str) -> Decl
     return read_settings(declared, path)
 
 
-def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Path | None:
+def find_resumed(said: RunFolderOptions, program: str, default: Path | None) -> Path | None:
     """The run folder that `--resume` names, or None where the run is yet to start.
 
-    `latest`, as diffusers' scripts have it, is the folder of --out, or `usual`, the one that the same command takes
+    `latest`, as diffusers' scripts have it, is the folder of --out, or `default`, the one that the same command takes
     without --out; so a command can be repeated until it is done, and begins where no step was saved yet. Where nothing
-    else is said (`usual` is None) it is the run in runs/ that saved a step last. `RUN/latest` and `RUN/checkpoint-N`
+    else is said (`default` is None) it is the run in runs/ that saved a step last. `RUN/latest` and `RUN/checkpoint-N`
     are RUN, which keeps its newest checkpoint alone: `UserError` for another N.
     """
     named = said.resume
@@ -317,11 +317,11 @@ def find_resumed(said: RunFolderOptions, program: str, usual: Path | None) -> Pa
         return named
     outer = named.parent if named.parent != Path() or named.is_file() else None
     if outer is None:
-        run = said.out or usual or _newest_run(Path("runs"), program)
+        run = said.out or default or _newest_run(Path("runs"), program)
     else:
         run = outer if (outer / FILE).is_file() else _newest_run(outer, program)
     if run is None or not (run / CHECKPOINT).is_file():
-        if outer is None and usual is not None:
+        if outer is None and default is not None:
             return None
         raise UserError(
             f"--resume {named} is the newest checkpoint of a run, and {run or outer or 'runs'} holds none. Name a run "

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from backbone.world.motions import CAMERAS, MOTIONS, SPEEDS, opposite, say_camera, say_motion
+from backbone.world.motions import CAMERAS, MOTIONS, SPEEDS, opposite, phrase_camera, phrase_motion
 from backbone.world.rendering.render import (
     FLOATING,
     SIZE,
@@ -96,9 +96,9 @@ class Clip:
         noun = self.scene.things[0].noun if len(self.scene.things) > 1 else ""
         parts = [text]
         if self.move:
-            parts.append(say_motion(self.move, speed=self.speed, noun=noun, random=random))
+            parts.append(phrase_motion(self.move, speed=self.speed, noun=noun, random=random))
         if self.camera:
-            parts.append(say_camera(self.camera, speed="" if self.move else self.speed, random=random))
+            parts.append(phrase_camera(self.camera, speed="" if self.move else self.speed, random=random))
         return ", ".join(parts)
 
     def backwards(self) -> Clip:

@@ -129,14 +129,14 @@ def opposite(move: str) -> str:
     return OPPOSITES.get(move, move)
 
 
-def say_motion(move: str, *, speed: str = "", noun: str = "", random: Random | None = None) -> str:
+def phrase_motion(move: str, *, speed: str = "", noun: str = "", random: Random | None = None) -> str:
     """`moving left`, `the dog moving left slowly`; one of its paraphrases where there is a `random`."""
     phrases = MOTIONS[move]
     words = phrases[0] if random is None else random.choice(phrases)
     return " ".join(part for part in (f"the {noun}" if noun else "", words, speed) if part)
 
 
-def say_camera(move: str, *, speed: str = "", random: Random | None = None) -> str:
+def phrase_camera(move: str, *, speed: str = "", random: Random | None = None) -> str:
     """`camera panning left`; one of its paraphrases where there is a `random`."""
     phrases = CAMERAS[move]
     words = phrases[0] if random is None else random.choice(phrases)

@@ -54,7 +54,12 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.control import OpenedControl, list_embedded_controls, open_control, usual_condition
+from backbone.models.control import (
+    OpenedControl,
+    get_condition_defaults,
+    list_embedded_controls,
+    open_control,
+)
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from backbone.world.maps import draw_maps, look_at
@@ -259,7 +264,7 @@ class Gallery:
         )
         key = content_hash(weights.encode())[:10] if weights else name.replace("/", "-")
         opened = self.opened[name]
-        usual = usual_condition(self.model, opened.record, kind)
+        usual = get_condition_defaults(self.model, opened.record, kind)
         rows = self.settings.rows or usual["rows"]
         key = key if rows == "both" else f"{key}-{rows}"
         scale = usual["scale"] if self.settings.scale is None else self.settings.scale

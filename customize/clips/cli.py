@@ -21,9 +21,9 @@ from backbone.training.settings import RunFolderOptions, read_run_settings
 from customize.clips.picture_settings import PICTURE
 from customize.clips.settings import (
     ADAPTER_FILE,
+    DEFAULT_FRAMES,
     MOTION,
     TRAINING,
-    USUAL_FRAMES,
     ClipOptions,
     EvaluateClipOptions,
     TrainMotionOptions,
@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
 
 def clip(asked: ClipOptions) -> None:
-    """Draw clips from prompts, with a motion adapter and concepts or without, or let a picture move."""
+    """Draw clips from prompts, with or without a motion adapter and concepts, or animate an image."""
     from backbone.adapters import concept as learning
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
@@ -131,12 +131,12 @@ def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
     else:
         model = "" if settings.model == "moji" else f" --model {quote(settings.model)}"
         how = f'"a dog in a park" --motion {quote(run)}{model}'
-    frames = "" if settings.frames == USUAL_FRAMES else f" --frames {settings.frames}"
+    frames = "" if settings.frames == DEFAULT_FRAMES else f" --frames {settings.frames}"
     return f"customize clip {how}{frames}"
 
 
 def evaluate_clip(asked: EvaluateClipOptions) -> None:
-    """Measure clips: what moves, flicker, whether they stay one thing and are what their words say."""
+    """Measure clips: motion, flicker, consistency over the frames, and agreement with their prompts."""
     from customize.clips.evaluate import TABLE, describe
     from customize.clips.evaluate import evaluate_clip as measure
 

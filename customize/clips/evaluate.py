@@ -160,10 +160,10 @@ def evaluate_clip(asked: EvaluateClipOptions) -> Path:
     run = (place / ADAPTER_FILE).is_file()
     beside = place.parent if place.exists() else Path()
     name = place.stem if place.is_file() else place.name
-    usual = place / EVALUATION if run else beside / f"{name}-{EVALUATION}"  # no clip among the clips
+    default = place / EVALUATION if run else beside / f"{name}-{EVALUATION}"  # no clip among the clips
     encoder = load_encoder(asked)
     drawing = plan_drawing(place, asked)
-    with fill_new_folder(asked.out, usual) as (folder, unfinished):
+    with fill_new_folder(asked.out, default) as (folder, unfinished):
         shown = gather(place if drawing is None else drawing(unfinished / "clips"), asked)
         learned = learned_tracks(place)
         scores = ScoredWords(encoder)

@@ -20,7 +20,7 @@ from customize.clips.planned.cut_out import Bools, Floats
 from customize.clips.planned.in_picture import find_changed, find_named
 from customize.clips.planned.plan import PlannedClip, Shot, describe_plan, plan_in_picture
 from customize.clips.settings import ClipOptions
-from customize.clips.sparse import say_crop
+from customize.clips.sparse import find_crop
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def open_first_picture(asked: ClipOptions, picture: Image.Image, size: tuple[int
     Raises `UserError` for what is no picture, another shape than the picture's, and a mask of nothing or of all.
     """
     (file,) = asked.images
-    say_crop(file.name, picture.size, size)
+    find_crop(file.name, picture.size, size)
     thing = behind = None
     if asked.mask is not None:
         mask = open_mask(asked.mask)

@@ -27,7 +27,7 @@ from backbone.models.sample import Frames, Request, latent_size, resolve_samplin
 from customize.clips.draw import CLIPS, film_name, publish
 from customize.clips.picture_lora import count_bytes, load_loras, read_loras
 from customize.clips.settings import ClipOptions
-from customize.clips.sparse import say_crop
+from customize.clips.sparse import find_crop
 
 FPS = 7.0  # at which the published models were trained
 NOT_USED = {  # what a model without words makes nothing of, and what that is
@@ -141,7 +141,7 @@ def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[F
     assert asked.width is not None and asked.height is not None
     size, shown = (asked.width, asked.height), []
     for path, picture in zip(asked.images, pictures, strict=True):
-        box = say_crop(path.name, picture.size, size)
+        box = find_crop(path.name, picture.size, size)
         shown.append(
             FirstPicture(
                 crop_and_resize(picture, size),

@@ -10,7 +10,7 @@ from backbone.cli.flags import MODEL
 from backbone.cli.options import Option
 from backbone.io.console import UserError
 
-PICTURE = "A picture that begins to move"
+PICTURE = "Image to video"
 ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance")  # of models without words
 
 
@@ -29,8 +29,8 @@ class PictureOptions:
     images: Annotated[
         tuple[Path, ...],
         Option(
-            "A picture that begins to move (repeatable); beside words, the first frame, in which moves what they say, "
-            "or one that --sparsectrl reads.",
+            "An image to animate (repeatable); with words, the first frame, in which what they name moves, or a frame "
+            "for --sparsectrl.",
             PICTURE,
             flag="image",
             metavar="PICTURE",
@@ -39,7 +39,7 @@ class PictureOptions:
     image_at: Annotated[
         tuple[int, ...],
         Option(
-            "The frame at which a picture is, from 0, the last one -1; once for each --image.",
+            "Index of the frame that an --image is, from 0; -1: the last one. Once for each --image.",
             PICTURE,
             aliases=("controlnet-frame-indices",),
             needs={"images": ()},
@@ -49,10 +49,10 @@ class PictureOptions:
     mask: Annotated[
         Path | None,
         Option(
-            "White where the thing of the --image is that words move.",
+            "Mask of the thing in --image that the words move: white where it is.",
             PICTURE,
             metavar="PICTURE",
-            default_text="where --behind is otherwise, or the model sees what they name",
+            default_text="where --behind differs, or where the model sees what they name",
             needs={"images": ()},
         ),
     ] = None
@@ -69,8 +69,8 @@ class PictureOptions:
     sparsectrl: Annotated[
         str,
         Option(
-            "A SparseCtrl network that reads them, or maps of some frames (--condition): a folder, a .safetensors, or "
-            "a hub id.",
+            "A SparseCtrl network that reads the images, or maps of some frames (--condition): a folder, a "
+            ".safetensors, or a hub id.",
             PICTURE,
             aliases=("sparse-control",),
             needs=({"images": ()}, {"condition": ()}),

@@ -33,8 +33,8 @@ MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
 SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
 OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
-USUAL_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
-USUAL_FRAMES, USUAL_FPS = 16, 8.0  # of clips that words describe
+DEFAULT_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
+DEFAULT_FRAMES, DEFAULT_FPS = 16, 8.0  # of clips that words describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,11 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             aliases=("num-frames", "video-length"),
             min=SHORTEST,
             max=1024,
-            default_text="16; of SVD by model",
+            default_text="16; SVD: by model",
         ),
     ] = 0
     fps: Annotated[
-        float, Option("Frames per second.", MOTION, min=SLOWEST, max=240, default_text="8; of SVD 7")
+        float, Option("Frames per second.", MOTION, min=SLOWEST, max=240, default_text="8; SVD: 7")
     ] = 0.0
     motion: Annotated[
         str,
@@ -78,7 +78,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     lora: Annotated[
         tuple[Path, ...],
         Option(
-            "A motion LoRA's file, or a run of train-motion; of SVD a LoRA of its own, as strong as --scale.",
+            "A motion LoRA: a file or a run of train-motion; with SVD, a LoRA for SVD, whose strength is --scale.",
             MOTION,
             aliases=("motion-lora",),
             needs=({"motion": ()}, {"images": ()}),
@@ -92,16 +92,14 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     redraw: Annotated[
         bool,
         Option(
-            "Where words say how a thing moves, draw every frame under its own pose; else it is cut out of one "
-            "drawing. Without --motion.",
+            "Without --motion: draw every frame anew, by its pose, instead of moving a cut-out over one drawing.",
             MOTION,
         ),
     ] = False
     track: Annotated[
         Path | None,
         Option(
-            "A clip, or a track as .json (x, y, growth, turn): what is drawn moves as what moves in it. Without "
-            "--motion.",
+            "Without --motion: move along this track (.json: x, y, growth, turn), or as what moves in this clip.",
             MOTION,
             metavar="CLIP",
         ),
@@ -169,7 +167,12 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     ] = 0
     batch: Annotated[
         int,
-        Option("Clips drawn together; they do not depend on it.", SAMPLING, aliases=("batch-size",), min=1),
+        Option(
+            "Clips drawn together; what is drawn does not depend on it.",
+            SAMPLING,
+            aliases=("batch-size",),
+            min=1,
+        ),
     ] = 1
     mp4: Annotated[bool, Option("Also write an .mp4 of each clip (needs PyAV).", OUTPUT)] = False
     out: Annotated[Path | None, out_option("The folder to write, new or empty.", "clips, clips-2 …")] = None
@@ -189,8 +192,8 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
         self._check_track()
         if not self.by_picture_alone:
-            object.__setattr__(self, "frames", self.frames or USUAL_FRAMES)
-            object.__setattr__(self, "fps", self.fps or USUAL_FPS)
+            object.__setattr__(self, "frames", self.frames or DEFAULT_FRAMES)
+            object.__setattr__(self, "fps", self.fps or DEFAULT_FPS)
         self._check_scales()
         if self.redraw and (self.motion or self.condition or self.images):
             said = "--motion" if self.motion else "--condition" if self.condition else "--image"
@@ -330,7 +333,7 @@ class TrainMotionOptions(PlaceOptions):
             "Peak learning rate, reached after the warm-up.",
             TRAINING,
             min=0,
-            default_text=f"{USUAL_RATES['lora']:g}; of --method full {USUAL_RATES['full']:g}",
+            default_text=f"{DEFAULT_RATES['lora']:g}; of --method full {DEFAULT_RATES['full']:g}",
         ),
     ] = None
     lr_scheduler: Annotated[
@@ -396,7 +399,7 @@ class TrainMotionOptions(PlaceOptions):
         if self.method == "full":
             object.__setattr__(self, "prior", "off")
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", USUAL_RATES[self.method])
+            object.__setattr__(self, "learning_rate", DEFAULT_RATES[self.method])
         for flag, value in (("--clips", self.clips), ("--motion", self.motion or self.method == "full")):
             if not value:
                 raise UserError(f"{flag} is missing. Give it, or go on with a run: --resume RUN.")

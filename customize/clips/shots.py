@@ -16,7 +16,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
 from backbone.world.motions import cut_motion
 from customize.clips.first_picture import open_first_picture, plan_pictures, write_masks
-from customize.clips.planned.in_picture import usual_size
+from customize.clips.planned.in_picture import scale_to_model
 from customize.clips.planned.plan import POSE, PlannedClip, Shot, aim_camera, describe_plan, plan_clip
 from customize.clips.planned.track import as_json, read_track
 from customize.clips.settings import ClipOptions
@@ -56,7 +56,7 @@ def choose_size(model: Backbone, asked: ClipOptions, picture: Image.Image | None
     assert picture is not None
     own = picture.size
     if asked.camera or any(camera for _, camera in asked.moves_in_picture):
-        return usual_size(model, own)
+        return scale_to_model(model, own)
     scale = min(1.0, LONGEST / max(own))
     wide, high = (max(1, round(side * scale)) for side in own)
     if scale < 1:

@@ -89,7 +89,7 @@ def open_given_frames(
     network = open_network(model, asked)
     height, width = (side * model.factor for side in latent_size(model, asked.size))
     for path, picture in zip(asked.images, pictures, strict=True):
-        say_crop(path.name, picture.size, (width, height))
+        find_crop(path.name, picture.size, (width, height))
     maps = torch.cat([as_hints(crop_and_resize(picture, (width, height))) for picture in pictures])
     return (network.of(maps, places, scale=asked.sparsectrl_scale),)
 
@@ -189,7 +189,9 @@ def open_sparse_condition(
     )
 
 
-def say_crop(name: str, picture: tuple[int, int], clip: tuple[int, int]) -> tuple[float, float, float, float]:
+def find_crop(
+    name: str, picture: tuple[int, int], clip: tuple[int, int]
+) -> tuple[float, float, float, float]:
     """The part (left, top, right, bottom) of a picture that has a clip's shape, sizes (W, H); what is lost is said."""
     left, top, right, bottom = box = crop_box(picture, clip, CROPS["center"])
     lost = 1 - (right - left) * (bottom - top) / (picture[0] * picture[1])

@@ -285,8 +285,8 @@ def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, Tr
     Raises `UserError` for a folder that is taken, for one that holds no run that was stopped, and for settings beside
     such a run's own.
     """
-    usual_folder = Path("runs") / run_name(given["clips"]) if given.get("clips") else None
-    run = None if said.resume is None else find_resumed(said, PROGRAM, usual_folder)
+    default_folder = Path("runs") / run_name(given["clips"]) if given.get("clips") else None
+    run = None if said.resume is None else find_resumed(said, PROGRAM, default_folder)
     if run is None:
         asked = build(TrainMotionOptions, given)
         refuse_idle(asked, given)

@@ -30,7 +30,7 @@ from backbone.media.transforms import (
 )
 from backbone.models.cache import encode_prompts_cached, load_or_compute
 from backbone.models.encode import Encoded, Posteriors, Prompts, View, encode_texts, encode_views
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone, Posterior
 from backbone.models.sample import Request, sample_latents
 from backbone.training.base_predictions import BasePredictions, base_predictions
@@ -417,7 +417,7 @@ def class_images(model: Backbone, class_prompt: str, settings: Settings, subject
 
 def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings, count: int) -> Tensor:
     """Latents of class images that the base generates [K, C, H, W], cached on disk; never decoded."""
-    drawing = usual_drawing(model, steps=CLASS_STEPS, guidance=settings.guidance)
+    drawing = get_sampling_defaults(model, steps=CLASS_STEPS, guidance=settings.guidance)
     at = (model.latent_shape,) if model.asked_resolution else ()
     facts = (model.fingerprint, class_prompt, count, *astuple(drawing), settings.seed, model.dtype, *at)
 

@@ -48,12 +48,12 @@ class EditData(TrainingData):
     shift: float = 0.0
     sees: bool = False
 
-    def untold(self, rows: Tensor) -> Tensor:
-        """The rows of the conditions that are these pairs' without their instruction."""
+    def without_instruction(self, rows: Tensor) -> Tensor:
+        """The rows of `conditions` [B] for these pairs without their instruction."""
         return len(self.prompts) + (rows if self.sees else torch.zeros_like(rows))
 
-    def shown(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """What stands beside the noisy latents of pairs of one size, each [B, C, h, w]."""
+    def reference_latents(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The reference latents of pairs of one size, each [B, C, h, w], as the network reads them."""
         return tuple(each.gather(rows).mean * self.scale + self.shift for each in self.references)
 
 
@@ -93,8 +93,8 @@ def prepare_pairs(
     instructions = [pair.instruction for pair in pairs] * len(flips)
     conditions = None  # where the text encoder is trained, instructions are encoded at every step
     if not trains_text(settings):
-        told = with_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
-        conditions = encode_texts(model, told, read=read)
+        seen = with_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
+        conditions = encode_texts(model, seen, read=read)
     scale, shift = reference_scale(model)
     model.free("autoencoder", "text_encoder")
     return EditData(

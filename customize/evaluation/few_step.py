@@ -19,7 +19,7 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
-from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers
@@ -80,8 +80,8 @@ def measure_survival(
     fidelities: list[Fidelity] = []
     images: list[Image] = []
     drawings = (
-        usual_drawing(base, steps=settings.sample_steps, guidance=settings.guidance),
-        usual_drawing(few),
+        get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance),
+        get_sampling_defaults(few),
     )
     for side, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
         for learned in (False, True):

@@ -33,7 +33,7 @@ from backbone.evaluation.clip import (
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, progress
 from backbone.io.run_folder import CONCEPT_FILE
-from backbone.models.few_step.model import SamplingDefaults, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.settings import Settings
@@ -102,7 +102,9 @@ class Evaluator:
         drawing: SamplingDefaults | None = None,
     ) -> None:
         self.model, self.scorers, self.settings = model, scorers, settings
-        self.drawing = drawing or usual_drawing(model, steps=SAMPLING_STEPS, guidance=settings.guidance)
+        self.drawing = drawing or get_sampling_defaults(
+            model, steps=SAMPLING_STEPS, guidance=settings.guidance
+        )
         noun = settings.class_noun
         self.subject_requests = [
             Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))

@@ -78,10 +78,14 @@ def export(
         Path, typer.Argument(metavar="RUN", help="A run folder of customize train, or any adapter's file.")
     ],
     out: Out,
-    to: Annotated[Target, option("--to", help="The format: of which tool.", panel=RESULT)] = "diffusers",
+    to: Annotated[
+        Target, option("--to", help="The tool whose format is written.", panel=RESULT)
+    ] = "diffusers",
     base: Annotated[
         BaseFamily | None,
-        option("--base", help="The family of the model.", panel=RESULT, show_default="told from the layers"),
+        option(
+            "--base", help="The family of the base model.", panel=RESULT, show_default="told from the layers"
+        ),
     ] = None,
     precision: Annotated[
         Precision | None,
@@ -205,7 +209,7 @@ def merge(
         base_option("With --bake: the base model.", "the run's"),
     ] = None,
 ) -> None:
-    """Add adapters up: exactly, or at a rank, or baked into a whole model."""
+    """Merge adapters: exactly, at a given rank, or into the weights of a whole model."""
     from customize.formats.merging import merge as merging
 
     parts = merging.read_inputs(adapters)
@@ -250,7 +254,7 @@ def extract(
     rank: Rank = None,
     energy: Energy = None,
 ) -> None:
-    """Take the difference of two models out as a LoRA."""
+    """Extract the difference of two models as a LoRA."""
     from customize.formats.merging.merge import extract_lora
     from customize.formats.metadata import build_metadata
     from customize.formats.write import check_output, refuse_inside, write_adapter
@@ -269,7 +273,7 @@ def resize(
     rank: Rank = None,
     energy: Energy = None,
 ) -> None:
-    """Bring an adapter to another rank; a LoHa or LoKr becomes a LoRA."""
+    """Change an adapter's rank; a LoHa or LoKr becomes a LoRA."""
     from customize.formats.merging.merge import resize_adapter
     from customize.formats.metadata import build_metadata
     from customize.formats.read import read_adapter

@@ -31,7 +31,7 @@ from customize.formats.adapter import (
 )
 from customize.formats.bundles import BUNDLED, fit_bundle, holds_words_alone, read_bundle
 from customize.formats.factors import LayerUpdate
-from customize.formats.metadata import build_metadata, describe_import, read_run_concept
+from customize.formats.metadata import build_metadata, read_run_concept, write_import_record
 from customize.formats.model_weights import (
     WEIGHT_SUFFIX,
     LayerWeights,
@@ -319,7 +319,7 @@ def _import_run(
             entries = {"format": "pt", "base_model": model_name}
             save_embeddings(unfinished / EMBEDDINGS_FILE, vectors, metadata=entries)
         written = _write_loadable(unfinished, adapter, opened, metadata)
-        describe_import(unfinished, replace(concept, weights=written), file)
+        write_import_record(unfinished, replace(concept, weights=written), file)
     counted, token = count_of(len(adapter.layers), "layer"), next(iter(concept.tokens))
     return f"{out}: {counted}. Next: {name_call(token, concept.class_noun, out)}"
 

@@ -171,7 +171,7 @@ def _modification_date(source: Path) -> str:
     return datetime.fromtimestamp(int(source.stat().st_mtime), tz=UTC).isoformat()
 
 
-def describe_import(folder: Path, concept: Concept, file: Path) -> None:
+def write_import_record(folder: Path, concept: Concept, file: Path) -> None:
     """Write README.md and `concept.json` beside weights that were imported from a tool's file.
 
     `concept.folder` is the run folder that `folder` becomes.

@@ -61,7 +61,7 @@ class ModelWeights(Mapping[str, Tensor]):
         denoiser = model.denoiser
         component = "unet" if hasattr(denoiser, "down_blocks") else "transformer"
         parts = {component: denoiser.state_dict()}
-        parts |= {side.name: side.model.state_dict() for side in model.text_encoder.slots}
+        parts |= {slot.name: slot.model.state_dict() for slot in model.text_encoder.slots}
         for part, tensors in parts.items():
             self._loaded |= {canonical_name(part, name): value for name, value in tensors.items()}
         self.shapes = {name: tuple(value.shape) for name, value in self._loaded.items()}

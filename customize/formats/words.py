@@ -38,7 +38,7 @@ from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
 from backbone.io.run_folder import refuse_new_file
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat, in_genitive
-from customize.formats.metadata import describe_import
+from customize.formats.metadata import write_import_record
 from customize.formats.write import check_folder, fill_output
 
 Encoders = Mapping[str, Tensor]  # text encoder (a slot's name) → vectors [W, D]
@@ -211,7 +211,7 @@ def import_words(
             folder=out,
         )
         counted = count_of(len(names), "learned vector")
-        describe_import(unfinished, concept, file)
+        write_import_record(unfinished, concept, file)
     return f"{out}: {counted} for {token}. Next: {name_call(token, class_noun, out)}"
 
 

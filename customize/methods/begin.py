@@ -48,7 +48,7 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
     adapters = [part for part in trained if isinstance(part, Adapter)]
     if not adapters:
         return
-    text = {side.name: side.model for side in model.text_encoder.slots}
+    text = {slot.name: slot.model for slot in model.text_encoder.slots}
     load_lora(concept.weights_path, model.denoiser, BEFORE, text_encoders=text)
     networks = {"denoiser": model.denoiser, **(text if adapters[0].with_text else {})}
     try:

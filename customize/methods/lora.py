@@ -58,7 +58,7 @@ class Adapter:
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
         name = LORA_WEIGHTS if self.settings.adapter in ("lora", "dora") else LYCORIS_WEIGHTS
-        text = {side.name: side.model for side in self.model.text_encoder.slots} if self.with_text else {}
+        text = {slot.name: slot.model for slot in self.model.text_encoder.slots} if self.with_text else {}
         save_lora(run / name, self.model.denoiser, ADAPTER, metadata=header, text_encoders=text)
         return {"weights": name}
 
@@ -81,9 +81,9 @@ class TextAdapter:
     def __post_init__(self) -> None:
         self.parameters = {}
         refuse_other_encoders(self.model)
-        for side in self.model.text_encoder.slots:
+        for slot in self.model.text_encoder.slots:
             tensors = add_lora(
-                side.model,
+                slot.model,
                 ADAPTER,
                 rank=self.settings.rank,
                 alpha=self.settings.lora_alpha,
@@ -91,7 +91,7 @@ class TextAdapter:
                 seed=self.settings.seed,
                 kind=AdapterKind(dropout=self.settings.lora_dropout),
             )
-            self.parameters |= {f"{side.name}.{name}": value for name, value in tensors.items()}
+            self.parameters |= {f"{slot.name}.{name}": value for name, value in tensors.items()}
         self.model.text_learned = True
 
     @property
@@ -104,10 +104,10 @@ class TextAdapter:
 
 def refuse_other_encoders(model: Backbone) -> None:
     """`UserError` for text encoders that carry no adapter: those that are no CLIP."""
-    for side in model.text_encoder.slots:
-        names = (name.rpartition(".")[2] for name, _ in side.model.named_modules())
+    for slot in model.text_encoder.slots:
+        names = (name.rpartition(".")[2] for name, _ in slot.model.named_modules())
         if not set(TEXT_LAYERS) & set(names):
             raise UserError(
-                f"The {side.name} of {model.location.name} is a {type(side.model).__name__}, which carries no adapter "
+                f"The {slot.name} of {model.location.name} is a {type(slot.model).__name__}, which carries no adapter "
                 "here or in diffusers. Leave out --train-text-encoder."
             )

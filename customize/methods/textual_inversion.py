@@ -42,7 +42,7 @@ class Words:
             rows = add_tokens(encoder, start, tokens=vector_token_names(subject.token, settings.num_vectors))
             self.rows[subject.token] = rows
             self.parameters |= {
-                f"words.{subject.token}.{side}": value.requires_grad_(True) for side, value in rows.items()
+                f"words.{subject.token}.{slot}": value.requires_grad_(True) for slot, value in rows.items()
             }
         self.model.text_learned = True
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, ControlNetwork
-from backbone.data.ahead import Movable, Steps
+from backbone.data.prefetch import Movable, StepLoader
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.distributed import processes
@@ -150,7 +150,7 @@ class ControlTraining(Objective):
         self.optimizer = make_adamw(groups, weight_decay=settings.weight_decay)
         self.share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
         self.pool = len(data)
-        self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
+        self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         self.compiled = CompiledBlocks([model.denoiser, network.module]) if settings.compile else None
         for one in (model.denoiser, network.module) if settings.gradient_checkpointing else ():
@@ -171,7 +171,7 @@ class ControlTraining(Objective):
                 held.enter_context(fast_attention_backward(self.network.module, side=side))
             yield
 
-    def rest(self) -> None:
+    def close_loader(self) -> None:
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:

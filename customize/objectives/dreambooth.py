@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import checkpoint, read_concept
 from backbone.conditions.conditions import Conditions
-from backbone.data.ahead import Movable, Steps
+from backbone.data.prefetch import Movable, StepLoader
 from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
@@ -48,7 +48,7 @@ class Batch(Movable):
     noisy       latents [B, C, …]
     level       indices of their noise levels [B]
     target      what the network should predict [B, C, …]
-    weight      loss weights [B, 1, …], at each place of the latent
+    weight      loss weights [B, 1, …], one for each position of the latent
     rows        indices of their prompts [B], in the images' prompts followed by the class prompts
     conditions  of these prompts; None before they are looked up, and without their text, or None, where the text
                 encoder is trained
@@ -71,12 +71,12 @@ class Batch(Movable):
         return Batch(noisy, level, wanted, weight, prompts)
 
     def part(self, rows: slice) -> Batch:
-        """Only these samples, without conditions."""
+        """These samples, without conditions."""
         noisy, level, wanted, weight, prompts = (column[rows] for column in self.columns())
         return Batch(noisy, level, wanted, weight, prompts)
 
     def columns(self) -> tuple[Tensor, ...]:
-        """What there is a row of for each sample, without conditions."""
+        """The fields with a row for each sample, except the conditions."""
         return self.noisy, self.level, self.target, self.weight, self.rows
 
 
@@ -93,7 +93,7 @@ class DreamBooth(Objective):
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
         self.share = share_of(settings)
         self.pool = len(data.frequency)
-        self.batches = Steps(self.draw_step, settings.steps, model.device, workers=settings.workers)
+        self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=kept)
@@ -102,7 +102,7 @@ class DreamBooth(Objective):
             cast(Any, model.denoiser).enable_gradient_checkpointing()
 
     def resume(self, run: Path) -> None:
-        """Go on from the last checkpoint; without one begin with what the run of `--begin-from` has learned."""
+        """Continue from the last checkpoint; without one start from the weights of the run of `--begin-from`."""
         if self.settings.begin_from and not (run / CHECKPOINT).exists():
             concept = read_concept(checkpoint(self.settings.begin_from))
             begin_from(self.model, self.trained, concept)
@@ -119,7 +119,7 @@ class DreamBooth(Objective):
         """Fast steps of the denoiser."""
         return fast_steps(self.model.denoiser)
 
-    def rest(self) -> None:
+    def close_loader(self) -> None:
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:
@@ -158,8 +158,8 @@ class DreamBooth(Objective):
         conditions = batch.conditions
         if conditions is None or not conditions.text:
             with self.model.autocast():
-                told = self.conditions(batch.rows)
-            conditions = told if conditions is None else replace(conditions, text=told.text)
+                encoded = self.conditions(batch.rows)
+            conditions = encoded if conditions is None else replace(conditions, text=encoded.text)
         with self.dropout(step):
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
@@ -257,7 +257,7 @@ class DreamBooth(Objective):
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:
-        """The network with the adapter's dropout, drawn from the step alone; without dropout as it is."""
+        """Inside the `with`, the adapter's dropout is on, if it has any, drawn from the step alone."""
         if not self.settings.lora_dropout:
             yield
             return
@@ -269,7 +269,7 @@ class DreamBooth(Objective):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the `with`, the EMA weights, where an average is kept."""
+        """Inside the `with`, the parameters are their moving averages, where these are kept."""
         if self.average is None:
             yield
             return
@@ -277,7 +277,7 @@ class DreamBooth(Objective):
             yield
 
     def return_to(self, folder: Path) -> None:
-        """Put what was written to a folder back in place, for drawing: nothing is trained after that."""
+        """Load the weights that `write` saved to a folder, for drawing: nothing is trained after that."""
         copy_learned(self.model, self.trained, read_concept(folder))
         self.average = None
 

@@ -34,17 +34,17 @@ class InstructionEdits(DreamBooth):
         no_text, no_image = draw_dropout(len(whole.rows), self.settings.conditioning_dropout, random)
         mine = self.share.rows
         batch, no_text, no_image = whole.part(mine), no_text[mine], no_image[mine]
-        told = torch.where(no_text, self.data.untold(batch.rows), batch.rows)
-        shown = self.data.shown(batch.rows)
-        if self.model.reads_as_channels:  # of tokens guidance never leaves the image out
-            shown = drop_references(shown, no_image)
+        rows = torch.where(no_text, self.data.without_instruction(batch.rows), batch.rows)
+        references = self.data.reference_latents(batch.rows)
+        if self.model.reads_as_channels:  # where it is read as tokens, guidance never drops the image
+            references = drop_references(references, no_image)
         known = self.data.conditions
-        if known is None:  # the text encoder is trained, which is called for these rows in the loss
-            return replace(batch, rows=told, conditions=Conditions({}, references=shown))
-        return replace(batch, conditions=replace(known[told], references=shown))
+        if known is None:  # the text encoder is trained: the loss calls it for these rows
+            return replace(batch, rows=rows, conditions=Conditions({}, references=references))
+        return replace(batch, conditions=replace(known[rows], references=references))
 
 
 def draw_dropout(count: int, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(whether the instruction is left out [B], whether the image is): `share` of each alone, and of both."""
+    """Draw (whether the instruction is dropped [B], whether the image is): `share` of each alone, and of both."""
     drawn = torch.rand(count, generator=random)
     return drawn < 2 * share, (drawn >= share) & (drawn < 3 * share)

@@ -20,7 +20,7 @@ from torch import Tensor
 from backbone.adapters.lora import lora_parameters, save_lora
 from backbone.cli.sampling import ALL_STEPS
 from backbone.conditions.conditions import Conditions
-from backbone.data.ahead import Movable, Steps
+from backbone.data.prefetch import Movable, StepLoader
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator
 from backbone.models.cache import encode_prompts_cached
@@ -176,7 +176,7 @@ class Transfer(Objective):
         prompts = [one.prompt for one in (*self.subject.requests, *self.prior.requests)]
         self.texts = encode_prompts_cached(model, prompts).to(torch.device("cpu"))
         self.empty = encode_prompts_cached(model, [""])
-        self.batches = Steps(self.draw_step, settings.steps, model.device)
+        self.batches = StepLoader(self.draw_step, settings.steps, model.device)
 
     @property
     def images(self) -> int:
@@ -186,7 +186,7 @@ class Transfer(Objective):
         """Fast steps of the denoiser."""
         return fast_steps(self.model.denoiser)
 
-    def rest(self) -> None:
+    def close_loader(self) -> None:
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:
@@ -224,6 +224,6 @@ class Transfer(Objective):
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Writes the adapter, with its part of the text encoders where it has one."""
-        text = {side.name: side.model for side in self.model.text_encoder.slots} if self.with_text else {}
+        text = {slot.name: slot.model for slot in self.model.text_encoder.slots} if self.with_text else {}
         save_lora(run / self.file, self.model.denoiser, self.adapter, metadata=header, text_encoders=text)
         return {"weights": self.file}

@@ -35,9 +35,9 @@ from backbone.models.control import (
     OpenedControl,
     condition_on,
     gather_controls,
+    get_condition_defaults,
     name_networks,
     open_control,
-    usual_condition,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
@@ -200,7 +200,7 @@ def describe_pad(pad: SketchPad) -> dict[str, Any]:
         "prompt": asked.words,
         "negative": asked.negative,
         "seed": asked.seed,
-        "scale": usual_condition(pad.model, pad.network.record, KIND)["scale"],
+        "scale": get_condition_defaults(pad.model, pad.network.record, KIND)["scale"],
         "count": asked.count,
         "most": MOST_IMAGES,
         "drawings": [describe_drawn(drawn) for drawn in pad.drawings],

@@ -67,7 +67,7 @@ def serve(pad: SketchPad, *, port: int, browser: bool) -> None:
 
 
 def read_wish(body: dict[str, Any]) -> Wish:
-    """What the page wishes; `ValueError` for values of another type, `UserError` for those out of bounds."""
+    """What the page asks for; `ValueError` for values of another type, `UserError` for those out of bounds."""
     given = {name: body[name] for name in KINDS if name in body}
     for name, value in given.items():
         kind, what = KINDS[name]

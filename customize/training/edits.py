@@ -27,7 +27,7 @@ from backbone.media.transforms import bucket_sizes, nearest_bucket, to_image, to
 from backbone.models.by_instruction import refuse_image_guidance
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
-from backbone.training.loop import refuse_other_sources
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
@@ -183,7 +183,7 @@ def prepare_held_out(
         images.append([to_tensor(read(one, size)) for one in (pair.source, pair.target)])
     shown = []
     for row, pair in enumerate(pairs):
-        latents = data.shown(torch.tensor([row]))
+        latents = data.reference_latents(torch.tensor([row]))
         pictures = [
             read(one, pixels_of(model, z))
             for one, z in zip((pair.source, *pair.references), latents, strict=True)
@@ -241,27 +241,27 @@ class EditValidation:
     ) -> None:
         self.report, self.training, self.concept, self.pairs = report, training, concept, pairs
         settings = training.settings
-        self.patience: EarlyStopping[EditMetrics] = EarlyStopping(settings.patience or settings.steps)
-        report.history = self.patience.history
+        self.early_stopping: EarlyStopping[EditMetrics] = EarlyStopping(settings.patience or settings.steps)
+        report.history = self.early_stopping.history
         self.scorer = find_scorer(training.model, settings)
         # What an interrupted run has measured, up to its checkpoint
         path = report.run / EVALUATIONS
         if processes.is_main_process():
             trim_log(path, training.done)
-        self.patience.history[:] = read_log(path, EditMetrics, done=training.done)
+        self.early_stopping.history[:] = read_log(path, EditMetrics, done=training.done)
 
     def __call__(self, step: int) -> str:
         """Measures the run as it is now, once for each step; the reason to stop, when patience has run out."""
         settings = self.training.settings
         if self.pairs is None or not settings.evaluation_steps or not processes.is_participant():
             return ""
-        if not any(figures.step == step for figures in self.patience.history):
+        if not any(figures.step == step for figures in self.early_stopping.history):
             with self.training.averaged():
                 drawn = draw_held_out(
                     self.training.model, self.pairs, settings, label=f"evaluating step {step}"
                 )
             found = measure_edits(step, self.pairs, drawn, self.scorer)
-            best = self.patience.update(found)
+            best = self.early_stopping.update(found)
             if processes.is_main_process():
                 append_jsonl(self.report.run / EVALUATIONS, asdict(found))
                 self.report.samples = list(zip(map(to_image, drawn), self.pairs.instructions, strict=True))
@@ -271,26 +271,26 @@ class EditValidation:
                     folder.mkdir(exist_ok=True)
                     files = self.training.write(folder, {"limner_step": str(step)})
                     replace(self.concept, **files).write(folder)
-        if settings.patience and self.patience.should_stop:
+        if settings.patience and self.early_stopping.should_stop:
             return f"{settings.patience} evaluations without a better rating."
         return ""
 
     @property
     def earlier_best(self) -> int | None:
         """As `EarlyStopping.earlier_best`."""
-        return self.patience.earlier_best(self.report.run, self.training.done)
+        return self.early_stopping.earlier_best(self.report.run, self.training.done)
 
     def report_end(self) -> None:
         """Finishes the report, and says which step was best."""
-        history, steps = self.patience.history, self.training.settings.steps
+        history, steps = self.early_stopping.history, self.training.settings.steps
         if not history:
             self.report.finish(f"All {steps} steps were taken.", None)
             return
-        best, last = self.patience.best, history[-1]
+        best, last = self.early_stopping.best, history[-1]
         why = (
             f"All {steps} steps were taken."
             if last.step >= steps
-            else f"Stopped at step {last.step}: no better rating since step {self.patience.highest.step}."
+            else f"Stopped at step {last.step}: no better rating since step {self.early_stopping.highest.step}."
         )
         notify(
             f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.report.run / BEST}: its "

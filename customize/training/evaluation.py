@@ -19,7 +19,7 @@ from backbone.io.console import count_of, notify, progress
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.evaluation.metrics import (
@@ -60,10 +60,12 @@ class Validation:
         own = model.location.local("scorer")
         self.evaluator = None
         self.few = few
-        self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(settings.patience or settings.steps)
-        self.report.history = self.patience.history
+        self.early_stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(
+            settings.patience or settings.steps
+        )
+        self.report.history = self.early_stopping.history
         if few is not None:
-            self.report.few_name, self.report.few_history = few.name, few.patience.history
+            self.report.few_name, self.report.few_history = few.name, few.early_stopping.history
         if not settings.evaluation_steps or not is_participant():
             return
         with progress(None, "loading the scorer", brief=True):
@@ -83,13 +85,13 @@ class Validation:
         if self.evaluator is None:
             return ""
         settings = self.training.settings
-        if not any(figures.step == step for figures in self.patience.history):
+        if not any(figures.step == step for figures in self.early_stopping.history):
             with self.training.averaged():
                 figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
                 shown: Sequence[Image] = ()
                 if self.few is not None:
                     best, shown = self.few.measure(step, figures.loss)
-            here = self.patience.update(figures)
+            here = self.early_stopping.update(figures)
             if is_main_process():
                 if shown:
                     self._strip(figures, shown, folder=ON)
@@ -101,7 +103,7 @@ class Validation:
     @property
     def decides(self) -> EarlyStopping[ConceptMetrics]:
         """The evaluations that choose the best step and stop the run: the few-step model's, where there is one."""
-        return self.patience if self.few is None else self.few.patience
+        return self.early_stopping if self.few is None else self.few.early_stopping
 
     @property
     def earlier_best(self) -> int | None:
@@ -110,7 +112,7 @@ class Validation:
 
     def survival(self) -> Survival | None:
         """The fidelity on the few-step model at the best step, beside the base's; None without evaluations on one."""
-        return None if self.few is None else self.few.survival(self.patience.history)
+        return None if self.few is None else self.few.survival(self.early_stopping.history)
 
     def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
         """Writes the metrics and the images, and the weights if they are the best so far."""
@@ -127,7 +129,7 @@ class Validation:
 
     def report_end(self) -> None:
         """Finishes the report, and says which step was best."""
-        history, settings = self.patience.history, self.training.settings
+        history, settings = self.early_stopping.history, self.training.settings
         if self.evaluator is None or not history:
             self.report.finish(f"All {settings.steps} steps were taken.", None)
             return
@@ -153,7 +155,7 @@ class Validation:
         path, done = self.run / EVALUATIONS, self.training.done
         if is_main_process():
             trim_log(path, done)
-        self.patience.history[:] = kept = read_log(path, ConceptMetrics, done=done)
+        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
         self.evaluator.baseline = kept[0] if kept else None
         if self.few is not None:
             self.few.remember()
@@ -231,7 +233,7 @@ class Previews:
             return []
         requests = self.requests[:count]
         steps, guidance = self.settings.sample_steps, self.settings.guidance
-        drawing = few.drawing if few else usual_drawing(self.model, steps=steps, guidance=guidance)
+        drawing = few.drawing if few else get_sampling_defaults(self.model, steps=steps, guidance=guidance)
         with (
             few.opened() if few else nullcontext(self.model) as model,
             progress(

@@ -22,7 +22,7 @@ from backbone.distributed import processes
 from backbone.io.console import UserError
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import read_log, trim_log
-from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
 from backbone.models.model import PARTS, Backbone
 from customize.evaluation.metrics import ConceptMetrics, EarlyStopping, Evaluator
 from customize.evaluation.survival import Fidelity, Survival
@@ -51,11 +51,11 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
 
 def sampler_of(few: Backbone, settings: Settings) -> SamplingDefaults:
     """How the few-step model samples: its own steps and guidance, unless the settings give others."""
-    usual = usual_drawing(few)
+    defaults = get_sampling_defaults(few)
     return replace(
-        usual,
-        steps=settings.preview_on_steps or usual.steps,
-        guidance=usual.guidance if settings.preview_on_guidance is None else settings.preview_on_guidance,
+        defaults,
+        steps=settings.preview_on_steps or defaults.steps,
+        guidance=defaults.guidance if settings.preview_on_guidance is None else settings.preview_on_guidance,
     )
 
 
@@ -66,7 +66,7 @@ class FewStepSide:
         self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
         self.drawing = sampler_of(few, training.settings)
         most = training.settings.patience or training.settings.steps
-        self.patience: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
+        self.early_stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
         self.evaluator: Evaluator | None = None
 
     @contextmanager
@@ -87,13 +87,13 @@ class FewStepSide:
     def measure(self, step: int, loss: float) -> tuple[bool, Sequence[Image]]:
         """Evaluate it once for each step: whether that is the best so far, and the images. `loss` is the run's."""
         assert self.evaluator is not None
-        known = [figures for figures in self.patience.history if figures.step == step]
+        known = [figures for figures in self.early_stopping.history if figures.step == step]
         if known:
-            return self.patience.best is known[0], ()
+            return self.early_stopping.best is known[0], ()
         with self.opened() as few:
             self.evaluator.model = few
             figures, drawn = self.evaluator.measure(step, loss)
-        best = self.patience.update(figures)
+        best = self.early_stopping.update(figures)
         if processes.is_main_process():
             (self.run / ON).mkdir(exist_ok=True)
             append_jsonl(self.run / EVALUATIONS, asdict(figures))
@@ -105,15 +105,15 @@ class FewStepSide:
         path, done = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():
             trim_log(path, done)
-        self.patience.history[:] = kept = read_log(path, ConceptMetrics, done=done)
+        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
         self.evaluator.baseline = kept[0] if kept else None
 
     def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
         """The fidelity at the best step, beside that on the base; None without evaluations."""
-        few = self.patience.history
+        few = self.early_stopping.history
         if len(few) < 2 or len(base) < 2:
             return None
-        best = self.patience.best
+        best = self.early_stopping.best
         there = next((figures for figures in base if figures.step == best.step), base[-1])
         return Survival(
             self.name, self.drawing.steps, *(fidelity(one) for one in (base[0], there, few[0], best))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbone.data.ahead import work_ahead
+from backbone.data.prefetch import map_in_workers
 from backbone.data.table import KEY, Numbers, Table, keys_of
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, progress
@@ -176,7 +176,7 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     writers = {place: ShardWriter(table) for place, table in tables.items()}
     written = ShardWriter(records)
     with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
-        for chunk in work_ahead(plan.read, own, workers=workers):
+        for chunk in map_in_workers(plan.read, own, workers=workers):
             for size in sorted({one.size for one in chunk if not one.problem}):
                 of_size = {mirrored: writers[size, mirrored] for mirrored in flips}
                 _add_images(model, [one for one in chunk if one.size == size], of_size)

@@ -19,7 +19,7 @@ from backbone.io.run_folder import CHECKPOINT, refuse_taken, run_name
 from backbone.media.crops import CropReader
 from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
-from backbone.training.loop import refuse_other_sources
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
@@ -63,7 +63,7 @@ def train_concept(
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run, [subject.images for subject in subjects])
     read_class_images(asked.get("class_images", ()), pictures)
-    # The configs first, for the model's usual settings; then the model in the placement that the settings ask for
+    # The configs first, for the model's defaults; then the model in the placement that the settings ask for
     opened, asked = open_configs(asked)
     looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
     if misfit := opened.describe_misfit(looked_at):
@@ -90,12 +90,12 @@ def train_concept(
 
 
 def settings_for(
-    asked: Mapping[str, Any], usual: Mapping[str, Any], pictures: Sequence[list[ImageRecord]]
+    asked: Mapping[str, Any], defaults: Mapping[str, Any], pictures: Sequence[list[ImageRecord]]
 ) -> Settings:
     """The settings of a run on these images; says where the model's prior prompts are left out for want of captions."""
     captioned = all((picture.caption or "").strip() for folder in pictures for picture in folder)
-    settings = resolve_settings(asked, usual, captioned=captioned)
-    further = usual.get("prior_prompts") and not asked.get("prior_prompts")
+    settings = resolve_settings(asked, defaults, captioned=captioned)
+    further = defaults.get("prior_prompts") and not asked.get("prior_prompts")
     if further and not captioned and preserves(settings) and settings.prior == "base":
         notify(
             "Not every image has a caption, so the model's further prior prompts are left out. Captions that say where "

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 class JointProcessor:
-    """Computes one layer over text and picture jointly as `control` says, and as before where it says nothing.
+    """Computes one layer over text and image jointly as `control` says, and as before where it says nothing.
 
-    `read` is the family's: a call of the layer → `Streams`. The second layer of a block that has two, over the picture
-    alone, comes here too.
+    `read` is the family's function from a call of the layer to `JointAttentionInputs`. The second layer of a block that
+    has two, over the image alone, comes here too.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class JointProcessor:
         plain = control.self_attention == "own" and control.cross is None and control.maps is None
         if plain and control.hidden is None:
             return self.plain(attn, *call, **named)
-        streams = self.read(attn, *call, **named)
-        query, key, value = streams.query, streams.key, streams.value
-        picture, has_words = streams.image, streams.text.stop > streams.text.start
+        inputs = self.read(attn, *call, **named)
+        query, key, value = inputs.query, inputs.key, inputs.value
+        picture, has_words = inputs.image, inputs.text.stop > inputs.text.start
         places = picture.stop - picture.start
         if not places:  # over words alone
             return self.plain(attn, *call, **named)
         if (visible := control.visible_keys(places, key.device)) is not None:
-            return streams.project_output(_without_hidden(streams, visible))
+            return inputs.project_output(_without_hidden(inputs, visible))
         # The source's layout (queries and keys) or contents (keys and values), in the picture's part alone
         if control.reaches(self.name, places):
             needed, gather = control.source_index_map(len(query), control.controlled_targets)
@@ -100,31 +100,31 @@ class JointProcessor:
         if control.maps is not None and has_words and control.maps.wants(places):
             read = slice(1 + control.targets)
             attend = partial(
-                streams.attend, query[read, :, picture], key[read], rows=read, first=picture.start
+                inputs.attend, query[read, :, picture], key[read], rows=read, first=picture.start
             )
-            shown = control.maps.columns[..., : streams.text.stop - streams.text.start]
-            columns = F.pad(shown, _keys_around_words(streams))
+            shown = control.maps.columns[..., : inputs.text.stop - inputs.text.start]
+            columns = F.pad(shown, _keys_around_words(inputs))
             control.maps.add(read_columns(attend, query, columns))
         if control.cross is None or not has_words:
-            return streams.project_output(streams.attend(query, key, value))
-        return streams.project_output(_cross(streams, query, key, value, control.targets, control.cross))
+            return inputs.project_output(inputs.attend(query, key, value))
+        return inputs.project_output(_cross(inputs, query, key, value, control.targets, control.cross))
 
 
 def _cross(
-    streams: JointAttentionInputs, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
+    inputs: JointAttentionInputs, query: Tensor, key: Tensor, value: Tensor, targets: int, cross: Cross
 ) -> Tensor:
     """Attention [B, heads, tokens, D] in which the targets' pictures look at words as `cross` says.
 
     SDPA(q, k, [V_p; diag(d)·V_w]) + SDPA(q_s, k_s, [0; (M·diag c)·V_w])
     """
-    of_targets, picture, text = slice(1, 1 + targets), streams.image, streams.text
+    of_targets, picture, text = slice(1, 1 + targets), inputs.image, inputs.text
     others = [0, *range(1 + targets, len(query))]
     attended = torch.empty_like(query)
     # All other rows, and the queries of the targets' words, are left as they are
-    attended[others] = streams.attend(query[others], key[others], value[others], others)
+    attended[others] = inputs.attend(query[others], key[others], value[others], others)
     for outside in (slice(0, picture.start), slice(picture.stop, query.shape[2])):
         if outside.stop > outside.start:
-            attended[of_targets, :, outside] = streams.attend(
+            attended[of_targets, :, outside] = inputs.attend(
                 query[of_targets, :, outside], key[of_targets], value[of_targets], of_targets, outside.start
             )
     words = value[of_targets, :, text]  # V_w
@@ -136,19 +136,19 @@ def _cross(
     mixed = torch.zeros_like(own)
     mixed[:, :, text] = cross.from_source[:, :count, :count].to(value.dtype)[:, None] @ words
     query_source, key_source = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
-    attended[of_targets, :, picture] = streams.attend(
+    attended[of_targets, :, picture] = inputs.attend(
         query[of_targets, :, picture], key[of_targets], own, of_targets, picture.start
-    ) + streams.attend(query_source, key_source, mixed, [0] * targets, picture.start)
+    ) + inputs.attend(query_source, key_source, mixed, [0] * targets, picture.start)
     return attended
 
 
-def _without_hidden(streams: JointAttentionInputs, visible: Tensor) -> Tensor:
+def _without_hidden(inputs: JointAttentionInputs, visible: Tensor) -> Tensor:
     """Every query finds, of the picture, the visible keys alone, by their indices, and all that is not picture."""
-    picture, keys = streams.image, torch.arange(streams.key.shape[2], device=visible.device)
+    picture, keys = inputs.image, torch.arange(inputs.key.shape[2], device=visible.device)
     shown = torch.cat([keys[: picture.start], picture.start + visible, keys[picture.stop :]])
-    bias = None if streams.bias is None else streams.bias[..., shown]
-    found = replace(streams, bias=bias)
-    return found.attend(streams.query, streams.key[:, :, shown], streams.value[:, :, shown])
+    bias = None if inputs.bias is None else inputs.bias[..., shown]
+    found = replace(inputs, bias=bias)
+    return found.attend(inputs.query, inputs.key[:, :, shown], inputs.value[:, :, shown])
 
 
 def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:
@@ -158,6 +158,6 @@ def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:
     return gathered
 
 
-def _keys_around_words(streams: JointAttentionInputs) -> tuple[int, int]:
+def _keys_around_words(inputs: JointAttentionInputs) -> tuple[int, int]:
     """How many keys stand before the words, and how many behind them."""
-    return streams.text.start, streams.key.shape[2] - streams.text.stop
+    return inputs.text.start, inputs.key.shape[2] - inputs.text.stop

@@ -46,7 +46,7 @@ from backbone.models.clips.motion import hash_motion, motion_of
 from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
-from edit import checks
+from edit.checks import check_prompt, refuse_no_inversion, refuse_unopened
 from edit.inversion.null_text import optimize_null_texts
 from edit.inversion.trajectories import (
     corrected_step,
@@ -125,7 +125,7 @@ class Inversion:
         return max(first, 1) if self.method == "reversible" else first
 
     def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
-        """The states [B, C, H, W] after a step, from those before it and, for `reversible`, those before them."""
+        """The states [B, C, H, W] after a step from those at it, `now`, and for `reversible` those at the step before."""
         here, there = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
             assert before is not None
@@ -151,7 +151,7 @@ class Inversion:
         return dataclasses.replace(default, text={**default.text, "hidden": self.empties[number][None]})
 
     def write(self, path: str | Path) -> None:
-        """Writes everything into one safetensors file."""
+        """Write everything into one safetensors file."""
         if not isinstance(path, (str, Path)):
             raise UserError(f"{type(path).__name__} is no path. Name the file to write, as cat.safetensors.")
         tensors = {
@@ -196,7 +196,7 @@ WRITTEN = ("method", "prompt", "identity", "nfe", "seed", "guidance")
 class InversionSettings:
     """How an image is inverted.
 
-    guidance    null-text: the guidance scale that its embeddings are optimised for; None: the model's usual one
+    guidance    null-text: the guidance scale that its embeddings are optimised for; None: the model's default
     seed        edit-friendly: of its noise
     iterations  null-text: iterations of Adam at each step
     """
@@ -227,7 +227,7 @@ def invert(
     progress: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> Inversion:
-    """Inverts an image, or an encoded clip, that shows what the prompt says (in the model's words).
+    """Invert an image, or an encoded clip, that shows what the prompt says (in the model's words).
 
     `settings` are the fields of `InversionSettings`, by name. `identity` is that of the model with the concepts that
     were loaded into it (`identify`); without any it is the model's own. The image keeps its shape, up to 2 : 1, at
@@ -239,7 +239,7 @@ def invert(
     setting that the method does not use, and for null-text without guidance.
     """
     asked = build(InversionSettings, settings)
-    checks.opened(model)
+    refuse_unopened(model)
     check_method(model, asked.method, asked.steps)
     for name, method in USED_BY.items():
         if settings.get(name) is not None and asked.method != method:
@@ -251,7 +251,7 @@ def invert(
             "At guidance 1 nothing is predicted without a prompt, which null-text would optimise. Raise --guidance, or "
             "choose --method direct."
         )
-    checks.prompt(prompt, "source prompt")
+    check_prompt(prompt, "source prompt")
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
@@ -313,17 +313,17 @@ def _invert_by(
 
 
 def count_rounds(method: Method, steps: int) -> int | None:
-    """How often `invert` predicts; None where that depends on the image."""
+    """How often `invert` calls `progress`; None where that depends on the image."""
     return {"renoise": None, "null-text": 2 * steps}.get(method, steps)
 
 
 @torch.no_grad()
 def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
-    """The latent [C, H, W] that sampling from the noisiest state ends at, without the stored trajectory.
+    """Sample from the noisiest state without the stored trajectory; returns the latent [C, H, W] at the end.
 
-    Its error at guidance 1 is that of the inversion; at higher guidance, that which guidance adds.
+    Its error at guidance 1 is the inversion's; at higher guidance, guidance adds to it.
     """
-    checks.inverted(inversion)
+    refuse_no_inversion(inversion)
     model, schedule = inversion.model, inversion.schedule
     text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
     text = inversion.layout.under(text, schedule, [SOURCE])
@@ -341,13 +341,13 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
 def read_inversion(
     path: str | Path, model: Backbone, *, known: Sequence[str] = (), of_clip: bool = False
 ) -> Inversion:
-    """An inversion from its file, of an image, or with `of_clip` of a clip.
+    """Read the inversion of an image from its file, or with `of_clip` that of a clip.
 
-    `known` are the `identities` of the model with its concepts; without, those of the model alone.
+    `known` are the `identities` of the model with its concepts; if left out, those of the model alone.
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
-    checks.opened(model)
+    refuse_unopened(model)
     if not isinstance(path, (str, Path)):
         raise UserError(f"{type(path).__name__} is no path of an inversion. Give the path, then the model.")
     tensors, metadata = read_tensors(path)

@@ -51,15 +51,9 @@ def invert_implicit(
     states = [clean]
     for here, there in pairwise(schedule.flip()):
         current = states[-1]
-
-        def residual_of(
-            x: Tensor, goal: Tensor = current, here: Level = here, there: Level = there
-        ) -> Tensor:
-            return goal - deterministic_step(x, predict(x, there), there, here)
-
         # The initial guess is DDIM inversion's
         x = deterministic_step(current, predict(current, with_noisier_time(here, there)), here, there)
-        residual = residual_of(x)
+        residual = current - deterministic_step(x, predict(x, there), there, here)
         # Step length: (a + b)/(a' + b'), what the residual would need if the velocity u = ε̂ − x̂0 of
         # (1 − τ)·x0 + τ·ε stayed the same; no level is singular in it
         far = broadcast_like((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_rms(residual))
@@ -67,7 +61,7 @@ def invert_implicit(
             if bool((_rms(residual) < tolerance).all()):
                 break
             moved = x + far * residual
-            moved_residual = residual_of(moved)
+            moved_residual = current - deterministic_step(moved, predict(moved, there), there, here)
             better = _rms(moved_residual) < _rms(residual)
             # Then the secant's: how far the residual changed with the last move (Barzilai & Borwein 1988, eq. 6)
             change = _rms(residual - moved_residual).square().clamp(min=1e-30)
@@ -139,8 +133,10 @@ def _tau(level: Level) -> Tensor:
 
 
 def noise_independently(clean: Tensor, schedule: Schedule, *, generator: Randomness = None) -> Tensor:
-    """The clean latent with its own fresh noise at every level but the last, which it is (Huberman-Spiegelglas et al.
-    2024, eq. 6): noisier maps than a chain has, hence the name edit-friendly. NFE: 0."""
+    """The clean latent under independent fresh noise at every level but the last, where it is clean. NFE: 0.
+
+    Huberman-Spiegelglas et al. 2024, eq. 6: the noise maps are larger than a chain's, hence the name edit-friendly.
+    """
     noisy = [add_noise(clean, randn_like(clean, generator), level) for level in schedule[:-1]]
     return torch.stack([*noisy, clean])
 

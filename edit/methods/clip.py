@@ -25,7 +25,7 @@ from torch import Tensor
 from backbone.cli.conditions import AskedControl
 from backbone.cli.keywords import takes
 from backbone.io.console import UserError
-from backbone.media.clips import USUAL_FPS, Film
+from backbone.media.clips import DEFAULT_FPS, Film
 from backbone.media.transforms import to_image
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
@@ -40,10 +40,10 @@ from backbone.models.sample import (
     say_same_negative,
 )
 from backbone.world.motions import find_moves
-from edit import checks
 from edit.attention.alignment import Alignment
 from edit.attention.control import AttentionControl, Reach
 from edit.attention.install import control_attention
+from edit.checks import check_not_negative, check_prompt, check_share, check_strength
 from edit.inversion.inversion import Inversion, InversionSettings, invert
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import composite, difference_maps
@@ -70,7 +70,7 @@ class ClipEdit:
     cross, self_attention  until when the targets take the source's, in each frame; None: what works with the model
     temporal               until when the layers over time look where the source's look; None: as self-attention
     threshold              how much of the greatest difference of the predictions makes a place differ; 0: all does
-    guidance               of the targets; the model's usual one if None
+    guidance               of the targets; None: the model's default
     negative               what the targets stay away from
     strength               the share of the steps that is sampled
     keep_frames            frames that stay the source's, by their numbers; the last one is −1
@@ -88,7 +88,7 @@ class ClipEdit:
     def __post_init__(self) -> None:
         for name in ("cross", "self_attention", "temporal", "threshold", "strength"):
             value = getattr(self, name)
-            checks.share(name, 0.0 if value is None else value)
+            check_share(name, 0.0 if value is None else value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,7 +166,10 @@ def film_of(inversion: Inversion) -> Film:
     facts = inversion.facts
     frames = tuple(to_image(frame) for frame in inversion.image)
     return Film(
-        frames, float(facts.get("fps", USUAL_FPS)), str(facts.get("name", "")), str(facts.get("content", ""))
+        frames,
+        float(facts.get("fps", DEFAULT_FPS)),
+        str(facts.get("name", "")),
+        str(facts.get("content", "")),
     )
 
 
@@ -223,14 +226,14 @@ def _edit_alike(
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
-    guidance = checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
+    guidance = check_not_negative("guidance", target_guidance(inversion, settings.guidance))
     text = encode_source_and_targets(inversion, targets)
     refuse_negative(model, settings.negative, guidance)
     say_same_negative(targets, settings.negative)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
     # Where the edit begins, and where each frame may differ from the source's
-    first = inversion.start(checks.strength(settings.strength, steps))
+    first = inversion.start(check_strength(settings.strength, steps))
     with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
     masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
@@ -352,7 +355,7 @@ class ClipRedraw:
 
     strength  the share of the steps that are taken, those nearest to the clip
     steps     of the whole schedule
-    guidance  the model's usual one if None
+    guidance  None: the model's default
     """
 
     strength: float = 0.6
@@ -376,7 +379,7 @@ def redraw_film(
     Frames have noise of their own, as in diffusers' video-to-video pipeline. `progress` is told of the share that is
     done with each step. Raises `UserError` as `sdedit`.
     """
-    checks.prompt(prompt, "prompt")
+    check_prompt(prompt, "prompt")
     guidance = guidance_of(model, settings.guidance)
     refuse_negative(model, settings.negative, guidance)
     encoded = encode_film(model, film)

@@ -23,7 +23,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
-from edit import checks
+from edit.checks import check_not_negative, check_prompt, check_prompts, check_share, check_strength
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.methods.clip import ClipResult
 from edit.methods.flow_edit import difference_of_velocities, tau
@@ -38,7 +38,7 @@ class ClipFlow:
     strength         the share of the noise levels that is visited
     draws            noises averaged at every step
     shared           the share of the noise's variance that frames have in common; None: all, with a motion adapter none
-    guidance         of the targets; the model's usual one if None
+    guidance         of the targets; None: the model's default
     source_guidance  of the source's prompt
     steps            of the whole schedule
     """
@@ -52,8 +52,8 @@ class ClipFlow:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.share("strength", self.strength)
-        checks.share("shared noise", self.shared or 0.0)
+        check_share("strength", self.strength)
+        check_share("shared noise", self.shared or 0.0)
 
 
 @torch.no_grad()
@@ -72,16 +72,16 @@ def flow_film(
     A target equal to the source, equally guided, leaves the clip bit for bit what it was. `progress` is called after
     every step. Raises `UserError` as `flow_edit`.
     """
-    checks.prompt(source, "source prompt")
-    count = len(checks.prompts(tuple(targets), "target prompt"))
-    checks.not_negative("source guidance", settings.source_guidance)
+    check_prompt(source, "source prompt")
+    count = len(check_prompts(tuple(targets), "target prompt"))
+    check_not_negative("source guidance", settings.source_guidance)
     guidance = guidance_of(model, settings.guidance)
     linked = motion_of(model.denoiser) is not None
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
     whole = schedule_of(model, settings.steps, clean)
-    schedule = truncate_schedule(whole, checks.strength(settings.strength, settings.steps))
+    schedule = truncate_schedule(whole, check_strength(settings.strength, settings.steps))
     sides = [SOURCE, *[TARGET] * count]
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)

@@ -11,7 +11,7 @@ from torch import Tensor
 from backbone.diffusion.noise import Estimate, broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.models.cache import encode_prompts_cached
-from edit import checks
+from edit.checks import check_strength, check_weighted, refuse_no_inversion
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.masks import load_latent_mask
@@ -38,9 +38,9 @@ def compose(
 
     Raises `UserError` without prompts, or for a strength outside 0…1.
     """
-    checks.inverted(inversion)
-    toward = checks.weighted(toward, "prompt to compose with")
-    checks.strength(strength, inversion.steps)
+    refuse_no_inversion(inversion)
+    toward = check_weighted(toward, "prompt to compose with")
+    check_strength(strength, inversion.steps)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
     weights = torch.tensor([weight for _, weight in toward])
     text = encode_prompts_cached(

@@ -30,9 +30,9 @@ from backbone.media.shapes import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.sample import refuse_negative
-from edit import checks
 from edit.attention.alignment import Alignment
 from edit.attention.install import control_attention
+from edit.checks import check_not_negative, check_strength
 from edit.inversion.inversion import Inversion
 from edit.methods.clip import ClipEdit, ClipResult, control_frames, find_places
 from edit.methods.prompt_to_prompt.plan import plan_control
@@ -140,9 +140,7 @@ def carry_first_frame(
     model, steps = inversion.model, inversion.steps
     refuse_transformer(model)
     alone = target == inversion.prompt and settings.guidance is None
-    guidance = (
-        1.0 if alone else checks.not_negative("guidance", target_guidance(inversion, settings.guidance))
-    )
+    guidance = 1.0 if alone else check_not_negative("guidance", target_guidance(inversion, settings.guidance))
     refuse_negative(model, settings.negative, guidance)
     share = SELF if settings.self_attention is None else settings.self_attention
     asked = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(model)
@@ -155,7 +153,7 @@ def carry_first_frame(
     control = control_frames(predict, 1, asked.reach)
     # What is given of the first frame at every level, and what of its change the others begin with
     held = hold_first_frame(inversion, first)
-    start = inversion.start(checks.strength(settings.strength, steps))
+    start = inversion.start(check_strength(settings.strength, steps))
     carried = carry_change(inversion.states[-1], held[-1] - inversion.states[-1][:, 0])
     masks, nfe = find_places_to_follow(inversion, alignments, settings, carried, start)
     now = inversion.states[start][None].repeat_interleave(2, 0)

@@ -17,7 +17,7 @@ from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator,
 from backbone.diffusion.schedules import truncate_schedule
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from edit import checks
+from edit.checks import check_not_negative, check_prompt, check_prompts, check_strength, refuse_unopened
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
@@ -30,7 +30,7 @@ class FlowEditSettings:
     """How an image is moved.
 
     strength         share of the noise levels that are visited: the authors' n_max/T
-    guidance         of the targets; the model's usual one if None
+    guidance         of the targets; None: the model's default
     source_guidance  of the source's prompt
     draws            noises averaged at every step: the authors' n_avg
     mask             white = may change; None: everywhere
@@ -70,15 +70,15 @@ def flow_edit(
     Raises `UserError` as `sdedit`.
     """
     asked = build(FlowEditSettings, settings)
-    checks.opened(model)
-    checks.prompt(source, "source prompt")
-    targets = checks.prompts(targets, "target prompt")
-    checks.not_negative("source guidance", asked.source_guidance)
+    refuse_unopened(model)
+    check_prompt(source, "source prompt")
+    targets = check_prompts(targets, "target prompt")
+    check_not_negative("source guidance", asked.source_guidance)
     guidance = guidance_of(model, asked.guidance)
     encoded = encode_image(model, image)
     clean = encoded.latent
     whole = schedule_of(model, asked.steps, clean)
-    schedule = truncate_schedule(whole, checks.strength(asked.strength, asked.steps))
+    schedule = truncate_schedule(whole, check_strength(asked.strength, asked.steps))
     mask = load_latent_mask(asked.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)

@@ -38,7 +38,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, refuse_too_many
 from backbone.models.sample import refuse_negative
-from edit import checks
+from edit.checks import check_not_negative, check_prompts, refuse_unopened
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import load_pixel_mask
 from edit.methods.keep_background import KeptBackground, NoBackgroundError, keep_background
@@ -57,7 +57,7 @@ class InstructSettings(GuidedShare):
     references      further images, for a model that reads several
     keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
                     `auto`: its own pixels, and what is drawn where nearly everything has changed
-    guidance        how closely the instruction is followed; the model's usual one if None
+    guidance        how closely the instruction is followed; None: the model's default
     image_guidance  how closely the image is (eq. 3 of Brooks et al. 2023)
     sampler         the model's own if None
     negative        what to stay away from
@@ -99,8 +99,8 @@ def instruct(
     background to keep.
     """
     asked = build(InstructSettings, settings)
-    checks.opened(model)
-    instructions = checks.prompts(instructions, "instruction")
+    refuse_unopened(model)
+    instructions = check_prompts(instructions, "instruction")
     guidances = guidances_of(model, asked)
     refuse_unread(model, 1 + len(asked.references), guidances)
     say_captions(instructions)
@@ -142,7 +142,7 @@ def instruct(
 
 def guidances_of(model: Backbone, asked: InstructSettings) -> Guidances:
     """What is asked for, and the model's own where nothing is. `UserError` for scales below 0, a share of no steps."""
-    image_guidance = checks.not_negative("image guidance", asked.image_guidance)
+    image_guidance = check_not_negative("image guidance", asked.image_guidance)
     if image_guidance > MOST_IMAGE_GUIDANCE:
         meant = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
         notify(

@@ -15,7 +15,7 @@ from backbone.diffusion.noise import broadcast_like
 from backbone.diffusion.samplers import deterministic_step
 from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
-from edit import checks
+from edit.checks import check_count, refuse_no_inversion
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.result import Result
@@ -37,7 +37,7 @@ def interpolate(
     meant.
     """
     for one in (first, second):
-        checks.inverted(one)
+        refuse_no_inversion(one)
     if first.identity != second.identity:
         raise UserError("The two inversions are of different models. Invert both images with the same one.")
     if first.states.shape != second.states.shape or not torch.equal(first.schedule.a, second.schedule.a):
@@ -46,7 +46,7 @@ def interpolate(
         )
     if count < 3:
         raise UserError(f"{count} images leave none in between. Ask for three or more.")
-    checks.count(count)
+    check_count(count)
     model, nfe = first.model, 0
     share = torch.linspace(0, 1, count)[1:-1]  # of the second image [K − 2]
     latents = []

@@ -19,10 +19,10 @@ from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative
-from edit import checks
 from edit.attention.alignment import require, tokenize_prompt
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
+from edit.checks import check_count, check_prompt, check_share, check_strength, refuse_no_inversion
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.masks import (
@@ -91,13 +91,13 @@ def remove(
     Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
     another size, or a count that nobody means.
     """
-    checks.inverted(inversion)
+    refuse_no_inversion(inversion)
     asked = build(RemoveSettings, settings)
-    model, schedule, count = inversion.model, inversion.schedule, checks.count(asked.count)
-    checks.share("threshold", asked.threshold)
+    model, schedule, count = inversion.model, inversion.schedule, check_count(asked.count)
+    check_share("threshold", asked.threshold)
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
-    first = inversion.start(checks.strength(asked.strength, inversion.steps, nothing=SMOOTH))
+    first = inversion.start(check_strength(asked.strength, inversion.steps, nothing=SMOOTH))
     pixels, nfe = _find_place(inversion, word, asked)
     seen = _prompt_without(inversion, word) if asked.prompt is None else asked.prompt
     states = inversion.states.float()
@@ -142,7 +142,7 @@ def _find_place(inversion: Inversion, word: str, asked: RemoveSettings) -> tuple
     drawn = load_pixel_mask(asked.mask, inversion.encoded)
     if drawn is not None:
         return drawn.cpu(), 0
-    checks.prompt(word, "word to remove")
+    check_prompt(word, "word to remove")
     return locate_word(inversion, word, threshold=asked.threshold)
 
 

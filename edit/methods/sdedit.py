@@ -19,7 +19,7 @@ from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative, say_same_negative
-from edit import checks
+from edit.checks import check_count, check_prompt, check_strength, refuse_unopened
 from edit.layout import NO_LAYOUT, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
@@ -39,7 +39,7 @@ class SDEditSettings:
     """How an image is noised and denoised.
 
     strength  diffusers': 0 leaves the image as it is, 1 begins with noise alone
-    guidance  the model's usual one if None
+    guidance  None: the model's default
     negative  what to stay away from
     mask      white = may change; None: everywhere
     count     images, of which image k depends on the seed and k alone
@@ -79,16 +79,16 @@ def sdedit(
     count that nobody means.
     """
     asked = build(SDEditSettings, settings)
-    count = checks.count(asked.count)
-    checks.opened(model)
-    checks.prompt(prompt, "prompt")
+    count = check_count(asked.count)
+    refuse_unopened(model)
+    check_prompt(prompt, "prompt")
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
     say_same_negative([prompt], asked.negative)
     encoded = encode_image(model, image)
     clean = encoded.latent
     whole = schedule_of(model, asked.steps, clean)
-    schedule = truncate_schedule(whole, checks.strength(asked.strength, asked.steps))
+    schedule = truncate_schedule(whole, check_strength(asked.strength, asked.steps))
     mask = load_latent_mask(asked.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, asked.negative))
     text = layout.under(text, whole, [TARGET])

@@ -23,7 +23,7 @@ from backbone.io.run_folder import package_versions
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.models.sample import refuse_negative
-from edit import checks
+from edit.checks import check_prompt
 from edit.inversion.inversion import Inversion, check_method, count_rounds, invert, settings_for
 from edit.methods.prompt_to_prompt.replace import refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
@@ -74,10 +74,10 @@ class PaintBoard:
 
     @classmethod
     def open(
-        cls, asked: PaintOptions, image: SourceImage, wishes: Mapping[str, Any], folder: Path
+        cls, asked: PaintOptions, image: SourceImage, options: Mapping[str, Any], folder: Path
     ) -> PaintBoard:
         """Loads the model and the concepts; `UserError` where they do not fit, and for what no edit could take."""
-        loaded = load_model(Opening(**pick(wishes, OPENING)))
+        loaded = load_model(Opening(**pick(options, OPENING)))
         check_method(loaded.model, asked.method, asked.steps)
         loaded.model.schedule(asked.steps)
         refuse_negative(loaded.model, asked.negative, asked.guidance)
@@ -90,8 +90,8 @@ class PaintBoard:
         What it writes is written before it returns. Raises `Overtaken` when another call has come meanwhile, and
         `UserError` for prompts that share no words, a token that no concept has, and a folder that is gone.
         """
-        source = self.loaded.resolve(checks.prompt(wish.source, "source prompt"))
-        target = self.loaded.resolve(checks.prompt(wish.target, "target prompt"))
+        source = self.loaded.resolve(check_prompt(wish.source, "source prompt"))
+        target = self.loaded.resolve(check_prompt(wish.target, "target prompt"))
         refuse_idle_negative(self.asked.method, wish.negative)
         refuse_gone(self.folder, "the edit")
         mask = make_mask(painted, self.shown.size)

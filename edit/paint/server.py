@@ -64,7 +64,7 @@ def serve(board: PaintBoard, *, port: int, browser: bool) -> None:
 
 
 def read_wish(body: dict[str, Any]) -> Wish:
-    """What the page wishes; `ValueError` for values that are no text."""
+    """What the page asks for; `ValueError` for values that are no text."""
     given = {name: body[name] for name in ("source", "target", "negative") if name in body}
     for name, value in given.items():
         if not isinstance(value, str):

@@ -67,7 +67,7 @@ def perform_clip(
     Without a `film` it begins from the inversion that was named. `first` is its edited first frame, where that is what
     the others are to follow.
 
-    Raises `UserError` for every mistake of the wishes, before the folder is taken.
+    Raises `UserError` for every mistake of the options, before the folder is taken.
     """
     began = time.perf_counter()
     for said in asked.keep_frames:
@@ -87,8 +87,8 @@ def perform_clip(
         begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, asked.controls))
     else:
         begins = Beginning(film, source, inversion=beside_its_own(inversion, film, asked))
-    usual = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
-    with hold_new_folder(asked.out, usual) as folder:
+    default = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
+    with hold_new_folder(asked.out, default) as folder:
         result = run_clip(loaded, begins, targets, asked, first)
         films = result.films
         kept = replace(asked, out=None, targets=tuple(targets))

@@ -1,4 +1,4 @@
-"""What each command does: a function of a model and JSON-able wishes to a `Result`, its prompts as they were typed."""
+"""What each command does: a function of a model and JSON-able options to a `Result`, prompts as they were typed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, cast
 from PIL import Image
 
 from backbone.io.console import UserError, notify, progress, quote_text
-from edit import checks
 from edit.attention.alignment import steps_inside
+from edit.checks import check_count, check_prompt, check_prompts, check_share
 from edit.inversion.inversion import Inversion
 from edit.layout import NOTHING_ASKED, AskedLayout
 from edit.methods.compose import compose
@@ -31,12 +31,12 @@ from edit.sampling import split_count
 
 @dataclass(frozen=True)
 class EditCommand:
-    """A command by its parts.
+    """A command of `edit`.
 
-    run             (model, wishes …) → result; with `from_start` (model, start, other wishes …)
-    compared        whether it says something to measure the edits against the image
-    frames          of its film
-    by_instruction  whether its model is one that reads an image beside the prompt
+    run             (model, options …) → result; with `from_start` (model, start, other options …)
+    compared        whether its edits are measured against the source image
+    frames          the frames of its film
+    by_instruction  whether its model reads an image beside the prompt
     """
 
     run: Callable[..., Result]
@@ -45,19 +45,19 @@ class EditCommand:
     frames: Callable[[Result], Sequence[Image.Image]] = Result.frames
     by_instruction: bool = False
 
-    def __call__(self, loaded: ModelWithConcepts, wishes: Mapping[str, Any]) -> Result:
-        """Runs it; `TypeError` or `UnknownSettingError` for wishes that it does not know."""
+    def __call__(self, loaded: ModelWithConcepts, options: Mapping[str, Any]) -> Result:
+        """Run it; `TypeError` or `UnknownSettingError` for options that it does not know."""
         if not self.from_start:
-            return self.run(loaded, **wishes)
-        rest = {name: value for name, value in wishes.items() if name not in START}
-        return self.run(loaded, Start(**pick(wishes, START)), **rest)
+            return self.run(loaded, **options)
+        rest = {name: value for name, value in options.items() if name not in START}
+        return self.run(loaded, Start(**pick(options, START)), **rest)
 
 
 def run_replace(
     loaded: ModelWithConcepts, start: Start, *, targets: Sequence[str], **settings: Any
 ) -> Result:
     """`edit invert-and-replace`; `settings` are those of `replace_settings`."""
-    targets = checks.prompts(targets, "target prompt")
+    targets = check_prompts(targets, "target prompt")
     resolved = [loaded.resolve(target) for target in targets]
     asked = replace_settings(loaded, **settings)
     check_supported(loaded.model, asked)
@@ -65,7 +65,7 @@ def run_replace(
     # A mistake in the words is found before an inversion is made
     inversion = None if start.inversion is None else start.open(loaded)
     if inversion is None:
-        prompt = loaded.resolve(checks.prompt(start.source or "", "source prompt"))
+        prompt = loaded.resolve(check_prompt(start.source or "", "source prompt"))
     else:
         prompt = inversion.prompt
     alignments = align_prompts(loaded.model, prompt, resolved, asked)
@@ -85,12 +85,12 @@ def run_replace(
     return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
 
 
-def _say_unread_shares(wishes: Mapping[str, Any], first: int, steps: int) -> None:
-    """Says which shares of S steps that were asked for hold none of those from `first` on, which are sampled."""
-    layout = wishes.get("control") != "masactrl"  # whose share is the last one
-    ends = {"--cross": wishes.get("cross"), "--self": wishes.get("self_attention") if layout else None}
+def _say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
+    """Say which of the shares that were asked for hold none of the sampled steps, those from `first` of `steps` on."""
+    layout = options.get("control") != "masactrl"  # whose share is the last one
+    ends = {"--cross": options.get("cross"), "--self": options.get("self_attention") if layout else None}
     shares = {f"{name} {end:g}": (0.0, float(end)) for name, end in ends.items() if end}
-    for word, (start, end) in (wishes.get("windows") or {}).items():
+    for word, (start, end) in (options.get("windows") or {}).items():
         if end > start:
             shares[f"--window {word}={start:g}:{end:g}"] = (float(start), float(end))
     for name, window in shares.items():
@@ -111,8 +111,8 @@ def run_sdedit(
     **settings: Any,
 ) -> Result:
     """`edit sdedit`."""
-    rounds = len(split_count(loaded.model, checks.count(count)))
-    with progress(rounds * int(steps * checks.share("strength", strength)), "sampling") as bar:
+    rounds = len(split_count(loaded.model, check_count(count)))
+    with progress(rounds * int(steps * check_share("strength", strength)), "sampling") as bar:
         result = sdedit(
             loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, count=count,
             progress=bar.advance, layout=loaded.layout(image, asked), **_settings(loaded, **settings),
@@ -142,7 +142,7 @@ def run_flow_edit(
                 else "so what changes is by guidance."
             )
             notify(f"“{target}” says what the source says, {by}")
-    with progress(int(steps * checks.share("strength", strength)), "editing") as bar:
+    with progress(int(steps * check_share("strength", strength)), "editing") as bar:
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
             strength=strength, steps=steps, progress=bar.advance, layout=loaded.layout(image, asked),
@@ -218,8 +218,8 @@ def run_remove(
             if seen
             else "Nothing is left of the prompt."
         )
-    rounds = len(split_count(loaded.model, checks.count(count)))
-    steps = inversion.steps - inversion.start(checks.share("strength", strength))
+    rounds = len(split_count(loaded.model, check_count(count)))
+    steps = inversion.steps - inversion.start(check_share("strength", strength))
     with progress(rounds * steps, "removing") as bar:
         result = remove(
             inversion, loaded.resolve(word), prompt=None if prompt is None else loaded.resolve(prompt), mask=mask,
@@ -241,7 +241,7 @@ def run_compose(
     weighted = [(str(prompt), float(weight)) for prompt, weight in toward]
     resolved = [(loaded.resolve(prompt), weight) for prompt, weight in weighted]
     inversion = start.open(loaded)
-    with progress(inversion.steps - inversion.start(checks.share("strength", strength)), "composing") as bar:
+    with progress(inversion.steps - inversion.start(check_share("strength", strength)), "composing") as bar:
         result = compose(
             inversion, resolved, strength=strength, progress=bar.advance, **_settings(loaded, **settings)
         )
@@ -271,7 +271,7 @@ def run_interpolate(
         Start(image, prompt, **starting).open(loaded)
         for image, prompt in ((first, first_prompt), (second, second_prompt))
     ]
-    rounds = len(split_count(loaded.model, checks.count(count) - 2))
+    rounds = len(split_count(loaded.model, check_count(count) - 2))
     with progress(rounds * ends[0].steps, "interpolating") as bar:
         result = interpolate(ends[0], ends[1], count=count, progress=bar.advance)
     prompts = (first_prompt, *result.prompts[1:-1], second_prompt)

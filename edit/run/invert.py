@@ -27,15 +27,15 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def write_inversion(file: Path, image: ImageLike, prompt: str, wishes: Mapping[str, Any]) -> list[str]:
+def write_inversion(file: Path, image: ImageLike, prompt: str, options: Mapping[str, Any]) -> list[str]:
     """Inverts an image into a file, and gives what there is to say about it; what it is not asked for, `Start` says."""
-    loaded = load_model(Opening(**pick(wishes, OPENING)))
-    asked = AskedLayout.of(wishes).for_source
-    start = Start(**{**pick(wishes, START), "image": image, "source": prompt, "asked": asked})
-    inversion = start.open(loaded, guidance=wishes.get("guidance"))
+    loaded = load_model(Opening(**pick(options, OPENING)))
+    asked = AskedLayout.of(options).for_source
+    start = Start(**{**pick(options, START), "image": image, "source": prompt, "asked": asked})
+    inversion = start.open(loaded, guidance=options.get("guidance"))
     inversion.write(file)
     lines = [f"{inversion.nfe} evaluations of the denoiser (NFE)."]
-    return [*lines, *describe_exactness(inversion)] if wishes.get("check") else lines
+    return [*lines, *describe_exactness(inversion)] if options.get("check") else lines
 
 
 def describe_exactness(inversion: Inversion) -> list[str]:
@@ -43,8 +43,8 @@ def describe_exactness(inversion: Inversion) -> list[str]:
     model = inversion.model
     bound = psnr(inversion.image, model.decode(inversion.clean[None])[0])
     lines = [f"The autoencoder alone gives the image back at {bound:.2f} dB."]
-    usual = float(model.defaults["guidance"]) if inversion.guidance is None else inversion.guidance
-    for guidance in (1.0, usual):
+    default = float(model.defaults["guidance"]) if inversion.guidance is None else inversion.guidance
+    for guidance in (1.0, default):
         latent = reconstruct(inversion, guidance=guidance).float()
         error = float((latent - inversion.clean).abs().max())
         decibels = psnr(inversion.image, model.decode(latent[None])[0])
@@ -54,16 +54,16 @@ def describe_exactness(inversion: Inversion) -> list[str]:
     return lines
 
 
-def print_alignment(wishes: Mapping[str, Any]) -> list[str]:
+def print_alignment(options: Mapping[str, Any]) -> list[str]:
     """What becomes of the words of each target, and where the image will change; the image is not opened."""
-    loaded = load_model(Opening(**pick(wishes, (*OPENING, "inversion"))))
-    settings = replace_settings(loaded, **pick(wishes, SETTINGS))
-    source = wishes["source"]
-    prompt = read_source_prompt(wishes["inversion"]) if source is None else loaded.resolve(source)
-    targets = [loaded.resolve(target) for target in wishes["targets"]]
-    say_uncalled([prompt, source or "", *wishes["targets"]], loaded.concepts)
+    loaded = load_model(Opening(**pick(options, (*OPENING, "inversion"))))
+    settings = replace_settings(loaded, **pick(options, SETTINGS))
+    source = options["source"]
+    prompt = read_source_prompt(options["inversion"]) if source is None else loaded.resolve(source)
+    targets = [loaded.resolve(target) for target in options["targets"]]
+    say_uncalled([prompt, source or "", *options["targets"]], loaded.concepts)
     alignments = align_prompts(loaded.model, prompt, targets, settings)
-    refuse_ambiguous_auto(wishes.get("blend") or (), alignments)
+    refuse_ambiguous_auto(options.get("blend") or (), alignments)
     lines = []
     for alignment in alignments:
         named = blended_words(alignment, settings.blend)

@@ -48,8 +48,8 @@ def write_kept_background(
     lines = describe(kept, source, edited)
     figures = measure(kept, source)
     with ExitStack() as stack:
-        usual = Path("runs") / f"edit-{Path(source.name).stem}"
-        folder, unfinished = stack.enter_context(fill_new_folder(out, usual))
+        default = Path("runs") / f"edit-{Path(source.name).stem}"
+        folder, unfinished = stack.enter_context(fill_new_folder(out, default))
         result, place = to_image(kept.image), mask_to_image(kept.place, source.image.size)
         cells = [
             Cell(source.image, "source"),

@@ -25,7 +25,7 @@ from backbone.media.transforms import to_image
 from backbone.models.control import OpenedControl
 from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone, Task
-from edit import checks
+from edit.checks import check_prompt
 from edit.inversion.inversion import (
     Inversion,
     Method,
@@ -106,7 +106,7 @@ class Opening:
     vram: float | None = None
 
 
-# The wishes that opening alone reads; the inversion's file is the edit's as well.
+# The options that only opening the model reads; an inversion's file is the edit's as well.
 OPENING = tuple(name for name in Opening.__dataclass_fields__ if name != "inversion")
 
 
@@ -186,7 +186,7 @@ class Start:
             return replace(inversion, layout=layout)
         if self.image is None:
             raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
-        prompt = checks.prompt(self.source or "", "source prompt")
+        prompt = check_prompt(self.source or "", "source prompt")
         notify(f"Inverting {getattr(self.image, 'name', self.image)} ({self.method}, {self.steps} steps) …")
         with progress(count_rounds(self.method, self.steps), "inverting", brief=True) as bar:
             return invert(
@@ -222,9 +222,9 @@ def layout_beside(
 START = tuple(Start.__dataclass_fields__)
 
 
-def pick(wishes: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of the wishes that have these names."""
-    return {name: wishes[name] for name in names if name in wishes}
+def pick(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that have these names."""
+    return {name: options[name] for name in names if name in options}
 
 
 def replace_settings(

@@ -1,4 +1,4 @@
-"""A run of `edit` from wishes (a command's settings by name) to a folder, and the same again from its record.
+"""A run of `edit` from a command's options, by name, to a run folder; and the same again from its record.
 
 perform("sdedit", {"image": "photo.png", "prompt": "a cat in the snow"}, out=None)
 replay(Path("runs/edit-photo/run.json"), out=None)
@@ -43,7 +43,7 @@ OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where t
 CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
-WISH_TYPES: dict[str, Any] = {  # of a record's settings
+OPTION_TYPES: dict[str, Any] = {  # of a record's settings
     **dict.fromkeys(FILES, str | None),
     **dict.fromkeys(
         ("model", "precision", "device", "scorer", "prompt", "source", "negative", "control", "sampler"),
@@ -84,31 +84,31 @@ class EditRecord:
     precision: str
     identity: str
     files: dict[str, str] = field(default_factory=dict)
-    guidance: float | None = None  # that was edited with, whatever the model's usual one is by now
+    guidance: float | None = None  # that was edited with, whatever the model's default is by now
     guidance_start: float = 0.0  # the same of the share of the steps with guidance
     guidance_stop: float = 1.0
 
 
-def perform(name: str, wishes: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
-    """Runs a command and gives the folder that it wrote: `out`, or runs/edit-NAME-OF-IMAGE.
+def perform(name: str, options: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
+    """Run a command of `COMMANDS` and return the folder that it wrote: `out`, or runs/edit-NAME-OF-IMAGE.
 
-    Images among the wishes are paths, or `SourceImage`s that have been read already. Raises `UserError` for every
-    mistake of the wishes, and a folder that is taken.
+    Images among the options are paths, or `SourceImage`s that have been read already. `said` is the command line for
+    the record. Raises `UserError` for wrong options, and for a folder that is taken.
     """
 
     def load() -> ModelWithConcepts:
-        return load_model(Opening(**pick(wishes, (*OPENING, "inversion"))), shown=count_shown(name, wishes))
+        return load_model(Opening(**pick(options, (*OPENING, "inversion"))), shown=count_shown(name, options))
 
-    return _run(name, wishes, load, out=out, said=said)
+    return _run(name, options, load, out=out, said=said)
 
 
-def count_shown(name: str, wishes: Mapping[str, Any]) -> int:
+def count_shown(name: str, options: Mapping[str, Any]) -> int:
     """How many images the model reads beside an instruction; 0 where the command gives it none."""
-    return 1 + len(wishes.get("references", ())) if COMMANDS[name].by_instruction else 0
+    return 1 + len(options.get("references", ())) if COMMANDS[name].by_instruction else 0
 
 
 def replay(record: Path, *, out: Path | None) -> Path:
-    """Repeats the run of a `run.json` (or of its folder), with the model, image and precision that it had.
+    """Repeat the run of a `run.json` (or of its folder), with the model, image and precision that it had.
 
     Raises `UserError` for another kind of file, or when the model's weights or the image have changed since.
     """
@@ -119,7 +119,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
     if not isinstance(name, str) or name not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
     recorded = read_json(path, EditRecord)
-    for name, kind in WISH_TYPES.items():
+    for name, kind in OPTION_TYPES.items():
         if name in recorded.settings:
             read_as(kind, recorded.settings[name], path, name)
     for name, digest in recorded.files.items():
@@ -133,15 +133,15 @@ def replay(record: Path, *, out: Path | None) -> Path:
     unsaid = UNSAID.get(recorded.command, {})
     if recorded.settings.get("condition"):
         unsaid = {**unsaid, **UNSAID_OF_CONDITIONS}
-    wishes = {**unsaid, **recorded.settings, "precision": recorded.precision}
-    if COMMANDS[recorded.command].by_instruction and wishes.get("guidance") is None:
-        wishes["guidance"] = recorded.guidance
+    options = {**unsaid, **recorded.settings, "precision": recorded.precision}
+    if COMMANDS[recorded.command].by_instruction and options.get("guidance") is None:
+        options["guidance"] = recorded.guidance
     if COMMANDS[recorded.command].by_instruction:
-        wishes |= {"guidance_start": recorded.guidance_start, "guidance_stop": recorded.guidance_stop}
+        options |= {"guidance_start": recorded.guidance_start, "guidance_stop": recorded.guidance_stop}
 
     def load() -> ModelWithConcepts:
-        asked = {**pick(wishes, OPENING), "model": recorded.model}
-        loaded = load_model(Opening(**asked), shown=count_shown(recorded.command, wishes))
+        asked = {**pick(options, OPENING), "model": recorded.model}
+        loaded = load_model(Opening(**asked), shown=count_shown(recorded.command, options))
         if recorded.identity not in loaded.identities:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "
@@ -150,7 +150,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
         return loaded
 
     try:
-        return _run(recorded.command, wishes, load, out=out, said=f"edit replay {quote(path)}")
+        return _run(recorded.command, options, load, out=out, said=f"edit replay {quote(path)}")
     except (TypeError, UnknownSettingError) as error:
         unknown = re.search(r"argument '(\w+)'", str(error))  # Python's own words
         raise UserError(
@@ -161,26 +161,26 @@ def replay(record: Path, *, out: Path | None) -> Path:
 
 def _run(
     name: str,
-    wishes: Mapping[str, Any],
+    options: Mapping[str, Any],
     load: Callable[[], ModelWithConcepts],
     *,
     out: Path | None,
     said: str,
 ) -> Path:
-    """What `perform` and `replay` share: reads the images, loads the model, edits, measures, and writes the folder."""
+    """What `perform` and `replay` share: read the images, load the model, edit, measure, write the folder."""
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]
-    images, settings, files = _read_images(wishes)
-    asked = AskedLayout.of(wishes)
+    images, settings, files = _read_images(options)
+    asked = AskedLayout.of(options)
     files |= {path: content_hash(Path(path)) for path in asked.paths if Path(path).is_file()}
     with _claim(out):
         loaded = load()
-        say_uncalled(texts_of(wishes), loaded.concepts)
-        own = {wish: value for wish, value in wishes.items() if wish not in (*OPENING, *MEASURING, *CONTROL)}
+        say_uncalled(collect_prompts(options), loaded.concepts)
+        own = {name: value for name, value in options.items() if name not in (*OPENING, *MEASURING, *CONTROL)}
         own |= {"asked": asked} if asked else {}
-        measured = command.compared and wishes.get("metrics", True)
-        named = wishes.get("scorer") if measured else None
+        measured = command.compared and options.get("metrics", True)
+        named = options.get("scorer") if measured else None
         scorer = find_scorer(loaded.model, named) if named else None  # a mistake costs no edit
         result = command(loaded, {**own, **images})
         frames = command.frames(result)
@@ -191,7 +191,7 @@ def _run(
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")
         with fill_folder(folder) as unfinished:
-            if len(result.inversions) == 1 and wishes.get("inversion") is None:
+            if len(result.inversions) == 1 and options.get("inversion") is None:
                 # Made for this edit, it serves further ones
                 result.inversions[0].write(unfinished / INVERSION)
             publish(
@@ -212,37 +212,37 @@ def _run(
     return folder
 
 
-def texts_of(wishes: Mapping[str, Any]) -> list[str]:
-    """What is said in words among the wishes, and the prompt of an inversion that is named in place of a source."""
-    said = [wishes.get(name) for name in ("prompt", "source", "word", "instruction")]
-    said += [wishes.get("first_prompt"), wishes.get("second_prompt")]
-    said += [*(wishes.get("targets") or ()), *(wishes.get("then") or ())]
-    said += [str(prompt) for prompt, _ in wishes.get("toward") or ()]
-    if wishes.get("inversion") is not None:
-        said.append(read_source_prompt(wishes["inversion"]))
+def collect_prompts(options: Mapping[str, Any]) -> list[str]:
+    """Every prompt among the options, and the one in the inversion's file where that stands for the source."""
+    said = [options.get(name) for name in ("prompt", "source", "word", "instruction")]
+    said += [options.get("first_prompt"), options.get("second_prompt")]
+    said += [*(options.get("targets") or ()), *(options.get("then") or ())]
+    said += [str(prompt) for prompt, _ in options.get("toward") or ()]
+    if options.get("inversion") is not None:
+        said.append(read_source_prompt(options["inversion"]))
     return [text for text in said if text]
 
 
-def _read_images(wishes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """(the images among the wishes, the wishes with their paths, the hash of each file).
+def _read_images(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Read the images: (images by option, the options with paths in their place, file → content hash).
 
     Every image is read once, here or by the caller.
     """
-    given = {file: wishes[file] for file in FILES if wishes.get(file) is not None}
+    given = {file: options[file] for file in FILES if options.get(file) is not None}
     images: dict[str, Any] = {
         file: read_mask(value) if file == "mask" else read_image(value)
         for file, value in given.items()
         if file != "inversion"
     }
-    settings = {**wishes, **{file: image.name for file, image in images.items()}}
-    if wishes.get("inversion") is not None:
-        settings = {wish: value for wish, value in settings.items() if wish not in OF_AN_INVERSION}
+    settings = {**options, **{file: image.name for file, image in images.items()}}
+    if options.get("inversion") is not None:
+        settings = {option: value for option, value in settings.items() if option not in OF_AN_INVERSION}
     files = {
         str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
         for file in given
     }
-    if "references" in wishes:
-        images["references"] = [read_image(one) for one in wishes["references"]]
+    if "references" in options:
+        images["references"] = [read_image(one) for one in options["references"]]
         settings["references"] = [one.name for one in images["references"]]
         files |= {one.name: one.content for one in images["references"]}
     return images, settings, files
@@ -250,7 +250,7 @@ def _read_images(wishes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 @contextmanager
 def _claim(out: Path | None) -> Iterator[None]:
-    """Takes the folder that was named; after a mistake it is gone again."""
+    """Hold the folder `out` inside the `with`; after an error it is gone again."""
     if out is None:
         refuse_unwritable(RUNS)
         yield

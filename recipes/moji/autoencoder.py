@@ -35,7 +35,8 @@ from backbone.cli.options import Option, settled_command
 from backbone.diffusion.noise import generator
 from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json
-from backbone.training.loop import Average, warm_stable_decay
+from backbone.training.loop import Average
+from backbone.training.optimizer import warm_stable_decay
 from backbone.world.rendering.textures import Pixels
 from recipes.moji.data.pictures import load
 from recipes.moji.training.linear_start import begin

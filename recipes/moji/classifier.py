@@ -29,7 +29,8 @@ from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
-from backbone.training.loop import Average, warm_cosine
+from backbone.training.loop import Average
+from backbone.training.optimizer import warm_cosine
 from backbone.world.edits import GREY_STYLES
 from backbone.world.rendering.textures import Pixels
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene

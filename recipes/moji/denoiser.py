@@ -43,7 +43,7 @@ from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors, write_text
 from backbone.models.locate import EMBEDDED
 from backbone.training.attention import fast_attention_backward
-from backbone.training.loop import warm_stable_decay
+from backbone.training.optimizer import warm_stable_decay
 from backbone.world.scene import Scene, sample_scene
 from recipes.moji.autoencoder import CHANNELS, SCALING_FACTOR, precision, to_tensor
 from recipes.moji.data.pictures import SCENES, SHARD, list_shards, load_captions

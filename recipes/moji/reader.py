@@ -28,7 +28,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
-from backbone.training.loop import warm_cosine
+from backbone.training.optimizer import warm_cosine
 from benchmarks.judges.reader import WEIGHTS, Reader
 from recipes.moji.adapters.control import held_path
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training

@@ -44,7 +44,8 @@ from backbone.cli.options import Option, settled_command
 from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
 from backbone.io.console import run_app
 from backbone.io.files import write_json
-from backbone.training.loop import Average, warm_cosine
+from backbone.training.loop import Average
+from backbone.training.optimizer import warm_cosine
 from backbone.world.rendering.render import SIZE, place_figures
 from backbone.world.rendering.textures import Pixels
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from backbone.cli.commands import run_main
-from backbone.training.loop import Average, Update, train, warm_cosine
+from backbone.training.loop import Average, Update, train
+from backbone.training.optimizer import warm_cosine
 from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.denoiser import build_text_encoder

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
 
 from backbone.io.console import UserError
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from tests import tiny
@@ -104,9 +104,9 @@ def test_a_folder_with_the_scheduler_of_a_distillation_is_drawn_in_few_steps(
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", kind.__name__]
     (folder / "model_index.json").write_text(json.dumps(index))
-    drawing = usual_drawing(opened(folder))
+    drawing = get_sampling_defaults(opened(folder))
     assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 1.0, sampler)
-    told = usual_drawing(opened(rebuilt(folder, tmp_path / "told", time_cond_proj_dim=8)))
+    told = get_sampling_defaults(opened(rebuilt(folder, tmp_path / "told", time_cond_proj_dim=8)))
     assert told.guidance == 8.5
 
 

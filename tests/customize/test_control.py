@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.run_folder import CONDITION_FILE
-from backbone.models.control import find_control, usual_condition
+from backbone.models.control import find_control, get_condition_defaults
 from backbone.models.model import Backbone
 from customize.cli import app
 from tests import tiny
@@ -100,7 +100,7 @@ def test_the_model_s_own_network_is_taken_with_its_own_strength(place: Path, tmp
     (said,) = record["conditions"]
     assert said["scale"] == 0.9 and said["network"].endswith("control/all")
     model = Backbone.open(str(place / "model"), device="cpu", precision="fp32")
-    assert usual_condition(model, find_control(said["network"]).record, "labels")["scale"] == 0.8
+    assert get_condition_defaults(model, find_control(said["network"]).record, "labels")["scale"] == 0.8
     assert "conditions" not in json.loads((tmp_path / "plain" / "samples.json").read_text())
     own, off, plain = (pixels(tmp_path / name / "p00-s00.png") for name in ("own", "off", "plain"))
     assert np.array_equal(off, plain) and not np.array_equal(own, plain)

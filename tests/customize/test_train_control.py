@@ -26,7 +26,7 @@ from backbone.models.model import Backbone
 from backbone.training.settings import RunOptions, find_resumed, read_run_settings
 from backbone.world.rendering.record import SIZE
 from customize.cli import app
-from customize.control_settings import PROGRAM, read_settings, resolve_settings, usual_folder
+from customize.control_settings import PROGRAM, default_folder, read_settings, resolve_settings
 from customize.data.control_pairs import ControlColumns, read_control_pairs
 from customize.data.maps import maps_of_picture
 from customize.evaluation.condition_fidelity import Agreement, agreement
@@ -406,7 +406,7 @@ def test_the_latest_checkpoint_of_a_command_is_that_of_the_folder_that_it_writes
     trained: Trained, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained.run, tmp_path / usual_folder(str(pairs), "sketch"))
+    shutil.copytree(trained.run, tmp_path / default_folder(str(pairs), "sketch"))
     again = refused(*trained.command, "--steps", 4, "--seed", 5, "--resume", "latest")
     assert "goes on with that run's own settings" in again
 

@@ -45,7 +45,7 @@ transformers = pytest.mark.parametrize("name", [*TRANSFORMERS, *SLOWLY])
 @pytest.fixture(scope="module")
 def inverted(family: Open) -> Callable[..., Inversion]:
     """A picture's inversion by a family's name, made once."""
-    return cache(lambda name, **wishes: invert(family(name), photo(), SOURCE, **{"steps": STEPS} | wishes))
+    return cache(lambda name, **options: invert(family(name), photo(), SOURCE, **{"steps": STEPS} | options))
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -90,7 +90,7 @@ def test_words_and_layout_each_change_the_way(inverted: Callable[..., Inversion]
         {"cross": 1.0, "self_attention": 1.0},
         {"cross": 1.0, "self_attention": 1.0, "weights": {"dog": 3.0}},
     ]
-    found = [replace(inversion, TARGET, ReplaceSettings(**wishes, blend=())).latents for wishes in asked]
+    found = [replace(inversion, TARGET, ReplaceSettings(**options, blend=())).latents for options in asked]
     for n, one in enumerate(found):
         assert all(deviation(one, other) > 1e-6 for other in found[:n])
 
@@ -234,10 +234,10 @@ def test_a_word_s_place_is_found_and_only_it_is_filled(inverted: Callable[..., I
 @each
 def test_ways_without_attention_keep_what_lies_outside_the_mask(family: Open, name: str) -> None:
     model = family(name)
-    wishes: dict[str, Any] = {"mask": left_half(), "steps": STEPS}
+    options: dict[str, Any] = {"mask": left_half(), "steps": STEPS}
     drawn = [
-        sdedit(model, photo(), TARGET, strength=0.7, **wishes),
-        flow_edit(model, photo(), SOURCE, [TARGET], strength=0.7, guidance=4.0, **wishes),
+        sdedit(model, photo(), TARGET, strength=0.7, **options),
+        flow_edit(model, photo(), SOURCE, [TARGET], strength=0.7, guidance=4.0, **options),
     ]
     for one in drawn:
         assert torch.equal(one.latents[0][..., 4:], one.clean[..., 4:])

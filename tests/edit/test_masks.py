@@ -116,9 +116,9 @@ def test_a_mask_that_lets_nothing_change_is_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match=rf"mask.png lets nothing change: .*{found}"):
         places("mask.png")
     photo(*SIZE).save("photo.png")
-    wishes = {"image": "photo.png", "prompt": "a cat", "mask": "mask.png", "model": "no such model"}
+    options = {"image": "photo.png", "prompt": "a cat", "mask": "mask.png", "model": "no such model"}
     with pytest.raises(UserError, match="lets nothing change"):
-        perform("sdedit", wishes, out=Path("out"))
+        perform("sdedit", options, out=Path("out"))
     assert not Path("out").exists()
 
 

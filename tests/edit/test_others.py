@@ -175,7 +175,7 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
 
 
 @pytest.mark.parametrize(
-    ("wishes", "complaint"),
+    ("options", "complaint"),
     [
         ({"prompt": " "}, "empty"),
         ({"strength": 1.2}, "between 0 and 1"),
@@ -187,9 +187,9 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
         ({"guidance": -2.0}, "negative"),
     ],
 )
-def test_what_cannot_be_noised_is_refused(tiny: Backbone, wishes: dict[str, Any], complaint: str) -> None:
+def test_what_cannot_be_noised_is_refused(tiny: Backbone, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        sdedit(tiny, **{"image": photo(), "prompt": SOURCE, "steps": 2, **wishes})
+        sdedit(tiny, **{"image": photo(), "prompt": SOURCE, "steps": 2, **options})
 
 
 # FlowEdit

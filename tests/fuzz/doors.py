@@ -48,7 +48,8 @@ from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
 from backbone.models.control import new_control, open_control
 from backbone.models.model import Backbone
-from backbone.training.loop import Report, load_checkpoint, save_checkpoint
+from backbone.training.checkpoint import load_checkpoint, save_checkpoint
+from backbone.training.loop import Report
 from customize.data.control_pairs import check_control_pairs, read_control_pairs
 from customize.data.edit_pairs import read_edit_pairs, usable_pairs
 from customize.evaluation.metrics import ConceptMetrics
@@ -140,11 +141,11 @@ class Place:
         config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": layers}
         write_tensors(self.root / "a.safetensors", factors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
         self.networks()
-        wishes = {
+        options = {
             "image": str(self.root / "image.png"), "prompt": "a dog", "steps": 2, "metrics": False,
             "model": str(self.model), "precision": "fp32", "device": "cpu", "concepts": [], "seed": 0,
         }  # fmt: skip
-        perform("sdedit", wishes, out=self.root / "edit")
+        perform("sdedit", options, out=self.root / "edit")
         programs: list[Any] = [customize.settings, align.settings]
         for program in programs:
             made = program.resolve_settings(NEEDED[program.__name__], {})

@@ -16,7 +16,7 @@ from backbone.io.report import heading, image_row, paragraph
 from backbone.io.run_folder import BEFORE_AND_AFTER
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 
@@ -64,7 +64,7 @@ class Pictures:
         if not processes.is_participant():
             return
         settings = self.settings
-        drawing = usual_drawing(
+        drawing = get_sampling_defaults(
             self.model,
             steps=settings.sample_steps or None,
             guidance=settings.guidance if settings.guidance >= 0 else None,

@@ -129,7 +129,7 @@ class Flux2(SplitFileFamily):
     def text_encoder(self, location: Location, dtype: torch.dtype) -> LanguageModelEncoder:
         source = language_models if location.file is None else split_files
         width = int(location.config("transformer")["joint_attention_dim"])
-        if is_told_guidance(location):
+        if has_guidance_embedding(location):
             kind: Any = MistralModel
             if location.file is None:
                 from transformers import Mistral3ForConditionalGeneration  # slow to import
@@ -150,7 +150,7 @@ class Flux2(SplitFileFamily):
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         width = int(location.config("transformer")["joint_attention_dim"])
-        text_kind = MistralModel if is_told_guidance(location) else Qwen3Model
+        text_kind = MistralModel if has_guidance_embedding(location) else Qwen3Model
         return ModelSpec(
             diffusers_spec(Flux2Transformer2DModel, location, "transformer", dtype),
             diffusers_spec(AutoencoderKLFlux2, location, "vae", loading.autoencoder_dtype(location, dtype)),
@@ -219,7 +219,7 @@ class Flux2(SplitFileFamily):
         return replace(conditions, guidance=scale)
 
 
-def is_told_guidance(location: Location) -> bool:
+def has_guidance_embedding(location: Location) -> bool:
     """Whether the network is conditioned on the guidance scale, as dev is and klein is not."""
     return bool(location.config("transformer").get("guidance_embeds", True))
 

@@ -29,8 +29,8 @@ from backbone.families.unet.family import (
     UNetFamily,
     beside_reference,
     load_part,
+    make_timestep_cond,
     refuse_other_inputs,
-    say_guidance,
 )
 from backbone.io.files import Header
 
@@ -95,7 +95,7 @@ class StableDiffusion(UNetFamily):
                 "sample": noisy,
                 "timestep": time,
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
-                **say_guidance(denoiser, conditions, dtype),
+                **make_timestep_cond(denoiser, conditions, dtype),
             }
             return call_unet(denoiser, inputs, conditions.controls)
 

@@ -35,8 +35,8 @@ from backbone.families.unet.family import (
     UNetFamily,
     beside_reference,
     load_part,
+    make_timestep_cond,
     refuse_other_inputs,
-    say_guidance,
 )
 from backbone.io.console import UserError
 from backbone.io.files import Header
@@ -120,7 +120,7 @@ class StableDiffusionXL(UNetFamily):
                 "timestep": time,
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
                 "added_cond_kwargs": added,
-                **say_guidance(denoiser, conditions, dtype),
+                **make_timestep_cond(denoiser, conditions, dtype),
             }
             return call_unet(denoiser, inputs, conditions.controls)
 

@@ -35,7 +35,7 @@ from backbone.families.base import (
 from backbone.families.components import loading
 from backbone.families.location import Location
 from backbone.families.stable_video import checkpoint
-from backbone.families.stable_video.picture import ClipPictureEncoder
+from backbone.families.stable_video.image_encoder import ClipImageEncoder
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
@@ -85,9 +85,9 @@ class StableVideo:
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TextEncoder:
         raise UserError(f"{location.name} reads a picture and no words. Leave the words out.")
 
-    def picture_encoder(self, location: Location, dtype: torch.dtype) -> ClipPictureEncoder:
-        """CLIP's tower, which conditions the network on the picture."""
-        return ClipPictureEncoder.load(location, dtype)
+    def image_encoder(self, location: Location, dtype: torch.dtype) -> ClipImageEncoder:
+        """CLIP's vision tower, whose embedding conditions the network."""
+        return ClipImageEncoder.load(location, dtype)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         return ModelSpec(

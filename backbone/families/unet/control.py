@@ -1,8 +1,8 @@
 """Control networks of the UNet families: ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024).
 
-A ControlNet is a copy of the UNet's encoder with zero convolutions; it hears text and time, and its answer is added to
-the skip connections. Its first layers embed the map alone, so they are asked once for a picture and not at every step.
-A T2I-Adapter hears nothing else, so all of it is asked once, and its features are added inside the encoder; a LoRA may
+A ControlNet is a copy of the UNet's encoder with zero convolutions; it reads text and time, and its output is added to
+the skip connections. Its first layers embed the map alone, so they run once for an image and not at every step. A
+T2I-Adapter reads nothing but the map, so all of it runs once, and its features are added inside the encoder; a LoRA may
 belong to it (`backbone.families.unet.row_lora`).
 """
 
@@ -38,7 +38,7 @@ UNION_TYPES = {  # of the published SDXL nets
     "labels": 5,
     "tile": 6,
 }
-EMBEDDING = "controlnet_cond_embedding"  # a ControlNet's layers that hear the map alone
+EMBEDDING = "controlnet_cond_embedding"  # a ControlNet's layers that read the map alone
 GREY = (0.299, 0.587, 0.114)  # Rec. 601 luma, as Pillow's mode L
 
 
@@ -60,8 +60,8 @@ class UNetControlNet:
             maps = maps.flip(1)
         return (network.controlnet_cond_embedding(maps.to(network.dtype)),)
 
-    def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments of the network that the denoiser has not."""
+    def network_arguments(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of the network that the denoiser does not have, from hints in this dtype."""
         # Turned round here, since such a network turns round what it is given
         return {"controlnet_cond": hints[0].flip(1) if is_bgr(self.module) else hints[0]}
 
@@ -75,7 +75,9 @@ class UNetControlNet:
         # Without an image beside the latents
         given["sample"] = given["sample"][:, : network.config.in_channels]
         with self.already_embedded():
-            skips, middle = network(**given, **self.hear(hints, network.dtype), return_dict=False)
+            skips, middle = network(
+                **given, **self.network_arguments(hints, network.dtype), return_dict=False
+            )
         if guess and not self.prompted_only:
             *ramp, last = torch.logspace(-1, 0, len(skips) + 1).tolist()
             skips = [skip * share for skip, share in zip(skips, ramp, strict=True)]
@@ -120,7 +122,7 @@ class UNetUnion(UNetControlNet):
         return self.asked_for((UNION_TYPES[kind],), (1.0,))
 
     def together(self, controls: Sequence[Control]) -> Control:
-        """Controls of several kinds, one row each, under the same module, as one whose call hears all of them."""
+        """Controls of several kinds, one row each, under the same module, as one whose call reads all of them."""
         types = tuple(number for control in controls for number in cast(UNetUnion, control.network).types)
         scales = tuple(float(control.scale[0]) for control in controls)
         hints = tuple(hint for control in controls for hint in control.hints)
@@ -128,12 +130,12 @@ class UNetUnion(UNetControlNet):
         return replace(controls[0], network=joined, hints=hints, scale=torch.ones_like(controls[0].scale))
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        return (maps,)  # which kinds are heard with it decides what its embedding becomes
+        return (maps,)  # its embedding depends on the kinds that are read with it
 
     def already_embedded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def hear(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    def network_arguments(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         network = cast(Any, self.module)
         chosen = torch.zeros(len(hints[0]), network.config.num_control_type, device=hints[0].device)
         chosen[:, list(self.types)] = 1
@@ -199,9 +201,11 @@ def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
-    """A UNet's answer with what the controls add; lists are new at every call, since the UNet empties them."""
-    heard = {name: value for name, value in inputs.items() if name != "timestep_cond"}  # which no net is told
-    found = residuals_of(controls, heard, working_dtype(denoiser))
+    """A UNet's prediction with what the controls add; lists are new at every call, since the UNet empties them."""
+    shared = {
+        name: value for name, value in inputs.items() if name != "timestep_cond"
+    }  # no control network takes it
+    found = residuals_of(controls, shared, working_dtype(denoiser))
     middle = found.pop(MIDDLE, None)
     given = {**inputs, **found, **({MIDDLE: middle[0]} if middle is not None else {})}
     with row_loras(controls, denoiser):

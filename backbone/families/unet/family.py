@@ -77,17 +77,18 @@ class UNetFamily:
     def embed_guidance(
         self, denoiser: nn.Module, conditions: Conditions, guidance: float
     ) -> Conditions | None:
-        """For a UNet that is told the scale beside the time (`time_cond_proj_dim`), as consistency models are."""
+        """For a UNet that is conditioned on the scale beside the time (`time_cond_proj_dim`), as consistency models."""
         if not cast(Any, denoiser).config.get("time_cond_proj_dim"):
             return None
         hidden = conditions.text["hidden"]
         return replace(conditions, guidance=hidden.new_full((len(conditions),), guidance))
 
 
-def say_guidance(denoiser: nn.Module, conditions: Conditions, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The argument that tells a UNet the guidance scales among the conditions; in training there are none.
+def make_timestep_cond(denoiser: nn.Module, conditions: Conditions, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The UNet's argument `timestep_cond` [B, D] for the guidance scales among the conditions; {} without any.
 
     w = scale − 1 in sines and cosines, as a time of 1000·w is (Meng et al. 2023, section 3; diffusers' pipelines).
+    Training gives none.
     """
     if conditions.guidance is None:
         return {}

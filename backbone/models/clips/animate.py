@@ -62,14 +62,14 @@ def condition_on_stills(
     The picture's encoder is freed again, as it is used no more.
     """
     hidden = [encode_still(model, still) for still in stills]
-    model.free("picture_encoder")
+    model.free("image_encoder")
     return [condition_on(model, stills[i], hidden[i], generator(seed, i, j, "picture")) for i, j in keys]
 
 
 def encode_still(model: Backbone, still: Still) -> Tensor:
     """The image embedding [1, T, D] that the model is conditioned on."""
     shown = still.pixels if still.shown is None else still.shown
-    return send(model.picture_encoder(send(shown[None], model.device)), model.device)
+    return send(model.image_encoder(send(shown[None], model.device)), model.device)
 
 
 def condition_on(model: Backbone, still: Still, hidden: Tensor, random: torch.Generator) -> Conditions:

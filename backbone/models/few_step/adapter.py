@@ -19,8 +19,8 @@ from backbone.cli.sampling import Sampler
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json, read_tensors
 from backbone.io.records import parse_json, read_as
+from backbone.models.defaults import ModelDefaults, read_section
 from backbone.models.locate import ADAPTER, FEW_STEP
-from backbone.models.usual import Usual, read_section
 
 
 def read_few_step(folder: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_few_step(folder: Path) -> dict[str, Any]:
     record = read_json(path)
     kinds: dict[str, Any] = {"base": str, "steps": int, "guidance": float, "sampler": Sampler}
     said = {key: read_as(kind, record.get(key), path, key) for key, kind in kinds.items()}
-    return {"base": said.pop("base"), **read_section(Usual, said, path)}
+    return {"base": said.pop("base"), **read_section(ModelDefaults, said, path)}
 
 
 def hash_few_step(folder: Path) -> str:

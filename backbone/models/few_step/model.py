@@ -14,14 +14,14 @@ import torch
 
 from backbone.cli.sampling import ALL_STEPS, Sampler, own_guided
 from backbone.io.console import UserError
+from backbone.models.defaults import say_few_step_name
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone
-from backbone.models.usual import say_few_step_name
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a model is drawn with: as the keyword arguments of `backbone.models.sample.sample`."""
+    """How a model samples: keyword arguments of `backbone.models.sample.sample`."""
 
     steps: int
     guidance: float
@@ -29,18 +29,18 @@ class SamplingDefaults:
     guided: tuple[float, float] = ALL_STEPS
 
 
-def usual_drawing(
+def get_sampling_defaults(
     model: Backbone, *, steps: int | None = None, guidance: float | None = None
 ) -> SamplingDefaults:
-    """A model's own steps, guidance, its share of the steps, and sampler; these steps and guidance where given."""
-    usual = model.defaults
+    """A model's default steps, guidance, guidance interval and sampler; `steps` and `guidance` replace its own."""
+    defaults = model.defaults
     if guidance is None:
-        say_few_step_name(model.location.source, usual)
+        say_few_step_name(model.location.source, defaults)
     return SamplingDefaults(
-        int(usual["steps"]) if steps is None else steps,
-        float(usual["guidance"]) if guidance is None else guidance,
+        int(defaults["steps"]) if steps is None else steps,
+        float(defaults["guidance"]) if guidance is None else guidance,
         model.choose_sampler(),
-        own_guided(usual),
+        own_guided(defaults),
     )
 
 

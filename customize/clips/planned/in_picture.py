@@ -57,9 +57,9 @@ def find_named(model: Backbone, picture: Image.Image, said: str, beside: str = "
 
     Where the thing is seen they are what differs from their rows, as in a drawing (`cut_out.find_things`).
     """
-    usual = picture.resize(usual_size(model, picture.size), Image.Resampling.LANCZOS)
+    shown = picture.resize(scale_to_model(model, picture.size), Image.Resampling.LANCZOS)
     with model.autocast():
-        posterior = model.encode(to_tensor(usual)[None])
+        posterior = model.encode(to_tensor(shown)[None])
         texts = [model.encode_prompts([words]) for words in (said, "", beside)]
         seen = prediction_difference(model, posterior, texts[0], texts[1])
         if beside:
@@ -94,7 +94,7 @@ def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
     return thing
 
 
-def usual_size(model: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+def scale_to_model(model: Backbone, size: tuple[int, int]) -> tuple[int, int]:
     """The size (W, H) of a picture of this shape that has about as many pixels as the model draws."""
     scale = model.resolution / (size[0] * size[1]) ** 0.5
     step = 4 * model.factor

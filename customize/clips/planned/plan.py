@@ -226,14 +226,14 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     if plan.move and plan.picture is not None:
         known = plan.cut_out is not None and plan.cut_out.behind is not None
         behind = "the picture of --behind" if known else "what its rows have beside it"
-        said.append(f"{_say(plan.move)}: cut out of the picture, over {behind}.")
+        said.append(f"{_describe_move(plan.move)}: cut out of the picture, over {behind}.")
     elif plan.move:
         how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
-        said.append(f"drawn as “{plan.prompt}”, {_say(plan.move)} {how}.")
-    return [f"“{prompt}”: {one}" for one in said] or [_say_still(prompt)]
+        said.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {how}.")
+    return [f"“{prompt}”: {one}" for one in said] or [_describe_still(prompt)]
 
 
-def _say_still(prompt: str) -> str:
+def _describe_still(prompt: str) -> str:
     """Why nothing moves."""
     named = " and ".join(f"“{words}”" for words in name_motions(prompt))
     if named:
@@ -244,7 +244,7 @@ def _say_still(prompt: str) -> str:
     return f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
 
 
-def _say(move: str) -> str:
+def _describe_move(move: str) -> str:
     return "moving along the track" if move == TRACK else MOTIONS[move][0]
 
 

@@ -19,10 +19,10 @@ from backbone.io.console import UserError, progress
 from backbone.io.files import (
     PICKLE_SUFFIXES,
     list_files,
+    raising_os_errors,
     read_header,
     read_json,
     read_tensors,
-    saying_what_the_system_says,
     write_json,
     write_tensors,
 )
@@ -232,7 +232,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
     inner = config.get("text_config", config)  # of a language model that reads pictures too
     inner["vocab_size"] = len(longer)
     write_json(folder / component / "config.json", config)
-    with saying_what_the_system_says(tokenizer_folder):
+    with raising_os_errors(tokenizer_folder):
         tokenizer.save_pretrained(tokenizer_folder)
 
 

@@ -37,7 +37,7 @@ from backbone.io.run_folder import fill_new_folder, refuse_new_file
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
-from customize.control_settings import PROGRAM, ControlSettings, read_settings, usual_folder
+from customize.control_settings import PROGRAM, ControlSettings, default_folder, read_settings
 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 # What may be said anew beside --resume; what is learned from and on may have moved
@@ -115,7 +115,7 @@ class MapOptions(JsonOptions):
 
 
 def map(asked: MapOptions) -> None:
-    """Show what a condition looks like: the map of a picture, or the true one of a scene."""
+    """Draw control maps: those found in an image, or the true ones of a scene of moji's world."""
     kinds, pictures = split_words(asked.words)
     if asked.all and kinds:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
@@ -262,13 +262,13 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
 
 
 def evaluate_control(asked: EvaluateControlOptions) -> None:
-    """Measure how well a control network is obeyed: on pairs, beside no condition and the true images."""
+    """Measure how closely images follow the maps of pairs, against images without control and the true ones."""
     for scale in asked.sweep:
         check_strength(AskedControl(AskedMap("map", ""), scale=scale))
     if not asked.images:
         raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
     from backbone.evaluation.clip import load_scorer
-    from backbone.models.control import find_control, open_control, refuse_rows, usual_condition
+    from backbone.models.control import find_control, get_condition_defaults, open_control, refuse_rows
     from backbone.models.locate import OWN
     from backbone.models.model import Backbone
     from backbone.world.rendering.record import load_labels
@@ -296,7 +296,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
             asked.steps or int(model.defaults["steps"]),
             float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
             asked.seed,
-            asked.condition_rows or usual_condition(model, opened.record, kind)["rows"],
+            asked.condition_rows or get_condition_defaults(model, opened.record, kind)["rows"],
             tuple(asked.sweep),
         )
         read = None if scorer is None else load_scorer(scorer)
@@ -324,8 +324,8 @@ def kind_of(asked: EvaluateControlOptions, kinds: Sequence[str]) -> str:
 def train_control(asked: dict[str, Any], run: RunOptions) -> None:
     """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
     named = "images" in asked and "condition" in asked
-    usual = usual_folder(asked["images"], asked["condition"]) if named else None
-    resumed = None if run.resume is None else find_resumed(run, PROGRAM, usual)
+    default = default_folder(asked["images"], asked["condition"]) if named else None
+    resumed = None if run.resume is None else find_resumed(run, PROGRAM, default)
     if resumed is None:
         from customize.training.control.start import start
 

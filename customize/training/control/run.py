@@ -37,7 +37,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from backbone.training.loop import refuse_other_sources
+from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings

@@ -9,7 +9,7 @@ from typing import Any
 from backbone.cli.options import refuse_idle, require_packages
 from backbone.io.console import UserError, progress
 from backbone.io.run_folder import make_absolute
-from customize.control_settings import resolve_settings, usual_folder
+from customize.control_settings import default_folder, resolve_settings
 
 
 def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
@@ -27,7 +27,7 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     for path in wanted.validation_image:
         if not Path(path).is_file():
             raise UserError(f"--validation-image {path} is no file. Check the spelling.")
-    out = out or usual_folder(asked["images"], wanted.condition)
+    out = out or default_folder(asked["images"], wanted.condition)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.control.run import train_control
 

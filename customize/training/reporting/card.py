@@ -12,7 +12,7 @@ from backbone.adapters.concept import mentions, word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.io.console import UserError, count_of, quote, quote_text
 from backbone.io.files import read_header
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from customize.data.dataset import preserves
@@ -199,10 +199,10 @@ def draw_in_diffusers(model: Backbone) -> dict[str, float]:
     kind = str(model.location.index["_class_name"])
     if not kind.startswith(("StableDiffusion", "PixArt")):
         return {}
-    usual = usual_drawing(model)
+    defaults = get_sampling_defaults(model)
     call = inspect.signature(getattr(diffusers, kind).__call__).parameters
-    stochastic = {"eta": 1.0} if usual.sampler == "ancestral" and "eta" in call else {}
-    return {"num_inference_steps": usual.steps, "guidance_scale": usual.guidance, **stochastic}
+    stochastic = {"eta": 1.0} if defaults.sampler == "ancestral" and "eta" in call else {}
+    return {"num_inference_steps": defaults.steps, "guidance_scale": defaults.guidance, **stochastic}
 
 
 def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
     @settled_command(app, TransferOptions, panels=(DATA, MODEL, TRAINING, OUTPUT))
     def transfer(asked: TransferOptions) -> None:
-        """Fit a run's adapter to a few-step model, which keeps its own answers on the class."""
+        """Fit a run's adapter to the few-step model of its base, preserving that model's class."""
         settings = read_subject_settings(asked.run)  # mistakes are answered before torch is imported
         refuse_what_is_no_adapter(asked.run)
         from customize.training.transfer.run import transfer_run

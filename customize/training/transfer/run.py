@@ -19,7 +19,7 @@ from backbone.io.console import UserError, notify, quote
 from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
-from backbone.models.few_step.model import SamplingDefaults, open_few_step, usual_drawing
+from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
 from backbone.models.locate import absolute_model
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
@@ -48,7 +48,7 @@ def transfer_run(asked: TransferOptions) -> Path:
     base = open_model(settings, resolution=settings.resolution)
     check_concept_fits(concept, base)
     few = open_few_step(base, asked.to)
-    drawing = usual_drawing(few)
+    drawing = get_sampling_defaults(few)
     rate = OF_THE_RUN * settings.learning_rate if asked.learning_rate is None else asked.learning_rate
     asked, out = replace(asked, learning_rate=rate, out=asked.folder), asked.folder
     moved = replace(carry_over(concept, base, few), model=absolute_model(asked.to))
@@ -118,13 +118,13 @@ def prepare_fit(
 ) -> Transfer:
     """Both sets of answers, and the adapter on the few-step model, ready to be fitted."""
     subject, others = list_requests(asked, settings, concept)
-    drawing = usual_drawing(few)
+    drawing = get_sampling_defaults(few)
     # the few-step model answers before it carries anything; then the base answers, and makes room
     prior: ClassAnswers = draw_class(few, others, drawing, asked.seed)
     few.free("denoiser")
     load_concepts(base, [concept])
-    usual = usual_drawing(base, steps=settings.sample_steps, guidance=settings.guidance)
-    answers: SubjectAnswers = draw_subject(base, subject, usual, asked.seed)
+    drawn_as = get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance)
+    answers: SubjectAnswers = draw_subject(base, subject, drawn_as, asked.seed)
     base.free("denoiser", "autoencoder", "text_encoder")
     load_concepts(few, [replace(moved, folder=concept.folder)])
     if settings.gradient_checkpointing:

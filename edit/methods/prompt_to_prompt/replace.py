@@ -26,11 +26,11 @@ from backbone.io.console import UserError, notify
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative, say_same_negative
-from edit import checks
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import AttentionControl, Maps
 from edit.attention.install import control_attention
 from edit.attention.separate import features_of
+from edit.checks import check_prompts, check_strength, refuse_no_inversion
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
@@ -55,17 +55,17 @@ def replace(
     alignments: Sequence[Alignment] | None = None,
     progress: Callable[[], Any] = lambda: None,
 ) -> Result:
-    """Edits the image of an inversion towards one target prompt, or several at once, in the model's words.
+    """Edit the image of an inversion towards one target prompt, or several at once, in the model's words.
 
     `alignments` are those of `align_prompts`, if they are known already; `progress` is called after every step.
 
     Raises `UserError` for prompts that share no words with the source's, words that no prompt has, a mask of another
     size, and what the model cannot do.
     """
-    checks.inverted(inversion)
-    targets = checks.prompts(targets, "target prompt")
+    refuse_no_inversion(inversion)
+    targets = check_prompts(targets, "target prompt")
     model, steps = inversion.model, inversion.steps
-    settings = _settled(model, settings)
+    settings = _resolve(model, settings)
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
@@ -109,8 +109,8 @@ def replace(
     )  # fmt: skip
 
 
-def _settled(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettings:
-    """These settings for a model, or its usual ones; `UserError` for what is none, and for what it cannot do."""
+def _resolve(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettings:
+    """These settings, or the defaults, resolved for a model; `UserError` for what it cannot do."""
     if settings is not None and not isinstance(settings, ReplaceSettings):
         raise UserError(f"settings is {type(settings).__name__}. Write edit.ReplaceSettings(keep=[…]).")
     resolved = (settings or ReplaceSettings()).resolve(model)
@@ -119,7 +119,7 @@ def _settled(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettin
 
 
 def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
-    """`UserError` for features of a model that has none, and for a negative prompt that has no prediction."""
+    """`UserError` for features of a denoiser that has none, and for a negative prompt where the model takes none."""
     if settings.features and features_of(model.denoiser) is None:
         raise UserError(
             f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
@@ -137,8 +137,8 @@ def align_prompts(
     """
     if not targets:
         raise UserError("There is no target prompt. Say what the image should show.")
-    stretches = model.text_encoder.segments
-    first, *others = (tokenize_prompt(stretches, prompt) for prompt in (source, *targets))
+    segments = model.text_encoder.segments
+    first, *others = (tokenize_prompt(segments, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
         require(others, word)
     for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
@@ -163,7 +163,7 @@ def _say_unread_swap(settings: ReplaceSettings, regions: Regions, plan: ControlP
 
 def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     """The step at which the edit begins; `UserError` for heat maps where no step is left to read them in."""
-    first = inversion.start(checks.strength(settings.strength, inversion.steps))
+    first = inversion.start(check_strength(settings.strength, inversion.steps))
     if settings.heatmaps and first == inversion.steps:
         raise UserError(
             "Nothing is sampled at this strength, so no attention can be read. Leave --heatmap out."
@@ -172,19 +172,21 @@ def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
 
 
 def _first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
-    """The step from which on words have their places, of an edit that begins at step `first`."""
+    """The step from which on masks are read from attention, of an edit that begins at step `first`."""
     return min(max(math.ceil(settings.blend_from * steps - 1e-9), first), steps - 1)
 
 
 def _last_steps_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> list[int]:
-    """Until when each target needs the source's row: while it takes something from it, and until maps are read at
-    `read`. So what becomes of a target does not depend on those beside it."""
+    """The last step at which each target needs the source's row: to take something from it, or to read maps at `read`.
+
+    One for each target, so that an edit does not depend on those beside it in the batch.
+    """
     last = plan.last_steps()
     return [max(one, read) for one in last] if inversion.overwrites else [inversion.steps - 1] * len(last)
 
 
 def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> AttentionControl:
-    """Attention control before the first step, of the layers that `attention` has."""
+    """Attention control before the first step, for the layers that `attention` describes."""
     maps = None
     if regions.columns is not None:
         maps = Maps(send(regions.columns, regions.device), regions.size, most=attention.max_map_queries)
@@ -202,8 +204,8 @@ def encode_source_and_targets(
 ) -> Conditions:
     """The encoded prompts [1 + N, ...], the source's first, with the layout's controls.
 
-    With `regions`, weighted words count by their weight in what the others say of them, and maps that were found in the
-    source do not hold for what is put on or taken off.
+    With `regions`, words with a weight have it in the context of the other words too, and maps that were found in the
+    source do not control the places of what is put on or taken off.
     """
     text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
     if regions is not None and regions.settings.steady_weights:
@@ -223,24 +225,24 @@ def guide_source_and_targets(inversion: Inversion, text: Conditions, guidance: f
 
 
 def source_is_guided(inversion: Inversion) -> bool:
-    """Whether the source's row is sampled with guidance that changes it (guided by its own prompt it is not)."""
+    """Whether guidance changes the source's row: not where it is overwritten, or its own prompt is the negative one."""
     return not inversion.overwrites and inversion.method != "negative-prompt"
 
 
 def target_guidance(inversion: Inversion, asked: float | None) -> float:
-    """The targets' guidance: what was asked for, else what the inversion was made for, else the model's usual one."""
+    """The targets' guidance: what was asked for, else what the inversion was made for, else the model's default."""
     made_for = inversion.guidance
     if made_for is not None and asked is not None and asked != made_for:
         raise UserError(
             f"This null-text inversion was made for guidance {made_for:g}, not {asked:g}. "
             f"Leave --guidance out, or invert again with it."
         )
-    usual = float(inversion.model.defaults["guidance"]) if made_for is None else made_for
-    return usual if asked is None else asked
+    default = float(inversion.model.defaults["guidance"]) if made_for is None else made_for
+    return default if asked is None else asked
 
 
 def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
-    """The encoded prompt [1, ...] of unconditional rows: the negative one; by negative-prompt inversion the source."""
+    """The encoded prompt [1, ...] of unconditional rows: the negative one; the source's for negative-prompt inversion."""
     refuse_idle_negative(inversion.method, negative)
     if inversion.method == "negative-prompt":
         return text[:1]
@@ -248,7 +250,7 @@ def unconditional_text(inversion: Inversion, negative: str, text: Conditions) ->
 
 
 def refuse_idle_negative(method: str, negative: str) -> None:
-    """`UserError` for a negative prompt beside an inversion that puts something of its own in its place."""
+    """`UserError` for a negative prompt beside an inversion that replaces it."""
     own = {"null-text": "what it has optimised", "negative-prompt": "the source prompt"}
     if negative and method in own:
         raise UserError(
@@ -269,8 +271,10 @@ def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estima
 def _read_maps(
     maps: Maps, regions: Regions, masks: Tensor | None, needed: Sequence[bool], *, due: bool
 ) -> Tensor | None:
-    """The masks after a step, read anew of the targets that need it once they are due; maps are means over the steps so
-    far, so a word's place becomes clearer step by step."""
+    """The masks after a step; those of the targets `needed` are read again, once they are due.
+
+    Maps are means over the steps so far, so a word's place becomes clearer step by step.
+    """
     regions.read_heat(maps, needed)
     maps.settle()
     if not due or not regions.named.any():

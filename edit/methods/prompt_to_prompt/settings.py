@@ -14,11 +14,11 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window
 from edit.attention.control import Reach, SelfAttention
-from edit.checks import between, not_negative, share
+from edit.checks import check_interval, check_not_negative, check_share
 from edit.pictures import ImageLike
 
 AUTO = "auto"  # as a word to blend: wherever the prompts differ
-USUAL: Mapping[str, float] = {"cross": 0.8, "self_attention": 0.4}
+DEFAULTS: Mapping[str, float] = {"cross": 0.8, "self_attention": 0.4}
 BY_MODEL = (
     "cross",
     "self_attention",
@@ -84,7 +84,7 @@ class ReplaceSettings:
     mask                    where the image may change (white); of the image's shape, or as it was cropped
     threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from
                             which share of the steps on
-    guidance, negative      of the targets; the model's usual guidance if None
+    guidance, negative      of the targets; None: the model's default guidance
     strength                the share of the steps that is sampled: below 1 the edit begins at a less noisy state
     heatmaps                words whose attention is read
     frames                  how many of the targets' estimates to keep along the way
@@ -121,24 +121,24 @@ class ReplaceSettings:
             object.__setattr__(self, name, _words(name, getattr(self, name)))
         for name in (*BY_MODEL, "features", "threshold", "blend_from", "strength"):
             value = getattr(self, name)
-            share(name, 0.0 if value is None else value)
+            check_share(name, 0.0 if value is None else value)
         for word, window in self.windows.items():
             if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(map(_is_number, window)):
                 raise UserError(f"The window of “{word}” is {window!r}. Write (0.0, 0.8).")
-            between(f"the window of “{word}”", *window)
+            check_interval(f"the window of “{word}”", *window)
         for word, weight in self.weights.items():
             if not _is_number(weight) or not math.isfinite(weight):
                 raise UserError(f"The weight of “{word}” is {weight!r}, which is no number. Give one, as 2.")
         if self.guidance is not None:
-            not_negative("guidance", self.guidance)
+            check_not_negative("guidance", self.guidance)
 
     def resolve(self, model: Backbone) -> ReplaceSettings:
-        """With numbers in place of the None that stand for what works with the model, guidance excepted."""
-        usual: dict[str, Any] = dict(model.defaults.get("edit", {}))
+        """These settings with the model's defaults in place of None, guidance excepted."""
+        defaults: dict[str, Any] = dict(model.defaults.get("edit", {}))
         if self.self_attention is not None:  # asked for, it is every target's
-            usual = {name: value for name, value in usual.items() if name not in BY_CHANGE}
+            defaults = {name: value for name, value in defaults.items() if name not in BY_CHANGE}
         given = {name: value for name in BY_MODEL if (value := getattr(self, name)) is not None}
-        found = replace(self, **{**USUAL, **usual, **given})
+        found = replace(self, **{**DEFAULTS, **defaults, **given})
         if found.cross:
             return found
         # A word counts by its weight only where its window is open
@@ -147,11 +147,11 @@ class ReplaceSettings:
     @property
     def steady_weights(self) -> dict[str, float]:
         """The weights of words whose window is all the steps, once the settings are resolved."""
-        usual = (0.0, self.cross or 0.0)
+        default = (0.0, self.cross or 0.0)
         return {
             word: weight
             for word, weight in self.weights.items()
-            if self.windows.get(word, usual) == (0.0, 1.0)
+            if self.windows.get(word, default) == (0.0, 1.0)
         }
 
     @property

@@ -38,7 +38,7 @@ from backbone.io.files import read_header, read_tensors, write_json, write_tenso
 from backbone.models.locate import FEW_STEP, OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
-from backbone.training.loop import warm_stable_decay
+from backbone.training.optimizer import warm_stable_decay
 from backbone.world.scene import TRAINING_SEEDS, sample_scene
 from recipes.moji.training.run import (
     ADAPTER_GRID,

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from backbone.cli.options import Option
 from backbone.distributed.processes import any_process, gradient_averaging
 from backbone.io.files import read_tensors, write_bytes, write_tensors
-from backbone.training.loop import Average, LRSchedule, Update, load_checkpoint, save_checkpoint, train
+from backbone.training.checkpoint import load_checkpoint, save_checkpoint
+from backbone.training.loop import Average, Update, train
+from backbone.training.optimizer import LRSchedule
 from recipes.moji.training.logbook import Logbook
 
 TRAINING, OUTPUT = "Training", "Output"

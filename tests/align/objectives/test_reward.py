@@ -19,7 +19,7 @@ from align.objectives.ddpo import (
     clipped_loss,
     is_random,
     log_probability,
-    stochastic_walk,
+    sample_trajectories,
 )
 from align.objectives.draft import RewardGradients, embed_pictures
 from align.settings import Settings
@@ -79,7 +79,7 @@ def denoise(noisy: Tensor, level: Level) -> Estimate:
 def test_a_recorded_walk_is_the_ancestral_sampler_s() -> None:
     schedule = karras_schedule(6, sigma_min=0.02, sigma_max=8.0)
     start = torch.randn(3, 4, 2, 2, generator=generator(0)) * 8
-    states, chances = stochastic_walk(start, denoise, schedule, [generator(1, row) for row in range(3)])
+    states, chances = sample_trajectories(start, denoise, schedule, [generator(1, row) for row in range(3)])
     plain = ancestral(start, denoise, schedule, generator=[generator(1, row) for row in range(3)])
     assert torch.equal(states[-1], plain)
     assert states.shape == (len(schedule), 3, 4, 2, 2) and chances.shape == (len(schedule) - 1, 3)
@@ -119,17 +119,17 @@ def test_advantages_are_within_a_prompt_and_of_unit_deviation() -> None:
 
 
 def test_the_policy_that_drew_has_a_ratio_of_one(policy: PolicyGradients) -> None:
-    policy.walks, policy.round = policy.collect(0), 0
+    policy.trajectories, policy.round = policy.collect(0), 0
     with torch.no_grad():
         loss = policy.loss(0, [0, 1, 4])
-    assert float(loss) == pytest.approx(-float(policy.walks.advantage[[0, 1, 4]].mean()), abs=1e-5)
+    assert float(loss) == pytest.approx(-float(policy.trajectories.advantage[[0, 1, 4]].mean()), abs=1e-5)
 
 
 def test_a_step_makes_better_pictures_more_likely(policy: PolicyGradients) -> None:
     before = [value.detach().clone() for value in policy.parameters.values()]
     next(take_steps(policy))
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
-    walks, gain = policy.walks, 0.0
+    walks, gain = policy.trajectories, 0.0
     with torch.no_grad():
         for rung in range(len(policy.schedule) - 1):
             here, there = policy.schedule[rung], policy.schedule[rung + 1]

@@ -19,7 +19,8 @@ from backbone.io import console
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import FORWARDED_SIGNAL_SECONDS, catch_interrupts
-from backbone.training.loop import Update, train, warm_constant
+from backbone.training.loop import Update, train
+from backbone.training.optimizer import warm_constant
 
 
 def of(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:

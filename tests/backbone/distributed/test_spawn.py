@@ -18,7 +18,8 @@ from backbone.distributed import spawn
 from backbone.distributed.processes import any_process, average_in_place
 from backbone.distributed.spawn import run_workers
 from backbone.io.files import read_tensors, write_tensors
-from backbone.training.loop import Update, train, warm_constant
+from backbone.training.loop import Update, train
+from backbone.training.optimizer import warm_constant
 
 
 def learn(rank: int, folder: Path) -> None:

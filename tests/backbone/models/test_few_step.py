@@ -17,7 +17,7 @@ from backbone.diffusion.schedules import spaced_timesteps
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models import sample as sampling
-from backbone.models.few_step.model import name_few_step, open_few_step, usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults, name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, sample_latents
 from tests.tiny import tiny_flux, tiny_unet
@@ -51,7 +51,7 @@ def test_an_adapter_s_folder_is_a_model_with_the_adapter_in_its_weights(
 ) -> None:
     few = open_few_step(tiny, str(adapted))
     assert few.fingerprint != tiny.fingerprint
-    drawing = usual_drawing(few)
+    drawing = get_sampling_defaults(few)
     assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 1.0, "consistency")
     noisy = torch.randn((2, *tiny.latent_shape), generator=generator(1))
     conditions, index = tiny.encode_prompts([PROMPT] * 2), torch.tensor([999, 259])

@@ -32,7 +32,7 @@ from backbone.cli.sampling import SamplingSettings
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models import sample as sampling
-from backbone.models.few_step.model import usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, initial_noise, resolve_sampling, sample_latents
 from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
@@ -94,7 +94,7 @@ def test_a_flow_is_drawn_by_its_scheduler_s_own_steps(
 ) -> None:
     folder = with_scheduler(tiny_stable_diffusion_3(tmp_path / "model", t5=False), kind, **settings)
     model = opened(folder)
-    drawing = usual_drawing(model)
+    drawing = get_sampling_defaults(model)
     assert drawing.sampler == sampler
     assert ((drawing.steps, drawing.guidance) == (4, 1.0)) == (kind is FlowMatchLCMScheduler)
     pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, **dict.fromkeys(WITHOUT))
@@ -104,13 +104,13 @@ def test_a_flow_is_drawn_by_its_scheduler_s_own_steps(
 
 def test_a_flow_that_is_told_the_guidance_keeps_its_own_under_a_consistency_scheduler(tmp_path: Path) -> None:
     folder = with_scheduler(tiny_flux(tmp_path / "model"), FlowMatchLCMScheduler, use_dynamic_shifting=True)
-    drawing = usual_drawing(opened(folder))
+    drawing = get_sampling_defaults(opened(folder))
     assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 3.5, "consistency")
 
 
 def test_a_transformer_with_the_scheduler_of_a_distillation_is_drawn_in_few_steps(tmp_path: Path) -> None:
     folder = with_scheduler(tiny_pixart(tmp_path / "model"), LCMScheduler, beta_schedule="linear")
-    drawing = usual_drawing(opened(folder))
+    drawing = get_sampling_defaults(opened(folder))
     assert (drawing.steps, drawing.guidance, drawing.sampler) == (4, 1.0, "consistency")
 
 
@@ -177,7 +177,7 @@ def test_a_scheduler_whose_steps_no_sampler_takes_is_told_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = with_scheduler(Path(shutil.copytree(tiny_folder, tmp_path / "model")), kind, **settings)
-    assert usual_drawing(opened(folder)).sampler == sampler
+    assert get_sampling_defaults(opened(folder)).sampler == sampler
     told = " ".join(capsys.readouterr().err.split())
     if other is None:
         assert "whose steps" not in told
@@ -206,7 +206,7 @@ def test_a_model_that_names_its_sampler_is_told_nothing_of_its_scheduler_s_steps
 ) -> None:
     folder = with_scheduler(Path(shutil.copytree(tiny_folder, tmp_path / "model")), PNDMScheduler)
     (folder / "limner.json").write_text('{"sampler": "heun"}')
-    assert usual_drawing(opened(folder)).sampler == "heun"
+    assert get_sampling_defaults(opened(folder)).sampler == "heun"
     assert "whose steps" not in capsys.readouterr().err
 
 
@@ -228,7 +228,7 @@ def test_the_class_in_model_index_stands_above_the_scheduler_s_own(
     )
     told = " ".join(capsys.readouterr().err.split())
     assert told.count(f"names the {said} and its scheduler/ a PNDMScheduler: the first is followed") == 1
-    assert usual_drawing(model).sampler == ("consistency" if said == "LCMScheduler" else "ddim")
+    assert get_sampling_defaults(model).sampler == ("consistency" if said == "LCMScheduler" else "ddim")
 
 
 def test_a_class_that_is_none_of_diffusers_leaves_the_scheduler_s_own(

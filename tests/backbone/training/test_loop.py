@@ -16,17 +16,9 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.io.run_folder import read_steps_taken
-from backbone.training.loop import (
-    Average,
-    NotFiniteError,
-    Update,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-    warm_constant,
-    warm_cosine,
-)
-from backbone.training.optimizer import make_adamw
+from backbone.training.checkpoint import load_checkpoint, save_checkpoint
+from backbone.training.loop import Average, NotFiniteError, Update, train
+from backbone.training.optimizer import make_adamw, warm_constant, warm_cosine
 
 
 class Bowl:

@@ -277,8 +277,8 @@ def test_settings_that_somebody_has_changed_since_are_said(
     assert not capsys.readouterr().err
     Nearest(Settings(lr_scheduler="constant", max_grad_norm=0.5)).resume(tmp_path)
     assert capsys.readouterr().err.endswith(
-        "was trained up to step 3 with other settings than there are now: lr_scheduler was cosine and is constant; "
-        "max_grad_norm was 1.0 and is 0.5. It goes on with those of now.\n"
+        "was trained up to step 3 with other settings: lr_scheduler was cosine and is constant; "
+        "max_grad_norm was 1.0 and is 0.5. It goes on with the new ones.\n"
     )
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.transfer import send
-from backbone.training.loop import Monitor, NotFiniteError, train, warm_constant
+from backbone.training.loop import Monitor, NotFiniteError, train
+from backbone.training.optimizer import warm_constant
 from backbone.training.run import take_steps
 from customize.objectives.dreambooth import DreamBooth
 from tests.customize.test_methods import begun, fresh
@@ -49,7 +50,7 @@ def test_no_step_of_customize_waits_for_the_device(
 def test_a_plain_copy_in_a_step_is_found(
     tiny_folder: Path, subject: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backbone.data.ahead.send", lambda tensor, device: tensor.to(device))
+    monkeypatch.setattr("backbone.data.prefetch.send", lambda tensor, device: tensor.to(device))
     model = fresh(tiny_folder)
     training, _ = begun(model, subject, concept_settings(subject, steps=8))
     found = count_waits(training, model)

@@ -15,17 +15,17 @@ from benchmarks.edit import null_text
 def test_a_small_one_runs_through_and_goes_on(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wishes: dict[str, Any] = {
+    options: dict[str, Any] = {
         "steps": 2, "guidance": 3.0, "model": str(tiny_folder), "device": "cpu", "precision": "fp32", "out": tmp_path,
     }  # fmt: skip
-    null_text.main(scenes=1, **wishes)
+    null_text.main(scenes=1, **options)
     first = json.loads((tmp_path / "null-text.json").read_text())["rows"]
-    null_text.main(scenes=2, **wishes)
+    null_text.main(scenes=2, **options)
     rows = json.loads((tmp_path / "null-text.json").read_text())["rows"]
     assert rows[:1] == first and len(rows) == 2
     assert rows[0]["evaluations_0"] < rows[0]["evaluations_2"] <= rows[0]["evaluations_10"]
     assert "2 scenes, 2 steps, guidance 3" in capsys.readouterr().out
-    null_text.main(scenes=1, **{**wishes, "guidance": 2.0})
+    null_text.main(scenes=1, **{**options, "guidance": 2.0})
     assert len(json.loads((tmp_path / "null-text.json").read_text())["rows"]) == 1, (
         "made for another guidance"
     )

@@ -139,11 +139,11 @@ def test_a_small_one_runs_through(
     kept = {name: value for name, value in network.state_dict().items() if not name.endswith("_tracked")}
     write_tensors(tmp_path / "classifier" / WEIGHTS, kept)
     write_json(tmp_path / "classifier" / FACTS, {"labels": labels})
-    wishes: dict[str, Any] = {
+    options: dict[str, Any] = {
         "count": 8, "model": str(tiny_folder), "steps": 2, "guidance": 2.0, "identity": 1, "device": "cpu",
         "precision": "fp32", "classifier": tmp_path / "classifier", "out": tmp_path / "out",
     }  # fmt: skip
-    benchmark.main(EditBenchmark(methods=("the default", "DDIM + P2P", "no edit"), **wishes))
+    benchmark.main(EditBenchmark(methods=("the default", "DDIM + P2P", "no edit"), **options))
     assert "| the default | all | 8 |" in capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert {line["kind"] for line in table["summary"]} == {*KINDS, "all"}
@@ -157,7 +157,7 @@ def test_a_small_one_runs_through(
     again = pictures / "ddim-p2p" / "003-0.png"
     before = again.read_bytes()
     again.unlink()
-    benchmark.main(EditBenchmark(methods=("DDIM + P2P",), **wishes))
+    benchmark.main(EditBenchmark(methods=("DDIM + P2P",), **options))
     now = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.png")}
     assert {file for file in made if now[file] != made[file]} == {again} and again.read_bytes() == before
     renewed = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -166,7 +166,7 @@ def test_a_small_one_runs_through(
     changed = benchmark.Work(tmp_path / "out", Backbone.open(str(tiny_folder)), benchmark.Asked(3, 2.0))
     assert changed.read("DDIM + P2P", 3, list(make_cases(8))[3]) is None, "made for other steps"
     with pytest.raises(UserError, match="no method other"):
-        benchmark.main(EditBenchmark(methods=("other",), **wishes))
+        benchmark.main(EditBenchmark(methods=("other",), **options))
 
 
 def test_the_published_method_changes_the_edited_things_place() -> None:

@@ -160,7 +160,7 @@ def test_posteriors_on_disk_train_as_those_in_memory_do_however_many_make_batche
         before = set(multiprocessing.active_children())
         for _ in take_steps(training):
             pass
-        assert set(multiprocessing.active_children()) <= before, "nobody is left who works ahead"
+        assert set(multiprocessing.active_children()) <= before, "no worker process is left"
         return {name: value.detach() for name, value in training.parameters.items()}
 
     whole = trained(in_memory=True, workers=0)

@@ -20,7 +20,7 @@ from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors, write_json
-from backbone.models.few_step.model import open_few_step, usual_drawing
+from backbone.models.few_step.model import get_sampling_defaults, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample_latents
 from backbone.training.run import take_steps
@@ -289,6 +289,6 @@ def test_a_transformer_s_run_is_transferred(trained: Path, tmp_path: Path) -> No
     call("transfer", str(tmp_path / "run"), "--to", str(few), "--steps", "2", "--answers", "2")
     moved = read_concept(tmp_path / "run-on-z-image-turbo")
     opened = Backbone.open(moved.model, device="cpu", precision="fp32")
-    assert usual_drawing(opened).steps == 2
+    assert get_sampling_defaults(opened).steps == 2
     load_concepts(opened, [moved])
     assert list(sample_latents(opened, [Request("a dog", (0, 0))], steps=2, guidance=1.0, seed=0))

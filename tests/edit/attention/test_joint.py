@@ -357,9 +357,9 @@ class Asked:
             for key, layer in layers.items():
                 layer.processor = before[key]
 
-    def control(self, **wishes: Any) -> AttentionControl:
+    def control(self, **options: Any) -> AttentionControl:
         """Of two targets, in layers of any size."""
-        return AttentionControl(TARGETS, self_tokens=None, **wishes)
+        return AttentionControl(TARGETS, self_tokens=None, **options)
 
 
 def asked(model: Backbone) -> Asked:

@@ -222,7 +222,7 @@ def test_a_file_that_is_no_inversion_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("wishes", "complaint"),
+    ("options", "complaint"),
     [
         ({"method": "other"}, "method is other, which is none of direct"),
         ({"prompt": " "}, "empty"),
@@ -234,9 +234,9 @@ def test_a_file_that_is_no_inversion_is_refused(
         ({"seed": 1, "method": "renoise"}, "seed is a setting of the method edit-friendly alone"),
     ],
 )
-def test_what_cannot_be_inverted_is_refused(tiny: Backbone, wishes: dict[str, Any], complaint: str) -> None:
+def test_what_cannot_be_inverted_is_refused(tiny: Backbone, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        invert(tiny, **{"image": photo(), "prompt": PROMPT, "steps": 2, **wishes})
+        invert(tiny, **{"image": photo(), "prompt": PROMPT, "steps": 2, **options})
 
 
 @pytest.mark.parametrize("method", METHODS)

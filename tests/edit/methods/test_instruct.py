@@ -23,7 +23,7 @@ from backbone.media.registration import Registration
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.by_instruction import Guidances, instructed_predictor
 from backbone.models.model import Backbone
-from edit import checks
+from edit.checks import check_prompt
 from edit.cli import app
 from edit.masks import mask_to_image
 from edit.methods import keep_background as method
@@ -46,7 +46,7 @@ def model(folder: Path) -> Backbone:
 
 def test_an_empty_instruction_is_told_what_one_is() -> None:
     with pytest.raises(UserError, match="Say in words what to do"):
-        checks.prompt(" ", "instruction")
+        check_prompt(" ", "instruction")
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])

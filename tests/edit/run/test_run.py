@@ -17,7 +17,7 @@ from backbone.adapters.lora import add_lora, lora_parameters, save_lora
 from backbone.io.console import UserError, said_once
 from backbone.io.prompts import one_prompt
 from backbone.models.model import Backbone
-from edit import checks
+from edit.checks import parse_swap, parse_weight, parse_window
 from edit.cli import app, main
 from edit.inversion.inversion import identify
 from edit.run.commands import run_flow_edit
@@ -451,13 +451,13 @@ def test_every_image_is_read_once_and_the_model_opened_once(
 
 
 def test_what_options_say() -> None:
-    assert checks.split_weight("silver cat=2.5", "--reweight") == ("silver cat", 2.5)
-    assert checks.window("cat=0.2:0.8", "--window") == ("cat", (0.2, 0.8))
-    assert checks.window("cat=0.8", "--window") == ("cat", (0.0, 0.8))
-    assert checks.swap("red cat = tiger") == ("red cat", "tiger")
+    assert parse_weight("silver cat=2.5", "--reweight") == ("silver cat", 2.5)
+    assert parse_window("cat=0.2:0.8", "--window") == ("cat", (0.2, 0.8))
+    assert parse_window("cat=0.8", "--window") == ("cat", (0.0, 0.8))
+    assert parse_swap("red cat = tiger") == ("red cat", "tiger")
     for wrong in ("cat", "=2", "cat=", "cat=x"):
         with pytest.raises(UserError):
-            checks.split_weight(wrong, "--reweight")
+            parse_weight(wrong, "--reweight")
 
 
 def test_a_target_that_says_what_the_source_says_is_told(

@@ -13,7 +13,7 @@ from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from backbone.families.stable_video.picture import resize_smoothed
+from backbone.families.stable_video.image_encoder import resize_smoothed
 from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.clips.animate import (
@@ -165,4 +165,4 @@ def test_parts_that_do_not_belong_together_are_said(
     (tmp_path / part).write_text(json.dumps(config | change))
     model = Backbone.open(str(tmp_path), device="cpu", precision="fp32", task="image-to-video")
     with pytest.raises(UserError, match=said):
-        cast(Tensor, (model.path, model.picture_encoder, model.denoiser))
+        cast(Tensor, (model.path, model.image_encoder, model.denoiser))

@@ -93,8 +93,8 @@ def test_methods_that_walk_arrive_where_their_replay_does(kept: Backbone, method
     inversion = invert(
         kept, photo(), SOURCE, steps=3, method=method, **settings_for(method, guidance=3.0, iterations=1)
     )
-    wishes: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
-    edited = replace(inversion, TARGET, ReplaceSettings(**wishes, blend=()))
+    options: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
+    edited = replace(inversion, TARGET, ReplaceSettings(**options, blend=()))
     assert deviation(edited.source_latent, reconstruct(inversion, guidance=3.0)) < 1e-4
 
 
@@ -372,8 +372,8 @@ def test_words_have_their_places_at_any_number_of_steps_and_any_strength(
 
 
 def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None:
-    def mask(**wishes: Any) -> Tensor:
-        found = replace(inversion, TARGET, ReplaceSettings(**wishes)).masks
+    def mask(**options: Any) -> Tensor:
+        found = replace(inversion, TARGET, ReplaceSettings(**options)).masks
         assert found is not None
         return found[0]
 
@@ -567,7 +567,7 @@ def test_frames_show_the_way(inversion: Inversion) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "wishes", "complaint"),
+    ("target", "options", "complaint"),
     [
         ("ship", {}, "share no words"),
         ("", {}, "empty"),
@@ -590,10 +590,10 @@ def test_frames_show_the_way(inversion: Inversion) -> None:
     ],
 )
 def test_mistakes_are_answered(
-    inversion: Inversion, target: str, wishes: dict[str, Any], complaint: str
+    inversion: Inversion, target: str, options: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        replace(inversion, target, ReplaceSettings(**wishes))
+        replace(inversion, target, ReplaceSettings(**options))
 
 
 def test_a_null_text_inversion_is_edited_with_its_own_guidance(kept: Backbone) -> None:

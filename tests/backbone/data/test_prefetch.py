@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbone.data.ahead import Movable, Steps, work_ahead
+from backbone.data.prefetch import Movable, StepLoader, map_in_workers
 from backbone.io.console import UserError
 
 
 def test_results_come_in_order_however_many_work() -> None:
     for workers in (0, 2):
-        found = list(work_ahead(lambda item: 3 * item, range(20), workers=workers))  # a lambda cannot be sent
+        found = list(
+            map_in_workers(lambda item: 3 * item, range(20), workers=workers)
+        )  # a lambda cannot be sent
         assert found == [3 * item for item in range(20)]
 
 
@@ -28,12 +30,12 @@ def test_a_mistake_of_a_worker_is_said_here_in_its_own_words() -> None:
 
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"^Item 3 is bad\. Remove it\.$"):
-            list(work_ahead(work, range(5), workers=workers))
+            list(map_in_workers(work, range(5), workers=workers))
 
 
 def test_a_worker_that_dies_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="worked ahead has ended"):
-        list(work_ahead(lambda item: os._exit(1), range(3), workers=1))
+    with pytest.raises(UserError, match="worker process has ended"):
+        list(map_in_workers(lambda item: os._exit(1), range(3), workers=1))
 
 
 @dataclass
@@ -68,7 +70,7 @@ def test_steps_are_made_in_order_and_again_from_any_one() -> None:
         return [Number(torch.tensor(step))]
 
     for workers in (0, 1):
-        steps = Steps(make, 9, torch.device("cpu"), workers=workers)
+        steps = StepLoader(make, 9, torch.device("cpu"), workers=workers)
         found = [int(steps.at(step)[0].value) for step in (1, 2, 3, 7, 8, 2, 12)]
         assert found == [1, 2, 3, 7, 8, 2, 12]
         steps.close()

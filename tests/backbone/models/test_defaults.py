@@ -14,10 +14,10 @@ from align.settings import resolve_settings as resolve_align
 from backbone.cli.options import fields_of
 from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
+from backbone.models.defaults import FILE, LEARNED, NETWORKS, EditDefaults, read_defaults, say_few_step_name
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from backbone.models.sample import resolve_sampling
-from backbone.models.usual import FILE, LEARNED, NETWORKS, UsualEdit, read_usual, say_few_step_name
 from customize import control_settings
 from customize.settings import METHOD_RATES, Settings
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
@@ -40,9 +40,9 @@ def test_what_a_file_says_is_taken_and_nothing_else(tmp_path: Path) -> None:
         "edit": {"cross": 0},
         "align": {"beta": 500},
     }
-    read = read_usual(said(tmp_path, record))
+    read = read_defaults(said(tmp_path, record))
     assert read == {**record, "sampler": "dpmpp-2m", "sheet_prompts": ("a {}",)}
-    assert read_usual(said(tmp_path, {})) == {}
+    assert read_defaults(said(tmp_path, {})) == {}
 
 
 def test_of_a_model_that_is_called_as_a_few_step_one_and_drawn_in_many_it_is_said(
@@ -73,7 +73,7 @@ def test_of_a_model_that_is_called_as_a_few_step_one_and_drawn_in_many_it_is_sai
 
 @pytest.mark.parametrize("name", ["moji", "moji-flow"])
 def test_the_embedded_models_say_what_can_be_read(name: str) -> None:
-    read = read_usual(EMBEDDED.parent / name / FILE)
+    read = read_defaults(EMBEDDED.parent / name / FILE)
     of_pairs = resolve_align({"pairs": "p"}, read)
     assert read["steps"] and (of_pairs.beta, of_pairs.lr_scheduler) == (10_000, "cosine")
 
@@ -111,7 +111,7 @@ def test_what_is_no_setting_or_out_of_range_is_one_sentence_with_the_file(
 ) -> None:
     file = said(tmp_path, record)
     with pytest.raises(UserError, match=re.escape(complaint.replace("FILE", str(file)))):
-        read_usual(file)
+        read_defaults(file)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,11 @@ def test_what_a_model_says_of_align_is_looked_at_there(section: dict[str, Any], 
 def test_it_knows_the_methods_and_networks_that_there_are() -> None:
     assert set(LEARNED) == {*fields_of(Settings)["method"].option.choices, *METHOD_RATES, "pairs"}
     assert NETWORKS == control_settings.NETWORKS
-    assert set(fields_of(UsualEdit)) == set(BY_MODEL)
+    assert set(fields_of(EditDefaults)) == set(BY_MODEL)
 
 
 def test_the_page_s_example_can_be_read(tmp_path: Path) -> None:
     page = (EMBEDDED.parents[1] / "docs" / "photographs.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    read = read_usual(said(tmp_path, json.loads(example)))
+    read = read_defaults(said(tmp_path, json.loads(example)))
     assert read["sampler"] == "dpmpp-2m" and resolve_align({"pairs": "p"}, read).beta == 2000

@@ -1,8 +1,8 @@
-"""What works with a model: the settings in its `limner.json`, all of which may be left out.
+"""A model's default settings: its `limner.json`, every key of which may be left out.
 
     {"steps": 25, "guidance": 4.0, "sampler": "ancestral", "learning_rates": {"pairs": 0.001}, "edit": {"cross": 0.0}}
 
-What a command is asked for stands above them. `align` and `draft` hold settings of `align train`, which looks at them.
+Options of a command take precedence. `align` and `draft` hold settings of `align train`, which reads them itself.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ NETWORKS = ("t2i-adapter", "t2i-adapter-lora", "controlnet", "control-lora")
 
 
 def _number(help: str, min: float, max: float | None = None) -> Option:
-    return Option(help, "Usual", min=min, max=max)
+    return Option(help, "Defaults", min=min, max=max)
 
 
 @dataclass(frozen=True)
-class Usual:
-    """How a model is drawn with and trained."""
+class ModelDefaults:
+    """Default settings of sampling and training."""
 
     steps: Annotated[int, _number("Steps of the sampler.", 1)] = 30
     guidance: Annotated[float, _number("Scale of classifier-free guidance.", 0)] = 7.5
     guidance_start: Annotated[float, _number("Share of the steps before guidance begins.", 0, 1)] = 0.0
     guidance_stop: Annotated[float, _number("Share of the steps after which guidance ends.", 0, 1)] = 1.0
     sampler: Annotated[
-        str, Option("Sampler.", "Usual", choices=get_args(Sampler), understood=name_sampler)
+        str, Option("Sampler.", "Defaults", choices=get_args(Sampler), understood=name_sampler)
     ] = "ddim"
     train_steps: Annotated[int, _number("Steps of a training.", 1)] = 500
     evaluation_steps: Annotated[int, _number("Steps between two evaluations.", 1)] = 50
@@ -47,27 +47,29 @@ class Usual:
     batch: Annotated[int, _number("Images of a step.", 1)] = 1
     prior_batch: Annotated[int, _number("Class samples beside each batch.", 0)] = 1
     prior_draws: Annotated[int, _number("Base-model predictions of the class.", 1)] = 64
-    prior_prompts: Annotated[tuple[str, ...], Option("Further prompts of the class.", "Usual")] = ()
+    prior_prompts: Annotated[tuple[str, ...], Option("Further prompts of the class.", "Defaults")] = ()
     random_crop: Annotated[int, _number("Random crops of each image.", 0)] = 0
-    flip: Annotated[bool, Option("Mirrored images too.", "Usual")] = False
-    lora_layers: Annotated[str, Option("Layers of an adapter.", "Usual")] = "attention"
-    loss_weighting: Annotated[str, Option("Loss weight per timestep.", "Usual")] = "none"
-    sheet_prompts: Annotated[tuple[str, ...], Option("Prompts of a sheet.", "Usual")] = ()
+    flip: Annotated[bool, Option("Mirrored images too.", "Defaults")] = False
+    lora_layers: Annotated[str, Option("Layers of an adapter.", "Defaults")] = "attention"
+    loss_weighting: Annotated[str, Option("Loss weight per timestep.", "Defaults")] = "none"
+    sheet_prompts: Annotated[tuple[str, ...], Option("Prompts of a sheet.", "Defaults")] = ()
 
 
 @dataclass(frozen=True)
-class UsualCondition:
-    """How a control network is heard."""
+class ConditionDefaults:
+    """Default strength and steps of a control network."""
 
     scale: Annotated[float, _number("Strength.", 0)] = 1.0
-    start: Annotated[float, _number("Share of the steps before it is heard.", 0, 1)] = 0.0
-    stop: Annotated[float, _number("Share of the steps after which it is not.", 0, 1)] = 1.0
-    rows: Annotated[str, Option("Predictions of guidance on which it acts.", "Usual", choices=ROWS)] = "both"
+    start: Annotated[float, _number("Share of the steps before it acts.", 0, 1)] = 0.0
+    stop: Annotated[float, _number("Share of the steps after which it does not.", 0, 1)] = 1.0
+    rows: Annotated[str, Option("Predictions of guidance on which it acts.", "Defaults", choices=ROWS)] = (
+        "both"
+    )
 
 
 @dataclass(frozen=True)
-class UsualEdit:
-    """Until which share of the steps an edit's attention is the source's."""
+class EditDefaults:
+    """Default share of the steps with the source's attention, by layer and by what an edit changes."""
 
     cross: Annotated[float, _number("Cross-attention.", 0, 1)] = 0.8
     self_attention: Annotated[float, _number("Self-attention.", 0, 1)] = 0.4
@@ -77,37 +79,41 @@ class UsualEdit:
 
 
 @dataclass(frozen=True)
-class UsualControl:
-    """How a control network is trained."""
+class ControlDefaults:
+    """Default settings of `customize train-control`."""
 
     steps: Annotated[int, _number("Steps of a training.", 1)] = 5000
     batch: Annotated[int, _number("Images of a step.", 1)] = 4
     rank: Annotated[int, _number("Rank of a control-LoRA.", 1)] = 32
 
 
-SECTIONS: Mapping[str, type] = {"condition": UsualCondition, "edit": UsualEdit, "control": UsualControl}
-# Numbers by name: the key in a section, whose there may be, and of which setting each is another value
+SECTIONS: Mapping[str, type] = {
+    "condition": ConditionDefaults,
+    "edit": EditDefaults,
+    "control": ControlDefaults,
+}
+# Tables in a section: the table's key, the names that may stand in it, and the setting whose range its values have
 BY_NAME: Mapping[type, tuple[str, tuple[str, ...], Field]] = {
-    Usual: ("learning_rates", LEARNED, fields_of(Usual)["learning_rate"]),
-    UsualControl: ("learning_rates", NETWORKS, fields_of(Usual)["learning_rate"]),
-    UsualCondition: ("scales", KINDS, fields_of(UsualCondition)["scale"]),
+    ModelDefaults: ("learning_rates", LEARNED, fields_of(ModelDefaults)["learning_rate"]),
+    ControlDefaults: ("learning_rates", NETWORKS, fields_of(ModelDefaults)["learning_rate"]),
+    ConditionDefaults: ("scales", KINDS, fields_of(ConditionDefaults)["scale"]),
 }
 OF_ALIGN = ("align", "draft")
 
 
-def read_usual(file: Path) -> dict[str, Any]:
-    """What a `limner.json` says. `UserError`, with the file and the key, for what is no setting or out of range."""
+def read_defaults(file: Path) -> dict[str, Any]:
+    """Read a `limner.json`; `UserError`, with the file and the key, for an unknown setting and a value out of range."""
     record = read_as(dict[str, Any], read_json(file), file)
     sections = {
         name: read_as(dict[str, Any], record.pop(name), file, name) for name in OF_ALIGN & record.keys()
     }
     for name in SECTIONS.keys() & record.keys():
         sections[name] = read_section(SECTIONS[name], record.pop(name), file, name)
-    return {**sections, **read_section(Usual, record, file)}
+    return {**sections, **read_section(ModelDefaults, record, file)}
 
 
 def read_section(declared: type, said: Any, file: str | Path, section: str = "") -> dict[str, Any]:
-    """The values of a section as its fields have them. `UserError` as `read_usual`."""
+    """The values of a section, converted to the types of `declared`'s fields; raises as `read_defaults`."""
     known, found = fields_of(declared), {}
     others = BY_NAME[declared][:1] if declared in BY_NAME else ()
     further = () if section else (*SECTIONS, *OF_ALIGN)
@@ -125,7 +131,7 @@ def read_section(declared: type, said: Any, file: str | Path, section: str = "")
     if "sheet_prompts" in found and not found["sheet_prompts"]:
         raise UserError(f"sheet_prompts in {file} is empty. Leave it out, or name a prompt.")
     start, stop = own_guided(found)
-    if declared is Usual and not start < stop:
+    if declared is ModelDefaults and not start < stop:
         raise UserError(
             f"{file} has guidance from {start:g} to {stop:g} of the steps. Let it end behind its beginning."
         )
@@ -145,12 +151,12 @@ def _read_by_name(
     return numbers
 
 
-def say_few_step_name(source: str, usual: Mapping[str, Any]) -> None:
-    """Say of a model that is called as one distilled to few steps, and drawn by its usual settings, if these are many.
+def say_few_step_name(source: str, defaults: Mapping[str, Any]) -> None:
+    """Warn where a model's name says that it was distilled to few steps, and its `defaults` take many.
 
     `source` is its file, folder or hub id.
     """
-    steps, guidance = int(usual["steps"]), float(usual["guidance"])
+    steps, guidance = int(defaults["steps"]), float(defaults["guidance"])
     if steps > 12 and guidance > 2 and is_called_few_step(Path(source).name):
         notify_once(
             f"{source} is called as one that was distilled to few steps, and nothing beside it says so: it is drawn in "

@@ -23,7 +23,7 @@ SETTINGS = "feature_extractor/preprocessor_config.json"
 
 
 @dataclass(frozen=True, eq=False)
-class ClipPictureEncoder:
+class ClipImageEncoder:
     """CLIP's tower with its projection, and the mean and deviation [3] of the colours that it was trained on."""
 
     module: nn.Module
@@ -31,7 +31,7 @@ class ClipPictureEncoder:
     std: Tensor
 
     @classmethod
-    def load(cls, location: Location, dtype: torch.dtype) -> ClipPictureEncoder:
+    def load(cls, location: Location, dtype: torch.dtype) -> ClipImageEncoder:
         """From `image_encoder/` and `feature_extractor/`; `UserError` where one is damaged."""
         if location.file is not None:
             module = checkpoint.load_tower(location, dtype)
@@ -55,9 +55,9 @@ class ClipPictureEncoder:
             )
         return cls(module.eval().requires_grad_(False), *colours)
 
-    def to(self, device: torch.device) -> ClipPictureEncoder:
+    def to(self, device: torch.device) -> ClipImageEncoder:
         """On another device."""
-        return ClipPictureEncoder(self.module.to(device), self.mean, self.std)
+        return ClipImageEncoder(self.module.to(device), self.mean, self.std)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:

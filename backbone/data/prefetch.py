@@ -1,4 +1,4 @@
-"""Data loading in worker processes, results in order: decoding for preparation, batches for training.
+"""Prefetching in worker processes, results in order: decoding for preparation, batches for training.
 
 A result is a function of its item alone, so it does not depend on the number of workers.
 """
@@ -23,23 +23,23 @@ Result = TypeVar("Result")
 
 
 class Movable:
-    """What a step is computed from: a dataclass of tensors, and of what holds some (`Conditions`, or None).
+    """A batch: a dataclass whose fields are tensors, `Conditions` or None, moved to a device together.
 
-    The fields of `on_host` stay in the processor's memory, where they index tables.
+    The fields named in `on_host` stay in CPU memory, where they index tables.
     """
 
     on_host: ClassVar[tuple[str, ...]] = ()
 
     def to(self, device: torch.device) -> Self:
-        """On a device."""
+        """The same batch on a device."""
         return self._each(lambda value: send(value, device), lambda part: part.to(device))
 
     def pin_memory(self) -> Self:
-        """In memory from which a GPU copies by itself."""
+        """The same batch in pinned memory."""
         return self._each(lambda value: value.contiguous().pin_memory(), lambda part: part.pin_memory())
 
     def tensors(self) -> list[Tensor]:
-        """Those that lie on the device."""
+        """The tensors that lie on the device."""
         parts = self._moved().values()
         return [one for part in parts for one in ([part] if isinstance(part, Tensor) else part.tensors())]
 
@@ -49,7 +49,7 @@ class Movable:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _each(self, tensor: Callable[[Tensor], Tensor], part: Callable[[Any], Any]) -> Self:
-        """The same with every tensor that lies on the device changed alike, and everything that holds some."""
+        """Apply `tensor` to every tensor that lies on the device, and `part` to every field that holds some."""
         changed = {
             name: tensor(value) if isinstance(value, Tensor) else part(value)
             for name, value in self._moved().items()
@@ -60,22 +60,20 @@ class Movable:
 Moved = TypeVar("Moved", bound=Movable)
 
 
-def work_ahead(
+def map_in_workers(
     work: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 0, pin: bool = False
 ) -> Iterator[Result]:
-    """`work` of every item, in order; `workers` processes stay two items ahead each, 0: here, when it is asked for.
+    """`map(work, items)` in `workers` processes, each two items ahead, in order; 0: in this process, lazily.
 
-    A worker is a fork of this process, so `work` may be anything; items, which may be made as they are asked for, and
-    results are sent, so they are values. A `UserError` of a worker is raised here. `pin` gives tensors in memory from
-    which a GPU copies by itself. Raises `UserError` for workers on a system that does not fork.
+    A worker is a fork of this process, so `work` may be any callable; items (which may be a generator) and results are
+    sent between processes. A `UserError` of a worker is raised here. `pin` returns tensors in pinned memory. Raises
+    `UserError` for workers on a system that cannot fork.
     """
     if not workers and not pin:
         yield from map(work, items)
         return
     if workers and "fork" not in multiprocessing.get_all_start_methods():
-        raise UserError(
-            "This system starts no process as a copy of another, so nothing works ahead. Ask for 0."
-        )
+        raise UserError("This system cannot fork, so there are no worker processes. Ask for 0 of them.")
     loader: DataLoader[Any] = DataLoader(
         _Work(work),
         sampler=items,
@@ -97,16 +95,16 @@ def work_ahead(
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"A process that worked ahead has ended ({str(error).splitlines()[0]}). Where memory is short, let fewer "
-            "work ahead; 0 of them do without."
+            f"A worker process has ended ({str(error).splitlines()[0]}). Where memory is short, ask for fewer of them, "
+            "or for 0."
         ) from error
 
 
-class Steps(Generic[Moved]):
-    """The batches of a training's steps, prefetched: `at` returns those of one step, on the device.
+class StepLoader(Generic[Moved]):
+    """Prefetches the batches of a training's steps: `at` returns those of one step, on the device.
 
-    `make` makes a step's batches from its number alone; steps are asked for in order, from any step on. On a GPU the
-    next step's batches are copied on a stream of their own during this step.
+    `make` makes a step's batches from its number alone; steps are asked for in order, beginning anywhere, up to `last`.
+    On a GPU the next step's batches are copied on a stream of their own during this step.
     """
 
     def __init__(
@@ -120,11 +118,11 @@ class Steps(Generic[Moved]):
         self._stream = torch.cuda.Stream(device) if on_gpu and workers else None
 
     def at(self, step: int) -> list[Moved]:
-        """The batches of a step."""
+        """The batches of a step, on the device."""
         if step != self._next or step > self._end:
             self.close()
             self._end = max(self.last, step)
-            self._batches = work_ahead(
+            self._batches = map_in_workers(
                 self.make,
                 range(step, self._end + 1),
                 workers=self.workers,
@@ -142,7 +140,7 @@ class Steps(Generic[Moved]):
         return found
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """End the worker processes."""
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
@@ -161,7 +159,7 @@ class _Failure:
 
 
 class _Work(Dataset[Any]):
-    """What torch's loader asks with an item in the place of an index."""
+    """A dataset whose index is the item itself."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self.work = work
@@ -174,12 +172,12 @@ class _Work(Dataset[Any]):
 
 
 def _as_it_is(found: Any) -> Any:
-    """What was made, where torch would make other types of it."""
+    """The result unchanged, which torch's own `collate_fn` would convert."""
     return found
 
 
 def _leave_signals_to_the_first(worker: int) -> None:
-    """Ctrl-C, and the end of a terminal, reach every process of it; the one that started the others ends them."""
+    """Ignore Ctrl-C and a closed terminal, which reach every process: the one that started the workers ends them."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.SIG_IGN)
