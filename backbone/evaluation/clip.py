@@ -68,6 +68,11 @@ class Scorer:
         """Images → [B, 3, S, S] on the model's device: resized (bicubic), cropped to S = `crop_size`, normalised."""
         return preprocess(images, self).to(self.model.device, self.model.dtype)
 
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by before a softmax over texts: 1/temperature, as the model learned it."""
+        return float(self.model.logit_scale.exp())
+
     def _image_vectors(self, prepared: Tensor) -> Tensor:
         return F.normalize(self.model.get_image_features(prepared).pooler_output.float(), dim=-1)
 
@@ -206,6 +211,15 @@ def clip_i(generated: Tensor, real: Tensor) -> float:
 def text_scores(images: Tensor, texts: Tensor) -> Tensor:
     """The cosine [B] of each image [B, D] with its own text [B, D]; CLIP-T is their mean (Ruiz et al. 2023, § 4.1)."""
     return (images * texts).sum(-1)
+
+
+def prompt_precision(images: Tensor, texts: Tensor, *, logit_scale: float) -> Tensor:
+    """The probability [B] that CLIP gives an image's own text [B, D] among the texts of all of these images [B, D].
+
+    R-precision (Park et al. 2021) without its threshold. What all images share, as a subject that is no average one of
+    its class, takes part in every cosine and cancels out: that lowers CLIP-T, and not this.
+    """
+    return (logit_scale * images @ texts.T).softmax(-1).diagonal()
 
 
 def diversity(images: Tensor) -> float:

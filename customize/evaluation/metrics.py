@@ -28,6 +28,7 @@ from backbone.evaluation.clip import (
     load_image_encoder,
     load_scorer,
     prior_drift,
+    prompt_precision,
     text_scores,
 )
 from backbone.evaluation.statistics import bootstrap_mean
@@ -83,6 +84,9 @@ class ConceptMetrics:
     loss: float
     rating: float
     ratings: tuple[float, ...] = ()  # what each prompt's image makes of the rating (`pseudo_ratings`)
+    prompt_precision: float = (
+        1.0  # how surely CLIP tells which of the prompts an image is of; 1 in older logs
+    )
 
 
 class Evaluator:
@@ -149,23 +153,24 @@ class Evaluator:
         subject_vectors, class_vectors = vectors[:count], vectors[count:]
         prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
         subject_scores = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
-        prompt_scores = text_scores(prompt_vectors, self.texts).tolist()
+        told = prompt_precision(prompt_vectors, self.texts, logit_scale=self.clip.logit_scale).tolist()
         metrics = ConceptMetrics(
             step=step,
             subject_fidelity=mean(subject_scores),
-            prompt_fidelity=mean(prompt_scores),
+            prompt_fidelity=float(text_scores(prompt_vectors, self.texts).mean()),
             prior_preservation=prior_drift(class_vectors, self.subject),
             diversity=diversity(class_vectors),
             loss=loss,
             rating=0.0,
+            prompt_precision=mean(told),
         )
         self.baseline = self.baseline or metrics
-        return self.with_rating(metrics, subject_scores, prompt_scores), images
+        return self.with_rating(metrics, subject_scores, told), images
 
     def with_rating(
-        self, metrics: ConceptMetrics, subject_scores: Sequence[float], prompt_scores: Sequence[float]
+        self, metrics: ConceptMetrics, subject_scores: Sequence[float], told: Sequence[float]
     ) -> ConceptMetrics:
-        """The same metrics with their rating (`rate_checkpoint`), from the two fidelities of each image."""
+        """The same metrics with their rating (`rate_checkpoint`), from each image's fidelity and precision."""
         assert self.baseline is not None
         baseline, ceiling = self.baseline, mean_similarity(self.subject)
 
@@ -173,7 +178,7 @@ class Evaluator:
             some = replace(
                 metrics,
                 subject_fidelity=mean(subject_scores[row] for row in rows),
-                prompt_fidelity=mean(prompt_scores[row] for row in rows),
+                prompt_precision=mean(told[row] for row in rows),
             )
             return rate_checkpoint(some, baseline=baseline, ceiling=ceiling)
 
@@ -188,12 +193,13 @@ def rate_checkpoint(metrics: ConceptMetrics, *, baseline: ConceptMetrics, ceilin
     """Harmonic mean, 0…1, of two shares, by which checkpoints are compared (`EarlyStopping.best`).
 
     gain   subject fidelity between the untrained model's (0) and that of the subject's images among themselves (1)
-    kept   prompt fidelity relative to the untrained model's
+    kept   prompt precision relative to the untrained model's: not CLIP-T, which falls for whatever is no average one
+           of its class, so that it takes the most like pictures for the least obedient
     """
     gain = (metrics.subject_fidelity - baseline.subject_fidelity) / max(
         ceiling - baseline.subject_fidelity, 1e-3
     )
-    kept = metrics.prompt_fidelity / max(baseline.prompt_fidelity, 1e-3)
+    kept = metrics.prompt_precision / max(baseline.prompt_precision, 1e-3)
     gain, kept = min(max(gain, 0.0), 1.0), min(max(kept, 0.0), 1.0)
     return 0.0 if gain + kept == 0 else 2 * gain * kept / (gain + kept)
 

@@ -143,8 +143,13 @@ class RunReport:
                 "CLIP-T: prompt fidelity",
                 f"How well the same pictures fit their prompts with “{noun}” in the token's place. The scorer knows "
                 f"the class and not your subject, so this falls as the pictures come to show yours rather than any "
-                f"{noun}; that alone is no fault. Where it goes on falling and subject fidelity no longer rises, "
-                "prompts are no longer followed: take an earlier step.",
+                f"{noun}; that alone is no fault.",
+            ),
+            "prompt_precision": (
+                "Prompt precision",
+                "How surely the scorer tells by a picture which of the evaluation's prompts it is of. The subject is "
+                "the same in all of them and takes no part. Where this falls, prompts are no longer followed: take an "
+                "earlier step.",
             ),
             "prior_preservation": (
                 "PRES (lower is better): similarity of the class to the subject",
@@ -162,7 +167,7 @@ class RunReport:
             ),
             "rating": (
                 "Rating",
-                "Subject fidelity gained and prompt fidelity kept, in one number; dashed: the best step.",
+                "Subject fidelity gained and prompt precision kept, in one number; dashed: the best step.",
             ),
         }
 

@@ -21,6 +21,7 @@ from backbone.evaluation.clip import (
     load_image_encoder,
     load_scorer,
     prior_drift,
+    prompt_precision,
     rank_classes,
     text_scores,
 )
@@ -121,6 +122,21 @@ def test_figures_of_known_vectors() -> None:
     assert diversity(torch.cat([east, west])) == pytest.approx(2)
     assert text_scores(torch.cat([east, north]), torch.cat([east, west])).mean() == pytest.approx(0.5)
     assert text_scores(torch.cat([east, north]), torch.cat([west, north])).tolist() == [-1, 1]
+
+
+def test_a_subject_that_is_no_average_one_lowers_clip_t_and_not_prompt_precision() -> None:
+    """Texts name a class and one of four places; images show the class there, or a subject of their own there."""
+    axes = torch.eye(6)
+    places, of_class, own = axes[:4], axes[4], axes[5]
+    texts, average, subject = (F.normalize(places + 2 * what, dim=-1) for what in (of_class, of_class, own))
+    copied = F.normalize(places[:1] + 2 * own, dim=-1).expand(
+        4, -1
+    )  # the first place, whatever was asked for
+    assert text_scores(average, texts).mean() == pytest.approx(1)
+    assert text_scores(subject, texts).mean() == pytest.approx(0.2)
+    told = [prompt_precision(images, texts, logit_scale=40) for images in (average, subject, copied)]
+    assert torch.allclose(told[0], told[1]) and told[0].min() > 0.99
+    assert told[2][0] > 0.99 and told[2][1:].max() < 0.01
 
 
 def test_diversity_does_not_depend_on_the_order(scorer: Scorer, images: Images) -> None:

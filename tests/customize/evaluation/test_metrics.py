@@ -61,16 +61,17 @@ prompt_list = [
 
 
 def figures(
-    step: int = 0, *, subject_fidelity: float = 0.4, prompt_fidelity: float = 0.3, rated: float = 0.0
+    step: int = 0, *, subject_fidelity: float = 0.4, prompt_precision: float = 0.9, rated: float = 0.0
 ) -> ConceptMetrics:
     return ConceptMetrics(
         step,
         subject_fidelity=subject_fidelity,
-        prompt_fidelity=prompt_fidelity,
+        prompt_fidelity=0.3,
         prior_preservation=0.4,
         diversity=0.5,
         loss=0.1,
         rating=rated,
+        prompt_precision=prompt_precision,
     )
 
 
@@ -83,7 +84,7 @@ def test_a_model_before_training_is_rated_zero_and_a_perfect_one_one() -> None:
 def test_likeness_without_obedience_is_worth_less() -> None:
     start = figures()
     both = rate_checkpoint(figures(subject_fidelity=0.8), baseline=start, ceiling=0.9)
-    copied = rate_checkpoint(figures(subject_fidelity=0.8, prompt_fidelity=0.1), baseline=start, ceiling=0.9)
+    copied = rate_checkpoint(figures(subject_fidelity=0.8, prompt_precision=0.3), baseline=start, ceiling=0.9)
     assert copied < 0.6 * both
     assert both == pytest.approx(2 * 0.8 / 1.8)
 

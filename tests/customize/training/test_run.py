@@ -96,7 +96,7 @@ def test_evaluations_keep_the_best_checkpoint_and_make_a_report(trained: Trained
     assert [line["step"] for line in read_jsonl(trained.run / "evaluations.jsonl")] == [0, 2, 4]
     assert (trained.run / "best" / "concept.json").exists()
     page = (trained.run / "report.html").read_text()
-    assert page.count("<svg") == 7 and "All 4 steps were taken" in page
+    assert page.count("<svg") == 8 and "All 4 steps were taken" in page
 
 
 def test_the_report_names_the_method_shows_the_subject_and_explains_its_curves(trained: Trained) -> None:
@@ -110,6 +110,7 @@ def test_the_report_names_the_method_shows_the_subject_and_explains_its_curves(t
     for words in (
         "CLIP-I: subject fidelity",
         "CLIP-T: prompt fidelity",
+        "Prompt precision",
         "PRES (lower is better): similarity",
         "DIV: diversity",
     ):
