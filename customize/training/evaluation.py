@@ -86,7 +86,7 @@ class Validation:
             return ""
         settings = self.training.settings
         if not any(figures.step == step for figures in self.early_stopping.history):
-            with self.training.averaged():
+            with self.training.as_drawn():
                 figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
                 shown: Sequence[Image] = ()
                 if self.few is not None:
