@@ -198,6 +198,19 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
         ) from error
 
 
+def refuse_wordless(tokenizer: Any, whose: str) -> None:
+    """`UserError` for a tokenizer without a vocabulary, which transformers makes of a folder that lacks its files.
+
+    Every word would be the unknown one, or none. `whose` begins the sentence.
+    """
+    pieces = tokenizer("the quick brown fox jumps over a lazy dog", add_special_tokens=False)["input_ids"]
+    if len(set(pieces) - set(tokenizer.all_special_ids)) < 2:
+        raise UserError(
+            f"{whose} knows no words: its vocabulary (tokenizer.json, or the files that stand for it) is missing. "
+            "Restore it, or download the model again."
+        )
+
+
 def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:
     """The network, unless some of its weights were not in its files, and are random, or were quantised there."""
     refuse_scaled(map(str, found.get("unexpected_keys", ())), f"The {part} of {name}")

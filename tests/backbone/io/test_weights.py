@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from backbone.evaluation.clip import load_image_encoder
 from backbone.io.console import UserError
@@ -300,6 +301,22 @@ def test_a_tokenizer_gives_what_its_encoder_has_positions_and_embeddings_of(
     else:
         with pytest.raises(UserError, match=r"tokenizer_config\.json"):
             load(model, "text_encoder")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused_and_not_drawn_with(model: Path) -> None:
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="text_encoder knows no words"):
+        load(model, "text_encoder")
+
+
+def test_a_word_that_was_added_to_the_tokenizer_alone_is_refused_by_name(model: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["cattoy"])
+    tokenizer.save_pretrained(model / "tokenizer")
+    encoder = load(model, "text_encoder")
+    encoder(["a dog"])
+    with pytest.raises(UserError, match="has the token cattoy, and the encoder has no embedding of it"):
+        encoder(["a cattoy"])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])

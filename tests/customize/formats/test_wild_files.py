@@ -1036,6 +1036,24 @@ def test_dora_scales_of_neither_axis_are_refused(tmp_path: Path) -> None:
             read_adapter(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    "types", [(torch.float8_e4m3fn,), (torch.float8_e5m2, torch.float16, torch.float32, torch.bfloat16)]
+)
+def test_factors_of_any_precision_and_of_several_are_fused_for_kohya(
+    types: tuple[torch.dtype, ...], models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    tensors: Tensors = {}
+    for number, (module, weight) in enumerate(models["flux"].weights.items()):
+        factors, _ = lora(weight)
+        for end, value in factors.items() if ".attn.to_" in module else ():
+            kept = value if end == "alpha" else (value / 10).to(types[number % len(types)])
+            tensors[f"transformer.{module}.{end}"] = kept
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya", base="flux")
+    one, other = (read_adapter(tmp_path / f"{name}.safetensors") for name in "ak")
+    assert compare_updates(one, other)[0] < 1e-6
+
+
 @pytest.mark.parametrize("make", [loha, kron_case(True, True, 12), kron_case(True, False, 12)])
 def test_loha_and_lokr_of_fused_layers_are_cut_where_their_blocks_end(
     make: Callable[[Tensor], tuple[Tensors, Tensor]], tmp_path: Path

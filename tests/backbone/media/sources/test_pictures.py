@@ -1703,6 +1703,21 @@ def test_characters_as_web_pages_write_them_are_read_as_what_they_mean(
     assert capsys.readouterr().err.count("They are read as what they mean.") == 1
 
 
+def test_a_captioner_s_marks_at_which_a_tokenizer_would_end_the_text_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_of.cache_clear()
+    for number, text in enumerate(
+        ("<s>a dog</s><pad><pad>", "a dog<|endoftext|>", "<|im_start|> a dog<|im_end|>\n<|endoftext|>")
+    ):
+        write(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text)
+        assert list_images(tmp_path)[number].caption == "a dog"
+        assert caption_at(text, None, "Row 1 of a.parquet") == "a dog"
+    assert capsys.readouterr().err.count("marks of the program that wrote its caption") == 1
+    assert caption_at("a <s1> dog, <cat-toy>, <3", None, "Row 1") == "a <s1> dog, <cat-toy>, <3"
+
+
 def test_a_list_may_name_its_images_without_their_endings(tmp_path: Path) -> None:
     for name in ("dog1.png", "dog2.JPG", "dog.3.png", "4.png", "4.jpg", "sub/é.webp"):
         write(tmp_path / name)
