@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, is_out_of_memory
-from backbone.io.files import WRAPPERS, Header, read_header, read_json
+from backbone.io.files import WRAPPERS, Header, describe_link, read_header, read_json
 
 INDEX = ".safetensors.index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
@@ -134,12 +134,16 @@ def refuse_two_sets(folder: Path) -> None:
 
 def _refuse_other_names(folder: Path) -> None:
     """`UserError` where the weights are no safetensors, or under names that are not looked for."""
-    if any((folder / f"{stem}{end}").exists() for stem in STEMS for end in (".safetensors", INDEX)):
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    stem = STEMS[0] if "_class_name" in config else STEMS[1]  # diffusers' or transformers'
+    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)):
         return
+    lost = next((path for path in sorted(folder.glob("*.safetensors")) if not path.exists()), None)
+    if lost is not None:  # as in a hub's cache of which files were removed
+        raise UserError(f"{lost} {describe_link(lost)}. Download the model again.")
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if not found:
         raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
-    stem = next((stem for stem in STEMS if found[0].startswith(stem)), STEMS[1])
     indices = sorted(path.name for path in folder.glob(f"{stem}*.index*.json"))
     if indices:
         remedy = f"Rename {indices[0]} to {stem}{INDEX}"

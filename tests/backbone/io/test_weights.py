@@ -303,6 +303,23 @@ def test_a_tokenizer_gives_what_its_encoder_has_positions_and_embeddings_of(
             load(model, "text_encoder")
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_under_the_name_of_another_library_or_behind_a_link_are_told_for_what_they_are(
+    model: Path, part: str
+) -> None:
+    file = next((model / part).glob("*.safetensors"))
+    other = file.with_name("model.safetensors" if part == "unet" else "diffusion_pytorch_model.safetensors")
+    file.rename(other)
+    with pytest.raises(UserError, match=rf"{other.name}\). Rename it to {file.name}"):
+        load(model, part)
+    other.unlink()
+    file.symlink_to("../blobs/0a1b")
+    with pytest.raises(
+        UserError, match=rf"{file.name} is a link to ../blobs/0a1b, which is not there\. Download"
+    ):
+        load(model, part)
+
+
 def test_a_tokenizer_without_its_vocabulary_is_refused_and_not_drawn_with(model: Path) -> None:
     (model / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="text_encoder knows no words"):
