@@ -445,7 +445,13 @@ def _read_configs(
     bare = [stem for stem in groups if stem.startswith(PEFT_PREFIX) or not stem.startswith(tuple(PREFIXES))]
     without = [stem for stem, group in groups.items() if "alpha" not in group]
     if beside.is_file() and (path.name == PEFT_WEIGHTS or without):  # peft's own, though it was renamed
-        return {"": read_peft_config(beside)}
+        config = read_peft_config(beside)
+        if path.name != PEFT_WEIGHTS:
+            notify(
+                f"{path} does not say its α: the settings beside it are taken for its own ({beside}: rank "
+                f"{config.rank}, α {config.alpha:g}). If they are another file's, move them."
+            )
+        return {"": config}
     if without and (said := metadata.get("ss_network_alpha")) not in (None, metadata.get("ss_network_dim")):
         notify(
             f"{path} holds no α for {count_of(len(without), 'layer')}, though its metadata says ss_network_alpha "

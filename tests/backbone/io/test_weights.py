@@ -19,7 +19,7 @@ from backbone.io.weights import check_weights, list_weight_files, read_weight_in
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.formats.model_weights import ModelWeights
-from tests.tiny import tiny_eye
+from tests.tiny import tiny_eye, tiny_stable_diffusion_xl
 
 EVIL = b"\x80\x04cos\nsystem\n(S'touch evil'\ntR."
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -323,6 +323,15 @@ def test_weights_under_the_name_of_another_library_or_behind_a_link_are_told_for
 def test_a_tokenizer_without_its_vocabulary_is_refused_and_not_drawn_with(model: Path) -> None:
     (model / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="text_encoder knows no words"):
+        load(model, "text_encoder")
+
+
+def test_a_tokenizer_without_its_settings_is_refused_since_it_would_fill_prompts_up_otherwise(
+    tmp_path: Path,
+) -> None:
+    model = tiny_stable_diffusion_xl(tmp_path / "xl")
+    (model / "tokenizer_2" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_2 lacks tokenizer_config\.json"):
         load(model, "text_encoder")
 
 

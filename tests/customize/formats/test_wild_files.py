@@ -1111,11 +1111,14 @@ def test_peft_s_folder_is_read_with_its_strength(
     for name, module in changed.items():
         assert relative(layers[f"unet.{name}"].delta_weight(), module.get_delta_weight("default")) < 1e-6
         assert (layers[f"unet.{name}"].magnitude is not None) == bool(settings.get("use_dora"))
+    assert not capsys.readouterr().err
     (tmp_path / "peft" / "adapter_model.safetensors").rename(tmp_path / "peft" / "dog.safetensors")
     renamed = read_adapter(tmp_path / "peft" / "dog.safetensors").layers
     assert {name: layer.scale for name, layer in renamed.items()} == {n: x.scale for n, x in layers.items()}
     (tmp_path / "peft" / "dog.safetensors").rename(tmp_path / "peft" / "adapter_model.safetensors")
-    assert "assumed" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "assumed" not in said and "the settings beside it are taken for its own" in said
+    assert "rank 4, α 32" in said
     (tmp_path / "peft" / "adapter_config.json").unlink()
     assert next(iter(read_adapter(tmp_path / "peft").layers.values())).scale == 1
     assert "α = rank is assumed" in capsys.readouterr().err
