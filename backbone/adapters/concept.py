@@ -242,7 +242,7 @@ def own_words(model: str) -> set[str]:
     Those of a folder; of hub ids and single files there are none.
     """
     found: set[str] = set()
-    for file in written_path(model).glob("tokenizer*/*.json") if model else ():
+    for file in written_path(model).glob("tokenizer*/[!.]*.json") if model else ():
         with suppress(UserError, OSError):
             settings = read_json(file)
             if file.name == "added_tokens.json":

@@ -165,7 +165,7 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
     model = _load_model(CLIPModel, folder).to(device).eval().requires_grad_(False)
-    for path in folder.glob("*.json"):
+    for path in folder.glob("[!.]*.json"):
         parse_json(path.read_bytes(), path)
     with refuse_damaged(str(folder), "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -55,11 +55,11 @@ def list_weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     refuse_two_sets(folder)
-    for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: len(path.name)):
+    for index in sorted(folder.glob(f"[!.]*{INDEX}"), key=lambda path: len(path.name)):
         shards = sorted(set(read_weight_index(index).values()))
         _refuse_missing_shards(index, shards)
         return [folder / name for name in shards]
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
+    files = sorted(folder.glob("[!.]*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     return files[:1]
 
 
@@ -76,7 +76,7 @@ def check_weights(folder: Path) -> None:
             raise UserError(
                 f"{folder / 'config.json'} names other files with {key}, which are not read. Remove that key."
             )
-    for index in folder.glob(f"*{INDEX}"):
+    for index in folder.glob(f"[!.]*{INDEX}"):
         stored: dict[str, str] = {}
         shards = sorted(set(read_weight_index(index).values()))
         _refuse_missing_shards(index, shards)
@@ -88,7 +88,7 @@ def check_weights(folder: Path) -> None:
                     )
     refuse_two_sets(folder)
     _refuse_other_names(folder)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         read_weights_header(path)
 
 
@@ -123,7 +123,7 @@ def refuse_shard(path: Path) -> None:
 
 def refuse_two_sets(folder: Path) -> None:
     """`UserError` for a file of all weights beside shards of them: some loaders take the one, some the others."""
-    for index in folder.glob(f"*{INDEX}"):
+    for index in folder.glob(f"[!.]*{INDEX}"):
         whole = folder / f"{index.name.removesuffix(INDEX)}.safetensors"
         if whole.exists():
             raise UserError(
@@ -138,10 +138,10 @@ def _refuse_other_names(folder: Path) -> None:
     stem = STEMS[0] if "_class_name" in config else STEMS[1]  # diffusers' or transformers'
     if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)):
         return
-    lost = next((path for path in sorted(folder.glob("*.safetensors")) if not path.exists()), None)
+    lost = next((path for path in sorted(folder.glob("[!.]*.safetensors")) if not path.exists()), None)
     if lost is not None:  # as in a hub's cache of which files were removed
         raise UserError(f"{lost} {describe_link(lost)}. Download the model again.")
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
     if not found:
         raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
     indices = sorted(path.name for path in folder.glob(f"{stem}*.index*.json"))

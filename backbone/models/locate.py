@@ -111,7 +111,9 @@ def _name_near(folder: Path) -> str:
     within = sorted(
         str(file.parent) for level in ("*", "*/*") for file in folder.glob(f"{level}/model_index.json")
     )
-    files = sorted(map(str, folder.glob("*.safetensors"))) if not (folder / "config.json").exists() else []
+    files = (
+        sorted(map(str, folder.glob("[!.]*.safetensors"))) if not (folder / "config.json").exists() else []
+    )
     if found := within or files:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         return f"Name what lies in it: {', '.join(found[:3])}{more}."

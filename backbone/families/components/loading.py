@@ -44,7 +44,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
                 f"{folder / part} lacks {TOKENIZER_CONFIG}, which says what prompts are filled up with. Restore it, or "
                 "download the model again."
             )
-        for path in (folder / part).glob("*.json"):
+        for path in (folder / part).glob("[!.]*.json"):
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()

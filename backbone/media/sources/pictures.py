@@ -76,7 +76,6 @@ PERHAPS_MAP = re.compile(
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 # What files of that name hold that are no captions, by how these begin
 NO_CAPTION = {
-    r"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
     r"<!doctype|<html|<\?xml": "a web page",
     r"\{\\rtf": "an RTF document",
     r"\{\s*\"[^\"]*\"\s*:": "JSON",

@@ -326,6 +326,24 @@ def test_a_tokenizer_without_its_vocabulary_is_refused_and_not_drawn_with(model:
         load(model, "text_encoder")
 
 
+def test_what_a_mac_leaves_beside_files_on_other_disks_is_no_part_of_a_model(model: Path) -> None:
+    for file in [*model.glob("*/*.json"), *model.glob("*/*.safetensors")]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for part in ("unet", "vae", "text_encoder"):
+        use(model, part)
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
+)
+def test_a_pointer_of_git_in_place_of_a_model_s_record_is_told(model: Path, file: str) -> None:
+    (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(
+        UserError, match=rf"{file} is a Git LFS pointer, not the file itself\. Run `git lfs pull`"
+    ):
+        use(model, "text_encoder")
+
+
 def test_a_tokenizer_without_its_settings_is_refused_since_it_would_fill_prompts_up_otherwise(
     tmp_path: Path,
 ) -> None:

@@ -649,7 +649,6 @@ def test_a_table_s_texts_are_never_cut_short_in_silence(tmp_path: Path, rows: st
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
         ("<!DOCTYPE html>\n<p>Not found", "a web page"),
         (r"{\rtf1\ansi a dog}", "an RTF document"),
         ('{"caption": "a dog"}', "JSON"),
@@ -660,6 +659,17 @@ def test_a_file_of_another_kind_is_no_caption(tmp_path: Path, text: str, what: s
     (tmp_path / "1.txt").write_text(text)
     with pytest.raises(UserError, match=rf"1\.txt is {what}.*, and a caption is plain text"):
         list_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl", "metadata.csv", "train.parquet"])
+def test_a_pointer_of_git_in_place_of_words_is_told(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    source = tmp_path / name if name.endswith("parquet") else tmp_path
+    with pytest.raises(
+        UserError, match=rf"{name} is a Git LFS pointer, not the file itself\. Run `git lfs pull`"
+    ):
+        list_images(source)
 
 
 def test_a_list_or_a_cell_that_says_nothing_takes_no_caption_away(
