@@ -17,7 +17,7 @@ from typing import Any
 from backbone.io.console import UserError, notify, notify_once, quote, quote_text
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
-from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, no_run_folder
+from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, LORA_WEIGHTS, no_run_folder
 from backbone.io.written import written_path
 
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
@@ -125,6 +125,18 @@ def needs_whole_base(concept: Concept) -> bool:
     return not all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
+def list_adapter_files(folder: Path) -> list[Path]:
+    """What may be adapters in a folder of another trainer, the newest last: files in it, and those of checkpoints."""
+    found = [*folder.glob("[!.]*.safetensors"), *folder.glob(f"*/{LORA_WEIGHTS}")]
+    return sorted((file for file in found if file.is_file()), key=lambda file: (file.stat().st_mtime, file))
+
+
+def name_last(files: Sequence[Path], folder: Path, most: int = 3) -> str:
+    """The last of these files of a folder, and how many more there are."""
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return f"{', '.join(str(file.relative_to(folder)) for file in files[-most:])}{more}"
+
+
 def is_run(folder: Path) -> bool:
     """Whether a training wrote this folder, be it finished or not."""
     return (folder / CONCEPT_FILE).is_file() or (folder / "settings.json").is_file()
@@ -158,6 +170,11 @@ def why_no_run(folder: Path) -> str:
     if inner:
         shown = ", ".join(inner[:4]) + (f" and {len(inner) - 4} more" if len(inner) > 4 else "")
         return f"{folder} holds no concept itself, but runs: {shown}. Name one of these."
+    if files := list_adapter_files(folder):
+        return (
+            f"{folder} is no run folder, and holds {name_last(files, folder)}. Make a run of one that is an adapter: "
+            f"customize import {quote(files[-1])} --out runs/NAME"
+        )
     return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 

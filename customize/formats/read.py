@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import is_run, read_concept, why_no_run
+from backbone.adapters.concept import is_run, list_adapter_files, name_last, read_concept, why_no_run
 from backbone.adapters.config import (
     CONFIG_FILE,
     CONFIG_KEY,
@@ -321,6 +321,11 @@ def find_adapter_file(path: str | Path) -> Path:
             "with both beside one another (--concept, twice), or name the one."
             if len(inner) > 1
             else f"{path} holds no adapter, but a folder with one. Name it: {named}"
+        )
+    if files := list_adapter_files(path):
+        raise UserError(
+            f"{path} holds no {LORA_WEIGHTS} or {PEFT_WEIGHTS}, but {name_last(files, path)}. Name the file that is "
+            "meant."
         )
     raise UserError(
         f"{path} holds no adapter ({LORA_WEIGHTS} or {PEFT_WEIGHTS} is missing). "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -1262,6 +1263,20 @@ def test_what_a_network_of_diffusers_saved_by_itself_has_its_strength(
             layer = layers[f"{models[family].component}.{name}"]
             assert relative(layer.delta_weight(), module.get_delta_weight("default")) < 1e-6
     assert {layer.scale for layer in layers.values()} == {8, 16}
+
+
+def test_what_other_trainers_wrote_into_a_folder_is_named(tmp_path: Path) -> None:
+    for number, name in enumerate(
+        ["b_250.safetensors", "b_500.safetensors", "c/pytorch_lora_weights.safetensors", "a.safetensors"]
+    ):
+        write_tensors(tmp_path / name, {"x": torch.ones(1)})
+        os.utime(tmp_path / name, (number, number))
+    (tmp_path / "._a.safetensors").touch()
+    named = r"b_500.safetensors, c/pytorch_lora_weights.safetensors, a.safetensors and 1 more\."
+    with pytest.raises(UserError, match=f"but {named} Name the file that is meant"):
+        read_adapter(tmp_path)
+    with pytest.raises(UserError, match=rf"{named} Make a run .* customize import \S+/a.safetensors --out"):
+        read_concept(tmp_path)
 
 
 def test_folders_of_peft_inside_of_a_folder_are_named(tmp_path: Path) -> None:
