@@ -138,6 +138,8 @@ def list_images(
         return list_table(load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
     near = nearest_path(path)
     remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
+    if "*" in path.name and path.parent.is_dir():  # a shell writes it out where it is not quoted
+        remedy = f"Patterns are not read: give the folder {path.parent}, or a copy of these images in one of their own."
     raise UserError(f"{path} does not exist. {remedy}")
 
 

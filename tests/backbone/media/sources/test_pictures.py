@@ -1381,6 +1381,8 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_network(
         list_images("photos/dog")
     with pytest.raises(UserError, match=r"cats does not exist\. Give a folder"):
         list_images("cats")
+    with pytest.raises(UserError, match=r"Patterns are not read: give the folder photos.dogs"):
+        list_images("photos/dogs/*.png")
 
 
 # Tables
