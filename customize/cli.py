@@ -208,7 +208,9 @@ def sample(asked: SampleOptions) -> None:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for prompt in [*prompts, asked.negative]:
-        resolve_placeholder_tokens(prompt, concepts)  # user errors are raised before torch is imported
+        resolve_placeholder_tokens(
+            prompt, concepts, model=asked.model
+        )  # user errors are raised before torch is imported
     controls, on = asked.controls, asked.few_step
     refuse_from_source(controls)
     refuse_finished(asked.out)
@@ -232,7 +234,9 @@ def sketch(asked: SketchOptions) -> None:
 
     concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
     for text in (asked.words, asked.negative):
-        resolve_placeholder_tokens(text, concepts)  # user errors are raised before torch is imported
+        resolve_placeholder_tokens(
+            text, concepts, model=asked.model
+        )  # user errors are raised before torch is imported
     check_port(asked.port)
     from customize.sketch.pad import FOLDER, SketchPad
     from customize.sketch.server import serve

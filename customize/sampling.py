@@ -97,8 +97,8 @@ def sample_to_folder(
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
     """
     processes.init_process(asked.device)
-    expanded = resolve_prompts(prompts, concepts)
-    negative = resolve_placeholder_tokens(asked.negative, concepts)
+    expanded = resolve_prompts(prompts, concepts, model=asked.model)
+    negative = resolve_placeholder_tokens(asked.negative, concepts, model=asked.model)
     backbone, concepts, name = open_model(asked, concepts, on)
     asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
     rows, columns = latent_size(backbone, asked.size)

@@ -79,6 +79,15 @@ def read_subject(flag: str) -> Subject:
     return Subject(drive + parts[0], *parts[1:])
 
 
+def name_method(said: str) -> str:
+    """A method as it is said; `UserError` for a kind of adapter, which has an option of its own."""
+    if said.lower() in ADAPTERS[1:]:
+        raise UserError(
+            f"--method is {said}, which is a kind of adapter here. Write --adapter {said.lower()}."
+        )
+    return said
+
+
 METHODS = {  # what each trains; the classes are in `customize.methods.registry`
     "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
     "full": "all of the denoiser's weights (DreamBooth)",
@@ -88,6 +97,7 @@ METHODS = {  # what each trains; the classes are in `customize.methods.registry`
 }
 # Which learn embeddings for the token
 OWN_WORDS = ("textual-inversion", "pivotal", "custom-diffusion")
+ADAPTERS = ("lora", "dora", "loha", "lokr")
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
 WITH_WORDS = {"method": OWN_WORDS}
 BESIDE_A_BASE = {"method": ("lora", "pivotal", "textual-inversion")}  # whose weights stay as they are
@@ -294,6 +304,7 @@ class Settings(TrainingSettings):
             "embedding.",
             "Method",
             choices=tuple(METHODS),
+            understood=name_method,
         ),
     ] = "lora"
     begin_from: Annotated[
@@ -394,7 +405,7 @@ class Settings(TrainingSettings):
         Option(
             "Kind of adapter.",
             "Adapter",
-            choices=("lora", "dora", "loha", "lokr"),
+            choices=ADAPTERS,
             switches={"use-dora": "dora"},
             needs=WITH_ADAPTER,
         ),

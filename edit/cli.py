@@ -354,7 +354,7 @@ def collect_options(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, 
     folders = [checkpoint(run, asked.checkpoint) for run in asked.concepts]
     learned = [read_concept(folder) for folder in folders]
     for prompt in prompts:
-        resolve_placeholder_tokens(prompt, learned)
+        resolve_placeholder_tokens(prompt, learned, model=asked.model)
     if asked.seed and not draws_noise(asked):
         notify(f"--seed {asked.seed} changes nothing: nothing is random here.{_random_method(asked)}")
     if isinstance(asked, StepOptions):

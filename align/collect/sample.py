@@ -20,6 +20,7 @@ from backbone.adapters.concept import (
     PLACEHOLDER,
     Concept,
     expand_tokens,
+    own_words,
     summarize_concepts,
     trained_resolution,
 )
@@ -57,8 +58,9 @@ def sample_pairs(
     texts = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
     for text in [*texts, asked.negative]:
         expand_tokens(text, concepts)  # mistakes are answered before any weights load
-    if not concepts and (found := next(filter(None, map(PLACEHOLDER.search, texts)), None)):
-        notify(f"“{found[0]}” in a prompt is read as plain text: no --concept is given.")
+    brackets = [] if concepts else [word for text in texts for word in PLACEHOLDER.findall(text)]
+    if brackets and (plain := [word for word in brackets if word not in own_words(asked.model or "")]):
+        notify(f"“{plain[0]}” in a prompt is read as plain text: no --concept is given.")
     name = asked.model or (concepts[0].model if concepts else "moji")
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))

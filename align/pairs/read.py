@@ -170,8 +170,8 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
             return _read_table(TABLES[suffix](tables), str(folder), limit)
     of_a_run = LEFT_BEHIND if (folder / RECORD).is_file() else ()
     lines = (
-        sorted(path for path in folder.glob("*.jsonl") if path.name not in of_a_run)
-        or [path for path in sorted(folder.glob("*.json")) if is_json_list(path)]
+        sorted(path for path in folder.glob("[!.]*.jsonl") if path.name not in of_a_run)
+        or [path for path in sorted(folder.glob("[!.]*.json")) if is_json_list(path)]
         or [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SPREADSHEETS]
     )
     if len(lines := leave_out_measured(lines, folder)) == 1:

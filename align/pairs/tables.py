@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.records import parse_json
+from backbone.io.records import parse_json, refuse_pointer
 from backbone.media.sources.splits import choose_table
 from backbone.media.sources.tables import (
     asking_once,
@@ -143,6 +143,9 @@ def _is_text(kind: Any) -> bool:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if path.is_file():
+        with open(path, "rb") as file:
+            refuse_pointer(file.read(64), path)
     return UserError(f"{path} is not a readable Parquet file ({reason}). Save it again.")
 
 

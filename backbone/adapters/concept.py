@@ -17,7 +17,8 @@ from typing import Any
 from backbone.io.console import UserError, notify, notify_once, quote, quote_text
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
-from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, no_run_folder
+from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, LORA_WEIGHTS, no_run_folder
+from backbone.io.written import written_path
 
 BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
 MOTION = "motion"  # the kind of what was learned from clips: how things move
@@ -124,6 +125,18 @@ def needs_whole_base(concept: Concept) -> bool:
     return not all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
+def list_adapter_files(folder: Path) -> list[Path]:
+    """What may be adapters in a folder of another trainer, the newest last: files in it, and those of checkpoints."""
+    found = [*folder.glob("[!.]*.safetensors"), *folder.glob(f"*/{LORA_WEIGHTS}")]
+    return sorted((file for file in found if file.is_file()), key=lambda file: (file.stat().st_mtime, file))
+
+
+def name_last(files: Sequence[Path], folder: Path, most: int = 3) -> str:
+    """The last of these files of a folder, and how many more there are."""
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return f"{', '.join(str(file.relative_to(folder)) for file in files[-most:])}{more}"
+
+
 def is_run(folder: Path) -> bool:
     """Whether a training wrote this folder, be it finished or not."""
     return (folder / CONCEPT_FILE).is_file() or (folder / "settings.json").is_file()
@@ -157,6 +170,11 @@ def why_no_run(folder: Path) -> str:
     if inner:
         shown = ", ".join(inner[:4]) + (f" and {len(inner) - 4} more" if len(inner) > 4 else "")
         return f"{folder} holds no concept itself, but runs: {shown}. Name one of these."
+    if files := list_adapter_files(folder):
+        return (
+            f"{folder} is no run folder, and holds {name_last(files, folder)}. Make a run of one that is an adapter: "
+            f"customize import {quote(files[-1])} --out runs/NAME"
+        )
     return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 
@@ -189,12 +207,17 @@ def trained_resolution(concepts: Sequence[Concept]) -> int:
 
 
 def resolve_placeholder_tokens(
-    prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")
+    prompt: str,
+    concepts: Sequence[Concept],
+    *,
+    runs: Path | None = Path("runs"),
+    model: str | None = None,
 ) -> str:
     """Replace each placeholder token of the concepts by the words that the model reads for it.
 
-    Raises `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does, and
-    for a token that is written with other brackets.
+    `model` is the one that draws, None that of the concepts: words in brackets that it has itself stay. Raises
+    `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does, and for a
+    token that is written with other brackets.
     """
     _refuse_two_meanings(prompt, concepts)
     _refuse_other_brackets(prompt, concepts)
@@ -207,6 +230,9 @@ def resolve_placeholder_tokens(
     }
     foreign = find_foreign_placeholders(resolved, own)
     foreign += [token for token in trained if token not in own and mentions(resolved, token)]
+    if foreign:
+        known = own_words(model or next((concept.model for concept in concepts), ""))
+        foreign = [token for token in foreign if token not in known]
     for token in foreign:
         remedy = (
             f"Add --concept {quote(trained[token])}."
@@ -227,9 +253,30 @@ def resolve_placeholder_tokens(
     return resolved
 
 
-def resolve_prompts(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+def own_words(model: str) -> set[str]:
+    """Words in brackets that a model's tokenizer has: learned ones, saved with it (by `merge --bake`, by diffusers).
+
+    Those of a folder; of hub ids and single files there are none.
+    """
+    found: set[str] = set()
+    for file in written_path(model).glob("tokenizer*/[!.]*.json") if model else ():
+        with suppress(UserError, OSError):
+            settings = read_json(file)
+            if file.name == "added_tokens.json":
+                found.update(settings)
+            listed, decoded = settings.get("added_tokens"), settings.get("added_tokens_decoder")
+            entries = listed if isinstance(listed, list) else []
+            entries += decoded.values() if isinstance(decoded, dict) else ()
+            kept = [one for one in entries if isinstance(one, dict) and not one.get("special")]
+            found.update(str(one.get("content")) for one in kept)
+    return {word for word in found if PLACEHOLDER.match(word)}
+
+
+def resolve_prompts(
+    prompts: Sequence[str], concepts: Sequence[Concept], *, model: str | None = None
+) -> list[str]:
     """`resolve_placeholder_tokens` of all prompts of a command; says of which subjects none has a token."""
-    resolved = [resolve_placeholder_tokens(prompt, concepts) for prompt in prompts]
+    resolved = [resolve_placeholder_tokens(prompt, concepts, model=model) for prompt in prompts]
     say_uncalled(prompts, concepts)
     return resolved
 

@@ -93,6 +93,10 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("img2img", "i2i", "image2image", "inpaint", "inpainting"), ("sdedit",)),
     **dict.fromkeys(("pix2pix", "instruct-pix2pix", "kontext"), ("instruct",)),
+    **dict.fromkeys(
+        ("masactrl", "plug-and-play", "pnp", "prompt-to-prompt", "p2p", "null-text", "replace"),
+        ("invert-and-replace",),
+    ),
     **dict.fromkeys(("erase", "object-removal"), ("remove",)),
     **dict.fromkeys(("convert", "to-kohya", "to-comfyui", "to-diffusers"), ("export",)),
     **dict.fromkeys(("eval", "benchmark", "score"), ("evaluate", "rank")),

@@ -22,7 +22,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import parse_json, read_as
-from backbone.io.weights import check_weights, refuse_damaged, refuse_missing
+from backbone.io.weights import check_weights, refuse_damaged, refuse_missing, refuse_wordless
 from backbone.world.words import choose_article, load_vocabulary
 
 if TYPE_CHECKING:
@@ -170,10 +170,11 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
     model = _load_model(CLIPModel, folder).to(device).eval().requires_grad_(False)
-    for path in folder.glob("*.json"):
+    for path in folder.glob("[!.]*.json"):
         parse_json(path.read_bytes(), path)
     with refuse_damaged(str(folder), "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    refuse_wordless(tokenizer, f"The tokenizer of {folder}")
     side = model.config.vision_config.image_size
     return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
 

@@ -56,6 +56,7 @@ def parse_json(
     """
     if isinstance(text, bytes) and text.startswith(UTF16):
         raise UserError(f"{where} is not JSON (it is UTF-16 and not UTF-8 text). Save it as UTF-8.")
+    refuse_pointer(text, where)
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded, object_pairs_hook=join)
@@ -69,6 +70,12 @@ def parse_json(
         ) from error
     # A tokenizer's hundred thousand texts need not be looked at one by one.
     return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
+
+
+def refuse_pointer(text: str | bytes, where: str | Path) -> None:
+    """`UserError` for what git leaves in a file's place where it was cloned without LFS."""
+    if text[:23] in ("version https://git-lfs", b"version https://git-lfs"):
+        raise UserError(f"{where} is a Git LFS pointer, not the file itself. Run `git lfs pull` beside it.")
 
 
 def repair(reason: str, otherwise: str = "Repair it.") -> str:
@@ -91,10 +98,12 @@ def read_text(path: str | Path) -> str:
     with open(path, "rb") as file:
         encoding = _encoding_of(file.read(4))
     try:
-        return Path(path).read_text(encoding=encoding)
+        text = Path(path).read_text(encoding=encoding)
     except UnicodeError as error:
         what = "UTF-8 text" if encoding != "utf-16" else "whole UTF-16 text"
         raise UserError(f"{path} is not {what}. Save it as UTF-8.") from error
+    refuse_pointer(text, path)
+    return text
 
 
 def _encoding_of(start: bytes) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, is_out_of_memory
-from backbone.io.files import WRAPPERS, Header, read_header, read_json
+from backbone.io.files import WRAPPERS, Header, describe_link, read_header, read_json
 
 INDEX = ".safetensors.index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
@@ -55,11 +55,11 @@ def list_weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     refuse_two_sets(folder)
-    for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: len(path.name)):
+    for index in sorted(folder.glob(f"[!.]*{INDEX}"), key=lambda path: len(path.name)):
         shards = sorted(set(read_weight_index(index).values()))
         _refuse_missing_shards(index, shards)
         return [folder / name for name in shards]
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
+    files = sorted(folder.glob("[!.]*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     return files[:1]
 
 
@@ -76,7 +76,7 @@ def check_weights(folder: Path) -> None:
             raise UserError(
                 f"{folder / 'config.json'} names other files with {key}, which are not read. Remove that key."
             )
-    for index in folder.glob(f"*{INDEX}"):
+    for index in folder.glob(f"[!.]*{INDEX}"):
         stored: dict[str, str] = {}
         shards = sorted(set(read_weight_index(index).values()))
         _refuse_missing_shards(index, shards)
@@ -88,7 +88,7 @@ def check_weights(folder: Path) -> None:
                     )
     refuse_two_sets(folder)
     _refuse_other_names(folder)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         read_weights_header(path)
 
 
@@ -123,7 +123,7 @@ def refuse_shard(path: Path) -> None:
 
 def refuse_two_sets(folder: Path) -> None:
     """`UserError` for a file of all weights beside shards of them: some loaders take the one, some the others."""
-    for index in folder.glob(f"*{INDEX}"):
+    for index in folder.glob(f"[!.]*{INDEX}"):
         whole = folder / f"{index.name.removesuffix(INDEX)}.safetensors"
         if whole.exists():
             raise UserError(
@@ -134,12 +134,16 @@ def refuse_two_sets(folder: Path) -> None:
 
 def _refuse_other_names(folder: Path) -> None:
     """`UserError` where the weights are no safetensors, or under names that are not looked for."""
-    if any((folder / f"{stem}{end}").exists() for stem in STEMS for end in (".safetensors", INDEX)):
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    stem = STEMS[0] if "_class_name" in config else STEMS[1]  # diffusers' or transformers'
+    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)):
         return
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    lost = next((path for path in sorted(folder.glob("[!.]*.safetensors")) if not path.exists()), None)
+    if lost is not None:  # as in a hub's cache of which files were removed
+        raise UserError(f"{lost} {describe_link(lost)}. Download the model again.")
+    found = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
     if not found:
         raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
-    stem = next((stem for stem in STEMS if found[0].startswith(stem)), STEMS[1])
     indices = sorted(path.name for path in folder.glob(f"{stem}*.index*.json"))
     if indices:
         remedy = f"Rename {indices[0]} to {stem}{INDEX}"
@@ -196,6 +200,19 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
         raise UserError(
             f"The {part} of {name} could not be loaded ({reason}). Restore it, or download the model again."
         ) from error
+
+
+def refuse_wordless(tokenizer: Any, whose: str) -> None:
+    """`UserError` for a tokenizer without a vocabulary, which transformers makes of a folder that lacks its files.
+
+    Every word would be the unknown one, or none. `whose` begins the sentence.
+    """
+    pieces = tokenizer("the quick brown fox jumps over a lazy dog", add_special_tokens=False)["input_ids"]
+    if len(set(pieces) - set(tokenizer.all_special_ids)) < 2:
+        raise UserError(
+            f"{whose} knows no words: its vocabulary (tokenizer.json, or the files that stand for it) is missing. "
+            "Restore it, or download the model again."
+        )
 
 
 def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:

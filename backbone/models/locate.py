@@ -65,8 +65,7 @@ def locate(model: str) -> Location:
             )
         if not index.exists():
             raise UserError(
-                f"{path} is not a diffusers model: it has no model_index.json. "
-                "Name the folder that `save_pretrained` wrote."
+                f"{path} is not a diffusers model: it has no model_index.json. {_name_near(path)}"
             )
         return Location(model, str(here), read_index(index))
     if model in OWN:
@@ -100,6 +99,25 @@ def locate(model: str) -> Location:
         f"There is no model {model}.{meant} Name one of {', '.join(known_names())}, a diffusers folder, "
         f"a checkpoint file, or a hub id.{moved if path.is_absolute() else ''}"
     )
+
+
+def _name_near(folder: Path) -> str:
+    """Which model may be meant by a folder that is none: the one that it lies in, those in it, or single files.
+
+    In the hub's cache a model lies two levels below its folder.
+    """
+    if (folder.parent / "model_index.json").is_file():
+        return f"It is a component of one: name {folder.parent}."
+    within = sorted(
+        str(file.parent) for level in ("*", "*/*") for file in folder.glob(f"{level}/model_index.json")
+    )
+    files = (
+        sorted(map(str, folder.glob("[!.]*.safetensors"))) if not (folder / "config.json").exists() else []
+    )
+    if found := within or files:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return f"Name what lies in it: {', '.join(found[:3])}{more}."
+    return "Name the folder that `save_pretrained` wrote."
 
 
 def _list_sources(index: Path) -> str:

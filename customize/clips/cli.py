@@ -66,7 +66,9 @@ def clip(asked: ClipOptions) -> None:
             "SparseCtrl works beside a motion adapter. Name one with --motion, or leave --sparsectrl out."
         )
     for prompt in [*prompts, asked.negative]:
-        resolve_placeholder_tokens(prompt, concepts)  # mistakes are answered before torch is imported
+        resolve_placeholder_tokens(
+            prompt, concepts, model=asked.model
+        )  # mistakes are answered before torch is imported
     refuse_from_source(asked.controls)
     for prompt in prompts if asked.camera else ():
         refuse_other_camera(prompt, asked.camera)

@@ -85,7 +85,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     if asked.mp4:
         import_av("--mp4")
     name = asked.model or (concepts[0].model if concepts else "moji")
-    negative = resolve_placeholder_tokens(asked.negative, concepts)
+    negative = resolve_placeholder_tokens(asked.negative, concepts, model=name)
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
     controls, sparse = split_controls(asked)
@@ -113,7 +113,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     held = (*gather_controls(conditions), *camera, *given)
     plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
-    said = resolve_prompts([plan.prompt for plan in plans], concepts)
+    said = resolve_prompts([plan.prompt for plan in plans], concepts, model=name)
     requests = [
         [Request(words, (i, j), negative) for j in range(asked.count)] for i, words in enumerate(said)
     ]

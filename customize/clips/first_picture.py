@@ -99,7 +99,10 @@ def plan_pictures(
             return first.thing
         if first.behind is not None:
             return find_changed(first.picture, first.behind)
-        words = [resolve_placeholder_tokens(one, concepts) if one else "" for one in (said, beside)]
+        name = model.location.name
+        words = [
+            resolve_placeholder_tokens(one, concepts, model=name) if one else "" for one in (said, beside)
+        ]
         with progress(None, f"looking for “{said}”", brief=True):
             return find_named(model, first.picture, *words)
 

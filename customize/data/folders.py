@@ -17,7 +17,7 @@ from backbone.media.sources.pictures import check_images, describe_unused, list_
 from backbone.media.sources.record import ImageRecord
 from customize.settings import INSTANCE_PROMPT, Settings, Subject
 
-KOHYA_FOLDER = re.compile(r"(\d+(?:\.\d+)?)_(.+)")
+KOHYA_FOLDER = re.compile(r"(\d+(?:\.\d+)?)_(.*[^\s_].*)")
 CONCEPT_KEYS = (
     "instance_data_dir",
     "instance_prompt",

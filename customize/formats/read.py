@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import is_run, read_concept, why_no_run
+from backbone.adapters.concept import is_run, list_adapter_files, name_last, read_concept, why_no_run
 from backbone.adapters.config import (
     CONFIG_FILE,
     CONFIG_KEY,
@@ -322,6 +322,11 @@ def find_adapter_file(path: str | Path) -> Path:
             if len(inner) > 1
             else f"{path} holds no adapter, but a folder with one. Name it: {named}"
         )
+    if files := list_adapter_files(path):
+        raise UserError(
+            f"{path} holds no {LORA_WEIGHTS} or {PEFT_WEIGHTS}, but {name_last(files, path)}. Name the file that is "
+            "meant."
+        )
     raise UserError(
         f"{path} holds no adapter ({LORA_WEIGHTS} or {PEFT_WEIGHTS} is missing). "
         "Name a run folder, peft's folder or a .safetensors file."
@@ -445,7 +450,13 @@ def _read_configs(
     bare = [stem for stem in groups if stem.startswith(PEFT_PREFIX) or not stem.startswith(tuple(PREFIXES))]
     without = [stem for stem, group in groups.items() if "alpha" not in group]
     if beside.is_file() and (path.name == PEFT_WEIGHTS or without):  # peft's own, though it was renamed
-        return {"": read_peft_config(beside)}
+        config = read_peft_config(beside)
+        if path.name != PEFT_WEIGHTS:
+            notify(
+                f"{path} does not say its α: the settings beside it are taken for its own ({beside}: rank "
+                f"{config.rank}, α {config.alpha:g}). If they are another file's, move them."
+            )
+        return {"": config}
     if without and (said := metadata.get("ss_network_alpha")) not in (None, metadata.get("ss_network_dim")):
         notify(
             f"{path} holds no α for {count_of(len(without), 'layer')}, though its metadata says ss_network_alpha "

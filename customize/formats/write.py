@@ -372,16 +372,19 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
     if count == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
         rows[3] = 4 * width
     rank = sum(layer.rank for layer in group.values())
-    up = reference.factors["up"].new_zeros(sum(rows), rank)
+    found = {value.dtype for layer in group.values() for value in layer.factors.values()}
+    # Of several precisions, or in fp8, which torch does not multiply: in full precision
+    dtype = found.pop() if len(found) == 1 and min(found, key=str).itemsize > 1 else torch.float32
+    up = torch.zeros(sum(rows), rank, dtype=dtype)
     column = 0
     for place in sorted(group):
         layer = group[place]
         row = sum(rows[:place])
         # The result has one scale, so each block takes the ratio of its own to it.
-        block = layer.factors["up"] * (layer.scale / reference.scale)
+        block = layer.factors["up"].to(dtype) * (layer.scale / reference.scale)
         up[row : row + rows[place], column : column + layer.rank] = block
         column += layer.rank
-    down = torch.cat([group[place].factors["down"] for place in sorted(group)])
+    down = torch.cat([group[place].factors["down"].to(dtype) for place in sorted(group)])
     magnitudes = [layer.magnitude for _, layer in sorted(group.items()) if layer.magnitude is not None]
     if magnitudes and len(magnitudes) < count:
         raise UserError(f"Some of the layers that {name} fuses are DoRA and some not. Export --to diffusers.")

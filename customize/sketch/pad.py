@@ -123,7 +123,8 @@ class SketchPad:
         no concept has, a negative prompt that the model does not read, and a folder that is gone.
         """
         prompt, negative = (
-            resolve_placeholder_tokens(text, self.concepts) for text in (wish.prompt, wish.negative)
+            resolve_placeholder_tokens(text, self.concepts, model=self.asked.model)
+            for text in (wish.prompt, wish.negative)
         )
         refuse_negative(self.model, wish.negative, self.asked.guidance)
         refuse_gone(self.folder, "the drawing")

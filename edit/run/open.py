@@ -68,7 +68,7 @@ class ModelWithConcepts:
 
     def resolve(self, prompt: str) -> str:
         """A person's prompt in the model's words: placeholder tokens replaced by what they stand for."""
-        return resolve_placeholder_tokens(prompt, self.concepts)
+        return resolve_placeholder_tokens(prompt, self.concepts, model=self.model.location.name)
 
     @property
     def placeholders(self) -> dict[str, str]:

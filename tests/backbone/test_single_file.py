@@ -305,6 +305,17 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub() -> None:
             r"the mean over its training \(EMA\) alone",
         ),
         (["model.diffusion_model.input_blocks.1.0.in_layers.0.weight"], "without its text encoder"),
+        (
+            [
+                "model.diffusion_model.input_blocks.1.0.x",
+                "first_stage_model.encoder.down.0.block.0.conv1.weight",
+            ],
+            "without its text encoder",
+        ),
+        (
+            ["cond_stage_model.transformer.x", "first_stage_model.encoder.down.0.block.0.conv1.weight"],
+            "without its UNet",
+        ),
         (["something", "else"], "no checkpoint of a known layout"),
     ],
 )

@@ -22,6 +22,7 @@ from backbone.io.records import parse_json
 from backbone.io.weights import read_weights_header, refuse_damaged, refuse_missing, refuse_two_sets
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
 
 
@@ -38,7 +39,12 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
         location.config(part)
         options |= {"use_safetensors": True, "output_loading_info": True}
     elif folder is not None:
-        for path in (folder / part).glob("*.json"):
+        if part.startswith("tokenizer") and not (folder / part / TOKENIZER_CONFIG).is_file():
+            raise UserError(
+                f"{folder / part} lacks {TOKENIZER_CONFIG}, which says what prompts are filled up with. Restore it, or "
+                "download the model again."
+            )
+        for path in (folder / part).glob("[!.]*.json"):
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()

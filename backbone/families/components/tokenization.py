@@ -13,6 +13,7 @@ from torch import Tensor
 from backbone.diffusion.transfer import send
 from backbone.families.base import TextEncoderSlot
 from backbone.io.console import UserError, notify_once, shorten
+from backbone.io.weights import refuse_wordless
 
 
 class MultiTextEncoder:
@@ -35,10 +36,12 @@ class MultiTextEncoder:
 def fit_tokenizer(slot: TextEncoderSlot) -> None:
     """Let a tokenizer give no more tokens than its encoder has positions: a config may say more, or nothing.
 
-    Raises `UserError` for a length that holds no word, and for special tokens that the encoder has no embedding of.
+    Raises `UserError` for a length that holds no word, for a tokenizer without a vocabulary, and for special tokens
+    that the encoder has no embedding of.
     """
     length, where = slot.tokenizer.model_max_length, f"The tokenizer of {slot.name}"
     remedy = "Restore its tokenizer_config.json, or download the model again."
+    refuse_wordless(slot.tokenizer, where)
     if not isinstance(length, int) or length < 3:
         raise UserError(f"{where} says model_max_length {length}, which holds no prompt. {remedy}")
     embeddings = slot.model.get_input_embeddings().weight.shape[0]
@@ -74,8 +77,22 @@ def tokenize(
         add_special_tokens=special,
         return_tensors="pt",
     )
+    refuse_unknown_tokens(slot, encoded["input_ids"])
     device = slot.model.device
     return {name: send(encoded[name], device) for name in ("input_ids", "attention_mask")}
+
+
+def refuse_unknown_tokens(slot: TextEncoderSlot, tokens: Tensor) -> None:
+    """`UserError` for tokens [B, T] without an embedding: words that were added to a tokenizer alone.
+
+    Of a table that has learned words behind its own rows nothing is asked.
+    """
+    largest, table = int(tokens.max()), slot.model.get_input_embeddings()
+    if largest >= getattr(table, "num_embeddings", largest + 1):
+        raise UserError(
+            f"The tokenizer of {slot.name} has the token {slot.tokenizer.convert_ids_to_tokens(largest)}, and the "
+            "encoder has no embedding of it. Leave it out of prompts, or restore the tokenizer."
+        )
 
 
 def refuse_half_characters(prompts: Sequence[str]) -> None:

@@ -77,11 +77,6 @@ UNKNOWN_FILES = (
         "Name the folder above, the one with model_index.json.",
     ),
     (
-        r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.",
-        "an autoencoder (VAE) alone",
-        TAKE_FULL_VERSION,
-    ),
-    (
         r"^(model\.diffusion_model\.)?label_emb\.",
         "a Stable Diffusion whose UNet takes more conditions than a time and a prompt (like SDXL's or unCLIP's)",
         "Name another model.",
@@ -89,6 +84,12 @@ UNKNOWN_FILES = (
     (
         r"^(model\.diffusion_model\.)?input_blocks\.",
         "a Stable Diffusion checkpoint without its text encoder or its autoencoder",
+        TAKE_FULL_VERSION,
+    ),
+    (r"^cond_stage_model\.", "a Stable Diffusion checkpoint without its UNet", TAKE_FULL_VERSION),
+    (
+        r"^((first_stage_model|vae)\.)?(en|de)coder\.(down|up)\.",
+        "an autoencoder (VAE) alone",
         TAKE_FULL_VERSION,
     ),
 )

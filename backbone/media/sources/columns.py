@@ -17,6 +17,8 @@ NAME_COLUMNS = ("image_file_name", "image_path", "video_path", "video")
 
 # A character as web pages write it: &amp; &#39; &#x27;
 ENTITY = re.compile(r"&(#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z][A-Za-z\d]*);")
+# What programs that write captions leave around them: marks of their own tokenizer, which one of ours may end a text at
+MARK = re.compile(r"</?s>|<(?:pad|bos|eos|unk)>|<\|[a-z_]+\|>")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def column_of(key: str) -> str:
 def join_lines(caption: str | None, where: str | Path) -> str | None:
     """A caption on one line, in plain characters where a web page's stand (`&amp;`); None where nothing is left.
 
-    Of these, and of marks that nobody sees, which are left out, it is said.
+    Of these, and of marks that nobody sees or that a captioner left (`</s>`), which are left out, it is said.
     """
     plain = caption or ""
     for _ in range(2):  # &amp;quot; is written twice
@@ -88,6 +90,11 @@ def join_lines(caption: str | None, where: str | Path) -> str | None:
         notify_first(
             str(where), "has characters as web pages write them (&amp;). They are read as what they mean."
         )
+    if MARK.search(plain):
+        notify_first(
+            str(where), "has marks of the program that wrote its caption (as </s>). They are left out."
+        )
+        plain = MARK.sub(" ", plain)
     text = " ".join(plain.split())
     seen = drop_unseen(text)
     if seen not in compose(text):  # they are not around it alone

@@ -76,7 +76,6 @@ PERHAPS_MAP = re.compile(
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
 # What files of that name hold that are no captions, by how these begin
 NO_CAPTION = {
-    r"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
     r"<!doctype|<html|<\?xml": "a web page",
     r"\{\\rtf": "an RTF document",
     r"\{\s*\"[^\"]*\"\s*:": "JSON",
@@ -139,6 +138,8 @@ def list_images(
         return list_table(load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
     near = nearest_path(path)
     remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
+    if "*" in path.name and path.parent.is_dir():  # a shell writes it out where it is not quoted
+        remedy = f"Patterns are not read: give the folder {path.parent}, or a copy of these images in one of their own."
     raise UserError(f"{path} does not exist. {remedy}")
 
 

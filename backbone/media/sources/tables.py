@@ -14,7 +14,7 @@ from typing import Any
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import plain, resolve_inside
+from backbone.io.records import plain, refuse_pointer, resolve_inside
 from backbone.io.run_folder import is_prepared
 from backbone.io.written import written_path
 from backbone.media.sources.columns import Columns, join_lines
@@ -148,6 +148,9 @@ def load_parquet(files: Sequence[Path]) -> Any:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         refuse_closed_cache(error)
+        for file in files:
+            with open(file, "rb") as opened:
+                refuse_pointer(opened.read(64), file)
         raise UserError(
             f"{files[0]} is not a readable Parquet file ({first_line(error)}). Save it again."
         ) from error

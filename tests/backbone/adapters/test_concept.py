@@ -279,6 +279,28 @@ def test_a_token_in_other_brackets_is_refused_and_not_drawn_as_text(token: str, 
     assert resolve_placeholder_tokens(f"a ({token}) [{token}]", [concept], runs=None) == "a (bcd) [bcd]"
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_words_that_are_saved_in_a_model_s_own_tokenizer_may_stand_in_prompts(
+    old: bool, tmp_path: Path
+) -> None:
+    if old:  # as transformers wrote them before its version 5
+        (tmp_path / "tokenizer").mkdir()
+        (tmp_path / "tokenizer" / "added_tokens.json").write_text('{"[V]": 214, "[V]_1": 215, "<end>": 3}')
+    else:
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(["[V]", "[V]_1"])
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+    prompt = "a [V] [V]_1 dog"
+    assert resolve_placeholder_tokens(prompt, [], runs=None, model=str(tmp_path)) == prompt
+    own = concept("[W]")
+    assert resolve_placeholder_tokens("a [W] [V]", [replace(own, model=str(tmp_path))]) == "a bcd [V]"
+    for model in (str(tmp_path), "moji", "org/name"):
+        with pytest.raises(UserError, match=r"No given concept owns the token \[X\]"):
+            resolve_placeholder_tokens("a [X] dog", [], runs=None, model=model)
+    with pytest.raises(UserError, match="owns the token <\\|endoftext"):
+        resolve_placeholder_tokens("a dog<|endoftext|>", [], runs=None, model=str(tmp_path))
+
+
 def test_a_concept_that_no_prompt_names_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = {"[V]": "bcd", "[W]": "fgh"}
     one = Concept(

@@ -313,6 +313,11 @@ def test_a_mistake_in_python_names_the_argument() -> None:
         said: dict[str, Any] = {"images": "x", "token": "[V]", "class_noun": "dog", name: value}
         with pytest.raises(UserError, match=f"{name} is {value}, which is none of .* That is {meant} here"):
             customize.settings.Settings(**said)
+    for kind in ("dora", "LoKr"):
+        with pytest.raises(
+            UserError, match=f"{kind}, which is a kind of adapter .* Write --adapter {kind.lower()}"
+        ):
+            customize.settings.Settings(images="x", token="[V]", class_noun="dog", method=kind)
     with pytest.raises(UserError, match="quantize is off, which it is where nothing is said"):
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", quantize="off")
     with pytest.raises(UserError, match=r"snr_gamma is 0; it is at least 0\.01"):

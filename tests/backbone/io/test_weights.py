@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from backbone.evaluation.clip import load_image_encoder
 from backbone.io.console import UserError
@@ -18,7 +19,7 @@ from backbone.io.weights import check_weights, list_weight_files, read_weight_in
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.formats.model_weights import ModelWeights
-from tests.tiny import tiny_eye
+from tests.tiny import tiny_eye, tiny_stable_diffusion_xl
 
 EVIL = b"\x80\x04cos\nsystem\n(S'touch evil'\ntR."
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -300,6 +301,66 @@ def test_a_tokenizer_gives_what_its_encoder_has_positions_and_embeddings_of(
     else:
         with pytest.raises(UserError, match=r"tokenizer_config\.json"):
             load(model, "text_encoder")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_under_the_name_of_another_library_or_behind_a_link_are_told_for_what_they_are(
+    model: Path, part: str
+) -> None:
+    file = next((model / part).glob("*.safetensors"))
+    other = file.with_name("model.safetensors" if part == "unet" else "diffusion_pytorch_model.safetensors")
+    file.rename(other)
+    with pytest.raises(UserError, match=rf"{other.name}\). Rename it to {file.name}"):
+        load(model, part)
+    other.unlink()
+    file.symlink_to("../blobs/0a1b")
+    with pytest.raises(
+        UserError, match=rf"{file.name} is a link to ../blobs/0a1b, which is not there\. Download"
+    ):
+        load(model, part)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused_and_not_drawn_with(model: Path) -> None:
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="text_encoder knows no words"):
+        load(model, "text_encoder")
+
+
+def test_what_a_mac_leaves_beside_files_on_other_disks_is_no_part_of_a_model(model: Path) -> None:
+    for file in [*model.glob("*/*.json"), *model.glob("*/*.safetensors")]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for part in ("unet", "vae", "text_encoder"):
+        use(model, part)
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
+)
+def test_a_pointer_of_git_in_place_of_a_model_s_record_is_told(model: Path, file: str) -> None:
+    (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(
+        UserError, match=rf"{file} is a Git LFS pointer, not the file itself\. Run `git lfs pull`"
+    ):
+        use(model, "text_encoder")
+
+
+def test_a_tokenizer_without_its_settings_is_refused_since_it_would_fill_prompts_up_otherwise(
+    tmp_path: Path,
+) -> None:
+    model = tiny_stable_diffusion_xl(tmp_path / "xl")
+    (model / "tokenizer_2" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_2 lacks tokenizer_config\.json"):
+        load(model, "text_encoder")
+
+
+def test_a_word_that_was_added_to_the_tokenizer_alone_is_refused_by_name(model: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["cattoy"])
+    tokenizer.save_pretrained(model / "tokenizer")
+    encoder = load(model, "text_encoder")
+    encoder(["a dog"])
+    with pytest.raises(UserError, match="has the token cattoy, and the encoder has no embedding of it"):
+        encoder(["a cattoy"])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,24 @@ def test_a_part_of_a_whole_model_is_not_taken_for_its_file(tiny_folder: Path) ->
     vae = tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(UserError, match=r"is a whole model, .* --vae and --text-encoder have no effect"):
         locate.locate(locate.join_files(str(tiny_folder), str(vae)))
+
+
+def test_a_folder_that_is_no_model_names_the_one_that_is_meant(tmp_path: Path) -> None:
+    model = tmp_path / "models--org--name" / "snapshots" / "0a1b"
+    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(model / "unet" / "config.json", {})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "dream.safetensors").touch()
+    (tmp_path / "none").mkdir()
+    for folder, said in (
+        (model.parents[1], f"Name what lies in it: {model}."),
+        (model.parent, f"Name what lies in it: {model}."),
+        (model / "unet", f"It is a component of one: name {model}."),
+        (
+            tmp_path / "checkpoints",
+            f"Name what lies in it: {tmp_path / 'checkpoints' / 'dream.safetensors'}.",
+        ),
+        (tmp_path / "none", "Name the folder that `save_pretrained` wrote."),
+    ):
+        with pytest.raises(UserError, match=f"it has no model_index.json. {re.escape(said)}"):
+            locate.locate(str(folder))

@@ -76,6 +76,8 @@ def test_a_plain_folder_is_not_taken_for_one_of_these(tmp_path: Path) -> None:
     assert is_concept_source(pictures_in(tmp_path / "x" / "2_sks dog").parent)
     with pytest.raises(UserError, match="10_sks dog"):
         read_concepts(folder)
+    for name in ("10__", "10_ "):  # which say no word
+        assert not is_concept_source(pictures_in(tmp_path / "y" / name).parent)
 
 
 def test_a_list_of_concepts_is_read(tmp_path: Path) -> None:

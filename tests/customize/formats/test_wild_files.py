@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -1036,6 +1037,24 @@ def test_dora_scales_of_neither_axis_are_refused(tmp_path: Path) -> None:
             read_adapter(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    "types", [(torch.float8_e4m3fn,), (torch.float8_e5m2, torch.float16, torch.float32, torch.bfloat16)]
+)
+def test_factors_of_any_precision_and_of_several_are_fused_for_kohya(
+    types: tuple[torch.dtype, ...], models: dict[str, Tiny], tmp_path: Path
+) -> None:
+    tensors: Tensors = {}
+    for number, (module, weight) in enumerate(models["flux"].weights.items()):
+        factors, _ = lora(weight)
+        for end, value in factors.items() if ".attn.to_" in module else ():
+            kept = value if end == "alpha" else (value / 10).to(types[number % len(types)])
+            tensors[f"transformer.{module}.{end}"] = kept
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    export_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya", base="flux")
+    one, other = (read_adapter(tmp_path / f"{name}.safetensors") for name in "ak")
+    assert compare_updates(one, other)[0] < 1e-6
+
+
 @pytest.mark.parametrize("make", [loha, kron_case(True, True, 12), kron_case(True, False, 12)])
 def test_loha_and_lokr_of_fused_layers_are_cut_where_their_blocks_end(
     make: Callable[[Tensor], tuple[Tensors, Tensor]], tmp_path: Path
@@ -1093,11 +1112,14 @@ def test_peft_s_folder_is_read_with_its_strength(
     for name, module in changed.items():
         assert relative(layers[f"unet.{name}"].delta_weight(), module.get_delta_weight("default")) < 1e-6
         assert (layers[f"unet.{name}"].magnitude is not None) == bool(settings.get("use_dora"))
+    assert not capsys.readouterr().err
     (tmp_path / "peft" / "adapter_model.safetensors").rename(tmp_path / "peft" / "dog.safetensors")
     renamed = read_adapter(tmp_path / "peft" / "dog.safetensors").layers
     assert {name: layer.scale for name, layer in renamed.items()} == {n: x.scale for n, x in layers.items()}
     (tmp_path / "peft" / "dog.safetensors").rename(tmp_path / "peft" / "adapter_model.safetensors")
-    assert "assumed" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "assumed" not in said and "the settings beside it are taken for its own" in said
+    assert "rank 4, α 32" in said
     (tmp_path / "peft" / "adapter_config.json").unlink()
     assert next(iter(read_adapter(tmp_path / "peft").layers.values())).scale == 1
     assert "α = rank is assumed" in capsys.readouterr().err
@@ -1241,6 +1263,20 @@ def test_what_a_network_of_diffusers_saved_by_itself_has_its_strength(
             layer = layers[f"{models[family].component}.{name}"]
             assert relative(layer.delta_weight(), module.get_delta_weight("default")) < 1e-6
     assert {layer.scale for layer in layers.values()} == {8, 16}
+
+
+def test_what_other_trainers_wrote_into_a_folder_is_named(tmp_path: Path) -> None:
+    for number, name in enumerate(
+        ["b_250.safetensors", "b_500.safetensors", "c/pytorch_lora_weights.safetensors", "a.safetensors"]
+    ):
+        write_tensors(tmp_path / name, {"x": torch.ones(1)})
+        os.utime(tmp_path / name, (number, number))
+    (tmp_path / "._a.safetensors").touch()
+    named = r"b_500.safetensors, c/pytorch_lora_weights.safetensors, a.safetensors and 1 more\."
+    with pytest.raises(UserError, match=f"but {named} Name the file that is meant"):
+        read_adapter(tmp_path)
+    with pytest.raises(UserError, match=rf"{named} Make a run .* customize import \S+/a.safetensors --out"):
+        read_concept(tmp_path)
 
 
 def test_folders_of_peft_inside_of_a_folder_are_named(tmp_path: Path) -> None:

@@ -649,7 +649,6 @@ def test_a_table_s_texts_are_never_cut_short_in_silence(tmp_path: Path, rows: st
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
         ("<!DOCTYPE html>\n<p>Not found", "a web page"),
         (r"{\rtf1\ansi a dog}", "an RTF document"),
         ('{"caption": "a dog"}', "JSON"),
@@ -660,6 +659,17 @@ def test_a_file_of_another_kind_is_no_caption(tmp_path: Path, text: str, what: s
     (tmp_path / "1.txt").write_text(text)
     with pytest.raises(UserError, match=rf"1\.txt is {what}.*, and a caption is plain text"):
         list_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl", "metadata.csv", "train.parquet"])
+def test_a_pointer_of_git_in_place_of_words_is_told(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "1.png")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    source = tmp_path / name if name.endswith("parquet") else tmp_path
+    with pytest.raises(
+        UserError, match=rf"{name} is a Git LFS pointer, not the file itself\. Run `git lfs pull`"
+    ):
+        list_images(source)
 
 
 def test_a_list_or_a_cell_that_says_nothing_takes_no_caption_away(
@@ -1371,6 +1381,8 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_network(
         list_images("photos/dog")
     with pytest.raises(UserError, match=r"cats does not exist\. Give a folder"):
         list_images("cats")
+    with pytest.raises(UserError, match=r"Patterns are not read: give the folder photos.dogs"):
+        list_images("photos/dogs/*.png")
 
 
 # Tables
@@ -1701,6 +1713,21 @@ def test_characters_as_web_pages_write_them_are_read_as_what_they_mean(
         assert list_images(tmp_path)[number].caption == meant
         assert caption_at(text, None, "Row 1 of a.parquet") == meant
     assert capsys.readouterr().err.count("They are read as what they mean.") == 1
+
+
+def test_a_captioner_s_marks_at_which_a_tokenizer_would_end_the_text_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_of.cache_clear()
+    for number, text in enumerate(
+        ("<s>a dog</s><pad><pad>", "a dog<|endoftext|>", "<|im_start|> a dog<|im_end|>\n<|endoftext|>")
+    ):
+        write(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text)
+        assert list_images(tmp_path)[number].caption == "a dog"
+        assert caption_at(text, None, "Row 1 of a.parquet") == "a dog"
+    assert capsys.readouterr().err.count("marks of the program that wrote its caption") == 1
+    assert caption_at("a <s1> dog, <cat-toy>, <3", None, "Row 1") == "a <s1> dog, <cat-toy>, <3"
 
 
 def test_a_list_may_name_its_images_without_their_endings(tmp_path: Path) -> None:
