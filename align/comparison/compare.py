@@ -82,12 +82,12 @@ def compare_models(
     that a comparison that was stopped goes on; raises `UserError` when they were sampled with other settings.
     """
     began = time.perf_counter()
-    if not (out / BASE / DRAWN).is_file():  # no comparison was begun there
+    tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
+    sides = {BASE: base, **tuned_sides}
+    if not any((out / name / DRAWN).is_file() for name in sides):  # no comparison was begun there
         refuse_among_others(out)
         refuse_filled(out)
     _refuse_scales(tuned, asked.scale)
-    tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
-    sides = {BASE: base, **tuned_sides}
     score_functions = {name: open_scorer(name) for name in dict.fromkeys(asked.scorers)}
     trained_on = sorted(find_training_scorers(tuned) & set(asked.scorers))
     if trained_on:

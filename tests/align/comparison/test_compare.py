@@ -292,3 +292,14 @@ def test_a_comparison_replaces_no_other_folder_s_report(tmp_path: Path) -> None:
             tmp_path,
             ComparisonSettings(),
         )
+
+
+def test_a_comparison_goes_on_where_one_side_alone_was_drawn(tmp_path: Path) -> None:
+    """As where images of the tuned side are taken over from another comparison: a recipe does so."""
+    from align.comparison.compare import compare_models
+    from align.settings import ComparisonSettings
+
+    write_json(tmp_path / "tuned" / "drawn.json", {"model": "other"})
+    sides = (Side("moji", "moji"), Side("moji", "moji", guidance=2.0))
+    with pytest.raises(UserError, match="drawn in another way"):  # and not: is not empty
+        compare_models(*sides, [Prompt("a dog")], tmp_path, ComparisonSettings())
