@@ -48,7 +48,7 @@ class KeptEstimates:
         self.kept: list[Tensor] = []
 
     def add(self, step: int, clean: Tensor) -> None:
-        """Keeps the estimates x̂0 [N, ...] of a step if it is one of those."""
+        """Keep the estimates x̂0 [N, ...] of a step if it is one of those."""
         if step in self.steps:
             self.kept.append(clean.float())
 

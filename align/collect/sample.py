@@ -82,7 +82,7 @@ def _draw_missing(
     name: str,
     began: float,
 ) -> int:
-    """Claims the folder, samples what it lacks, and finishes its record; the number of images sampled."""
+    """Claim the folder, sample what it lacks, finish its record; returns the number of images sampled."""
     record = _describe_folder(backbone, concepts, prompts, asked)
     with processes.main_process_first():
         _claim_folder(out, record, backbone)

@@ -197,7 +197,7 @@ def _open_sides(
 
 
 def _say_of_another_model(base: OpenedSide, tuned: OpenedSide) -> None:
-    """Says that a run is compared with another model than it was trained from: that counts what the two differ by."""
+    """Say that a run is compared with another model than it was trained from: that counts what the two differ by."""
     if tuned.concepts and base.model.fingerprint != tuned.model.fingerprint:
         notify(
             f"{tuned.side.name} was trained from {tuned.side.model}, and {base.side.name} is another model: what they "

@@ -171,7 +171,7 @@ def prepare(
     settings: Settings,
     concepts: Sequence[Concept] = (),
 ) -> PreferenceData:
-    """Encodes every picture and prompt that is not encoded yet, and frees the encoders.
+    """Encode every picture and prompt that is not encoded yet, and free the encoders.
 
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
     to their difference. Of records that `align prepare` has prepared, the pictures are not looked at.

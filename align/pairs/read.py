@@ -130,7 +130,7 @@ def read_preferences(
 
 
 def say_idle_columns(names: Sequence[str], source: str) -> None:
-    """Says that columns of preferences are not read, but for those that tell where rows come from."""
+    """Say that columns of preferences are not read, but for those that tell where rows come from."""
     idle = [name for name in names if not OF_ORIGIN.search(name)]
     if idle:
         more = f" and {len(idle) - 6} more" if idle[6:] else ""
@@ -184,7 +184,7 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
 
 
 def _say_of_other_lists(folder: Path, used: Path | None) -> None:
-    """Says which lists of a folder are not read."""
+    """Say which lists of a folder are not read."""
     endings = (".jsonl", ".json", *SPREADSHEETS)
     others = [one.name for one in list_visible(folder) if one.suffix.lower() in endings and one != used]
     if others:

@@ -139,11 +139,11 @@ class NewestOnly:
             yield advance
 
     def end(self) -> None:
-        """Lets no work begin, and what is under way end with the share that it is at: as a handler of signals may."""
+        """Let no work begin, and what is under way end with the share that it is at: as a handler of signals may."""
         self._ended = True
 
     def wait(self) -> None:
-        """Returns when nothing is under way, so that what is being written is whole."""
+        """Return when nothing is under way, so that what is being written is whole."""
         with self._turn:
             pass
 
@@ -232,7 +232,7 @@ def serve_locally(
     browser: bool = False,
     turns: NewestOnly | None = None,
 ) -> None:
-    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
+    """Serve until Ctrl-C, and say the address once it listens; `browser` opens it where there is a screen.
 
     build   of the keywords token and port makes the application
     note    what is said behind the address, in brackets

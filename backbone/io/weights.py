@@ -184,7 +184,7 @@ def refuse_other_numbers(header: Header) -> None:
 
 @contextmanager
 def refuse_damaged(name: str, part: str) -> Iterator[None]:
-    """Turns what a library raises on a damaged component into a `UserError`; running out of memory stays what it is."""
+    """Turn what a library raises on a damaged component into a `UserError`; running out of memory stays what it is."""
     try:
         yield
     except UserError:

@@ -115,7 +115,7 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
 
 
 def _look_at_numbers(files: Sequence[Path], folder: Path) -> None:
-    """Says which numbers are left out among the frames of a folder; `UserError` where two files are one frame.
+    """Say which numbers are left out among the frames of a folder; `UserError` where two files are one frame.
 
     Every second or third frame of a clip is a clip.
     """
@@ -248,7 +248,7 @@ def _read_video(path: Path) -> Film:
 
 
 def _say_if_cut(path: Path, lasts: float, promised: int, found: int, end: float) -> None:
-    """Says of a film that its header promises more of than there is: a download that ended early, or a cut one."""
+    """Say of a film that its header promises more of than there is: a download that ended early, or a cut one."""
     if promised > found:
         notify(f"{path} says that it has {promised} frames, and {found} are there: it may be cut off.")
     elif lasts - end > max(0.5, 0.1 * lasts):

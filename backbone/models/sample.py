@@ -380,7 +380,7 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
 
 
 def say_same_negative(prompts: Iterable[str], negative: str) -> None:
-    """Says where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
+    """Say where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
     kept_away = " ".join(negative.lower().split())
     if kept_away and any(" ".join(prompt.lower().split()) == kept_away for prompt in prompts):
         notify_once(

@@ -122,7 +122,7 @@ class Bucket:
 def prepare(
     model: Backbone, groups: Sequence[SubjectGroup], settings: Settings, *, read: ReadCrop = read_crop
 ) -> TrainingData:
-    """Encodes images and prompts and frees the encoders, then caches the base model's predictions for the prior.
+    """Encode images and prompts and free the encoders, then cache the base model's predictions for the prior.
 
     `read` decodes an image and crops it.
     """

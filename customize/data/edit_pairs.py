@@ -95,7 +95,7 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
 
 
 def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]) -> None:
-    """Says which masks of pairs are not used, and what else a folder of pairs holds beside its list and images."""
+    """Say which masks of pairs are not used, and what else a folder of pairs holds beside its list and images."""
     masks = [one.mask for one in images if one.mask]
     if masks:
         notify(
@@ -169,7 +169,7 @@ def _from_list(path: Path) -> Iterator[EditPair]:
 
 
 def _by_number(key: str) -> tuple[str, int]:
-    """Sorts `control_path_2` before `control_path_10`, and `control_path` before both."""
+    """Sort `control_path_2` before `control_path_10`, and `control_path` before both."""
     word = key.rstrip("0123456789")
     return word, int(key[len(word) :][:9] or -1)
 

@@ -37,7 +37,7 @@ from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
 from customize.methods.begin import begin_from, copy_learned
-from customize.methods.registry import trainable
+from customize.methods.registry import make_trainable
 from customize.settings import Settings
 
 
@@ -87,7 +87,7 @@ class DreamBooth(Objective):
 
     def __init__(self, model: Backbone, data: TrainingData, settings: Settings) -> None:
         self.model, self.data, self.settings = model, data, settings
-        self.trained = trainable(model, settings)
+        self.trained = make_trainable(model, settings)
         self.parameters = {name: value for part in self.trained for name, value in part.parameters.items()}
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
@@ -282,7 +282,7 @@ class DreamBooth(Objective):
         self.average = None
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Writes the trained weights; returns the fields of `Concept` that name the files."""
+        """Write the trained weights; return the fields of `Concept` that name the files."""
         files: dict[str, Any] = {}
         with self.averaged():
             for part in self.trained:

@@ -182,7 +182,7 @@ class Maps:
         return (self.most is None or tokens <= self.most) and grid(self.latent, tokens) is not None
 
     def add(self, maps: Tensor) -> None:
-        """Adds a layer's maps [1 + N, queries, W]."""
+        """Add a layer's maps [1 + N, queries, W]."""
         tokens = maps.shape[1]
         summed = maps.detach().float().transpose(1, 2)
         self._sums[tokens] = self._sums[tokens] + summed if tokens in self._sums else summed

@@ -125,7 +125,7 @@ class Inversion:
         return max(first, 1) if self.method == "reversible" else first
 
     def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
-        """The states [B, C, H, W] after a step from those at it, `now`, and for `reversible` those at the step before."""
+        """The states [B, C, H, W] after a step from those `now`; `reversible` needs those `before` too, a step back."""
         here, there = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
             assert before is not None

@@ -113,7 +113,7 @@ def keep_background(
     background: Tensor | None = None,
     align: bool = True,
 ) -> KeptBackground:
-    """Puts the background of a source [3, H, W] back into an edit of it, of the same size, values in −1…1.
+    """Put the background of a source [3, H, W] back into an edit of it, of the same size, values in −1…1.
 
     changed     [H, W], 1 where the edit was meant to change something, if that is known
     background  what stands outside the place, where it is not the source itself: its copy by an autoencoder

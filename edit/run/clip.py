@@ -193,7 +193,7 @@ def invert_aloud(
 def write_clip_inversion(
     file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
 ) -> str:
-    """Inverts all frames of a clip into a file, and says at what cost; `UserError` as `invert_film`."""
+    """Invert all frames of a clip into a file, and say at what cost; `UserError` as `invert_film`."""
     loaded = load_in_motion(asked, concepts)
     refuse_longer(loaded.model, film, asked.motion)
     layout = open_clip_layout(loaded.model, film, asked.controls)
@@ -336,7 +336,7 @@ def publish_clip(
     source: str,
     record: dict[str, Any],
 ) -> None:
-    """Writes source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
+    """Write source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
     original = [to_image(frame) for frame in result.encoded.pixels]
     write_film(folder / "source", original, fps)
     entries, rows, titles = [], [], [source or "source"]

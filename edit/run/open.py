@@ -162,7 +162,7 @@ class Start:
             fit_mask(mask, show_image(loaded.model, image).size, image.image.size)
 
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
-        """Reads or makes the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
+        """Read or make the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
         if self.inversion is not None:
             inversion = read_inversion(self.inversion, loaded.model, known=loaded.identities)
             if self.source is not None and loaded.resolve(self.source) != inversion.prompt:

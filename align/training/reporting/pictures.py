@@ -60,7 +60,7 @@ class Pictures:
         ]
 
     def draw(self, when: str) -> None:
-        """Draws the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
+        """Draw the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
         if not processes.is_participant():
             return
         settings = self.settings
@@ -82,7 +82,7 @@ class Pictures:
                     save_png(self._path(when, number), image, text={"prompt": self.prompts[number]})
 
     def write_sheet(self) -> None:
-        """Writes `sheet.png`: above before, below after."""
+        """Write `sheet.png`: above before, below after."""
         settings = self.settings
         rows = [[Cell(image, prompt) for image, prompt in self._read(when)] for when in (BEFORE, AFTER)]
         titles = [f"{self.run.name}: {describe(settings)}", f"Before, and after {settings.steps} steps"]

@@ -69,7 +69,7 @@ def evaluate_control(
     scorer: Scorer | None,
     out: Path,
 ) -> dict[str, Any]:
-    """Draws and measures pairs and writes `table.md`, `table.json` and `sheet.png`; the table is under `text` too."""
+    """Draw and measure pairs and write `table.md`, `table.json` and `sheet.png`; the table is under `text` too."""
     size = (model.resolution, model.resolution)
     true = [read_crop(pair.image, size) for pair in pairs]
     maps = torch.stack([pair.read_map(drawing.kind, size) for pair in pairs])

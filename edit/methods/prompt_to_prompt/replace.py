@@ -242,7 +242,7 @@ def target_guidance(inversion: Inversion, asked: float | None) -> float:
 
 
 def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
-    """The encoded prompt [1, ...] of unconditional rows: the negative one; the source's for negative-prompt inversion."""
+    """The encoded prompt [1, ...] of unconditional rows: the negative one, or with negative-prompt the source's."""
     refuse_idle_negative(inversion.method, negative)
     if inversion.method == "negative-prompt":
         return text[:1]
