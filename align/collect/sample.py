@@ -25,8 +25,9 @@ from backbone.adapters.concept import (
 )
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions, refuse_among_others
 from backbone.media.parameters import describe_concepts, describe_drawing

@@ -39,8 +39,9 @@ from backbone.cli.options import part
 from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, refuse_filled, write_json
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.records import read_as
 from backbone.io.report import write_report

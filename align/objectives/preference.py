@@ -61,8 +61,9 @@ from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify_once, progress
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash, write_tensors
+from backbone.io.progress import progress
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward

@@ -51,8 +51,9 @@ from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.cli.options import is_code
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress, quote
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import append_jsonl, content_hash, read_json, write_json
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts, make_absolute, package_versions, refuse_taken

@@ -34,8 +34,9 @@ from align.pairs.records import (
 from backbone.data.prefetch import map_in_workers
 from backbone.data.table import KEY, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.io.prompts import describe_mirrored
 from backbone.media.transforms import CROPS, crop_and_resize
 from backbone.models.encode import (

@@ -24,8 +24,9 @@ from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, pre
 from backbone.distributed import processes
 from backbone.families.components.latents import first_width
 from backbone.families.components.tokenization import noting_cuts
-from backbone.io.console import notify_once, progress
+from backbone.io.console import notify_once
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition

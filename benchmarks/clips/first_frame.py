@@ -31,8 +31,9 @@ from backbone.cli.commands import run_main
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import SIDE, trace_moved, track_error
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.model import Backbone

@@ -34,8 +34,9 @@ from backbone.evaluation.motion import (
     track_correlation,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
+from backbone.io.progress import progress
 from backbone.io.records import resolve_inside
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import CONCEPT_FILE, fill_new_folder

@@ -34,8 +34,9 @@ from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import content_hash, write_json
+from backbone.io.progress import progress
 from backbone.io.run_folder import (
     CHECKPOINT,
     hold_folder,

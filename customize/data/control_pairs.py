@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
-from backbone.io.console import UserError, count_of, notify, on_one_line, progress
+from backbone.io.console import UserError, count_of, notify, on_one_line
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.media.control.maps import (
     COMPUTED,
     Palette,

@@ -16,8 +16,9 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord

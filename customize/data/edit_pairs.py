@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.io.console import UserError, count_of, notify, notify_once, on_one_line, progress
+from backbone.io.console import UserError, count_of, notify, notify_once, on_one_line
 from backbone.io.files import read_json
+from backbone.io.progress import progress
 from backbone.io.prompts import is_caption
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash

@@ -17,7 +17,7 @@ from torch import Tensor
 from backbone.cli.sampling import own_guided
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.image_metrics import background_metrics, mean_of_defined, psnr, structure_distance
-from backbone.io.console import progress
+from backbone.io.progress import progress
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import Guidances, draw_edit
 from backbone.models.model import Backbone

@@ -15,8 +15,9 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
-from backbone.io.console import count_of, notify, progress
+from backbone.io.console import count_of, notify
 from backbone.io.files import append_jsonl
+from backbone.io.progress import progress
 from backbone.io.run_folder import read_log, trim_log
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.few_step.model import get_sampling_defaults

@@ -17,8 +17,9 @@ from torch import Tensor
 from backbone.data.prefetch import map_in_workers
 from backbone.data.table import KEY, Numbers, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
+from backbone.io.progress import progress
 from backbone.io.prompts import describe_mirrored
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import refuse_bad_images

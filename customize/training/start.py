@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions, word_pattern
 from backbone.cli.options import fields_of, find_unmet, refuse_idle, require_packages
-from backbone.io.console import UserError, notify, progress, quote
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
+from backbone.io.progress import progress
 from backbone.io.run_folder import make_absolute, run_name
 from customize.settings import (
     FILE,

@@ -17,8 +17,9 @@ from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import SIDE, draw_track, trace_moved, track_error
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import fill_folder, read_metadata, write_json
+from backbone.io.progress import progress
 from backbone.io.report import command_block, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film

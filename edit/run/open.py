@@ -19,8 +19,9 @@ from backbone.adapters.concept import (
 )
 from backbone.cli.conditions import AskedControl
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
+from backbone.io.progress import progress
 from backbone.media.transforms import to_image
 from backbone.models.control import OpenedControl
 from backbone.models.fingerprint import Fingerprints

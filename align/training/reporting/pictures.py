@@ -11,7 +11,7 @@ from PIL.Image import Image
 from align.settings import Settings
 from backbone.adapters.concept import Concept, expand_tokens
 from backbone.distributed import processes
-from backbone.io.console import progress
+from backbone.io.progress import progress
 from backbone.io.report import heading, image_row, paragraph
 from backbone.io.run_folder import BEFORE_AND_AFTER
 from backbone.media.sheet import Cell, draw_sheet, save_png

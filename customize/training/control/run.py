@@ -25,8 +25,9 @@ from backbone.cli.conditions import AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.families.unet.row_lora import RowLora
-from backbone.io.console import notify, progress
+from backbone.io.console import notify
 from backbone.io.files import append_jsonl, read_json
+from backbone.io.progress import progress
 from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import CHECKPOINT, read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
