@@ -55,7 +55,7 @@ Limit = Annotated[
         "--limit",
         "--max-train-samples",
         min=1,
-        help="Only the first so many rows; a dataset is then streamed.",
+        help="Read only this many rows, the first ones; a dataset is then streamed.",
         panel=flags.DATA,
         show_default="all",
     ),

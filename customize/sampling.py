@@ -156,7 +156,7 @@ def _count(
     concepts: Sequence[Concept],
     prompts: int,
 ) -> DrawingWorkload:
-    """What is drawn of so many prompts, as a plan counts it."""
+    """What is drawn for this many prompts, as the memory planner counts it."""
     assert asked.guidance is not None
     return DrawingWorkload(
         min(asked.batch, prompts * asked.count),

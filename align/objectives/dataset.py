@@ -118,7 +118,7 @@ class Items(Sequence[Item]):
         return (self.preference != 0.5).nonzero().flatten()
 
     def chosen(self, most: int) -> Items:
-        """At most so many of the records, chosen by their contents, in their order."""
+        """At most this many of the records, chosen by their contents, in their order."""
         if len(self) <= most:
             return self
         return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]

@@ -335,7 +335,7 @@ def on_one_line(text: str) -> str:
 
 
 def shorten(text: str, most: int = 400) -> str:
-    """A text's beginning, where it has more than so many characters."""
+    """A text's beginning, where it has more than this many characters."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -149,7 +149,7 @@ class NewestOnly:
 
 
 async def read_post(request: Request, largest: int) -> dict[str, Any]:
-    """The JSON object of a post of at most so many bytes; `ValueError` for anything else."""
+    """The JSON object of a post of at most this many bytes; `ValueError` for anything else."""
     if request.headers.get("content-type", "").split(";")[0] != "application/json":
         raise ValueError("a post is JSON")
     content = b""

@@ -289,7 +289,7 @@ def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[
 
 @contextmanager
 def _call_later(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-    """Call something once what goes on has taken so many seconds."""
+    """Call something once what goes on has taken this many seconds."""
     timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()

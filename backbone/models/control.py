@@ -199,7 +199,7 @@ def open_clip_conditions(
     drawn_on: tuple[int, int] | None = None,
     opened: dict[str, OpenedControl] | None = None,
 ) -> tuple[Condition, ...]:
-    """The conditions for clips of so many frames: a map for each, from a folder, a clip, or one still for all.
+    """The conditions for clips of this many frames: a map for each, from a folder, a clip, or one still for all.
 
     `film` are the frames in which `KIND=auto` finds its maps. Raises `UserError` as `open_conditions`, and for another
     number of maps than frames.

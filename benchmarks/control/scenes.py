@@ -370,7 +370,7 @@ def measure(
     name: str,
     registered: int | None = None,
 ) -> dict[str, Any]:
-    """The row of a column of pictures: each measure as (value, low, high, n); poses of so many things, or of all."""
+    """The row of a column of pictures: each measure as (value, low, high, n); poses of this many things, or of all."""
     seen = judges.classifier.classify(list(images))
     ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
     on_white = [

@@ -140,7 +140,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
 def fit_clips(
     model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
 ) -> Backbone:
-    """The model as it draws so many clips on a device of `asked.vram` GiB, if that is asked for.
+    """The model as it draws this many clips on a device of `asked.vram` GiB, if that is asked for.
 
     Raises `UserError` where it cannot.
     """

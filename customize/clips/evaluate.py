@@ -295,7 +295,7 @@ def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Pa
     if not run and not adapter:
         for flag, value in (("--prompts", asked.prompts), ("--model", asked.model), ("--steps", asked.steps)):
             if value:
-                raise UserError(f"{place} holds clips, and {flag} is of clips that are drawn. Leave it out.")
+                raise UserError(f"{place} holds clips, and {flag} is for clips that are drawn. Leave it out.")
         return None
     if asked.caption:
         raise UserError(

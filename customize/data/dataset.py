@@ -322,7 +322,7 @@ def with_base_predictions(
 
 
 def share_draws(count: int, prompts: int) -> list[int]:
-    """How many of the draws each of so many prompts gets: the first one half of them, but all have at least one."""
+    """How many of the draws each of this many prompts gets: the first one half of them, but all have at least one."""
     if prompts == 1:
         return [count]
     each, left = divmod(count // 2, prompts - 1)
@@ -352,7 +352,7 @@ def preserves(settings: Settings) -> bool:
 
 
 def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor | None]:
-    """The masks [1, H, W] in 0…1 of the views of so many images, cropped as they are; None where there is none.
+    """The masks [1, H, W] in 0…1 of the views of this many images, cropped as they are; None where there is none.
 
     Raises `UserError` for a mask that is black all over. Where only a crop of it is, nothing of that crop is learned.
     """

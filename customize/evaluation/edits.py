@@ -58,7 +58,7 @@ class HeldOutEdits:
     instructions: Sequence[str]
 
     def first(self, count: int) -> HeldOutEdits:
-        """At most so many of them."""
+        """At most this many of them."""
         return HeldOutEdits(
             self.sources[:count], self.targets[:count], self.references[:count], self.instructions[:count]
         )

@@ -139,7 +139,7 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
     """Say which tools do not load this adapter in this format, or load it otherwise than it is meant."""
     if file_format != "diffusers" and family == "other":
         notify(
-            "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
+            "The layers are not those of a Stable Diffusion that these tools know (moji's are not): the file is right "
             "in format, "
             "but they have no model to load it on."
         )

@@ -315,7 +315,7 @@ def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
 
 
 def timestep_weights(levels: int, settings: Settings) -> Tensor | None:
-    """How often each of so many levels is drawn beside the others [levels]; None where all are drawn alike.
+    """How often each of this many levels is drawn beside the others [levels]; None where all are drawn alike.
 
     As diffusers' scripts have it: a portion of the last levels, which are the noisiest, or of the first, or a range of
     timesteps, of which all levels are 1000.

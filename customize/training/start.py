@@ -122,8 +122,8 @@ def refuse_other_beginning(wanted: Settings) -> None:
     kind, found = EDITS if wanted.pairs else wanted.method, read_concept(wanted.begin_from).kind
     if found != kind:
         raise UserError(
-            f"{wanted.begin_from} is of the method {found}, and {kind} is trained here. Name a run of {kind}, or leave "
-            "--begin-from out."
+            f"{wanted.begin_from} was trained by {found}, and this run trains by {kind}. Name a run of {kind}, or "
+            "leave --begin-from out."
         )
 
 

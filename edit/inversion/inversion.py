@@ -419,7 +419,7 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backb
             )
         if name in wanted and name != "time" and tensor.is_floating_point() == (name == "image"):
             raise UserError(
-                f"{path} is damaged: {name} is of {tensor.dtype}. Make it again with `edit invert`."
+                f"{path} is damaged: {name} has the type {tensor.dtype}. Make it again with `edit invert`."
             )
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{path} is damaged: {name} is not finite. Make it again with `edit invert`.")

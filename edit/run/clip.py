@@ -126,7 +126,9 @@ def open_inversion(loaded: ModelWithConcepts, file: str, source: str | None) -> 
     """The inversion of a clip from its file; `UserError` for one of an image, another prompt or another model."""
     inversion = read_inversion(file, loaded.model, known=loaded.identities, of_clip=True)
     if source is not None and loaded.resolve(source) != inversion.prompt:
-        raise UserError(f"{file} is of “{inversion.prompt}”, not of “{source}”. Leave --source out.")
+        raise UserError(
+            f"{file} was made with the prompt “{inversion.prompt}”, not “{source}”. Leave --source out."
+        )
     return inversion
 
 

@@ -168,7 +168,8 @@ class Start:
             inversion = read_inversion(self.inversion, loaded.model, known=loaded.identities)
             if self.source is not None and loaded.resolve(self.source) != inversion.prompt:
                 raise UserError(
-                    f"{self.inversion} is of “{inversion.prompt}”, not of “{self.source}”. Leave --source out."
+                    f"{self.inversion} was made with the prompt “{inversion.prompt}”, not “{self.source}”. "
+                    "Leave --source out."
                 )
             layout = layout_beside(
                 inversion,

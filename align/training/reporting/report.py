@@ -210,7 +210,7 @@ def _curves(name: str, seen: list[tuple[int, LoggedFigures]]) -> list[str]:
 
 
 def smooth_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
-    """At most so many points, each the mean of its neighbours: loss, and reward where there is one."""
+    """At most this many points, each the mean of its neighbours: loss, and reward where there is one."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]
     return [

@@ -48,7 +48,7 @@ class Looking:
 
     most      images
     area      pixels at which each is seen, 0: as it is
-    tokens    at most so many of one image
+    tokens    at most this many of one image
     numbered  whether each is announced as “Picture 1: ”
     """
 

@@ -140,7 +140,7 @@ def _low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _index(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | None:
-    """What takes these rows of so many: none for all of them, and of rows in a line a slice, which copies nothing."""
+    """An index of these rows among `count`: None for all; a slice, which copies nothing, where they are consecutive."""
     if len(rows) == count:
         return None
     first, last = int(rows[0]), int(rows[-1])

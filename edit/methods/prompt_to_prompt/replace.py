@@ -122,7 +122,7 @@ def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
     """`UserError` for features of a denoiser that has none, and for a negative prompt where the model takes none."""
     if settings.features and features_of(model.denoiser) is None:
         raise UserError(
-            f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
+            f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is not one. "
             "Choose --control prompt-to-prompt or masactrl."
         )
     refuse_negative(model, settings.negative, settings.guidance)
